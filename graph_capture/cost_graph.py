@@ -1,0 +1,244 @@
+"""The cost graph: what a training step computes, in order, and what that costs.
+
+A :class:`CostGraph` is pure data and knows nothing of torch. It is the only
+thing that solvers see, it travels as JSON, and a plain DAG (an instance of
+another paper) can be written in the same terms.
+
+Vocabulary
+----------
+operator
+    One call that creates memory or has an effect. Views and tuple getters are
+    no operators: they are folded into the storages that they look at.
+storage
+    One block of memory. It has one producer, or none when it is *resident*
+    (parameters, inputs, optimizer state), and as many aliases as the graph has
+    views of it.
+base order
+    ``operators[0], operators[1], …``: the order of the unplanned step. Every
+    operator runs at least once; first runs may be followed by more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import networkx as nx
+
+Phase = Literal["forward", "loss", "backward", "optimizer"]
+Category = Literal[
+    "parameter",
+    "buffer",
+    "gradient",
+    "optimizer_state",
+    "input",
+    "output",
+    "activation",
+    "temporary",
+]
+
+GRAPH_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """One block of memory.
+
+    Parameters
+    ----------
+    name
+        Name of the tensor that owns the block, unique in the graph.
+    size_bytes
+        Bytes that the allocator hands out for it.
+    producer
+        Index of the operator that allocates it; ``None`` when it is resident
+        from the first moment of the step to the last.
+    category
+        What the breakdown of a peak counts it as.
+    kept
+        Whether its first version stays alive to the end of the step (outputs
+        in the user's hands, gradients).
+    """
+
+    name: str
+    size_bytes: int
+    producer: int | None
+    category: Category = "activation"
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operator:
+    """One call of the step.
+
+    Parameters
+    ----------
+    name
+        Unique in the graph.
+    target
+        What is called, e.g. ``"aten.mm.default"``.
+    inputs, outputs
+        Indices of the storages that it reads and that it allocates.
+    cost_ns
+        Time of one run, in nanoseconds (or in an instance's own unit).
+    workspace_bytes
+        Scratch memory that it holds only while it runs.
+    phase
+        Part of the step in which it first runs.
+    pinned
+        Why it must run exactly once; ``None`` when it may run again.
+    ordered
+        Whether its first run must keep its place among the other ordered
+        operators (random draws, effects).
+    module_path, source
+        Where in the user's model it comes from.
+    """
+
+    name: str
+    target: str = ""
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    cost_ns: int = 0
+    workspace_bytes: int = 0
+    phase: Phase = "forward"
+    pinned: str | None = None
+    ordered: bool = False
+    module_path: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class CostGraph:
+    """Operators in base order and the storages between them.
+
+    Raises
+    ------
+    ValueError
+        When an index is out of range, an operator reads what is not there yet,
+        producer and outputs disagree, or a figure is negative.
+    """
+
+    operators: tuple[Operator, ...]
+    storages: tuple[Storage, ...]
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def num_operators(self) -> int:
+        return len(self.operators)
+
+    @cached_property
+    def resident_bytes(self) -> int:
+        """Bytes that are there during the whole step."""
+        return sum(s.size_bytes for s in self.storages if s.producer is None)
+
+    @cached_property
+    def base_cost_ns(self) -> int:
+        """Time of the step that recomputes nothing."""
+        return sum(op.cost_ns for op in self.operators)
+
+    @cached_property
+    def consumers(self) -> tuple[tuple[int, ...], ...]:
+        """For each storage the operators that read it, in base order."""
+        readers: list[list[int]] = [[] for _ in self.storages]
+        for v, op in enumerate(self.operators):
+            for k in op.inputs:
+                readers[k].append(v)
+        return tuple(tuple(r) for r in readers)
+
+    def working_set_bytes(self, v: int) -> int:
+        """Bytes that operator ``v`` alone needs beside the resident ones."""
+        op = self.operators[v]
+        touched = {k for k in (*op.inputs, *op.outputs) if self.storages[k].producer is not None}
+        return sum(self.storages[k].size_bytes for k in touched) + op.workspace_bytes
+
+    def to_networkx(self) -> nx.DiGraph:
+        """A ``DiGraph`` of operators; an edge carries the storages that flow along it."""
+        g = nx.DiGraph()
+        for v, op in enumerate(self.operators):
+            g.add_node(v, **asdict(op))
+        for k, storage in enumerate(self.storages):
+            if storage.producer is None:
+                continue
+            for v in self.consumers[k]:
+                if v == storage.producer:
+                    continue
+                if not g.has_edge(storage.producer, v):
+                    g.add_edge(storage.producer, v, storages=[], size_bytes=0)
+                edge = g.edges[storage.producer, v]
+                edge["storages"].append(k)
+                edge["size_bytes"] += storage.size_bytes
+        return g
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, ready for JSON."""
+        return {
+            "format": GRAPH_FORMAT,
+            "operators": [asdict(op) for op in self.operators],
+            "storages": [asdict(s) for s in self.storages],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CostGraph:
+        """The inverse of :meth:`to_dict`."""
+        if data.get("format") != GRAPH_FORMAT:
+            raise ValueError(
+                f"cost graph of format {data.get('format')!r}; this version reads {GRAPH_FORMAT}"
+            )
+        try:
+            operators = tuple(
+                Operator(**{**op, "inputs": tuple(op["inputs"]), "outputs": tuple(op["outputs"])})
+                for op in data["operators"]
+            )
+            storages = tuple(Storage(**s) for s in data["storages"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a cost graph: {error}") from error
+        return cls(operators, storages)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> CostGraph:
+        return cls.from_dict(json.loads(text))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what is computed: targets, wiring and sizes, not what it costs."""
+        shape = [
+            [(op.target, op.inputs, op.outputs, op.phase, op.pinned) for op in self.operators],
+            [(s.size_bytes, s.producer, s.category, s.kept) for s in self.storages],
+        ]
+        return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:32]
+
+
+def _validate(graph: CostGraph) -> None:
+    num_storages = len(graph.storages)
+    produced = {k for k, s in enumerate(graph.storages) if s.producer is None}
+    for k, storage in enumerate(graph.storages):
+        if storage.size_bytes < 0:
+            raise ValueError(f"storage {storage.name!r} has {storage.size_bytes} bytes")
+        if storage.producer is not None and not 0 <= storage.producer < len(graph.operators):
+            raise ValueError(f"storage {storage.name!r} names no operator: {storage.producer}")
+        if storage.producer is not None and k not in graph.operators[storage.producer].outputs:
+            raise ValueError(f"storage {storage.name!r} is no output of its producer")
+    for v, op in enumerate(graph.operators):
+        if op.cost_ns < 0 or op.workspace_bytes < 0:
+            raise ValueError(f"operator {op.name!r} has a negative cost or workspace")
+        for k in (*op.inputs, *op.outputs):
+            if not 0 <= k < num_storages:
+                raise ValueError(f"operator {op.name!r} names no storage: {k}")
+        for k in op.inputs:
+            if k not in produced:
+                raise ValueError(
+                    f"operator {op.name!r} reads {graph.storages[k].name!r} before it is produced"
+                )
+        for k in op.outputs:
+            if graph.storages[k].producer != v:
+                raise ValueError(f"storage {graph.storages[k].name!r} has two producers")
+        produced.update(op.outputs)

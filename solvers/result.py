@@ -1,0 +1,66 @@
+"""What a solver returns: a claim, with its proof."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .schedule import Schedule
+
+
+class SolveStatus(StrEnum):
+    """How a solve ended."""
+
+    OPTIMAL = "optimal"  # proven within 0.01 % of the bound
+    FEASIBLE = "feasible"  # a schedule and a bound, with a gap
+    INFEASIBLE = "infeasible"  # proven: nothing fits
+    UNKNOWN = "unknown"  # no schedule found, none excluded
+
+
+OPTIMAL_GAP = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveResult:
+    """A schedule, its cost, and how near the least possible it is.
+
+    Parameters
+    ----------
+    status
+        See :class:`SolveStatus`.
+    schedule
+        ``None`` when none was found.
+    cost_ns
+        Time of the whole step under ``schedule``, by replay.
+    lower_bound_ns
+        No schedule within ``bound_scope`` takes less time.
+    bound_scope
+        What the bound speaks of, e.g. ``"every schedule in this base order"``.
+    peak_bytes
+        By replay.
+    solver
+        Name of the method that found the schedule.
+    solve_s
+        Wall-clock time.
+    log
+        One line per event: who found what, when.
+    """
+
+    status: SolveStatus
+    schedule: Schedule | None
+    cost_ns: int | None
+    lower_bound_ns: int
+    bound_scope: str
+    peak_bytes: int | None
+    solver: str
+    solve_s: float
+    log: tuple[str, ...] = ()
+
+    @property
+    def gap(self) -> float | None:
+        """``(cost - bound) / bound``, on the time of the whole step."""
+        if self.cost_ns is None:
+            return None
+        if self.lower_bound_ns <= 0:
+            return 0.0 if self.cost_ns == 0 else float("inf")
+        return max(0.0, (self.cost_ns - self.lower_bound_ns) / self.lower_bound_ns)
