@@ -1,0 +1,69 @@
+"""What all models share: HiGHS made quiet, matrices passed at once, bounds made safe.
+
+Why highspy and not OR-Tools' MathOpt: see ``slice_refinement.py``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import highspy
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+
+OBJECTIVE_SCALE = 1e4
+"""The step's base cost in units of the objective: one unit is 0.01 %."""
+
+BOUND_TOLERANCE = 1e-5
+"""Units of the objective taken off a bound, above HiGHS' dual tolerance (1e-7)."""
+
+
+def quiet_highs(*, time_limit_s: float, threads: int = 1, seed: int = 0) -> highspy.Highs:
+    """A HiGHS that prints nothing."""
+    h = highspy.Highs()
+    h.setOptionValue("output_flag", False)
+    h.setOptionValue("time_limit", float(max(time_limit_s, 0.01)))
+    h.setOptionValue("threads", threads)
+    h.setOptionValue("random_seed", seed % 2**31)
+    return h
+
+
+def build_lp(
+    *,
+    cost: NDArray[np.float64],
+    upper: NDArray[np.float64],
+    matrix: coo_array,
+    row_lower: NDArray[np.float64],
+    row_upper: NDArray[np.float64],
+    integer: NDArray[np.bool_],
+) -> highspy.HighsLp:
+    """A minimization with columns in ``[0, upper]``."""
+    rows = matrix.tocsr()
+    lp = highspy.HighsLp()
+    lp.num_col_ = len(cost)
+    lp.num_row_ = len(row_lower)
+    lp.col_cost_ = cost
+    lp.col_lower_ = np.zeros(len(cost))
+    lp.col_upper_ = upper
+    lp.row_lower_ = row_lower
+    lp.row_upper_ = row_upper
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = rows.indptr
+    lp.a_matrix_.index_ = rows.indices
+    lp.a_matrix_.value_ = rows.data
+    if integer.any():
+        kinds = (highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger)
+        lp.integrality_ = [kinds[int(i)] for i in integer]
+    return lp
+
+
+def rounded_bound(value: float, base_cost: int) -> int:
+    """A scaled objective value as a whole number of ns that is safely no higher.
+
+    Costs are whole, so a schedule that costs more than ``x`` costs at least
+    ``ceil(x)``; before rounding up, :data:`BOUND_TOLERANCE` is taken off.
+    """
+    if not math.isfinite(value):
+        return 0
+    return max(0, math.ceil((value - BOUND_TOLERANCE) * base_cost / OBJECTIVE_SCALE))

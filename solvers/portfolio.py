@@ -1,0 +1,106 @@
+"""``solve``: which method runs, in which order, and who hints whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from graph_capture.cost_graph import CostGraph
+
+from .gap_cover import gap_cover
+from .incumbent import Incumbent
+from .keep_all import keep_all
+from .local_search import local_search
+from .progress import Progress
+from .result import SolveResult
+from .schedule import Schedule
+from .uniform import uniform_under_budget
+
+
+def solve(
+    graph: CostGraph,
+    budget_bytes: int,
+    *,
+    solver: str = "auto",
+    time_limit_s: float = 60.0,
+    seed: int = 0,
+    workers: int = 2,
+    hint: Schedule | None = None,
+    progress: Progress | None = None,
+) -> SolveResult:
+    """The fastest schedule within ``budget_bytes`` that can be found, and a bound.
+
+    Parameters
+    ----------
+    solver
+        One of :data:`SOLVERS`. ``"auto"`` keeps everything where that fits;
+        else it searches a schedule and proves it by slice refinement.
+    time_limit_s
+        Wall clock; the best of what was found by then is returned.
+    seed
+        The same graph, budget and seed give the same result, unless the time
+        limit cuts the solve.
+    workers
+        Threads that the mixed-integer solver may use.
+    hint
+        A schedule to begin with.
+    progress
+        Called at every event.
+
+    Raises
+    ------
+    ValueError
+        When ``solver`` is unknown or the budget or time limit is negative.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; known are {', '.join(sorted(SOLVERS))}")
+    if budget_bytes < 0 or time_limit_s < 0:
+        raise ValueError(f"negative budget or time limit: {budget_bytes}, {time_limit_s}")
+    state = Incumbent(graph, budget_bytes, time_limit_s, progress)
+    state.offer(hint, "hint")
+    SOLVERS[solver](state, seed, workers)
+    return state.result()
+
+
+def _keep_all(state: Incumbent, seed: int, workers: int) -> None:
+    state.offer(keep_all(state.graph), "keep_all")
+
+
+def _uniform(state: Incumbent, seed: int, workers: int) -> None:
+    state.offer(uniform_under_budget(state.graph, state.budget_bytes), "uniform")
+
+
+def _gap_cover(state: Incumbent, seed: int, workers: int) -> None:
+    bound = gap_cover(state.graph, state.budget_bytes, time_limit_s=max(0.1, state.left_s))
+    state.raise_bound(bound.lower_bound_ns, "gap_cover")
+    if bound.infeasible:
+        state.exclude("gap_cover", "dropping everything that can be dropped does not suffice")
+
+
+def _local_search(state: Incumbent, seed: int, workers: int) -> None:
+    _keep_all(state, seed, workers)
+    if state.solved:
+        return
+    outcome = local_search(
+        state.graph,
+        state.budget_bytes,
+        time_limit_s=state.left_s,
+        num_moves=400_000,
+        seed=seed,
+    )
+    state.offer(outcome.schedule, "local_search")
+
+
+def _auto(state: Incumbent, seed: int, workers: int) -> None:
+    for step in (_keep_all, _gap_cover, _uniform, _local_search):
+        step(state, seed, workers)
+        if state.solved or state.left_s <= 0:
+            return
+
+
+SOLVERS: dict[str, Callable[[Incumbent, int, int], None]] = {
+    "auto": _auto,
+    "keep_all": _keep_all,
+    "uniform": _uniform,
+    "gap_cover": _gap_cover,
+    "local_search": _local_search,
+}

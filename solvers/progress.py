@@ -1,0 +1,33 @@
+"""What a running solve tells its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressEvent:
+    """A better schedule or a better bound was found.
+
+    Parameters
+    ----------
+    elapsed_s
+        Since the solve began.
+    incumbent_ns, bound_ns
+        Time of the step under the best schedule so far, and what no schedule
+        goes below; ``incumbent_ns`` is ``None`` as long as there is none.
+    gap
+        ``(incumbent - bound) / bound``.
+    message
+        Who found what.
+    """
+
+    elapsed_s: float
+    incumbent_ns: int | None
+    bound_ns: int
+    gap: float | None
+    message: str
+
+
+Progress = Callable[[ProgressEvent], None]

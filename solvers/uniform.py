@@ -1,0 +1,130 @@
+"""Uniform segmentation: the sqrt(L) strategy on an operator graph.
+
+Algorithm of Chen et al., *Training Deep Nets with Sublinear Memory Cost*
+(arXiv:1604.06174), Section 4: cut the forward pass into segments, keep what
+crosses a cut, and recompute each segment when the backward pass reaches it;
+with L layers of equal size, sqrt(L) segments need O(sqrt(L)) memory for one
+more forward pass. The last segment is needed at once and is kept.
+
+A cut is placed near its even share of the activations' bytes, where the
+fewest bytes cross. Guarantee: none beyond what the replay says; on graphs that
+are no chains, more than the cut's own storages may have to stay.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from graph_capture.cost_graph import CostGraph
+
+from .arrays import GraphArrays, IntArray, graph_arrays
+from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan
+from .replay import replay
+from .schedule import Schedule
+
+
+def uniform(graph: CostGraph, num_segments: int | None = None) -> Schedule | None:
+    """The schedule of the uniform strategy; ``None`` when recomputation explodes.
+
+    Parameters
+    ----------
+    num_segments
+        By default the square root of the number of forward operators.
+    """
+    g = graph_arrays(graph)
+    gaps = find_gaps(g)
+    turn = turning_point(graph)
+    if num_segments is None:
+        num_segments = max(1, round(math.sqrt(turn)))
+    return expand(g, gaps, segment_plan(g, gaps, turn, num_segments))
+
+
+def uniform_under_budget(graph: CostGraph, budget_bytes: int) -> Schedule | None:
+    """The cheapest of the uniform schedules of all numbers of segments that fits."""
+    g = graph_arrays(graph)
+    gaps = find_gaps(g)
+    turn = turning_point(graph)
+    best: Schedule | None = None
+    best_cost = 0
+    for num_segments in segment_counts(turn):
+        schedule = expand(g, gaps, segment_plan(g, gaps, turn, num_segments))
+        if schedule is None:
+            continue
+        outcome = replay(graph, schedule)
+        if outcome.peak_bytes <= budget_bytes and (best is None or outcome.cost_ns < best_cost):
+            best, best_cost = schedule, outcome.cost_ns
+    return best
+
+
+def segment_counts(turn: int) -> tuple[int, ...]:
+    """Numbers of segments worth trying: 1, 2, 3, … and then some 20 % apart."""
+    counts = [1]
+    while counts[-1] < turn // 2:
+        counts.append(max(counts[-1] + 1, round(1.2 * counts[-1])))
+    return tuple(counts)
+
+
+def turning_point(graph: CostGraph) -> int:
+    """Index of the first operator that is no longer forward.
+
+    Where phases say nothing (all forward), the moment with the most memory
+    when everything is kept.
+    """
+    forward = [v for v, op in enumerate(graph.operators) if op.phase in ("forward", "loss")]
+    if len(forward) < graph.num_operators:
+        return forward[-1] + 1 if forward else 0
+    memory = replay(graph, Schedule.keep_all(graph)).memory_bytes
+    return memory.index(max(memory)) if memory else 0
+
+
+def segment_plan(g: GraphArrays, gaps: Gaps, turn: int, num_segments: int) -> RetentionPlan:
+    """Keep what crosses a cut and the last segment; catch the rest when it is recomputed."""
+    cuts = cut_positions(g, turn, num_segments)
+    last_cut = cuts[-1] if len(cuts) else 0
+    plan = keep_all_plan(gaps)
+    for k in range(g.num_storages):
+        uses = g.positions(k)
+        if len(uses) == 0 or uses[0] >= last_cut:
+            continue
+        forward_uses = uses[uses < turn]
+        if np.any((cuts > uses[0]) & (cuts <= forward_uses[-1])):
+            continue
+        h = gaps.ptr[k] + len(forward_uses) - 1
+        plan.until[h] = gaps.begin[h]
+        plan.since[h] = gaps.begin[h] + 1
+    return plan
+
+
+def cut_positions(g: GraphArrays, turn: int, num_segments: int) -> IntArray:
+    """First operators of the segments after the first.
+
+    Each cut lies within a third of a segment of its even share of the bytes,
+    where the fewest bytes are both made before it and read in the forward
+    pass at or after it.
+    """
+    if turn < 2 or num_segments < 2:
+        return np.zeros(0, dtype=np.int64)
+    crossing = np.zeros(turn + 1, dtype=np.int64)
+    made = np.zeros(turn, dtype=np.int64)
+    for k in range(g.num_storages):
+        uses = g.positions(k)
+        uses = uses[uses < turn]
+        if len(uses) == 0:
+            continue
+        if len(g.positions(k)) > len(uses):
+            made[uses[0]] += g.size[k]
+        crossing[uses[0] + 1] += g.size[k]
+        crossing[uses[-1] + 1] -= g.size[k]
+    crossing = np.cumsum(crossing)  # crossing[x]: made before x and read at x or later
+    filled = np.cumsum(made)
+    cuts: list[int] = []
+    for i in range(1, num_segments):
+        share = filled[-1] * i / num_segments
+        slack = filled[-1] / (3 * num_segments)
+        low = int(np.searchsorted(filled, share - slack)) + 1
+        high = max(int(np.searchsorted(filled, share + slack)) + 1, low + 1)
+        low, high = min(low, turn - 1), min(high, turn)
+        cuts.append(low + int(np.argmin(crossing[low:high])))
+    return np.unique(np.array(cuts, dtype=np.int64))
