@@ -1,0 +1,64 @@
+# Every target sets up what it needs: on a fresh machine `make demo` is enough.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WHEEL_VENV := build/wheel-venv
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu lint format wheel test-wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## create .venv and install everything, once
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train GPT-2 at half its memory
+	$(BIN)/python -m planner.demo
+
+test: $(STAMP)  ## the tests that take a moment
+	$(PYTEST)
+
+test-slow: $(STAMP)  ## the tests that take longer
+	$(PYTEST) -m 'slow and not gpu' --timeout 900
+
+test-gpu: $(STAMP)  ## the tests that need a CUDA device
+	$(PYTEST) -m gpu --timeout 900
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff format and sort imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP)  ## build the wheel into dist/
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+# The wheel is installed alone into a venv of its own; its dependencies are lent by .venv
+# through a .pth file. Directories added that way have no .pth of their own read, so the
+# editable install of .venv stays out.
+test-wheel: wheel  ## install the built wheel in a clean venv and use it
+	rm -rf $(WHEEL_VENV)
+	$(BIN)/python -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --no-deps dist/remat_planner-*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(WHEEL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	wheel_bin="$$PWD/$(WHEEL_VENV)/bin" smoke="$$PWD/tests/wheel_smoke.py" && \
+		cd "$$(mktemp -d)" && "$$wheel_bin/python" -P "$$smoke" && "$$wheel_bin/remat" --help > /dev/null
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
