@@ -1,0 +1,228 @@
+"""One training step, defined once: what is differentiated, and in which order things happen.
+
+The planner, the measuring tool and the tests all mean this step:
+
+1. the model runs on the sample, then ``loss_fn`` when there is one, under
+   whatever autocast is on;
+2. the backward pass runs from what :func:`differentiate` names, with autocast
+   off and its cache of casts emptied, as a training loop does that closes
+   ``with torch.autocast(...)`` before it calls ``backward()``;
+3. the optimizer steps, when there is one;
+4. outputs and loss stay in the caller's hands until the step has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+LossFn = Callable[[Any], Tensor]
+Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+OPTIMIZERS: Mapping[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adadelta": torch.optim.Adadelta,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+    "adamw": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differentiated:
+    """What the backward pass of a step starts from.
+
+    Parameters
+    ----------
+    tensors
+        The roots of the backward pass, each once. Each gets a gradient of ones.
+    loss
+        The one root when it is a loss; ``None`` when every output that requires
+        grad is differentiated.
+    """
+
+    tensors: tuple[Tensor, ...]
+    loss: Tensor | None
+
+
+def differentiate(output: Any, loss_fn: LossFn | None = None) -> Differentiated:
+    """Say what a step differentiates: a loss where there is one, else every output.
+
+    In this order: ``loss_fn(output)``; the output itself when it is a tensor of
+    one element; ``output.loss``; every tensor of the output that requires grad.
+
+    A plain dict with a ``"loss"`` key falls under the last rule: only an
+    attribute named ``loss`` is taken for the loss without being asked, since the
+    other outputs then come back detached from a planned module. Say
+    ``loss_fn=lambda output: output["loss"]`` to mean it.
+
+    Parameters
+    ----------
+    output
+        What the model returned.
+    loss_fn
+        Computes the scalar loss from it, as the training loop does.
+
+    Raises
+    ------
+    TypeError
+        When the loss is no tensor.
+    ValueError
+        When the loss has more than one element or does not require grad, or
+        when no output requires grad.
+    """
+    if loss_fn is not None:
+        return _of_loss(loss_fn(output), "loss_fn(output)")
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return _of_loss(output, "the model's output")
+    loss = getattr(output, "loss", None)
+    if loss is not None:
+        return _of_loss(loss, "output.loss")
+    unique = {id(t): t for t in output_tensors(output) if t.requires_grad}
+    if not unique:
+        raise ValueError(
+            f"no output of the model requires grad (it returned a {type(output).__name__}); "
+            "a step needs at least one trainable parameter that the output depends on"
+        )
+    return Differentiated(tensors=tuple(unique.values()), loss=None)
+
+
+def output_tensors(output: Any) -> tuple[Tensor, ...]:
+    """Every tensor of a nested output, in order.
+
+    Looks into tuples, lists, dicts, Transformers' outputs and whatever else is
+    registered with ``torch.utils._pytree``; any other object is not looked into.
+    """
+    return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def call_model(model: Callable[..., Any], sample_input: Sample) -> Any:
+    """Call the model on a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(sample_input, Tensor):
+        return model(sample_input)
+    if isinstance(sample_input, Mapping):
+        return model(**sample_input)
+    if isinstance(sample_input, (tuple, list)):
+        return model(*sample_input)
+    raise TypeError(
+        "sample_input must be a tensor, a tuple of positional arguments or a dict of keyword "
+        f"arguments; got a {type(sample_input).__name__}"
+    )
+
+
+def train_step(
+    model: Callable[..., Any], sample_input: Sample, loss_fn: LossFn | None = None
+) -> tuple[Any, Tensor | None]:
+    """Run forward, loss and backward once; gradients accumulate as ``backward()`` does.
+
+    Parameters
+    ----------
+    model
+        A module or any callable.
+    sample_input
+        A tensor, a tuple of positional arguments or a dict of keyword arguments.
+    loss_fn
+        Computes the scalar loss from the model's output.
+
+    Returns
+    -------
+    tuple
+        The outputs, and the loss or ``None``; see :func:`differentiate`.
+    """
+    output = call_model(model, sample_input)
+    target = differentiate(output, loss_fn)
+    with _outside_autocast():
+        torch.autograd.backward(target.tensors, [torch.ones_like(t) for t in target.tensors])
+    return output, target.loss
+
+
+def make_step(
+    model: Callable[..., Any],
+    sample_input: Sample,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int | None = None,
+) -> Callable[[], tuple[Any, Tensor | None]]:
+    """Bind a step to its arguments, for timing.
+
+    Parameters
+    ----------
+    model, sample_input, loss_fn
+        As :func:`train_step` takes them.
+    optimizer
+        Steps after each backward pass; ``None`` leaves the parameters alone.
+    seed
+        Given to ``torch.manual_seed`` before each call; ``None`` seeds nothing.
+
+    Returns
+    -------
+    Callable
+        Sets the gradients of a module to ``None``, then runs one step and
+        returns its outputs and loss.
+    """
+
+    def step() -> tuple[Any, Tensor | None]:
+        if isinstance(model, nn.Module):
+            model.zero_grad(set_to_none=True)
+        if seed is not None:
+            torch.manual_seed(seed)
+        output, loss = train_step(model, sample_input, loss_fn)
+        if optimizer is not None:
+            optimizer.step()
+        return output, loss
+
+    return step
+
+
+def build_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimizer that a name stands for, with PyTorch's own defaults.
+
+    Raises
+    ------
+    ValueError
+        When the name is not one of :data:`OPTIMIZERS`.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2)
+    >>> type(build_optimizer("AdamW", layer.parameters())).__name__
+    'AdamW'
+    """
+    try:
+        build = OPTIMIZERS[name.lower()]
+    except KeyError:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(f"unknown optimizer {name!r}; known by name: {known}") from None
+    return build([p for p in parameters if p.requires_grad])
+
+
+def _of_loss(loss: Any, what: str) -> Differentiated:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{what} must be a scalar tensor; got a {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{what} must be a scalar; got a tensor of shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(f"{what} does not require grad, so there is nothing to differentiate")
+    return Differentiated(tensors=(loss,), loss=loss)
+
+
+@contextmanager
+def _outside_autocast() -> Iterator[None]:
+    """Leave every autocast that is on, as the end of its ``with`` block would."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device_type):
+                torch.clear_autocast_cache()
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield

@@ -1,0 +1,250 @@
+"""The measuring tool against figures that one can compute by hand."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from planner.measure import (
+    measure,
+    measure_pair,
+    peak_extra_bytes,
+    resident_tensors,
+    storage_bytes,
+)
+from planner.training_step import make_step, train_step
+from tests.bitwise import assert_same_tensors
+from tests.zoo import ZOO
+
+FLOAT = 4
+CPU = torch.device("cpu")
+
+
+def profiler_peak_bytes(call) -> int:
+    """Peak of torch.profiler's own memory events, the public way to the same record."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        returned = call()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del returned
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
+def test_the_record_of_an_addition_is_its_output():
+    """One addition of two tensors of 1,000 floats allocates 4,000 bytes."""
+    a, b = torch.ones(1000), torch.ones(1000)
+    assert peak_extra_bytes(lambda: a + b) == 1000 * FLOAT
+
+
+def test_a_freed_temporary_counts_while_it_is_alive():
+    """y and z are alive together, then y goes, then w comes: two at the peak."""
+    a = torch.ones(1000)
+
+    def call() -> Tensor:
+        y = torch.sin(a)
+        z = torch.cos(y)
+        del y
+        return torch.sin(z)
+
+    assert peak_extra_bytes(call) == 2 * 1000 * FLOAT
+
+
+def test_a_view_allocates_nothing():
+    """A transposed view is free."""
+    a = torch.ones(10, 10)
+    assert peak_extra_bytes(lambda: a.t()) == 0
+
+
+def test_scratch_inside_a_kernel_is_seen():
+    """oneDNN's convolution holds more than its output while it runs."""
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=False).requires_grad_(False)
+    x = torch.ones(2, 16, 32, 32)
+    assert peak_extra_bytes(lambda: conv(x)) > x.nbytes
+
+
+def test_linear_step_by_hand():
+    """A bias-free linear layer under a weighted sum: every byte is named."""
+    batch, inputs, outputs = 64, 32, 16
+    model = nn.Linear(inputs, outputs, bias=False)
+    x, weights = torch.randn(batch, inputs), torch.randn(batch, outputs)
+
+    def loss_fn(y: Tensor) -> Tensor:
+        return (y * weights).sum()
+
+    weight, output = inputs * outputs * FLOAT, batch * outputs * FLOAT
+    resident = weight + x.nbytes + weights.nbytes
+    # y, the loss and its gradient of ones, the gradient of y, the weight's gradient;
+    # y * weights is gone once it is summed.
+    peak = resident + output + FLOAT + FLOAT + output + weight
+    measured = measure(model, x, loss_fn=loss_fn, repeats=0)
+    assert (measured.resident_bytes, measured.peak_bytes) == (resident, peak)
+
+
+def test_outputs_of_a_step_without_a_loss_get_gradients_of_ones():
+    """Without a loss the ones that start the backward pass are as large as the output."""
+    model = nn.Linear(8, 512, bias=False)
+    x = torch.randn(4, 8)
+    output, weight = 4 * 512 * FLOAT, 8 * 512 * FLOAT
+    measured = measure(model, x, repeats=0)
+    assert measured.peak_bytes == x.nbytes + weight + output + output + weight
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "resnet50", "unet", "convnext", "lstm", "mlp_bf16"])
+def test_peak_is_that_of_the_profiler(name):
+    """The recorder and torch.profiler hear the same reports."""
+    case = ZOO[name]("tiny")
+    model, sample = case.make(), case.sample(0)
+    with case.context():
+        measured = measure(model, sample, loss_fn=case.loss_fn, repeats=0)
+        peak = profiler_peak_bytes(make_step(model, sample, loss_fn=case.loss_fn, seed=0))
+    assert measured.peak_bytes - measured.resident_bytes == peak
+
+
+@pytest.mark.parametrize("name", ["gpt2", "resnet50", "many_outputs", "mlp_bf16"])
+def test_measuring_again_gives_the_same_bytes(name):
+    """The record does not depend on what was measured before, nor on Python's garbage."""
+    case = ZOO[name]("tiny")
+    model, sample = case.make(), case.sample(0)
+    with case.context():
+        first, second = (
+            measure(model, sample, loss_fn=case.loss_fn, optimizer="adamw", repeats=1)
+            for _ in range(2)
+        )
+    assert (first.peak_bytes, first.resident_bytes) == (second.peak_bytes, second.resident_bytes)
+
+
+def test_optimizer_state_is_resident():
+    """AdamW adds two floats for each parameter and a step counter for each tensor."""
+    model = nn.Linear(32, 16)
+    x = torch.randn(4, 32)
+    none, adamw, sgd = (
+        measure(model, x, loss_fn=torch.sum, optimizer=o, repeats=0) for o in (None, "adamw", "sgd")
+    )
+    parameters = (32 * 16 + 16) * FLOAT
+    assert none.resident_bytes == parameters + x.nbytes
+    assert adamw.resident_bytes == none.resident_bytes + 2 * parameters + 2 * FLOAT
+    assert sgd.resident_bytes == none.resident_bytes
+
+
+def test_tied_weights_and_shared_inputs_count_once():
+    """A storage under two names is one storage."""
+    layer = nn.Linear(8, 8, bias=False)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    x = torch.randn(2, 8)
+    tensors = resident_tensors(model, (x, x[:1]))
+    assert storage_bytes(tensors, CPU) == 8 * 8 * FLOAT + x.nbytes
+
+
+def test_gradients_that_were_there_do_not_count():
+    """A step begins with gradients set to None, so old ones are not resident."""
+    model, x = nn.Linear(8, 8), torch.randn(2, 8)
+    before = measure(model, x, loss_fn=torch.sum, repeats=0)
+    train_step(model, x, torch.sum)
+    assert measure(model, x, loss_fn=torch.sum, repeats=0).peak_bytes == before.peak_bytes
+
+
+class Counting(nn.Module):
+    """Changes a buffer in place, another by assignment, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("total", torch.zeros(4))
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(nn.functional.dropout(self.linear(x), 0.5))
+        self.total += y.detach().sum(0)
+        self.last = y.detach().mean(0)
+        return y.square().mean()
+
+
+@pytest.mark.parametrize("optimizer", [None, "adamw", "fresh instance", "used instance"])
+def test_everything_is_put_back(optimizer):
+    """Parameters, buffers, gradients, optimizer state and the generator are as before."""
+    model, x = Counting(), torch.randn(8, 4)
+    if optimizer and "instance" in optimizer:
+        kind = optimizer
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        train_step(model, x)
+        if kind == "used instance":
+            optimizer.step()
+
+    def everything() -> dict:
+        seen = {name: t.clone() for name, t in model.state_dict().items()}
+        seen |= {f"grad {n}": copy.deepcopy(p.grad) for n, p in model.named_parameters()}
+        if isinstance(optimizer, torch.optim.Optimizer):
+            for i, state in optimizer.state_dict()["state"].items():
+                seen |= {f"state {i} {k}": copy.deepcopy(v) for k, v in state.items()}
+        seen["generator"] = torch.get_rng_state()
+        return seen
+
+    before = everything()
+    objects = [id(t) for t in (*model.buffers(), *(p.grad for p in model.parameters()))]
+    measure(model, x, optimizer=optimizer, repeats=2, seed=5)
+    assert_same_tensors(before, everything(), "after measuring")
+    now = [id(t) for t in (*model.buffers(), *(p.grad for p in model.parameters()))]
+    assert now == objects
+
+
+def test_what_was_there_is_put_back_after_an_error():
+    """A step that fails halfway leaves no trace either."""
+    model, x = Counting(), torch.randn(8, 4)
+    before = copy.deepcopy(model.state_dict())
+
+    def fail(loss: Tensor) -> Tensor:
+        raise RuntimeError("no loss today")
+
+    with pytest.raises(RuntimeError, match="no loss today"):
+        measure(model, x, loss_fn=fail)
+    assert_same_tensors(dict(before), dict(model.state_dict()), "after the error")
+    assert peak_extra_bytes(lambda: torch.ones(10)) == 10 * FLOAT
+
+
+def test_times_come_in_microseconds_one_for_each_repeat():
+    """The median lies among the repeats; without repeats there is none."""
+    model, x = nn.Linear(4, 4), torch.randn(2, 4)
+    measured = measure(model, x, repeats=3)
+    assert len(measured.step_us_all) == 3
+    assert measured.step_us == sorted(measured.step_us_all)[1] > 0
+    assert math.isnan(measure(model, x, repeats=0).step_us)
+
+
+def test_pairs_alternate():
+    """First and second change places from pair to pair, after the warm-up."""
+    calls: list[str] = []
+    timing = measure_pair(lambda: calls.append("a"), lambda: calls.append("b"), repeats=4, warmup=1)
+    assert "".join(calls) == "ab" + "abbaabba"
+    assert len(timing.ratios) == 4
+    assert min(timing.ratios) <= timing.ratio <= max(timing.ratios)
+
+
+def test_a_slower_callable_has_a_ratio_above_one():
+    """Eight times the work takes longer."""
+    a, b = torch.randn(64, 64), torch.randn(512, 512)
+    assert measure_pair(lambda: a @ a, lambda: b @ b, repeats=5).ratio > 1
+
+
+@pytest.mark.parametrize("device", ["meta"])
+def test_a_device_without_memory_is_refused(device):
+    """There is no real step on the meta device."""
+    with pytest.raises(ValueError, match="cannot be measured on device 'meta'"):
+        measure(nn.Linear(2, 2, device=device), torch.ones(2, 2, device=device))
+
+
+@pytest.mark.gpu
+def test_cuda_linear_step_by_hand():
+    """On CUDA the large blocks alone give the peak to within cuBLAS' workspace."""
+    model = nn.Linear(1024, 1024, bias=False, device="cuda")
+    x = torch.randn(2048, 1024, device="cuda")
+    weight, output = 1024 * 1024 * FLOAT, 2048 * 1024 * FLOAT
+    measured = measure(model, x, repeats=1)
+    expected = weight + x.nbytes + output + output + weight
+    assert expected <= measured.peak_bytes <= expected + 2**26
+    assert measured.reserved_bytes is not None
