@@ -1,0 +1,24 @@
+"""What every test starts from: one thread and a known seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """One thread: bits do not depend on how the machine splits a sum, times are steadier."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed of the global generator, set before each test."""
+    torch.manual_seed(0)
+    return 0
