@@ -13,6 +13,7 @@ from .local_search import local_search
 from .progress import Progress
 from .result import SolveResult
 from .schedule import Schedule
+from .slice_refinement import slice_refinement
 from .uniform import uniform_under_budget
 
 
@@ -90,11 +91,26 @@ def _local_search(state: Incumbent, seed: int, workers: int) -> None:
     state.offer(outcome.schedule, "local_search")
 
 
+def _slice_refinement(state: Incumbent, seed: int, workers: int) -> None:
+    _keep_all(state, seed, workers)
+    if not state.solved:
+        slice_refinement(state, seed=seed, workers=workers)
+
+
 def _auto(state: Incumbent, seed: int, workers: int) -> None:
-    for step in (_keep_all, _gap_cover, _uniform, _local_search):
+    for step in (_keep_all, _gap_cover, _uniform):
         step(state, seed, workers)
         if state.solved or state.left_s <= 0:
             return
+    outcome = local_search(
+        state.graph,
+        state.budget_bytes,
+        time_limit_s=min(2.0, 0.2 * state.left_s),
+        num_moves=60_000,
+        seed=seed,
+    )
+    state.offer(outcome.schedule, "local_search")
+    slice_refinement(state, seed=seed, workers=workers)
 
 
 SOLVERS: dict[str, Callable[[Incumbent, int, int], None]] = {
@@ -103,4 +119,5 @@ SOLVERS: dict[str, Callable[[Incumbent, int, int], None]] = {
     "uniform": _uniform,
     "gap_cover": _gap_cover,
     "local_search": _local_search,
+    "slice_refinement": _slice_refinement,
 }
