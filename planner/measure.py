@@ -52,7 +52,14 @@ from torch.autograd import (
     _enable_profiler_legacy,
 )
 
-from .training_step import LossFn, Sample, build_optimizer, make_step, output_tensors
+from .training_step import (
+    LossFn,
+    Sample,
+    build_optimizer,
+    clear_gradients,
+    make_step,
+    output_tensors,
+)
 
 _CUDA_BLOCK_BYTES = 512
 
@@ -185,12 +192,12 @@ def measure(
     160
     """
     device = single_device(model, sample_input)
-    with _restored(model, sample_input, optimizer):
+    with _restored(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, model.parameters())
         step = make_step(model, sample_input, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
         step()
-        model.zero_grad(set_to_none=True)
+        clear_gradients(model, sample_input, loss_fn)
         held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)
         resident_bytes = storage_bytes(held, device)
         del held
@@ -406,12 +413,16 @@ def _carried_tensors(function: Callable[..., Any]) -> list[Tensor]:
 def _restored(
     model: nn.Module,
     sample_input: Sample,
+    loss_fn: LossFn | None,
     optimizer: torch.optim.Optimizer | str | None,
 ) -> Iterator[None]:
     """Give back, at the end, every value that a step changes; copies lie on the CPU."""
-    registered = [(m._buffers, dict(m._buffers)) for m in model.modules()]
-    tensors = [*model.buffers(), *output_tensors(sample_input)]
-    leaves = [*model.parameters(), *(t for t in output_tensors(sample_input) if t.requires_grad)]
+    parts = [part for part in (model, loss_fn) if isinstance(part, nn.Module)]
+    registered = [(m._buffers, dict(m._buffers)) for part in parts for m in part.modules()]
+    inputs = output_tensors(sample_input)
+    tensors = [*inputs, *(b for part in parts for b in part.buffers())]
+    leaves = [t for t in inputs if t.requires_grad and t.is_leaf]
+    leaves += [p for part in parts for p in part.parameters()]
     if optimizer is not None:
         tensors += model.parameters()
     if isinstance(optimizer, torch.optim.Optimizer):

@@ -168,13 +168,11 @@ def make_step(
     Returns
     -------
     Callable
-        Sets the gradients of a module to ``None``, then runs one step and
-        returns its outputs and loss.
+        Clears the gradients, then runs one step and returns its outputs and loss.
     """
 
     def step() -> tuple[Any, Tensor | None]:
-        if isinstance(model, nn.Module):
-            model.zero_grad(set_to_none=True)
+        clear_gradients(model, sample_input, loss_fn)
         if seed is not None:
             torch.manual_seed(seed)
         output, loss = train_step(model, sample_input, loss_fn)
@@ -183,6 +181,18 @@ def make_step(
         return output, loss
 
     return step
+
+
+def clear_gradients(
+    model: Callable[..., Any], sample_input: Sample = (), loss_fn: LossFn | None = None
+) -> None:
+    """Set to ``None`` each gradient that a step leaves, of modules and of inputs that want one."""
+    for part in (model, loss_fn):
+        if isinstance(part, nn.Module):
+            part.zero_grad(set_to_none=True)
+    for t in output_tensors(sample_input):
+        if t.requires_grad and t.is_leaf:
+            t.grad = None
 
 
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -14,13 +14,6 @@ import graph_capture
 import planner
 import solvers
 
-for package in (planner, graph_capture, solvers):
-    place = Path(package.__file__)
-    assert place.is_relative_to(sys.prefix), f"{package.__name__} comes from {place}, not the wheel"
-    assert (place.parent / "py.typed").exists(), f"{package.__name__} lacks py.typed"
-
-from planner import Plan, measure, optimize  # noqa: E402
-
 
 def build() -> nn.Module:
     torch.manual_seed(0)
@@ -32,20 +25,34 @@ def loss_fn(output: torch.Tensor) -> torch.Tensor:
     return output.square().mean()
 
 
-sample = torch.randn(512, 64)
-baseline = measure(build(), sample, loss_fn=loss_fn, repeats=1)
-budget_bytes = int(0.8 * baseline.peak_bytes)
-plan = optimize(build(), sample, budget_bytes=budget_bytes, loss_fn=loss_fn, time_limit_s=10)
-plan.save("plan.json")
+def main() -> None:
+    for package in (planner, graph_capture, solvers):
+        place = Path(package.__file__)
+        assert place.is_relative_to(sys.prefix), (
+            f"{package.__name__} comes from {place}, not the wheel"
+        )
+        assert (place.parent / "py.typed").exists(), f"{package.__name__} lacks py.typed"
 
-plain, planned = build(), Plan.load("plan.json").apply(build())
-for model in (plain, planned):
-    loss_fn(model(sample)).backward()
-for p, q in zip(plain.parameters(), planned.parameters(), strict=True):
-    assert torch.equal(p.grad, q.grad)
-measured = measure(planned, sample, loss_fn=loss_fn, repeats=1)
-assert measured.peak_bytes <= budget_bytes, (measured.peak_bytes, budget_bytes)
-sys.stdout.write(
-    f"wheel {version('remat-planner')}: peak {measured.peak_bytes} of {budget_bytes} bytes, "
-    f"{baseline.peak_bytes} without a plan\n"
-)
+    from planner import Plan, measure, optimize  # late: where they come from is checked first
+
+    sample = torch.randn(512, 64)
+    baseline = measure(build(), sample, loss_fn=loss_fn, repeats=1)
+    budget_bytes = int(0.8 * baseline.peak_bytes)
+    plan = optimize(build(), sample, budget_bytes=budget_bytes, loss_fn=loss_fn, time_limit_s=10)
+    plan.save("plan.json")
+
+    plain, planned = build(), Plan.load("plan.json").apply(build())
+    for model in (plain, planned):
+        loss_fn(model(sample)).backward()
+    for p, q in zip(plain.parameters(), planned.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    measured = measure(planned, sample, loss_fn=loss_fn, repeats=1)
+    assert measured.peak_bytes <= budget_bytes, (measured.peak_bytes, budget_bytes)
+    sys.stdout.write(
+        f"wheel {version('remat-planner')}: peak {measured.peak_bytes} of {budget_bytes} bytes, "
+        f"{baseline.peak_bytes} without a plan\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

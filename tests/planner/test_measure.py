@@ -148,6 +148,28 @@ def test_gradients_that_were_there_do_not_count():
     assert measure(model, x, loss_fn=torch.sum, repeats=0).peak_bytes == before.peak_bytes
 
 
+def test_gradients_of_inputs_and_of_a_loss_module_count_and_are_put_back():
+    """An input that requires grad costs its gradient, and so do a loss module's parameters."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1000))
+
+        def forward(self, y: Tensor) -> Tensor:
+            return y @ self.scale
+
+    x = torch.ones(1000, requires_grad=True)
+    x.grad = torch.full((1000,), 7.0)
+    loss_fn = Loss()
+    measured = measure(nn.Identity(), x, loss_fn=loss_fn, repeats=1)
+    assert measured.resident_bytes == 2 * 1000 * FLOAT
+    # the loss, its gradient of ones, and two gradients
+    assert measured.peak_bytes == measured.resident_bytes + 2 * FLOAT + 2 * 1000 * FLOAT
+    assert x.grad[0] == 7
+    assert loss_fn.scale.grad is None
+
+
 class Counting(nn.Module):
     """Changes a buffer in place, another by assignment, and draws random numbers."""
 
