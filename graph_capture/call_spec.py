@@ -1,0 +1,230 @@
+"""What a model was called with: shapes, dtypes, devices, and plain values.
+
+A specification can be compared with a later call (and name the difference),
+written as JSON, and turned into stand-in tensors again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_SCALARS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Shape, dtype, device and strides of a tensor argument."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        return cls(
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            tensor.dtype,
+            str(tensor.device),
+            tensor.requires_grad,
+        )
+
+    def empty(self) -> torch.Tensor:
+        """A tensor like this, uninitialized (a fake one under a fake mode)."""
+        tensor = torch.empty_strided(
+            self.shape, self.stride, dtype=self.dtype, device=self.device
+        )
+        return tensor.requires_grad_(self.requires_grad)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        grad = ", requires_grad" if self.requires_grad else ""
+        return f"{dtype}{list(self.shape)} on {self.device}{grad}"
+
+
+def bind_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by the names in ``model.forward``'s signature.
+
+    Raises
+    ------
+    TypeError
+        When they do not fit the signature.
+    """
+    bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+    arguments = dict(bound.arguments)
+    arguments.pop(next(iter(arguments)))  # self
+    return arguments
+
+
+def call_forward(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """Call the class's forward with arguments from :func:`bind_call`."""
+    signature = inspect.signature(type(model).forward)
+    me = next(iter(signature.parameters))
+    bound = inspect.BoundArguments(signature, {me: model, **arguments})  # type: ignore[arg-type]
+    return type(model).forward(*bound.args, **bound.kwargs)
+
+
+def split_sample(sample_input: Any) -> tuple[tuple, dict[str, Any]]:
+    """A tensor, a tuple of positional or a dict of keyword arguments, as (args, kwargs)."""
+    if isinstance(sample_input, torch.Tensor):
+        return (sample_input,), {}
+    if isinstance(sample_input, (tuple, list)):
+        return tuple(sample_input), {}
+    if isinstance(sample_input, Mapping):
+        return (), dict(sample_input)
+    raise TypeError(
+        "sample_input must be a tensor, a tuple of positional arguments or a dict of keyword "
+        f"arguments, got {type(sample_input).__name__}"
+    )
+
+
+def describe(value: Any) -> Any:
+    """The specification of a value: tensors become :class:`TensorSpec`, the rest stays."""
+    return _map(value, TensorSpec.of)
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """Tensors in ``value``, in the order in which :func:`describe` meets them."""
+    found: list[torch.Tensor] = []
+    _map(value, lambda t: found.append(t))
+    return found
+
+
+def realize(spec: Any, make: Callable[[TensorSpec], torch.Tensor] = TensorSpec.empty) -> Any:
+    """The inverse of :func:`describe`, with new tensors."""
+    if isinstance(spec, TensorSpec):
+        return make(spec)
+    return _map(spec, lambda t: t, spec_leaf=make)
+
+
+def _map(value: Any, on_tensor: Callable, spec_leaf: Callable | None = None) -> Any:
+    if isinstance(value, torch.Tensor):
+        return on_tensor(value)
+    if spec_leaf is not None and isinstance(value, TensorSpec):
+        return spec_leaf(value)
+    if isinstance(value, Mapping):
+        return {k: _map(v, on_tensor, spec_leaf) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(v, on_tensor, spec_leaf) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(v, on_tensor, spec_leaf) for v in value)
+    return value
+
+
+def difference(expected: Any, got: Any, path: str = "input") -> str | None:
+    """The first difference between two specifications in words, or ``None``."""
+    if isinstance(expected, TensorSpec) or isinstance(got, TensorSpec):
+        if isinstance(expected, TensorSpec) and isinstance(got, TensorSpec):
+            same = (expected.shape, expected.dtype, expected.device, expected.requires_grad) == (
+                got.shape,
+                got.dtype,
+                got.device,
+                got.requires_grad,
+            )
+            if same and (expected.stride == got.stride or 0 in got.shape):
+                return None
+            if same:
+                return f"{path} has strides {got.stride}, planned were {expected.stride}"
+        return f"{path} is {got}, planned was {expected}"
+    if isinstance(expected, Mapping) and isinstance(got, Mapping):
+        for key in [*expected, *(k for k in got if k not in expected)]:
+            if key not in got:
+                return f"{path}.{key} is missing, planned was {expected[key]}"
+            if key not in expected:
+                return f"{path}.{key} is {got[key]}, planned was none"
+            found = difference(expected[key], got[key], f"{path}.{key}")
+            if found:
+                return found
+        return None
+    if isinstance(expected, (tuple, list)) and isinstance(got, (tuple, list)):
+        if len(expected) != len(got):
+            return f"{path} has {len(got)} items, planned were {len(expected)}"
+        for i, (e, g) in enumerate(zip(expected, got, strict=True)):
+            found = difference(e, g, f"{path}[{i}]")
+            if found:
+                return found
+        return None
+    if expected is got:
+        return None
+    if type(expected) is type(got) and isinstance(expected, _SCALARS) and expected == got:
+        return None
+    return f"{path} is {got!r}, planned was {expected!r}"
+
+
+def to_json(spec: Any) -> Any:
+    """A specification as JSON.
+
+    Raises
+    ------
+    TypeError
+        When an argument is neither tensor, plain value nor a container of such.
+    """
+    if isinstance(spec, TensorSpec):
+        return {
+            "tensor": {
+                "shape": list(spec.shape),
+                "stride": list(spec.stride),
+                "dtype": str(spec.dtype).removeprefix("torch."),
+                "device": spec.device,
+                "requires_grad": spec.requires_grad,
+            }
+        }
+    if isinstance(spec, Mapping):
+        return {"dict": {str(k): to_json(v) for k, v in spec.items()}}
+    if isinstance(spec, tuple):
+        return {"tuple": [to_json(v) for v in spec]}
+    if isinstance(spec, list):
+        return {"list": [to_json(v) for v in spec]}
+    if isinstance(spec, _SCALARS):
+        return {"value": spec}
+    if isinstance(spec, torch.dtype):
+        return {"dtype": str(spec).removeprefix("torch.")}
+    raise TypeError(f"an argument of type {type(spec).__name__} cannot be written as JSON")
+
+
+def from_json(data: Any) -> Any:
+    """The inverse of :func:`to_json`.
+
+    Raises
+    ------
+    ValueError
+        When it is not such JSON.
+    """
+    if not isinstance(data, Mapping) or len(data) != 1:
+        raise ValueError(f"not an argument specification: {data!r}")
+    kind, body = next(iter(data.items()))
+    if kind == "tensor":
+        return TensorSpec(
+            tuple(body["shape"]),
+            tuple(body["stride"]),
+            parse_dtype(body["dtype"]),
+            body["device"],
+            body["requires_grad"],
+        )
+    if kind == "dict":
+        return {k: from_json(v) for k, v in body.items()}
+    if kind == "tuple":
+        return tuple(from_json(v) for v in body)
+    if kind == "list":
+        return [from_json(v) for v in body]
+    if kind == "dtype":
+        return parse_dtype(body)
+    if kind == "value" and isinstance(body, _SCALARS):
+        return body
+    raise ValueError(f"not an argument specification: {data!r}")
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """``"float32"`` -> ``torch.float32``; nothing else of torch is reachable by name."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"not a dtype: {name!r}")
+    return dtype

@@ -1,0 +1,343 @@
+"""From a model and a sample to a cost graph: the one door of this package."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.utils._pytree import tree_map
+
+from .call_spec import bind_call, split_sample
+from .cost_graph import Category, CostGraph, Operator, Phase, Storage
+from .costs.devices import Device, device_for
+from .costs.roofline import call_cost_ns
+from .costs.workspace import workspace_bytes
+from .dropout import split_dropout
+from .errors import CaptureError
+from .operators import Block, Folder, OperatorCode, drop_unused, pin_readers_of_written
+from .optimizer_step import OptimizerStep
+from .trace import TracedStep, trace_step
+
+CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedStep:
+    """A traced step, its cost graph, and what each operator of it stands for.
+
+    Parameters
+    ----------
+    step
+        The torch.fx graph of forward and backward.
+    graph
+        The cost graph; its operators are in the order of ``code``.
+    code
+        For each operator its fx nodes; without calls for the loss, the
+        optimizer and the recording of a generator's state.
+    carriers
+        For each storage the nodes whose value owns its memory.
+    state_of
+        For each operator that draws, the operator that records the generator.
+    loss
+        Index of the operator that stands for the loss; what comes first runs
+        in forward, what comes after in backward.
+    device_type
+        Where the step runs and whose memory is counted.
+    """
+
+    step: TracedStep
+    graph: CostGraph
+    code: tuple[OperatorCode, ...]
+    carriers: tuple[tuple[Node, ...], ...]
+    state_of: Mapping[int, int]
+    loss: int
+    device_type: str
+
+
+def capture(
+    model: nn.Module,
+    sample_input: Any,
+    *,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    optimizer: OptimizerStep | None = None,
+) -> CostGraph:
+    """The cost graph of one training step of ``model`` on inputs like ``sample_input``.
+
+    Raises
+    ------
+    CaptureError
+        When the step cannot be written down as one graph.
+    """
+    args, kwargs = split_sample(sample_input)
+    arguments = bind_call(model, args, kwargs)
+    return capture_step(model, arguments, loss_fn=loss_fn, optimizer=optimizer).graph
+
+
+def capture_step(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    *,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    optimizer: OptimizerStep | None = None,
+) -> CapturedStep:
+    """Trace a step and fold it into a cost graph; ``arguments`` as from ``bind_call``."""
+    step = trace_step(model, arguments, loss_fn)
+    split_dropout(step.graph)
+
+    nodes = list(step.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder" and n.meta["role"] != "tangent"]
+    folder = Folder(inputs)
+    folder.fold(n for n in nodes if n.meta.get("phase") == "forward")
+    loss = folder.produce_outside(step.tangents)
+    loss.reads = {n: folder.block_of(n) for i in step.differentiated for n in [step.outputs[i]]}
+    folder.fold(n for n in nodes if n.meta.get("phase") == "backward")
+    pin_readers_of_written(folder)
+
+    output_blocks = {folder.block_of(n) for n in step.outputs}
+    gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
+    operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
+    return _Assembly(
+        step, folder.blocks, operators, loss, output_blocks, gradient_blocks, optimizer
+    ).finish()
+
+
+class _Assembly:
+    """Gives operators and storages their final indices."""
+
+    def __init__(
+        self,
+        step: TracedStep,
+        blocks: list[Block],
+        operators: list[OperatorCode],
+        loss: OperatorCode,
+        output_blocks: set[int],
+        gradient_blocks: set[int],
+        optimizer: OptimizerStep | None,
+    ) -> None:
+        self._step = step
+        self._blocks = blocks
+        self._codes = operators
+        self._loss = loss
+        self._outputs = output_blocks
+        self._gradients = gradient_blocks
+        self._optimizer = optimizer
+        self._device_type = _device_type(step)
+        self._device: Device = device_for(self._device_type)
+        self.operators: list[Operator] = []
+        self.storages: list[Storage] = []
+        self.code: list[OperatorCode] = []
+        self.carriers: list[tuple[Node, ...]] = []
+        self.state_of: dict[int, int] = {}
+        self._storage_of: dict[int, int] = {}
+
+    def finish(self) -> CapturedStep:
+        phase: Phase = "forward"
+        for k, block in enumerate(self._blocks):
+            if block.producer is None:
+                self._add_block(k, None, phase)
+        if self._optimizer is not None and self._optimizer.state_bytes:
+            self._add_storage(
+                "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
+            )
+        loss_index = -1
+        for code in self._codes:
+            if code is self._loss:
+                loss_index = self._add_loss(code)
+                phase = "backward"
+            else:
+                self._add_operator(code, phase)
+        if self._optimizer is not None:
+            self._add_optimizer()
+        return CapturedStep(
+            step=self._step,
+            graph=CostGraph(tuple(self.operators), tuple(self.storages)),
+            code=tuple(self.code),
+            carriers=tuple(self.carriers),
+            state_of=self.state_of,
+            loss=loss_index,
+            device_type=self._device_type,
+        )
+
+    # -- operators -------------------------------------------------------------
+
+    def _add_operator(self, code: OperatorCode, phase: Phase) -> None:
+        inputs = {self._storage_of[k] for k in code.reads.values()}
+        inputs |= {self._storage_of[old] for old, _ in code.clones}
+        if code.draws and code.pinned is None:
+            inputs.add(self._add_generator_state(code, phase))
+            self.state_of[len(self.operators)] = len(self.operators) - 1
+        v = len(self.operators)
+        outputs = tuple(self._add_block(k, v, phase) for k in code.outputs)
+        costs = [self._cost(call) for call in code.calls]
+        last = code.calls[-1]
+        clone_ns = sum(
+            round(2e9 * self._blocks[old].size_bytes / self._device.bytes_per_s)
+            for old, _ in code.clones
+        )
+        self._push(
+            code,
+            Operator(
+                name=last.name,
+                target="+".join(str(call.target) for call in code.calls),
+                inputs=tuple(sorted(inputs)),
+                outputs=outputs,
+                cost_ns=sum(cost for cost, _ in costs) + clone_ns,
+                workspace_bytes=max(workspace for _, workspace in costs),
+                phase=phase,
+                pinned=code.pinned,
+                ordered=code.ordered,
+                module_path=last.meta["module_path"],
+                source=last.meta["source"],
+            ),
+        )
+
+    def _add_generator_state(self, code: OperatorCode, phase: Phase) -> int:
+        """The state before a draw, with which it can be repeated; it lies in host memory."""
+        v = len(self.operators)
+        num_bytes = torch.random.get_rng_state().numel() if self._device_type == "cpu" else 0
+        name = f"generator_state_{len(self.state_of)}"
+        k = self._add_storage(name, num_bytes, v, "activation")
+        self._push(
+            OperatorCode(calls=[]),
+            Operator(
+                name=name,
+                target="get_rng_state",
+                outputs=(k,),
+                phase=phase,
+                pinned="the state of the generator at this moment",
+                ordered=True,
+                module_path=code.calls[-1].meta["module_path"],
+            ),
+        )
+        return k
+
+    def _add_loss(self, code: OperatorCode) -> int:
+        v = len(self.operators)
+        region = self._step.loss
+        outputs = [self._add_block(k, v, "loss") for k in code.outputs]
+        if region.held_bytes:
+            outputs.append(self._add_storage("loss", region.held_bytes, v, "output", kept=True))
+        self._push(
+            code,
+            Operator(
+                name="loss",
+                target=region.label,
+                inputs=tuple(sorted({self._storage_of[k] for k in code.reads.values()})),
+                outputs=tuple(outputs),
+                cost_ns=sum(
+                    call_cost_ns(func, args, kwargs, out, self._device)
+                    for func, args, kwargs, out in region.calls
+                ),
+                workspace_bytes=region.workspace_bytes,
+                phase="loss",
+                pinned="it belongs to the training loop",
+                ordered=True,
+            ),
+        )
+        return v
+
+    def _add_optimizer(self) -> None:
+        assert self._optimizer is not None
+        gradients = tuple(sorted(self._storage_of[k] for k in self._gradients))
+        self._push(
+            OperatorCode(calls=[]),
+            Operator(
+                name="optimizer",
+                target=self._optimizer.name,
+                inputs=gradients,
+                cost_ns=sum(
+                    call_cost_ns(func, args, kwargs, out, self._device)
+                    for func, args, kwargs, out in self._optimizer.calls
+                ),
+                workspace_bytes=self._optimizer.workspace_bytes,
+                phase="optimizer",
+                pinned="it belongs to the training loop",
+                ordered=True,
+            ),
+        )
+
+    def _push(self, code: OperatorCode, operator: Operator) -> None:
+        self.code.append(code)
+        self.operators.append(operator)
+
+    def _cost(self, call: Node) -> tuple[int, int]:
+        def value(x: Any) -> Any:
+            return x.meta["val"] if isinstance(x, Node) else x
+
+        args, kwargs = tree_map(value, call.args), tree_map(value, call.kwargs)
+        out = call.meta["val"]
+        if out is None:
+            items = {u.args[1]: u.meta["val"] for u in call.users if u.target is operator.getitem}
+            out = tuple(items.get(i) for i in range(len(call.target._schema.returns)))
+        return (
+            call_cost_ns(call.target, args, kwargs, out, self._device),
+            workspace_bytes(call.target, args, kwargs, out, self._device_type),
+        )
+
+    # -- storages --------------------------------------------------------------
+
+    def _add_block(self, k: int, producer: int | None, phase: Phase) -> int:
+        block = self._blocks[k]
+        num_bytes = block.size_bytes if block.device_type == self._device_type else 0
+        if self._device_type == "cuda":
+            num_bytes = -(-num_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+        kept = producer is not None and (k in self._outputs or k in self._gradients)
+        self._storage_of[k] = self._add_storage(
+            block.name,
+            num_bytes,
+            producer,
+            self._category(k, phase),
+            kept=kept,
+            carriers=tuple(block.carriers),
+        )
+        return self._storage_of[k]
+
+    def _category(self, k: int, phase: Phase) -> Category:
+        block = self._blocks[k]
+        if block.producer is None:
+            role = block.carriers[0].meta["role"]
+            return "buffer" if role == "constant" else role
+        if k in self._gradients:
+            return "gradient"
+        if k in self._outputs:
+            return "output"
+        return "activation" if phase == "forward" else "temporary"
+
+    def _add_storage(
+        self,
+        name: str,
+        num_bytes: int,
+        producer: int | None,
+        category: Category,
+        *,
+        kept: bool = False,
+        carriers: tuple[Node, ...] = (),
+    ) -> int:
+        self.storages.append(
+            Storage(
+                name=name,
+                size_bytes=num_bytes,
+                producer=producer,
+                category=category,
+                kept=kept,
+            )
+        )
+        self.carriers.append(carriers)
+        return len(self.storages) - 1
+
+
+def _device_type(step: TracedStep) -> str:
+    devices = {
+        node.meta["val"].device
+        for node in step.graph.find_nodes(op="placeholder")
+        if node.meta["role"] in ("parameter", "input") and node.meta["val"].device.type != "cpu"
+    }
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise CaptureError(f"the step is spread over several devices ({names}); plan one at a time")
+    return devices.pop().type if devices else "cpu"

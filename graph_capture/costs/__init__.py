@@ -1,0 +1,1 @@
+"""What a call costs: time by a roofline, scratch memory by rule."""

@@ -1,0 +1,79 @@
+"""Split dropout into its mask, one byte an element, and the noise made from it.
+
+Eager dropout on CPU draws ``noise = empty_like(x).bernoulli_(q)`` in the dtype
+of ``x``, divides it by ``q`` in place, multiplies, and saves the noise for
+backward: four bytes an element in float32. Drawing the same numbers as
+booleans and dividing afterwards gives the same bits and leaves the planner a
+choice of three: save the noise, save the mask, or draw the mask again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+_ALLOCATIONS = {aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default}
+
+
+def split_dropout(graph: Graph) -> int:
+    """Rewrite every dropout of ``graph`` in place; returns how many there were."""
+    count = 0
+    for node in list(graph.nodes):
+        if node.target is aten.bernoulli_.float and _split(graph, node):
+            count += 1
+    return count
+
+
+def _split(graph: Graph, draw: Node) -> bool:
+    noise = draw.args[0]
+    if not isinstance(noise, Node) or noise.target not in _ALLOCATIONS or len(draw.args) != 2:
+        return False
+    if draw.kwargs or not noise.meta["val"].dtype.is_floating_point:
+        return False
+    division = _next_user(noise, after=draw)
+    if division is None or division.target is not aten.div_.Scalar or division.users:
+        return False
+    keep_probability = division.args[1]
+    value = noise.meta["val"]
+
+    with graph.inserting_before(draw):
+        mask = graph.call_function(noise.target, noise.args, {**noise.kwargs, "dtype": torch.bool})
+        mask.meta.update({**noise.meta, "val": _like(value, torch.bool)})
+        drawn = graph.call_function(draw.target, (mask, draw.args[1]))
+        drawn.meta.update({**draw.meta, "val": mask.meta["val"], "writes": (mask,)})
+    with graph.inserting_before(division):
+        if value.dtype == torch.get_default_dtype():
+            scaled = graph.call_function(aten.div.Scalar, (mask, keep_probability))
+            scaled.meta.update({**division.meta, "val": value, "writes": ()})
+        else:
+            scaled = graph.call_function(aten._to_copy.default, (mask,), {"dtype": value.dtype})
+            scaled.meta.update({**division.meta, "val": value, "writes": ()})
+            again = graph.call_function(aten.div_.Scalar, (scaled, keep_probability))
+            again.meta.update({**division.meta, "val": value, "writes": (scaled,)})
+    graph.erase_node(division)
+    graph.erase_node(draw)
+    noise.replace_all_uses_with(scaled)
+    for user in scaled.users:
+        user.meta["writes"] = tuple(scaled if w is noise else w for w in user.meta["writes"])
+    graph.erase_node(noise)
+    return True
+
+
+def _next_user(node: Node, *, after: Node) -> Node | None:
+    """The first user of ``node`` behind ``after`` in graph order; None if one stands before."""
+    users = set(node.users)
+    current = node.next
+    while current.op != "root":
+        if current in users and current is not after:
+            return current if current > after else None
+        current = current.next
+    return None
+
+
+def _like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with tensor.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device
+        )

@@ -1,0 +1,97 @@
+"""Run a model's forward on stand-ins and leave no trace of it.
+
+A forward may cache tensors on its modules, append to lists, count steps and
+draw random numbers. While a model is captured its parameters are stand-ins, so
+anything that it leaves behind would poison later training. Everything that a
+module holds in its ``__dict__`` is put back, with the contents of lists, dicts
+and sets at any depth.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Afterwards the modules, the random generators and autocast's cache are as before."""
+    undo: list[Callable[[], None]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        _remember(module.__dict__, undo, seen)
+    cpu_state = torch.random.get_rng_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        for step in undo:
+            step()
+        torch.random.set_rng_state(cpu_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _remember(container: Any, undo: list[Callable[[], None]], seen: set[int]) -> None:
+    if id(container) in seen:
+        return
+    seen.add(id(container))
+    children: list[Any]
+    if isinstance(container, dict):
+        saved_dict = dict(container)
+        children = list(saved_dict.values())
+
+        def restore_dict() -> None:
+            container.clear()
+            container.update(saved_dict)
+
+        undo.append(restore_dict)
+    elif isinstance(container, list):
+        saved_list = list(container)
+        children = saved_list
+
+        def restore_list() -> None:
+            container[:] = saved_list
+
+        undo.append(restore_list)
+    elif isinstance(container, set):
+        saved_set = set(container)
+        children = []
+
+        def restore_set() -> None:
+            container.clear()
+            container.update(saved_set)
+
+        undo.append(restore_set)
+    else:
+        return
+    for child in children:
+        if type(child) in (dict, list, set) or isinstance(child, dict):
+            _remember(child, undo, seen)
+
+
+
+def swap_tensors(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put stand-ins in the place of every parameter and buffer (undone by ``undisturbed``).
+
+    Goes through ``setattr`` so that modules which keep second references, as
+    ``nn.LSTM`` does in ``_flat_weights``, notice.
+    """
+    for module in list(model.modules()):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                setattr(module, name, stand_in(parameter))
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                setattr(module, name, stand_in(buffer))

@@ -1,0 +1,280 @@
+"""Fold a traced step into operators and storages.
+
+Of a transformer's step two calls in three are views: they cost nothing and
+hold nothing, so they belong to the storage that they look at. In-place calls
+belong to the operator that allocated what they write to. What is left, calls
+that create memory or have an effect, are the operators that a plan decides on;
+each keeps the fx nodes that it stands for (:class:`OperatorCode`), so that a
+schedule can be turned into a graph again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._pytree import tree_iter
+
+from .errors import CaptureError
+from .purity import draws, hidden_writes, repeats_without_writing, why_pinned
+from .recorder import storage_id
+
+aten = torch.ops.aten
+
+
+@dataclass(kw_only=True)
+class OperatorCode:
+    """The fx nodes of one operator, while it is being put together.
+
+    Parameters
+    ----------
+    calls
+        Call nodes in order; tuple getters of theirs are in ``carriers``.
+    reads
+        External argument nodes and the storage that each looks at.
+    outputs
+        Storages that it allocates.
+    clones
+        ``(old, new)`` storages: it starts by cloning the old one into the new
+        one, because the call that follows overwrites what others still read.
+    draws
+        Whether it takes numbers from the default generator.
+    pinned, ordered
+        As in :class:`~graph_capture.cost_graph.Operator`.
+    """
+
+    calls: list[Node]
+    reads: dict[Node, int] = field(default_factory=dict)
+    outputs: list[int] = field(default_factory=list)
+    clones: list[tuple[int, int]] = field(default_factory=list)
+    draws: bool = False
+    pinned: str | None = None
+    ordered: bool = False
+
+
+@dataclass(kw_only=True)
+class Block:
+    """One storage, while the step is being folded."""
+
+    name: str
+    size_bytes: int
+    carriers: list[Node]  # nodes whose value owns the memory: everything else is a view of one
+    producer: OperatorCode | None = None
+    readers: list[OperatorCode] = field(default_factory=list)
+    device_type: str = "cpu"
+
+
+class Folder:
+    """Turns the calls of a traced graph into operators, in order."""
+
+    def __init__(self, placeholders: Iterable[Node]) -> None:
+        self.operators: list[OperatorCode] = []
+        self.blocks: list[Block] = []
+        self.current: dict[int, int] = {}  # storage id of the fake value -> block
+        self.written_resident: dict[int, str] = {}
+        for node in placeholders:
+            self.resident(node)
+
+    def resident(self, node: Node) -> int:
+        """Declare memory that comes from outside."""
+        sid = storage_id(node.meta["val"])
+        if sid not in self.current:
+            self.current[sid] = self._new_block(node)
+        elif node not in self.blocks[self.current[sid]].carriers:
+            self.blocks[self.current[sid]].carriers.append(node)
+        return self.current[sid]
+
+    def produce_outside(self, nodes: Iterable[Node]) -> OperatorCode:
+        """Declare memory that comes into being here, but by code that is not in the graph."""
+        code = OperatorCode(calls=[], pinned="it belongs to the training loop", ordered=True)
+        self.operators.append(code)
+        for node in nodes:
+            self._produce(code, node)
+        return code
+
+    def block_of(self, node: Node) -> int:
+        """The block that a node's value looks at."""
+        return self.current[storage_id(node.meta["val"])]
+
+    def fold(self, nodes: Iterable[Node]) -> None:
+        """Take in calls in graph order."""
+        for node in nodes:
+            if node.op == "call_function" and node.target is not operator.getitem:
+                self._fold_call(node)
+
+    # -- one call ------------------------------------------------------------
+
+    def _fold_call(self, node: Node) -> None:
+        results = [node] if isinstance(node.meta["val"], torch.Tensor) else _getitems(node)
+        fresh = [r for r in results if storage_id(r.meta["val"]) not in self.current]
+        written = self._written_blocks(node)
+        if not fresh and not written and results:
+            return  # a view, or a call that hands its argument back
+        code = OperatorCode(calls=[node], draws=draws(node), pinned=why_pinned(node))
+        code.reads = {argument: self.block_of(argument) for argument in node.all_input_nodes}
+        code.ordered = code.draws
+        if not results:
+            code.pinned, code.ordered = code.pinned or "it has an effect and no output", True
+        self._guard_resident(node, code, written)
+
+        inner = [k for k in written if self.blocks[k].producer is not None]
+        host = self._host(code, inner)
+        if host is None:
+            self._clone_first(code, inner)
+            self.operators.append(code)
+            host = code
+        for k in set(host.reads.values()):
+            if host not in self.blocks[k].readers:
+                self.blocks[k].readers.append(host)
+        for result in fresh:
+            self._produce(host, result)
+
+    def _written_blocks(self, node: Node) -> list[int]:
+        nodes = [*node.meta["writes"], *hidden_writes(node.target, node.args)]
+        return list(dict.fromkeys(self.block_of(n) for n in nodes))
+
+    def _guard_resident(self, node: Node, code: OperatorCode, written: list[int]) -> None:
+        """Writing to parameters, buffers or inputs happens once and in order; so does reading
+        what is written to."""
+        outside = [k for k in written if self.blocks[k].producer is None]
+        if outside:
+            code.ordered = True
+            if not repeats_without_writing(node.target, node.args):
+                code.pinned = code.pinned or f"writes to {self.blocks[outside[0]].name}"
+            for k in outside:
+                self.written_resident[k] = node.name
+
+    def _host(self, code: OperatorCode, inner: list[int]) -> OperatorCode | None:
+        """The operator that an in-place call can join, or ``None``.
+
+        It can when nobody else has read what it overwrites. It runs where the
+        allocation runs if its other arguments exist by then, else the
+        allocation moves to where the call is.
+        """
+        if len(inner) != 1:
+            return None
+        host = self.blocks[inner[0]].producer
+        assert host is not None
+        if not host.calls or any(r is not host for r in self.blocks[inner[0]].readers):
+            return None
+        position = self.operators.index(host)
+        others = {k for k in code.reads.values() if k not in host.outputs}
+        early = all(
+            (producer := self.blocks[k].producer) is None
+            or self.operators.index(producer) < position
+            for k in others
+        ) and not any(k in self.written_resident for k in others)
+        if early and not (code.ordered and self._ordered_after(position)):
+            self._join(host, code)
+            return host
+        read_meanwhile = any(
+            r is not host for k in host.outputs for r in self.blocks[k].readers
+        )
+        unmovable = host.ordered or any(k in self.written_resident for k in host.reads.values())
+        if read_meanwhile or unmovable:
+            return None
+        self._join(host, code)
+        self.operators.remove(host)
+        self.operators.append(host)
+        return host
+
+    def _ordered_after(self, position: int) -> bool:
+        return any(op.ordered for op in self.operators[position + 1 :])
+
+    def _join(self, host: OperatorCode, code: OperatorCode) -> None:
+        host.calls.extend(code.calls)
+        for argument, k in code.reads.items():
+            if k not in host.outputs:
+                host.reads[argument] = k
+        host.draws |= code.draws
+        host.ordered |= code.ordered
+        host.pinned = host.pinned or code.pinned
+
+    def _clone_first(self, code: OperatorCode, inner: list[int]) -> None:
+        """Overwrite a copy, so that what others read stays what it was."""
+        for k in inner:
+            old = self.blocks[k]
+            if len(old.carriers) != 1:
+                raise CaptureError(
+                    f"{code.calls[0].target} writes to memory that two outputs of one call share"
+                )
+            new = len(self.blocks)
+            self.blocks.append(
+                Block(
+                    name=f"{old.name}_rewritten_{new}",
+                    size_bytes=old.size_bytes,
+                    carriers=list(old.carriers),
+                    producer=code,
+                    device_type=old.device_type,
+                )
+            )
+            code.outputs.append(new)
+            code.clones.append((k, new))
+            self.current[storage_id(old.carriers[0].meta["val"])] = new
+
+    def _produce(self, code: OperatorCode, result: Node) -> None:
+        sid = storage_id(result.meta["val"])
+        if sid in self.current:  # a second output on the same memory
+            self.blocks[self.current[sid]].carriers.append(result)
+            return
+        k = self._new_block(result)
+        self.blocks[k].producer = code
+        self.current[sid] = k
+        code.outputs.append(k)
+
+    def _new_block(self, node: Node) -> int:
+        value = node.meta["val"]
+        self.blocks.append(
+            Block(
+                name=node.name,
+                size_bytes=value.untyped_storage().nbytes(),
+                carriers=[node],
+                device_type=value.device.type,
+            )
+        )
+        return len(self.blocks) - 1
+
+
+def pin_readers_of_written(folder: Folder) -> None:
+    """What reads a buffer that the step writes to would read something else the second time."""
+    for code in folder.operators:
+        for argument, k in code.reads.items():
+            if k not in folder.written_resident:
+                continue
+            code.ordered = True
+            if not all(
+                repeats_without_writing(call.target, call.args)
+                for call in code.calls
+                if argument in call.all_input_nodes
+            ):
+                name = folder.blocks[k].name
+                code.pinned = code.pinned or f"reads {name}, which the step writes to"
+
+
+def drop_unused(operators: list[OperatorCode], wanted: set[int]) -> list[OperatorCode]:
+    """Without operators that nobody reads from and that change nothing."""
+    needed = set(wanted)
+    kept = []
+    for code in reversed(operators):
+        effect = code.ordered or code.pinned is not None or not code.outputs
+        if effect or any(k in needed for k in code.outputs):
+            needed.update(code.reads.values())
+            needed.update(old for old, _ in code.clones)
+            kept.append(code)
+    return kept[::-1]
+
+
+def _getitems(node: Node) -> list[Node]:
+    return sorted(
+        (u for u in node.users if u.target is operator.getitem and u.args[0] is node),
+        key=lambda u: u.args[1],
+    )
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """Tensors of a nested value."""
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor)]

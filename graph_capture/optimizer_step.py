@@ -1,0 +1,129 @@
+"""What an optimizer holds and how much its step takes, without running it for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .recorder import MemoryMeter, storage_id
+
+_BY_NAME: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=1e-3),
+    "sgd_momentum": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "adafactor": torch.optim.Adafactor,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerStep:
+    """Memory of an optimizer.
+
+    Parameters
+    ----------
+    name
+        Class of the optimizer.
+    state_bytes
+        Bytes that it keeps between steps.
+    workspace_bytes
+        Bytes that its step takes beside parameters, gradients and state.
+    calls
+        What the step dispatches, for costing.
+    """
+
+    name: str
+    state_bytes: int
+    workspace_bytes: int
+    calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
+
+
+def measure_optimizer(
+    optimizer: torch.optim.Optimizer | str | None, model: nn.Module
+) -> OptimizerStep | None:
+    """State and workspace of ``optimizer`` on the parameters of ``model``.
+
+    A twin of the optimizer takes two steps on stand-ins of its parameters, so
+    this holds for any optimizer that allocates what it needs in ``step``.
+
+    Raises
+    ------
+    ValueError
+        When the name is unknown or the optimizer cannot step without a closure.
+    """
+    if optimizer is None:
+        return None
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake_mode:
+        twin, name = _twin(optimizer, model, fake_mode)
+        parameters = [p for group in twin.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        try:
+            twin.step()
+        except Exception as error:  # whatever a foreign optimizer raises on stand-ins
+            raise ValueError(
+                f"{name} cannot take a step on stand-ins of the parameters ({error}); "
+                "pass optimizer=None and leave room for its state in the budget"
+            ) from error
+        own = {storage_id(t) for p in parameters for t in (p, p.grad)}
+        state = {
+            storage_id(t): t.untyped_storage().nbytes()
+            for t in _tensors(twin.state)
+            if storage_id(t) not in own
+        }
+        known = own | set(state)
+        meter = MemoryMeter(known=known.__contains__)
+        with meter:
+            twin.step()
+    return OptimizerStep(
+        name=name,
+        state_bytes=sum(state.values()),
+        workspace_bytes=meter.peak_bytes,
+        calls=tuple(meter.calls),
+    )
+
+
+def _twin(
+    optimizer: torch.optim.Optimizer | str, model: nn.Module, fake_mode: FakeTensorMode
+) -> tuple[torch.optim.Optimizer, str]:
+    def stand_in(p: torch.Tensor) -> nn.Parameter:
+        return nn.Parameter(fake_mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
+
+    if isinstance(optimizer, str):
+        make = _BY_NAME.get(optimizer.lower())
+        if make is None:
+            raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(_BY_NAME)}")
+        twin = make([stand_in(p) for p in model.parameters() if p.requires_grad])
+        return twin, type(twin).__name__
+    groups = [
+        {**group, "params": [stand_in(p) for p in group["params"] if p.requires_grad]}
+        for group in optimizer.param_groups
+    ]
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(
+        {k: v for k, v in optimizer.__dict__.items() if k not in ("state", "param_groups")}
+    )
+    twin.__dict__["step"] = type(optimizer).step.__get__(twin)
+    torch.optim.Optimizer.__init__(
+        twin, [g for g in groups if g["params"]], dict(optimizer.defaults)
+    )
+    return twin, type(optimizer).__name__
+
+
+def _tensors(tree: Any) -> Iterable[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensors(value)

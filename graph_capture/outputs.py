@@ -1,0 +1,98 @@
+"""Take a model's output apart into tensors, and put it together from others.
+
+Known containers go through torch's pytree. Any other object that holds tensors
+(a key-value cache, say) is copied with the new tensors in the old one's places.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+
+@dataclass(frozen=True)
+class OutputTemplate:
+    """How to rebuild an output from its tensors.
+
+    ``leaves`` are pytree leaves; ``slots[i]`` is the index of leaf ``i``'s
+    tensor, a dict from ids to indices for an opaque object, or ``None`` for a
+    constant.
+    """
+
+    spec: TreeSpec
+    leaves: tuple[Any, ...]
+    slots: tuple[int | dict[int, int] | None, ...]
+
+    def build(self, tensors: list[torch.Tensor]) -> Any:
+        """The output with ``tensors`` in place of the ones it was made from."""
+        rebuilt = []
+        for leaf, slot in zip(self.leaves, self.slots, strict=True):
+            if slot is None:
+                rebuilt.append(leaf)
+            elif isinstance(slot, int):
+                rebuilt.append(tensors[slot])
+            else:
+                memo = {key: tensors[i] for key, i in slot.items()}
+                rebuilt.append(copy.deepcopy(leaf, memo))
+        return tree_unflatten(rebuilt, self.spec)
+
+
+def take_apart(output: Any) -> tuple[OutputTemplate, list[torch.Tensor]]:
+    """The template of ``output`` and its tensors, each once."""
+    tensors: list[torch.Tensor] = []
+    index_of: dict[int, int] = {}
+
+    def index(tensor: torch.Tensor) -> int:
+        if id(tensor) not in index_of:
+            index_of[id(tensor)] = len(tensors)
+            tensors.append(tensor)
+        return index_of[id(tensor)]
+
+    leaves, spec = tree_flatten(output)
+    slots: list[int | dict[int, int] | None] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            slots.append(index(leaf))
+        else:
+            held = _tensors_within(leaf)
+            slots.append({id(t): index(t) for t in held} if held else None)
+    kept = tuple(
+        None if isinstance(slot, int) else leaf for leaf, slot in zip(leaves, slots, strict=True)
+    )
+    return OutputTemplate(spec, kept, tuple(slots)), tensors
+
+
+def _tensors_within(value: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, (type, torch.nn.Module)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            found.append(item)
+        elif isinstance(item, dict):
+            todo.extend(item.values())
+        elif isinstance(item, (list, tuple, set)):
+            todo.extend(item)
+        elif hasattr(item, "__dict__"):
+            todo.extend(vars(item).values())
+    return found
+
+
+def find_loss(output: Any) -> torch.Tensor | None:
+    """The scalar that training differentiates: the output itself or its ``loss``."""
+    candidate = output
+    if not isinstance(output, torch.Tensor):
+        candidate = output.get("loss") if isinstance(output, dict) else None
+        if candidate is None:
+            candidate = getattr(output, "loss", None)
+    if isinstance(candidate, torch.Tensor) and candidate.numel() == 1:
+        return candidate if candidate.requires_grad else None
+    return None

@@ -1,0 +1,93 @@
+"""Which calls may run again, and how.
+
+A call may be repeated when it computes the same bits from the same inputs and
+changes nothing else. Three kinds need care: calls that draw random numbers
+(repeated from the recorded generator state), batch normalization (repeated
+without touching the running statistics) and choices that later calls follow
+(saved, so that a route never flips).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+# Batch normalizations that update running_mean and running_var (arguments 3, 4) although
+# their schema does not say so.
+_UNDECLARED_STATISTICS = {
+    aten.native_batch_norm.default,
+    aten.cudnn_batch_norm.default,
+    aten.miopen_batch_norm.default,
+}
+
+_CHOICES = {
+    "aten::topk",
+    "aten::sort",
+    "aten::argsort",
+    "aten::argmax",
+    "aten::argmin",
+    "aten::kthvalue",
+    "aten::nonzero",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::multinomial",
+    "aten::randperm",
+}
+
+_PURE_NAMESPACES = {"aten", "prims", "torchvision"}
+
+
+def hidden_writes(func: Any, args: tuple) -> tuple[torch.Tensor, ...]:
+    """Tensors that a call writes to without its schema saying so."""
+    if func in _UNDECLARED_STATISTICS and args[5]:
+        return tuple(t for t in args[3:5] if t is not None)
+    return ()
+
+
+def repeated_arguments(func: Any, args: tuple) -> tuple:
+    """Arguments for a repetition: batch statistics are computed, running ones left alone.
+
+    With ``training=True`` the output does not depend on the running
+    statistics, so leaving them out changes no bit of it.
+    """
+    if func in _UNDECLARED_STATISTICS and args[5]:
+        return (*args[:3], None, None, *args[5:])
+    return args
+
+
+def repeats_without_writing(func: Any, args: tuple) -> bool:
+    """Whether :func:`repeated_arguments` takes every effect out of the call."""
+    return func in _UNDECLARED_STATISTICS and bool(args[5])
+
+
+def draws(node: Node) -> bool:
+    """Whether the call takes numbers from a random generator."""
+    func = node.target
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            value = node.kwargs.get(
+                "dropout_p", node.args[i] if i < len(node.args) else argument.default_value
+            )
+            return bool(value)
+    return True
+
+
+def why_pinned(node: Node) -> str | None:
+    """Why the call must run exactly once, or ``None``."""
+    func = node.target
+    if func._schema.name in _CHOICES:
+        return "its choice decides what later calls read"
+    if func.namespace not in _PURE_NAMESPACES:
+        return "a custom operator; what else it does is unknown"
+    if any(isinstance(v, torch.Generator) for v in (*node.args, *node.kwargs.values())):
+        return "draws from a generator of its own"
+    return None

@@ -1,0 +1,290 @@
+"""Write down every call that eager PyTorch dispatches, as one torch.fx graph.
+
+The recorder sits below autograd and above fake tensors: it sees the kernels
+that an eager step would launch, forward and backward, in order, in-place calls
+included, and nothing is decomposed or functionalized. What it writes down is
+therefore what eager computes, to the bit.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map
+
+from .errors import CaptureError
+
+_TORCH_ROOT = str(Path(torch.__file__).parent)
+_OWN_ROOT = str(Path(__file__).parent)
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Identity of the memory behind ``tensor``; views share it."""
+    return tensor.untyped_storage()._cdata
+
+
+def written_arguments(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Tensors that the call writes to, by its schema."""
+    written: list[torch.Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = kwargs.get(argument.name, args[i] if i < len(args) else None)
+        written.extend(t for t in tree_iter(value) if isinstance(t, torch.Tensor))
+    return written
+
+
+def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """``aten.squeeze_.dim`` -> ``aten.squeeze.dim``."""
+    packet = getattr(getattr(torch.ops, func.namespace), func._schema.name.split("::")[1][:-1])
+    return getattr(packet, func._overloadname)
+
+
+class Recorder(TorchDispatchMode):
+    """Appends a node to ``graph`` for every call that is dispatched.
+
+    ``node.meta`` carries ``val`` (fake outputs), ``phase``, ``module_path``,
+    ``source``, and for calls that write: ``writes``, the nodes written to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.phase = "forward"
+        self.constants: dict[str, torch.Tensor] = {}
+        self._node_of: dict[int, Node] = {}
+        self._keep_alive: list[Any] = []
+        self._by_storage: dict[int, list[Node]] = {}
+        self._module_stack: list[str] = [""]
+        self._module_of_sequence: dict[int, tuple[str, str]] = {}
+
+    # -- what enters from outside ------------------------------------------
+
+    def placeholder(self, name: str, tensor: torch.Tensor, **meta: Any) -> Node:
+        """Declare an input of the step."""
+        node = self.graph.placeholder(name)
+        node.meta.update(meta)
+        self._bind(node, tensor)
+        return node
+
+    def node_of(self, tensor: torch.Tensor) -> Node:
+        """The node whose value ``tensor`` is.
+
+        Raises
+        ------
+        CaptureError
+            When the tensor came from nowhere that was seen.
+        """
+        node = self._node_of.get(id(tensor))
+        if node is not None:
+            return node
+        if not isinstance(tensor, FakeTensor):
+            return self._constant(tensor)
+        for candidate in self._by_storage.get(storage_id(tensor), ()):
+            if _same_view(candidate.meta["val"], tensor):
+                return candidate
+        raise CaptureError(
+            f"a tensor of shape {tuple(tensor.shape)} entered the step unseen "
+            f"({self._where()}); it may come from a tensor subclass or a cached value"
+        )
+
+    def _constant(self, tensor: torch.Tensor) -> Node:
+        if tensor.requires_grad:
+            raise CaptureError(
+                f"a tensor of shape {tuple(tensor.shape)} that requires grad is used in forward "
+                f"({self._where()}) but is no parameter of the model; register it as one"
+            )
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = tensor
+        node = self.graph.placeholder(name)
+        node.meta.update(role="constant", target=name)
+        self._bind(node, tensor)
+        return node
+
+    def _bind(self, node: Node, tensor: torch.Tensor) -> None:
+        node.meta["val"] = tensor
+        self._keep_alive.append(tensor)
+        self._node_of[id(tensor)] = node
+        self._by_storage.setdefault(storage_id(tensor), []).append(node)
+
+    # -- what is dispatched ------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            raise CaptureError(f"{func} cannot be recorded ({self._where()})")
+        if torch.Tag.inplace_view in func.tags and func._schema.name != "aten::set_":
+            return self._inplace_view(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
+            self._record(func, args, kwargs, out)
+        return out
+
+    def _inplace_view(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """``x.squeeze_()`` changes what ``x`` is: record ``y = x.squeeze()``, go on with y."""
+        tensor = args[0]
+        source = self.node_of(tensor)
+        frozen = tensor.detach()  # the node keeps the shape that it had
+        source.meta["val"] = frozen
+        self._keep_alive.append(frozen)
+        node_args = self._as_nodes(args)
+        out = func(*args, **kwargs)
+        node = self._call(functional_twin(func), node_args, kwargs)
+        self._bind(node, tensor)
+        return out
+
+    def _as_nodes(self, tree: Any) -> Any:
+        return tree_map(lambda x: self.node_of(x) if isinstance(x, torch.Tensor) else x, tree)
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Node:
+        node = self.graph.call_function(func, tuple(args), dict(kwargs))
+        module_path, source = self._origin()
+        node.meta.update(phase=self.phase, module_path=module_path, source=source, writes=())
+        return node
+
+    def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        if func is torch.ops.aten.lift_fresh.default:  # hands out a constant: give each run its own
+            func = torch.ops.aten.clone.default
+        node = self._call(func, self._as_nodes(args), self._as_nodes(kwargs))
+        node.meta["writes"] = tuple(
+            self.node_of(t) for t in written_arguments(func, args, kwargs)
+        )
+        if isinstance(out, torch.Tensor):
+            self._bind_output(node, out)
+            return
+        node.meta["val"] = None
+        leaves, _ = tree_flatten(out)
+        if isinstance(out, (tuple, list)) and len(leaves) == len(out):
+            for i, leaf in enumerate(out):
+                if isinstance(leaf, torch.Tensor):
+                    self._bind_output(self._getitem(node, i), leaf)
+        elif any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            raise CaptureError(f"{func} returns a nested structure ({self._where()})")
+
+    def _bind_output(self, node: Node, out: torch.Tensor) -> None:
+        node.meta["val"] = out
+        if id(out) in self._node_of:  # an in-place call that returns its argument
+            return
+        self._bind(node, out)
+
+    def _getitem(self, node: Node, i: int) -> Node:
+        import operator
+
+        item = self.graph.call_function(operator.getitem, (node, i))
+        item.meta.update({**node.meta, "writes": ()})
+        return item
+
+    # -- where it comes from -------------------------------------------------
+
+    def _origin(self) -> tuple[str, str]:
+        """Module path and source line; a backward call has those of its forward call."""
+        current = torch._C._current_autograd_node()
+        if self.phase == "backward" and current is not None:
+            return self._module_of_sequence.get(current._sequence_nr(), ("", ""))
+        origin = (self._module_stack[-1], self._where())
+        self._module_of_sequence[torch.autograd._get_sequence_nr() - 1] = origin
+        return origin
+
+    @staticmethod
+    def _where() -> str:
+        frame = sys._getframe(1)
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if not name.startswith((_TORCH_ROOT, _OWN_ROOT, "<")):
+                return f"{Path(name).name}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return "unknown line"
+
+    @contextmanager
+    def module_paths(self, model: torch.nn.Module) -> Iterator[None]:
+        """While active, calls know the submodule that they run in."""
+        path_of = {id(m): name for name, m in model.named_modules()}
+
+        def enter(module: torch.nn.Module, _args: Any) -> None:
+            self._module_stack.append(path_of.get(id(module), self._module_stack[-1]))
+
+        def leave(_module: torch.nn.Module, _args: Any, _out: Any) -> None:
+            self._module_stack.pop()
+
+        handles = [
+            torch.nn.modules.module.register_module_forward_pre_hook(enter),
+            torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.storage_offset() == b.storage_offset()
+        and a.dtype == b.dtype
+    )
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Peak of the memory that calls allocate while it is active, by real lifetimes.
+
+    For code that stays eager (the user's loss, the optimizer): storages are
+    followed by weak references, so Python locals and what autograd saves count
+    for as long as they are really held.
+    """
+
+    def __init__(self, known: Callable[[int], bool] = lambda _sid: False) -> None:
+        super().__init__()
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._known = known
+        self._seen: set[int] = set()
+        self.calls: list[tuple[Any, tuple, dict, Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, _shapes(args), _shapes(kwargs or {}), _shapes(out)))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor)
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        return out
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        sid = storage._cdata
+        if sid in self._seen or self._known(sid):
+            return
+        num_bytes = storage.nbytes()
+        self._seen.add(sid)
+        self.current_bytes += num_bytes
+
+        def freed() -> None:
+            self.current_bytes -= num_bytes
+            self._seen.discard(sid)
+
+        weakref.finalize(storage, freed)
+
+
+def _shapes(tree: Any) -> Any:
+    """Tensors replaced by meta stand-ins, so that no storage is held."""
+    return tree_map(
+        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        if isinstance(x, torch.Tensor)
+        else x,
+        tree,
+    )

@@ -1,0 +1,372 @@
+"""Trace a training step, forward, loss and backward, into one torch.fx graph.
+
+The model runs once on fake tensors under :class:`~graph_capture.recorder.Recorder`,
+autograd included, so the graph holds the very calls that eager dispatches.
+Nothing is allocated, and the model is left as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+
+from .call_spec import call_forward, tensors_of
+from .errors import CaptureError
+from .isolation import swap_tensors, undisturbed
+from .outputs import OutputTemplate, find_loss, take_apart
+from .recorder import MemoryMeter, Recorder, storage_id
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRegion:
+    """What the training loop does between forward and backward.
+
+    Parameters
+    ----------
+    label
+        ``"output"``, ``"output.loss"``, ``"loss_fn"`` or ``"outputs"``.
+    held_bytes
+        Bytes that stay allocated afterwards beside the tangents (the loss).
+    workspace_bytes
+        Bytes held only while it runs.
+    calls
+        ``(func, args, kwargs, out)`` with meta tensors, for costing.
+    """
+
+    label: str
+    held_bytes: int = 0
+    workspace_bytes: int = 0
+    calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedStep:
+    """One training step as a torch.fx graph.
+
+    Parameters
+    ----------
+    graph
+        Placeholders carry ``meta["role"]`` (parameter, buffer, input, constant,
+        tangent) and ``meta["target"]``; calls carry ``val``, ``phase``,
+        ``writes``, ``module_path`` and ``source``. The output is
+        ``(outputs, gradients)``.
+    outputs
+        Nodes of the tensors that forward returns.
+    template
+        Rebuilds the model's own output structure from them.
+    differentiated
+        Indices into ``outputs`` whose gradient the backward expects.
+    tangents
+        Placeholders of those gradients, in the same order.
+    gradients
+        ``(placeholder, gradient node)`` of every leaf that receives one.
+    constants
+        Tensors that forward uses beside parameters, buffers and inputs.
+    """
+
+    graph: Graph
+    outputs: tuple[Node, ...]
+    template: OutputTemplate
+    differentiated: tuple[int, ...]
+    tangents: tuple[Node, ...]
+    gradients: tuple[tuple[Node, Node], ...]
+    constants: Mapping[str, torch.Tensor]
+    loss: LossRegion
+    detached: tuple[int, ...]
+    how: str
+
+
+def trace_step(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+) -> TracedStep:
+    """Trace ``model`` on ``arguments`` (bound by name, see ``call_spec.bind_call``).
+
+    First as it stands, which takes the very branches that eager takes; where
+    that stops at a value that decides a branch, once more with
+    ``torch.compiler.is_compiling()`` true, for which many libraries keep a
+    branch-free path.
+
+    Raises
+    ------
+    CaptureError
+        When neither works; names the line of the model that stopped it.
+    """
+    attempts: list[tuple[str, Any]] = [
+        ("as eager runs it", nullcontext),
+        ("with torch.compiler.is_compiling()", _pretend_compiling),
+    ]
+    failures: list[tuple[str, BaseException]] = []
+    for how, context in attempts:
+        try:
+            with undisturbed(model), context():
+                return _trace(model, arguments, loss_fn, how)
+        except (NotFittingError, KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # whatever user code raises on stand-ins ends this attempt
+            logger.debug("capture %s failed", how, exc_info=True)
+            failures.append((how, error))
+    raise CaptureError(_explain(failures)) from failures[-1][1]
+
+
+class NotFittingError(CaptureError):
+    """The step was traced but is no training step."""
+
+
+@contextmanager
+def _pretend_compiling() -> Iterator[None]:
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
+
+
+def _trace(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    how: str,
+) -> TracedStep:
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = Recorder()
+    leaves: list[tuple[Node, torch.Tensor]] = []
+
+    def declare(tensor: torch.Tensor, role: str, targets: tuple[str, ...]) -> torch.Tensor:
+        fake = fake_mode.from_tensor(tensor, static_shapes=True)
+        if tensor.requires_grad and not fake.is_leaf:
+            fake = fake.detach().requires_grad_()
+        node = recorder.placeholder(
+            _identifier(role, targets[0]), fake, role=role, target=targets[0], targets=targets
+        )
+        if fake.requires_grad:
+            leaves.append((node, fake))
+        return fake
+
+    stand_ins = {
+        id(tensor): declare(tensor, role, names)
+        for role, tensor, names in _state(model)
+    }
+    given = tensors_of(arguments)
+    for i, tensor in enumerate(given):
+        if id(tensor) not in stand_ins:
+            stand_ins[id(tensor)] = declare(tensor, "input", (str(i),))
+    fake_arguments = _substitute(arguments, stand_ins)
+    swap_tensors(model, lambda tensor: stand_ins[id(tensor)])
+
+    with (
+        torch.autograd.set_multithreading_enabled(False),
+        torch.enable_grad(),
+        fake_mode,
+    ):
+        with recorder, recorder.module_paths(model):
+            output = call_forward(model, fake_arguments)
+        template, tensors = take_apart(output)
+        differentiated, tangents, loss = _differentiate(
+            output, template, tensors, loss_fn, recorder
+        )
+        tangent_nodes = tuple(
+            recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
+            for i, tangent in enumerate(tangents)
+        )
+        recorder.phase = "backward"
+        with recorder:
+            found = torch.autograd.grad(
+                [tensors[i] for i in differentiated],
+                [leaf for _, leaf in leaves],
+                tangents,
+                allow_unused=True,
+            )
+            gradients = _settle_gradients(leaves, found, tensors, recorder)
+
+    outputs = tuple(recorder.node_of(t) for t in tensors)
+    recorder.graph.output((list(outputs), [g for _, g in gradients]))
+    return TracedStep(
+        graph=recorder.graph,
+        outputs=outputs,
+        template=template,
+        differentiated=tuple(differentiated),
+        tangents=tangent_nodes,
+        gradients=tuple(gradients),
+        constants=recorder.constants,
+        loss=loss,
+        detached=tuple(
+            i for i, t in enumerate(tensors) if t.requires_grad and i not in differentiated
+        ),
+        how=how,
+    )
+
+
+def _state(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]]:
+    """Every parameter and buffer once, with all the names that it has."""
+    names: dict[int, list[str]] = {}
+    first: dict[int, tuple[str, torch.Tensor]] = {}
+    for role, named in (
+        ("parameter", model.named_parameters(remove_duplicate=False)),
+        ("buffer", model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in named:
+            first.setdefault(id(tensor), (role, tensor))
+            names.setdefault(id(tensor), []).append(name)
+    return [(role, tensor, tuple(names[key])) for key, (role, tensor) in first.items()]
+
+
+def _identifier(role: str, target: str) -> str:
+    return f"{role}_{target}".replace(".", "_")
+
+
+def _substitute(value: Any, stand_ins: Mapping[int, torch.Tensor]) -> Any:
+    from .call_spec import _map
+
+    return _map(value, lambda tensor: stand_ins[id(tensor)])
+
+
+def _differentiate(
+    output: Any,
+    template: OutputTemplate,
+    tensors: list[torch.Tensor],
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    recorder: Recorder,
+) -> tuple[list[int], list[torch.Tensor], LossRegion]:
+    """Which outputs are differentiated, with which gradients, and what that takes."""
+    wanting = [i for i, t in enumerate(tensors) if t.requires_grad]
+    if not wanting:
+        raise NotFittingError(
+            "no output of the model requires grad: nothing can be trained. Is a parameter "
+            "frozen by mistake, or the model in a no_grad block?"
+        )
+    if loss_fn is not None:
+        return _through_loss_fn(template, tensors, wanting, loss_fn, recorder)
+    loss = find_loss(output)
+    if loss is not None:
+        i = next(i for i, t in enumerate(tensors) if t is loss)
+        label = "output" if output is loss else "output.loss"
+        return [i], [torch.ones_like(loss)], LossRegion(label=label)
+    return (
+        wanting,
+        [torch.ones_like(tensors[i]) for i in wanting],
+        LossRegion(label="outputs"),
+    )
+
+
+def _through_loss_fn(
+    template: OutputTemplate,
+    tensors: list[torch.Tensor],
+    wanting: list[int],
+    loss_fn: Callable[[Any], torch.Tensor],
+    recorder: Recorder,
+) -> tuple[list[int], list[torch.Tensor], LossRegion]:
+    leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
+    known = {storage_id(t) for t in tensors}
+    meter = MemoryMeter(known=known.__contains__)
+    with meter:
+        loss = loss_fn(template.build([leaves.get(i, t) for i, t in enumerate(tensors)]))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise NotFittingError(
+                f"loss_fn must return a scalar tensor, got {getattr(loss, 'shape', loss)!r}"
+            )
+        if not loss.requires_grad:
+            raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    pairs = [(i, g) for i, g in zip(wanting, found, strict=True) if g is not None]
+    if not pairs:
+        raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
+    loss_bytes = loss.untyped_storage().nbytes()
+    tangent_bytes = sum(
+        {storage_id(g): g.untyped_storage().nbytes() for _, g in pairs}.values()
+    )
+    region = LossRegion(
+        label="loss_fn",
+        held_bytes=loss_bytes,
+        workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - loss_bytes),
+        calls=tuple(meter.calls),
+    )
+    tangents = [g.contiguous() if not _dense(g) else g for _, g in pairs]
+    return [i for i, _ in pairs], tangents, region
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill one block of memory without gap or overlap."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _settle_gradients(
+    leaves: list[tuple[Node, torch.Tensor]],
+    found: tuple[torch.Tensor | None, ...],
+    outputs: list[torch.Tensor],
+    recorder: Recorder,
+) -> list[tuple[Node, Node]]:
+    """Copy the gradients that autograd would copy, so that the copies are in the graph.
+
+    ``AccumulateGrad`` takes a gradient over as it is when nothing else holds
+    its memory and its layout is the parameter's; it clones it otherwise
+    (torch/csrc/autograd/functions/accumulate_grad.h).
+    """
+    taken = {storage_id(t) for t in outputs}
+    taken |= {storage_id(node.meta["val"]) for node in recorder.graph.find_nodes(op="placeholder")}
+    settled = []
+    for (node, leaf), gradient in zip(leaves, found, strict=True):
+        if gradient is None:
+            continue
+        if node.meta["role"] == "parameter":
+            fits = (
+                gradient.stride() == leaf.stride()
+                if _dense(leaf)
+                else gradient.is_contiguous()
+            )
+            if storage_id(gradient) in taken or not fits or not _owns_all(gradient):
+                copy = torch.empty_like(leaf, memory_format=torch.preserve_format)
+                gradient = copy.copy_(gradient)
+            taken.add(storage_id(gradient))
+        settled.append((node, recorder.node_of(gradient)))
+    return settled
+
+
+def _owns_all(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _explain(failures: list[tuple[str, BaseException]]) -> str:
+    lines = ["the model could not be captured as one graph:"]
+    for how, error in failures:
+        where = _user_frame(error)
+        text = str(error).strip().splitlines()
+        first = text[0] if text else ""
+        lines.append(f"  {how}: {type(error).__name__}: {first}{f' (at {where})' if where else ''}")
+    lines.append(
+        "  A branch or shape that depends on a tensor's value cannot be planned; write it with "
+        "torch.where, pass the value as an argument, or plan the part of the model around it."
+    )
+    return "\n".join(lines)
+
+
+def _user_frame(error: BaseException) -> str | None:
+    from .recorder import _OWN_ROOT, _TORCH_ROOT
+
+    place = None
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith((_TORCH_ROOT, _OWN_ROOT, "<")):
+            place = f"{name}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    return place
