@@ -22,3 +22,9 @@ def seed() -> int:
     """Seed of the global generator, set before each test."""
     torch.manual_seed(0)
     return 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``gpu`` are skipped where there is no CUDA device."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -20,7 +20,7 @@ from planner.measure import (
 )
 from planner.training_step import make_step, train_step
 from tests.bitwise import assert_same_tensors
-from tests.zoo import ZOO
+from tests.zoo import ZOO, cases
 
 FLOAT = 4
 CPU = torch.device("cpu")
@@ -94,10 +94,18 @@ def test_outputs_of_a_step_without_a_loss_get_gradients_of_ones():
     assert measured.peak_bytes == x.nbytes + weight + output + output + weight
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "resnet50", "unet", "convnext", "lstm", "mlp_bf16"])
-def test_peak_is_that_of_the_profiler(name):
+@pytest.mark.parametrize(
+    "case",
+    [
+        *cases("tiny", "gpt2", "t5", "resnet50", "unet", "convnext", "lstm", "mlp_bf16"),
+        *(
+            pytest.param(*param.values, id=f"{param.id}-small", marks=pytest.mark.slow)
+            for param in cases("small")
+        ),
+    ],
+)
+def test_peak_is_that_of_the_profiler(case):
     """The recorder and torch.profiler hear the same reports."""
-    case = ZOO[name]("tiny")
     model, sample = case.make(), case.sample(0)
     with case.context():
         measured = measure(model, sample, loss_fn=case.loss_fn, repeats=0)
