@@ -19,12 +19,16 @@ BOUND_TOLERANCE = 1e-5
 """Units of the objective taken off a bound, above HiGHS' dual tolerance (1e-7)."""
 
 
-def quiet_highs(*, time_limit_s: float, threads: int = 1, seed: int = 0) -> highspy.Highs:
-    """A HiGHS that prints nothing."""
+def quiet_highs(*, time_limit_s: float, seed: int = 0) -> highspy.Highs:
+    """A HiGHS that prints nothing and runs on one thread.
+
+    One, because HiGHS' scheduler is global to the process and refuses to run
+    with another number of threads than the first model had.
+    """
     h = highspy.Highs()
     h.setOptionValue("output_flag", False)
     h.setOptionValue("time_limit", float(max(time_limit_s, 0.01)))
-    h.setOptionValue("threads", threads)
+    h.setOptionValue("threads", 1)
     h.setOptionValue("random_seed", seed % 2**31)
     return h
 

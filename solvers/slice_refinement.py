@@ -110,7 +110,7 @@ def solve_relaxation(
     state: Incumbent, g: GraphArrays, model: SliceModel, *, seed: int, workers: int
 ) -> Relaxed:
     """Run HiGHS on the model, warm-started by the incumbent."""
-    h = quiet_highs(time_limit_s=max(state.left_s, 0.05), threads=workers, seed=seed)
+    h = quiet_highs(time_limit_s=max(state.left_s, 0.05), seed=seed)
     h.setOptionValue("mip_abs_gap", ABSOLUTE_GAP)
     h.setOptionValue("mip_rel_gap", 1e-9)
     h.passModel(model.lp)

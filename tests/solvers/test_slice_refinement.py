@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graph_capture.cost_graph import CostGraph
+from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
+from solvers.portfolio import solve
+from solvers.replay import replay
+from solvers.result import SolveStatus
+
+from .graphs import INSTANCES, cost_graphs, exhaustive_optimum
+
+
+@settings(max_examples=150, deadline=None)
+@given(graph=cost_graphs(), share=st.integers(0, 100))
+def test_agrees_with_exhaustive_search(graph: CostGraph, share: int) -> None:
+    """On small graphs it claims the optimum, or that nothing fits, exactly where that is so."""
+    budget_bytes = keep_all_peak_bytes(graph) * share // 100
+    optimum = exhaustive_optimum(graph, budget_bytes)
+    result = solve(graph, budget_bytes, solver="slice_refinement", time_limit_s=20)
+    if optimum is None:
+        assert result.status is SolveStatus.INFEASIBLE
+        return
+    assert result.lower_bound_ns <= optimum
+    assert result.status is SolveStatus.OPTIMAL
+    assert result.cost_ns == optimum
+    assert result.schedule is not None
+    outcome = replay(graph, result.schedule)
+    assert outcome.peak_bytes <= budget_bytes
+    assert outcome.cost_ns == result.cost_ns
+
+
+@pytest.mark.parametrize(
+    ("name", "fraction", "overhead_percent"),
+    [("G1", 0.9, 0.789), ("G1", 0.8, 2.296), ("chain32h", 0.5, 7.435)],
+)
+def test_proves_known_optima(name: str, fraction: float, overhead_percent: float) -> None:
+    """The optima that the instances' README states are found and proven."""
+    graph = load_instance(INSTANCES / f"{name}.json")
+    result = solve(graph, budget_of(graph, fraction), solver="slice_refinement", time_limit_s=60)
+    assert result.status is SolveStatus.OPTIMAL
+    assert result.cost_ns is not None
+    overhead = 100 * (result.cost_ns - graph.base_cost_ns) / graph.base_cost_ns
+    assert overhead == pytest.approx(overhead_percent, abs=5e-4)
