@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
 from .call_spec import bind_call, split_sample
@@ -43,6 +43,8 @@ class CapturedStep:
         For each storage the nodes whose value owns its memory.
     state_of
         For each operator that draws, the operator that records the generator.
+    state_node
+        Stands for any recorded state, which no node of the traced step is.
     loss
         Index of the operator that stands for the loss; what comes first runs
         in forward, what comes after in backward.
@@ -55,6 +57,7 @@ class CapturedStep:
     code: tuple[OperatorCode, ...]
     carriers: tuple[tuple[Node, ...], ...]
     state_of: Mapping[int, int]
+    state_node: Node
     loss: int
     device_type: str
 
@@ -134,6 +137,7 @@ class _Assembly:
         self.carriers: list[tuple[Node, ...]] = []
         self.state_of: dict[int, int] = {}
         self._storage_of: dict[int, int] = {}
+        self._state_node = Graph().placeholder("generator_state")
 
     def finish(self) -> CapturedStep:
         phase: Phase = "forward"
@@ -159,6 +163,7 @@ class _Assembly:
             code=tuple(self.code),
             carriers=tuple(self.carriers),
             state_of=self.state_of,
+            state_node=self._state_node,
             loss=loss_index,
             device_type=self._device_type,
         )
@@ -262,7 +267,16 @@ class _Assembly:
         )
 
     def _push(self, code: OperatorCode, operator: Operator) -> None:
-        self.code.append(code)
+        """Append an operator, its code now in terms of storages instead of blocks."""
+        at = self._storage_of
+        self.code.append(
+            replace(
+                code,
+                reads={node: at[k] for node, k in code.reads.items()},
+                outputs=[at[k] for k in code.outputs],
+                clones=[(at[old], at[new]) for old, new in code.clones],
+            )
+        )
         self.operators.append(operator)
 
     def _cost(self, call: Node) -> tuple[int, int]:

@@ -87,12 +87,8 @@ def _tensors_within(value: Any) -> list[torch.Tensor]:
 
 
 def find_loss(output: Any) -> torch.Tensor | None:
-    """The scalar that training differentiates: the output itself or its ``loss``."""
-    candidate = output
-    if not isinstance(output, torch.Tensor):
-        candidate = output.get("loss") if isinstance(output, dict) else None
-        if candidate is None:
-            candidate = getattr(output, "loss", None)
-    if isinstance(candidate, torch.Tensor) and candidate.numel() == 1:
-        return candidate if candidate.requires_grad else None
+    """The scalar that training differentiates: the output itself or its attribute ``loss``."""
+    candidate = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
+    if isinstance(candidate, torch.Tensor) and candidate.numel() == 1 and candidate.requires_grad:
+        return candidate
     return None

@@ -1,0 +1,297 @@
+"""Turn a schedule back into torch.fx: one forward and one backward graph.
+
+The schedule's runs before the loss become the forward graph, those after it
+the backward graph, in that order. A run that repeats an operator emits its
+calls again. Names survive where fx can keep them; views are emitted where they
+are first needed and again after their storage was recomputed. What the
+backward graph reads from before the loss is *saved*: forward returns it
+beside the outputs. Memory is freed by liveness, at the last use in the
+generated code, which is what the schedule's implied frees mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx.graph import CodeGen
+
+from graph_capture.capture import CapturedStep
+from graph_capture.operators import OperatorCode
+from graph_capture.purity import draws, repeated_arguments
+from graph_capture.recorder import storage_id
+from solvers.schedule import Schedule
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedGraphs:
+    """The rewritten step.
+
+    Parameters
+    ----------
+    forward, backward
+        Each takes one list of tensors, which it empties, and returns a list.
+        ``forward``: the values of ``forward_inputs`` to the outputs, then the
+        saved tensors. ``backward``: the tangents, the saved tensors and the
+        values of ``saved_inputs`` to the gradients.
+    forward_inputs
+        Placeholders of the traced step that forward takes.
+    saved_inputs
+        Placeholders that backward reads, passed on beside the saved tensors.
+    num_outputs
+        How many of forward's results are outputs of the model.
+    """
+
+    forward: GraphModule
+    backward: GraphModule
+    forward_inputs: tuple[Node, ...]
+    saved_inputs: tuple[Node, ...]
+    num_outputs: int
+
+
+def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
+    """Build the graphs that run ``schedule``, which must have passed replay."""
+    at_loss = schedule.order.index(captured.loss)
+    repeated = set(schedule.recomputed())
+    forward = _Emitter(captured, repeated, earlier=None)
+    forward.run(schedule.order[:at_loss])
+    outputs = [forward.value(node) for node in captured.step.outputs]
+
+    backward = _Emitter(captured, repeated, earlier=forward)
+    for tangent in captured.step.tangents:
+        backward.declare(tangent)
+    backward.run(schedule.order[at_loss + 1 :])
+    gradients = [backward.value(node) for _, node in captured.step.gradients]
+    backward.graph.output(gradients)
+    backward.order_placeholders()
+    forward.order_placeholders()
+
+    saved = list(backward.taken_over)
+    forward.graph.output([*outputs, *(forward.value_at(key) for key in saved)])
+    return PlannedGraphs(
+        forward=_compile(forward.graph, "PlannedForward"),
+        backward=_compile(backward.graph, "PlannedBackward"),
+        forward_inputs=tuple(forward.inputs),
+        saved_inputs=tuple(backward.inputs),
+        num_outputs=len(outputs),
+    )
+
+
+_Key = tuple[int, Node]  # a storage and the node of the traced step whose value owns it
+
+
+class _Emitter:
+    """Emits operators into one graph and knows where every storage's value is."""
+
+    def __init__(
+        self, captured: CapturedStep, repeated: set[int], earlier: _Emitter | None
+    ) -> None:
+        self._captured = captured
+        self._repeated = repeated
+        self._earlier = earlier
+        self._has_run: set[int] = set() if earlier is None else set(earlier._has_run)
+        self.graph = Graph()
+        self._values: dict[_Key, Node] = {}
+        self._views: dict[int, dict[Node, Node]] = {}
+        self.inputs: dict[Node, Node] = {}
+        self.taken_over: dict[_Key, Node] = {}
+        self._declared: list[Node] = []
+        self._first_call: Node | None = None
+        self._storage_by_id: dict[int, int] = {}
+        for k, carriers in enumerate(captured.carriers):
+            for carrier in carriers:
+                self._storage_by_id[storage_id(carrier.meta["val"])] = k  # the last rewriting wins
+        self._states = {
+            captured.state_of[v] for v in repeated if v in captured.state_of
+        }
+
+    # -- values ----------------------------------------------------------------
+
+    def declare(self, node: Node) -> None:
+        """A tangent: an input of the backward graph, in this place."""
+        k = self._storage_by_id[storage_id(node.meta["val"])]
+        self._values[k, node] = self._placeholder(node.name)
+        self._declared.append(self._values[k, node])
+
+    def order_placeholders(self) -> None:
+        """Tangents first, then what forward saved, then inputs of the step."""
+        ordered = [*self._declared, *self.taken_over.values(), *self.inputs.values()]
+        for before, after in itertools.pairwise(ordered):
+            before.append(after)
+
+    def value(self, node: Node) -> Node:
+        """The value of a node of the traced step, as it is at the end."""
+        return self._lookup(node, self._storage_by_id[storage_id(node.meta["val"])])
+
+    def value_at(self, key: _Key) -> Node:
+        """The latest value that carries a storage."""
+        return self._values[key]
+
+    def _placeholder(self, name: str) -> Node:
+        with self.graph.inserting_before(self._first_call):
+            return self.graph.placeholder(name)
+
+    def _carrier(self, k: int, node: Node) -> Node:
+        key = (k, node)
+        if key in self._values:
+            return self._values[key]
+        if node.op == "placeholder" and node.meta["role"] != "tangent":
+            self.inputs[node] = self._placeholder(node.name)
+            self._values[key] = self.inputs[node]
+        else:
+            assert self._earlier is not None and key in self._earlier._values, node
+            self.taken_over[key] = self._values[key] = self._placeholder(f"saved_{node.name}")
+        return self._values[key]
+
+    def _lookup(self, node: Node, k: int) -> Node:
+        """The value of ``node``, which looks at storage ``k``: its owner or a view of it."""
+        if node in self._captured.carriers[k]:
+            return self._carrier(k, node)
+        views = self._views.setdefault(k, {})
+        if node not in views:
+            args = map_arg(node.args, lambda n: self._lookup(n, k))
+            kwargs = map_arg(node.kwargs, lambda n: self._lookup(n, k))
+            views[node] = self._call(node.target, args, kwargs, node.name)
+        return views[node]
+
+    def _set(self, k: int, carrier: Node, value: Node) -> None:
+        if self._captured.graph.storages[k].kept and self._exists(k, carrier):
+            return  # every use reads the first version
+        self._values[k, carrier] = value
+        self._views.pop(k, None)
+
+    def _exists(self, k: int, carrier: Node) -> bool:
+        earlier = self._earlier is not None and (k, carrier) in self._earlier._values
+        return earlier or (k, carrier) in self._values
+
+    # -- operators ---------------------------------------------------------------
+
+    def run(self, order: tuple[int, ...]) -> None:
+        """Emit the runs of one part of the schedule."""
+        for v in order:
+            code = self._captured.code[v]
+            if code.calls:
+                self._emit(v, code, first=v not in self._has_run)
+            elif v in self._states:
+                self._record_state(v)
+            self._has_run.add(v)
+
+    def _emit(self, v: int, code: OperatorCode, *, first: bool) -> None:
+        for old, new in code.clones:
+            for carrier in self._captured.carriers[new]:
+                source = self._lookup(carrier, old)
+                clone = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
+                self._set(new, carrier, clone)
+        own = {
+            storage_id(carrier.meta["val"]): k
+            for k in code.outputs
+            for carrier in self._captured.carriers[k]
+        }
+
+        def argument(node: Node) -> Node:
+            k = own.get(storage_id(node.meta["val"]))
+            return self._lookup(node, code.reads[node] if k is None else k)
+
+        replayed = None if first else self._captured.state_of.get(v)
+        for call in code.calls:
+            args = map_arg(call.args, argument)
+            kwargs = map_arg(call.kwargs, argument)
+            if not first:
+                args = repeated_arguments(call.target, args)
+            if replayed is not None and draws(call):
+                swap = _SWAPS[self._captured.device_type]
+                state = self._carrier(*self._state_key(replayed))
+                before = self._call(swap, (state,), {}, "generator_before")
+                result = self._call(call.target, args, kwargs, call.name)
+                self._call(swap, (before,), {}, "generator_after")
+            else:
+                result = self._call(call.target, args, kwargs, call.name)
+            self._bind(call, result, own)
+
+    def _bind(self, call: Node, result: Node, own: dict[int, int]) -> None:
+        """Remember the results that own memory."""
+        if isinstance(call.meta["val"], torch.Tensor):
+            k = own.get(storage_id(call.meta["val"]))
+            if k is not None and call in self._captured.carriers[k]:
+                self._set(k, call, result)
+            return
+        for item in call.users:
+            if item.target is not operator.getitem:
+                continue
+            k = own.get(storage_id(item.meta["val"]))
+            if k is not None and item in self._captured.carriers[k]:
+                value = self._call(operator.getitem, (result, item.args[1]), {}, item.name)
+                self._set(k, item, value)
+
+    def _state_key(self, v: int) -> _Key:
+        k = self._captured.graph.operators[v].outputs[0]
+        return k, self._captured.state_node
+
+    def _record_state(self, v: int) -> None:
+        read = _READS[self._captured.device_type]
+        self._values[self._state_key(v)] = self._call(read, (), {}, "generator_state")
+
+    def _call(self, target: Any, args: Any, kwargs: Any, name: str) -> Node:
+        node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name)
+        if self._first_call is None:
+            self._first_call = node
+        return node
+
+
+# -- random generators -----------------------------------------------------------
+
+
+def read_cpu_generator() -> torch.Tensor:
+    """State of the default CPU generator, uint8[5056]."""
+    return torch.get_rng_state()
+
+
+def swap_cpu_generator(state: torch.Tensor) -> torch.Tensor:
+    """Set the state of the default CPU generator; returns the one that it had."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(state)
+    return before
+
+
+def read_cuda_generator() -> torch.Tensor:
+    """State of the current device's default generator, uint8[16] in host memory."""
+    return torch.cuda.get_rng_state()
+
+
+def swap_cuda_generator(state: torch.Tensor) -> torch.Tensor:
+    """Set the state of the current device's generator; returns the one that it had."""
+    before = torch.cuda.get_rng_state()
+    torch.cuda.set_rng_state(state)
+    return before
+
+
+_READS: dict[str, Callable] = {"cpu": read_cpu_generator, "cuda": read_cuda_generator}
+_SWAPS: dict[str, Callable] = {"cpu": swap_cpu_generator, "cuda": swap_cuda_generator}
+
+
+# -- generated code ----------------------------------------------------------------
+
+
+class _BoxedCodeGen(CodeGen):
+    """Arguments arrive in one list, which is emptied: the code then holds the only references
+    and can free each at its last use."""
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
+        names = [v.split(":")[0].split("=")[0].strip() for v in free_vars if v != "self"]
+        lines = [f"def {self._func_name}(self, boxed){maybe_return_annotation}:"]
+        if names:
+            lines += [f"    {', '.join(names)}, = boxed", "    boxed.clear()"]
+        return "\n".join(lines)
+
+
+def _compile(graph: Graph, name: str) -> GraphModule:
+    graph.set_codegen(_BoxedCodeGen())
+    graph.lint()
+    return GraphModule(torch.nn.Module(), graph, class_name=name)

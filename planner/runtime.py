@@ -1,0 +1,162 @@
+"""Run a planned step under autograd, in the place of a module's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.fx import Node
+
+from graph_capture.call_spec import tensors_of
+from graph_capture.capture import CapturedStep
+from graph_capture.outputs import OutputTemplate
+
+from .rewrite import PlannedGraphs
+
+_Fetch = Callable[[list[torch.Tensor]], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Where arguments come from and results go, by position."""
+
+    fetch: tuple[_Fetch, ...]  # inputs of the forward graph, from the call's tensors
+    saved_at: tuple[int, ...]  # positions of saved inputs among them
+    gradient_at: tuple[int | None, ...]  # for each input the index of its gradient
+    differentiated: tuple[int, ...]
+    tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
+    template: OutputTemplate
+
+
+class PlannedStep:
+    """The two graphs of a plan, bound to a module's parameters and buffers.
+
+    Call it with the arguments of ``forward`` by name; it returns what the
+    module returns, ready for ``backward()``.
+    """
+
+    def __init__(self, model: nn.Module, captured: CapturedStep, graphs: PlannedGraphs) -> None:
+        step = captured.step
+        inputs = list(graphs.forward_inputs)
+        inputs += [n for n in graphs.saved_inputs if n not in graphs.forward_inputs]
+        missing = [n for n, _ in step.gradients if n not in inputs]
+        self._num_forward = len(graphs.forward_inputs)
+        inputs += missing
+        position = {node: i for i, node in enumerate(inputs)}
+        gradient_of = {node: i for i, (node, _) in enumerate(step.gradients)}
+        self._forward = graphs.forward.forward
+        self._backward = graphs.backward.forward
+        self._num_outputs = graphs.num_outputs
+        self._layout = _Layout(
+            fetch=tuple(_fetch(node, model, step.constants) for node in inputs),
+            saved_at=tuple(position[n] for n in graphs.saved_inputs),
+            gradient_at=tuple(gradient_of.get(n) for n in inputs),
+            differentiated=step.differentiated,
+            tangents=tuple(n.meta["val"] for n in step.tangents),
+            template=step.template,
+        )
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Any:
+        given = tensors_of(arguments)
+        inputs = [fetch(given) for fetch in self._layout.fetch]
+        handed_over: list[torch.Tensor | None] = [None] * len(self._layout.tangents)
+        outputs = list(_Step.apply(self, handed_over, *inputs))
+        del inputs
+        for place, i in enumerate(self._layout.differentiated):
+            if outputs[i].numel() > 1:
+                outputs[i] = _HandOver.apply(outputs[i], handed_over, place)
+        return self._layout.template.build(outputs)
+
+    def run_forward(self, ctx: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        results = self._forward(list(inputs[: self._num_forward]))
+        outputs, saved = results[: self._num_outputs], results[self._num_outputs :]
+        ctx.save_for_backward(*saved, *(inputs[i] for i in self._layout.saved_at))
+        differentiated = set(self._layout.differentiated)
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(outputs) if i not in differentiated)
+        )
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    def run_backward(
+        self,
+        ctx: Any,
+        gradients: tuple[torch.Tensor | None, ...],
+        handed_over: list[torch.Tensor | None],
+    ) -> list[torch.Tensor | None]:
+        boxed: list[torch.Tensor] = []
+        for place, (i, expected) in enumerate(
+            zip(self._layout.differentiated, self._layout.tangents, strict=True)
+        ):
+            tangent = handed_over[place] if handed_over[place] is not None else gradients[i]
+            handed_over[place] = None
+            boxed.append(_fit_tangent(tangent, expected))
+            del tangent
+        boxed.extend(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()
+        with torch._C._DisableAutocast():
+            found = self._backward(boxed)
+        return [None if at is None else found[at] for at in self._layout.gradient_at]
+
+
+class _Step(torch.autograd.Function):
+    """One node of the autograd graph for the whole planned step."""
+
+    @staticmethod
+    def forward(ctx: Any, step: PlannedStep, handed_over: list, *inputs: torch.Tensor) -> Any:
+        ctx.step, ctx.handed_over = step, handed_over
+        with torch._C._DisableAutocast():
+            return step.run_forward(ctx, inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        return (None, None, *ctx.step.run_backward(ctx, gradients, ctx.handed_over))
+
+
+class _HandOver(torch.autograd.Function):
+    """Passes an output's gradient on in a list instead of as an argument.
+
+    The engine holds a node's arguments until the node has finished; for the one
+    node of a planned step that is the whole backward pass. Handed over in a
+    list, the gradient of the logits, say, is freed at its last use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, handed_over: list, place: int) -> torch.Tensor:
+        ctx.handed_over, ctx.place = handed_over, place
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.handed_over[ctx.place] = gradient
+        return gradient.new_empty(()).expand(gradient.shape), None, None
+
+
+def _fit_tangent(tangent: torch.Tensor | None, expected: torch.Tensor) -> torch.Tensor:
+    """The gradient of an output, in the layout that the backward graph was traced with."""
+    if tangent is None:
+        return torch.zeros(expected.shape, dtype=expected.dtype, device=expected.device)
+    if tangent.stride() == expected.stride() or tangent.is_contiguous():
+        return tangent
+    return tangent.contiguous()
+
+
+def _fetch(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor]) -> _Fetch:
+    """How to get at an input of the step when it is called."""
+    role, target = node.meta["role"], node.meta["target"]
+    if role == "input":
+        place = int(target)
+        return lambda given: given[place]
+    if role == "constant":
+        tensor = constants[target]
+        return lambda _given: tensor
+    path, _, name = target.rpartition(".")
+    owner = model.get_submodule(path)
+    table = owner._parameters if role == "parameter" else owner._buffers
+    return lambda _given: table[name]  # type: ignore[return-value]
