@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
@@ -16,7 +17,7 @@ from .call_spec import bind_call, split_sample
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.devices import Device, device_for
 from .costs.roofline import call_cost_ns
-from .costs.workspace import workspace_bytes
+from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .errors import CaptureError
 from .operators import Block, Folder, OperatorCode, drop_unused, pin_readers_of_written
@@ -105,7 +106,14 @@ def capture_step(
     gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
     operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
     return _Assembly(
-        step, folder.blocks, operators, loss, output_blocks, gradient_blocks, optimizer
+        step,
+        folder.blocks,
+        operators,
+        loss,
+        output_blocks,
+        gradient_blocks,
+        optimizer,
+        at_hand=not any(_is_stand_in(t) for t in model.parameters()),
     ).finish()
 
 
@@ -121,6 +129,7 @@ class _Assembly:
         output_blocks: set[int],
         gradient_blocks: set[int],
         optimizer: OptimizerStep | None,
+        at_hand: bool,
     ) -> None:
         self._step = step
         self._blocks = blocks
@@ -130,6 +139,7 @@ class _Assembly:
         self._gradients = gradient_blocks
         self._optimizer = optimizer
         self._device_type = _device_type(step)
+        self._probe = WorkspaceProbe(self._device_type, at_hand=at_hand)
         self._device: Device = device_for(self._device_type)
         self.operators: list[Operator] = []
         self.storages: list[Storage] = []
@@ -144,6 +154,8 @@ class _Assembly:
         for k, block in enumerate(self._blocks):
             if block.producer is None:
                 self._add_block(k, None, phase)
+        if self._step.loss.constant_bytes:
+            self._add_storage("held by loss_fn", self._step.loss.constant_bytes, None, "input")
         if self._optimizer is not None and self._optimizer.state_bytes:
             self._add_storage(
                 "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
@@ -179,6 +191,8 @@ class _Assembly:
         v = len(self.operators)
         outputs = tuple(self._add_block(k, v, phase) for k in code.outputs)
         costs = [self._cost(call) for call in code.calls]
+        for call in code.calls:
+            self._correct_outputs(call, code)
         last = code.calls[-1]
         clone_ns = sum(
             round(2e9 * self._blocks[old].size_bytes / self._device.bytes_per_s)
@@ -224,7 +238,7 @@ class _Assembly:
     def _add_loss(self, code: OperatorCode) -> int:
         v = len(self.operators)
         region = self._step.loss
-        outputs = [self._add_block(k, v, "loss") for k in code.outputs]
+        outputs = [self._add_tangent(k, v) for k in code.outputs]
         if region.held_bytes:
             outputs.append(self._add_storage("loss", region.held_bytes, v, "output", kept=True))
         self._push(
@@ -245,6 +259,18 @@ class _Assembly:
             ),
         )
         return v
+
+    def _add_tangent(self, k: int, v: int) -> int:
+        """The gradient of an output; freed at its last use unless someone else holds it.
+
+        The autograd engine holds what is not handed over (scalars), the caller
+        what it passes to ``backward``.
+        """
+        storage = self._add_block(k, v, "loss")
+        scalar = self._blocks[k].carriers[0].meta["val"].numel() <= 1
+        if scalar or self._step.loss.label == "outputs":
+            self.storages[storage] = replace(self.storages[storage], kept=True)
+        return storage
 
     def _add_optimizer(self) -> None:
         assert self._optimizer is not None
@@ -279,18 +305,28 @@ class _Assembly:
         )
         self.operators.append(operator)
 
-    def _cost(self, call: Node) -> tuple[int, int]:
-        def value(x: Any) -> Any:
-            return x.meta["val"] if isinstance(x, Node) else x
+    def _correct_outputs(self, call: Node, code: OperatorCode) -> None:
+        """Sizes of outputs that fake tensors know nothing of."""
+        sizes = self._probe.output_bytes(call.target, *_values(call))
+        if sizes is None:
+            return
+        of_node = {n: k for k in code.outputs for n in self._blocks[k].carriers}
+        for item in call.users:
+            if item in of_node:
+                k = self._storage_of[of_node[item]]
+                self.storages[k] = replace(self.storages[k], size_bytes=sizes[item.args[1]])
 
-        args, kwargs = tree_map(value, call.args), tree_map(value, call.kwargs)
+    def _cost(self, call: Node) -> tuple[int, int]:
+        args, kwargs = _values(call)
         out = call.meta["val"]
         if out is None:
             items = {u.args[1]: u.meta["val"] for u in call.users if u.target is operator.getitem}
             out = tuple(items.get(i) for i in range(len(call.target._schema.returns)))
         return (
             call_cost_ns(call.target, args, kwargs, out, self._device),
-            workspace_bytes(call.target, args, kwargs, out, self._device_type),
+            self._probe.bytes_of(
+                call.target, args, kwargs, grad_enabled=call.meta["phase"] == "forward"
+            ),
         )
 
     # -- storages --------------------------------------------------------------
@@ -343,6 +379,19 @@ class _Assembly:
         )
         self.carriers.append(carriers)
         return len(self.storages) - 1
+
+
+def _values(call: Node) -> tuple[tuple, dict]:
+    """The fake tensors that a call was made with."""
+
+    def value(x: Any) -> Any:
+        return x.meta["val"] if isinstance(x, Node) else x
+
+    return tree_map(value, call.args), tree_map(value, call.kwargs)
+
+
+def _is_stand_in(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _device_type(step: TracedStep) -> str:

@@ -252,10 +252,14 @@ class MemoryMeter(TorchDispatchMode):
         self._known = known
         self._seen: set[int] = set()
         self.calls: list[tuple[Any, tuple, dict, Any]] = []
+        self.constants: dict[int, int] = {}  # real tensors that the code brings along, in bytes
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        for tensor in tree_iter((args, kwargs)):
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
+                self.constants[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, _shapes(args), _shapes(kwargs or {}), _shapes(out)))
         for tensor in tree_iter(out):

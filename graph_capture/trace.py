@@ -36,7 +36,11 @@ class LossRegion:
     label
         ``"output"``, ``"output.loss"``, ``"loss_fn"`` or ``"outputs"``.
     held_bytes
-        Bytes that stay allocated afterwards beside the tangents (the loss).
+        Bytes that stay allocated afterwards beside the tangents: the loss, its own
+        gradient, and the element that stands for each tangent handed over (see
+        ``planner.runtime``).
+    constant_bytes
+        Bytes of the tensors that ``loss_fn`` brings along (targets).
     workspace_bytes
         Bytes held only while it runs.
     calls
@@ -45,6 +49,7 @@ class LossRegion:
 
     label: str
     held_bytes: int = 0
+    constant_bytes: int = 0
     workspace_bytes: int = 0
     calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
 
@@ -257,7 +262,7 @@ def _differentiate(
     return (
         wanting,
         [torch.ones_like(tensors[i]) for i in wanting],
-        LossRegion(label="outputs"),
+        LossRegion(label="outputs", held_bytes=sum(tensors[i].element_size() for i in wanting)),
     )
 
 
@@ -289,12 +294,12 @@ def _through_loss_fn(
     )
     region = LossRegion(
         label="loss_fn",
-        held_bytes=loss_bytes,
+        held_bytes=loss_bytes + loss.element_size() + sum(g.element_size() for _, g in pairs),
+        constant_bytes=sum(meter.constants.values()),
         workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - loss_bytes),
         calls=tuple(meter.calls),
     )
-    tangents = [g.contiguous() if not _dense(g) else g for _, g in pairs]
-    return [i for i, _ in pairs], tangents, region
+    return [i for i, _ in pairs], [g for _, g in pairs], region
 
 
 def _dense(tensor: torch.Tensor) -> bool:

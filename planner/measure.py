@@ -44,13 +44,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._profiler import _ExperimentalConfig
-from torch.autograd import (
-    ProfilerConfig,
-    ProfilerState,
-    _disable_profiler_legacy,
-    _enable_profiler_legacy,
-)
+
+from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
 
 from .training_step import (
     LossFn,
@@ -330,39 +325,6 @@ def _record_peak(call: Callable[[], Any], device: torch.device) -> tuple[int, in
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _record_cpu(call: Callable[[], Any]) -> int:
-    config = ProfilerConfig(
-        ProfilerState.CPU,
-        False,  # shapes
-        True,  # memory
-        False,  # stack
-        False,  # flops
-        False,  # modules
-        _ExperimentalConfig(),
-    )
-    _enable_profiler_legacy(config)
-    try:
-        returned = call()
-    finally:
-        records = _disable_profiler_legacy()
-    del returned
-    sizes = [e.cpu_memory_usage() for e in _in_order(records) if e.kind() == "memory_alloc"]
-    alive = peak = 0
-    for size in sizes:
-        alive += size
-        peak = max(peak, alive)
-    return peak
-
-
-def _in_order(records: list[list[Any]]) -> list[Any]:
-    """Merge the threads' lists by time; each list is in order already."""
-    busy = [thread for thread in records if thread]
-    if len(busy) <= 1:
-        return busy[0] if busy else []
-    start = busy[0][0]
-    return sorted((e for thread in busy for e in thread), key=start.cpu_elapsed_us)
 
 
 def _record_cuda(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:

@@ -102,6 +102,7 @@ class _Emitter:
         self._views: dict[int, dict[Node, Node]] = {}
         self.inputs: dict[Node, Node] = {}
         self.taken_over: dict[_Key, Node] = {}
+        self._grad_enabled = earlier is None
         self._declared: list[Node] = []
         self._first_call: Node | None = None
         self._storage_by_id: dict[int, int] = {}
@@ -178,10 +179,18 @@ class _Emitter:
         for v in order:
             code = self._captured.code[v]
             if code.calls:
+                self._set_grad_mode(self._captured.graph.operators[v].phase == "forward")
                 self._emit(v, code, first=v not in self._has_run)
             elif v in self._states:
                 self._record_state(v)
             self._has_run.add(v)
+        self._set_grad_mode(self._earlier is None)
+
+    def _set_grad_mode(self, enabled: bool) -> None:
+        """Repeat forward's operators in forward's grad mode: some kernels save more in it."""
+        if enabled != self._grad_enabled:
+            self._call(torch._C._set_grad_enabled, (enabled,), {}, "grad_mode")
+            self._grad_enabled = enabled
 
     def _emit(self, v: int, code: OperatorCode, *, first: bool) -> None:
         for old, new in code.clones:

@@ -72,7 +72,13 @@ class PlannedStep:
         return self._layout.template.build(outputs)
 
     def run_forward(self, ctx: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        results = self._forward(list(inputs[: self._num_forward]))
+        # As in eager: below autograd, with grad mode on (some kernels save more when it is).
+        with (
+            torch.enable_grad(),
+            torch._C._AutoDispatchBelowAutograd(),
+            torch._C._DisableAutocast(),
+        ):
+            results = self._forward(list(inputs[: self._num_forward]))
         outputs, saved = results[: self._num_outputs], results[self._num_outputs :]
         ctx.save_for_backward(*saved, *(inputs[i] for i in self._layout.saved_at))
         differentiated = set(self._layout.differentiated)
@@ -98,7 +104,7 @@ class PlannedStep:
             del tangent
         boxed.extend(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()
-        with torch._C._DisableAutocast():
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
             found = self._backward(boxed)
         return [None if at is None else found[at] for at in self._layout.gradient_at]
 
@@ -109,8 +115,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: PlannedStep, handed_over: list, *inputs: torch.Tensor) -> Any:
         ctx.step, ctx.handed_over = step, handed_over
-        with torch._C._DisableAutocast():
-            return step.run_forward(ctx, inputs)
+        return step.run_forward(ctx, inputs)
 
     @staticmethod
     @once_differentiable

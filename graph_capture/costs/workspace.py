@@ -1,33 +1,125 @@
 """Scratch memory that kernels take from the allocator while they run.
 
-Sizes follow from the kernels' sources, named beside each rule; a call that has
-no rule is counted with none.
+How much a kernel takes depends on the library behind it (oneDNN reorders
+weights into blocks that suit the processor, attention keeps tiles for each
+thread), so it is measured: each distinct call runs once, alone, on empty
+tensors of its shapes, under the allocator's record. Calls that are known to
+take none are not run, nor is anything when there is no real device at hand.
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map
+
+from .allocator import peak_extra_bytes
+
+logger = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+_PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+
+# Kernels that may take scratch and that are safe to run on zeros. Not every kernel is: one that
+# is handed another kernel's opaque state reads whatever lies there.
+_MAY_TAKE_SCRATCH = re.compile(
+    r"aten::(.*convolution.*|.*attention.*|.*_norm.*|.*softmax.*|sum|mean|var|var_mean|std|prod"
+    r"|logsumexp|norm|linalg_vector_norm|mm|addmm|bmm|baddbmm|index|index_put_?|_index_put_impl_"
+    r"|index_add_?|scatter_add_?|cumsum|upsample_.*|.*pool.*|topk|sort|nll_loss.*|embedding_dense"
+    r"_backward|grid_sampler_.*|mkldnn_rnn_layer)"
+)
+
+# Calls whose outputs are opaque to fake tensors: what they hold must be seen once.
+_OPAQUE_OUTPUTS = {"aten::mkldnn_rnn_layer"}
 
 
-def workspace_bytes(func: Any, args: tuple, kwargs: dict, out: Any, device_type: str) -> int:
-    """Bytes that the call allocates and frees again beside its outputs."""
-    if device_type != "cpu":
+class WorkspaceProbe:
+    """Measures the scratch memory of calls, each distinct one once.
+
+    Parameters
+    ----------
+    device_type
+        Where the calls run; only ``"cpu"`` is measured.
+    at_hand
+        Whether the model lies on a real device. If not, nothing is run and
+        scratch counts as zero.
+    """
+
+    def __init__(self, device_type: str, *, at_hand: bool) -> None:
+        self._measures = at_hand and device_type == "cpu"
+        self._known: dict[Any, int] = {}
+
+    def bytes_of(self, func: Any, args: tuple, kwargs: dict, *, grad_enabled: bool) -> int:
+        """Bytes that the call allocates and frees again beside its outputs."""
+        if not self._measures or torch.Tag.pointwise in func.tags:
+            return 0
+        name = func._schema.name
+        if _MAY_TAKE_SCRATCH.fullmatch(name) is None:
+            return 0
+        if name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
+            return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
+        key = (func, grad_enabled, _signature((args, kwargs)))
+        if key not in self._known:
+            self._known[key] = _measure(func, args, kwargs, grad_enabled)
+        return self._known[key]
+
+    def output_bytes(self, func: Any, args: tuple, kwargs: dict) -> tuple[int, ...] | None:
+        """Real bytes of each output, for the calls whose fake outputs do not tell."""
+        if not self._measures or func._schema.name not in _OPAQUE_OUTPUTS:
+            return None
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            results = func(*tree_map(_real, args), **tree_map(_real, kwargs))
+        return tuple(t.untyped_storage().nbytes() for t in results)
+
+
+def _must_copy(matrix: torch.Tensor) -> bool:
+    """Whether a product first copies this operand: neither rows nor columns are dense."""
+    if matrix.dim() < 2 or matrix.numel() == 0:
+        return False
+    rows, columns = matrix.shape[-2:]
+    row_stride, column_stride = matrix.stride()[-2:]
+    by_rows = column_stride == 1 and row_stride >= max(1, columns)
+    by_columns = row_stride == 1 and column_stride >= max(1, rows)
+    return not (by_rows or by_columns)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _signature(tree: Any) -> Any:
+    leaves, spec = tree_flatten(tree)
+    described = tuple(
+        (tuple(x.shape), tuple(x.stride()), x.dtype) if isinstance(x, torch.Tensor) else repr(x)
+        for x in leaves
+    )
+    return described, str(spec)
+
+
+def _measure(func: Any, args: tuple, kwargs: dict, grad_enabled: bool) -> int:
+    try:
+        real_args, real_kwargs = tree_map(_real, args), tree_map(_real, kwargs)
+        results: list[Any] = []
+        with torch.set_grad_enabled(grad_enabled), torch._C._AutoDispatchBelowAutograd():
+            peak = peak_extra_bytes(lambda: results.append(func(*real_args, **real_kwargs)))
+    except RuntimeError as error:
+        logger.debug("%s does not run on zeros, its scratch counts as zero: %s", func, error)
         return 0
-    rule = _CPU_RULES.get(func._schema.name)
-    return rule(args, kwargs, out) if rule is not None else 0
+    given = {t.untyped_storage()._cdata for t in tree_iter((real_args, real_kwargs)) if _is(t)}
+    produced = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_iter(results) if _is(t)
+    }
+    return max(0, peak - sum(size for sid, size in produced.items() if sid not in given))
 
 
-def _bernoulli(args: tuple, _kwargs: dict, _out: Any) -> int:
-    # aten/src/ATen/native/cpu/DistributionTemplates / bernoulli_mkl_kernel: draws into an int
-    # tensor first, unless the target is a contiguous int tensor.
-    target = args[0]
-    if target.dtype == torch.int32 and target.is_contiguous():
-        return 0
-    return target.numel() * 4 if torch.backends.mkl.is_available() else 0
+def _real(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(0)
 
 
-_CPU_RULES = {
-    "aten::bernoulli_": _bernoulli,
-}
+def _is(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
