@@ -114,8 +114,20 @@ class Walk:
         self.best_cost: int = int(NOTHING)
         self.seed = seed
 
-    def run(self, num_moves: int, deadline_s: float) -> int:
-        """Cool from hot to cold over ``num_moves`` or up to ``deadline_s``; moves made."""
+    def best_peak(self) -> int:
+        """Peak of the best plan, in bytes."""
+        order = np.empty(6 * self.g.num_operators + 16, dtype=np.int64)
+        memory = np.empty(len(order) + 1, dtype=np.int64)
+        *_, peak = _evaluate(
+            self.g, self.gaps, self.best_until, self.best_since, self.budget_bytes, order, memory
+        )
+        return int(peak)
+
+    def run(self, num_moves: int, deadline_s: float, *, first_fit: bool = False) -> int:
+        """Cool from hot to cold over ``num_moves`` or up to ``deadline_s``; moves made.
+
+        With ``first_fit``, stop as soon as a plan fits.
+        """
         base_cost = float(self.g.cost.sum())
         hot, cold = 3e-3 * base_cost, 2e-6 * base_cost
         price = 0.02 * base_cost
@@ -144,6 +156,8 @@ class Walk:
             )
             self.best_cost = int(cost)
             made += MOVES_PER_CHUNK
+            if first_fit and self.best_cost < NOTHING:
+                break
         return made
 
 

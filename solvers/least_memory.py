@@ -1,0 +1,138 @@
+"""The least memory that any schedule needs: how low a budget can be.
+
+Search: the plan of the lowest uniform segmentation is annealed against a
+budget a little below its own peak, again and again, in smaller steps when it
+fails; cost does not matter. Bound: while operator v first runs, its inputs,
+outputs and workspace are there, and so is whatever cannot be made again and is
+not done with: kept storages, and outputs of pinned operators that a later
+operator reads. Both figures are of schedules whose first runs keep the base
+order; between them the truth is open.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from graph_capture.cost_graph import CostGraph
+
+from .arrays import GraphArrays, IntArray, graph_arrays
+from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan
+from .local_search import NOTHING, Walk
+from .replay import replay
+from .schedule import Schedule
+from .uniform import segment_counts, segment_plan, turning_point
+
+MOVES_PER_TRY = 15_000
+SMALLEST_STEP = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class LeastMemory:
+    """The lowest peak found, and a proven lower bound on every peak.
+
+    Parameters
+    ----------
+    schedule
+        Its replay has the peak ``peak_bytes``.
+    lower_bound_bytes
+        No schedule whose first runs keep the base order has a lower peak.
+    holding
+        The operators that hold it up: those whose own need is the bound, when
+        the search reached it; else those that run at the schedule's peak.
+    """
+
+    schedule: Schedule
+    peak_bytes: int
+    lower_bound_bytes: int
+    holding: tuple[int, ...]
+
+
+def least_memory(graph: CostGraph, *, time_limit_s: float = 10.0, seed: int = 0) -> LeastMemory:
+    """Search the schedule of the lowest peak.
+
+    Raises
+    ------
+    ValueError
+        When the graph has no operators.
+    """
+    if graph.num_operators == 0:
+        raise ValueError("a graph without operators needs no schedule")
+    deadline_s = time.monotonic() + time_limit_s
+    g = graph_arrays(graph)
+    gaps = find_gaps(g)
+    need = needs_bytes(g)
+    bound = int(need.max())
+    plan, peak = _lowest_segmentation(graph, g, gaps)
+    plan, peak = _descend(g, gaps, plan, peak, bound, deadline_s, seed)
+    schedule = expand(g, gaps, plan)
+    if schedule is None:
+        raise RuntimeError("the best plan cannot be expanded")
+    outcome = replay(graph, schedule)
+    if outcome.peak_bytes <= bound:
+        holding = np.flatnonzero(need == bound)
+    else:
+        at_peak = np.flatnonzero(np.array(outcome.memory_bytes) == outcome.peak_bytes)
+        holding = np.unique(np.array(schedule.order)[at_peak])
+    return LeastMemory(schedule, outcome.peak_bytes, bound, tuple(int(v) for v in holding))
+
+
+def needs_bytes(g: GraphArrays) -> IntArray:
+    """For each operator the bytes that are there while it first runs, in every schedule."""
+    n = g.num_operators
+    forced = np.zeros(n + 1, dtype=np.int64)
+    need = np.full(n, g.resident_bytes, dtype=np.int64) + g.workspace
+    for k in range(g.num_storages):
+        uses = g.positions(k)
+        if len(uses) == 0:
+            continue
+        if g.kept[k]:
+            forced[uses[0]] += g.size[k]
+        elif g.pinned[uses[0]]:
+            forced[uses[0]] += g.size[k]
+            forced[uses[-1] + 1] -= g.size[k]
+        else:
+            need[uses] += g.size[k]
+    return need + np.cumsum(forced)[:n]
+
+
+def _lowest_segmentation(
+    graph: CostGraph, g: GraphArrays, gaps: Gaps
+) -> tuple[RetentionPlan, int]:
+    turn = turning_point(graph)
+    plans = [keep_all_plan(gaps)]
+    plans += [segment_plan(g, gaps, turn, count) for count in segment_counts(turn)[1:]]
+    scored = []
+    for i, plan in enumerate(plans):
+        schedule = expand(g, gaps, plan)
+        if schedule is not None and len(schedule.order) <= 6 * g.num_operators:
+            scored.append((replay(graph, schedule).peak_bytes, i))
+    peak, i = min(scored)
+    return plans[i], peak
+
+
+def _descend(
+    g: GraphArrays,
+    gaps: Gaps,
+    plan: RetentionPlan,
+    peak: int,
+    bound: int,
+    deadline_s: float,
+    seed: int,
+) -> tuple[RetentionPlan, int]:
+    """Lower the budget below the peak as long as annealing follows."""
+    step = 0.08
+    tries = 0
+    while step >= SMALLEST_STEP and peak > bound and time.monotonic() < deadline_s:
+        budget = max(bound, int(peak * (1 - step)))
+        walk = Walk(g, gaps, budget, plan, seed + 104_729 * tries)
+        tries += 1
+        walk.run(MOVES_PER_TRY, deadline_s, first_fit=True)
+        if walk.best_cost < NOTHING:
+            plan = RetentionPlan(walk.best_until.copy(), walk.best_since.copy())
+            peak = walk.best_peak()
+        else:
+            step /= 2
+    return plan, peak
