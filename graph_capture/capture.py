@@ -22,6 +22,7 @@ from .dropout import split_dropout
 from .errors import CaptureError
 from .operators import Block, Folder, OperatorCode, drop_unused, pin_readers_of_written
 from .optimizer_step import OptimizerStep
+from .recorder import storage_id
 from .trace import TracedStep, trace_step
 
 CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
@@ -147,7 +148,9 @@ class _Assembly:
         self.carriers: list[tuple[Node, ...]] = []
         self.state_of: dict[int, int] = {}
         self._storage_of: dict[int, int] = {}
+        self._resized: dict[int, torch.Tensor] = {}
         self._state_node = Graph().placeholder("generator_state")
+        self._state_node.meta["role"] = "generator"
 
     def finish(self) -> CapturedStep:
         phase: Phase = "forward"
@@ -307,17 +310,21 @@ class _Assembly:
 
     def _correct_outputs(self, call: Node, code: OperatorCode) -> None:
         """Sizes of outputs that fake tensors know nothing of."""
-        sizes = self._probe.output_bytes(call.target, *_values(call))
+        sizes = self._probe.output_bytes(call.target, *self._values(call))
         if sizes is None:
             return
         of_node = {n: k for k in code.outputs for n in self._blocks[k].carriers}
         for item in call.users:
             if item in of_node:
                 k = self._storage_of[of_node[item]]
-                self.storages[k] = replace(self.storages[k], size_bytes=sizes[item.args[1]])
+                num_bytes = sizes[item.args[1]]
+                self.storages[k] = replace(self.storages[k], size_bytes=num_bytes)
+                if not item.meta["val"].numel():
+                    stand_in = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+                    self._resized[storage_id(item.meta["val"])] = stand_in
 
     def _cost(self, call: Node) -> tuple[int, int]:
-        args, kwargs = _values(call)
+        args, kwargs = self._values(call)
         out = call.meta["val"]
         if out is None:
             items = {u.args[1]: u.meta["val"] for u in call.users if u.target is operator.getitem}
@@ -325,9 +332,19 @@ class _Assembly:
         return (
             call_cost_ns(call.target, args, kwargs, out, self._device),
             self._probe.bytes_of(
-                call.target, args, kwargs, grad_enabled=call.meta["phase"] == "forward"
+                call.target, args, kwargs, out, grad_enabled=call.meta["phase"] == "forward"
             ),
         )
+
+    def _values(self, call: Node) -> tuple[tuple, dict]:
+        """Stand-ins of the tensors that a call was made with."""
+
+        def value(x: Any) -> Any:
+            if not isinstance(x, Node):
+                return x
+            return self._resized.get(storage_id(x.meta["val"]), x.meta["val"])
+
+        return tree_map(value, call.args), tree_map(value, call.kwargs)
 
     # -- storages --------------------------------------------------------------
 
@@ -379,15 +396,6 @@ class _Assembly:
         )
         self.carriers.append(carriers)
         return len(self.storages) - 1
-
-
-def _values(call: Node) -> tuple[tuple, dict]:
-    """The fake tensors that a call was made with."""
-
-    def value(x: Any) -> Any:
-        return x.meta["val"] if isinstance(x, Node) else x
-
-    return tree_map(value, call.args), tree_map(value, call.kwargs)
 
 
 def _is_stand_in(tensor: torch.Tensor) -> bool:

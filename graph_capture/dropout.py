@@ -44,14 +44,10 @@ def _split(graph: Graph, draw: Node) -> bool:
         drawn = graph.call_function(draw.target, (mask, draw.args[1]))
         drawn.meta.update({**draw.meta, "val": mask.meta["val"], "writes": (mask,)})
     with graph.inserting_before(division):
-        if value.dtype == torch.get_default_dtype():
-            scaled = graph.call_function(aten.div.Scalar, (mask, keep_probability))
-            scaled.meta.update({**division.meta, "val": value, "writes": ()})
-        else:
-            scaled = graph.call_function(aten._to_copy.default, (mask,), {"dtype": value.dtype})
-            scaled.meta.update({**division.meta, "val": value, "writes": ()})
-            again = graph.call_function(aten.div_.Scalar, (scaled, keep_probability))
-            again.meta.update({**division.meta, "val": value, "writes": (scaled,)})
+        scaled = graph.call_function(aten._to_copy.default, (mask,), {"dtype": value.dtype})
+        scaled.meta.update({**division.meta, "val": value, "writes": ()})
+        divided = graph.call_function(aten.div_.Scalar, (scaled, keep_probability))
+        divided.meta.update({**division.meta, "val": value, "writes": (scaled,)})
     graph.erase_node(division)
     graph.erase_node(draw)
     noise.replace_all_uses_with(scaled)

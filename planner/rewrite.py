@@ -143,7 +143,7 @@ class _Emitter:
         key = (k, node)
         if key in self._values:
             return self._values[key]
-        if node.op == "placeholder" and node.meta["role"] != "tangent":
+        if node.op == "placeholder" and node.meta["role"] not in ("tangent", "generator"):
             self.inputs[node] = self._placeholder(node.name)
             self._values[key] = self.inputs[node]
         else:

@@ -29,7 +29,7 @@ _MAY_TAKE_SCRATCH = re.compile(
     r"aten::(.*convolution.*|.*attention.*|.*_norm.*|.*softmax.*|sum|mean|var|var_mean|std|prod"
     r"|logsumexp|norm|linalg_vector_norm|mm|addmm|bmm|baddbmm|index|index_put_?|_index_put_impl_"
     r"|index_add_?|scatter_add_?|cumsum|upsample_.*|.*pool.*|topk|sort|nll_loss.*|embedding_dense"
-    r"_backward|grid_sampler_.*|mkldnn_rnn_layer)"
+    r"_backward|grid_sampler_.*|mkldnn_rnn_layer|mkldnn_rnn_layer_backward)"
 )
 
 # Calls whose outputs are opaque to fake tensors: what they hold must be seen once.
@@ -52,12 +52,18 @@ class WorkspaceProbe:
         self._measures = at_hand and device_type == "cpu"
         self._known: dict[Any, int] = {}
 
-    def bytes_of(self, func: Any, args: tuple, kwargs: dict, *, grad_enabled: bool) -> int:
+    def bytes_of(
+        self, func: Any, args: tuple, kwargs: dict, out: Any, *, grad_enabled: bool
+    ) -> int:
         """Bytes that the call allocates and frees again beside its outputs."""
-        if not self._measures or torch.Tag.pointwise in func.tags:
+        if not self._measures:
             return 0
         name = func._schema.name
-        if _MAY_TAKE_SCRATCH.fullmatch(name) is None:
+        if torch.Tag.pointwise in func.tags:
+            # TensorIterator copies what it must cast first (aten/src/ATen/TensorIterator.cpp).
+            if len({t.dtype for t in tree_iter((args, kwargs, out)) if _is(t)}) <= 1:
+                return 0
+        elif _MAY_TAKE_SCRATCH.fullmatch(name) is None:
             return 0
         if name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
             return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
@@ -118,7 +124,8 @@ def _measure(func: Any, args: tuple, kwargs: dict, grad_enabled: bool) -> int:
 def _real(x: Any) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).fill_(0)
+    device = "cpu" if x.is_meta else x.device
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).fill_(0)
 
 
 def _is(value: Any) -> bool:
