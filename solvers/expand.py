@@ -25,7 +25,10 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from graph_capture.cost_graph import CostGraph
+
 from .arrays import ByteArray, GraphArrays, IntArray
+from .replay import replay
 from .schedule import Schedule
 
 
@@ -81,6 +84,33 @@ def expand(g: GraphArrays, gaps: Gaps, plan: RetentionPlan) -> Schedule | None:
     order = np.empty(16 * g.num_operators + 16, dtype=np.int64)
     length = expand_order(g, gaps, plan.until, plan.since, order)
     return None if length < 0 else Schedule(tuple(int(v) for v in order[:length]))
+
+
+def plan_of(graph: CostGraph, gaps: Gaps, schedule: Schedule) -> RetentionPlan:
+    """The retention plan nearest to ``schedule``.
+
+    Exact but for versions that neither begin nor end a gap, which are lost:
+    the expansion of the plan makes them again.
+    """
+    front_of: list[int] = []  # base operator that a run is for
+    front = 0
+    for v in schedule.order:
+        front_of.append(front)
+        front += v == front
+    plan = RetentionPlan(gaps.begin.copy(), gaps.end.copy())
+    versions: dict[int, list[tuple[int, int]]] = {}
+    for k, born, last in replay(graph, schedule).live:
+        versions.setdefault(k, []).append((front_of[born], front_of[last]))
+    for h in range(gaps.num):
+        begin, end = int(gaps.begin[h]), int(gaps.end[h])
+        for born, last in versions.get(int(gaps.storage[h]), []):
+            if born <= begin <= last:
+                plan.until[h] = max(plan.until[h], min(last, end))
+            elif begin < born < end and (
+                last >= end or (end == graph.num_operators and last > born)
+            ):
+                plan.since[h] = min(plan.since[h], born)
+    return plan
 
 
 @njit(cache=True, nogil=True)

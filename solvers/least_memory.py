@@ -98,9 +98,7 @@ def needs_bytes(g: GraphArrays) -> IntArray:
     return need + np.cumsum(forced)[:n]
 
 
-def _lowest_segmentation(
-    graph: CostGraph, g: GraphArrays, gaps: Gaps
-) -> tuple[RetentionPlan, int]:
+def _lowest_segmentation(graph: CostGraph, g: GraphArrays, gaps: Gaps) -> tuple[RetentionPlan, int]:
     turn = turning_point(graph)
     plans = [keep_all_plan(gaps)]
     plans += [segment_plan(g, gaps, turn, count) for count in segment_counts(turn)[1:]]

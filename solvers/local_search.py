@@ -26,12 +26,24 @@ from numba import njit
 from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, graph_arrays
-from .expand import Gaps, RetentionPlan, expand, expand_order, find_gaps, keep_all_plan
+from .expand import Gaps, RetentionPlan, expand, expand_order, find_gaps, keep_all_plan, plan_of
 from .fast_replay import VALID, replay_order
 from .schedule import Schedule
 from .uniform import segment_counts, segment_plan, turning_point
 
 MOVES_PER_CHUNK = 500
+HEAT = 3e-3
+COLD = 2e-6
+"""Temperatures at the beginning and at the end, as shares of the step's cost."""
+
+LATE = 0.05
+"""How far the clock may run ahead of the moves before it sets the temperature.
+
+Below that the clock has no say, and a search that it does not cut is reproducible.
+"""
+
+COOL = 2e-4
+"""Temperature to begin with when the start is nearly good."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,8 @@ def local_search(
     time_limit_s: float = 2.0,
     num_moves: int = 40_000,
     seed: int = 0,
-    start: RetentionPlan | None = None,
+    start: Schedule | None = None,
+    heat: float = HEAT,
 ) -> SearchOutcome:
     """Anneal until ``num_moves`` are spent or the time is over.
 
@@ -59,13 +72,18 @@ def local_search(
     ----------
     start
         Walk from here alone instead of from the keep-all and segment plans.
+    heat
+        Temperature at the beginning, as a share of the step's cost.
     """
     begin_s = time.monotonic()
     g = graph_arrays(graph)
     gaps = find_gaps(g)
-    starts = [start] if start is not None else _starts(graph, g, gaps, budget_bytes)
+    if start is not None:
+        starts = [plan_of(graph, gaps, start)]
+    else:
+        starts = _starts(graph, g, gaps, budget_bytes)
     walks = [
-        Walk(g, gaps, budget_bytes, plan, seed + 7919 * i) for i, plan in enumerate(starts)
+        Walk(g, gaps, budget_bytes, plan, seed + 7919 * i, heat) for i, plan in enumerate(starts)
     ]
     share = max(MOVES_PER_CHUNK, num_moves // len(walks))
     spent = 0
@@ -79,9 +97,7 @@ def local_search(
     return SearchOutcome(expand(g, gaps, plan), plan, best.best_cost, spent)
 
 
-def _starts(
-    graph: CostGraph, g: GraphArrays, gaps: Gaps, budget_bytes: int
-) -> list[RetentionPlan]:
+def _starts(graph: CostGraph, g: GraphArrays, gaps: Gaps, budget_bytes: int) -> list[RetentionPlan]:
     """Keep-all, and the best one or two segment plans at this budget."""
     turn = turning_point(graph)
     scored: list[tuple[int, int, RetentionPlan]] = []
@@ -106,13 +122,20 @@ class Walk:
     """One annealing walk, resumable."""
 
     def __init__(
-        self, g: GraphArrays, gaps: Gaps, budget_bytes: int, start: RetentionPlan, seed: int
+        self,
+        g: GraphArrays,
+        gaps: Gaps,
+        budget_bytes: int,
+        start: RetentionPlan,
+        seed: int,
+        heat: float = HEAT,
     ) -> None:
         self.g, self.gaps, self.budget_bytes = g, gaps, budget_bytes
         self.until, self.since = start.until.copy(), start.since.copy()
         self.best_until, self.best_since = start.until.copy(), start.since.copy()
         self.best_cost: int = int(NOTHING)
         self.seed = seed
+        self.heat = heat
 
     def best_peak(self) -> int:
         """Peak of the best plan, in bytes."""
@@ -128,8 +151,8 @@ class Walk:
 
         With ``first_fit``, stop as soon as a plan fits.
         """
-        base_cost = float(self.g.cost.sum())
-        hot, cold = 3e-3 * base_cost, 2e-6 * base_cost
+        base_cost = max(1.0, float(self.g.cost.sum()))
+        hot, cold = self.heat * base_cost, COLD * base_cost
         price = 0.02 * base_cost
         made = 0
         begin_s = time.monotonic()
@@ -138,7 +161,9 @@ class Walk:
             now_s = time.monotonic()
             if now_s >= deadline_s:
                 break
-            done = max(made / num_moves, (now_s - begin_s) / span_s)
+            done, time_done = made / num_moves, (now_s - begin_s) / span_s
+            if time_done > done + LATE:
+                done = time_done
             heat = hot * (cold / hot) ** done
             cost, price = _anneal(
                 self.g,
@@ -185,6 +210,8 @@ def _anneal(  # type: ignore[no-untyped-def]
     np.random.seed(seed)
     num_ops = g.cost.size
     num_gaps = gaps.begin.size
+    if num_gaps == 0:
+        num_moves = 0
     highest_price = 1e4 * g.cost.sum() + 1.0
     lowest_price = 1e-6 * g.cost.sum()
     order = np.empty(6 * num_ops + 16, np.int64)

@@ -94,7 +94,7 @@ def _local_search(state: Incumbent, seed: int, workers: int) -> None:
 def _slice_refinement(state: Incumbent, seed: int, workers: int) -> None:
     _keep_all(state, seed, workers)
     if not state.solved:
-        slice_refinement(state, seed=seed, workers=workers)
+        slice_refinement(state, seed=seed)
 
 
 def _auto(state: Incumbent, seed: int, workers: int) -> None:
@@ -110,7 +110,7 @@ def _auto(state: Incumbent, seed: int, workers: int) -> None:
         seed=seed,
     )
     state.offer(outcome.schedule, "local_search")
-    slice_refinement(state, seed=seed, workers=workers)
+    slice_refinement(state, seed=seed)
 
 
 SOLVERS: dict[str, Callable[[Incumbent, int, int], None]] = {

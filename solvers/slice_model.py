@@ -143,9 +143,7 @@ class _Rows:
         self.upper.append(upper - shift)
         self.num += len(lower)
 
-    def add_one(
-        self, cols: NDArray[np.int32], factors: NDArray[np.float64], upper: float
-    ) -> None:
+    def add_one(self, cols: NDArray[np.int32], factors: NDArray[np.float64], upper: float) -> None:
         """A single row ``Σ factors cols ≤ upper``."""
         shift = float(factors[cols == ALWAYS].sum())
         real = cols >= 0
@@ -375,7 +373,7 @@ def _add_memory(
     cols[touched] = ABSENT
     left -= int(g.size[cols == ALWAYS].sum())
     ks = np.flatnonzero((cols >= 0) & (g.size > 0))
-    rows.add_one(cols[ks], g.size[ks] * scale, left * scale)
+    rows.add_one(cols[ks], (g.size[ks] * scale).astype(np.float64), left * scale)
     return left < 0
 
 
@@ -386,7 +384,7 @@ def _add_virtual_memory(
     cols = columns.l_col[t]
     left = room - int(g.size[cols == ALWAYS].sum())
     ks = np.flatnonzero((cols >= 0) & (g.size > 0))
-    rows.add_one(cols[ks], g.size[ks] * scale, left * scale)
+    rows.add_one(cols[ks], (g.size[ks] * scale).astype(np.float64), left * scale)
 
 
 def _add_transient(

@@ -19,7 +19,7 @@ Where the excess lies
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import highspy
 import numpy as np
@@ -27,10 +27,12 @@ from numpy.typing import NDArray
 
 from graph_capture.cost_graph import CostGraph
 
-from .arrays import ByteArray, GraphArrays, graph_arrays
+from .arrays import GraphArrays, graph_arrays
 from .highs import OBJECTIVE_SCALE, quiet_highs, rounded_bound
 from .incumbent import Incumbent
+from .local_search import COOL, local_search
 from .replay import Replay, replay
+from .result import OPTIMAL_GAP
 from .schedule import Schedule
 from .slice_model import SliceModel, Slicing, build_slice_model
 from .slice_schedule import schedule_of, solution_of
@@ -38,7 +40,13 @@ from .slice_schedule import schedule_of, solution_of
 ABSOLUTE_GAP = 0.3
 """Units of the objective (0.01 % of the step) within which a relaxation counts as solved."""
 
+LOOSE_GAP = 20.0
+"""The same, as long as nothing is known to fit."""
+
 NAME = "slice_refinement"
+
+REPAIR_MOVES = 20_000
+REPAIR_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,43 +63,81 @@ class Relaxed:
     solved: bool
 
 
-def slice_refinement(
-    state: Incumbent, *, seed: int = 0, workers: int = 1, max_rounds: int = 1000
-) -> None:
+def slice_refinement(state: Incumbent, *, seed: int = 0, max_rounds: int = 1000) -> None:
     """Refine until ``state`` is solved or its time is over."""
     graph = state.graph
     g = graph_arrays(graph)
     slicing = first_slices(graph, state.budget_bytes)
+    tight = False
     for _ in range(max_rounds):
         if state.solved or state.left_s <= 0:
             return
         begin_s = time.monotonic()
         model = build_slice_model(g, slicing, state.budget_bytes)
-        relaxed = solve_relaxation(state, g, model, seed=seed, workers=workers)
+        gap = ABSOLUTE_GAP if tight else _loose_gap(state)
+        relaxed = solve_relaxation(state, g, model, seed=seed, absolute_gap=gap)
         if model.infeasible or relaxed.infeasible:
             state.exclude(NAME, f"the relaxation with {len(slicing.slices)} slices has no solution")
             return
-        state.raise_bound(graph.base_cost_ns + rounded_bound(relaxed.bound, graph.base_cost_ns), NAME)
+        state.raise_bound(_bound_ns(graph, relaxed.bound), NAME)
         if relaxed.values is None:
-            state.note(f"{NAME}: no solution of {len(slicing.slices)} slices in time")
+            state.note(f"{NAME}: no solution of {_describe(slicing, model)} in time")
             return
         schedule = schedule_of(g, model, relaxed.values)
         if schedule is None:
             raise RuntimeError("a solution of the slice relaxation misses an input")
         outcome = replay(graph, schedule)
-        state.offer(schedule, NAME)
-        refined = refine(g, slicing, schedule, outcome, state.budget_bytes)
-        base = graph.base_cost_ns
         state.note(
-            f"{NAME}: {len(slicing.slices)} slices, {sum(n for _, n in slicing.num_virtual)} virtual, "
-            f"{len(slicing.transients)} transients, {model.num_cols} columns, "
-            f"{time.monotonic() - begin_s:.2f} s, bound {relaxed.bound / 100:.3f} %, solution "
-            f"{100 * (outcome.cost_ns - base) / base:.3f} % at "
+            f"{NAME}: {_describe(slicing, model)}, {time.monotonic() - begin_s:.2f} s: "
+            f"bound {relaxed.bound / 100:.3f} %, solution "
+            f"{100 * (outcome.cost_ns / max(1, graph.base_cost_ns) - 1):.3f} % at "
             f"{outcome.peak_bytes / max(1, state.budget_bytes):.3f} of the budget"
         )
+        state.offer(schedule, NAME)
+        refined = refine(g, slicing, schedule, outcome, state.budget_bytes)
         if refined == slicing:
-            return
+            if tight:
+                return
+            tight = True
+            continue
+        tight = False
         slicing = refined
+        _repair(state, schedule, seed)
+
+
+def _loose_gap(state: Incumbent) -> float:
+    """A tenth of what is open between incumbent and bound, in units of the objective."""
+    if state.cost_ns is None:
+        return LOOSE_GAP
+    open_ns = state.cost_ns - state.bound_ns
+    return max(ABSOLUTE_GAP, 0.1 * open_ns * OBJECTIVE_SCALE / max(1, state.graph.base_cost_ns))
+
+
+def _bound_ns(graph: CostGraph, scaled: float) -> int:
+    return graph.base_cost_ns + rounded_bound(scaled, graph.base_cost_ns)
+
+
+def _describe(slicing: Slicing, model: SliceModel) -> str:
+    return (
+        f"{len(slicing.slices)} slices, {sum(n for _, n in slicing.num_virtual)} virtual, "
+        f"{len(slicing.transients)} transients, {model.num_cols} columns"
+    )
+
+
+def _repair(state: Incumbent, schedule: Schedule, seed: int) -> None:
+    """Anneal a solution that may not fit into a schedule that does."""
+    if state.solved:
+        return
+    outcome = local_search(
+        state.graph,
+        state.budget_bytes,
+        time_limit_s=min(REPAIR_S, max(0.0, state.left_s)),
+        num_moves=REPAIR_MOVES,
+        seed=seed,
+        start=schedule,
+        heat=COOL,
+    )
+    state.offer(outcome.schedule, f"local_search after {NAME}")
 
 
 def first_slices(graph: CostGraph, budget_bytes: int, num: int = 6) -> Slicing:
@@ -107,11 +153,16 @@ def first_slices(graph: CostGraph, budget_bytes: int, num: int = 6) -> Slicing:
 
 
 def solve_relaxation(
-    state: Incumbent, g: GraphArrays, model: SliceModel, *, seed: int, workers: int
+    state: Incumbent, g: GraphArrays, model: SliceModel, *, seed: int, absolute_gap: float
 ) -> Relaxed:
-    """Run HiGHS on the model, warm-started by the incumbent."""
+    """Run HiGHS on the model, warm-started by the incumbent.
+
+    Each better solution on the way becomes a schedule and is offered. The run
+    is cut when its bound proves the incumbent, and when it takes long while its
+    own solutions do not fit: then other slices are worth more than its proof.
+    """
     h = quiet_highs(time_limit_s=max(state.left_s, 0.05), seed=seed)
-    h.setOptionValue("mip_abs_gap", ABSOLUTE_GAP)
+    h.setOptionValue("mip_abs_gap", absolute_gap)
     h.setOptionValue("mip_rel_gap", 1e-9)
     h.passModel(model.lp)
     if state.schedule is not None:
@@ -119,6 +170,9 @@ def solve_relaxation(
         solution.col_value = solution_of(state.graph, g, model, state.schedule).tolist()
         solution.value_valid = True
         h.setSolution(solution)
+    watch = _Watch(state, g, model)
+    h.cbMipImprovingSolution.subscribe(watch.improving_solution)
+    h.cbMipInterrupt.subscribe(watch.interrupt)
     h.run()
     status = h.getModelStatus()
     info = h.getInfo()
@@ -131,6 +185,31 @@ def solve_relaxation(
         infeasible=False,
         solved=status == highspy.HighsModelStatus.kOptimal,
     )
+
+
+class _Watch:
+    """Looks on while HiGHS runs: takes its solutions, and tells it when to stop."""
+
+    def __init__(self, state: Incumbent, g: GraphArrays, model: SliceModel) -> None:
+        self.state, self.g, self.model = state, g, model
+        self.patience_s = max(2.0, 0.25 * state.left_s)
+        self.begin_s = time.monotonic()
+        self.fits = False
+
+    def improving_solution(self, event: highspy.HighsCallbackEvent) -> None:
+        schedule = schedule_of(self.g, self.model, np.array(event.data_out.mip_solution))
+        if schedule is None:
+            return
+        self.state.offer(schedule, NAME)
+        self.fits = replay(self.state.graph, schedule).peak_bytes <= self.state.budget_bytes
+
+    def interrupt(self, event: highspy.HighsCallbackEvent) -> None:
+        state = self.state
+        bound_ns = _bound_ns(state.graph, event.data_out.mip_dual_bound)
+        proven = state.cost_ns is not None and state.cost_ns <= (1 + OPTIMAL_GAP) * bound_ns
+        slow = time.monotonic() - self.begin_s > self.patience_s and not self.fits
+        if proven or slow or state.left_s <= 0:
+            event.interrupt()
 
 
 def refine(

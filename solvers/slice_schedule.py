@@ -22,9 +22,7 @@ WHOLE = 0.999
 """A residency below this is none: with whole R nothing needs a part of a storage."""
 
 
-def schedule_of(
-    g: GraphArrays, model: SliceModel, values: NDArray[np.float64]
-) -> Schedule | None:
+def schedule_of(g: GraphArrays, model: SliceModel, values: NDArray[np.float64]) -> Schedule | None:
     """The schedule that ``values`` stand for; ``None`` when they miss an input."""
     order: list[int] = []
     at_hand: set[int] = set()

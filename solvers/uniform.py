@@ -126,5 +126,8 @@ def cut_positions(g: GraphArrays, turn: int, num_segments: int) -> IntArray:
         low = int(np.searchsorted(filled, share - slack)) + 1
         high = max(int(np.searchsorted(filled, share + slack)) + 1, low + 1)
         low, high = min(low, turn - 1), min(high, turn)
-        cuts.append(low + int(np.argmin(crossing[low:high])))
+        window = np.arange(low, high)
+        fewest = window[crossing[window] == crossing[window].min()]
+        off = np.abs(filled[fewest - 1] - share)  # of ties, the nearest to its share
+        cuts.append(int(fewest[np.argmin(off)]))
     return np.unique(np.array(cuts, dtype=np.int64))

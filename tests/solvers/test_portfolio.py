@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graph_capture.cost_graph import CostGraph
+from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
+from solvers.portfolio import SOLVERS, solve
+from solvers.progress import ProgressEvent
+from solvers.replay import replay
+from solvers.result import SolveStatus
+from solvers.schedule import Schedule
+
+from .graphs import INSTANCES, cost_graphs, exhaustive_optimum, training_chain
+
+
+@settings(max_examples=25, deadline=None)
+@given(graph=cost_graphs(), share=st.integers(30, 100), solver=st.sampled_from(sorted(SOLVERS)))
+def test_no_solver_claims_what_is_not_so(graph: CostGraph, share: int, solver: str) -> None:
+    """Bounds lie below the exhaustive optimum and schedules fit, whichever solver runs."""
+    budget_bytes = keep_all_peak_bytes(graph) * share // 100
+    optimum = exhaustive_optimum(graph, budget_bytes)
+    result = solve(graph, budget_bytes, solver=solver, time_limit_s=0.5)
+    if optimum is None:
+        assert result.schedule is None
+        assert result.status in (SolveStatus.INFEASIBLE, SolveStatus.UNKNOWN)
+        return
+    assert result.status is not SolveStatus.INFEASIBLE
+    assert result.lower_bound_ns <= optimum
+    if result.schedule is not None:
+        outcome = replay(graph, result.schedule)
+        assert outcome.peak_bytes <= budget_bytes
+        assert outcome.cost_ns == result.cost_ns
+        assert outcome.cost_ns >= optimum
+    if result.status is SolveStatus.OPTIMAL:
+        assert result.cost_ns == optimum
+
+
+def test_keeps_all_where_that_fits() -> None:
+    """At the keep-all peak nothing is recomputed, and that is optimal."""
+    graph = training_chain(6)
+    result = solve(graph, keep_all_peak_bytes(graph))
+    assert result.status is SolveStatus.OPTIMAL
+    assert result.solver == "keep_all"
+    assert result.schedule == Schedule.keep_all(graph)
+
+
+def test_a_gpt2_step_within_the_time_limit() -> None:
+    """Two layers of GPT-2 at 80 % of activations: 13.523 % is proven."""
+    graph = load_instance(INSTANCES / "gpt2_L2.json")
+    activations = keep_all_peak_bytes(graph) - graph.resident_bytes
+    budget_bytes = int(0.8 * activations) + graph.resident_bytes
+    result = solve(graph, budget_bytes, time_limit_s=30)
+    assert result.status is SolveStatus.OPTIMAL
+    assert result.cost_ns is not None
+    assert result.cost_ns / graph.base_cost_ns == pytest.approx(1.13523, abs=5e-6)
+
+
+def test_stops_near_the_time_limit() -> None:
+    """A hard instance is left after its two seconds, with a schedule and a bound."""
+    graph = load_instance(INSTANCES / "G1.json")
+    begin_s = time.monotonic()
+    result = solve(graph, budget_of(graph, 0.7), time_limit_s=2.0)
+    assert time.monotonic() - begin_s <= 2.4
+    assert result.status is SolveStatus.FEASIBLE
+    assert result.lower_bound_ns > graph.base_cost_ns
+
+
+def test_says_when_nothing_fits() -> None:
+    """Less than one operator's own bytes is proven infeasible, and the log says so."""
+    graph = training_chain(6)
+    result = solve(graph, 29)
+    assert result.status is SolveStatus.INFEASIBLE
+    assert result.schedule is None
+    assert any("nothing fits in 29 bytes" in line for line in result.log)
+
+
+def test_reports_progress() -> None:
+    """Every event reaches the caller, with bounds that never fall."""
+    graph = load_instance(INSTANCES / "chain32h.json")
+    events: list[ProgressEvent] = []
+    solve(graph, budget_of(graph, 0.5), time_limit_s=20, progress=events.append)
+    bounds = [event.bound_ns for event in events]
+    assert bounds
+    assert bounds == sorted(bounds)
+    assert events[-1].gap is not None
+
+
+def test_takes_a_hint() -> None:
+    """A schedule that fits is taken as it is when there is no time for another."""
+    graph = training_chain(6)
+    hint = solve(graph, 60).schedule
+    assert hint is not None
+    result = solve(graph, 60, solver="gap_cover", hint=hint)
+    assert result.schedule == hint
+    assert result.solver == "hint"
+
+
+def test_refuses_an_unknown_solver() -> None:
+    """The message names what there is."""
+    with pytest.raises(ValueError, match="unknown solver 'magic'; known are auto"):
+        solve(training_chain(2), 100, solver="magic")
