@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -50,26 +49,21 @@ class TensorSpec:
         return f"{dtype}{list(self.shape)} on {self.device}{grad}"
 
 
-def bind_call(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by the names in ``model.forward``'s signature.
+def bind_call(forward: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict:
+    """Arguments by the names in the signature of ``forward``.
 
     Raises
     ------
     TypeError
         When they do not fit the signature.
     """
-    bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
-    arguments = dict(bound.arguments)
-    arguments.pop(next(iter(arguments)))  # self
-    return arguments
+    return dict(inspect.signature(forward).bind(*args, **kwargs).arguments)
 
 
-def call_forward(model: nn.Module, arguments: Mapping[str, Any]) -> Any:
-    """Call the class's forward with arguments from :func:`bind_call`."""
-    signature = inspect.signature(type(model).forward)
-    me = next(iter(signature.parameters))
-    bound = inspect.BoundArguments(signature, {me: model, **arguments})  # type: ignore[arg-type]
-    return type(model).forward(*bound.args, **bound.kwargs)
+def call_forward(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call ``forward`` with arguments from :func:`bind_call`."""
+    bound = inspect.BoundArguments(inspect.signature(forward), dict(arguments))  # type: ignore[arg-type]
+    return forward(*bound.args, **bound.kwargs)
 
 
 def split_sample(sample_input: Any) -> tuple[tuple, dict[str, Any]]:
@@ -98,20 +92,18 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return found
 
 
-def realize(spec: Any, make: Callable[[TensorSpec], torch.Tensor] = TensorSpec.empty) -> Any:
-    """The inverse of :func:`describe`, with new tensors."""
-    if isinstance(spec, TensorSpec):
-        return make(spec)
-    return _map(spec, lambda t: t, spec_leaf=make)
+def realize(spec: Any) -> Any:
+    """The inverse of :func:`describe`, with new tensors (fake ones under a fake mode)."""
+    return _map(spec, lambda tensor: tensor, TensorSpec.empty)
 
 
-def _map(value: Any, on_tensor: Callable, spec_leaf: Callable | None = None) -> Any:
+def _map(value: Any, on_tensor: Callable, spec_leaf: Callable = lambda spec: spec) -> Any:
     if isinstance(value, torch.Tensor):
         return on_tensor(value)
-    if spec_leaf is not None and isinstance(value, TensorSpec):
+    if isinstance(value, TensorSpec):
         return spec_leaf(value)
-    if isinstance(value, Mapping):
-        return {k: _map(v, on_tensor, spec_leaf) for k, v in value.items()}
+    if isinstance(value, Mapping):  # by key, not by the order in which a caller wrote them
+        return {k: _map(value[k], on_tensor, spec_leaf) for k in sorted(value, key=str)}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(v, on_tensor, spec_leaf) for v in value))
     if isinstance(value, (tuple, list)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from .errors import CaptureError
 from .operators import Block, Folder, OperatorCode, drop_unused, pin_readers_of_written
 from .optimizer_step import OptimizerStep
 from .recorder import storage_id
-from .trace import TracedStep, trace_step
+from .trace import LossFn, LossSpec, TracedStep, trace_step
 
 CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
 
@@ -52,6 +53,10 @@ class CapturedStep:
         in forward, what comes after in backward.
     device_type
         Where the step runs and whose memory is counted.
+    optimizer
+        The optimizer whose state and step are counted, if any.
+    model
+        Refers weakly to the captured module.
     """
 
     step: TracedStep
@@ -62,13 +67,15 @@ class CapturedStep:
     state_node: Node
     loss: int
     device_type: str
+    optimizer: OptimizerStep | None
+    model: weakref.ref[nn.Module]
 
 
 def capture(
     model: nn.Module,
     sample_input: Any,
     *,
-    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    loss_fn: LossFn | None = None,
     optimizer: OptimizerStep | None = None,
 ) -> CostGraph:
     """The cost graph of one training step of ``model`` on inputs like ``sample_input``.
@@ -79,43 +86,55 @@ def capture(
         When the step cannot be written down as one graph.
     """
     args, kwargs = split_sample(sample_input)
-    arguments = bind_call(model, args, kwargs)
-    return capture_step(model, arguments, loss_fn=loss_fn, optimizer=optimizer).graph
+    arguments = bind_call(model.forward, args, kwargs)
+    return capture_step(model, arguments, loss=loss_fn, optimizer=optimizer).graph
 
 
 def capture_step(
     model: nn.Module,
     arguments: Mapping[str, Any],
     *,
-    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    loss: LossFn | LossSpec | None = None,
     optimizer: OptimizerStep | None = None,
+    forward: Callable[..., Any] | None = None,
+    measure_scratch: bool = True,
 ) -> CapturedStep:
-    """Trace a step and fold it into a cost graph; ``arguments`` as from ``bind_call``."""
-    step = trace_step(model, arguments, loss_fn)
+    """Trace a step and fold it into a cost graph.
+
+    Parameters
+    ----------
+    arguments
+        As from ``call_spec.bind_call``.
+    loss
+        The code of the loss, or what an earlier capture saw of it.
+    forward
+        Called instead of ``model.forward``.
+    measure_scratch
+        Whether to find out how much scratch memory each call takes; not needed
+        when the graph is only compared with another.
+    """
+    step = trace_step(model, arguments, loss, forward=forward)
     split_dropout(step.graph)
 
     nodes = list(step.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder" and n.meta["role"] != "tangent"]
     folder = Folder(inputs)
     folder.fold(n for n in nodes if n.meta.get("phase") == "forward")
-    loss = folder.produce_outside(step.tangents)
-    loss.reads = {n: folder.block_of(n) for i in step.differentiated for n in [step.outputs[i]]}
+    turn = folder.produce_outside(step.tangents)
+    turn.reads = {n: folder.block_of(n) for i in step.differentiated for n in [step.outputs[i]]}
     folder.fold(n for n in nodes if n.meta.get("phase") == "backward")
     pin_readers_of_written(folder)
 
     output_blocks = {folder.block_of(n) for n in step.outputs}
     gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
     operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
-    return _Assembly(
-        step,
-        folder.blocks,
-        operators,
-        loss,
-        output_blocks,
-        gradient_blocks,
-        optimizer,
+    probe = WorkspaceProbe(
+        _device_type(step),
         at_hand=not any(_is_stand_in(t) for t in model.parameters()),
-    ).finish()
+        scratch=measure_scratch,
+    )
+    assembly = _Assembly(step, folder.blocks, output_blocks, gradient_blocks, optimizer, probe)
+    return assembly.finish(operators, turn, weakref.ref(model))
 
 
 class _Assembly:
@@ -125,22 +144,18 @@ class _Assembly:
         self,
         step: TracedStep,
         blocks: list[Block],
-        operators: list[OperatorCode],
-        loss: OperatorCode,
         output_blocks: set[int],
         gradient_blocks: set[int],
         optimizer: OptimizerStep | None,
-        at_hand: bool,
+        probe: WorkspaceProbe,
     ) -> None:
         self._step = step
         self._blocks = blocks
-        self._codes = operators
-        self._loss = loss
         self._outputs = output_blocks
         self._gradients = gradient_blocks
         self._optimizer = optimizer
         self._device_type = _device_type(step)
-        self._probe = WorkspaceProbe(self._device_type, at_hand=at_hand)
+        self._probe = probe
         self._device: Device = device_for(self._device_type)
         self.operators: list[Operator] = []
         self.storages: list[Storage] = []
@@ -152,7 +167,9 @@ class _Assembly:
         self._state_node = Graph().placeholder("generator_state")
         self._state_node.meta["role"] = "generator"
 
-    def finish(self) -> CapturedStep:
+    def finish(
+        self, codes: list[OperatorCode], loss: OperatorCode, model: weakref.ref[nn.Module]
+    ) -> CapturedStep:
         phase: Phase = "forward"
         for k, block in enumerate(self._blocks):
             if block.producer is None:
@@ -164,8 +181,8 @@ class _Assembly:
                 "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
             )
         loss_index = -1
-        for code in self._codes:
-            if code is self._loss:
+        for code in codes:
+            if code is loss:
                 loss_index = self._add_loss(code)
                 phase = "backward"
             else:
@@ -181,6 +198,8 @@ class _Assembly:
             state_node=self._state_node,
             loss=loss_index,
             device_type=self._device_type,
+            optimizer=self._optimizer,
+            model=model,
         )
 
     # -- operators -------------------------------------------------------------

@@ -45,6 +45,9 @@ class OperatorCode:
         Whether it takes numbers from the default generator.
     pinned, ordered
         As in :class:`~graph_capture.cost_graph.Operator`.
+    repeats
+        Whether it stands for a repetition of another operator: even its first
+        run draws from the recorded state and writes no statistics.
     """
 
     calls: list[Node]
@@ -54,6 +57,7 @@ class OperatorCode:
     draws: bool = False
     pinned: str | None = None
     ordered: bool = False
+    repeats: bool = False
 
 
 @dataclass(kw_only=True)

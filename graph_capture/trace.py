@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 
-from .call_spec import call_forward, tensors_of
+from .call_spec import TensorSpec, call_forward, describe, realize, tensors_of
 from .errors import CaptureError
 from .isolation import swap_tensors, undisturbed
 from .outputs import OutputTemplate, find_loss, take_apart
 from .recorder import MemoryMeter, Recorder, storage_id
+
+LossFn = Callable[[Any], torch.Tensor]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,25 @@ class LossRegion:
     constant_bytes: int = 0
     workspace_bytes: int = 0
     calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """A loss as an earlier capture saw it, for capturing again without the code of it.
+
+    Parameters
+    ----------
+    region
+        Without its calls.
+    differentiated
+        Indices of the differentiated output tensors.
+    tangents
+        What the gradient of each looks like.
+    """
+
+    region: LossRegion
+    differentiated: tuple[int, ...]
+    tangents: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +111,22 @@ class TracedStep:
     detached: tuple[int, ...]
     how: str
 
+    @property
+    def loss_spec(self) -> LossSpec:
+        """What is needed to capture the same step without ``loss_fn``."""
+        return LossSpec(
+            region=replace(self.loss, calls=()),
+            differentiated=self.differentiated,
+            tangents=tuple(TensorSpec.of(n.meta["val"]) for n in self.tangents),
+        )
+
 
 def trace_step(
     model: nn.Module,
     arguments: Mapping[str, Any],
-    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    loss: LossFn | LossSpec | None = None,
+    *,
+    forward: Callable[..., Any] | None = None,
 ) -> TracedStep:
     """Trace ``model`` on ``arguments`` (bound by name, see ``call_spec.bind_call``).
 
@@ -116,7 +148,7 @@ def trace_step(
     for how, context in attempts:
         try:
             with undisturbed(model), context():
-                return _trace(model, arguments, loss_fn, how)
+                return _trace(model, forward or model.forward, arguments, loss, how)
         except (NotFittingError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # whatever user code raises on stand-ins ends this attempt
@@ -141,8 +173,9 @@ def _pretend_compiling() -> Iterator[None]:
 
 def _trace(
     model: nn.Module,
+    forward: Callable[..., Any],
     arguments: Mapping[str, Any],
-    loss_fn: Callable[[Any], torch.Tensor] | None,
+    loss: LossFn | LossSpec | None,
     how: str,
 ) -> TracedStep:
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -150,7 +183,9 @@ def _trace(
     leaves: list[tuple[Node, torch.Tensor]] = []
 
     def declare(tensor: torch.Tensor, role: str, targets: tuple[str, ...]) -> torch.Tensor:
-        fake = fake_mode.from_tensor(tensor, static_shapes=True)
+        fake = tensor
+        if not isinstance(tensor, FakeTensor) or tensor.fake_mode is not fake_mode:
+            fake = fake_mode.from_tensor(tensor, static_shapes=True)
         if tensor.requires_grad and not fake.is_leaf:
             fake = fake.detach().requires_grad_()
         node = recorder.placeholder(
@@ -164,11 +199,14 @@ def _trace(
         id(tensor): declare(tensor, role, names)
         for role, tensor, names in _state(model)
     }
-    given = tensors_of(arguments)
-    for i, tensor in enumerate(given):
-        if id(tensor) not in stand_ins:
-            stand_ins[id(tensor)] = declare(tensor, "input", (str(i),))
-    fake_arguments = _substitute(arguments, stand_ins)
+    # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
+    # need not be one in the next call.
+    if any(id(t) in stand_ins for t in tensors_of(arguments)):
+        raise NotFittingError("an argument is a parameter or buffer of the model itself")
+    with fake_mode:
+        fake_arguments = realize(describe(arguments))
+    for i, tensor in enumerate(tensors_of(fake_arguments)):
+        declare(tensor, "input", (str(i),))
     swap_tensors(model, lambda tensor: stand_ins[id(tensor)])
 
     with (
@@ -177,10 +215,10 @@ def _trace(
         fake_mode,
     ):
         with recorder, recorder.module_paths(model):
-            output = call_forward(model, fake_arguments)
+            output = call_forward(forward, fake_arguments)
         template, tensors = take_apart(output)
-        differentiated, tangents, loss = _differentiate(
-            output, template, tensors, loss_fn, recorder
+        differentiated, tangents, region = _differentiate(
+            output, template, tensors, loss, recorder
         )
         tangent_nodes = tuple(
             recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
@@ -206,7 +244,7 @@ def _trace(
         tangents=tangent_nodes,
         gradients=tuple(gradients),
         constants=recorder.constants,
-        loss=loss,
+        loss=region,
         detached=tuple(
             i for i, t in enumerate(tensors) if t.requires_grad and i not in differentiated
         ),
@@ -232,17 +270,11 @@ def _identifier(role: str, target: str) -> str:
     return f"{role}_{target}".replace(".", "_")
 
 
-def _substitute(value: Any, stand_ins: Mapping[int, torch.Tensor]) -> Any:
-    from .call_spec import _map
-
-    return _map(value, lambda tensor: stand_ins[id(tensor)])
-
-
 def _differentiate(
     output: Any,
     template: OutputTemplate,
     tensors: list[torch.Tensor],
-    loss_fn: Callable[[Any], torch.Tensor] | None,
+    given: LossFn | LossSpec | None,
     recorder: Recorder,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     """Which outputs are differentiated, with which gradients, and what that takes."""
@@ -252,8 +284,15 @@ def _differentiate(
             "no output of the model requires grad: nothing can be trained. Is a parameter "
             "frozen by mistake, or the model in a no_grad block?"
         )
-    if loss_fn is not None:
-        return _through_loss_fn(template, tensors, wanting, loss_fn, recorder)
+    if isinstance(given, LossSpec):
+        if not set(given.differentiated) <= set(wanting):
+            raise NotFittingError(
+                f"outputs {given.differentiated} were differentiated when the plan was made; "
+                f"of this model's outputs {wanting} require grad"
+            )
+        return list(given.differentiated), [t.empty() for t in given.tangents], given.region
+    if given is not None:
+        return _through_loss_fn(template, tensors, wanting, given, recorder)
     loss = find_loss(output)
     if loss is not None:
         i = next(i for i, t in enumerate(tensors) if t is loss)
@@ -270,7 +309,7 @@ def _through_loss_fn(
     template: OutputTemplate,
     tensors: list[torch.Tensor],
     wanting: list[int],
-    loss_fn: Callable[[Any], torch.Tensor],
+    loss_fn: LossFn,
     recorder: Recorder,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}

@@ -105,12 +105,15 @@ class _Emitter:
         self._grad_enabled = earlier is None
         self._declared: list[Node] = []
         self._first_call: Node | None = None
+        self._num_placeholders = 0
         self._storage_by_id: dict[int, int] = {}
         for k, carriers in enumerate(captured.carriers):
             for carrier in carriers:
                 self._storage_by_id[storage_id(carrier.meta["val"])] = k  # the last rewriting wins
         self._states = {
-            captured.state_of[v] for v in repeated if v in captured.state_of
+            state
+            for v, state in captured.state_of.items()
+            if v in repeated or captured.code[v].repeats
         }
 
     # -- values ----------------------------------------------------------------
@@ -136,8 +139,10 @@ class _Emitter:
         return self._values[key]
 
     def _placeholder(self, name: str) -> Node:
+        """A new input; its target is the name in the generated signature, so it must be new."""
+        self._num_placeholders += 1
         with self.graph.inserting_before(self._first_call):
-            return self.graph.placeholder(name)
+            return self.graph.placeholder(f"{name}_{self._num_placeholders}")
 
     def _carrier(self, k: int, node: Node) -> Node:
         key = (k, node)
@@ -179,8 +184,9 @@ class _Emitter:
         for v in order:
             code = self._captured.code[v]
             if code.calls:
-                self._set_grad_mode(self._captured.graph.operators[v].phase == "forward")
-                self._emit(v, code, first=v not in self._has_run)
+                forward = code.repeats or self._captured.graph.operators[v].phase == "forward"
+                self._set_grad_mode(forward)
+                self._emit(v, code, first=v not in self._has_run and not code.repeats)
             elif v in self._states:
                 self._record_state(v)
             self._has_run.add(v)

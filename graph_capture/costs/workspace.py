@@ -46,17 +46,20 @@ class WorkspaceProbe:
     at_hand
         Whether the model lies on a real device. If not, nothing is run and
         scratch counts as zero.
+    scratch
+        Whether scratch is wanted at all.
     """
 
-    def __init__(self, device_type: str, *, at_hand: bool) -> None:
+    def __init__(self, device_type: str, *, at_hand: bool, scratch: bool = True) -> None:
         self._measures = at_hand and device_type == "cpu"
+        self._scratch = scratch
         self._known: dict[Any, int] = {}
 
     def bytes_of(
         self, func: Any, args: tuple, kwargs: dict, out: Any, *, grad_enabled: bool
     ) -> int:
         """Bytes that the call allocates and frees again beside its outputs."""
-        if not self._measures:
+        if not self._measures or not self._scratch:
             return 0
         name = func._schema.name
         if torch.Tag.pointwise in func.tags:

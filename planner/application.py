@@ -1,0 +1,224 @@
+"""Put a plan in the place of a module's forward, and take it away again."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graph_capture.call_spec import difference, parse_dtype
+from graph_capture.capture import CapturedStep, capture_step
+from graph_capture.cost_graph import CostGraph
+from graph_capture.policies import apply_policies
+
+from .call_guard import CallGuard, LiveGuard
+from .errors import CallMismatchError, PlanError, PlanMismatchError
+from .rewrite import rewrite
+from .runtime import PlannedStep
+
+if TYPE_CHECKING:
+    from .plan import OnShapeChange, Plan
+
+_POLICIES = ("error", "unplanned", "replan")
+
+
+def apply_plan(plan: Plan, model: nn.Module, on_shape_change: OnShapeChange) -> nn.Module:
+    """See :meth:`planner.Plan.apply`."""
+    if on_shape_change not in _POLICIES:
+        raise ValueError(f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}")
+    forward = original_forward(model)
+    captured = capture_for(plan, model, forward)
+    if isinstance(model.__dict__.get("forward"), PlannedForward):
+        remove_plan(model)
+    model.__dict__["forward"] = PlannedForward(model, plan, captured, on_shape_change)
+    return model
+
+
+def remove_plan(model: nn.Module) -> nn.Module:
+    """See :meth:`planner.Plan.remove`."""
+    planned = model.__dict__.get("forward")
+    if not isinstance(planned, PlannedForward):
+        raise PlanError(f"no plan is applied to this {type(model).__name__}")
+    if planned.own_forward is None:
+        del model.__dict__["forward"]
+    else:
+        model.__dict__["forward"] = planned.own_forward
+    return model
+
+
+def original_forward(model: nn.Module) -> Callable[..., Any]:
+    """The module's forward without a plan."""
+    forward = model.forward
+    return forward.unplanned if isinstance(forward, PlannedForward) else forward
+
+
+def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
+    """The captured step of ``model`` for ``plan``, checked to be the one that was planned.
+
+    Raises
+    ------
+    PlanMismatchError
+        Names the first difference.
+    """
+    if plan.torch_version != torch.__version__:
+        raise PlanMismatchError(
+            f"the plan was made with torch {plan.torch_version}, this is {torch.__version__}: "
+            "what a model dispatches may differ; make the plan again"
+        )
+    found = CallGuard.of(model, {}, plan.device_type).state
+    different = difference(plan.guard.state, found, "state")
+    if different is not None:
+        raise PlanMismatchError(f"the plan was made for another model: {different}")
+    captured = plan._captured
+    if captured is not None and captured.model() is model:
+        return captured
+    with _as_planned(model, plan):
+        captured = _capture_again(plan, model, forward)
+    if captured.graph.fingerprint != plan.fingerprint:
+        different = _first_difference(plan.graph, captured.graph)
+        raise PlanMismatchError(f"the plan was made for another model: {different}")
+    return captured
+
+
+def _capture_again(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
+    captured = capture_step(
+        model,
+        plan.guard.arguments,
+        loss=plan.loss,
+        optimizer=plan.optimizer,
+        forward=forward,
+        measure_scratch=False,
+    )
+    return apply_policies(captured, plan.never_recompute, plan.always_recompute)
+
+
+@contextmanager
+def _as_planned(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Autocast and the modules' training flags as they were when the plan was made."""
+    evaluating = set(plan.guard.evaluating)
+    before = [(module, module.training) for module in model.modules()]
+    for name, module in model.named_modules():
+        module.training = name not in evaluating
+    dtype = plan.guard.autocast
+    autocast = torch.autocast(
+        plan.device_type,
+        dtype=parse_dtype(dtype) if dtype is not None else None,
+        enabled=dtype is not None,
+    )
+    try:
+        with autocast:
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _first_difference(planned: CostGraph, found: CostGraph) -> str:
+    for v, (a, b) in enumerate(zip(planned.operators, found.operators, strict=False)):
+        if (a.target, a.inputs, a.outputs, a.pinned) != (b.target, b.inputs, b.outputs, b.pinned):
+            return (
+                f"operator {v} is {b.target} ({b.module_path or b.phase}), "
+                f"planned was {a.target} ({a.module_path or a.phase})"
+            )
+    if len(planned.operators) != len(found.operators):
+        return f"{len(found.operators)} operators, planned were {len(planned.operators)}"
+    for a_storage, b_storage in zip(planned.storages, found.storages, strict=False):
+        if a_storage.size_bytes != b_storage.size_bytes:
+            return (
+                f"{b_storage.name} has {b_storage.size_bytes} bytes, "
+                f"planned were {a_storage.size_bytes}"
+            )
+    return f"{len(found.storages)} storages, planned were {len(planned.storages)}"
+
+
+class PlannedForward:
+    """Stands in for a module's ``forward`` while a plan is applied.
+
+    A copy of the module takes a copy of it along, bound to the copy.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, captured: CapturedStep | None, on_shape_change: str
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.on_shape_change = on_shape_change
+        self.own_forward = model.__dict__.get("forward")
+        self._captured = captured
+        self._step: PlannedStep | None = None
+        self._guard: LiveGuard | None = None
+        self._others: list[PlannedForward] = []
+        self._signature: inspect.Signature | None = None
+
+    @property
+    def unplanned(self) -> Callable[..., Any]:
+        """The forward that the plan stands in for."""
+        if self.own_forward is not None:
+            return self.own_forward
+        return type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unplanned)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.model.training or not torch.is_grad_enabled():
+            return self.unplanned(*args, **kwargs)
+        if self._signature is None:
+            self._signature = self.__signature__
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        different = self._prepare().difference(arguments)
+        if different is None:
+            assert self._step is not None
+            return self._step(arguments)
+        if self.on_shape_change == "unplanned":
+            return self.unplanned(*args, **kwargs)
+        if self.on_shape_change == "replan":
+            return self._replanned(arguments, args, kwargs)
+        raise CallMismatchError(
+            f"this call is not the planned one: {different}. Make a plan for it, or apply the "
+            "plan with on_shape_change='unplanned' or 'replan'"
+        )
+
+    def _prepare(self) -> LiveGuard:
+        if self._guard is None:
+            captured = self._captured
+            if captured is None:
+                captured = capture_for(self.plan, self.model, self.unplanned)
+            graphs = rewrite(captured, self.plan.schedule)
+            self._step = PlannedStep(self.model, captured, graphs)
+            self._guard = LiveGuard(self.plan.guard, self.model, self.plan.device_type)
+        return self._guard
+
+    def _replanned(self, arguments: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
+        for other in self._others:
+            if other._prepare().difference(arguments) is None:
+                return other(*args, **kwargs)
+        plan = self.plan._replan(self.model, arguments, self.unplanned)
+        other = PlannedForward(self.model, plan, plan._captured, "error")
+        other.own_forward = self.own_forward
+        self._others.append(other)
+        return other(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
+        model = copy.deepcopy(self.model, memo)
+        twin = PlannedForward(model, self.plan, None, self.on_shape_change)
+        twin.own_forward = copy.deepcopy(self.own_forward, memo)
+        twin._captured = self._captured
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle keeps: the graphs are made again on the first call."""
+        return {
+            **self.__dict__,
+            "_captured": None,
+            "_step": None,
+            "_guard": None,
+            "_signature": None,
+            "_others": [],
+        }

@@ -1,0 +1,109 @@
+"""The call and the state of a module that a plan is for, and how another one differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.call_spec import TensorSpec, describe, difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallGuard:
+    """What must be the same for a plan to hold.
+
+    Parameters
+    ----------
+    arguments
+        The call by argument name, tensors as ``TensorSpec``.
+    autocast
+        Autocast's dtype on the device, as a name, or ``None`` when it is off.
+    evaluating
+        Paths of the modules in eval mode.
+    state
+        Parameters and buffers by name.
+    """
+
+    arguments: Mapping[str, Any]
+    autocast: str | None
+    evaluating: tuple[str, ...]
+    state: Mapping[str, TensorSpec]
+
+    @classmethod
+    def of(cls, model: nn.Module, arguments: Mapping[str, Any], device_type: str) -> CallGuard:
+        """Describe a call."""
+        return cls(
+            arguments=describe(arguments),
+            autocast=autocast_dtype(device_type),
+            evaluating=tuple(name for name, m in model.named_modules() if not m.training),
+            state={
+                name: TensorSpec.of(tensor)
+                for named in (
+                    model.named_parameters(remove_duplicate=False),
+                    model.named_buffers(remove_duplicate=False),
+                )
+                for name, tensor in named
+            },
+        )
+
+    def difference_to(self, other: CallGuard) -> str | None:
+        """The first thing in which another call differs, in words."""
+        if self.autocast != other.autocast:
+            return f"autocast is {other.autocast or 'off'}, planned was {self.autocast or 'off'}"
+        if self.evaluating != other.evaluating:
+            changed = sorted(set(self.evaluating) ^ set(other.evaluating))[0]
+            mode = "train" if changed in self.evaluating else "eval"
+            return f"module {changed!r} is in {mode} mode, which it was not when planned"
+        return difference(self.state, other.state, "state") or difference(
+            self.arguments, other.arguments
+        )
+
+
+class LiveGuard:
+    """Compares a module's calls with a guard, fast enough for every step."""
+
+    def __init__(self, guard: CallGuard, model: nn.Module, device_type: str) -> None:
+        self._guard = guard
+        self._model = model
+        self._device_type = device_type
+        evaluating = set(guard.evaluating)
+        self._modules = [(m, name not in evaluating) for name, m in model.named_modules()]
+        self._tensors = [
+            (table, key, (spec.requires_grad, spec.dtype, spec.device, torch.Size(spec.shape)))
+            for path, module in model.named_modules()
+            for table in (module._parameters, module._buffers)
+            for key, tensor in table.items()
+            if tensor is not None
+            for spec in [guard.state[f"{path}.{key}" if path else key]]
+        ]
+
+    def difference(self, arguments: Mapping[str, Any]) -> str | None:
+        """The first thing in which a call differs from the planned one, in words."""
+        found = difference(self._guard.arguments, describe(arguments))
+        if found is not None:
+            return found
+        unchanged = (
+            autocast_dtype(self._device_type) == self._guard.autocast
+            and all(module.training is training for module, training in self._modules)
+            and all(_facts(table[key]) == facts for table, key, facts in self._tensors)
+        )
+        if unchanged:
+            return None
+        return self._guard.difference_to(CallGuard.of(self._model, arguments, self._device_type))
+
+
+def _facts(tensor: torch.Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    return tensor.requires_grad, tensor.dtype, str(tensor.device), tensor.shape
+
+
+def autocast_dtype(device_type: str) -> str | None:
+    """Name of autocast's dtype on a device type, ``None`` when it is off."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")

@@ -1,0 +1,50 @@
+"""Errors that a user of the planner meets, each with the next step."""
+
+from __future__ import annotations
+
+from graph_capture.errors import CaptureError
+
+
+class PlanError(ValueError):
+    """A plan cannot be made, read or applied."""
+
+
+class InfeasibleBudgetError(PlanError):
+    """No schedule was found that fits.
+
+    Parameters
+    ----------
+    message
+        For the reader.
+    budget_bytes
+        What was asked for.
+    min_budget_bytes
+        A budget for which a schedule is known.
+    lower_bound_bytes
+        No schedule needs less than this.
+    """
+
+    def __init__(
+        self, message: str, *, budget_bytes: int, min_budget_bytes: int, lower_bound_bytes: int
+    ) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.min_budget_bytes = min_budget_bytes
+        self.lower_bound_bytes = lower_bound_bytes
+
+
+class PlanMismatchError(PlanError):
+    """The plan was made for another model, input, version or device."""
+
+
+class CallMismatchError(PlanError):
+    """A planned module was called in another way than it was planned for."""
+
+
+__all__ = [
+    "CallMismatchError",
+    "CaptureError",
+    "InfeasibleBudgetError",
+    "PlanError",
+    "PlanMismatchError",
+]

@@ -1,0 +1,105 @@
+"""Solve a captured step and write down the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.capture import CapturedStep
+from graph_capture.cost_graph import CostGraph
+from solvers.least_memory import least_memory
+from solvers.portfolio import solve
+from solvers.replay import replay
+from solvers.result import SolveResult
+from solvers.schedule import Schedule
+
+from .budget import nothing_fits
+from .call_guard import CallGuard
+from .plan import Plan
+from .progress import ShowProgress, showing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked of :func:`planner.optimize`, beside the model."""
+
+    budget_bytes: int
+    solver: str
+    time_limit_s: float
+    seed: int
+    never_recompute: tuple[str, ...] = ()
+    always_recompute: tuple[str, ...] = ()
+    progress: ShowProgress = None
+
+
+def make_plan(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    captured: CapturedStep,
+    constrained: CapturedStep,
+    request: Request,
+) -> Plan:
+    """Solve ``constrained``, which is ``captured`` under the user's own rules.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        When no schedule fits.
+    """
+    result = _solve(constrained.graph, request)
+    assert result.schedule is not None
+    baseline = replay(captured.graph, Schedule.keep_all(captured.graph))
+    optimizer = captured.optimizer
+    return Plan(
+        graph=constrained.graph,
+        schedule=result.schedule,
+        guard=CallGuard.of(model, arguments, captured.device_type),
+        budget_bytes=request.budget_bytes,
+        baseline_peak_bytes=baseline.peak_bytes,
+        baseline_step_us=baseline.cost_ns / 1e3,
+        lower_bound_us=result.lower_bound_ns / 1e3,
+        bound_scope=result.bound_scope,
+        status=result.status,
+        solver=result.solver,
+        solve_s=result.solve_s,
+        seed=request.seed,
+        log=result.log,
+        optimizer=None if optimizer is None else replace(optimizer, calls=()),
+        loss=captured.step.loss_spec,
+        never_recompute=request.never_recompute,
+        always_recompute=request.always_recompute,
+        detached=tuple(captured.step.outputs[i].name for i in captured.step.detached),
+        device_type=captured.device_type,
+        torch_version=torch.__version__,
+        _captured=constrained,
+    )
+
+
+def _solve(graph: CostGraph, request: Request) -> SolveResult:
+    with showing(request.progress) as progress:
+        result = solve(
+            graph,
+            request.budget_bytes,
+            solver=request.solver,
+            time_limit_s=request.time_limit_s,
+            seed=request.seed,
+            progress=progress,
+        )
+        if result.schedule is not None:
+            return result
+        least = least_memory(graph, seed=request.seed)
+        if least.peak_bytes > request.budget_bytes:
+            raise nothing_fits(graph, request.budget_bytes, least)
+        return solve(
+            graph,
+            request.budget_bytes,
+            solver=request.solver,
+            time_limit_s=request.time_limit_s,
+            seed=request.seed,
+            hint=least.schedule,
+            progress=progress,
+        )

@@ -1,0 +1,237 @@
+"""A plan: the decision, what it predicts, and how near the best it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from graph_capture.cost_graph import CostGraph
+from graph_capture.optimizer_step import OptimizerStep
+from graph_capture.trace import LossSpec
+from graph_capture.units import format_bytes, format_us
+from solvers.replay import Replay, replay
+from solvers.result import SolveStatus
+from solvers.schedule import Schedule
+
+if TYPE_CHECKING:
+    from graph_capture.capture import CapturedStep
+
+    from .call_guard import CallGuard
+
+OnShapeChange = Literal["error", "unplanned", "replan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeakMemory:
+    """Memory at the predicted peak.
+
+    Parameters
+    ----------
+    total_bytes
+        The peak.
+    by_category
+        Bytes of it by what they hold: parameter, buffer, gradient,
+        optimizer_state, input, output, activation, temporary, workspace.
+    operator
+        Name of the operator that runs at the peak.
+    phase, module_path, source
+        Where it belongs.
+    """
+
+    total_bytes: int
+    by_category: Mapping[str, int]
+    operator: str
+    phase: str
+    module_path: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A schedule for one training step of one model under a byte budget.
+
+    Made by :func:`planner.optimize`; read from a file by :meth:`load`.
+
+    Parameters
+    ----------
+    graph
+        The cost graph that was solved.
+    schedule
+        The order in which its operators run.
+    guard
+        The call and the state of the model that the plan is for.
+    budget_bytes
+        The budget: the device's peak during a whole step.
+    baseline_peak_bytes, baseline_step_us
+        Predicted peak and time when nothing is recomputed.
+    lower_bound_us
+        No schedule within ``bound_scope`` takes less time.
+    status, solver, solve_s, log
+        As the solver reported.
+    optimizer
+        The optimizer whose state and step are in the budget, or ``None``.
+    loss
+        What is differentiated, and what that takes.
+    never_recompute, always_recompute
+        As they were asked for.
+    detached
+        Names of the outputs that come back detached.
+    device_type, torch_version
+        Where and with what it was planned.
+    """
+
+    graph: CostGraph
+    schedule: Schedule
+    guard: CallGuard
+    budget_bytes: int
+    baseline_peak_bytes: int
+    baseline_step_us: float
+    lower_bound_us: float
+    bound_scope: str
+    status: SolveStatus
+    solver: str
+    solve_s: float
+    seed: int
+    log: tuple[str, ...]
+    optimizer: OptimizerStep | None
+    loss: LossSpec
+    never_recompute: tuple[str, ...] = ()
+    always_recompute: tuple[str, ...] = ()
+    detached: tuple[str, ...] = ()
+    device_type: str
+    torch_version: str
+    _captured: CapturedStep | None = field(default=None, repr=False, compare=False)
+    _replay: Replay = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_replay", replay(self.graph, self.schedule))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": None}
+
+    # -- figures ---------------------------------------------------------------
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Peak of the planned step, by replay."""
+        return self._replay.peak_bytes
+
+    @property
+    def predicted_step_us(self) -> float:
+        """Time of the planned step under the cost model."""
+        return self._replay.cost_ns / 1e3
+
+    @property
+    def overhead(self) -> float:
+        """Extra time over the step that recomputes nothing, as a fraction of it."""
+        return self.predicted_step_us / self.baseline_step_us - 1 if self.baseline_step_us else 0.0
+
+    @property
+    def gap(self) -> float:
+        """``(predicted step - lower bound) / lower bound``."""
+        if not self.lower_bound_us:
+            return 0.0
+        return max(0.0, self.predicted_step_us / self.lower_bound_us - 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the step that the plan is for; equal for equal models and inputs."""
+        return self.graph.fingerprint
+
+    @property
+    def memory(self) -> PeakMemory:
+        """What the predicted peak consists of, and where it is."""
+        step = self._replay.peak_step
+        operator = self.graph.operators[self.schedule.order[step]]
+        parts: dict[str, int] = {}
+        for storage in self.graph.storages:
+            if storage.producer is None:
+                parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
+        for k in self._replay.live_at(step):
+            storage = self.graph.storages[k]
+            parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
+        if operator.workspace_bytes:
+            parts["workspace"] = operator.workspace_bytes
+        return PeakMemory(
+            total_bytes=self.predicted_peak_bytes,
+            by_category=dict(sorted(parts.items(), key=lambda item: -item[1])),
+            operator=operator.name,
+            phase=operator.phase,
+            module_path=operator.module_path,
+            source=operator.source,
+        )
+
+    # -- use -------------------------------------------------------------------
+
+    def apply(self, model: nn.Module, *, on_shape_change: OnShapeChange = "error") -> nn.Module:
+        """Let ``model`` train by this plan; returns the same object.
+
+        The module keeps its class, parameters, buffers, hooks and
+        ``state_dict``. In ``eval()`` mode and under ``no_grad`` it runs its own
+        forward.
+
+        Parameters
+        ----------
+        on_shape_change
+            What a training call does that differs from the planned one (in
+            shapes, dtypes, plain arguments, the modules' training flags, …):
+            ``"error"`` names the difference, ``"unplanned"`` runs the model's
+            own forward, ``"replan"`` makes another plan with the same budget
+            and keeps it beside this one.
+
+        Raises
+        ------
+        PlanMismatchError
+            When the plan was made for another model, input, version or device.
+        """
+        from .application import apply_plan
+
+        return apply_plan(self, model, on_shape_change)
+
+    @staticmethod
+    def remove(model: nn.Module) -> nn.Module:
+        """Give ``model`` its own forward back; returns the same object.
+
+        Raises
+        ------
+        PlanError
+            When no plan is applied to it.
+        """
+        from .application import remove_plan
+
+        return remove_plan(model)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        from .serialize import save_plan
+
+        save_plan(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises
+        ------
+        PlanError
+            When the file is no such plan, or is damaged.
+        """
+        from .serialize import load_plan
+
+        return load_plan(Path(path))
+
+    def __str__(self) -> str:
+        from .report import report
+
+        return report(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan {self.status} for {format_bytes(self.budget_bytes)}: "
+            f"peak {format_bytes(self.predicted_peak_bytes)}, "
+            f"step {format_us(self.predicted_step_us)} (+{self.overhead:.2%}), gap {self.gap:.2%}>"
+        )

@@ -1,0 +1,74 @@
+"""A plan in words, for ``print(plan)``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from graph_capture.units import format_bytes, format_us
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+
+def report(plan: Plan) -> str:
+    """Some twenty lines: memory, time, proof, and what is recomputed."""
+    memory = plan.memory
+    at = memory.module_path or memory.source or "the training loop"
+    lines = [
+        f"Plan for {format_bytes(plan.budget_bytes)} on {plan.device_type} "
+        f"(torch {plan.torch_version}, fingerprint {plan.fingerprint[:12]})",
+        f"  peak      {format_bytes(plan.predicted_peak_bytes)} predicted, "
+        f"{format_bytes(plan.baseline_peak_bytes)} when nothing is recomputed",
+        f"            at {memory.operator} ({memory.phase}, {at})",
+    ]
+    lines += [
+        f"              {category.replace('_', ' '):<16}{format_bytes(num_bytes):>9}"
+        for category, num_bytes in memory.by_category.items()
+        if num_bytes
+    ]
+    lines += [
+        f"  time      {format_us(plan.predicted_step_us)} predicted, "
+        f"{format_us(plan.baseline_step_us)} when nothing is recomputed: +{plan.overhead:.2%}",
+        f"  proof     {plan.status}: no schedule takes less than {format_us(plan.lower_bound_us)}, "
+        f"gap {plan.gap:.2%}",
+        f"            (bound over {plan.bound_scope}; {plan.solver}, {plan.solve_s:.1f} s)",
+        *_recomputed(plan),
+        f"  counts    {_covers(plan)}",
+    ]
+    if plan.detached:
+        lines.append(
+            f"  outputs   only the loss is differentiated; detached: {', '.join(plan.detached)}"
+        )
+    return "\n".join(lines)
+
+
+def _recomputed(plan: Plan) -> list[str]:
+    repeats = plan.schedule.recomputed()
+    if not repeats:
+        return ["  recompute nothing"]
+    by_target: Counter[str] = Counter()
+    cost_ns: Counter[str] = Counter()
+    for v, times in repeats.items():
+        operator = plan.graph.operators[v]
+        target = operator.target.removeprefix("aten.").split(".")[0]
+        by_target[target] += times
+        cost_ns[target] += times * operator.cost_ns
+    total = sum(by_target.values())
+    parts = [
+        f"{by_target[target]} {target} ({format_us(cost / 1e3)})"
+        for target, cost in cost_ns.most_common(6)
+    ]
+    more = len(by_target) - len(parts)
+    return [
+        f"  recompute {total} runs of {len(repeats)} operators of {plan.graph.num_operators}:",
+        f"            {', '.join(parts)}{f', {more} other kinds' if more else ''}",
+    ]
+
+
+def _covers(plan: Plan) -> str:
+    optimizer = f"{plan.optimizer.name} state and step" if plan.optimizer else "no optimizer"
+    return (
+        "parameters, buffers, gradients, inputs, outputs, activations, temporaries, scratch; "
+        f"{optimizer}; backward of {plan.loss.region.label}"
+    )
