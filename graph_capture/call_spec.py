@@ -38,9 +38,7 @@ class TensorSpec:
 
     def empty(self) -> torch.Tensor:
         """A tensor like this, uninitialized (a fake one under a fake mode)."""
-        tensor = torch.empty_strided(
-            self.shape, self.stride, dtype=self.dtype, device=self.device
-        )
+        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return tensor.requires_grad_(self.requires_grad)
 
     def __str__(self) -> str:
@@ -62,7 +60,7 @@ def bind_call(forward: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any
 
 def call_forward(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """Call ``forward`` with arguments from :func:`bind_call`."""
-    bound = inspect.BoundArguments(inspect.signature(forward), dict(arguments))  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(inspect.signature(forward), dict(arguments))
     return forward(*bound.args, **bound.kwargs)
 
 

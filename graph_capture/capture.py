@@ -21,7 +21,14 @@ from .costs.roofline import call_cost_ns
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .errors import CaptureError
-from .operators import Block, Folder, OperatorCode, drop_unused, pin_readers_of_written
+from .operators import (
+    Block,
+    Folder,
+    OperatorCode,
+    drop_unused,
+    item_index,
+    pin_readers_of_written,
+)
 from .optimizer_step import OptimizerStep
 from .recorder import storage_id
 from .trace import LossFn, LossSpec, TracedStep, trace_step
@@ -336,7 +343,7 @@ class _Assembly:
         for item in call.users:
             if item in of_node:
                 k = self._storage_of[of_node[item]]
-                num_bytes = sizes[item.args[1]]
+                num_bytes = sizes[item_index(item)]
                 self.storages[k] = replace(self.storages[k], size_bytes=num_bytes)
                 if not item.meta["val"].numel():
                     stand_in = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
@@ -344,9 +351,12 @@ class _Assembly:
 
     def _cost(self, call: Node) -> tuple[int, int]:
         args, kwargs = self._values(call)
+        assert isinstance(call.target, torch._ops.OpOverload)
         out = call.meta["val"]
         if out is None:
-            items = {u.args[1]: u.meta["val"] for u in call.users if u.target is operator.getitem}
+            items = {
+                item_index(u): u.meta["val"] for u in call.users if u.target is operator.getitem
+            }
             out = tuple(items.get(i) for i in range(len(call.target._schema.returns)))
         return (
             call_cost_ns(call.target, args, kwargs, out, self._device),

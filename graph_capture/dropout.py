@@ -30,6 +30,8 @@ def _split(graph: Graph, draw: Node) -> bool:
     noise = draw.args[0]
     if not isinstance(noise, Node) or noise.target not in _ALLOCATIONS or len(draw.args) != 2:
         return False
+    assert callable(noise.target)
+    assert callable(draw.target)
     if draw.kwargs or not noise.meta["val"].dtype.is_floating_point:
         return False
     division = _next_user(noise, after=draw)
@@ -70,6 +72,4 @@ def _next_user(node: Node, *, after: Node) -> Node | None:
 
 def _like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     with tensor.fake_mode:  # type: ignore[attr-defined]
-        return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device
-        )
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)

@@ -81,7 +81,6 @@ def _remember(container: Any, undo: list[Callable[[], None]], seen: set[int]) ->
             _remember(child, undo, seen)
 
 
-
 def swap_tensors(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Put stand-ins in the place of every parameter and buffer (undone by ``undisturbed``).
 

@@ -175,9 +175,7 @@ class Folder:
         if early and not (code.ordered and self._ordered_after(position)):
             self._join(host, code)
             return host
-        read_meanwhile = any(
-            r is not host for k in host.outputs for r in self.blocks[k].readers
-        )
+        read_meanwhile = any(r is not host for k in host.outputs for r in self.blocks[k].readers)
         unmovable = host.ordered or any(k in self.written_resident for k in host.reads.values())
         if read_meanwhile or unmovable:
             return None
@@ -272,10 +270,17 @@ def drop_unused(operators: list[OperatorCode], wanted: set[int]) -> list[Operato
     return kept[::-1]
 
 
+def item_index(item: Node) -> int:
+    """Which output a tuple getter takes."""
+    index = item.args[1]
+    assert isinstance(index, int)
+    return index
+
+
 def _getitems(node: Node) -> list[Node]:
     return sorted(
         (u for u in node.users if u.target is operator.getitem and u.args[0] is node),
-        key=lambda u: u.args[1],
+        key=item_index,
     )
 
 

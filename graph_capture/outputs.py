@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,13 @@ class OutputTemplate:
 
     ``leaves`` are pytree leaves; ``slots[i]`` is the index of leaf ``i``'s
     tensor, a dict from ids to indices for an opaque object, or ``None`` for a
-    constant.
+    constant. ``names`` are the tensors' places in the output, for messages.
     """
 
     spec: TreeSpec
     leaves: tuple[Any, ...]
     slots: tuple[int | dict[int, int] | None, ...]
+    names: tuple[str, ...]
 
     def build(self, tensors: list[torch.Tensor]) -> Any:
         """The output with ``tensors`` in place of the ones it was made from."""
@@ -44,26 +45,29 @@ class OutputTemplate:
 def take_apart(output: Any) -> tuple[OutputTemplate, list[torch.Tensor]]:
     """The template of ``output`` and its tensors, each once."""
     tensors: list[torch.Tensor] = []
+    names: list[str] = []
     index_of: dict[int, int] = {}
 
-    def index(tensor: torch.Tensor) -> int:
+    def index(tensor: torch.Tensor, name: str) -> int:
         if id(tensor) not in index_of:
             index_of[id(tensor)] = len(tensors)
             tensors.append(tensor)
+            names.append(name)
         return index_of[id(tensor)]
 
-    leaves, spec = tree_flatten(output)
+    leaves, spec = tree_flatten_with_path(output)
+    kept: list[Any] = []
     slots: list[int | dict[int, int] | None] = []
-    for leaf in leaves:
+    for path, leaf in leaves:
+        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
         if isinstance(leaf, torch.Tensor):
-            slots.append(index(leaf))
+            slots.append(index(leaf, name or "output"))
+            kept.append(None)
         else:
             held = _tensors_within(leaf)
-            slots.append({id(t): index(t) for t in held} if held else None)
-    kept = tuple(
-        None if isinstance(slot, int) else leaf for leaf, slot in zip(leaves, slots, strict=True)
-    )
-    return OutputTemplate(spec, kept, tuple(slots)), tensors
+            slots.append({id(t): index(t, name or "output") for t in held} if held else None)
+            kept.append(leaf)
+    return OutputTemplate(spec, tuple(kept), tuple(slots), tuple(names)), tensors
 
 
 def _tensors_within(value: Any) -> list[torch.Tensor]:

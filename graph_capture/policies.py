@@ -81,7 +81,9 @@ class _Repeater:
         for v in self._named:
             op = self._graph.operators[v]
             if op.pinned is not None:
-                raise CaptureError(f"always_recompute names {op.name!r}, which is pinned: {op.pinned}")
+                raise CaptureError(
+                    f"always_recompute names {op.name!r}, which is pinned: {op.pinned}"
+                )
         self._storages: list[Storage] = list(self._graph.storages)
         self._carriers = list(captured.carriers)
         self._operators: list[Operator] = []

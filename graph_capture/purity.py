@@ -84,6 +84,7 @@ def draws(node: Node) -> bool:
 def why_pinned(node: Node) -> str | None:
     """Why the call must run exactly once, or ``None``."""
     func = node.target
+    assert isinstance(func, torch._ops.OpOverload)
     if func._schema.name in _CHOICES:
         return "its choice decides what later calls read"
     if func.namespace not in _PURE_NAMESPACES:

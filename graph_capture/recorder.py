@@ -157,9 +157,7 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.lift_fresh.default:  # hands out a constant: give each run its own
             func = torch.ops.aten.clone.default
         node = self._call(func, self._as_nodes(args), self._as_nodes(kwargs))
-        node.meta["writes"] = tuple(
-            self.node_of(t) for t in written_arguments(func, args, kwargs)
-        )
+        node.meta["writes"] = tuple(self.node_of(t) for t in written_arguments(func, args, kwargs))
         if isinstance(out, torch.Tensor):
             self._bind_output(node, out)
             return
@@ -287,8 +285,10 @@ class MemoryMeter(TorchDispatchMode):
 def _shapes(tree: Any) -> Any:
     """Tensors replaced by meta stand-ins, so that no storage is held."""
     return tree_map(
-        lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        if isinstance(x, torch.Tensor)
-        else x,
+        lambda x: (
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+            if isinstance(x, torch.Tensor)
+            else x
+        ),
         tree,
     )

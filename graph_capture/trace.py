@@ -195,10 +195,7 @@ def _trace(
             leaves.append((node, fake))
         return fake
 
-    stand_ins = {
-        id(tensor): declare(tensor, role, names)
-        for role, tensor, names in _state(model)
-    }
+    stand_ins = {id(tensor): declare(tensor, role, names) for role, tensor, names in _state(model)}
     # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
     # need not be one in the next call.
     if any(id(t) in stand_ins for t in tensors_of(arguments)):
@@ -217,15 +214,13 @@ def _trace(
         with recorder, recorder.module_paths(model):
             output = call_forward(forward, fake_arguments)
         template, tensors = take_apart(output)
-        differentiated, tangents, region = _differentiate(
-            output, template, tensors, loss, recorder
-        )
+        differentiated, tangents, region = _differentiate(output, template, tensors, loss, recorder)
         tangent_nodes = tuple(
             recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
             for i, tangent in enumerate(tangents)
         )
         recorder.phase = "backward"
-        with recorder:
+        with recorder, _without_autocast():
             found = torch.autograd.grad(
                 [tensors[i] for i in differentiated],
                 [leaf for _, leaf in leaves],
@@ -323,14 +318,13 @@ def _through_loss_fn(
             )
         if not loss.requires_grad:
             raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        with _without_autocast():
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     pairs = [(i, g) for i, g in zip(wanting, found, strict=True) if g is not None]
     if not pairs:
         raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
     loss_bytes = loss.untyped_storage().nbytes()
-    tangent_bytes = sum(
-        {storage_id(g): g.untyped_storage().nbytes() for _, g in pairs}.values()
-    )
+    tangent_bytes = sum({storage_id(g): g.untyped_storage().nbytes() for _, g in pairs}.values())
     region = LossRegion(
         label="loss_fn",
         held_bytes=loss_bytes + loss.element_size() + sum(g.element_size() for _, g in pairs),
@@ -339,6 +333,13 @@ def _through_loss_fn(
         calls=tuple(meter.calls),
     )
     return [i for i, _ in pairs], [g for _, g in pairs], region
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """A training loop leaves autocast before it calls ``backward()``."""
+    with torch._C._DisableAutocast():
+        yield
 
 
 def _dense(tensor: torch.Tensor) -> bool:
@@ -372,11 +373,7 @@ def _settle_gradients(
         if gradient is None:
             continue
         if node.meta["role"] == "parameter":
-            fits = (
-                gradient.stride() == leaf.stride()
-                if _dense(leaf)
-                else gradient.is_contiguous()
-            )
+            fits = gradient.stride() == leaf.stride() if _dense(leaf) else gradient.is_contiguous()
             if storage_id(gradient) in taken or not fits or not _owns_all(gradient):
                 copy = torch.empty_like(leaf, memory_format=torch.preserve_format)
                 gradient = copy.copy_(gradient)

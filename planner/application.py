@@ -18,6 +18,7 @@ from graph_capture.policies import apply_policies
 
 from .call_guard import CallGuard, LiveGuard
 from .errors import CallMismatchError, PlanError, PlanMismatchError
+from .make_plan import replan
 from .rewrite import rewrite
 from .runtime import PlannedStep
 
@@ -49,6 +50,12 @@ def remove_plan(model: nn.Module) -> nn.Module:
     else:
         model.__dict__["forward"] = planned.own_forward
     return model
+
+
+def applied_plan(model: nn.Module) -> Plan | None:
+    """The plan that is applied to a module."""
+    forward = model.__dict__.get("forward")
+    return forward.plan if isinstance(forward, PlannedForward) else None
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:
@@ -199,7 +206,7 @@ class PlannedForward:
         for other in self._others:
             if other._prepare().difference(arguments) is None:
                 return other(*args, **kwargs)
-        plan = self.plan._replan(self.model, arguments, self.unplanned)
+        plan = replan(self.plan, self.model, arguments, self.unplanned)
         other = PlannedForward(self.model, plan, plan._captured, "error")
         other.own_forward = self.own_forward
         self._others.append(other)

@@ -34,9 +34,7 @@ def nothing_fits(graph: CostGraph, budget_bytes: int, least: LeastMemory) -> Inf
     outcome = replay(graph, least.schedule)
     at = outcome.peak_step
     operator = graph.operators[least.schedule.order[at]]
-    live = sorted(
-        (graph.storages[k] for k in outcome.live_at(at)), key=lambda s: -s.size_bytes
-    )
+    live = sorted((graph.storages[k] for k in outcome.live_at(at)), key=lambda s: -s.size_bytes)
     where = f" of {operator.module_path!r}" if operator.module_path else ""
     parts = [f"resident {format_bytes(graph.resident_bytes)}"]
     parts += [f"{s.name} {format_bytes(s.size_bytes)}" for s in live[:4]]

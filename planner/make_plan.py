@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from graph_capture.capture import CapturedStep
+from graph_capture.capture import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
+from graph_capture.policies import apply_policies
+from graph_capture.trace import LossFn
 from solvers.least_memory import least_memory
 from solvers.portfolio import solve
 from solvers.replay import replay
@@ -19,18 +21,20 @@ from solvers.schedule import Schedule
 
 from .budget import nothing_fits
 from .call_guard import CallGuard
+from .errors import PlanError
 from .plan import Plan
 from .progress import ShowProgress, showing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was asked of :func:`planner.optimize`, beside the model."""
+    """What was asked of :func:`planner.optimize`, beside the model; the same names."""
 
     budget_bytes: int
-    solver: str
-    time_limit_s: float
-    seed: int
+    loss_fn: LossFn | None = None
+    solver: str = "auto"
+    time_limit_s: float = 60.0
+    seed: int = 0
     never_recompute: tuple[str, ...] = ()
     always_recompute: tuple[str, ...] = ()
     progress: ShowProgress = None
@@ -53,7 +57,7 @@ def make_plan(
     result = _solve(constrained.graph, request)
     assert result.schedule is not None
     baseline = replay(captured.graph, Schedule.keep_all(captured.graph))
-    optimizer = captured.optimizer
+    step, optimizer = captured.step, captured.optimizer
     return Plan(
         graph=constrained.graph,
         schedule=result.schedule,
@@ -69,14 +73,45 @@ def make_plan(
         seed=request.seed,
         log=result.log,
         optimizer=None if optimizer is None else replace(optimizer, calls=()),
-        loss=captured.step.loss_spec,
+        loss=step.loss_spec,
         never_recompute=request.never_recompute,
         always_recompute=request.always_recompute,
-        detached=tuple(captured.step.outputs[i].name for i in captured.step.detached),
+        detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
         device_type=captured.device_type,
         torch_version=torch.__version__,
         _captured=constrained,
+        _request=request,
     )
+
+
+def replan(
+    plan: Plan, model: nn.Module, arguments: Mapping[str, Any], forward: Callable[..., Any]
+) -> Plan:
+    """A plan with the same budget and rules for another call.
+
+    Raises
+    ------
+    PlanError
+        When the plan came from a file and needs a ``loss_fn`` that the file cannot hold.
+    """
+    request = plan._request
+    if request is None:
+        if plan.loss.region.label == "loss_fn":
+            raise PlanError(
+                "a plan from a file cannot be made again for another shape: its loss_fn is not in "
+                "the file; call optimize() with it"
+            )
+        request = Request(
+            budget_bytes=plan.budget_bytes,
+            seed=plan.seed,
+            never_recompute=plan.never_recompute,
+            always_recompute=plan.always_recompute,
+        )
+    captured = capture_step(
+        model, arguments, loss=request.loss_fn, optimizer=plan.optimizer, forward=forward
+    )
+    constrained = apply_policies(captured, request.never_recompute, request.always_recompute)
+    return make_plan(model, arguments, captured, constrained, request)
 
 
 def _solve(graph: CostGraph, request: Request) -> SolveResult:

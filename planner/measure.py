@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
 
+from .application import applied_plan
 from .training_step import (
     LossFn,
     Sample,
@@ -78,6 +79,8 @@ class Measurement:
         Time of each repeat, in the order in which they ran.
     device, torch_version, num_threads, seed
         Where and how it was measured.
+    budget_bytes, predicted_peak_bytes
+        Of the plan that is applied to the model; ``None`` without one.
     """
 
     peak_bytes: int
@@ -89,6 +92,8 @@ class Measurement:
     torch_version: str
     num_threads: int
     seed: int
+    budget_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
 
     def __str__(self) -> str:
         text = (
@@ -98,6 +103,11 @@ class Measurement:
         )
         if self.reserved_bytes is not None:
             text += f", reserved {self.reserved_bytes / 1e9:.3f} GB"
+        if self.predicted_peak_bytes is not None and self.budget_bytes is not None:
+            text += (
+                f"; predicted {self.predicted_peak_bytes / 1e9:.3f} GB, "
+                f"budget {self.budget_bytes / 1e9:.3f} GB"
+            )
         return text
 
 
@@ -187,6 +197,7 @@ def measure(
     160
     """
     device = single_device(model, sample_input)
+    plan = applied_plan(model)
     with _restored(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, model.parameters())
@@ -208,6 +219,8 @@ def measure(
         torch_version=torch.__version__,
         num_threads=torch.get_num_threads(),
         seed=seed,
+        budget_bytes=None if plan is None else plan.budget_bytes,
+        predicted_peak_bytes=None if plan is None else plan.predicted_peak_bytes,
     )
 
 

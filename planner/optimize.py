@@ -86,6 +86,7 @@ def optimize(
     arguments = bind_call(forward, *split_sample(sample_input))
     request = Request(
         budget_bytes=budget,
+        loss_fn=loss_fn,
         solver=solver,
         time_limit_s=time_limit_s,
         seed=seed,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graph_capture.capture import CapturedStep
 
     from .call_guard import CallGuard
+    from .make_plan import Request
 
 OnShapeChange = Literal["error", "unplanned", "replan"]
 
@@ -105,13 +106,14 @@ class Plan:
     device_type: str
     torch_version: str
     _captured: CapturedStep | None = field(default=None, repr=False, compare=False)
+    _request: Request | None = field(default=None, repr=False, compare=False)
     _replay: Replay = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_replay", replay(self.graph, self.schedule))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_captured": None}
+        return {**self.__dict__, "_captured": None, "_request": None}
 
     # -- figures ---------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from graph_capture.capture import CapturedStep
 from graph_capture.operators import OperatorCode
 from graph_capture.purity import draws, repeated_arguments
 from graph_capture.recorder import storage_id
+from solvers.replay import InvalidScheduleError
 from solvers.schedule import Schedule
 
 aten = torch.ops.aten
@@ -152,7 +153,8 @@ class _Emitter:
             self.inputs[node] = self._placeholder(node.name)
             self._values[key] = self.inputs[node]
         else:
-            assert self._earlier is not None and key in self._earlier._values, node
+            if self._earlier is None or key not in self._earlier._values:
+                raise InvalidScheduleError(f"{node.name!r} is read before it is computed")
             self.taken_over[key] = self._values[key] = self._placeholder(f"saved_{node.name}")
         return self._values[key]
 

@@ -82,9 +82,7 @@ class PlannedStep:
         outputs, saved = results[: self._num_outputs], results[self._num_outputs :]
         ctx.save_for_backward(*saved, *(inputs[i] for i in self._layout.saved_at))
         differentiated = set(self._layout.differentiated)
-        ctx.mark_non_differentiable(
-            *(t for i, t in enumerate(outputs) if i not in differentiated)
-        )
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in differentiated))
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 

@@ -21,6 +21,9 @@ from .allocator import peak_extra_bytes
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
+# A number where a kernel takes a tensor becomes one: in double, then in the kernel's dtype.
+_SCALAR_BYTES = 16
+
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 
 # Kernels that may take scratch and that are safe to run on zeros. Not every kernel is: one that
@@ -65,7 +68,7 @@ class WorkspaceProbe:
         if torch.Tag.pointwise in func.tags:
             # TensorIterator copies what it must cast first (aten/src/ATen/TensorIterator.cpp).
             if len({t.dtype for t in tree_iter((args, kwargs, out)) if _is(t)}) <= 1:
-                return 0
+                return _SCALAR_BYTES if any(isinstance(x, (int, float)) for x in args) else 0
         elif _MAY_TAKE_SCRATCH.fullmatch(name) is None:
             return 0
         if name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
@@ -119,7 +122,9 @@ def _measure(func: Any, args: tuple, kwargs: dict, grad_enabled: bool) -> int:
         return 0
     given = {t.untyped_storage()._cdata for t in tree_iter((real_args, real_kwargs)) if _is(t)}
     produced = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tree_iter(results) if _is(t)
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in tree_iter(results)
+        if _is(t)
     }
     return max(0, peak - sum(size for sid, size in produced.items() if sid not in given))
 
