@@ -86,17 +86,23 @@ def expand(g: GraphArrays, gaps: Gaps, plan: RetentionPlan) -> Schedule | None:
     return None if length < 0 else Schedule(tuple(int(v) for v in order[:length]))
 
 
+def base_fronts(schedule: Schedule) -> list[int]:
+    """For each run the next base operator: itself, or the one that it is recomputed before."""
+    fronts: list[int] = []
+    front = 0
+    for v in schedule.order:
+        fronts.append(front)
+        front += v == front
+    return fronts
+
+
 def plan_of(graph: CostGraph, gaps: Gaps, schedule: Schedule) -> RetentionPlan:
     """The retention plan nearest to ``schedule``.
 
     Exact but for versions that neither begin nor end a gap, which are lost:
     the expansion of the plan makes them again.
     """
-    front_of: list[int] = []  # base operator that a run is for
-    front = 0
-    for v in schedule.order:
-        front_of.append(front)
-        front += v == front
+    front_of = base_fronts(schedule)
     plan = RetentionPlan(gaps.begin.copy(), gaps.end.copy())
     versions: dict[int, list[tuple[int, int]]] = {}
     for k, born, last in replay(graph, schedule).live:

@@ -115,7 +115,5 @@ def replay(graph: CostGraph, schedule: Schedule) -> Replay:
         peak_step=memory.index(peak) if memory else 0,
         cost_ns=sum(graph.operators[v].cost_ns for v in order),
         memory_bytes=tuple(memory),
-        live=tuple(
-            (k, born, last) for (k, born), last in zip(births, last_use, strict=True)
-        ),
+        live=tuple((k, born, last) for (k, born), last in zip(births, last_use, strict=True)),
     )
