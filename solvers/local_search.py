@@ -17,6 +17,7 @@ Guarantee: none; every schedule that is returned passes the replay.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ COOL = 2e-4
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """The best plan found within the budget, and the plan of the least excess."""
+    """The best plan found within the budget; ``None`` throughout when none fits."""
 
     schedule: Schedule | None
     plan: RetentionPlan | None
@@ -65,6 +66,7 @@ def local_search(
     seed: int = 0,
     start: Schedule | None = None,
     heat: float = HEAT,
+    stop: threading.Event | None = None,
 ) -> SearchOutcome:
     """Anneal until ``num_moves`` are spent or the time is over.
 
@@ -74,6 +76,8 @@ def local_search(
         Walk from here alone instead of from the keep-all and segment plans.
     heat
         Temperature at the beginning, as a share of the step's cost.
+    stop
+        Ends the search when another thread sets it.
     """
     begin_s = time.monotonic()
     g = graph_arrays(graph)
@@ -89,7 +93,7 @@ def local_search(
     spent = 0
     for i, walk in enumerate(walks):
         deadline_s = begin_s + time_limit_s * (i + 1) / len(walks)
-        spent += walk.run(share, deadline_s)
+        spent += walk.run(share, deadline_s, stop=stop)
     best = min(walks, key=lambda walk: walk.best_cost)
     if best.best_cost == NOTHING:
         return SearchOutcome(None, None, None, spent)
@@ -146,7 +150,14 @@ class Walk:
         )
         return int(peak)
 
-    def run(self, num_moves: int, deadline_s: float, *, first_fit: bool = False) -> int:
+    def run(
+        self,
+        num_moves: int,
+        deadline_s: float,
+        *,
+        first_fit: bool = False,
+        stop: threading.Event | None = None,
+    ) -> int:
         """Cool from hot to cold over ``num_moves`` or up to ``deadline_s``; moves made.
 
         With ``first_fit``, stop as soon as a plan fits.
@@ -159,7 +170,7 @@ class Walk:
         span_s = max(deadline_s - begin_s, 1e-3)
         while made < num_moves:
             now_s = time.monotonic()
-            if now_s >= deadline_s:
+            if now_s >= deadline_s or (stop is not None and stop.is_set()):
                 break
             done, time_done = made / num_moves, (now_s - begin_s) / span_s
             if time_done > done + LATE:

@@ -36,12 +36,15 @@ def solve(
         One of :data:`SOLVERS`. ``"auto"`` keeps everything where that fits;
         else it searches a schedule and proves it by slice refinement.
     time_limit_s
-        Wall clock; the best of what was found by then is returned.
+        Wall clock; the best of what was found by then is returned. The first
+        solve after an installation also compiles, some ten seconds that the
+        limit does not cover.
     seed
         The same graph, budget and seed give the same result, unless the time
         limit cuts the solve.
     workers
-        Threads that the mixed-integer solver may use.
+        With two or more, annealing runs beside the mixed-integer solver, which
+        uses one thread.
     hint
         A schedule to begin with.
     progress
@@ -94,7 +97,7 @@ def _local_search(state: Incumbent, seed: int, workers: int) -> None:
 def _slice_refinement(state: Incumbent, seed: int, workers: int) -> None:
     _keep_all(state, seed, workers)
     if not state.solved:
-        slice_refinement(state, seed=seed)
+        slice_refinement(state, seed=seed, workers=workers)
 
 
 def _auto(state: Incumbent, seed: int, workers: int) -> None:
@@ -110,7 +113,7 @@ def _auto(state: Incumbent, seed: int, workers: int) -> None:
         seed=seed,
     )
     state.offer(outcome.schedule, "local_search")
-    slice_refinement(state, seed=seed)
+    slice_refinement(state, seed=seed, workers=workers)
 
 
 SOLVERS: dict[str, Callable[[Incumbent, int, int], None]] = {
