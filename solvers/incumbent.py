@@ -63,7 +63,13 @@ class Incumbent:
         return self.infeasible or (self.gap is not None and self.gap <= OPTIMAL_GAP)
 
     def offer(self, schedule: Schedule | None, solver: str) -> bool:
-        """Replay ``schedule``; whether it is the best so far."""
+        """Replay ``schedule``; whether it is the best so far.
+
+        Raises
+        ------
+        RuntimeError
+            When it costs less than the bound: a defect, never to be hidden.
+        """
         if schedule is None:
             return False
         try:
@@ -73,6 +79,10 @@ class Incumbent:
             return False
         if outcome.peak_bytes > self.budget_bytes:
             return False
+        if outcome.cost_ns < self.bound_ns:
+            raise RuntimeError(
+                f"{solver}: a schedule of {outcome.cost_ns} below the bound {self.bound_ns}"
+            )
         if self.cost_ns is not None and outcome.cost_ns >= self.cost_ns:
             return False
         self.schedule = schedule
@@ -83,7 +93,15 @@ class Incumbent:
         return True
 
     def raise_bound(self, bound_ns: int, solver: str) -> bool:
-        """Take ``bound_ns`` if it is higher; whether it was."""
+        """Take ``bound_ns`` if it is higher; whether it was.
+
+        Raises
+        ------
+        RuntimeError
+            When the bound is above the best schedule: a defect, never to be hidden.
+        """
+        if self.cost_ns is not None and bound_ns > self.cost_ns:
+            raise RuntimeError(f"{solver}: bound {bound_ns} above a schedule of {self.cost_ns}")
         if bound_ns <= self.bound_ns:
             return False
         self.bound_ns = bound_ns
@@ -91,7 +109,15 @@ class Incumbent:
         return True
 
     def exclude(self, solver: str, reason: str) -> None:
-        """Take note that nothing fits."""
+        """Take note that nothing fits.
+
+        Raises
+        ------
+        RuntimeError
+            When a schedule does fit: a defect, never to be hidden.
+        """
+        if self.schedule is not None:
+            raise RuntimeError(f"{solver}: excludes a budget that a schedule fits in: {reason}")
         self.infeasible = True
         self.note(f"{solver}: nothing fits in {self.budget_bytes} bytes: {reason}")
 

@@ -46,19 +46,23 @@ def solve(
         With two or more, annealing runs beside the mixed-integer solver, which
         uses one thread.
     hint
-        A schedule to begin with.
+        A schedule to begin with; its first runs keep the base order, as
+        everything that the bounds speak of.
     progress
         Called at every event.
 
     Raises
     ------
     ValueError
-        When ``solver`` is unknown or the budget or time limit is negative.
+        When ``solver`` is unknown, the budget or time limit is negative, or the
+        first runs of ``hint`` leave the base order.
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known are {', '.join(sorted(SOLVERS))}")
     if budget_bytes < 0 or time_limit_s < 0:
         raise ValueError(f"negative budget or time limit: {budget_bytes}, {time_limit_s}")
+    if hint is not None and list(dict.fromkeys(hint.order)) != sorted(set(hint.order)):
+        raise ValueError("the first runs of the hint are not in base order")
     state = Incumbent(graph, budget_bytes, time_limit_s, progress)
     state.offer(hint, "hint")
     SOLVERS[solver](state, seed, workers)

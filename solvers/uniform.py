@@ -21,6 +21,7 @@ from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, IntArray, graph_arrays
 from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan
+from .fast_replay import fast_replay
 from .replay import replay
 from .schedule import Schedule
 
@@ -52,8 +53,9 @@ def uniform_under_budget(graph: CostGraph, budget_bytes: int) -> Schedule | None
         schedule = expand(g, gaps, segment_plan(g, gaps, turn, num_segments))
         if schedule is None:
             continue
-        outcome = replay(graph, schedule)
-        if outcome.peak_bytes <= budget_bytes and (best is None or outcome.cost_ns < best_cost):
+        outcome = fast_replay(g, np.array(schedule.order, dtype=np.int64))
+        fits = outcome.valid and outcome.peak_bytes <= budget_bytes
+        if fits and (best is None or outcome.cost_ns < best_cost):
             best, best_cost = schedule, outcome.cost_ns
     return best
 
@@ -84,16 +86,15 @@ def segment_plan(g: GraphArrays, gaps: Gaps, turn: int, num_segments: int) -> Re
     cuts = cut_positions(g, turn, num_segments)
     last_cut = cuts[-1] if len(cuts) else 0
     plan = keep_all_plan(gaps)
-    for k in range(g.num_storages):
-        uses = g.positions(k)
-        if len(uses) == 0 or uses[0] >= last_cut:
-            continue
-        forward_uses = uses[uses < turn]
-        if np.any((cuts > uses[0]) & (cuts <= forward_uses[-1])):
-            continue
-        h = gaps.ptr[k] + len(forward_uses) - 1
-        plan.until[h] = gaps.begin[h]
-        plan.since[h] = gaps.begin[h] + 1
+    begins = np.flatnonzero(gaps.begin < turn)
+    # The last gap that begins in the forward pass, of each storage that has one.
+    last = begins[np.append(gaps.storage[begins][1:] != gaps.storage[begins][:-1], True)]
+    made = g.producer[gaps.storage[last]]
+    before = np.searchsorted(cuts, made, side="right")
+    crosses = np.searchsorted(cuts, gaps.begin[last], side="right") > before
+    dropped = last[~crosses & (made < last_cut)]
+    plan.until[dropped] = gaps.begin[dropped]
+    plan.since[dropped] = gaps.begin[dropped] + 1
     return plan
 
 
@@ -108,15 +109,18 @@ def cut_positions(g: GraphArrays, turn: int, num_segments: int) -> IntArray:
         return np.zeros(0, dtype=np.int64)
     crossing = np.zeros(turn + 1, dtype=np.int64)
     made = np.zeros(turn, dtype=np.int64)
-    for k in range(g.num_storages):
-        uses = g.positions(k)
-        uses = uses[uses < turn]
-        if len(uses) == 0:
-            continue
-        if len(g.positions(k)) > len(uses):
-            made[uses[0]] += g.size[k]
-        crossing[uses[0] + 1] += g.size[k]
-        crossing[uses[-1] + 1] -= g.size[k]
+    storage_of_use = np.repeat(np.arange(g.num_storages), np.diff(g.pos_ptr))
+    forward = g.pos_idx < turn
+    first = np.full(g.num_storages, turn, dtype=np.int64)
+    last = np.full(g.num_storages, -1, dtype=np.int64)
+    np.minimum.at(first, storage_of_use[forward], g.pos_idx[forward])
+    np.maximum.at(last, storage_of_use[forward], g.pos_idx[forward])
+    ks = np.flatnonzero(last >= 0)
+    later = np.zeros(g.num_storages, dtype=bool)
+    later[storage_of_use[~forward]] = True
+    np.add.at(made, first[ks[later[ks]]], g.size[ks[later[ks]]])
+    np.add.at(crossing, first[ks] + 1, g.size[ks])
+    np.add.at(crossing, last[ks] + 1, -g.size[ks])
     crossing = np.cumsum(crossing)  # crossing[x]: made before x and read at x or later
     filled = np.cumsum(made)
     cuts: list[int] = []

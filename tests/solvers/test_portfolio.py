@@ -103,3 +103,10 @@ def test_refuses_an_unknown_solver() -> None:
     """The message names what there is."""
     with pytest.raises(ValueError, match="unknown solver 'magic'; known are auto"):
         solve(training_chain(2), 100, solver="magic")
+
+
+def test_refuses_a_hint_in_another_order() -> None:
+    """A bound for the base order says nothing of a hint that leaves it."""
+    graph = training_chain(3)
+    with pytest.raises(ValueError, match="not in base order"):
+        solve(graph, 1000, hint=Schedule((1, 0, 2, 3, 4, 5)))
