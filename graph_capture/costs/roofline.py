@@ -2,7 +2,8 @@
 
 The larger of arithmetic at the device's peak rate and memory traffic at its
 bandwidth (Williams et al., "Roofline: an insightful visual performance model",
-CACM 2009), and at least one launch.
+CACM 2009), and at least one launch. A device may name calls that are slower
+than both, by element.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def call_cost_ns(func: Any, args: tuple, kwargs: dict, out: Any, device: Device)
     dtype = outputs[0].dtype if outputs else torch.float32
     compute_s = flops / device.flops_rate(dtype)
     traffic_s = num_bytes / device.bytes_per_s
-    return max(device.launch_ns, round(max(compute_s, traffic_s) * 1e9))
+    num_elements = max((t.numel() for t in outputs), default=0)
+    elements_ns = num_elements * device.element_ns.get(func._schema.name, 0.0)
+    return max(device.launch_ns, round(compute_s * 1e9), round(traffic_s * 1e9), round(elements_ns))
 
 
 def count_flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
