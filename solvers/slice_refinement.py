@@ -221,14 +221,16 @@ def first_slices(graph: CostGraph, budget_bytes: int, incumbent: Schedule | None
     With an incumbent, the base operators where its memory is nearly the budget:
     a few moments that bind are worth more than many that do not (chain64h at
     20 %: 19.66 % proven with five of them, 17.61 % with six spread evenly).
-    Without one, moments over the budget when everything is kept, evenly spread.
+    Without one, or where its memory binds nowhere, moments over the budget when
+    everything is kept, evenly spread.
     """
     if incumbent is not None:
         outcome = replay(graph, incumbent)
         fronts = base_fronts(incumbent)
         tight = _peaks_of_excess(outcome, int(NEARLY * budget_bytes))
         tight.sort(key=lambda step: -outcome.memory_bytes[step])
-        return Slicing(frozenset(fronts[step] for step in tight[:FIRST_SLICES]))
+        if tight:
+            return Slicing(frozenset(fronts[step] for step in tight[:FIRST_SLICES]))
     memory = np.array(replay(graph, Schedule.keep_all(graph)).memory_bytes)
     over = np.flatnonzero(memory > budget_bytes)
     if len(over) == 0:
@@ -248,6 +250,8 @@ def solve_relaxation(
     is cut when its bound proves the incumbent, and when it takes long while its
     own solutions do not fit: then other slices are worth more than its proof.
     """
+    if model.num_cols == 0:
+        return Relaxed(0.0, np.zeros(0), model.infeasible, True)
     h = quiet_highs(time_limit_s=max(state.left_s, 0.05), seed=seed)
     h.setOptionValue("mip_abs_gap", absolute_gap)
     h.setOptionValue("mip_rel_gap", 1e-9)

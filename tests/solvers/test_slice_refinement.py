@@ -6,11 +6,14 @@ from hypothesis import strategies as st
 
 from graph_capture.cost_graph import CostGraph
 from solvers.arrays import graph_arrays
+from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
-from solvers.least_memory import needs_bytes
+from solvers.least_memory import least_memory, needs_bytes
 from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveStatus
+from solvers.slice_model import Slicing, build_slice_model
+from solvers.slice_refinement import solve_relaxation
 
 from .graphs import INSTANCES, cost_graphs, exhaustive_optimum, training_chain
 
@@ -60,3 +63,26 @@ def test_proves_known_optima(name: str, fraction: float, overhead_percent: float
     assert result.cost_ns is not None
     overhead = 100 * (result.cost_ns - graph.base_cost_ns) / graph.base_cost_ns
     assert overhead == pytest.approx(overhead_percent, abs=5e-4)
+
+
+def test_an_incumbent_far_below_the_budget_is_improved() -> None:
+    """With a first schedule whose memory binds nowhere, the optimum is found all the same."""
+    graph = training_chain(6)
+    lavish = least_memory(graph, time_limit_s=2).schedule
+    assert replay(graph, lavish).peak_bytes <= 0.9 * 60
+    result = solve(graph, 60, solver="slice_refinement", hint=lavish, time_limit_s=20)
+    assert result.status is SolveStatus.OPTIMAL
+    assert result.cost_ns == exhaustive_optimum(graph, 60)
+
+
+def test_a_relaxation_without_columns_is_solved() -> None:
+    """A slice at the first operator leaves nothing to decide and bounds nothing."""
+    graph = training_chain(2)
+    state = Incumbent(graph, 1000, 5.0)
+    g = graph_arrays(graph)
+    model = build_slice_model(g, Slicing(frozenset()), 1000)
+    assert model.num_cols == 0
+    relaxed = solve_relaxation(state, g, model, seed=0, absolute_gap=0.3)
+    assert relaxed.solved
+    assert relaxed.bound == 0.0
+    assert relaxed.values is not None
