@@ -21,6 +21,7 @@ from .errors import CallMismatchError, PlanError, PlanMismatchError
 from .make_plan import replan
 from .rewrite import rewrite
 from .runtime import PlannedStep
+from .structure import Structure
 
 if TYPE_CHECKING:
     from .plan import OnShapeChange, Plan
@@ -81,8 +82,8 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
     different = difference(plan.guard.state, found, "state")
     if different is not None:
         raise PlanMismatchError(f"the plan was made for another model: {different}")
-    captured = plan._captured
-    if captured is not None and captured.model() is model:
+    captured, structure = plan._captured, plan._structure
+    if captured is not None and captured.model() is model and structure and structure.holds():
         return captured
     with _as_planned(model, plan):
         captured = _capture_again(plan, model, forward)
@@ -157,6 +158,7 @@ class PlannedForward:
         self.on_shape_change = on_shape_change
         self.own_forward = model.__dict__.get("forward")
         self._captured = captured
+        self._structure = None if captured is None else Structure.of(model)
         self._step: PlannedStep | None = None
         self._guard: LiveGuard | None = None
         self._others: list[PlannedForward] = []
@@ -193,13 +195,18 @@ class PlannedForward:
         )
 
     def _prepare(self) -> LiveGuard:
+        """The graphs and their guard, made anew after a part of the model was replaced."""
+        if self._structure is None or not self._structure.holds():
+            self._guard = self._structure = None
+            self._captured = capture_for(self.plan, self.model, self.unplanned)
+            self._structure = Structure.of(self.model)
         if self._guard is None:
-            captured = self._captured
-            if captured is None:
-                captured = capture_for(self.plan, self.model, self.unplanned)
-            graphs = rewrite(captured, self.plan.schedule)
-            self._step = PlannedStep(self.model, captured, graphs)
-            self._guard = LiveGuard(self.plan.guard, self.model, self.plan.device_type)
+            assert self._captured is not None
+            graphs = rewrite(self._captured, self.plan.schedule)
+            self._step = PlannedStep(self.model, self._captured, graphs)
+            self._guard = LiveGuard(
+                self.plan.guard, self.model, self.plan.device_type, self.__signature__
+            )
         return self._guard
 
     def _replanned(self, arguments: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
@@ -216,7 +223,6 @@ class PlannedForward:
         model = copy.deepcopy(self.model, memo)
         twin = PlannedForward(model, self.plan, None, self.on_shape_change)
         twin.own_forward = copy.deepcopy(self.own_forward, memo)
-        twin._captured = self._captured
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -224,6 +230,7 @@ class PlannedForward:
         return {
             **self.__dict__,
             "_captured": None,
+            "_structure": None,
             "_step": None,
             "_guard": None,
             "_signature": None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from .call_guard import CallGuard
 from .errors import PlanError
 from .plan import Plan
 from .progress import ShowProgress, showing
+from .structure import Structure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +41,18 @@ class Request:
     never_recompute: tuple[str, ...] = ()
     always_recompute: tuple[str, ...] = ()
     progress: ShowProgress = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.time_limit_s, bool) or not 0 <= self.time_limit_s < math.inf:
+            raise ValueError(
+                f"time_limit_s must be zero or more seconds, got {self.time_limit_s!r}"
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            raise ValueError(f"loss_fn must be a function of the output, got {self.loss_fn!r}")
+        if not isinstance(self.progress, (bool, NoneType)) and not callable(self.progress):
+            raise ValueError(f"progress must be True or a function, got {self.progress!r}")
 
 
 def make_plan(
@@ -80,6 +95,7 @@ def make_plan(
         device_type=captured.device_type,
         torch_version=torch.__version__,
         _captured=constrained,
+        _structure=Structure.of(model),
         _request=request,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -78,10 +79,13 @@ def optimize(
         When nothing fits; says the least budget that would and what holds it up.
     CaptureError
         When the step cannot be captured; names the line that stands in the way.
+    TypeError
+        When ``model`` is no module, or the sample does not fit its signature.
     ValueError
         When an argument makes no sense.
     """
     budget = parse_budget(budget_gb, budget_bytes)
+    _check_model(model)
     forward = original_forward(model)
     arguments = bind_call(forward, *split_sample(sample_input))
     request = Request(
@@ -90,10 +94,12 @@ def optimize(
         solver=solver,
         time_limit_s=time_limit_s,
         seed=seed,
-        never_recompute=tuple(never_recompute),
-        always_recompute=tuple(always_recompute),
+        never_recompute=_patterns("never_recompute", never_recompute),
+        always_recompute=_patterns("always_recompute", always_recompute),
         progress=progress,
     )
+    if not isinstance(optimizer, (str, torch.optim.Optimizer, NoneType)):
+        raise TypeError(f"optimizer must be an instance or a name, got {optimizer!r}")
     captured = capture_step(
         model,
         arguments,
@@ -103,3 +109,23 @@ def optimize(
     )
     constrained = apply_policies(captured, never_recompute, always_recompute)
     return make_plan(model, arguments, captured, constrained, request)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule) or isinstance(
+        getattr(model, "_orig_mod", None), nn.Module
+    ):
+        raise ValueError(
+            f"a {type(model).__name__} runs a graph of its own, which a plan would replace; plan "
+            "the module that was compiled or scripted"
+        )
+    if not model.training:
+        raise ValueError("the model is in eval mode; a plan is for training: call model.train()")
+
+
+def _patterns(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise ValueError(f"{option} takes a sequence of patterns: write ({patterns!r},)")
+    return tuple(patterns)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .call_guard import CallGuard
     from .make_plan import Request
+    from .structure import Structure
 
 OnShapeChange = Literal["error", "unplanned", "replan"]
 
@@ -106,6 +107,7 @@ class Plan:
     device_type: str
     torch_version: str
     _captured: CapturedStep | None = field(default=None, repr=False, compare=False)
+    _structure: Structure | None = field(default=None, repr=False, compare=False)
     _request: Request | None = field(default=None, repr=False, compare=False)
     _replay: Replay = field(init=False, repr=False, compare=False)
 
@@ -113,7 +115,7 @@ class Plan:
         object.__setattr__(self, "_replay", replay(self.graph, self.schedule))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_captured": None, "_request": None}
+        return {**self.__dict__, "_captured": None, "_structure": None, "_request": None}
 
     # -- figures ---------------------------------------------------------------
 
