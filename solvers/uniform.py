@@ -84,15 +84,16 @@ def turning_point(graph: CostGraph) -> int:
 def segment_plan(g: GraphArrays, gaps: Gaps, turn: int, num_segments: int) -> RetentionPlan:
     """Keep what crosses a cut and the last segment; catch the rest when it is recomputed."""
     cuts = cut_positions(g, turn, num_segments)
-    last_cut = cuts[-1] if len(cuts) else 0
     plan = keep_all_plan(gaps)
     begins = np.flatnonzero(gaps.begin < turn)
+    if len(cuts) == 0 or len(begins) == 0:
+        return plan
     # The last gap that begins in the forward pass, of each storage that has one.
     last = begins[np.append(gaps.storage[begins][1:] != gaps.storage[begins][:-1], True)]
     made = g.producer[gaps.storage[last]]
     before = np.searchsorted(cuts, made, side="right")
     crosses = np.searchsorted(cuts, gaps.begin[last], side="right") > before
-    dropped = last[~crosses & (made < last_cut)]
+    dropped = last[~crosses & (made < cuts[-1])]
     plan.until[dropped] = gaps.begin[dropped]
     plan.since[dropped] = gaps.begin[dropped] + 1
     return plan

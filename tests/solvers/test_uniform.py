@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from graph_capture.cost_graph import CostGraph, Operator
 from solvers.keep_all import keep_all
 from solvers.replay import replay
 from solvers.schedule import Schedule
@@ -48,3 +49,11 @@ def test_finds_the_cheapest_number_of_segments_that_fits() -> None:
     peak = replay(graph, keep_all(graph)).peak_bytes
     assert uniform_under_budget(graph, peak) == Schedule.keep_all(graph)
     assert uniform_under_budget(graph, 10) is None
+
+
+def test_graphs_without_a_forward_part() -> None:
+    """One operator, and operators that allocate nothing, are cut nowhere."""
+    one = training_chain(1, with_phases=False)
+    assert uniform_under_budget(one, 1000) == Schedule.keep_all(one)
+    silent = CostGraph(tuple(Operator(name=f"o{v}", cost_ns=1) for v in range(6)), ())
+    assert uniform(silent, num_segments=2) == Schedule.keep_all(silent)
