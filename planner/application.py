@@ -163,6 +163,7 @@ class PlannedForward:
         self._guard: LiveGuard | None = None
         self._others: list[PlannedForward] = []
         self._signature: inspect.Signature | None = None
+        self._train = torch.compiler.disable(self._call)  # torch.compile: one opaque call
 
     @property
     def unplanned(self) -> Callable[..., Any]:
@@ -178,6 +179,9 @@ class PlannedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.model.training or not torch.is_grad_enabled():
             return self.unplanned(*args, **kwargs)
+        return self._train(args, kwargs)
+
+    def _call(self, args: tuple, kwargs: dict) -> Any:
         if self._signature is None:
             self._signature = self.__signature__
         arguments = self._signature.bind(*args, **kwargs).arguments
@@ -229,6 +233,7 @@ class PlannedForward:
         """What a pickle keeps: the graphs are made again on the first call."""
         return {
             **self.__dict__,
+            "_train": None,
             "_captured": None,
             "_structure": None,
             "_step": None,
@@ -236,3 +241,7 @@ class PlannedForward:
             "_signature": None,
             "_others": [],
         }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._train = torch.compiler.disable(self._call)

@@ -44,9 +44,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if isinstance(self.time_limit_s, bool) or not 0 <= self.time_limit_s < math.inf:
-            raise ValueError(
-                f"time_limit_s must be zero or more seconds, got {self.time_limit_s!r}"
-            )
+            raise ValueError(f"time_limit_s must be finite and >= 0, got {self.time_limit_s!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.loss_fn is not None and not callable(self.loss_fn):

@@ -1,0 +1,74 @@
+"""Whether a module is noticed to be built otherwise than before."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from planner.structure import Structure
+
+
+def build() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_training_does_not_change_it():
+    """New values, gradients, flags and dtypes leave the structure as it is."""
+    model = build()
+    structure = Structure.of(model)
+    model(torch.ones(1, 4)).sum().backward()
+    model.eval()
+    model.double()
+    assert structure.holds()
+
+
+def test_a_replaced_module_changes_it():
+    """An equal module in another's place is another module."""
+    model = build()
+    structure = Structure.of(model)
+    model[1] = nn.Tanh()
+    assert not structure.holds()
+
+
+def test_an_added_module_changes_it():
+    """A module more, and a parametrization, which is one."""
+    for add in (
+        lambda model: model.append(nn.Tanh()),
+        lambda model: parametrizations.weight_norm(model[0]),
+    ):
+        model = build()
+        structure = Structure.of(model)
+        add(model)
+        assert not structure.holds()
+
+
+def test_a_cut_tie_changes_it():
+    """Two weights that were one."""
+    model = build()
+    structure = Structure.of(model)
+    model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+    assert not structure.holds()
+
+
+def test_a_tie_that_stays_does_not():
+    """A tied weight that is replaced in both places is still tied."""
+    model = build()
+    structure = Structure.of(model)
+    model[0].weight = model[2].weight = nn.Parameter(torch.zeros(4, 4))
+    assert structure.holds()
+
+
+def test_it_keeps_nothing_alive():
+    """A model that is gone is gone, and its structure no longer holds."""
+    model = build()
+    structure, gone = Structure.of(model), weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert not structure.holds()
