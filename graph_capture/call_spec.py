@@ -100,8 +100,9 @@ def _map(value: Any, on_tensor: Callable, spec_leaf: Callable = lambda spec: spe
         return on_tensor(value)
     if isinstance(value, TensorSpec):
         return spec_leaf(value)
-    if isinstance(value, Mapping):  # by key, not by the order in which a caller wrote them
-        return {k: _map(value[k], on_tensor, spec_leaf) for k in sorted(value, key=str)}
+    if isinstance(value, Mapping):  # visited by key, whatever the order in which they are written
+        mapped = {k: _map(value[k], on_tensor, spec_leaf) for k in sorted(value, key=str)}
+        return {k: mapped[k] for k in value}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(v, on_tensor, spec_leaf) for v in value))
     if isinstance(value, (tuple, list)):

@@ -31,6 +31,7 @@ from .operators import (
 )
 from .optimizer_step import OptimizerStep
 from .recorder import storage_id
+from .reuse import ReuseFinder
 from .trace import LossFn, LossSpec, TracedStep, trace_step
 
 CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
@@ -62,6 +63,9 @@ class CapturedStep:
         Where the step runs and whose memory is counted.
     optimizer
         The optimizer whose state and step are counted, if any.
+    unplanned
+        The cost graph of the step as eager PyTorch runs it, which never writes
+        over an argument by itself; ``None`` while the step is being captured.
     model
         Refers weakly to the captured module.
     """
@@ -76,6 +80,7 @@ class CapturedStep:
     device_type: str
     optimizer: OptimizerStep | None
     model: weakref.ref[nn.Module]
+    unplanned: CostGraph | None = None
 
 
 def capture(
@@ -123,9 +128,32 @@ def capture_step(
     step = trace_step(model, arguments, loss, forward=forward)
     split_dropout(step.graph)
 
+    probe = WorkspaceProbe(
+        _device_type(step),
+        at_hand=not any(_is_stand_in(t) for t in model.parameters()),
+        scratch=measure_scratch,
+    )
+    held = _held_by_modules(model, step)
+    unplanned = _fold(step, probe, held, optimizer, weakref.ref(model), reuse=False).graph
+    folded = _fold(step, probe, held, optimizer, weakref.ref(model), reuse=True)
+    return replace(folded, unplanned=unplanned)
+
+
+def _fold(
+    step: TracedStep,
+    probe: WorkspaceProbe,
+    held: dict[str, int],
+    optimizer: OptimizerStep | None,
+    model: weakref.ref[nn.Module],
+    *,
+    reuse: bool,
+) -> CapturedStep:
+    """Operators and storages of a traced step, with or without writing over dead arguments."""
     nodes = list(step.graph.nodes)
     inputs = [n for n in nodes if n.op == "placeholder" and n.meta["role"] != "tangent"]
-    folder = Folder(inputs)
+    kept = [*step.outputs, *(n for _, n in step.gradients)]
+    finder = ReuseFinder(nodes, {storage_id(n.meta["val"]) for n in kept}) if reuse else None
+    folder = Folder(inputs, finder)
     folder.fold(n for n in nodes if n.meta.get("phase") == "forward")
     turn = folder.produce_outside(step.tangents)
     turn.reads = {n: folder.block_of(n) for i in step.differentiated for n in [step.outputs[i]]}
@@ -135,13 +163,10 @@ def capture_step(
     output_blocks = {folder.block_of(n) for n in step.outputs}
     gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
     operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
-    probe = WorkspaceProbe(
-        _device_type(step),
-        at_hand=not any(_is_stand_in(t) for t in model.parameters()),
-        scratch=measure_scratch,
+    assembly = _Assembly(
+        step, folder.blocks, output_blocks, gradient_blocks, optimizer, probe, held
     )
-    assembly = _Assembly(step, folder.blocks, output_blocks, gradient_blocks, optimizer, probe)
-    return assembly.finish(operators, turn, weakref.ref(model))
+    return assembly.finish(operators, turn, model)
 
 
 class _Assembly:
@@ -155,8 +180,10 @@ class _Assembly:
         gradient_blocks: set[int],
         optimizer: OptimizerStep | None,
         probe: WorkspaceProbe,
+        held_bytes: int,
     ) -> None:
         self._step = step
+        self._held_bytes = held_bytes
         self._blocks = blocks
         self._outputs = output_blocks
         self._gradients = gradient_blocks
@@ -183,6 +210,8 @@ class _Assembly:
                 self._add_block(k, None, phase)
         if self._step.loss.constant_bytes:
             self._add_storage("held by loss_fn", self._step.loss.constant_bytes, None, "input")
+        if self._held_bytes:
+            self._add_storage("held by modules", self._held_bytes, None, "buffer")
         if self._optimizer is not None and self._optimizer.state_bytes:
             self._add_storage(
                 "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
@@ -345,7 +374,7 @@ class _Assembly:
                 k = self._storage_of[of_node[item]]
                 num_bytes = sizes[item_index(item)]
                 self.storages[k] = replace(self.storages[k], size_bytes=num_bytes)
-                if not item.meta["val"].numel():
+                if num_bytes and not item.meta["val"].numel():
                     stand_in = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
                     self._resized[storage_id(item.meta["val"])] = stand_in
 
@@ -425,6 +454,21 @@ class _Assembly:
         )
         self.carriers.append(carriers)
         return len(self.storages) - 1
+
+
+def _held_by_modules(model: nn.Module, step: TracedStep) -> int:
+    """Bytes of tensors that lie in modules as plain attributes and take no part in the step."""
+    counted = {storage_id(t) for t in (*model.parameters(), *model.buffers())}
+    counted |= {storage_id(t) for t in step.constants.values()}
+    held = {
+        storage_id(value): value.untyped_storage().nbytes()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == _device_type(step)
+    }
+    return sum(num_bytes for sid, num_bytes in held.items() if sid not in counted)
 
 
 def _is_stand_in(tensor: torch.Tensor) -> bool:

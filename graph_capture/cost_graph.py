@@ -209,10 +209,30 @@ class CostGraph:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what is computed: targets, wiring and sizes, not what it costs."""
-        shape = [
-            [(op.target, op.inputs, op.outputs, op.phase, op.pinned) for op in self.operators],
-            [(s.size_bytes, s.producer, s.category, s.kept) for s in self.storages],
+        """Hash of what is computed: targets, wiring and sizes, not what it costs.
+
+        Resident storages that nobody reads are no part of it: what a module
+        happens to keep from an earlier step makes no other step.
+        """
+        part = [
+            k for k, s in enumerate(self.storages) if s.producer is not None or self.consumers[k]
+        ]
+        at = {k: i for i, k in enumerate(part)}
+        shape: list[list[tuple[Any, ...]]] = [
+            [
+                (
+                    op.target,
+                    [at[k] for k in op.inputs],
+                    [at[k] for k in op.outputs],
+                    op.phase,
+                    op.pinned,
+                )
+                for op in self.operators
+            ],
+            [
+                (s.size_bytes, s.producer, s.category, s.kept)
+                for s in map(self.storages.__getitem__, at)
+            ],
         ]
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:32]
 

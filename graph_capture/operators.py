@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 from .errors import CaptureError
 from .purity import draws, hidden_writes, repeats_without_writing, why_pinned
 from .recorder import storage_id
+from .reuse import ReuseFinder
 
 aten = torch.ops.aten
 
@@ -69,13 +70,15 @@ class Block:
     carriers: list[Node]  # nodes whose value owns the memory: everything else is a view of one
     producer: OperatorCode | None = None
     readers: list[OperatorCode] = field(default_factory=list)
+    overwritten: set[Node] = field(default_factory=set)  # carriers whose value is gone
     device_type: str = "cpu"
 
 
 class Folder:
     """Turns the calls of a traced graph into operators, in order."""
 
-    def __init__(self, placeholders: Iterable[Node]) -> None:
+    def __init__(self, placeholders: Iterable[Node], reuse: ReuseFinder | None = None) -> None:
+        self._reuse = reuse
         self.operators: list[OperatorCode] = []
         self.blocks: list[Block] = []
         self.current: dict[int, int] = {}  # storage id of the fake value -> block
@@ -124,6 +127,8 @@ class Folder:
         if not results:
             code.pinned, code.ordered = code.pinned or "it has an effect and no output", True
         self._guard_resident(node, code, written)
+        if not written and self._overwrite_argument(node, code):
+            return
 
         inner = [k for k in written if self.blocks[k].producer is not None]
         host = self._host(code, inner)
@@ -136,6 +141,45 @@ class Folder:
                 self.blocks[k].readers.append(host)
         for result in fresh:
             self._produce(host, result)
+
+    def _overwrite_argument(self, node: Node, code: OperatorCode) -> bool:
+        """Let the call write over a dead argument, if it can join the argument's producer."""
+        if self._reuse is None or code.pinned or code.ordered:
+            return False
+        for reuse in self._reuse.candidates(node):
+            k = self.block_of(reuse.argument)
+            host = self.blocks[k].producer
+            if (
+                host is None
+                or host.pinned
+                or host.ordered
+                or not host.calls
+                or host.calls[-1].meta["phase"] != node.meta["phase"]
+                or any(r is not host for r in self.blocks[k].readers)
+                or not self._exist_before(host, code)
+            ):
+                continue
+            node.target, node.kwargs = reuse.target, reuse.kwargs
+            node.meta["writes"] = (reuse.argument,)
+            self._join(host, code)
+            for other in set(host.reads.values()):
+                if host not in self.blocks[other].readers:
+                    self.blocks[other].readers.append(host)
+            self.blocks[k].overwritten.update(self.blocks[k].carriers)
+            self.blocks[k].carriers.append(node)
+            self.current[storage_id(node.meta["val"])] = k
+            return True
+        return False
+
+    def _exist_before(self, host: OperatorCode, code: OperatorCode) -> bool:
+        """Whether what ``code`` reads, beside what ``host`` makes, is there when ``host`` runs."""
+        position = self.operators.index(host)
+        others = {k for k in code.reads.values() if k not in host.outputs}
+        return all(
+            (producer := self.blocks[k].producer) is None
+            or self.operators.index(producer) < position
+            for k in others
+        ) and not any(k in self.written_resident for k in others)
 
     def _written_blocks(self, node: Node) -> list[int]:
         nodes = [*node.meta["writes"], *hidden_writes(node.target, node.args)]
@@ -165,14 +209,8 @@ class Folder:
         assert host is not None
         if not host.calls or any(r is not host for r in self.blocks[inner[0]].readers):
             return None
-        position = self.operators.index(host)
-        others = {k for k in code.reads.values() if k not in host.outputs}
-        early = all(
-            (producer := self.blocks[k].producer) is None
-            or self.operators.index(producer) < position
-            for k in others
-        ) and not any(k in self.written_resident for k in others)
-        if early and not (code.ordered and self._ordered_after(position)):
+        early = self._exist_before(host, code)
+        if early and not (code.ordered and self._ordered_after(self.operators.index(host))):
             self._join(host, code)
             return host
         read_meanwhile = any(r is not host for k in host.outputs for r in self.blocks[k].readers)
@@ -200,7 +238,8 @@ class Folder:
         """Overwrite a copy, so that what others read stays what it was."""
         for k in inner:
             old = self.blocks[k]
-            if len(old.carriers) != 1:
+            carriers = [c for c in old.carriers if c not in old.overwritten]
+            if len(carriers) != 1:
                 raise CaptureError(
                     f"{code.calls[0].target} writes to memory that two outputs of one call share"
                 )
@@ -209,14 +248,15 @@ class Folder:
                 Block(
                     name=f"{old.name}_rewritten_{new}",
                     size_bytes=old.size_bytes,
-                    carriers=list(old.carriers),
+                    carriers=carriers,
                     producer=code,
                     device_type=old.device_type,
                 )
             )
             code.outputs.append(new)
             code.clones.append((k, new))
-            self.current[storage_id(old.carriers[0].meta["val"])] = new
+            for carrier in old.carriers:
+                self.current[storage_id(carrier.meta["val"])] = new
 
     def _produce(self, code: OperatorCode, result: Node) -> None:
         sid = storage_id(result.meta["val"])

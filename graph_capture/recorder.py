@@ -8,6 +8,7 @@ therefore what eager computes, to the bit.
 
 from __future__ import annotations
 
+import random
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .errors import CaptureError
@@ -44,9 +46,17 @@ def written_arguments(func: torch._ops.OpOverload, args: tuple, kwargs: dict) ->
 
 
 def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """``aten.squeeze_.dim`` -> ``aten.squeeze.dim``."""
+    """``aten.squeeze_.dim`` -> ``aten.squeeze.dim``, ``aten.transpose_`` -> ``aten.transpose.int``.
+
+    Overload names differ between the two, so the arguments decide.
+    """
     packet = getattr(getattr(torch.ops, func.namespace), func._schema.name.split("::")[1][:-1])
-    return getattr(packet, func._overloadname)
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
+    for name in packet.overloads():
+        twin = getattr(packet, name)
+        if [(a.name, str(a.type)) for a in twin._schema.arguments] == wanted:
+            return twin
+    raise CaptureError(f"{func} has no counterpart that returns a view")
 
 
 class Recorder(TorchDispatchMode):
@@ -61,7 +71,12 @@ class Recorder(TorchDispatchMode):
         self.graph = Graph()
         self.phase = "forward"
         self.constants: dict[str, torch.Tensor] = {}
+        self.failed_at = ""
+        self.draws_outside: str | None = None
+        self._generator_state = torch.get_rng_state()
+        self._outside_state = _outside_generators()
         self._node_of: dict[int, Node] = {}
+        self._memory_of: dict[int, int] = {}  # id of a tensor -> storage that it had when bound
         self._keep_alive: list[Any] = []
         self._by_storage: dict[int, list[Node]] = {}
         self._module_stack: list[str] = [""]
@@ -74,6 +89,7 @@ class Recorder(TorchDispatchMode):
         node = self.graph.placeholder(name)
         node.meta.update(meta)
         self._bind(node, tensor)
+        node.meta["val"] = tensor.detach()  # keeps its memory when ``tensor.data`` is set
         return node
 
     def node_of(self, tensor: torch.Tensor) -> Node:
@@ -84,10 +100,11 @@ class Recorder(TorchDispatchMode):
         CaptureError
             When the tensor came from nowhere that was seen.
         """
+        self._refuse_sparse(tensor)
         node = self._node_of.get(id(tensor))
-        if node is not None:
+        if node is not None and self._memory_of[id(tensor)] == storage_id(tensor):
             return node
-        if not isinstance(tensor, FakeTensor):
+        if node is None and not isinstance(tensor, FakeTensor):
             return self._constant(tensor)
         for candidate in self._by_storage.get(storage_id(tensor), ()):
             if _same_view(candidate.meta["val"], tensor):
@@ -110,8 +127,17 @@ class Recorder(TorchDispatchMode):
         self._bind(node, tensor)
         return node
 
+    def _refuse_sparse(self, tensor: torch.Tensor) -> None:
+        if tensor.layout != torch.strided:
+            raise CaptureError(
+                f"a tensor of layout {tensor.layout} occurs ({self.origin()[1]}); only dense "
+                "tensors can be planned: turn off options such as nn.Embedding(sparse=True)"
+            )
+
     def _bind(self, node: Node, tensor: torch.Tensor) -> None:
+        self._refuse_sparse(tensor)
         node.meta["val"] = tensor
+        self._memory_of[id(tensor)] = storage_id(tensor)
         self._keep_alive.append(tensor)
         self._node_of[id(tensor)] = node
         self._by_storage.setdefault(storage_id(tensor), []).append(node)
@@ -126,10 +152,31 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(f"{func} cannot be recorded ({self._where()})")
         if torch.Tag.inplace_view in func.tags and func._schema.name != "aten::set_":
             return self._inplace_view(func, args, kwargs)
-        out = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._check_generator(args, kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except Exception:
+            self.failed_at = self.origin()[1]
+            raise
         if any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
             self._record(func, args, kwargs, out)
         return out
+
+    def _check_generator(self, args: tuple, kwargs: dict) -> None:
+        """Numbers come from the default generator, in one sequence that starts with the step."""
+        if any(isinstance(v, torch.Generator) for v in tree_iter((args, kwargs))):
+            raise CaptureError(
+                f"random numbers are drawn from a generator of the model's own ({self._where()}); "
+                "use the default generator, or draw outside and pass the numbers as an argument"
+            )
+        with _disable_current_modes():
+            untouched = torch.equal(torch.get_rng_state(), self._generator_state)
+        if not untouched:
+            raise CaptureError(
+                f"forward seeds the random generator and then draws from it ({self._where()}); "
+                "seed outside, or draw outside and pass the numbers as an argument"
+            )
 
     def _inplace_view(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """``x.squeeze_()`` changes what ``x`` is: record ``y = x.squeeze()``, go on with y."""
@@ -149,7 +196,7 @@ class Recorder(TorchDispatchMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> Node:
         node = self.graph.call_function(func, tuple(args), dict(kwargs))
-        module_path, source = self._origin()
+        module_path, source = self.origin()
         node.meta.update(phase=self.phase, module_path=module_path, source=source, writes=())
         return node
 
@@ -185,7 +232,7 @@ class Recorder(TorchDispatchMode):
 
     # -- where it comes from -------------------------------------------------
 
-    def _origin(self) -> tuple[str, str]:
+    def origin(self) -> tuple[str, str]:
         """Module path and source line; a backward call has those of its forward call."""
         current = torch._C._current_autograd_node()
         if self.phase == "backward" and current is not None:
@@ -213,7 +260,9 @@ class Recorder(TorchDispatchMode):
             self._module_stack.append(path_of.get(id(module), self._module_stack[-1]))
 
         def leave(_module: torch.nn.Module, _args: Any, _out: Any) -> None:
-            self._module_stack.pop()
+            path = self._module_stack.pop()
+            if self.draws_outside is None and _outside_generators() != self._outside_state:
+                self.draws_outside = path
 
         handles = [
             torch.nn.modules.module.register_module_forward_pre_hook(enter),
@@ -224,6 +273,14 @@ class Recorder(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _outside_generators() -> tuple[Any, ...]:
+    """State of Python's and NumPy's random generators."""
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    inner = numpy_state["state"]
+    return random.getstate(), inner["key"].tobytes(), inner["pos"]
 
 
 def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:

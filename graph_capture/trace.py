@@ -15,10 +15,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx import Graph, Node
 
 from .call_spec import TensorSpec, call_forward, describe, realize, tensors_of
+from .checkpointing import checkpoints_inlined
 from .errors import CaptureError
 from .isolation import swap_tensors, undisturbed
 from .outputs import OutputTemplate, find_loss, take_apart
@@ -27,6 +33,8 @@ from .recorder import MemoryMeter, Recorder, storage_id
 LossFn = Callable[[Any], torch.Tensor]
 
 logger = logging.getLogger(__name__)
+
+_DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +84,26 @@ class LossSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reassigned:
+    """A buffer that forward replaces by another tensor, ``self.mean = 0.9 * self.mean + …``.
+
+    Parameters
+    ----------
+    target
+        Its name in the model.
+    output
+        Index into ``TracedStep.outputs`` of the new value.
+    keeps_object
+        Whether the tensor object stays and only its memory is exchanged
+        (``self.mean.data = …``).
+    """
+
+    target: str
+    output: int
+    keeps_object: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class TracedStep:
     """One training step as a torch.fx graph.
 
@@ -87,7 +115,7 @@ class TracedStep:
         ``writes``, ``module_path`` and ``source``. The output is
         ``(outputs, gradients)``.
     outputs
-        Nodes of the tensors that forward returns.
+        Nodes of the tensors that forward returns, then of ``reassigned``.
     template
         Rebuilds the model's own output structure from them.
     differentiated
@@ -98,6 +126,8 @@ class TracedStep:
         ``(placeholder, gradient node)`` of every leaf that receives one.
     constants
         Tensors that forward uses beside parameters, buffers and inputs.
+    reassigned
+        Buffers that forward replaces.
     """
 
     graph: Graph
@@ -110,6 +140,7 @@ class TracedStep:
     loss: LossRegion
     detached: tuple[int, ...]
     how: str
+    reassigned: tuple[Reassigned, ...] = ()
 
     @property
     def loss_spec(self) -> LossSpec:
@@ -147,7 +178,7 @@ def trace_step(
     failures: list[tuple[str, BaseException]] = []
     for how, context in attempts:
         try:
-            with undisturbed(model), context():
+            with undisturbed(model), checkpoints_inlined(), _quiet_fake_tensors(), context():
                 return _trace(model, forward or model.forward, arguments, loss, how)
         except (NotFittingError, KeyboardInterrupt, MemoryError):
             raise
@@ -155,6 +186,18 @@ def trace_step(
             logger.debug("capture %s failed", how, exc_info=True)
             failures.append((how, error))
     raise CaptureError(_explain(failures)) from failures[-1][1]
+
+
+@contextmanager
+def _quiet_fake_tensors() -> Iterator[None]:
+    """What fails on fake tensors is raised; torch writes it to stderr as well."""
+    its_logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = its_logger.level
+    its_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        its_logger.setLevel(before)
 
 
 class NotFittingError(CaptureError):
@@ -178,8 +221,25 @@ def _trace(
     loss: LossFn | LossSpec | None,
     how: str,
 ) -> TracedStep:
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder()
+    try:
+        return _trace_with(recorder, model, forward, arguments, loss, how)
+    except Exception as error:
+        if recorder.failed_at:
+            error.add_note(recorder.failed_at)
+        raise
+
+
+def _trace_with(
+    recorder: Recorder,
+    model: nn.Module,
+    forward: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    loss: LossFn | LossSpec | None,
+    how: str,
+) -> TracedStep:
+    _refuse_scripts(model)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: list[tuple[Node, torch.Tensor]] = []
 
     def declare(tensor: torch.Tensor, role: str, targets: tuple[str, ...]) -> torch.Tensor:
@@ -205,6 +265,7 @@ def _trace(
     for i, tensor in enumerate(tensors_of(fake_arguments)):
         declare(tensor, "input", (str(i),))
     swap_tensors(model, lambda tensor: stand_ins[id(tensor)])
+    state_before = _registered(model)
 
     with (
         torch.autograd.set_multithreading_enabled(False),
@@ -213,7 +274,14 @@ def _trace(
     ):
         with recorder, recorder.module_paths(model):
             output = call_forward(forward, fake_arguments)
+        if recorder.draws_outside is not None:
+            raise NotFittingError(
+                f"forward draws from Python's or NumPy's random generator (in module "
+                f"{recorder.draws_outside!r}): a plan would repeat this one draw for ever. Draw "
+                "with torch, or outside and pass the numbers as an argument"
+            )
         template, tensors = take_apart(output)
+        reassigned = _reassigned(state_before, _registered(model))
         differentiated, tangents, region = _differentiate(output, template, tensors, loss, recorder)
         tangent_nodes = tuple(
             recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
@@ -229,7 +297,7 @@ def _trace(
             )
             gradients = _settle_gradients(leaves, found, tensors, recorder)
 
-    outputs = tuple(recorder.node_of(t) for t in tensors)
+    outputs = tuple(recorder.node_of(t) for t in (*tensors, *(new for _, new, _ in reassigned)))
     recorder.graph.output((list(outputs), [g for _, g in gradients]))
     return TracedStep(
         graph=recorder.graph,
@@ -244,7 +312,63 @@ def _trace(
             i for i, t in enumerate(tensors) if t.requires_grad and i not in differentiated
         ),
         how=how,
+        reassigned=tuple(
+            Reassigned(target=name, output=len(tensors) + i, keeps_object=keeps)
+            for i, (name, _, keeps) in enumerate(reassigned)
+        ),
     )
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotFittingError(
+                f"module {name!r} is a TorchScript module, whose parameters cannot be exchanged "
+                "for stand-ins; plan the Python module that it was made from"
+            )
+
+
+_Registered = dict[str, tuple[str, torch.Tensor, int]]
+
+
+def _registered(model: nn.Module) -> _Registered:
+    """Role, tensor and storage of every parameter and buffer by name, in each of its places."""
+    return {
+        f"{path}.{key}" if path else key: (role, tensor, storage_id(tensor))
+        for path, module in model.named_modules()
+        for role, table in (("parameter", module._parameters), ("buffer", module._buffers))
+        for key, tensor in table.items()
+        if tensor is not None
+    }
+
+
+def _reassigned(before: _Registered, after: _Registered) -> list[tuple[str, torch.Tensor, bool]]:
+    """Name and new value of the buffers that forward replaced, and whether the object stayed."""
+    changed = set(before) ^ set(after)
+    if changed:
+        raise NotFittingError(
+            f"forward registers or removes {min(changed)!r}; a plan needs a model that keeps its "
+            "parameters and buffers. If only the first call does so, run the model once before"
+        )
+    found = []
+    for name, (role, old, old_memory) in before.items():
+        _, new, new_memory = after[name]
+        if new is old and new_memory == old_memory:
+            continue
+        if role == "parameter":
+            raise NotFittingError(f"forward replaces parameter {name!r}; change it in the loop")
+        if new.requires_grad:
+            raise NotFittingError(
+                f"forward replaces buffer {name!r} by a tensor that requires grad, which would "
+                "carry the graph of one step into the next; detach it"
+            )
+        if (new.shape, new.dtype, new.stride()) != (old.shape, old.dtype, old.stride()):
+            raise NotFittingError(
+                f"forward replaces buffer {name!r}, a {TensorSpec.of(old)}, by a "
+                f"{TensorSpec.of(new)}; each step would need a plan of its own"
+            )
+        found.append((name, new, new is old))
+    return found
 
 
 def _state(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]]:
@@ -309,6 +433,7 @@ def _through_loss_fn(
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
     known = {storage_id(t) for t in tensors}
+    first = torch.autograd._get_sequence_nr()
     meter = MemoryMeter(known=known.__contains__)
     with meter:
         loss = loss_fn(template.build([leaves.get(i, t) for i, t in enumerate(tensors)]))
@@ -318,6 +443,7 @@ def _through_loss_fn(
             )
         if not loss.requires_grad:
             raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
+        _refuse_side_door(loss, first)
         with _without_autocast():
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     pairs = [(i, g) for i, g in zip(wanting, found, strict=True) if g is not None]
@@ -333,6 +459,25 @@ def _through_loss_fn(
         calls=tuple(meter.calls),
     )
     return [i for i, _ in pairs], [g for _, g in pairs], region
+
+
+def _refuse_side_door(loss: torch.Tensor, first: int) -> None:
+    """Whether the loss depends on something that forward computed but did not return.
+
+    Autograd numbers its nodes as they are made (leaves have the largest number).
+    """
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node._sequence_nr() < first:
+            raise NotFittingError(
+                f"loss_fn uses a tensor that forward computed ({node.name()}) and did not return, "
+                "through an attribute of a module, say; return it from forward"
+            )
+        todo.extend(following for following, _ in node.next_functions)
 
 
 @contextmanager
@@ -387,16 +532,25 @@ def _owns_all(tensor: torch.Tensor) -> bool:
 
 
 def _explain(failures: list[tuple[str, BaseException]]) -> str:
-    lines = ["the model could not be captured as one graph:"]
+    """What stopped each attempt, and what to do about it."""
+    reasons: dict[str, list[str]] = {}
     for how, error in failures:
-        where = _user_frame(error)
-        text = str(error).strip().splitlines()
-        first = text[0] if text else ""
-        lines.append(f"  {how}: {type(error).__name__}: {first}{f' (at {where})' if where else ''}")
-    lines.append(
-        "  A branch or shape that depends on a tensor's value cannot be planned; write it with "
-        "torch.where, pass the value as an argument, or plan the part of the model around it."
-    )
+        where = _user_frame(error) or next(iter(getattr(error, "__notes__", ())), None)
+        first = next(iter(str(error).strip().splitlines()), "")
+        name = "" if isinstance(error, CaptureError) else f"{type(error).__name__}: "
+        reasons.setdefault(f"{name}{first}{f' (at {where})' if where else ''}", []).append(how)
+    lines = ["the model could not be captured as one graph:"]
+    lines += [f"  {' and '.join(ways)}: {reason}" for reason, ways in reasons.items()]
+    if any(isinstance(error, _DECIDED_BY_VALUE) for _, error in failures):
+        lines.append(
+            "  A branch or shape that depends on a tensor's value cannot be planned; write it with "
+            "torch.where, pass the value as an argument, or plan the part of the model around it."
+        )
+    elif not any(isinstance(error, CaptureError) for _, error in failures):
+        lines.append(
+            "  Does an unplanned training step run, backward pass included? If it does, plan the "
+            "part of the model around this line."
+        )
     return "\n".join(lines)
 
 

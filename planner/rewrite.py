@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.graph import CodeGen
@@ -270,10 +271,14 @@ def read_cpu_generator() -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def swap_cpu_generator(state: torch.Tensor) -> torch.Tensor:
-    """Set the state of the default CPU generator; returns the one that it had."""
-    before = torch.get_rng_state()
-    torch.set_rng_state(state)
+def swap_cpu_generator(state: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Set the state of the default CPU generator; returns the one that it had.
+
+    The state in between, 5 kB, lies in NumPy's memory: a tensor would stand
+    beside the call's outputs in the device's memory, which is what is planned.
+    """
+    before = torch.get_rng_state().numpy().copy()
+    torch.set_rng_state(torch.from_numpy(state) if isinstance(state, np.ndarray) else state)
     return before
 
 

@@ -14,9 +14,11 @@ from torch.fx import Node
 from graph_capture.call_spec import tensors_of
 from graph_capture.capture import CapturedStep
 from graph_capture.outputs import OutputTemplate
+from graph_capture.trace import Reassigned
 
 from .rewrite import PlannedGraphs
 
+_Table = dict[str, Any]
 _Fetch = Callable[[list[torch.Tensor]], torch.Tensor]
 
 
@@ -30,6 +32,7 @@ class _Layout:
     differentiated: tuple[int, ...]
     tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
     template: OutputTemplate
+    put_back: tuple[Callable[[list[torch.Tensor]], None], ...]  # buffers that forward replaces
 
 
 class PlannedStep:
@@ -58,6 +61,7 @@ class PlannedStep:
             differentiated=step.differentiated,
             tangents=tuple(n.meta["val"] for n in step.tangents),
             template=step.template,
+            put_back=tuple(_put_back(entry, model) for entry in step.reassigned),
         )
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
@@ -66,6 +70,8 @@ class PlannedStep:
         handed_over: list[torch.Tensor | None] = [None] * len(self._layout.tangents)
         outputs = list(_Step.apply(self, handed_over, *inputs))
         del inputs
+        for put_back in self._layout.put_back:
+            put_back(outputs)
         for place, i in enumerate(self._layout.differentiated):
             if outputs[i].numel() > 1:
                 outputs[i] = _HandOver.apply(outputs[i], handed_over, place)
@@ -159,7 +165,24 @@ def _fetch(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor]) 
     if role == "constant":
         tensor = constants[target]
         return lambda _given: tensor
+    table, name = _place(target, role, model)
+    return lambda _given: table[name]
+
+
+def _put_back(entry: Reassigned, model: nn.Module) -> Callable[[list[torch.Tensor]], None]:
+    """Lets a buffer be what forward made it."""
+    table, name = _place(entry.target, "buffer", model)
+
+    def replace(outputs: list[torch.Tensor]) -> None:
+        table[name] = outputs[entry.output]
+
+    def exchange(outputs: list[torch.Tensor]) -> None:
+        table[name].data = outputs[entry.output]
+
+    return exchange if entry.keeps_object else replace
+
+
+def _place(target: str, role: str, model: nn.Module) -> tuple[_Table, str]:
     path, _, name = target.rpartition(".")
     owner = model.get_submodule(path)
-    table = owner._parameters if role == "parameter" else owner._buffers
-    return lambda _given: table[name]  # type: ignore[return-value]
+    return (owner._parameters if role == "parameter" else owner._buffers), name

@@ -2,9 +2,10 @@
 
 How much a kernel takes depends on the library behind it (oneDNN reorders
 weights into blocks that suit the processor, attention keeps tiles for each
-thread), so it is measured: each distinct call runs once, alone, on empty
-tensors of its shapes, under the allocator's record. Calls that are known to
-take none are not run, nor is anything when there is no real device at hand.
+thread), so it is measured: each distinct call runs once, alone, on zeros (on
+multiples of the identity where zeros make no sense), under the allocator's
+record. Calls that are known to take none are not run, nor those that cannot be
+trusted with made-up values, nor anything when there is no real device at hand.
 """
 
 from __future__ import annotations
@@ -26,17 +27,25 @@ _SCALAR_BYTES = 16
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 
-# Kernels that may take scratch and that are safe to run on zeros. Not every kernel is: one that
-# is handed another kernel's opaque state reads whatever lies there.
-_MAY_TAKE_SCRATCH = re.compile(
-    r"aten::(.*convolution.*|.*attention.*|.*_norm.*|.*softmax.*|sum|mean|var|var_mean|std|prod"
-    r"|logsumexp|norm|linalg_vector_norm|mm|addmm|bmm|baddbmm|index|index_put_?|_index_put_impl_"
-    r"|index_add_?|scatter_add_?|cumsum|upsample_.*|.*pool.*|topk|sort|nll_loss.*|embedding_dense"
-    r"_backward|grid_sampler_.*|mkldnn_rnn_layer|mkldnn_rnn_layer_backward)"
+# Kernels that only make memory or move it: whatever they take, they hand out.
+_TAKES_NONE = re.compile(
+    r"aten::(empty.*|new_.*|.*_like|zeros|ones|full|arange|clone|copy_|_to_copy|cat|stack|fill_"
+    r"|zero_|bernoulli_|lift_fresh)"
 )
 
+# Kernels that must not run on made-up values: they read memory at places that their arguments
+# name, or another library's packed state.
+_UNSAFE = re.compile(
+    r"aten::(.*(ctc|quantize|fbgemm|sparse|packed|cudnn|miopen|_rnn|_lstm|_gru|lstm_|gru_).*"
+    r"|max_unpool.*|.*gather_.*|segment_.*)"
+)
+_SAFE_ALL_THE_SAME = {"aten::mkldnn_rnn_layer", "aten::mkldnn_rnn_layer_backward"}
+
+# Kernels that fail on a matrix of zeros, or whose scratch grows with the norm.
+_WANTS_REGULAR = re.compile(r"aten::_?(linalg|cholesky|lu_|inverse|triangular|ormqr|logdet|det).*")
+
 # Calls whose outputs are opaque to fake tensors: what they hold must be seen once.
-_OPAQUE_OUTPUTS = {"aten::mkldnn_rnn_layer"}
+_OPAQUE_OUTPUTS = {"aten::mkldnn_rnn_layer", "aten::_embedding_bag"}
 
 
 class WorkspaceProbe:
@@ -69,7 +78,7 @@ class WorkspaceProbe:
             # TensorIterator copies what it must cast first (aten/src/ATen/TensorIterator.cpp).
             if len({t.dtype for t in tree_iter((args, kwargs, out)) if _is(t)}) <= 1:
                 return _SCALAR_BYTES if any(isinstance(x, (int, float)) for x in args) else 0
-        elif _MAY_TAKE_SCRATCH.fullmatch(name) is None:
+        elif _TAKES_NONE.fullmatch(name) or not _safe(func):
             return 0
         if name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
             return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
@@ -111,15 +120,25 @@ def _signature(tree: Any) -> Any:
     return described, str(spec)
 
 
+def _safe(func: Any) -> bool:
+    if func._schema.name in _SAFE_ALL_THE_SAME:
+        return True
+    return func.namespace == "aten" and _UNSAFE.fullmatch(func._schema.name) is None
+
+
 def _measure(func: Any, args: tuple, kwargs: dict, grad_enabled: bool) -> int:
+    make = _regular if _WANTS_REGULAR.fullmatch(func._schema.name) else _real
+    generator_state = torch.get_rng_state()
     try:
-        real_args, real_kwargs = tree_map(_real, args), tree_map(_real, kwargs)
+        real_args, real_kwargs = tree_map(make, args), tree_map(make, kwargs)
         results: list[Any] = []
         with torch.set_grad_enabled(grad_enabled), torch._C._AutoDispatchBelowAutograd():
             peak = peak_extra_bytes(lambda: results.append(func(*real_args, **real_kwargs)))
-    except RuntimeError as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         logger.debug("%s does not run on zeros, its scratch counts as zero: %s", func, error)
         return 0
+    finally:
+        torch.set_rng_state(generator_state)
     given = {t.untyped_storage()._cdata for t in tree_iter((real_args, real_kwargs)) if _is(t)}
     produced = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
@@ -134,6 +153,14 @@ def _real(x: Any) -> Any:
         return x
     device = "cpu" if x.is_meta else x.device
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).fill_(0)
+
+
+def _regular(x: Any) -> Any:
+    """Matrices that can be inverted; of a norm at which iterations do not stop early."""
+    real = _real(x)
+    if _is(real) and real.dim() >= 2 and (real.is_floating_point() or real.is_complex()):
+        real.diagonal(dim1=-2, dim2=-1).fill_(64)
+    return real
 
 
 def _is(value: Any) -> bool:

@@ -1,0 +1,47 @@
+"""Let a model run through ``torch.utils.checkpoint`` as if it were not there.
+
+What is recomputed is for the plan to decide. Traced as it stands, a
+checkpointed part would run twice in the unplanned step already, and its second
+run would draw other random numbers: it sets the generator back, which is no
+call that could be recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils.checkpoint as implementation
+
+
+class _CallThrough:
+    """Has the place of the autograd function behind ``checkpoint(use_reentrant=True)``."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _keep_everything(*_args: Any, **_kwargs: Any) -> Iterator[None]:
+    """Has the place of the generator behind ``checkpoint(use_reentrant=False)``."""
+    yield
+
+
+@contextmanager
+def checkpoints_inlined() -> Iterator[None]:
+    """While active, ``torch.utils.checkpoint.checkpoint(f, *args)`` is ``f(*args)``.
+
+    Both of its implementations are replaced where it looks them up, so code that
+    has imported the function by name is covered as well.
+    """
+    stand_ins = {
+        "CheckpointFunction": _CallThrough,
+        "_checkpoint_without_reentrant_generator": _keep_everything,
+    }
+    before = {name: getattr(implementation, name) for name in stand_ins}
+    vars(implementation).update(stand_ins)
+    try:
+        yield
+    finally:
+        vars(implementation).update(before)

@@ -1,0 +1,147 @@
+"""Write a result over an argument that nobody else reads.
+
+Eager PyTorch allocates a result beside its arguments even when an argument is
+dead right after. Where an elementwise call is the only reader of an argument of
+the result's shape, dtype and layout, the same kernel may write there: the bits
+are the same and one tensor less is alive. The gradient of the logits, for one,
+then needs one buffer instead of two.
+
+Such a call joins the operator that allocates the argument (see
+``operators.Folder``), so a schedule always runs both, and the memory that it
+saves is known before solving.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .purity import draws, hidden_writes
+from .recorder import storage_id
+
+# Not elementwise, but each row is read before it is written; compared bit by bit on CPU.
+_BY_ROWS_ON_CPU = {
+    "aten::_softmax",
+    "aten::_log_softmax",
+    "aten::_softmax_backward_data",
+    "aten::_log_softmax_backward_data",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reuse:
+    """A call that can write over an argument.
+
+    Parameters
+    ----------
+    argument
+        The argument that is overwritten.
+    target, kwargs
+        What to call instead, with the same positional arguments.
+    """
+
+    argument: Node
+    target: Any
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class ReuseFinder:
+    """Knows who reads what in a traced graph.
+
+    Parameters
+    ----------
+    nodes
+        Of the whole graph, in order.
+    kept
+        Storages that outlive the step's use of them (outputs, gradients).
+    """
+
+    nodes: Iterable[Node]
+    kept: set[int]
+    _readers: dict[int, set[Node]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        seen: set[int] = set()
+        for node in self.nodes:
+            if node.op == "placeholder":
+                seen.add(storage_id(node.meta["val"]))
+            elif node.op == "call_function" and node.target is not operator.getitem:
+                results = _results(node)
+                fresh = {storage_id(r) for r in results} - seen
+                if fresh or node.meta["writes"] or not results:
+                    for argument in node.all_input_nodes:
+                        self._readers.setdefault(storage_id(argument.meta["val"]), set()).add(node)
+                seen |= fresh
+
+    def candidates(self, node: Node) -> list[Reuse]:
+        """Arguments that the call may overwrite, the one computed last first."""
+        func, value = node.target, node.meta["val"]
+        if not isinstance(func, torch._ops.OpOverload) or not isinstance(value, torch.Tensor):
+            return []
+        if node.meta["writes"] or draws(node) or hidden_writes(func, node.args):
+            return []
+        by_rows = func._schema.name in _BY_ROWS_ON_CPU and value.device.type == "cpu"
+        if not by_rows and torch.Tag.pointwise not in func.tags:
+            return []
+        arguments = [a for a in node.all_input_nodes if self._may_overwrite(node, a)]
+        found = []
+        for argument in sorted(arguments, reverse=True):
+            variant = _variant(func, in_place=node.args[0] is argument)
+            if variant is not None:
+                target, out_name = variant
+                kwargs = {**node.kwargs, **({out_name: argument} if out_name else {})}
+                found.append(Reuse(argument=argument, target=target, kwargs=kwargs))
+        return found
+
+    def _may_overwrite(self, node: Node, argument: Node) -> bool:
+        value, old = node.meta["val"], argument.meta["val"]
+        sid = storage_id(old)
+        same = [a for a in node.all_input_nodes if storage_id(a.meta["val"]) == sid]
+        return (
+            same == [argument]
+            and sid not in self.kept
+            and self._readers.get(sid) == {node}
+            and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device)
+            and old.stride() == value.stride()
+            and _fills_its_storage(old)
+            and _fills_its_storage(value)
+        )
+
+
+def _results(node: Node) -> list[torch.Tensor]:
+    if isinstance(node.meta["val"], torch.Tensor):
+        return [node.meta["val"]]
+    return [u.meta["val"] for u in node.users if u.target is operator.getitem]
+
+
+def _fills_its_storage(tensor: torch.Tensor) -> bool:
+    num_bytes = tensor.numel() * tensor.element_size()
+    return num_bytes > 0 and tensor.untyped_storage().nbytes() == num_bytes
+
+
+@cache
+def _variant(func: Any, *, in_place: bool) -> tuple[Any, str | None] | None:
+    """The overload of ``func`` that writes to a given tensor, and the name of that argument.
+
+    Generated ``out`` overloads are left out: they compute a result and copy it.
+    """
+    arguments = [(a.name, str(a.type)) for a in func._schema.arguments]
+    for name in func._overloadpacket.overloads():
+        other = getattr(func._overloadpacket, name)
+        outs = [a.name for a in other._schema.arguments if a.is_out]
+        rest = [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out]
+        if len(outs) == 1 and rest == arguments and torch.Tag.generated not in other.tags:
+            return other, outs[0]
+    if in_place:
+        packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::") + "_", None)
+        other = getattr(packet, func._overloadname, None) if packet is not None else None
+        if other is not None and torch.Tag.generated not in other.tags:
+            return other, None
+    return None
