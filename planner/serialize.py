@@ -1,9 +1,10 @@
 """Plans as JSON: written whole or not at all, and believed only after checking.
 
 The format is ``plan.schema.json`` beside this file (JSON Schema 2020-12). What
-a file says about its own quality is not taken over: peak, time, overhead and
-gap are computed again from its graph and schedule, and a file whose schedule
-does not compute its graph within its budget is refused.
+a file says about its own quality is not taken over: peak, time, overhead, gap
+and decisions are computed again from its graph and schedule. A file that says
+otherwise, or whose schedule does not compute its graph within its budget, is
+refused. Lower bound and baseline are the planner's word when it was written.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import best_match
 
-from graph_capture.call_spec import TensorSpec, from_json, to_json
+from graph_capture.call_spec import TensorSpec, from_json, parse_dtype, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.trace import LossRegion, LossSpec
@@ -43,10 +44,29 @@ def schema() -> dict[str, Any]:
     return json.loads(files("planner").joinpath("plan.schema.json").read_text("utf-8"))
 
 
+# In JSON Schema 1.0 is an integer; as an index it is none.
+_Validator = validators.extend(
+    Draft202012Validator,
+    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    ),
+)
+
+
 def save_plan(plan: Plan, path: Path) -> None:
-    """Write ``plan`` beside ``path`` and move it there when it is complete."""
-    text = json.dumps(plan_to_dict(plan), indent=1, allow_nan=False)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    """Write ``plan`` beside ``path`` and move it there when it is complete.
+
+    Raises
+    ------
+    PlanError
+        When the planned call has an argument that JSON cannot hold.
+    """
+    try:
+        text = json.dumps(plan_to_dict(plan), indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"this plan cannot be written to a file: {error}") from error
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -151,20 +171,23 @@ def plan_from_dict(data: Any) -> Plan:
         Names the first thing that is wrong.
     """
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if version is not SCHEMA_VERSION:
         raise PlanError(
             f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}; "
             "make the plan again"
         )
-    problem = best_match(Draft202012Validator(schema()).iter_errors(data))
-    if problem is not None:
-        raise PlanError(f"at {problem.json_path}: {problem.message[:200]}")
     try:
+        problem = best_match(_Validator(schema()).iter_errors(data))
+        if problem is not None:
+            raise PlanError(f"at {problem.json_path[:200]}: {problem.message[:200]}")
         plan = _build(data)
+        again = plan_to_dict(plan)
+    except PlanError:
+        raise
     except InvalidScheduleError as error:
         raise PlanError(f"the schedule does not compute the step: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise PlanError(str(error)) from error
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise PlanError(str(error)[:500]) from error
     if plan.fingerprint != data["fingerprint"]:
         raise PlanError("the graph does not have the fingerprint that the file names: damaged")
     if plan.predicted_peak_bytes > plan.budget_bytes:
@@ -172,7 +195,27 @@ def plan_from_dict(data: Any) -> Plan:
             f"the schedule peaks at {plan.predicted_peak_bytes} bytes, "
             f"above the budget of {plan.budget_bytes}"
         )
+    if plan.lower_bound_us > plan.predicted_step_us * (1 + 1e-9):
+        raise PlanError(
+            f"lower_bound_us is {plan.lower_bound_us}, but the schedule takes only "
+            f"{plan.predicted_step_us}"
+        )
+    wrong = next(_differences(data, again, "$"), None)
+    if wrong is not None:
+        raise PlanError(wrong)
     return plan
+
+
+def _differences(said: Any, found: Any, path: str) -> Iterator[str]:
+    """Where a file differs from what its own graph and schedule give."""
+    if isinstance(said, Mapping):
+        for key in said:
+            yield from _differences(said[key], found[key], f"{path}.{key}")
+    elif isinstance(said, list):
+        for i, (a, b) in enumerate(zip(said, found, strict=True)):
+            yield from _differences(a, b, f"{path}[{i}]")
+    elif said != found:
+        yield f"at {path}: the file says {said!r:.100}, its graph and schedule give {found!r:.100}"
 
 
 def _build(data: Mapping[str, Any]) -> Plan:
@@ -184,6 +227,15 @@ def _build(data: Mapping[str, Any]) -> Plan:
         }
     )
     solver, prediction, call, loss = (data[k] for k in ("solver", "prediction", "call", "loss"))
+    for spec in _tensor_specs((call["arguments"], call["state"], loss["tangents"])):
+        if len(spec["shape"]) != len(spec["stride"]):
+            raise ValueError(f"shape {spec['shape']} and stride {spec['stride']} do not fit")
+    if call["autocast"] is not None:
+        parse_dtype(call["autocast"])
+    if "dict" not in call["arguments"]:
+        raise ValueError("call.arguments are no arguments by name")
+    if len(loss["differentiated"]) != len(loss["tangents"]):
+        raise ValueError("loss.differentiated and loss.tangents do not fit")
     return Plan(
         graph=graph,
         schedule=Schedule(tuple(data["schedule"])),
@@ -224,6 +276,14 @@ def _build(data: Mapping[str, Any]) -> Plan:
 
 def _tensor(spec: Mapping[str, Any]) -> TensorSpec:
     return from_json({"tensor": spec})
+
+
+def _tensor_specs(value: Any) -> Iterator[Mapping[str, Any]]:
+    if isinstance(value, Mapping) and "stride" in value and "shape" in value:
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for child in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensor_specs(child)
 
 
 def _without(record: Mapping[str, Any], key: str) -> dict[str, Any]:
