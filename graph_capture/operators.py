@@ -157,6 +157,7 @@ class Folder:
                 or host.calls[-1].meta["phase"] != node.meta["phase"]
                 or any(r is not host for r in self.blocks[k].readers)
                 or not self._exist_before(host, code)
+                or not self._joins_cheaply(host, code, node)
             ):
                 continue
             node.target, node.kwargs = reuse.target, reuse.kwargs
@@ -170,6 +171,23 @@ class Folder:
             self.current[storage_id(node.meta["val"])] = k
             return True
         return False
+
+    def _joins_cheaply(self, host: OperatorCode, code: OperatorCode, node: Node) -> bool:
+        """Whether the two together need no more memory than the hungrier of them alone.
+
+        A joined operator needs all that both read at once; a schedule for a
+        small budget must not become impossible by it.
+        """
+        own = sum(self.blocks[k].size_bytes for k in host.outputs)
+        before = self._moving_bytes(set(host.reads.values())) + own
+        read = set(code.reads.values())
+        alone = self._moving_bytes(read) + node.meta["val"].untyped_storage().nbytes()
+        joined = set(host.reads.values()) | (read - set(host.outputs))
+        return self._moving_bytes(joined) + own <= max(before, alone)
+
+    def _moving_bytes(self, blocks: set[int]) -> int:
+        """Bytes of the blocks that are not there during the whole step."""
+        return sum(self.blocks[k].size_bytes for k in blocks if self.blocks[k].producer is not None)
 
     def _exist_before(self, host: OperatorCode, code: OperatorCode) -> bool:
         """Whether what ``code`` reads, beside what ``host`` makes, is there when ``host`` runs."""

@@ -69,7 +69,8 @@ def make_plan(
     """
     result = _solve(constrained.graph, request)
     assert result.schedule is not None
-    baseline = replay(captured.graph, Schedule.keep_all(captured.graph))
+    assert captured.unplanned is not None
+    baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
     step, optimizer = captured.step, captured.optimizer
     return Plan(
         graph=constrained.graph,

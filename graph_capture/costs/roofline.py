@@ -28,7 +28,8 @@ def call_cost_ns(func: Any, args: tuple, kwargs: dict, out: Any, device: Device)
     args, kwargs, out
         Its arguments and outputs; tensors of any kind, only metadata is read.
     """
-    tensors = list(_tensors((args, kwargs)))
+    written = {a.name for a in func._schema.arguments if a.is_out}  # counted as the output
+    tensors = list(_tensors((args, {k: v for k, v in kwargs.items() if k not in written})))
     outputs = list(_tensors(out))
     num_bytes = sum(_touched_bytes(t) for t in (*tensors, *outputs))
     flops = count_flops(func, args, kwargs, out)
@@ -36,7 +37,9 @@ def call_cost_ns(func: Any, args: tuple, kwargs: dict, out: Any, device: Device)
     compute_s = flops / device.flops_rate(dtype)
     traffic_s = num_bytes / device.bytes_per_s
     num_elements = max((t.numel() for t in outputs), default=0)
-    elements_ns = num_elements * device.element_ns.get(func._schema.name, 0.0)
+    name = func._schema.name
+    per_element = device.element_ns.get(name, device.element_ns.get(name.removesuffix("_"), 0.0))
+    elements_ns = num_elements * per_element
     return max(device.launch_ns, round(compute_s * 1e9), round(traffic_s * 1e9), round(elements_ns))
 
 
