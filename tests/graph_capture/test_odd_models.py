@@ -1,0 +1,264 @@
+"""Models that nobody here wrote, and modules that do odd things: bits, budget and refusals."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graph_capture.errors import CaptureError
+from planner import InfeasibleBudgetError, Plan, measure, optimize
+
+from ..bitwise import assert_same_training
+from .odd import ODD, WIDTH, Three, mean_square, normal, sample
+from .transformers_zoo import TRANSFORMERS, LossOf
+
+
+def _plan(make: Callable[[], nn.Module], example: Any, loss_fn: Any, budget_bytes: int) -> Plan:
+    torch.manual_seed(0)
+    model = make()
+    options: dict[str, Any] = {"loss_fn": loss_fn, "time_limit_s": 1.0}
+    try:
+        return optimize(model, example, budget_bytes=budget_bytes, **options)
+    except InfeasibleBudgetError as error:
+        return optimize(model, example, budget_bytes=error.min_budget_bytes, **options)
+
+
+def _check(make: Callable[[], nn.Module], samples: Callable[[int], Any], loss_fn: Any) -> None:
+    """Bits and peak at half-way between resident and baseline, and at the least budget."""
+    whole = _plan(make, samples(0), loss_fn, 10**12)
+    resident_bytes = whole.graph.resident_bytes
+    for budget_bytes in ((whole.baseline_peak_bytes + resident_bytes) // 2, resident_bytes + 1):
+        plan = _plan(make, samples(0), loss_fn, budget_bytes)
+        assert_same_training(make, plan.apply, samples, loss_fn=loss_fn)
+        torch.manual_seed(0)
+        measured = measure(plan.apply(make()), samples(0), loss_fn=loss_fn, repeats=0)
+        assert measured.peak_bytes <= plan.budget_bytes
+        # 1 kB: these modules are so small that one scratch buffer is more than 1 %.
+        assert measured.peak_bytes == pytest.approx(plan.predicted_peak_bytes, rel=0.01, abs=1000)
+
+
+_SLOW = {"Recurrences", "ManyDropouts", "Factorized", "GradientPenalty", "SlicesAssigned"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in _SLOW else ()) for n in ODD]
+)
+def test_odd_modules_train_the_same_within_their_budget(name: str) -> None:
+    """Each odd module trains to the same bits, within its budget, with the peak predicted."""
+    _check(ODD[name], sample(name), mean_square)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_train_the_same_within_their_budget(name: str) -> None:
+    """Each model of Transformers trains to the same bits, within its budget, as predicted."""
+    make, samples, loss = TRANSFORMERS[name]
+    _check(make, samples, None if loss is LossOf.MODEL else mean_square)
+
+
+def _refused(model: nn.Module, *, loss_fn: Any = mean_square) -> str:
+    with pytest.raises(CaptureError) as caught:
+        optimize(model.train(), normal(0, 16, WIDTH), budget_bytes=10**9, loss_fn=loss_fn)
+    assert not any("FakeTensor" in type(p).__name__ for p in model.parameters())
+    return str(caught.value)
+
+
+class BranchOnValue(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.sum().item() > 0:
+            h = h * 2
+        return self.c(h)
+
+
+class ShapeFromValue(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(h[h[:, 0] > 0])
+
+
+@pytest.mark.parametrize("cls", [BranchOnValue, ShapeFromValue])
+def test_a_branch_on_a_value_is_refused_by_its_line(cls: type[nn.Module]) -> None:
+    """A branch or shape that hangs on a value is refused with its line and the way out."""
+    message = _refused(cls())
+    assert "test_odd_models.py:" in message
+    assert "in forward" in message
+    assert "torch.where" in message
+
+
+class OwnGenerator(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        own = torch.Generator().manual_seed(3)
+        return self.c(self.a(x) + torch.randn(16, WIDTH, generator=own))
+
+
+class SeedsItself(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(3)
+            noise = torch.randn(16, WIDTH)
+        return self.c(self.a(x) + noise)
+
+
+class PythonDraws(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x) * random.random())
+
+
+class NumpyDraws(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x) * float(np.random.rand()))
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (OwnGenerator, "generator of the model's own"),
+        (SeedsItself, "seeds the random generator"),
+        (PythonDraws, "Python's or NumPy's"),
+        (NumpyDraws, "Python's or NumPy's"),
+    ],
+)
+def test_numbers_from_elsewhere_are_refused(cls: type[nn.Module], reason: str) -> None:
+    """Random numbers that a plan could not draw again as eager does are refused."""
+    assert reason in _refused(cls())
+
+
+def test_refusing_leaves_the_generators_alone() -> None:
+    """After a refusal Python's, NumPy's and torch's generators stand where they stood."""
+    models = NumpyDraws(), PythonDraws()
+    before = random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()
+    for model in models:
+        _refused(model)
+    assert (random.getstate(), np.random.get_state()[2], torch.get_rng_state().tolist()) == before
+
+
+def test_a_sparse_gradient_is_refused_by_its_option() -> None:
+    """A sparse embedding is refused, and the message names the option to turn off."""
+
+    class Sparse(Three):
+        def prepare(self) -> None:
+            self.table = nn.Embedding(16, WIDTH, sparse=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.a(x) + self.table(torch.arange(16)))
+
+    message = _refused(Sparse())
+    assert "sparse=True" in message
+    assert "test_odd_models.py:" in message
+
+
+class SideDoor(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.penalty = h.pow(2).mean()
+        return self.c(h)
+
+
+def test_a_loss_through_an_attribute_is_refused() -> None:
+    """A loss that reads what forward left on the module would lose that gradient: refused."""
+    model = SideDoor()
+    message = _refused(model, loss_fn=lambda out: out.mean() + model.penalty)
+    assert "return it from forward" in message
+    assert not hasattr(model, "penalty")
+
+
+def test_a_loss_with_weight_decay_is_planned() -> None:
+    """A loss that reads parameters themselves is no side door."""
+    model = Three()
+    plan = optimize(
+        model,
+        normal(0, 16, WIDTH),
+        budget_bytes=10**9,
+        loss_fn=lambda out: out.mean() + 1e-3 * model.a.weight.pow(2).sum(),
+    )
+    assert plan.loss.region.label == "loss_fn"
+
+
+class Grows(Three):
+    def prepare(self) -> None:
+        self.register_buffer("seen", torch.zeros(0, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = torch.cat([self.seen, x])
+        return self.c(self.a(x))
+
+
+class CarriesGraph(Three):
+    def prepare(self) -> None:
+        self.register_buffer("state", torch.zeros(16, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.a(x) + self.state
+        return self.c(self.state)
+
+
+class RegistersLater(Three):
+    def prepare(self) -> None:
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = torch.ones(WIDTH)
+        return self.c(self.a(x) * self.scale)
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (Grows, "a plan of its own"),
+        (CarriesGraph, "detach it"),
+        (RegistersLater, "run the model once before"),
+    ],
+)
+def test_a_buffer_that_no_plan_can_follow_is_refused(cls: type[nn.Module], reason: str) -> None:
+    """A buffer that grows, carries a graph or appears in forward is refused with the way out."""
+    assert reason in _refused(cls())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace_method` is deprecated:DeprecationWarning")
+def test_a_script_module_is_refused_unharmed() -> None:
+    """A TorchScript part is refused by name, and its weights are still real tensors."""
+    model = Three()
+    model.b = torch.jit.trace(nn.Linear(WIDTH, WIDTH), torch.zeros(2, WIDTH))
+    assert "'b' is a TorchScript module" in _refused(model)
+    assert type(model.b.weight.data) is Tensor
+
+
+def test_a_module_that_fails_in_eager_says_so() -> None:
+    """A model that breaks its own backward is refused with the question whether eager runs."""
+
+    class Broken(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.sigmoid(self.a(x))
+            y = self.b(h)
+            h.mul_(2)
+            return y
+
+    assert "unplanned training step" in _refused(Broken())
+
+
+def test_what_a_module_keeps_makes_no_other_plan() -> None:
+    """A tensor left on a module by an earlier step counts as resident but changes no plan."""
+
+    class Keeps(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.a(x).detach()
+            return self.c(self.last + self.b(x))
+
+    x = normal(0, 16, WIDTH)
+    fresh, used = Keeps(), Keeps()
+    plan = optimize(fresh, x, budget_bytes=10**9, loss_fn=mean_square)
+    used(x)
+    again = optimize(used, x, budget_bytes=10**9, loss_fn=mean_square)
+    assert again.graph.resident_bytes == plan.graph.resident_bytes + 16 * WIDTH * 4
+    assert again.fingerprint == plan.fingerprint
+    plan.apply(used)
