@@ -90,24 +90,43 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return found
 
 
+def objects_of(value: Any) -> list[Any]:
+    """Arguments in ``value`` that are objects with attributes: not looked into, passed on."""
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        if hasattr(leaf, "__dict__") and not callable(leaf):
+            found.append(leaf)
+        return leaf
+
+    _map(value, lambda t: t, on_other=note)
+    return found
+
+
 def realize(spec: Any) -> Any:
     """The inverse of :func:`describe`, with new tensors (fake ones under a fake mode)."""
     return _map(spec, lambda tensor: tensor, TensorSpec.empty)
 
 
-def _map(value: Any, on_tensor: Callable, spec_leaf: Callable = lambda spec: spec) -> Any:
+def _same(value: Any) -> Any:
+    return value
+
+
+def _map(
+    value: Any, on_tensor: Callable, spec_leaf: Callable = _same, on_other: Callable = _same
+) -> Any:
     if isinstance(value, torch.Tensor):
         return on_tensor(value)
     if isinstance(value, TensorSpec):
         return spec_leaf(value)
     if isinstance(value, Mapping):  # visited by key, whatever the order in which they are written
-        mapped = {k: _map(value[k], on_tensor, spec_leaf) for k in sorted(value, key=str)}
+        mapped = {k: _map(value[k], on_tensor, spec_leaf, on_other) for k in sorted(value, key=str)}
         return {k: mapped[k] for k in value}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(v, on_tensor, spec_leaf) for v in value))
+        return type(value)(*(_map(v, on_tensor, spec_leaf, on_other) for v in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(v, on_tensor, spec_leaf) for v in value)
-    return value
+        return type(value)(_map(v, on_tensor, spec_leaf, on_other) for v in value)
+    return on_other(value)
 
 
 def difference(expected: Any, got: Any, path: str = "input") -> str | None:

@@ -10,7 +10,7 @@ and sets at any depth.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,12 +20,15 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Afterwards the modules, the random generators and autocast's cache are as before."""
+def undisturbed(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[None]:
+    """Afterwards the modules, the random generators and autocast's cache are as before.
+
+    So are the attributes of ``others``, objects that forward is called with.
+    """
     undo: list[Callable[[], None]] = []
     seen: set[int] = set()
-    for module in model.modules():
-        _remember(module.__dict__, undo, seen)
+    for holder in (*model.modules(), *others):
+        _remember(vars(holder), undo, seen)
     cpu_state = torch.random.get_rng_state()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None

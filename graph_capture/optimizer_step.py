@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .recorder import MemoryMeter, storage_id
 
@@ -61,7 +62,7 @@ def measure_optimizer(
     if optimizer is None:
         return None
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode:
+    with fake_mode, _NumbersOfStandIns():
         twin, name = _twin(optimizer, model, fake_mode)
         parameters = [p for group in twin.param_groups for p in group["params"]]
         for p in parameters:
@@ -89,6 +90,21 @@ def measure_optimizer(
         workspace_bytes=meter.peak_bytes,
         calls=tuple(meter.calls),
     )
+
+
+class _NumbersOfStandIns(TorchDispatchMode):
+    """``.item()`` of a stand-in is one: an optimizer's memory depends on shapes, not on values.
+
+    Adafactor, for one, reads the norm of each parameter.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
 
 
 def _twin(

@@ -64,13 +64,14 @@ def take_apart(output: Any) -> tuple[OutputTemplate, list[torch.Tensor]]:
             slots.append(index(leaf, name or "output"))
             kept.append(None)
         else:
-            held = _tensors_within(leaf)
+            held = tensors_within(leaf)
             slots.append({id(t): index(t, name or "output") for t in held} if held else None)
             kept.append(leaf)
     return OutputTemplate(spec, tuple(kept), tuple(slots), tuple(names)), tensors
 
 
-def _tensors_within(value: Any) -> list[torch.Tensor]:
+def tensors_within(value: Any) -> list[torch.Tensor]:
+    """Tensors that an object holds, at any depth; modules are not looked into."""
     found: list[torch.Tensor] = []
     seen: set[int] = set()
     todo = [value]

@@ -23,11 +23,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx import Graph, Node
 
-from .call_spec import TensorSpec, call_forward, describe, realize, tensors_of
+from .call_spec import TensorSpec, call_forward, describe, objects_of, realize, tensors_of
 from .checkpointing import checkpoints_inlined
 from .errors import CaptureError
 from .isolation import swap_tensors, undisturbed
-from .outputs import OutputTemplate, find_loss, take_apart
+from .outputs import OutputTemplate, find_loss, take_apart, tensors_within
 from .recorder import MemoryMeter, Recorder, storage_id
 
 LossFn = Callable[[Any], torch.Tensor]
@@ -178,7 +178,12 @@ def trace_step(
     failures: list[tuple[str, BaseException]] = []
     for how, context in attempts:
         try:
-            with undisturbed(model), checkpoints_inlined(), _quiet_fake_tensors(), context():
+            with (
+                undisturbed(model, objects_of(arguments)),
+                checkpoints_inlined(),
+                _quiet_fake_tensors(),
+                context(),
+            ):
                 return _trace(model, forward or model.forward, arguments, loss, how)
         except (NotFittingError, KeyboardInterrupt, MemoryError):
             raise
@@ -260,12 +265,14 @@ def _trace_with(
     # need not be one in the next call.
     if any(id(t) in stand_ins for t in tensors_of(arguments)):
         raise NotFittingError("an argument is a parameter or buffer of the model itself")
+    _refuse_holders(arguments)
     with fake_mode:
         fake_arguments = realize(describe(arguments))
     for i, tensor in enumerate(tensors_of(fake_arguments)):
         declare(tensor, "input", (str(i),))
     swap_tensors(model, lambda tensor: stand_ins[id(tensor)])
     state_before = _registered(model)
+    numbers_before = _numbers(model)
 
     with (
         torch.autograd.set_multithreading_enabled(False),
@@ -280,8 +287,14 @@ def _trace_with(
                 f"{recorder.draws_outside!r}): a plan would repeat this one draw for ever. Draw "
                 "with torch, or outside and pass the numbers as an argument"
             )
+        _refuse_holders(fake_arguments)
         template, tensors = take_apart(output)
         reassigned = _reassigned(state_before, _registered(model))
+        changed = _changed(numbers_before, _numbers(model))
+        if changed:
+            numbers_before = _numbers(model)
+            call_forward(forward, fake_arguments)
+            _refuse_counters(changed & _changed(numbers_before, _numbers(model)))
         differentiated, tangents, region = _differentiate(output, template, tensors, loss, recorder)
         tangent_nodes = tuple(
             recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
@@ -326,6 +339,39 @@ def _refuse_scripts(model: nn.Module) -> None:
                 f"module {name!r} is a TorchScript module, whose parameters cannot be exchanged "
                 "for stand-ins; plan the Python module that it was made from"
             )
+
+
+def _refuse_holders(arguments: Mapping[str, Any]) -> None:
+    """An argument that hides tensors, such as a key-value cache, would freeze them."""
+    for argument in objects_of(arguments):
+        if tensors_within(argument):
+            raise NotFittingError(
+                f"an argument of type {type(argument).__name__} holds tensors, or forward puts "
+                "some into it; pass the tensors themselves, or none of it (use_cache=False)"
+            )
+
+
+def _numbers(model: nn.Module) -> dict[str, float]:
+    """Plain numbers among the attributes of modules."""
+    return {
+        f"{path}.{key}" if path else key: value
+        for path, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _changed(before: Mapping[str, float], after: Mapping[str, float]) -> set[str]:
+    return {name for name in before if name in after and before[name] != after[name]}
+
+
+def _refuse_counters(names: set[str]) -> None:
+    """A number that is another one after each forward, which a planned step would not be."""
+    if names:
+        raise NotFittingError(
+            f"forward counts in attribute {min(names)!r}, and a plan would repeat what it computed "
+            "from one count for ever; keep it in a buffer, or count in the training loop"
+        )
 
 
 _Registered = dict[str, tuple[str, torch.Tensor, int]]

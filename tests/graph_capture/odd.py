@@ -147,8 +147,8 @@ class ManyDropouts(Three):
         return self.c(F.dropout(F.rrelu(h, training=True), 0.3))
 
 
-class OldWeightNorm(Three):
-    """Its weight is a plain attribute that a hook computes before forward."""
+class KeepsUnread(Three):
+    """A tensor lies on it as a plain attribute and takes no part."""
 
     def prepare(self) -> None:
         weight = torch.linspace(0, 1, WIDTH * WIDTH).reshape(WIDTH, WIDTH)
@@ -268,7 +268,7 @@ ODD: dict[str, Callable[[], nn.Module]] = {
         SlicesAssigned,
         KeysInAnyOrder,
         ManyDropouts,
-        OldWeightNorm,
+        KeepsUnread,
         Bags,
         Factorized,
         Aliases,

@@ -262,3 +262,55 @@ def test_what_a_module_keeps_makes_no_other_plan() -> None:
     assert again.graph.resident_bytes == plan.graph.resident_bytes + 16 * WIDTH * 4
     assert again.fingerprint == plan.fingerprint
     plan.apply(used)
+
+
+class Counts(Three):
+    def prepare(self) -> None:
+        self.step = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step += 1
+        return self.c(self.a(x) / self.step)
+
+
+class RemembersLength(Three):
+    def prepare(self) -> None:
+        self.length = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.length = x.shape[0]
+        return self.c(self.a(x) / self.length)
+
+
+def test_a_count_in_python_is_refused() -> None:
+    """A number on a module that changes with each forward is refused by its name."""
+    model = Counts()
+    assert "counts in attribute 'step'" in _refused(model)
+    assert model.step == 0
+
+
+def test_a_number_that_settles_is_no_count() -> None:
+    """A number that forward sets to the same each time is captured."""
+    _check(RemembersLength, sample("Three"), mean_square)
+
+
+class _Cache:
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+
+
+class UsesCache(Three):
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        h = self.a(x)
+        cache.keys.append(h)
+        return self.c(h)
+
+
+def test_an_object_that_collects_tensors_is_refused() -> None:
+    """A cache that forward fills is refused as an argument, and is empty afterwards."""
+    cache = _Cache()
+    with pytest.raises(CaptureError, match=r"_Cache holds tensors.*use_cache=False"):
+        optimize(
+            UsesCache(), (normal(0, 16, WIDTH), cache), budget_bytes=10**9, loss_fn=mean_square
+        )
+    assert cache.keys == []

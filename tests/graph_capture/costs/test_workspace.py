@@ -1,0 +1,100 @@
+"""Scratch memory of kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from graph_capture.costs.allocator import peak_extra_bytes
+from graph_capture.costs.workspace import WorkspaceProbe
+
+aten = torch.ops.aten
+
+
+def _scratch(func: Any, *args: Any, probe: WorkspaceProbe | None = None) -> int:
+    probe = probe or WorkspaceProbe("cpu", at_hand=True)
+    return probe.bytes_of(func, args, {}, None, grad_enabled=True)
+
+
+def _real(func: Any, *args: Any) -> int:
+    """Scratch of a real call, by the allocator's record, less its outputs."""
+    with torch.no_grad():
+        results: list[Any] = []
+        peak = peak_extra_bytes(lambda: results.append(func(*args)))
+    (result,) = results
+    outputs = result if isinstance(result, tuple) else (result,)
+    return peak - sum(t.untyped_storage().nbytes() for t in outputs)
+
+
+@pytest.mark.parametrize(
+    ("func", "args"),
+    [
+        (aten.linalg_qr.default, (torch.randn(16, 32),)),
+        (aten._linalg_svd.default, (torch.randn(16, 32),)),
+        (aten.topk.default, (torch.randn(64, 64), 4)),
+        (aten.cumsum.default, (torch.randn(64, 64), 0)),
+        (aten._trilinear.default, (*(torch.randn(8, 1, 8) for _ in range(3)), [], [], [], [2])),
+        (aten.mul.Tensor, (torch.randn(64, dtype=torch.cfloat), torch.randn(64))),
+    ],
+    ids=lambda value: str(value) if not isinstance(value, tuple) else "",
+)
+def test_scratch_is_that_of_a_real_call(func: Any, args: tuple) -> None:
+    """Scratch found on stand-ins is what a call on real numbers takes."""
+    assert _scratch(func, *(_as_meta(a) for a in args)) == _real(func, *args)
+
+
+def _as_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+def test_a_product_copies_what_is_not_dense() -> None:
+    """A product copies an operand of which neither rows nor columns are dense."""
+    x = torch.empty_strided((4, 8), (32, 2), device="meta")
+    y = torch.empty(8, 8, device="meta")
+    assert _scratch(aten.mm.default, x, y) == 4 * 8 * 4
+    assert _scratch(aten.mm.default, y.t(), y) == 0
+
+
+def test_kernels_that_move_memory_take_none() -> None:
+    """Copies and concatenations are not run and count zero."""
+    x = torch.empty(10**12, device="meta")  # does not fit into any machine
+    assert _scratch(aten.clone.default, x) == 0
+    assert _scratch(aten.cat.default, [x, x]) == 0
+
+
+def test_without_a_device_nothing_is_run() -> None:
+    """On a meta device, on a card, or when not wanted, scratch is zero and nothing runs."""
+    x = torch.empty(10**9, 10**3, device="meta")
+    for probe in (
+        WorkspaceProbe("cpu", at_hand=False),
+        WorkspaceProbe("cuda", at_hand=True),
+        WorkspaceProbe("cpu", at_hand=True, scratch=False),
+    ):
+        assert _scratch(aten.cumsum.default, x, 0, probe=probe) == 0
+
+
+def test_probing_leaves_the_generator_alone() -> None:
+    """A kernel that draws is tried, and the generator stands where it stood."""
+    before = torch.get_rng_state()
+    _scratch(aten.rrelu_with_noise.default, torch.ones(8), torch.ones(8), 0.1, 0.3, True)
+    _scratch(aten.randperm.default, 100)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_kernel_that_does_not_run_counts_zero() -> None:
+    """A kernel that refuses its stand-ins counts zero instead of ending the capture."""
+    x = torch.empty(2, 3, device="meta")
+    assert _scratch(aten.linalg_inv_ex.default, x) == 0
+
+
+def test_real_sizes_of_packed_outputs() -> None:
+    """What an embedding bag hands out beside the sums is measured, not assumed."""
+    sizes = WorkspaceProbe("cpu", at_hand=True).output_bytes(
+        aten._embedding_bag.default,
+        (torch.ones(50, 8), torch.zeros(40, dtype=torch.long), torch.tensor([0, 7, 15, 30])),
+        {},
+    )
+    assert sizes is not None
+    assert sizes[0] == 4 * 8 * 4
