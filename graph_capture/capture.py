@@ -142,7 +142,7 @@ def capture_step(
 def _fold(
     step: TracedStep,
     probe: WorkspaceProbe,
-    held: dict[str, int],
+    held: int,
     optimizer: OptimizerStep | None,
     model: weakref.ref[nn.Module],
     *,

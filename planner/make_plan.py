@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import NoneType
 from typing import Any
 
@@ -15,11 +16,12 @@ from graph_capture.capture import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.policies import apply_policies
 from graph_capture.trace import LossFn
-from solvers.least_memory import least_memory
+from solvers.least_memory import LeastMemory, least_memory
 from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveResult
 from solvers.schedule import Schedule
+from solvers.uniform import uniform_under_budget
 
 from .budget import nothing_fits
 from .call_guard import CallGuard
@@ -27,6 +29,8 @@ from .errors import PlanError
 from .plan import Plan
 from .progress import ShowProgress, showing
 from .structure import Structure
+
+LEAST_MEMORY_LIMIT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,26 +134,46 @@ def replan(
 
 
 def _solve(graph: CostGraph, request: Request) -> SolveResult:
+    budget_bytes = request.budget_bytes
+    hint: Schedule | None = None
+    if request.solver == "auto" and not _fits_easily(graph, budget_bytes):
+        hint = _least_within(graph, request)
     with showing(request.progress) as progress:
         result = solve(
             graph,
-            request.budget_bytes,
+            budget_bytes,
             solver=request.solver,
             time_limit_s=request.time_limit_s,
             seed=request.seed,
+            hint=hint,
             progress=progress,
         )
-        if result.schedule is not None:
-            return result
-        least = least_memory(graph, seed=request.seed)
-        if least.peak_bytes > request.budget_bytes:
-            raise nothing_fits(graph, request.budget_bytes, least)
-        return solve(
-            graph,
-            request.budget_bytes,
-            solver=request.solver,
-            time_limit_s=request.time_limit_s,
-            seed=request.seed,
-            hint=least.schedule,
-            progress=progress,
-        )
+    if result.schedule is not None:
+        return result
+    least = _least_memory(graph, request.seed)
+    if least.peak_bytes > budget_bytes:
+        raise nothing_fits(graph, budget_bytes, least)
+    raise PlanError(
+        f"solver {request.solver!r} found no schedule within {request.time_limit_s} s, though one "
+        f"for {least.peak_bytes} bytes exists; use solver='auto' or more time"
+    )
+
+
+def _fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
+    """Whether keeping everything or a uniform schedule is within the budget."""
+    if replay(graph, Schedule.keep_all(graph)).peak_bytes <= budget_bytes:
+        return True
+    return uniform_under_budget(graph, budget_bytes) is not None
+
+
+def _least_within(graph: CostGraph, request: Request) -> Schedule:
+    least = _least_memory(graph, request.seed)
+    if least.peak_bytes > request.budget_bytes:
+        raise nothing_fits(graph, request.budget_bytes, least)
+    return least.schedule
+
+
+@lru_cache(maxsize=8)
+def _least_memory(graph: CostGraph, seed: int) -> LeastMemory:
+    """Remembered, so that the least budget an error names is found again when it is asked for."""
+    return least_memory(graph, time_limit_s=LEAST_MEMORY_LIMIT_S, seed=seed)

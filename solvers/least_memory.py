@@ -1,8 +1,9 @@
 """The least memory that any schedule needs: how low a budget can be.
 
 Search: the plan of the lowest uniform segmentation is annealed against a
-budget a little below its own peak, again and again, in smaller steps when it
-fails; cost does not matter. Bound: while operator v first runs, its inputs,
+budget a little below its own peak, again and again; where it is stuck, so are
+plans from every other start, and then the steps become smaller. Cost does not
+matter. Bound: while operator v first runs, its inputs,
 outputs and workspace are there, and so is whatever cannot be made again and is
 not done with: kept storages, and outputs of pinned operators that a later
 operator reads. Both figures are of schedules whose first runs keep the base
@@ -19,8 +20,8 @@ import numpy as np
 from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, IntArray, graph_arrays
-from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan
-from .local_search import NOTHING, Walk
+from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan, plan_of
+from .local_search import NOTHING, Walk, local_search
 from .replay import replay
 from .schedule import Schedule
 from .uniform import segment_counts, segment_plan, turning_point
@@ -66,7 +67,7 @@ def least_memory(graph: CostGraph, *, time_limit_s: float = 10.0, seed: int = 0)
     need = needs_bytes(g)
     bound = int(need.max())
     plan, peak = _lowest_segmentation(graph, g, gaps)
-    plan, peak = _descend(g, gaps, plan, peak, bound, deadline_s, seed)
+    plan, peak = _descend(graph, g, gaps, plan, peak, bound, deadline_s, seed)
     schedule = expand(g, gaps, plan)
     if schedule is None:
         raise RuntimeError("the best plan cannot be expanded")
@@ -112,6 +113,7 @@ def _lowest_segmentation(graph: CostGraph, g: GraphArrays, gaps: Gaps) -> tuple[
 
 
 def _descend(
+    graph: CostGraph,
     g: GraphArrays,
     gaps: Gaps,
     plan: RetentionPlan,
@@ -131,6 +133,17 @@ def _descend(
         if walk.best_cost < NOTHING:
             plan = RetentionPlan(walk.best_until.copy(), walk.best_since.copy())
             peak = walk.best_peak()
+            continue
+        elsewhere = local_search(  # from every start, where the walk from here is stuck
+            graph,
+            budget,
+            time_limit_s=max(0.0, deadline_s - time.monotonic()),
+            num_moves=4 * MOVES_PER_TRY,
+            seed=seed + 104_729 * tries,
+        )
+        if elsewhere.schedule is not None:
+            plan = plan_of(graph, gaps, elsewhere.schedule)
+            peak = replay(graph, elsewhere.schedule).peak_bytes
         else:
             step /= 2
     return plan, peak
