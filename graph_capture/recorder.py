@@ -256,13 +256,17 @@ class Recorder(TorchDispatchMode):
         """While active, calls know the submodule that they run in."""
         path_of = {id(m): name for name, m in model.named_modules()}
 
+        def look_outside() -> None:
+            if self.draws_outside is None and _outside_generators() != self._outside_state:
+                self.draws_outside = self._module_stack[-1]
+
         def enter(module: torch.nn.Module, _args: Any) -> None:
+            look_outside()
             self._module_stack.append(path_of.get(id(module), self._module_stack[-1]))
 
         def leave(_module: torch.nn.Module, _args: Any, _out: Any) -> None:
-            path = self._module_stack.pop()
-            if self.draws_outside is None and _outside_generators() != self._outside_state:
-                self.draws_outside = path
+            look_outside()
+            self._module_stack.pop()
 
         handles = [
             torch.nn.modules.module.register_module_forward_pre_hook(enter),
@@ -270,6 +274,7 @@ class Recorder(TorchDispatchMode):
         ]
         try:
             yield
+            look_outside()  # what the model's own forward draws after its last module
         finally:
             for handle in handles:
                 handle.remove()

@@ -116,7 +116,7 @@ class SlicesAssigned(Three):
         h = self.a(x) * 1
         out = torch.zeros_like(h)
         out[:, :8] = h[:, 8:16]
-        out[:, 8:] = torch.sin(h[:, 8:])
+        out[:, 8:] = torch.sin(self.b(x))[:, 8:]
         left, right = h[:, :16], h[:, 16:]
         left.mul_(2)
         y = torch.tanh(h)

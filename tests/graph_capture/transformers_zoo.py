@@ -91,7 +91,9 @@ def _with_checkpointing() -> nn.Module:
         bos_token_id=0,
         eos_token_id=0,
     )()
-    model.gradient_checkpointing_enable()
+    # Renamed within the fifth version; the old name warns.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
     return model
 
 
@@ -217,7 +219,7 @@ TRANSFORMERS: dict[str, _Entry] = {
                 num_hidden_layers=1,
                 state_size=4,
             ),
-            lambda seed: {k: v[:, :8] for k, v in _text(seed).items()},
+            lambda seed: {k: v[:, :8].clone() for k, v in _text(seed).items()},
         ),
     )
 }
