@@ -1,0 +1,39 @@
+"""From a model and a sample to a cost graph: what a training step computes, and what it costs.
+
+What needs torch is loaded when it is first asked for, so that the solvers can
+speak of cost graphs without it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .cost_graph import CostGraph, Operator, Storage
+
+if TYPE_CHECKING:
+    from .captured_step import CapturedStep, capture, capture_step
+    from .errors import CaptureError
+
+_LAZY = {
+    "CapturedStep": "captured_step",
+    "capture": "captured_step",
+    "capture_step": "captured_step",
+    "CaptureError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+
+
+__all__ = [
+    "CaptureError",
+    "CapturedStep",
+    "CostGraph",
+    "Operator",
+    "Storage",
+    "capture",
+    "capture_step",
+]

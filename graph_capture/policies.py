@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from .capture import CapturedStep
+from .captured_step import CapturedStep
 from .cost_graph import CostGraph, Operator, Storage
 from .errors import CaptureError
 from .operators import OperatorCode

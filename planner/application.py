@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from graph_capture.call_spec import difference, parse_dtype
-from graph_capture.capture import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.policies import apply_policies
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.capture import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.policies import apply_policies
 from graph_capture.trace import LossFn

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.capture import capture_step
+from graph_capture.captured_step import capture_step
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.policies import apply_policies
 

@@ -18,7 +18,7 @@ from solvers.result import SolveStatus
 from solvers.schedule import Schedule
 
 if TYPE_CHECKING:
-    from graph_capture.capture import CapturedStep
+    from graph_capture.captured_step import CapturedStep
 
     from .call_guard import CallGuard
     from .make_plan import Request

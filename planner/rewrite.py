@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.graph import CodeGen
 
-from graph_capture.capture import CapturedStep
+from graph_capture.captured_step import CapturedStep
 from graph_capture.operators import OperatorCode
 from graph_capture.purity import draws, repeated_arguments
 from graph_capture.recorder import storage_id

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx import Node
 
 from graph_capture.call_spec import tensors_of
-from graph_capture.capture import CapturedStep
+from graph_capture.captured_step import CapturedStep
 from graph_capture.outputs import OutputTemplate
 from graph_capture.trace import Reassigned
 

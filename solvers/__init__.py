@@ -1,0 +1,25 @@
+"""From a cost graph and a budget to a schedule, with a proof. Knows nothing of torch."""
+
+from .instances import budget_of, load_instance
+from .least_memory import LeastMemory, least_memory
+from .portfolio import SOLVERS, solve
+from .progress import ProgressEvent
+from .replay import InvalidScheduleError, Replay, replay
+from .result import SolveResult, SolveStatus
+from .schedule import Schedule
+
+__all__ = [
+    "SOLVERS",
+    "InvalidScheduleError",
+    "LeastMemory",
+    "ProgressEvent",
+    "Replay",
+    "Schedule",
+    "SolveResult",
+    "SolveStatus",
+    "budget_of",
+    "least_memory",
+    "load_instance",
+    "replay",
+    "solve",
+]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graph_capture.capture import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep, capture_step
 
 from .odd import WIDTH, Three, mean_square, normal
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graph_capture.capture import capture_step
+from graph_capture.captured_step import capture_step
 from graph_capture.cost_graph import Operator
 from graph_capture.errors import CaptureError
 from graph_capture.policies import apply_policies, matches

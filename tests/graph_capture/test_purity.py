@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from graph_capture.capture import capture
+from graph_capture.captured_step import capture
 from graph_capture.purity import draws, hidden_writes, repeated_arguments, why_pinned
 
 aten = torch.ops.aten

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.capture import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from planner.rewrite import PlannedGraphs, read_cpu_generator, rewrite, swap_cpu_generator
 from planner.runtime import PlannedStep

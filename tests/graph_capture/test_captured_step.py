@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from graph_capture.capture import capture, capture_step
+from graph_capture.captured_step import capture, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.optimizer_step import measure_optimizer
 
