@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .recorder import MemoryMeter, storage_id
 
-_BY_NAME: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=1e-3),
-    "sgd_momentum": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "adagrad": torch.optim.Adagrad,
-    "rmsprop": torch.optim.RMSprop,
+OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adadelta": torch.optim.Adadelta,
     "adafactor": torch.optim.Adafactor,
+    "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+    "adamw": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+    "sgd_momentum": partial(torch.optim.SGD, momentum=0.9),
 }
 
 
@@ -93,9 +98,10 @@ def measure_optimizer(
 
 
 class _NumbersOfStandIns(TorchDispatchMode):
-    """``.item()`` of a stand-in is one: an optimizer's memory depends on shapes, not on values.
+    """``.item()`` of a stand-in is a half: memory depends on shapes, not on values.
 
-    Adafactor, for one, reads the norm of each parameter.
+    Adafactor, for one, reads the norm of each parameter; NAdam divides by one
+    less a product that it keeps.
     """
 
     def __torch_dispatch__(
@@ -103,7 +109,7 @@ class _NumbersOfStandIns(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            return True if dtype == torch.bool else 0.5 if dtype.is_floating_point else 1
         return func(*args, **(kwargs or {}))
 
 
@@ -114,9 +120,9 @@ def _twin(
         return nn.Parameter(fake_mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
 
     if isinstance(optimizer, str):
-        make = _BY_NAME.get(optimizer.lower())
+        make = OPTIMIZERS.get(optimizer.lower())
         if make is None:
-            raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(_BY_NAME)}")
+            raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZERS)}")
         twin = make([stand_in(p) for p in model.parameters() if p.requires_grad])
         return twin, type(twin).__name__
     groups = [

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
@@ -66,8 +66,9 @@ class Recorder(TorchDispatchMode):
     ``source``, and for calls that write: ``writes``, the nodes written to.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fake_mode: FakeTensorMode | None = None) -> None:
         super().__init__()
+        self._fake_mode = fake_mode
         self.graph = Graph()
         self.phase = "forward"
         self.constants: dict[str, torch.Tensor] = {}
@@ -155,13 +156,25 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._check_generator(args, kwargs)
         try:
-            out = func(*args, **kwargs)
+            out = self._call_uncached(func, args, kwargs)
         except Exception:
             self.failed_at = self.origin()[1]
             raise
         if any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
             self._record(func, args, kwargs, out)
         return out
+
+    def _call_uncached(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Call; for several outputs without the fake mode's cache of results, which forgets that
+        two outputs may be one tensor."""
+        if self._fake_mode is None or len(func._schema.returns) < 2:
+            return func(*args, **kwargs)
+        before = self._fake_mode.cache_enabled
+        self._fake_mode.cache_enabled = False
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._fake_mode.cache_enabled = before
 
     def _check_generator(self, args: tuple, kwargs: dict) -> None:
         """Numbers come from the default generator, in one sequence that starts with the step."""

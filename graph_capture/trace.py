@@ -226,9 +226,10 @@ def _trace(
     loss: LossFn | LossSpec | None,
     how: str,
 ) -> TracedStep:
-    recorder = Recorder()
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = Recorder(fake_mode)
     try:
-        return _trace_with(recorder, model, forward, arguments, loss, how)
+        return _trace_with(fake_mode, recorder, model, forward, arguments, loss, how)
     except Exception as error:
         if recorder.failed_at:
             error.add_note(recorder.failed_at)
@@ -236,6 +237,7 @@ def _trace(
 
 
 def _trace_with(
+    fake_mode: FakeTensorMode,
     recorder: Recorder,
     model: nn.Module,
     forward: Callable[..., Any],
@@ -244,7 +246,6 @@ def _trace_with(
     how: str,
 ) -> TracedStep:
     _refuse_scripts(model)
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: list[tuple[Node, torch.Tensor]] = []
 
     def declare(tensor: torch.Tensor, role: str, targets: tuple[str, ...]) -> torch.Tensor:

@@ -22,20 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from graph_capture.optimizer_step import OPTIMIZERS
+
 LossFn = Callable[[Any], Tensor]
 Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-
-OPTIMIZERS: Mapping[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "adadelta": torch.optim.Adadelta,
-    "adagrad": torch.optim.Adagrad,
-    "adam": torch.optim.Adam,
-    "adamax": torch.optim.Adamax,
-    "adamw": torch.optim.AdamW,
-    "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
