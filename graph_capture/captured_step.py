@@ -2,85 +2,30 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, Node
-from torch.utils._pytree import tree_map
 
+from .assembly import Assembly, CapturedStep, device_type_of
 from .call_spec import bind_call, split_sample
-from .cost_graph import Category, CostGraph, Operator, Phase, Storage
-from .costs.devices import Device, device_for
-from .costs.roofline import call_cost_ns
+from .cost_graph import CostGraph
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
-from .errors import CaptureError
+from .loss import LossFn, LossSpec
 from .operators import (
-    Block,
     Folder,
-    OperatorCode,
     drop_unused,
-    item_index,
     pin_readers_of_written,
 )
 from .optimizer_step import OptimizerStep
 from .recorder import storage_id
 from .reuse import ReuseFinder
-from .trace import LossFn, LossSpec, TracedStep, trace_step
-
-CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
-
-
-@dataclass(frozen=True, kw_only=True)
-class CapturedStep:
-    """A traced step, its cost graph, and what each operator of it stands for.
-
-    Parameters
-    ----------
-    step
-        The torch.fx graph of forward and backward.
-    graph
-        The cost graph; its operators are in the order of ``code``.
-    code
-        For each operator its fx nodes; without calls for the loss, the
-        optimizer and the recording of a generator's state.
-    carriers
-        For each storage the nodes whose value owns its memory.
-    state_of
-        For each operator that draws, the operator that records the generator.
-    state_node
-        Stands for any recorded state, which no node of the traced step is.
-    loss
-        Index of the operator that stands for the loss; what comes first runs
-        in forward, what comes after in backward.
-    device_type
-        Where the step runs and whose memory is counted.
-    optimizer
-        The optimizer whose state and step are counted, if any.
-    unplanned
-        The cost graph of the step as eager PyTorch runs it, which never writes
-        over an argument by itself; ``None`` while the step is being captured.
-    model
-        Refers weakly to the captured module.
-    """
-
-    step: TracedStep
-    graph: CostGraph
-    code: tuple[OperatorCode, ...]
-    carriers: tuple[tuple[Node, ...], ...]
-    state_of: Mapping[int, int]
-    state_node: Node
-    loss: int
-    device_type: str
-    optimizer: OptimizerStep | None
-    model: weakref.ref[nn.Module]
-    unplanned: CostGraph | None = None
+from .trace import TracedStep, trace_step
 
 
 def capture(
@@ -129,7 +74,7 @@ def capture_step(
     split_dropout(step.graph)
 
     probe = WorkspaceProbe(
-        _device_type(step),
+        device_type_of(step),
         at_hand=not any(_is_stand_in(t) for t in model.parameters()),
         scratch=measure_scratch,
     )
@@ -163,297 +108,8 @@ def _fold(
     output_blocks = {folder.block_of(n) for n in step.outputs}
     gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
     operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
-    assembly = _Assembly(
-        step, folder.blocks, output_blocks, gradient_blocks, optimizer, probe, held
-    )
+    assembly = Assembly(step, folder.blocks, output_blocks, gradient_blocks, optimizer, probe, held)
     return assembly.finish(operators, turn, model)
-
-
-class _Assembly:
-    """Gives operators and storages their final indices."""
-
-    def __init__(
-        self,
-        step: TracedStep,
-        blocks: list[Block],
-        output_blocks: set[int],
-        gradient_blocks: set[int],
-        optimizer: OptimizerStep | None,
-        probe: WorkspaceProbe,
-        held_bytes: int,
-    ) -> None:
-        self._step = step
-        self._held_bytes = held_bytes
-        self._blocks = blocks
-        self._outputs = output_blocks
-        self._gradients = gradient_blocks
-        self._optimizer = optimizer
-        self._device_type = _device_type(step)
-        self._probe = probe
-        self._device: Device = device_for(self._device_type)
-        self.operators: list[Operator] = []
-        self.storages: list[Storage] = []
-        self.code: list[OperatorCode] = []
-        self.carriers: list[tuple[Node, ...]] = []
-        self.state_of: dict[int, int] = {}
-        self._storage_of: dict[int, int] = {}
-        self._resized: dict[int, torch.Tensor] = {}
-        self._state_node = Graph().placeholder("generator_state")
-        self._state_node.meta["role"] = "generator"
-
-    def finish(
-        self, codes: list[OperatorCode], loss: OperatorCode, model: weakref.ref[nn.Module]
-    ) -> CapturedStep:
-        phase: Phase = "forward"
-        for k, block in enumerate(self._blocks):
-            if block.producer is None:
-                self._add_block(k, None, phase)
-        if self._step.loss.constant_bytes:
-            self._add_storage("held by loss_fn", self._step.loss.constant_bytes, None, "input")
-        if self._held_bytes:
-            self._add_storage("held by modules", self._held_bytes, None, "buffer")
-        if self._optimizer is not None and self._optimizer.state_bytes:
-            self._add_storage(
-                "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
-            )
-        loss_index = -1
-        for code in codes:
-            if code is loss:
-                loss_index = self._add_loss(code)
-                phase = "backward"
-            else:
-                self._add_operator(code, phase)
-        if self._optimizer is not None:
-            self._add_optimizer()
-        return CapturedStep(
-            step=self._step,
-            graph=CostGraph(tuple(self.operators), tuple(self.storages)),
-            code=tuple(self.code),
-            carriers=tuple(self.carriers),
-            state_of=self.state_of,
-            state_node=self._state_node,
-            loss=loss_index,
-            device_type=self._device_type,
-            optimizer=self._optimizer,
-            model=model,
-        )
-
-    # -- operators -------------------------------------------------------------
-
-    def _add_operator(self, code: OperatorCode, phase: Phase) -> None:
-        inputs = {self._storage_of[k] for k in code.reads.values()}
-        inputs |= {self._storage_of[old] for old, _ in code.clones}
-        if code.draws and code.pinned is None:
-            inputs.add(self._add_generator_state(code, phase))
-            self.state_of[len(self.operators)] = len(self.operators) - 1
-        v = len(self.operators)
-        outputs = tuple(self._add_block(k, v, phase) for k in code.outputs)
-        costs = [self._cost(call) for call in code.calls]
-        for call in code.calls:
-            self._correct_outputs(call, code)
-        last = code.calls[-1]
-        clone_ns = sum(
-            round(2e9 * self._blocks[old].size_bytes / self._device.bytes_per_s)
-            for old, _ in code.clones
-        )
-        self._push(
-            code,
-            Operator(
-                name=last.name,
-                target="+".join(str(call.target) for call in code.calls),
-                inputs=tuple(sorted(inputs)),
-                outputs=outputs,
-                cost_ns=sum(cost for cost, _ in costs) + clone_ns,
-                workspace_bytes=max(workspace for _, workspace in costs),
-                phase=phase,
-                pinned=code.pinned,
-                ordered=code.ordered,
-                module_path=last.meta["module_path"],
-                source=last.meta["source"],
-            ),
-        )
-
-    def _add_generator_state(self, code: OperatorCode, phase: Phase) -> int:
-        """The state before a draw, with which it can be repeated; it lies in host memory."""
-        v = len(self.operators)
-        num_bytes = torch.random.get_rng_state().numel() if self._device_type == "cpu" else 0
-        name = f"generator_state_{len(self.state_of)}"
-        k = self._add_storage(name, num_bytes, v, "activation")
-        self._push(
-            OperatorCode(calls=[]),
-            Operator(
-                name=name,
-                target="get_rng_state",
-                outputs=(k,),
-                phase=phase,
-                pinned="the state of the generator at this moment",
-                ordered=True,
-                module_path=code.calls[-1].meta["module_path"],
-            ),
-        )
-        return k
-
-    def _add_loss(self, code: OperatorCode) -> int:
-        v = len(self.operators)
-        region = self._step.loss
-        outputs = [self._add_tangent(k, v) for k in code.outputs]
-        if region.held_bytes:
-            outputs.append(self._add_storage("loss", region.held_bytes, v, "output", kept=True))
-        self._push(
-            code,
-            Operator(
-                name="loss",
-                target=region.label,
-                inputs=tuple(sorted({self._storage_of[k] for k in code.reads.values()})),
-                outputs=tuple(outputs),
-                cost_ns=sum(
-                    call_cost_ns(func, args, kwargs, out, self._device)
-                    for func, args, kwargs, out in region.calls
-                ),
-                workspace_bytes=region.workspace_bytes,
-                phase="loss",
-                pinned="it belongs to the training loop",
-                ordered=True,
-            ),
-        )
-        return v
-
-    def _add_tangent(self, k: int, v: int) -> int:
-        """The gradient of an output; freed at its last use unless someone else holds it.
-
-        The autograd engine holds what is not handed over (scalars), the caller
-        what it passes to ``backward``.
-        """
-        storage = self._add_block(k, v, "loss")
-        scalar = self._blocks[k].carriers[0].meta["val"].numel() <= 1
-        if scalar or self._step.loss.label == "outputs":
-            self.storages[storage] = replace(self.storages[storage], kept=True)
-        return storage
-
-    def _add_optimizer(self) -> None:
-        assert self._optimizer is not None
-        gradients = tuple(sorted(self._storage_of[k] for k in self._gradients))
-        self._push(
-            OperatorCode(calls=[]),
-            Operator(
-                name="optimizer",
-                target=self._optimizer.name,
-                inputs=gradients,
-                cost_ns=sum(
-                    call_cost_ns(func, args, kwargs, out, self._device)
-                    for func, args, kwargs, out in self._optimizer.calls
-                ),
-                workspace_bytes=self._optimizer.workspace_bytes,
-                phase="optimizer",
-                pinned="it belongs to the training loop",
-                ordered=True,
-            ),
-        )
-
-    def _push(self, code: OperatorCode, operator: Operator) -> None:
-        """Append an operator, its code now in terms of storages instead of blocks."""
-        at = self._storage_of
-        self.code.append(
-            replace(
-                code,
-                reads={node: at[k] for node, k in code.reads.items()},
-                outputs=[at[k] for k in code.outputs],
-                clones=[(at[old], at[new]) for old, new in code.clones],
-            )
-        )
-        self.operators.append(operator)
-
-    def _correct_outputs(self, call: Node, code: OperatorCode) -> None:
-        """Sizes of outputs that fake tensors know nothing of."""
-        sizes = self._probe.output_bytes(call.target, *self._values(call))
-        if sizes is None:
-            return
-        of_node = {n: k for k in code.outputs for n in self._blocks[k].carriers}
-        for item in call.users:
-            if item in of_node:
-                k = self._storage_of[of_node[item]]
-                num_bytes = sizes[item_index(item)]
-                self.storages[k] = replace(self.storages[k], size_bytes=num_bytes)
-                if num_bytes and not item.meta["val"].numel():
-                    stand_in = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
-                    self._resized[storage_id(item.meta["val"])] = stand_in
-
-    def _cost(self, call: Node) -> tuple[int, int]:
-        args, kwargs = self._values(call)
-        assert isinstance(call.target, torch._ops.OpOverload)
-        out = call.meta["val"]
-        if out is None:
-            items = {
-                item_index(u): u.meta["val"] for u in call.users if u.target is operator.getitem
-            }
-            out = tuple(items.get(i) for i in range(len(call.target._schema.returns)))
-        return (
-            call_cost_ns(call.target, args, kwargs, out, self._device),
-            self._probe.bytes_of(
-                call.target, args, kwargs, out, grad_enabled=call.meta["phase"] == "forward"
-            ),
-        )
-
-    def _values(self, call: Node) -> tuple[tuple, dict]:
-        """Stand-ins of the tensors that a call was made with."""
-
-        def value(x: Any) -> Any:
-            if not isinstance(x, Node):
-                return x
-            return self._resized.get(storage_id(x.meta["val"]), x.meta["val"])
-
-        return tree_map(value, call.args), tree_map(value, call.kwargs)
-
-    # -- storages --------------------------------------------------------------
-
-    def _add_block(self, k: int, producer: int | None, phase: Phase) -> int:
-        block = self._blocks[k]
-        num_bytes = block.size_bytes if block.device_type == self._device_type else 0
-        if self._device_type == "cuda":
-            num_bytes = -(-num_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
-        kept = producer is not None and (k in self._outputs or k in self._gradients)
-        self._storage_of[k] = self._add_storage(
-            block.name,
-            num_bytes,
-            producer,
-            self._category(k, phase),
-            kept=kept,
-            carriers=tuple(block.carriers),
-        )
-        return self._storage_of[k]
-
-    def _category(self, k: int, phase: Phase) -> Category:
-        block = self._blocks[k]
-        if block.producer is None:
-            role = block.carriers[0].meta["role"]
-            return "buffer" if role == "constant" else role
-        if k in self._gradients:
-            return "gradient"
-        if k in self._outputs:
-            return "output"
-        return "activation" if phase == "forward" else "temporary"
-
-    def _add_storage(
-        self,
-        name: str,
-        num_bytes: int,
-        producer: int | None,
-        category: Category,
-        *,
-        kept: bool = False,
-        carriers: tuple[Node, ...] = (),
-    ) -> int:
-        self.storages.append(
-            Storage(
-                name=name,
-                size_bytes=num_bytes,
-                producer=producer,
-                category=category,
-                kept=kept,
-            )
-        )
-        self.carriers.append(carriers)
-        return len(self.storages) - 1
 
 
 def _held_by_modules(model: nn.Module, step: TracedStep) -> int:
@@ -466,7 +122,7 @@ def _held_by_modules(model: nn.Module, step: TracedStep) -> int:
         for value in vars(module).values()
         if isinstance(value, torch.Tensor)
         and value.layout == torch.strided
-        and value.device.type == _device_type(step)
+        and value.device.type == device_type_of(step)
     }
     return sum(num_bytes for sid, num_bytes in held.items() if sid not in counted)
 
@@ -475,13 +131,4 @@ def _is_stand_in(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def _device_type(step: TracedStep) -> str:
-    devices = {
-        node.meta["val"].device
-        for node in step.graph.find_nodes(op="placeholder")
-        if node.meta["role"] in ("parameter", "input") and node.meta["val"].device.type != "cpu"
-    }
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise CaptureError(f"the step is spread over several devices ({names}); plan one at a time")
-    return devices.pop().type if devices else "cpu"
+__all__ = ["CapturedStep", "capture", "capture_step"]

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class CaptureError(RuntimeError):
     """The model's step cannot be written down as one graph."""
+
+
+class NotFittingError(CaptureError):
+    """The step was traced but is no training step."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
@@ -66,9 +66,8 @@ class Recorder(TorchDispatchMode):
     ``source``, and for calls that write: ``writes``, the nodes written to.
     """
 
-    def __init__(self, fake_mode: FakeTensorMode | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._fake_mode = fake_mode
         self.graph = Graph()
         self.phase = "forward"
         self.constants: dict[str, torch.Tensor] = {}
@@ -156,25 +155,13 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._check_generator(args, kwargs)
         try:
-            out = self._call_uncached(func, args, kwargs)
+            out = _apart(func, func(*args, **kwargs))
         except Exception:
             self.failed_at = self.origin()[1]
             raise
         if any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
             self._record(func, args, kwargs, out)
         return out
-
-    def _call_uncached(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Call; for several outputs without the fake mode's cache of results, which forgets that
-        two outputs may be one tensor."""
-        if self._fake_mode is None or len(func._schema.returns) < 2:
-            return func(*args, **kwargs)
-        before = self._fake_mode.cache_enabled
-        self._fake_mode.cache_enabled = False
-        try:
-            return func(*args, **kwargs)
-        finally:
-            self._fake_mode.cache_enabled = before
 
     def _check_generator(self, args: tuple, kwargs: dict) -> None:
         """Numbers come from the default generator, in one sequence that starts with the step."""
@@ -299,6 +286,26 @@ def _outside_generators() -> tuple[Any, ...]:
     assert isinstance(numpy_state, dict)
     inner = numpy_state["state"]
     return random.getstate(), inner["key"].tobytes(), inner["pos"]
+
+
+def _apart(func: torch._ops.OpOverload, out: Any) -> Any:
+    """Outputs of a call that by its schema share no memory, as different tensors.
+
+    Some fake kernels return one tensor twice (``mkldnn_rnn_layer_backward`` its
+    gradient of the bias) where the real one returns two.
+    """
+    if not isinstance(out, (tuple, list)) or any(r.alias_info for r in func._schema.returns):
+        return out
+    seen: set[int] = set()
+    results = []
+    for item in out:
+        if isinstance(item, torch.Tensor) and id(item) in seen:
+            item = torch.empty_strided(
+                item.shape, item.stride(), dtype=item.dtype, device=item.device
+            )
+        seen.add(id(item))
+        results.append(item)
+    return type(out)(results)
 
 
 def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -25,62 +25,15 @@ from torch.fx import Graph, Node
 
 from .call_spec import TensorSpec, call_forward, describe, objects_of, realize, tensors_of
 from .checkpointing import checkpoints_inlined
-from .errors import CaptureError
+from .errors import CaptureError, NotFittingError
 from .isolation import swap_tensors, undisturbed
-from .outputs import OutputTemplate, find_loss, take_apart, tensors_within
-from .recorder import MemoryMeter, Recorder, storage_id
-
-LossFn = Callable[[Any], torch.Tensor]
+from .loss import LossFn, LossRegion, LossSpec, differentiate, without_autocast
+from .outputs import OutputTemplate, take_apart, tensors_within
+from .recorder import Recorder, storage_id
 
 logger = logging.getLogger(__name__)
 
 _DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossRegion:
-    """What the training loop does between forward and backward.
-
-    Parameters
-    ----------
-    label
-        ``"output"``, ``"output.loss"``, ``"loss_fn"`` or ``"outputs"``.
-    held_bytes
-        Bytes that stay allocated afterwards beside the tangents: the loss, its own
-        gradient, and the element that stands for each tangent handed over (see
-        ``planner.runtime``).
-    constant_bytes
-        Bytes of the tensors that ``loss_fn`` brings along (targets).
-    workspace_bytes
-        Bytes held only while it runs.
-    calls
-        ``(func, args, kwargs, out)`` with meta tensors, for costing.
-    """
-
-    label: str
-    held_bytes: int = 0
-    constant_bytes: int = 0
-    workspace_bytes: int = 0
-    calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossSpec:
-    """A loss as an earlier capture saw it, for capturing again without the code of it.
-
-    Parameters
-    ----------
-    region
-        Without its calls.
-    differentiated
-        Indices of the differentiated output tensors.
-    tangents
-        What the gradient of each looks like.
-    """
-
-    region: LossRegion
-    differentiated: tuple[int, ...]
-    tangents: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,10 +158,6 @@ def _quiet_fake_tensors() -> Iterator[None]:
         its_logger.setLevel(before)
 
 
-class NotFittingError(CaptureError):
-    """The step was traced but is no training step."""
-
-
 @contextmanager
 def _pretend_compiling() -> Iterator[None]:
     before = torch.compiler._is_compiling_flag
@@ -226,10 +175,9 @@ def _trace(
     loss: LossFn | LossSpec | None,
     how: str,
 ) -> TracedStep:
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder(fake_mode)
+    recorder = Recorder()
     try:
-        return _trace_with(fake_mode, recorder, model, forward, arguments, loss, how)
+        return _trace_with(recorder, model, forward, arguments, loss, how)
     except Exception as error:
         if recorder.failed_at:
             error.add_note(recorder.failed_at)
@@ -237,7 +185,6 @@ def _trace(
 
 
 def _trace_with(
-    fake_mode: FakeTensorMode,
     recorder: Recorder,
     model: nn.Module,
     forward: Callable[..., Any],
@@ -246,6 +193,7 @@ def _trace_with(
     how: str,
 ) -> TracedStep:
     _refuse_scripts(model)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves: list[tuple[Node, torch.Tensor]] = []
 
     def declare(tensor: torch.Tensor, role: str, targets: tuple[str, ...]) -> torch.Tensor:
@@ -296,13 +244,13 @@ def _trace_with(
             numbers_before = _numbers(model)
             call_forward(forward, fake_arguments)
             _refuse_counters(changed & _changed(numbers_before, _numbers(model)))
-        differentiated, tangents, region = _differentiate(output, template, tensors, loss, recorder)
+        differentiated, tangents, region = differentiate(output, template, tensors, loss, recorder)
         tangent_nodes = tuple(
             recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
             for i, tangent in enumerate(tangents)
         )
         recorder.phase = "backward"
-        with recorder, _without_autocast():
+        with recorder, without_autocast():
             found = torch.autograd.grad(
                 [tensors[i] for i in differentiated],
                 [leaf for _, leaf in leaves],
@@ -434,104 +382,6 @@ def _state(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]]:
 
 def _identifier(role: str, target: str) -> str:
     return f"{role}_{target}".replace(".", "_")
-
-
-def _differentiate(
-    output: Any,
-    template: OutputTemplate,
-    tensors: list[torch.Tensor],
-    given: LossFn | LossSpec | None,
-    recorder: Recorder,
-) -> tuple[list[int], list[torch.Tensor], LossRegion]:
-    """Which outputs are differentiated, with which gradients, and what that takes."""
-    wanting = [i for i, t in enumerate(tensors) if t.requires_grad]
-    if not wanting:
-        raise NotFittingError(
-            "no output of the model requires grad: nothing can be trained. Is a parameter "
-            "frozen by mistake, or the model in a no_grad block?"
-        )
-    if isinstance(given, LossSpec):
-        if not set(given.differentiated) <= set(wanting):
-            raise NotFittingError(
-                f"outputs {given.differentiated} were differentiated when the plan was made; "
-                f"of this model's outputs {wanting} require grad"
-            )
-        return list(given.differentiated), [t.empty() for t in given.tangents], given.region
-    if given is not None:
-        return _through_loss_fn(template, tensors, wanting, given, recorder)
-    loss = find_loss(output)
-    if loss is not None:
-        i = next(i for i, t in enumerate(tensors) if t is loss)
-        label = "output" if output is loss else "output.loss"
-        return [i], [torch.ones_like(loss)], LossRegion(label=label)
-    return (
-        wanting,
-        [torch.ones_like(tensors[i]) for i in wanting],
-        LossRegion(label="outputs", held_bytes=sum(tensors[i].element_size() for i in wanting)),
-    )
-
-
-def _through_loss_fn(
-    template: OutputTemplate,
-    tensors: list[torch.Tensor],
-    wanting: list[int],
-    loss_fn: LossFn,
-    recorder: Recorder,
-) -> tuple[list[int], list[torch.Tensor], LossRegion]:
-    leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
-    known = {storage_id(t) for t in tensors}
-    first = torch.autograd._get_sequence_nr()
-    meter = MemoryMeter(known=known.__contains__)
-    with meter:
-        loss = loss_fn(template.build([leaves.get(i, t) for i, t in enumerate(tensors)]))
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            raise NotFittingError(
-                f"loss_fn must return a scalar tensor, got {getattr(loss, 'shape', loss)!r}"
-            )
-        if not loss.requires_grad:
-            raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
-        _refuse_side_door(loss, first)
-        with _without_autocast():
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    pairs = [(i, g) for i, g in zip(wanting, found, strict=True) if g is not None]
-    if not pairs:
-        raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
-    loss_bytes = loss.untyped_storage().nbytes()
-    tangent_bytes = sum({storage_id(g): g.untyped_storage().nbytes() for _, g in pairs}.values())
-    region = LossRegion(
-        label="loss_fn",
-        held_bytes=loss_bytes + loss.element_size() + sum(g.element_size() for _, g in pairs),
-        constant_bytes=sum(meter.constants.values()),
-        workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - loss_bytes),
-        calls=tuple(meter.calls),
-    )
-    return [i for i, _ in pairs], [g for _, g in pairs], region
-
-
-def _refuse_side_door(loss: torch.Tensor, first: int) -> None:
-    """Whether the loss depends on something that forward computed but did not return.
-
-    Autograd numbers its nodes as they are made (leaves have the largest number).
-    """
-    todo, seen = [loss.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node._sequence_nr() < first:
-            raise NotFittingError(
-                f"loss_fn uses a tensor that forward computed ({node.name()}) and did not return, "
-                "through an attribute of a module, say; return it from forward"
-            )
-        todo.extend(following for following, _ in node.next_functions)
-
-
-@contextmanager
-def _without_autocast() -> Iterator[None]:
-    """A training loop leaves autocast before it calls ``backward()``."""
-    with torch._C._DisableAutocast():
-        yield
 
 
 def _dense(tensor: torch.Tensor) -> bool:

@@ -14,8 +14,8 @@ from torch import nn
 
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
+from graph_capture.loss import LossFn
 from graph_capture.policies import apply_policies
-from graph_capture.trace import LossFn
 from solvers.least_memory import LeastMemory, least_memory
 from solvers.portfolio import solve
 from solvers.replay import replay

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from graph_capture.cost_graph import CostGraph
+from graph_capture.loss import LossSpec
 from graph_capture.optimizer_step import OptimizerStep
-from graph_capture.trace import LossSpec
 from graph_capture.units import format_bytes, format_us
 from solvers.replay import Replay, replay
 from solvers.result import SolveStatus

@@ -24,8 +24,8 @@ from jsonschema.exceptions import best_match
 
 from graph_capture.call_spec import TensorSpec, from_json, parse_dtype, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
+from graph_capture.loss import LossRegion, LossSpec
 from graph_capture.optimizer_step import OptimizerStep
-from graph_capture.trace import LossRegion, LossSpec
 from solvers.replay import InvalidScheduleError
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule

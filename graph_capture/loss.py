@@ -1,0 +1,165 @@
+"""What the training loop does between forward and backward, and what that takes.
+
+The loss stays in the user's loop and runs eagerly, so its memory is metered on
+real lifetimes instead of being planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .call_spec import TensorSpec
+from .errors import NotFittingError
+from .outputs import OutputTemplate, find_loss
+from .recorder import MemoryMeter, Recorder, storage_id
+
+LossFn = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossRegion:
+    """What the training loop does between forward and backward.
+
+    Parameters
+    ----------
+    label
+        ``"output"``, ``"output.loss"``, ``"loss_fn"`` or ``"outputs"``.
+    held_bytes
+        Bytes that stay allocated afterwards beside the tangents: the loss, its own
+        gradient, and the element that stands for each tangent handed over (see
+        ``planner.runtime``).
+    constant_bytes
+        Bytes of the tensors that ``loss_fn`` brings along (targets).
+    workspace_bytes
+        Bytes held only while it runs.
+    calls
+        ``(func, args, kwargs, out)`` with meta tensors, for costing.
+    """
+
+    label: str
+    held_bytes: int = 0
+    constant_bytes: int = 0
+    workspace_bytes: int = 0
+    calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """A loss as an earlier capture saw it, for capturing again without the code of it.
+
+    Parameters
+    ----------
+    region
+        Without its calls.
+    differentiated
+        Indices of the differentiated output tensors.
+    tangents
+        What the gradient of each looks like.
+    """
+
+    region: LossRegion
+    differentiated: tuple[int, ...]
+    tangents: tuple[TensorSpec, ...]
+
+
+def differentiate(
+    output: Any,
+    template: OutputTemplate,
+    tensors: list[torch.Tensor],
+    given: LossFn | LossSpec | None,
+    recorder: Recorder,
+) -> tuple[list[int], list[torch.Tensor], LossRegion]:
+    """Which outputs are differentiated, with which gradients, and what that takes."""
+    wanting = [i for i, t in enumerate(tensors) if t.requires_grad]
+    if not wanting:
+        raise NotFittingError(
+            "no output of the model requires grad: nothing can be trained. Is a parameter "
+            "frozen by mistake, or the model in a no_grad block?"
+        )
+    if isinstance(given, LossSpec):
+        if not set(given.differentiated) <= set(wanting):
+            raise NotFittingError(
+                f"outputs {given.differentiated} were differentiated when the plan was made; "
+                f"of this model's outputs {wanting} require grad"
+            )
+        return list(given.differentiated), [t.empty() for t in given.tangents], given.region
+    if given is not None:
+        return _through_loss_fn(template, tensors, wanting, given, recorder)
+    loss = find_loss(output)
+    if loss is not None:
+        i = next(i for i, t in enumerate(tensors) if t is loss)
+        label = "output" if output is loss else "output.loss"
+        return [i], [torch.ones_like(loss)], LossRegion(label=label)
+    return (
+        wanting,
+        [torch.ones_like(tensors[i]) for i in wanting],
+        LossRegion(label="outputs", held_bytes=sum(tensors[i].element_size() for i in wanting)),
+    )
+
+
+def _through_loss_fn(
+    template: OutputTemplate,
+    tensors: list[torch.Tensor],
+    wanting: list[int],
+    loss_fn: LossFn,
+    recorder: Recorder,
+) -> tuple[list[int], list[torch.Tensor], LossRegion]:
+    leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
+    known = {storage_id(t) for t in tensors}
+    first = torch.autograd._get_sequence_nr()
+    meter = MemoryMeter(known=known.__contains__)
+    with meter:
+        loss = loss_fn(template.build([leaves.get(i, t) for i, t in enumerate(tensors)]))
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise NotFittingError(
+                f"loss_fn must return a scalar tensor, got {getattr(loss, 'shape', loss)!r}"
+            )
+        if not loss.requires_grad:
+            raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
+        _refuse_side_door(loss, first)
+        with without_autocast():
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    pairs = [(i, g) for i, g in zip(wanting, found, strict=True) if g is not None]
+    if not pairs:
+        raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
+    loss_bytes = loss.untyped_storage().nbytes()
+    tangent_bytes = sum({storage_id(g): g.untyped_storage().nbytes() for _, g in pairs}.values())
+    region = LossRegion(
+        label="loss_fn",
+        held_bytes=loss_bytes + loss.element_size() + sum(g.element_size() for _, g in pairs),
+        constant_bytes=sum(meter.constants.values()),
+        workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - loss_bytes),
+        calls=tuple(meter.calls),
+    )
+    return [i for i, _ in pairs], [g for _, g in pairs], region
+
+
+def _refuse_side_door(loss: torch.Tensor, first: int) -> None:
+    """Whether the loss depends on something that forward computed but did not return.
+
+    Autograd numbers its nodes as they are made (leaves have the largest number).
+    """
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node._sequence_nr() < first:
+            raise NotFittingError(
+                f"loss_fn uses a tensor that forward computed ({node.name()}) and did not return, "
+                "through an attribute of a module, say; return it from forward"
+            )
+        todo.extend(following for following, _ in node.next_functions)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """A training loop leaves autocast before it calls ``backward()``."""
+    with torch._C._DisableAutocast():
+        yield
