@@ -117,6 +117,6 @@ def _facts_of(tensor: torch.Tensor | None) -> Any:
 
 def autocast_dtype(device_type: str) -> str | None:
     """Name of autocast's dtype on a device type, ``None`` when it is off."""
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")

@@ -23,8 +23,9 @@ Sample = dict[str, torch.Tensor]
 
 def language_model(name: str, num_layers: int, width: int, length: int) -> tuple[nn.Module, Sample]:
     """BERT or GPT-2 with dropout 0.1, batch 4, vocabulary 4096, without a key-value cache."""
-    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+    from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, logging
 
+    logging.set_verbosity_error()
     torch.manual_seed(0)
     heads = max(4, width // 64)
     if name == "bert":
@@ -67,7 +68,8 @@ def test_half_the_overhead_at_its_peak_and_a_lower_peak_at_its_time(name, capsys
     at its time it peaks lower, and the least feasible peak is below its peak."""
     model, sample = language_model(name, 6, 256, 256)
     checkpointed = copy.deepcopy(model)
-    checkpointed.gradient_checkpointing_enable()
+    enable = getattr(checkpointed, "activation_checkpointing_enable", None)
+    (enable or checkpointed.gradient_checkpointing_enable)()
     theirs = checkpointed_step(checkpointed, sample)
     plain = optimize(model, sample, budget_gb=1000)
     their_overhead = theirs.baseline_step_us / plain.baseline_step_us - 1
@@ -75,7 +77,7 @@ def test_half_the_overhead_at_its_peak_and_a_lower_peak_at_its_time(name, capsys
     eager_peak = measure(model, sample, repeats=0).peak_bytes
     assert abs(theirs.baseline_peak_bytes / their_peak - 1) < 0.05
 
-    plan = optimize(model, sample, budget_bytes=their_peak, time_limit_s=30)
+    plan = optimize(model, sample, budget_bytes=their_peak, time_limit_s=20)
     planned = plan.apply(copy.deepcopy(model))
     measured = measure(planned, sample, repeats=0)
     assert measured.peak_bytes <= their_peak
@@ -85,12 +87,12 @@ def test_half_the_overhead_at_its_peak_and_a_lower_peak_at_its_time(name, capsys
         optimize(model, sample, budget_bytes=10**6)
     least = error.value.min_budget_bytes
     assert least <= their_peak
-    lower = optimize(model, sample, budget_bytes=least + (their_peak - least) // 3, time_limit_s=30)
+    lower = optimize(model, sample, budget_bytes=least + (their_peak - least) // 3, time_limit_s=20)
     assert lower.overhead <= their_overhead
 
     def paired(first: nn.Module, second: nn.Module) -> str:
         steps = (make_step(m, sample, seed=0) for m in (first, second))
-        return str(measure_pair(*steps, repeats=10))
+        return str(measure_pair(*steps, repeats=6))
 
     with capsys.disabled():
         print(
