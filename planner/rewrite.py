@@ -202,20 +202,37 @@ class _Emitter:
             self._grad_enabled = enabled
 
     def _emit(self, v: int, code: OperatorCode, *, first: bool) -> None:
-        for old, new in code.clones:
-            for carrier in self._captured.carriers[new]:
-                source = self._lookup(carrier, old)
-                clone = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
-                self._set(new, carrier, clone)
+        """Emit one run. Its calls see what this run computes; only then is it published.
+
+        A repetition must not touch a kept storage's first version, which is in
+        the user's hands: where one of its calls writes over the result of
+        another, it writes over the repetition's own.
+        """
+        fresh: dict[_Key, Node] = {}
+        views: dict[Node, Node] = {}
         own = {
             storage_id(carrier.meta["val"]): k
             for k in code.outputs
             for carrier in self._captured.carriers[k]
         }
+        for old, new in code.clones:
+            for carrier in self._captured.carriers[new]:
+                source = self._lookup(carrier, old)
+                clone = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
+                fresh[new, carrier] = clone
+
+        def own_value(node: Node, k: int) -> Node:
+            if node in self._captured.carriers[k]:
+                return fresh[k, node]
+            if node not in views:
+                args = map_arg(node.args, lambda n: own_value(n, k))
+                kwargs = map_arg(node.kwargs, lambda n: own_value(n, k))
+                views[node] = self._call(node.target, args, kwargs, node.name)
+            return views[node]
 
         def argument(node: Node) -> Node:
             k = own.get(storage_id(node.meta["val"]))
-            return self._lookup(node, code.reads[node] if k is None else k)
+            return self._lookup(node, code.reads[node]) if k is None else own_value(node, k)
 
         replayed = None if first else self._captured.state_of.get(v)
         for call in code.calls:
@@ -231,22 +248,27 @@ class _Emitter:
                 self._call(swap, (before,), {}, "generator_after")
             else:
                 result = self._call(call.target, args, kwargs, call.name)
-            self._bind(call, result, own)
+            fresh.update(self._owned(call, result, own))
+        for (k, carrier), value in fresh.items():
+            self._set(k, carrier, value)
 
-    def _bind(self, call: Node, result: Node, own: dict[int, int]) -> None:
-        """Remember the results that own memory."""
+    def _owned(self, call: Node, result: Node, own: dict[int, int]) -> dict[_Key, Node]:
+        """The results of a call that own memory."""
         if isinstance(call.meta["val"], torch.Tensor):
             k = own.get(storage_id(call.meta["val"]))
-            if k is not None and call in self._captured.carriers[k]:
-                self._set(k, call, result)
-            return
+            return {(k, call): result} if k is not None and self._carries(k, call) else {}
+        owned = {}
         for item in call.users:
             if item.target is not operator.getitem:
                 continue
             k = own.get(storage_id(item.meta["val"]))
-            if k is not None and item in self._captured.carriers[k]:
+            if k is not None and self._carries(k, item):
                 value = self._call(operator.getitem, (result, item.args[1]), {}, item.name)
-                self._set(k, item, value)
+                owned[k, item] = value
+        return owned
+
+    def _carries(self, k: int, node: Node) -> bool:
+        return node in self._captured.carriers[k]
 
     def _state_key(self, v: int) -> _Key:
         k = self._captured.graph.operators[v].outputs[0]

@@ -16,6 +16,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.outputs import OutputTemplate
 from graph_capture.trace import Reassigned
 
+from .errors import CallMismatchError
 from .rewrite import PlannedGraphs
 
 _Table = dict[str, Any]
@@ -104,6 +105,12 @@ class PlannedStep:
         ):
             tangent = handed_over[place] if handed_over[place] is not None else gradients[i]
             handed_over[place] = None
+            if tangent is None:
+                raise CallMismatchError(
+                    f"no gradient came back for output {self._layout.template.names[i]!r}, which "
+                    "was planned as differentiated: plan with the loss_fn that the loop computes, "
+                    "so that only what it uses is differentiated"
+                )
             boxed.append(_fit_tangent(tangent, expected))
             del tangent
         boxed.extend(ctx.saved_tensors)
@@ -147,10 +154,8 @@ class _HandOver(torch.autograd.Function):
         return gradient.new_empty(()).expand(gradient.shape), None, None
 
 
-def _fit_tangent(tangent: torch.Tensor | None, expected: torch.Tensor) -> torch.Tensor:
+def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """The gradient of an output, in the layout that the backward graph was traced with."""
-    if tangent is None:
-        return torch.zeros(expected.shape, dtype=expected.dtype, device=expected.device)
     if tangent.stride() == expected.stride() or tangent.is_contiguous():
         return tangent
     return tangent.contiguous()
