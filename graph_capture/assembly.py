@@ -171,8 +171,8 @@ class Assembly:
                 phase=phase,
                 pinned=code.pinned,
                 ordered=code.ordered,
-                module_path=code.calls[0].meta["module_path"],
-                source=code.calls[0].meta["source"],
+                module_path=last.meta["module_path"],
+                source=last.meta["source"],
             ),
         )
 

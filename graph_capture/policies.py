@@ -51,7 +51,11 @@ def _named(captured: CapturedStep, patterns: Sequence[str], option: str) -> set[
         found = {
             v
             for v, op in enumerate(captured.graph.operators)
-            if op.phase == "forward" and captured.code[v].calls and matches(op, pattern)
+            if op.phase == "forward"
+            and any(  # an operator may join calls of several modules
+                matches(replace(op, module_path=call.meta["module_path"]), pattern)
+                for call in captured.code[v].calls
+            )
         }
         if not found:
             raise CaptureError(
