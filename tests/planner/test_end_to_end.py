@@ -110,10 +110,11 @@ def test_above_the_baseline_nothing_is_recomputed(name, size):
     assert not plan.schedule.recomputed()
     assert plan.overhead <= 0
     # Under autocast eager also holds casts of weights that no backward pass needs, in a cache.
-    below = 0.01 if about.case.autocast is None else 0.04
-    # The engine adds up the gradients of a value with several uses in place where it may; on
-    # fake tensors it does not, so that one gradient may be counted twice.
-    above = 0.02
+    below = above = 0.01 if about.case.autocast is None else 0.04
+    if name == "many_outputs":
+        # The engine adds up the gradients of a value with several uses in place where it may; on
+        # fake tensors it does not, so that one gradient may be counted twice.
+        above = 0.02
     ratio = plan.baseline_peak_bytes / about.eager_bytes
     assert 1 - below <= ratio <= 1 + above
     assert plan.predicted_peak_bytes <= plan.baseline_peak_bytes
