@@ -133,6 +133,12 @@ class _Repeater:
     def _append(self, v: int, at: dict[int, int], *, repeats: bool = False) -> None:
         op, code = self._graph.operators[v], self._captured.code[v]
         own = set(op.outputs) if not repeats else set()
+        # A repetition makes its own copy of what is kept already, and drops it at once.
+        copies_bytes = sum(
+            self._graph.storages[k].size_bytes
+            for k in op.outputs
+            if repeats and self._graph.storages[k].kept
+        )
         moved = {k: new for k, new in at.items() if k not in own}
         new = len(self._operators)
         if v in self._captured.state_of:
@@ -154,6 +160,7 @@ class _Repeater:
                 outputs=tuple(
                     moved.get(k, k) for k in op.outputs if not (repeats and k not in moved)
                 ),
+                workspace_bytes=op.workspace_bytes + copies_bytes,
                 phase="backward" if repeats else op.phase,
                 ordered=op.ordered and not repeats,
             )

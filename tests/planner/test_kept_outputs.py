@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planner import CallMismatchError, optimize
+from planner import CallMismatchError, measure, optimize
 
 
 class VarianceHead(nn.Module):
@@ -72,6 +72,7 @@ def test_a_repeated_in_place_call_does_not_change_the_output_again() -> None:
     plain = copy.deepcopy(model)
     plan = optimize(model, x, budget_gb=1, loss_fn=both, always_recompute=["norm"])
     assert_same(plan.apply(model), plain, x)
+    assert measure(model, x, loss_fn=both, repeats=0).peak_bytes <= plan.predicted_peak_bytes
 
 
 def test_an_output_that_the_loop_does_not_use_is_named() -> None:
