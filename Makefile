@@ -8,10 +8,10 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format wheel test-wheel clean
+.PHONY: help setup demo test test-slow test-gpu lint format bench-solvers bench-growth wheel test-wheel clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv and install everything, once
 
@@ -42,6 +42,12 @@ lint: $(STAMP)  ## ruff and mypy
 format: $(STAMP)  ## let ruff format and sort imports
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
+
+bench-solvers: $(STAMP)  ## solvers side by side, some ten minutes; ARGS="--help" says more
+	$(BIN)/python -m benchmarks.solvers compare $(ARGS)
+
+bench-growth: $(STAMP)  ## how solving grows with the number of layers
+	$(BIN)/python -m benchmarks.solvers growth $(ARGS)
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	rm -rf build/lib build/bdist.* dist

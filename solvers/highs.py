@@ -1,6 +1,6 @@
 """What all models share: HiGHS made quiet, matrices passed at once, bounds made safe.
 
-Why highspy and not OR-Tools' MathOpt: see ``slice_refinement.py``.
+Why highspy and not OR-Tools' MathOpt: see ``slices/refinement.py``.
 """
 
 from __future__ import annotations

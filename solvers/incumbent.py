@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 from graph_capture.cost_graph import CostGraph
 
 from .progress import Progress, ProgressEvent
 from .replay import InvalidScheduleError, replay
-from .result import OPTIMAL_GAP, SolveResult, SolveStatus
+from .result import OPTIMAL_GAP, SolveResult, SolveStatus, relative_gap
 from .schedule import Schedule
+from .stages import STAGED_SCOPE
 
 GLOBAL_SCOPE = "every schedule whose first runs keep the base order"
 
@@ -18,7 +20,9 @@ class Incumbent:
     """Best schedule and best bound of one solve.
 
     Schedules come in as claims and are replayed; only valid ones within the
-    budget are taken.
+    budget are taken. There are two bounds: one for every schedule whose first
+    runs keep the base order, and one for staged schedules only (``stages.py``),
+    which is what the exact models of the field speak of.
     """
 
     def __init__(
@@ -27,17 +31,21 @@ class Incumbent:
         budget_bytes: int,
         time_limit_s: float,
         progress: Progress | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         self.graph = graph
         self.budget_bytes = budget_bytes
         self.begin_s = time.monotonic()
         self.deadline_s = self.begin_s + time_limit_s
         self.progress = progress
+        self.stop = stop
         self.schedule: Schedule | None = None
         self.cost_ns: int | None = None
         self.peak_bytes: int | None = None
-        self.bound_ns = graph.base_cost_ns
+        self.global_bound_ns = graph.base_cost_ns
+        self.staged_bound_ns = graph.base_cost_ns
         self.infeasible = False
+        self.staged_infeasible = False
         self.solver = ""
         self.log: list[str] = []
 
@@ -47,20 +55,35 @@ class Incumbent:
 
     @property
     def left_s(self) -> float:
+        """Time left; none once ``stop`` is set."""
+        if self.stop is not None and self.stop.is_set():
+            return 0.0
         return self.deadline_s - time.monotonic()
 
     @property
+    def bound_ns(self) -> int:
+        """What staged schedules do not go below; no more than the incumbent's cost."""
+        bound_ns = max(self.global_bound_ns, self.staged_bound_ns)
+        return bound_ns if self.cost_ns is None else min(bound_ns, self.cost_ns)
+
+    @property
+    def bound_scope(self) -> str:
+        """What :attr:`bound_ns` speaks of: the wider scope where both bounds prove as much."""
+        if self.bound_ns <= self.global_bound_ns or self._proven_by(self.global_bound_ns):
+            return GLOBAL_SCOPE
+        return STAGED_SCOPE
+
+    @property
     def gap(self) -> float | None:
-        if self.cost_ns is None:
-            return None
-        if self.bound_ns <= 0:
-            return 0.0 if self.cost_ns == 0 else float("inf")
-        return max(0.0, (self.cost_ns - self.bound_ns) / self.bound_ns)
+        return None if self.cost_ns is None else relative_gap(self.cost_ns, self.bound_ns)
+
+    def _proven_by(self, bound_ns: int) -> bool:
+        return self.cost_ns is not None and relative_gap(self.cost_ns, bound_ns) <= OPTIMAL_GAP
 
     @property
     def solved(self) -> bool:
         """Whether nothing is left to do: proven optimal or proven infeasible."""
-        return self.infeasible or (self.gap is not None and self.gap <= OPTIMAL_GAP)
+        return self.infeasible or self._proven_by(self.bound_ns)
 
     def offer(self, schedule: Schedule | None, solver: str) -> bool:
         """Replay ``schedule``; whether it is the best so far.
@@ -79,9 +102,9 @@ class Incumbent:
             return False
         if outcome.peak_bytes > self.budget_bytes:
             return False
-        if outcome.cost_ns < self.bound_ns:
+        if outcome.cost_ns < self.global_bound_ns:
             raise RuntimeError(
-                f"{solver}: a schedule of {outcome.cost_ns} below the bound {self.bound_ns}"
+                f"{solver}: a schedule of {outcome.cost_ns} below the bound {self.global_bound_ns}"
             )
         if self.cost_ns is not None and outcome.cost_ns >= self.cost_ns:
             return False
@@ -92,30 +115,45 @@ class Incumbent:
         self.note(f"{solver}: schedule with {self._overhead(outcome.cost_ns)} overhead")
         return True
 
-    def raise_bound(self, bound_ns: int, solver: str) -> bool:
+    def raise_bound(self, bound_ns: int, solver: str, *, staged: bool = False) -> bool:
         """Take ``bound_ns`` if it is higher; whether it was.
+
+        Parameters
+        ----------
+        staged
+            It speaks of staged schedules only.
 
         Raises
         ------
         RuntimeError
-            When the bound is above the best schedule: a defect, never to be hidden.
+            When the bound is above the best schedule, which is not outside its
+            scope: a defect, never to be hidden.
         """
-        if self.cost_ns is not None and bound_ns > self.cost_ns:
+        if not staged and self.cost_ns is not None and bound_ns > self.cost_ns:
             raise RuntimeError(f"{solver}: bound {bound_ns} above a schedule of {self.cost_ns}")
-        if bound_ns <= self.bound_ns:
+        if bound_ns <= (self.bound_ns if staged else self.global_bound_ns):
             return False
-        self.bound_ns = bound_ns
-        self.note(f"{solver}: bound of {self._overhead(bound_ns)} overhead")
+        if staged:
+            self.staged_bound_ns = bound_ns
+        else:
+            self.global_bound_ns = bound_ns
+        scope = ", of staged schedules" if staged else ""
+        self.note(f"{solver}: bound of {self._overhead(bound_ns)} overhead{scope}")
         return True
 
-    def exclude(self, solver: str, reason: str) -> None:
+    def exclude(self, solver: str, reason: str, *, staged: bool = False) -> None:
         """Take note that nothing fits.
 
         Raises
         ------
         RuntimeError
-            When a schedule does fit: a defect, never to be hidden.
+            When a schedule does fit, which is not outside the scope: a defect,
+            never to be hidden.
         """
+        if staged:
+            self.staged_infeasible = True
+            self.note(f"{solver}: no staged schedule fits: {reason}")
+            return
         if self.schedule is not None:
             raise RuntimeError(f"{solver}: excludes a budget that a schedule fits in: {reason}")
         self.infeasible = True
@@ -144,12 +182,14 @@ class Incumbent:
             status = SolveStatus.OPTIMAL
         else:
             status = SolveStatus.FEASIBLE
+        proven_globally = self.bound_scope == GLOBAL_SCOPE
         return SolveResult(
             status=status,
             schedule=self.schedule,
             cost_ns=self.cost_ns,
-            lower_bound_ns=self.bound_ns,
-            bound_scope=GLOBAL_SCOPE,
+            lower_bound_ns=self.global_bound_ns if proven_globally else self.bound_ns,
+            bound_scope=self.bound_scope,
+            global_bound_ns=self.global_bound_ns,
             peak_bytes=self.peak_bytes,
             solver=self.solver,
             solve_s=self.elapsed_s,

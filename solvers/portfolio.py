@@ -6,14 +6,18 @@ from collections.abc import Callable
 
 from graph_capture.cost_graph import CostGraph
 
+from .beside import Beside
+from .chains.chain_dp import chain_dp, is_plain_chain
 from .gap_cover import gap_cover
 from .incumbent import Incumbent
 from .keep_all import keep_all
 from .local_search import local_search
 from .progress import Progress
+from .reference.checkmate import checkmate_lp_rounding, checkmate_milp
+from .reference.moccasin import moccasin
 from .result import SolveResult
 from .schedule import Schedule
-from .slice_refinement import slice_refinement
+from .slices.refinement import slice_refinement
 from .uniform import uniform_under_budget
 
 
@@ -34,7 +38,8 @@ def solve(
     ----------
     solver
         One of :data:`SOLVERS`. ``"auto"`` keeps everything where that fits;
-        else it searches a schedule and proves it by slice refinement.
+        else it searches a schedule and proves it by slice refinement. The
+        others run alone.
     time_limit_s
         Wall clock; the best of what was found by then is returned. The first
         solve after an installation also compiles, some ten seconds that the
@@ -43,8 +48,7 @@ def solve(
         The same graph, budget and seed give the same result, unless the time
         limit cuts the solve.
     workers
-        With two or more, annealing runs beside the mixed-integer solver, which
-        uses one thread.
+        Threads. ``"auto"`` searches in a second one beside HiGHS, which uses one.
     hint
         A schedule to begin with; its first runs keep the base order, as
         everything that the bounds speak of.
@@ -86,45 +90,80 @@ def _gap_cover(state: Incumbent, seed: int, workers: int) -> None:
 
 def _local_search(state: Incumbent, seed: int, workers: int) -> None:
     _keep_all(state, seed, workers)
-    if state.solved:
-        return
-    outcome = local_search(
-        state.graph,
-        state.budget_bytes,
-        time_limit_s=state.left_s,
-        num_moves=400_000,
-        seed=seed,
-    )
-    state.offer(outcome.schedule, "local_search")
+    if not state.solved:
+        _anneal(state, seed, state.left_s, 400_000)
+
+
+def _chain_dp(state: Incumbent, seed: int, workers: int) -> None:
+    _keep_all(state, seed, workers)
+    if not state.solved:
+        _chain(state, seed, state.left_s)
 
 
 def _slice_refinement(state: Incumbent, seed: int, workers: int) -> None:
     _keep_all(state, seed, workers)
     if not state.solved:
-        slice_refinement(state, seed=seed, workers=workers)
+        slice_refinement(state, seed=seed)
+
+
+def _checkmate_milp(state: Incumbent, seed: int, workers: int) -> None:
+    checkmate_milp(state, seed=seed, workers=workers)
+
+
+def _checkmate_lp_rounding(state: Incumbent, seed: int, workers: int) -> None:
+    checkmate_lp_rounding(state, seed=seed)
+
+
+def _moccasin(state: Incumbent, seed: int, workers: int) -> None:
+    moccasin(state, seed=seed, workers=workers)
 
 
 def _auto(state: Incumbent, seed: int, workers: int) -> None:
+    """Each helps the next: bounds and schedules are shared through ``state``.
+
+    Cheap bounds and schedules first; then the chain's programme where it takes
+    no time, and a short annealing, for an incumbent near which slice refinement
+    begins; a second thread goes on searching beside it.
+    """
     for step in (_keep_all, _gap_cover, _uniform):
         step(state, seed, workers)
         if state.solved or state.left_s <= 0:
             return
+    if is_plain_chain(state.graph):
+        _chain(state, seed, 0.1 * state.left_s)
+    _anneal(state, seed, min(2.0, 0.2 * state.left_s), 60_000)
+    with Beside(state, seed=seed, wanted=workers > 1) as beside:
+        slice_refinement(state, seed=seed, companion=beside)
+
+
+def _anneal(state: Incumbent, seed: int, time_limit_s: float, num_moves: int) -> None:
     outcome = local_search(
         state.graph,
         state.budget_bytes,
-        time_limit_s=min(2.0, 0.2 * state.left_s),
-        num_moves=60_000,
+        time_limit_s=time_limit_s,
+        num_moves=num_moves,
         seed=seed,
     )
     state.offer(outcome.schedule, "local_search")
-    slice_refinement(state, seed=seed, workers=workers)
+
+
+def _chain(state: Incumbent, seed: int, time_limit_s: float) -> None:
+    outcome = chain_dp(state.graph, state.budget_bytes, time_limit_s=time_limit_s, seed=seed)
+    state.offer(outcome.schedule, "chain_dp")
+    if outcome.schedule is None:
+        state.note(f"chain_dp: {outcome.reason}")
 
 
 SOLVERS: dict[str, Callable[[Incumbent, int, int], None]] = {
     "auto": _auto,
-    "keep_all": _keep_all,
-    "uniform": _uniform,
-    "gap_cover": _gap_cover,
-    "local_search": _local_search,
     "slice_refinement": _slice_refinement,
+    "local_search": _local_search,
+    "chain_dp": _chain_dp,
+    "gap_cover": _gap_cover,
+    "uniform": _uniform,
+    "keep_all": _keep_all,
+    "checkmate_milp": _checkmate_milp,
+    "checkmate_lp_rounding": _checkmate_lp_rounding,
+    "moccasin": _moccasin,
 }
+"""Methods by name; each works on the shared incumbent with a seed and a number of threads."""

@@ -35,7 +35,11 @@ class SolveResult:
     lower_bound_ns
         No schedule within ``bound_scope`` takes less time.
     bound_scope
-        What the bound speaks of, e.g. ``"every schedule in this base order"``.
+        What the bound speaks of: every schedule whose first runs keep the base
+        order, or staged schedules (``stages.py``) only. ``status`` has the
+        same scope; a schedule outside a scope may take less than its bound.
+    global_bound_ns
+        No schedule whose first runs keep the base order takes less time.
     peak_bytes
         By replay.
     solver
@@ -51,6 +55,7 @@ class SolveResult:
     cost_ns: int | None
     lower_bound_ns: int
     bound_scope: str
+    global_bound_ns: int
     peak_bytes: int | None
     solver: str
     solve_s: float
@@ -59,8 +64,11 @@ class SolveResult:
     @property
     def gap(self) -> float | None:
         """``(cost - bound) / bound``, on the time of the whole step."""
-        if self.cost_ns is None:
-            return None
-        if self.lower_bound_ns <= 0:
-            return 0.0 if self.cost_ns == 0 else float("inf")
-        return max(0.0, (self.cost_ns - self.lower_bound_ns) / self.lower_bound_ns)
+        return None if self.cost_ns is None else relative_gap(self.cost_ns, self.lower_bound_ns)
+
+
+def relative_gap(cost_ns: int, bound_ns: int) -> float:
+    """``(cost - bound) / bound``; infinite above a bound of zero."""
+    if bound_ns <= 0:
+        return 0.0 if cost_ns == 0 else float("inf")
+    return max(0.0, (cost_ns - bound_ns) / bound_ns)

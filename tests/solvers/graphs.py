@@ -1,13 +1,19 @@
-"""Small graphs for the solvers' tests: random ones, chains, and an exhaustive optimum."""
+"""Small graphs for the solvers' tests: random DAGs, random training steps, chains."""
 
 from __future__ import annotations
 
-import heapq
 from pathlib import Path
+from random import Random
 
 from hypothesis import strategies as st
 
-from graph_capture.cost_graph import CostGraph, Operator, Storage
+from graph_capture.cost_graph import CostGraph, Operator, Phase, Storage
+from solvers.instances import keep_all_peak_bytes
+
+from .brute_force import least_cost, least_memory_exact
+
+exhaustive_optimum = least_cost
+"""The name under which most tests know it."""
 
 INSTANCES = Path(__file__).parent / "instances"
 
@@ -45,6 +51,120 @@ def cost_graphs(draw: st.DrawFn, max_operators: int = 6) -> CostGraph:
     return CostGraph(tuple(operators), tuple(storages))
 
 
+def random_dag(seed: int, *, max_operators: int = 9) -> CostGraph:
+    """A DAG without the shape of training: what is made is read, some of it much later.
+
+    Now and then an operator makes two storages or one that is kept, is pinned
+    or needs scratch memory; costs and sizes may be zero.
+    """
+    rng = Random(seed)
+    step = _RandomStep(rng)
+    num_operators = rng.randint(4, max_operators)
+    unread: set[int] = set()
+    for v in range(num_operators):
+        there = range(1, len(step.storages))
+        reads = set(rng.sample(there, min(len(there), rng.choice([1, 1, 2])))) or {0}
+        if v == num_operators - 1:
+            reads |= unread
+        elif len(unread) >= num_operators - v:
+            reads.add(min(unread))
+        made = step.add(f"o{v}", "forward", reads, [rng.random() < 0.05] * rng.choice([1, 1, 1, 2]))
+        unread = (unread - reads) | set(made)
+    return step.graph()
+
+
+def random_step(seed: int, *, max_layers: int = 4) -> CostGraph:
+    """A step of the shape that training has: forward, loss, backward in reverse.
+
+    A layer reads the one before and perhaps an earlier one, and may leave a
+    mask beside its result. Its backward operator reads the gradient from
+    above, what the layer read or made (or both) and the mask, and makes the
+    gradient below and perhaps a gradient of weights, which is kept, as is the
+    value of the loss. Now and then an operator is pinned or needs scratch
+    memory; costs and sizes may be zero.
+    """
+    rng = Random(seed)
+    step = _RandomStep(rng)
+    num_layers = rng.randint(2, max_layers)
+    below = 0  # what the next layer reads
+    layers: list[tuple[int, list[int]]] = []
+    for i in range(num_layers):
+        reads = {below}
+        if i > 1 and rng.random() < 0.5:
+            reads.add(layers[rng.randint(0, i - 2)][1][0])
+        made = step.add(f"f{i}", "forward", reads, [False] * rng.choice([1, 1, 2]))
+        layers.append((below, made))
+        below = made[0]
+    gradient = step.add("loss", "loss", {below}, [False, True])[0]
+    for i in reversed(range(num_layers)):
+        read, made = layers[i]
+        saved = rng.choice([{read}, {made[0]}, {read, made[0]}])
+        kept = rng.choice([[False], [False, True]])
+        gradient = step.add(f"b{i}", "backward", {gradient, *saved, *made[1:]}, kept)[0]
+    return step.graph()
+
+
+class _RandomStep:
+    """A graph in the making, with figures from ``rng``; storage 0 is resident."""
+
+    def __init__(self, rng: Random) -> None:
+        self.rng = rng
+        self.storages = [Storage(name="weights", size_bytes=rng.randint(0, 3), producer=None)]
+        self.operators: list[Operator] = []
+
+    def add(self, name: str, phase: Phase, reads: set[int], kept: list[bool]) -> list[int]:
+        """An operator that makes a storage for each of ``kept``; their indices."""
+        rng = self.rng
+        outputs = list(range(len(self.storages), len(self.storages) + len(kept)))
+        for k, keep in zip(outputs, kept, strict=True):
+            size_bytes, producer = rng.randint(0, 7), len(self.operators)
+            self.storages.append(
+                Storage(name=f"s{k}", size_bytes=size_bytes, producer=producer, kept=keep)
+            )
+        self.operators.append(
+            Operator(
+                name=name,
+                inputs=tuple(sorted(reads)),
+                outputs=tuple(outputs),
+                cost_ns=rng.randint(0, 7),
+                workspace_bytes=rng.choice([0, 0, 0, 2]),
+                phase=phase,
+                pinned="test" if rng.random() < 0.05 else None,
+            )
+        )
+        return outputs
+
+    def graph(self) -> CostGraph:
+        return CostGraph(tuple(self.operators), tuple(self.storages))
+
+
+def random_order(graph: CostGraph, seed: int, *, staged: bool = False) -> list[int]:
+    """The base order with earlier operators run again anywhere between, whether of use or not.
+
+    Parameters
+    ----------
+    staged
+        Between two first runs, each at most once and in base order.
+    """
+    rng = Random(seed)
+    order: list[int] = []
+    for v in range(graph.num_operators):
+        again = [u for u in range(v) if graph.operators[u].pinned is None]
+        chosen = rng.choices(again, k=rng.choice([0, 0, 1, 2, 4])) if again else []
+        order += sorted(set(chosen)) if staged else chosen
+        order.append(v)
+    return order
+
+
+def budget_within(graph: CostGraph, seed: int) -> int:
+    """Mostly from the least that anything fits in up to the keep-all peak, now and then below."""
+    rng = Random(seed)
+    lowest, peak = least_memory_exact(graph), keep_all_peak_bytes(graph)
+    if rng.random() < 0.15:
+        return rng.randint(max(0, lowest - 5), max(0, lowest - 1))
+    return rng.randint(lowest, max(lowest, peak - 1))
+
+
 def training_chain(
     num_layers: int, *, size_bytes: int = 10, cost_ns: int = 10, with_phases: bool = True
 ) -> CostGraph:
@@ -69,44 +189,3 @@ def training_chain(
             )
         )
     return CostGraph(tuple(operators), tuple(storages))
-
-
-def exhaustive_optimum(graph: CostGraph, budget_bytes: int) -> int | None:
-    """Least cost of all schedules whose first runs keep the base order; ``None``: nothing fits.
-
-    Dijkstra over (first operator that has not run, storages in memory). Its
-    steps are: forget a storage, run the next operator, run an earlier one again.
-    """
-    sizes = [s.size_bytes for s in graph.storages]
-    resident = graph.resident_bytes
-    start: tuple[int, frozenset[int]] = (0, frozenset())
-    best = {start: 0}
-    queue: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]
-    while queue:
-        cost, front, alive_list = heapq.heappop(queue)
-        alive = frozenset(alive_list)
-        if best[front, alive] < cost:
-            continue
-        if front == graph.num_operators:
-            return cost
-        steps: list[tuple[int, int, frozenset[int]]] = [
-            (cost, front, alive - {k}) for k in alive if not graph.storages[k].kept
-        ]
-        for v in range(front + 1):
-            op = graph.operators[v]
-            if v < front and op.pinned is not None:
-                continue
-            inputs = {k for k in op.inputs if graph.storages[k].producer is not None}
-            if not inputs <= alive:
-                continue
-            after = alive | set(op.outputs)
-            duplicates = sum(sizes[k] for k in op.outputs if graph.storages[k].kept and v < front)
-            used = resident + sum(sizes[k] for k in after) + op.workspace_bytes + duplicates
-            if used <= budget_bytes:
-                steps.append((cost + op.cost_ns, max(front, v + 1), after))
-        for new_cost, new_front, new_alive in steps:
-            state = (new_front, new_alive)
-            if state not in best or new_cost < best[state]:
-                best[state] = new_cost
-                heapq.heappush(queue, (new_cost, new_front, tuple(sorted(new_alive))))
-    return None

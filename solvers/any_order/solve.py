@@ -1,0 +1,192 @@
+"""Solve a step without holding first runs to eager's order.
+
+Rounds of three: solve in the order at hand; move the runs of the schedule so
+that less is in memory where it is tight (``any_order/reorder.py``, at no cost); make the
+order of its first runs the new base order and solve there, beginning from that
+schedule. A round never loses, for its schedule is the hint of the next. The
+first orders are eager's and the one in which keeping everything fits best.
+
+Three bounds, never mixed up:
+
+- one that holds in every order (``any_order/order_free_bound.py``);
+- one for the order of the schedule that is returned, for this order alone;
+- one for eager's order, which a schedule in another order may well beat.
+
+The result carries the first where it proves the schedule optimal, and else the
+bound for the schedule's own order; ``bound_scope`` says which, and the log has
+the others. ``global_bound_ns`` holds in eager's order and in every other one,
+unless the schedule is in eager's: then it speaks of that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from graph_capture.cost_graph import CostGraph
+
+from ..portfolio import solve
+from ..progress import Progress
+from ..replay import replay
+from ..result import OPTIMAL_GAP, SolveResult, SolveStatus
+from ..schedule import Schedule
+from .order_free_bound import ANY_ORDER_SCOPE, OrderFreeBound, order_free_bound
+from .permutation import first_runs, permuted, relabelled, unpermuted
+from .reorder import reorder, reorder_runs
+
+OWN_ORDER = "which here is the order of this plan and not eager's"
+
+FIRST_SHARE = 0.6
+"""Of the time limit, for eager's own order."""
+
+BOUND_SHARE = 0.15
+MAX_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A result in terms of the original graph, and the base order that it was found in."""
+
+    result: SolveResult
+    order: tuple[int, ...]
+
+
+def solve_in_any_order(
+    graph: CostGraph,
+    budget_bytes: int,
+    *,
+    solver: str = "auto",
+    time_limit_s: float = 60.0,
+    seed: int = 0,
+    workers: int = 2,
+    hint: Schedule | None = None,
+    progress: Progress | None = None,
+) -> SolveResult:
+    """The fastest schedule within ``budget_bytes`` that can be found, first runs in any order.
+
+    Parameters
+    ----------
+    solver, time_limit_s, seed, workers, hint, progress
+        As for :func:`solvers.portfolio.solve`; the hint's first runs may be in
+        any order, and ``progress`` hears of costs and bounds in the order that
+        is being solved.
+
+    Returns
+    -------
+    SolveResult
+        ``status`` is optimal where ``bound_scope`` is, and infeasible only when
+        nothing fits in any order.
+    """
+    begin_s = time.monotonic()
+    deadline_s = begin_s + time_limit_s
+    log: list[str] = []
+
+    def solve_in(order: tuple[int, ...], hint: Schedule | None, limit_s: float) -> _Found:
+        found = solve(
+            permuted(graph, order),
+            budget_bytes,
+            solver=solver,
+            time_limit_s=max(0.0, limit_s),
+            seed=seed,
+            workers=workers,
+            hint=None if hint is None else relabelled(hint, order),
+            progress=progress,
+        )
+        log.extend(found.log)
+        schedule = found.schedule
+        if schedule is not None:
+            found = replace(found, schedule=unpermuted(schedule, order))
+        return _Found(found, order)
+
+    eager = tuple(range(graph.num_operators))
+    start = eager if hint is None else first_runs(hint)
+    base = best = solve_in(start, hint, FIRST_SHARE * time_limit_s)
+    anywhere = OrderFreeBound(graph.base_cost_ns, False)
+    if not _proven(best, anywhere):
+        anywhere = order_free_bound(
+            graph, budget_bytes, time_limit_s=BOUND_SHARE * time_limit_s, seed=seed
+        )
+        log.append(f"in any order: at least {anywhere.lower_bound_ns} ns")
+    for turn in range(MAX_ROUNDS):
+        if anywhere.infeasible or _proven(best, anywhere) or time.monotonic() >= deadline_s:
+            break
+        improved = False
+        for order, schedule in _other_orders(graph, budget_bytes, best, turn, seed):
+            left_s = deadline_s - time.monotonic()
+            log.append(f"round {turn + 1}: another order, {_num_moved(order, best.order)} moved")
+            found = solve_in(order, schedule, left_s / 2)
+            if _cost(found) < _cost(best):
+                best, improved = found, True
+        if not improved:
+            break
+    log.append(f"eager's order or the hint's: at least {base.result.lower_bound_ns} ns")
+    return _claim(graph, best, eager, anywhere, tuple(log), time.monotonic() - begin_s)
+
+
+def _other_orders(
+    graph: CostGraph, budget_bytes: int, best: _Found, turn: int, seed: int
+) -> Iterator[tuple[tuple[int, ...], Schedule | None]]:
+    """Orders to try next, with a schedule to begin from where there is one."""
+    schedule = best.result.schedule
+    if schedule is not None:
+        moved = reorder_runs(graph, schedule, budget_bytes=budget_bytes, seed=seed + turn)
+        if first_runs(moved) != best.order:
+            yield first_runs(moved), moved
+    if turn == 0:
+        order = reorder(graph, budget_bytes=budget_bytes, seed=seed)
+        if order != best.order:
+            yield order, None
+
+
+def _claim(
+    graph: CostGraph,
+    best: _Found,
+    eager: tuple[int, ...],
+    anywhere: OrderFreeBound,
+    log: tuple[str, ...],
+    solve_s: float,
+) -> SolveResult:
+    """What may be said of the best schedule."""
+    result = replace(best.result, log=log, solve_s=solve_s)
+    result = replace(result, global_bound_ns=anywhere.lower_bound_ns)
+    if result.schedule is None:
+        return replace(
+            result,
+            status=SolveStatus.INFEASIBLE if anywhere.infeasible else SolveStatus.UNKNOWN,
+            lower_bound_ns=anywhere.lower_bound_ns,
+            bound_scope=ANY_ORDER_SCOPE,
+        )
+    outcome = replay(graph, result.schedule)
+    if (outcome.cost_ns, outcome.peak_bytes) != (result.cost_ns, result.peak_bytes):
+        raise RuntimeError("a schedule is worth something else in another order of its graph")
+    if outcome.cost_ns < anywhere.lower_bound_ns:
+        raise RuntimeError(
+            f"a schedule of {outcome.cost_ns} below the bound {anywhere.lower_bound_ns}"
+        )
+    if _proven(best, anywhere):
+        return replace(
+            result,
+            status=SolveStatus.OPTIMAL,
+            lower_bound_ns=anywhere.lower_bound_ns,
+            bound_scope=ANY_ORDER_SCOPE,
+        )
+    if best.order == eager:
+        global_bound_ns = max(best.result.global_bound_ns, anywhere.lower_bound_ns)
+        result = replace(result, global_bound_ns=global_bound_ns)
+    else:
+        result = replace(result, bound_scope=f"{result.bound_scope}, {OWN_ORDER}")
+    return replace(result, lower_bound_ns=max(result.lower_bound_ns, anywhere.lower_bound_ns))
+
+
+def _proven(found: _Found, anywhere: OrderFreeBound) -> bool:
+    """Whether no order can do better."""
+    return _cost(found) <= (1 + OPTIMAL_GAP) * anywhere.lower_bound_ns
+
+
+def _cost(found: _Found) -> float:
+    return float("inf") if found.result.cost_ns is None else found.result.cost_ns
+
+
+def _num_moved(order: tuple[int, ...], before: tuple[int, ...]) -> int:
+    return sum(a != b for a, b in zip(order, before, strict=True))

@@ -1,0 +1,1 @@
+"""Dynamic programming along a chain of blocks: rotor and revolve."""

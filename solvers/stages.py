@@ -1,0 +1,39 @@
+"""Stages: what runs between two first runs, as Checkmate and MOCCASIN divide a step.
+
+Stage ``t`` ends with the first run of operator ``t``. In both papers a stage
+runs each operator at most once, and in base order: schedules of this form are
+the *staged class* here. It is a part of all schedules whose first runs keep
+the base order, so its optimum is no bound for those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .expand import base_fronts
+from .schedule import Schedule
+
+STAGED_SCOPE = "schedules that run each operator at most once, in base order, between first runs"
+
+
+def stages_of(schedule: Schedule) -> list[list[int]]:
+    """What is recomputed in each stage, ascending. The nearest staged schedule, if not itself.
+
+    The first runs of ``schedule`` are in base order.
+    """
+    fronts = base_fronts(schedule)
+    again: list[set[int]] = [set() for _ in range(max(schedule.order, default=-1) + 1)]
+    for v, front in zip(schedule.order, fronts, strict=True):
+        if v != front and front < len(again):
+            again[front].add(v)
+    return [sorted(stage) for stage in again]
+
+
+def order_of(stages: Sequence[Iterable[int]]) -> list[int]:
+    """The runs of a staged schedule: of each stage, then its first run."""
+    return [v for t, again in enumerate(stages) for v in (*sorted(again), t)]
+
+
+def is_staged(schedule: Schedule) -> bool:
+    """Whether ``schedule`` is in the staged class."""
+    return tuple(order_of(stages_of(schedule))) == schedule.order

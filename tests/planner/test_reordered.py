@@ -1,0 +1,110 @@
+"""Plans whose first runs leave eager's order: the same bits, within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from solvers.any_order.solve.permutation import first_runs, permuted, unpermuted
+from solvers.any_order.solve.reorder import reorder_runs
+
+from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.captured_step import CapturedStep, capture_step
+from planner import InfeasibleBudgetError, Plan, measure, optimize
+from planner.rewrite import rewrite
+from planner.runtime import PlannedStep
+from solvers.least_memory import least_memory
+from solvers.schedule import Schedule
+from tests.bitwise import assert_same_training
+from tests.solvers.test_permutation import random_order
+from tests.zoo import ZOO, Case
+
+
+def capture_case(case: Case, model: torch.nn.Module) -> CapturedStep:
+    arguments = bind_call(model.forward, *split_sample(case.sample(0)))
+    with case.context():
+        return capture_step(model, arguments, loss=case.loss_fn)
+
+
+def assert_same_bits(case: Case, schedule_of: Callable[[CapturedStep], Schedule]) -> None:
+    """Train by the schedule that ``schedule_of`` gives for the captured step."""
+
+    def apply(model: torch.nn.Module) -> torch.nn.Module:
+        captured = capture_case(case, model)
+        step = PlannedStep(model, captured, rewrite(captured, schedule_of(captured)))
+        forward = model.forward
+        model.forward = lambda *args, **kwargs: step(bind_call(forward, args, kwargs))
+        return model
+
+    assert_same_training(
+        case.build, apply, case.sample, loss_fn=case.loss_fn, steps=2, context=case.context
+    )
+
+
+def some(*fast: str):
+    """The named models by default, the rest of the zoo slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=() if n in fast else (pytest.mark.slow,)) for n in ZOO]
+    )
+
+
+@some("unet")
+def test_any_allowed_order_has_the_same_bits(name):
+    """First runs in a random order that respects the predecessors train like eager."""
+    assert_same_bits(
+        ZOO[name]("tiny"), lambda captured: Schedule(random_order(captured.graph, seed=1))
+    )
+
+
+@some("transformer_encoder")
+def test_a_random_order_with_recomputation_has_the_same_bits(name):
+    """Solved for the least memory in a random base order, it trains like eager."""
+
+    def schedule_of(captured: CapturedStep) -> Schedule:
+        order = random_order(captured.graph, seed=5)
+        graph = permuted(captured.graph, order)
+        found = least_memory(graph, time_limit_s=1).schedule
+        assert found.recomputed() or name in ("lstm", "many_outputs", "mlp_bf16")
+        return unpermuted(found, order)
+
+    assert_same_bits(ZOO[name]("tiny"), schedule_of)
+
+
+def reordered_plan(case: Case, model: torch.nn.Module, share: float) -> Plan:
+    """A plan at a share of the activations, or the least that fits, with its runs moved."""
+    options: dict[str, Any] = {"loss_fn": case.loss_fn, "time_limit_s": 1.0}
+    with case.context():
+        keep = optimize(model, case.sample(0), budget_gb=1000, **options)
+        resident = keep.graph.resident_bytes
+        budget_bytes = int(resident + share * (keep.predicted_peak_bytes - resident))
+        try:
+            plan = optimize(model, case.sample(0), budget_bytes=budget_bytes, **options)
+        except InfeasibleBudgetError as error:
+            least = error.min_budget_bytes
+            plan = optimize(model, case.sample(0), budget_bytes=least, **options)
+    moved = reorder_runs(plan.graph, plan.schedule, budget_bytes=plan.budget_bytes)
+    return replace(plan, schedule=moved)
+
+
+@some("convnext")
+def test_a_reordered_plan_is_exact_and_within_its_budget(name, tmp_path):
+    """Saved and loaded, it trains bit by bit like eager and peaks where replay says."""
+    case = ZOO[name]("tiny")
+    plan = reordered_plan(case, case.make(), 0.6)
+    if name in ("convnext", "transformer_encoder"):
+        assert plan.schedule.recomputed()
+        assert list(first_runs(plan.schedule)) != sorted(first_runs(plan.schedule))
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert_same_training(
+        case.build, loaded.apply, case.sample, loss_fn=case.loss_fn, context=case.context
+    )
+    with case.context():
+        peak = measure(
+            loaded.apply(case.make()), case.sample(1), loss_fn=case.loss_fn, repeats=0
+        ).peak_bytes
+    assert peak <= plan.budget_bytes
+    assert peak == pytest.approx(plan.predicted_peak_bytes, rel=0.01)
