@@ -19,6 +19,17 @@ BOUND_TOLERANCE = 1e-3
 """Units of the objective taken off a bound: HiGHS' dual tolerance (1e-7), some columns over."""
 
 
+MIP_OPTIONS = {
+    "mip_detect_symmetry": False,
+    "mip_allow_restart": False,
+    "mip_pscost_minreliable": 1,
+}
+"""Less strong branching and no restarts: 9 of 10 LP iterations were strong branching.
+
+ResNet-50 at 50 % in 60 s: gap 0.577 % instead of 0.666 %; G1 at 70 %: 0.395 % instead of 0.528 %.
+"""
+
+
 def quiet_highs(*, time_limit_s: float, seed: int = 0) -> highspy.Highs:
     """A HiGHS that prints nothing and runs on one thread.
 
@@ -30,6 +41,8 @@ def quiet_highs(*, time_limit_s: float, seed: int = 0) -> highspy.Highs:
     h.setOptionValue("time_limit", float(max(time_limit_s, 0.01)))
     h.setOptionValue("threads", 1)
     h.setOptionValue("random_seed", seed % 2**31)
+    for option, value in MIP_OPTIONS.items():
+        h.setOptionValue(option, value)
     return h
 
 

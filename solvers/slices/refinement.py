@@ -153,8 +153,9 @@ def slice_refinement(
             staged=slicing.staged,
             seed=seed,
             absolute_gap=ABSOLUTE_GAP if tight else _loose_gap(state),
+            companion=companion,
         )
-        if companion is not None and (relaxed.cut or state.elapsed_s > ALONE_S):
+        if companion is not None and relaxed.cut:
             companion.collect()
         if model.infeasible or relaxed.infeasible:
             reason = f"the relaxation with {len(slicing.slices)} slices has no solution"
@@ -257,6 +258,7 @@ def solve_relaxation(
     staged: bool,
     seed: int,
     absolute_gap: float,
+    companion: Companion | None = None,
 ) -> Relaxed:
     """Run HiGHS on the model, warm-started by the incumbent.
 
@@ -272,15 +274,15 @@ def solve_relaxation(
     h.setOptionValue("mip_abs_gap", absolute_gap)
     h.setOptionValue("mip_rel_gap", 1e-9)
     h.passModel(model.lp)
+    watch = _Watch(state, g, model, staged=staged, absolute_gap=absolute_gap, companion=companion)
     if state.schedule is not None:
-        start = nearest_staged(g, state.schedule) if staged else state.schedule
         solution = highspy.HighsSolution()
-        solution.col_value = solution_of(state.graph, g, model, start).tolist()
+        solution.col_value = watch.incumbent().tolist()
         solution.value_valid = True
         h.setSolution(solution)
-    watch = _Watch(state, g, model, staged=staged, absolute_gap=absolute_gap)
     h.cbMipImprovingSolution.subscribe(watch.improving_solution)
     h.cbMipInterrupt.subscribe(watch.interrupt)
+    h.cbMipUserSolution.subscribe(watch.user_solution)
     h.run()
     status = h.getModelStatus()
     info = h.getInfo()
@@ -307,14 +309,36 @@ class _Watch:
         *,
         staged: bool,
         absolute_gap: float,
+        companion: Companion | None,
     ) -> None:
         self.state, self.g, self.model = state, g, model
+        self.staged, self.companion = staged, companion
+        self.given_ns: int | None = None
         known_ns = state.bound_ns if staged else state.global_bound_ns
         self.enough_ns = known_ns + absolute_gap * state.graph.base_cost_ns / OBJECTIVE_SCALE
         self.begin_s = self.latest_s = time.monotonic()
         self.fits = False
         self.cannot_improve = False
         self.solutions: list[Schedule] = []
+
+    def incumbent(self) -> NDArray[np.float64]:
+        """The best schedule known, as a solution."""
+        schedule = self.state.schedule
+        assert schedule is not None
+        self.given_ns = self.state.cost_ns
+        if self.staged:
+            schedule = nearest_staged(self.g, schedule)
+        return solution_of(self.state.graph, self.g, self.model, schedule)
+
+    def user_solution(self, event: highspy.HighsCallbackEvent) -> None:
+        """Hand over what others have found since."""
+        if self.companion is None or self.state.elapsed_s < ALONE_S:
+            return
+        self.companion.collect()
+        cost_ns = self.state.cost_ns
+        if cost_ns is None or (self.given_ns is not None and cost_ns >= self.given_ns):
+            return
+        event.data_in.setSolution(self.incumbent())
 
     def take(self, values: NDArray[np.float64]) -> None:
         """Turn a solution into schedules.
