@@ -40,6 +40,9 @@ def plan(
     ] = None,
     time_limit_s: Annotated[float, typer.Option(help="for solving")] = 60.0,
     seed: Annotated[int, typer.Option()] = 0,
+    reorder: Annotated[
+        bool, typer.Option("--reorder", help="let operators run in another order than eager's")
+    ] = False,
 ) -> None:
     """Plan a model's training step and print the plan."""
     model, sample_input, loss_fn = _load_target(target)
@@ -52,6 +55,7 @@ def plan(
             optimizer=optimizer,
             time_limit_s=time_limit_s,
             seed=seed,
+            reorder=reorder,
             progress=sys.stderr.isatty(),
         )
     except (CaptureError, InfeasibleBudgetError, ValueError) as error:

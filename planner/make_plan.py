@@ -16,6 +16,8 @@ from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.loss import LossFn
 from graph_capture.policies import apply_policies
+from solvers.any_order.memory import least_memory_in_any_order
+from solvers.any_order.solve import solve_in_any_order
 from solvers.least_memory import LeastMemory, least_memory
 from solvers.portfolio import solve
 from solvers.replay import replay
@@ -44,6 +46,7 @@ class Request:
     seed: int = 0
     never_recompute: tuple[str, ...] = ()
     always_recompute: tuple[str, ...] = ()
+    reorder: bool = False
     progress: ShowProgress = None
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class Request:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.loss_fn is not None and not callable(self.loss_fn):
             raise ValueError(f"loss_fn must be a function of the output, got {self.loss_fn!r}")
+        if not isinstance(self.reorder, bool):
+            raise ValueError(f"reorder must be True or False, got {self.reorder!r}")
         if not isinstance(self.progress, (bool, NoneType)) and not callable(self.progress):
             raise ValueError(f"progress must be True or a function, got {self.progress!r}")
 
@@ -94,6 +99,7 @@ def make_plan(
         loss=step.loss_spec,
         never_recompute=request.never_recompute,
         always_recompute=request.always_recompute,
+        reorder=request.reorder,
         detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
         device_type=captured.device_type,
         torch_version=torch.__version__,
@@ -125,6 +131,7 @@ def replan(
             seed=plan.seed,
             never_recompute=plan.never_recompute,
             always_recompute=plan.always_recompute,
+            reorder=plan.reorder,
         )
     captured = capture_step(
         model, arguments, loss=request.loss_fn, optimizer=plan.optimizer, forward=forward
@@ -138,8 +145,9 @@ def _solve(graph: CostGraph, request: Request) -> SolveResult:
     hint: Schedule | None = None
     if request.solver == "auto" and not _fits_easily(graph, budget_bytes):
         hint = _least_within(graph, request)
+    search = solve_in_any_order if request.reorder else solve
     with showing(request.progress) as progress:
-        result = solve(
+        result = search(
             graph,
             budget_bytes,
             solver=request.solver,
@@ -150,7 +158,7 @@ def _solve(graph: CostGraph, request: Request) -> SolveResult:
         )
     if result.schedule is not None:
         return result
-    least = _least_memory(graph, request.seed)
+    least = _least(graph, request)
     if least.peak_bytes > budget_bytes:
         raise nothing_fits(graph, budget_bytes, least)
     raise PlanError(
@@ -167,13 +175,33 @@ def _fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
 
 
 def _least_within(graph: CostGraph, request: Request) -> Schedule:
-    least = _least_memory(graph, request.seed)
+    least = _least(graph, request)
     if least.peak_bytes > request.budget_bytes:
         raise nothing_fits(graph, request.budget_bytes, least)
     return least.schedule
 
 
+def _least(graph: CostGraph, request: Request) -> LeastMemory:
+    """In eager's order where that fits the budget, else in every order that may be used."""
+    least = _least_memory(graph, request.seed)
+    if request.reorder and least.peak_bytes > request.budget_bytes:
+        return _least_memory_in_any_order(graph, request.seed)
+    return least
+
+
+# Both are remembered, so that the least budget an error names is found again when it is asked for.
+
+
 @lru_cache(maxsize=8)
 def _least_memory(graph: CostGraph, seed: int) -> LeastMemory:
-    """Remembered, so that the least budget an error names is found again when it is asked for."""
     return least_memory(graph, time_limit_s=LEAST_MEMORY_LIMIT_S, seed=seed)
+
+
+@lru_cache(maxsize=8)
+def _least_memory_in_any_order(graph: CostGraph, seed: int) -> LeastMemory:
+    return least_memory_in_any_order(
+        graph,
+        start=_least_memory(graph, seed),
+        time_limit_s=LEAST_MEMORY_LIMIT_S,
+        seed=seed,
+    )

@@ -34,6 +34,7 @@ def optimize(
     seed: int = 0,
     never_recompute: Sequence[str] = (),
     always_recompute: Sequence[str] = (),
+    reorder: bool = False,
     progress: ShowProgress = None,
 ) -> Plan:
     """Plan a training step of ``model`` whose peak memory stays within a budget.
@@ -69,6 +70,10 @@ def optimize(
         the solve.
     never_recompute, always_recompute
         Patterns that name operators, see ``graph_capture.policies``.
+    reorder
+        Operators may run first in another order than eager's, at the same time
+        and with the same bits. The search for orders shares the time limit;
+        convnets gain a little, transformers next to nothing (``docs/design.md``).
     progress
         ``True`` shows a progress bar, a function receives
         :class:`solvers.progress.ProgressEvent`.
@@ -96,6 +101,7 @@ def optimize(
         seed=seed,
         never_recompute=_patterns("never_recompute", never_recompute),
         always_recompute=_patterns("always_recompute", always_recompute),
+        reorder=reorder,
         progress=progress,
     )
     if not isinstance(optimizer, (str, torch.optim.Optimizer, NoneType)):

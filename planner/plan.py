@@ -80,6 +80,8 @@ class Plan:
         What is differentiated, and what that takes.
     never_recompute, always_recompute
         As they were asked for.
+    reorder
+        Whether first runs were free to leave eager's order.
     detached
         Names of the outputs that come back detached.
     device_type, torch_version
@@ -103,6 +105,7 @@ class Plan:
     loss: LossSpec
     never_recompute: tuple[str, ...] = ()
     always_recompute: tuple[str, ...] = ()
+    reorder: bool = False
     detached: tuple[str, ...] = ()
     device_type: str
     torch_version: str

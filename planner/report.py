@@ -30,9 +30,9 @@ def report(plan: Plan) -> str:
     lines += [
         f"  time      {format_us(plan.predicted_step_us)} predicted, "
         f"{format_us(plan.baseline_step_us)} when nothing is recomputed: +{plan.overhead:.2%}",
-        f"  proof     {plan.status}: no schedule takes less than {format_us(plan.lower_bound_us)}, "
-        f"gap {plan.gap:.2%}",
-        f"            (bound over {plan.bound_scope}; {plan.solver}, {plan.solve_s:.1f} s)",
+        f"  proof     {plan.status}, gap {plan.gap:.2%} ({plan.solver}, {plan.solve_s:.1f} s); "
+        f"at least {format_us(plan.lower_bound_us)} in",
+        f"            {plan.bound_scope}",
         *_recomputed(plan),
         f"  counts    {_covers(plan)}",
     ]

@@ -1,5 +1,7 @@
 """From a cost graph and a budget to a schedule, with a proof. Knows nothing of torch."""
 
+from .any_order.memory import least_memory_in_any_order
+from .any_order.solve import solve_in_any_order
 from .instances import budget_of, load_instance
 from .least_memory import LeastMemory, least_memory
 from .portfolio import SOLVERS, solve
@@ -19,7 +21,9 @@ __all__ = [
     "SolveStatus",
     "budget_of",
     "least_memory",
+    "least_memory_in_any_order",
     "load_instance",
     "replay",
     "solve",
+    "solve_in_any_order",
 ]

@@ -54,11 +54,13 @@ class Incumbent:
         return time.monotonic() - self.begin_s
 
     @property
+    def stopped(self) -> bool:
+        return self.stop is not None and self.stop.is_set()
+
+    @property
     def left_s(self) -> float:
         """Time left; none once ``stop`` is set."""
-        if self.stop is not None and self.stop.is_set():
-            return 0.0
-        return self.deadline_s - time.monotonic()
+        return 0.0 if self.stopped else self.deadline_s - time.monotonic()
 
     @property
     def bound_ns(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from graph_capture.cost_graph import CostGraph
@@ -31,6 +32,7 @@ def solve(
     workers: int = 2,
     hint: Schedule | None = None,
     progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> SolveResult:
     """The fastest schedule within ``budget_bytes`` that can be found, and a bound.
 
@@ -45,8 +47,10 @@ def solve(
         solve after an installation also compiles, some ten seconds that the
         limit does not cover.
     seed
-        The same graph, budget and seed give the same result, unless the time
-        limit cuts the solve.
+        The same graph, budget, seed and workers give the same result where the
+        clock has no say: the limit does not cut the solve, and with two
+        workers it ends within five seconds (later on, what the second thread
+        has found counts, too). CP-SAT promises it for one worker only.
     workers
         Threads. ``"auto"`` searches in a second one beside HiGHS, which uses one.
     hint
@@ -54,6 +58,9 @@ def solve(
         everything that the bounds speak of.
     progress
         Called at every event.
+    stop
+        Once another thread, or ``progress``, sets it, the best of what was found
+        so far is returned.
 
     Raises
     ------
@@ -67,7 +74,7 @@ def solve(
         raise ValueError(f"negative budget or time limit: {budget_bytes}, {time_limit_s}")
     if hint is not None and list(dict.fromkeys(hint.order)) != sorted(set(hint.order)):
         raise ValueError("the first runs of the hint are not in base order")
-    state = Incumbent(graph, budget_bytes, time_limit_s, progress)
+    state = Incumbent(graph, budget_bytes, time_limit_s, progress, stop)
     state.offer(hint, "hint")
     SOLVERS[solver](state, seed, workers)
     return state.result()
@@ -143,12 +150,15 @@ def _anneal(state: Incumbent, seed: int, time_limit_s: float, num_moves: int) ->
         time_limit_s=time_limit_s,
         num_moves=num_moves,
         seed=seed,
+        stop=state.stop,
     )
     state.offer(outcome.schedule, "local_search")
 
 
 def _chain(state: Incumbent, seed: int, time_limit_s: float) -> None:
-    outcome = chain_dp(state.graph, state.budget_bytes, time_limit_s=time_limit_s, seed=seed)
+    outcome = chain_dp(
+        state.graph, state.budget_bytes, time_limit_s=time_limit_s, seed=seed, stop=state.stop
+    )
     state.offer(outcome.schedule, "chain_dp")
     if outcome.schedule is None:
         state.note(f"chain_dp: {outcome.reason}")

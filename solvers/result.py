@@ -36,8 +36,9 @@ class SolveResult:
         No schedule within ``bound_scope`` takes less time.
     bound_scope
         What the bound speaks of: every schedule whose first runs keep the base
-        order, or staged schedules (``stages.py``) only. ``status`` has the
-        same scope; a schedule outside a scope may take less than its bound.
+        order, or staged schedules (``stages.py``) only, or every order
+        (``any_order/solve.py``). ``status`` has the same scope; a schedule
+        outside a scope may take less than its bound.
     global_bound_ns
         No schedule whose first runs keep the base order takes less time.
     peak_bytes

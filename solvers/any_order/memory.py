@@ -1,10 +1,10 @@
 """The least memory that any schedule needs, first runs in any order.
 
 Search: the least memory in the order at hand (``least_memory.py``), its runs
-moved so that the peak falls (``any_order/reorder.py``), the least memory in the order of
-those, and so on while it falls. Bound: as in ``least_memory.py``, but what is
-forced to be there while an operator runs is only what was made before it in
-every order; and at the end everything that is kept is there.
+moved so that the peak falls (``any_order/reorder.py``), the least memory in the
+order of those, and so on while it falls. Bound: as in ``least_memory.py``, but
+what is forced to be there while an operator runs is only what was made before it
+in every order; and at the end everything that is kept is there.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 The slice relaxation (``slices/model.py``) knows the base order by its intervals
 alone: which operators first run before a slice, and which after. A *fixed*
-operator (``any_order/precedence.py``) has the same ones before it in every order that the
-runtime can follow, so the relaxation with slices at fixed operators only, and
-neither virtual intervals nor transients, is the same for all of these orders,
-and its bound holds for all of them.
+operator (``any_order/precedence.py``) has the same ones before it in every order
+that the runtime can follow, so the relaxation with slices at fixed operators
+only, and neither transients nor events, is the same for all of these orders, and
+its bound holds for all of them.
 
 The loss is always fixed. In the steps of transformers it is where memory binds:
 what backward needs is in memory there or made again later, whatever the order.

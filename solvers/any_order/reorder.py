@@ -2,7 +2,7 @@
 
 A schedule's runs are moved one at a time, first runs and recomputations alike,
 each between the runs that make what it reads and those that read what it makes;
-nothing moves across the loss or the optimizer (see ``any_order/precedence.py``). The
+nothing moves across the loss or the optimizer (``any_order/precedence.py``). The
 runs stay the same, so the cost does. Annealing minimizes
 
     Σ max(0, memory - r)² / r²    over all moments, with r = 90 % of the budget,
@@ -67,7 +67,7 @@ def reorder(
     Returns
     -------
     tuple of int
-        The operators in their new order; see ``permutation.permuted``.
+        The operators in their new order; see ``any_order/permutation.py``.
     """
     schedule = Schedule.keep_all(graph)
     reorder_runs(graph, schedule, num_moves=0)  # compiles, off the clock

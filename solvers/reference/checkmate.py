@@ -254,6 +254,7 @@ def _run(
     outcome = run_ortools(
         model.program,
         time_limit_s=state.left_s,
+        stop=lambda: state.stopped,
         seed=seed,
         workers=workers,
         backend=backend,

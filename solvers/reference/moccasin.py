@@ -187,6 +187,7 @@ class _Search:
         outcome = run_ortools(
             model.program,
             time_limit_s=state.left_s,
+            stop=lambda: state.stopped,
             seed=self.seed,
             workers=self.workers,
             on_solution=found,

@@ -220,6 +220,7 @@ def _repair(state: Incumbent, schedule: Schedule, seed: int) -> None:
         seed=seed,
         start=schedule,
         heat=COOL,
+        stop=state.stop,
     )
     state.offer(outcome.schedule, f"local_search after {NAME}")
 

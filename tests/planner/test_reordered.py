@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from solvers.any_order.solve.permutation import first_runs, permuted, unpermuted
-from solvers.any_order.solve.reorder import reorder_runs
+from solvers.any_order.permutation import first_runs, permuted, unpermuted
+from solvers.any_order.reorder import reorder_runs
 
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep, capture_step

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solvers.any_order.solve.memory import least_memory_in_any_order, needs_in_any_order
-from solvers.any_order.solve.order_free_bound import ANY_ORDER_SCOPE
-from solvers.any_order.solve.permutation import first_runs
-from solvers.any_order.solve.solve import OWN_ORDER, solve_in_any_order
 
+from solvers.any_order.memory import least_memory_in_any_order, needs_in_any_order
+from solvers.any_order.order_free_bound import ANY_ORDER_SCOPE
+from solvers.any_order.permutation import first_runs
+from solvers.any_order.solve import OWN_ORDER, solve_in_any_order
 from solvers.incumbent import GLOBAL_SCOPE
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.least_memory import least_memory

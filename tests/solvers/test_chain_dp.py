@@ -5,9 +5,9 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solvers.chains.chain.chain_dp import ChainOutcome, chain_dp
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
+from solvers.chains.chain_dp import ChainOutcome, chain_dp
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.replay import replay
 

@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from solvers.chains.chain.table import NEVER, ChainFigures, fill_table, row
+
+from solvers.chains.table import NEVER, ChainFigures, fill_table, row
 
 
 def unit_chain(num_blocks: int) -> ChainFigures:

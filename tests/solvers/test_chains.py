@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from solvers.chains.chain.chain import Chain, coarsen, find_chain
-
 from graph_capture.cost_graph import CostGraph, Operator, Storage
 from solvers.arrays import GraphArrays, graph_arrays
+from solvers.chains.chain import Chain, coarsen, find_chain
 from solvers.instances import load_instance
 from solvers.uniform import turning_point
 

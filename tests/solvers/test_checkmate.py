@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from graph_capture.cost_graph import CostGraph
-from solvers import checkmate
 from solvers.arrays import graph_arrays
 from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.keep_all import keep_all
+from solvers.reference import checkmate
 from solvers.reference.checkmate import checkmate_lp_rounding, checkmate_milp
 from solvers.reference.checkmate_model import build_checkmate_model, count_columns, schedule_of
 from solvers.reference.checkmate_rounding import complete

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from graph_capture.cost_graph import CostGraph
-from solvers import moccasin as module
 from solvers.arrays import graph_arrays
 from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.keep_all import keep_all
+from solvers.reference import moccasin as module
 from solvers.reference.checkmate_model import CheckmateModel, build_checkmate_model
 from solvers.reference.moccasin import moccasin
 from solvers.reference.moccasin_model import build_moccasin_model, schedule_of

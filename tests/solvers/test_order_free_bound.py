@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solvers.any_order.solve.order_free_bound import order_free_bound
-from solvers.any_order.solve.permutation import permuted
 
 from graph_capture.cost_graph import CostGraph
+from solvers.any_order.order_free_bound import order_free_bound
+from solvers.any_order.permutation import permuted
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.portfolio import solve
 from solvers.result import OPTIMAL_GAP

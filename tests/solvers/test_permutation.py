@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solvers.any_order.solve.permutation import first_runs, permuted, relabelled, unpermuted
-from solvers.any_order.solve.precedence import predecessors
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
+from solvers.any_order.permutation import first_runs, permuted, relabelled, unpermuted
+from solvers.any_order.precedence import predecessors
 from solvers.replay import replay
 from solvers.schedule import Schedule
 

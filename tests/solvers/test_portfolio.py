@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from graph_capture.cost_graph import CostGraph
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.portfolio import SOLVERS, solve
 from solvers.progress import ProgressEvent
+from solvers.reference.ortools_process import RunOutcome, RunStatus
 from solvers.replay import replay
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule
@@ -110,3 +112,42 @@ def test_refuses_a_hint_in_another_order() -> None:
     graph = training_chain(3)
     with pytest.raises(ValueError, match="not in base order"):
         solve(graph, 1000, hint=Schedule((1, 0, 2, 3, 4, 5)))
+
+
+@pytest.mark.parametrize("solver", ["auto", "slice_refinement", "local_search", "moccasin"])
+def test_can_be_stopped_at_any_moment(solver: str) -> None:
+    """Another thread ends a long solve; what was found by then is returned."""
+    graph = load_instance(INSTANCES / "G1.json")
+    stop = threading.Event()
+    timer = threading.Timer(1.5, stop.set)
+    timer.start()
+    begin_s = time.monotonic()
+    budget_bytes = budget_of(graph, 0.7)
+    result = solve(graph, budget_bytes, solver=solver, time_limit_s=100, stop=stop)
+    timer.cancel()
+    assert time.monotonic() - begin_s < 50, "far from the limit, however slow the machine"
+    assert result.status in (SolveStatus.FEASIBLE, SolveStatus.UNKNOWN)
+    if solver in ("auto", "local_search"):
+        assert result.schedule is not None or solver == "local_search"
+
+
+def test_the_incumbent_survives_a_solver_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child process that is killed leaves the hint, a status and a word about it."""
+    graph = training_chain(6)
+    hint = solve(graph, 60, solver="local_search", time_limit_s=5).schedule
+    assert hint is not None
+
+    def killed(*args: object, **kwargs: object) -> RunOutcome:
+        return RunOutcome(
+            status=RunStatus.DIED,
+            values=None,
+            objective=None,
+            bound=None,
+            message="killed by signal 9",
+        )
+
+    monkeypatch.setattr("solvers.reference.checkmate.run_ortools", killed)
+    result = solve(graph, 60, solver="checkmate_milp", hint=hint, time_limit_s=5)
+    assert result.schedule == hint
+    assert result.status is SolveStatus.FEASIBLE
+    assert any("signal 9" in line for line in result.log)

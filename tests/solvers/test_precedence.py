@@ -3,9 +3,9 @@ from __future__ import annotations
 from itertools import permutations
 
 from hypothesis import given, settings
-from solvers.any_order.solve.precedence import closure, fixed_operators, predecessors
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
+from solvers.any_order.precedence import closure, fixed_operators, predecessors
 
 from .graphs import cost_graphs, training_chain
 

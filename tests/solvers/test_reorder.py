@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from solvers.any_order.solve.permutation import first_runs, permuted
-from solvers.any_order.solve.precedence import predecessors
-from solvers.any_order.solve.reorder import reorder, reorder_runs
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
+from solvers.any_order.permutation import first_runs, permuted
+from solvers.any_order.precedence import predecessors
+from solvers.any_order.reorder import reorder, reorder_runs
 from solvers.instances import keep_all_peak_bytes
 from solvers.replay import replay
 from solvers.schedule import Schedule

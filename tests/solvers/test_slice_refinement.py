@@ -84,6 +84,6 @@ def test_a_relaxation_without_columns_is_solved() -> None:
     model = build_slice_model(g, Slicing(frozenset()), 1000)
     assert model.num_cols == 0
     relaxed = solve_relaxation(state, g, model, staged=False, seed=0, absolute_gap=0.3)
-    assert relaxed.solved
+    assert not relaxed.cut
     assert relaxed.bound == 0.0
     assert len(relaxed.solutions) == 1
