@@ -4,8 +4,8 @@ Eager's own order comes first, as :func:`solvers.portfolio.solve` does it, with
 ``FIRST_SHARE`` of the time. Then rounds of three: move the runs of the best
 schedule so that less is in memory where it is tight (``any_order/reorder.py``,
 at no cost); make the order of its first runs the new base order; solve there,
-beginning from that schedule. Beside it, once, the order of the hint and the one
-in which keeping everything fits best.
+beginning from that schedule. Beside them, once each, the order of the hint
+and the one in which keeping everything fits best.
 
 Guarantee: never worse than that first solve, for another order is taken only
 where it costs less. With the whole time the plain solve may do better.
@@ -49,7 +49,7 @@ BOUND_SHARE = 0.15
 
 MAX_ROUNDS = 6
 MOVING_LIMIT_S = 2.0
-"""For moving the runs of one schedule, where more time than that is left."""
+"""For moving the runs of one schedule; half of what is left, where that is less."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ def solve_in_any_order(
         return _Found(found, order)
 
     eager = tuple(range(graph.num_operators))
-    elsewhere = hint is not None and first_runs(hint) != eager
-    base = best = solve_in(eager, None if elsewhere else hint, FIRST_SHARE * time_limit_s)
-    if hint is not None and elsewhere:
+    own = eager if hint is None else first_runs(hint)
+    base = best = solve_in(eager, hint if own == eager else None, FIRST_SHARE * time_limit_s)
+    if own != eager:
         left_s = deadline_s - time.monotonic()
-        best = min(best, solve_in(first_runs(hint), hint, left_s / 4), key=_cost)
+        best = min(best, solve_in(own, hint, left_s / 4), key=_cost)
     anywhere = OrderFreeBound(graph.base_cost_ns, False)
     if not _proven(best, anywhere):
         anywhere = order_free_bound(
@@ -133,7 +133,8 @@ def solve_in_any_order(
         if not improved:
             break
     log.append(f"in eager's order: at least {base.result.lower_bound_ns} ns")
-    return _claim(graph, best, eager, anywhere, tuple(log), time.monotonic() - begin_s)
+    solve_s = time.monotonic() - begin_s
+    return _claim(graph, budget_bytes, best, eager, anywhere, tuple(log), solve_s)
 
 
 def _other_orders(
@@ -153,12 +154,13 @@ def _other_orders(
             yield first_runs(moved), moved
     if turn == 0:
         order = reorder(graph, budget_bytes=budget_bytes, time_limit_s=limit_s(), seed=seed)
-        if order != best.order:
+        if order != best.order and list(order) != sorted(order):  # eager's has been tried
             yield order, None
 
 
 def _claim(
     graph: CostGraph,
+    budget_bytes: int,
     best: _Found,
     eager: tuple[int, ...],
     anywhere: OrderFreeBound,
@@ -178,6 +180,8 @@ def _claim(
     outcome = replay(graph, result.schedule)
     if (outcome.cost_ns, outcome.peak_bytes) != (result.cost_ns, result.peak_bytes):
         raise RuntimeError("a schedule is worth something else in another order of its graph")
+    if anywhere.infeasible:
+        raise RuntimeError(f"excludes a budget that a schedule fits in: {budget_bytes}")
     if outcome.cost_ns < anywhere.lower_bound_ns:
         raise RuntimeError(
             f"a schedule of {outcome.cost_ns} below the bound {anywhere.lower_bound_ns}"

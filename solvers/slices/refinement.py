@@ -81,13 +81,21 @@ NEARLY = 0.97
 MOST_AHEAD = 8
 
 NEW_SLICES = 6
-"""Stretches of excess, the worst first, that a round takes up."""
+"""Stretches of excess, the worst first, that a round takes up; fewer where HiGHS is slow.
+
+G2 at 80 %: 17 slices at once keep HiGHS busy for the whole time.
+"""
+QUICK_S = 2.0
+MANY_COLUMNS = 2_000
 
 SOLUTIONS = 3
 """The last ones of a round whose excess is cut."""
 
 PATIENCE_S = 2.0
 ALONE_S = 5.0
+OUTDATED = 0.15
+"""Share of what was open that an incumbent from elsewhere must close for a new start."""
+
 REPAIR_MOVES = 40_000
 REPAIR_S = 2.0
 
@@ -105,6 +113,9 @@ class Relaxed:
     infeasible: bool
     cut: bool
     """Whether the clock ended it."""
+
+    outdated: bool = False
+    """Whether a better incumbent ended it."""
 
 
 class Companion(Protocol):
@@ -143,6 +154,7 @@ def slice_refinement(
     if slicing is None:
         slicing = first_slices(graph, state.budget_bytes, state.schedule)
     tight = False
+    growth = NEW_SLICES
     while not state.solved and state.left_s > 0:
         begin_s = time.monotonic()
         model = build_slice_model(g, slicing, state.budget_bytes, candidates=candidates)
@@ -162,6 +174,9 @@ def slice_refinement(
             state.exclude(NAME, reason, staged=slicing.staged)
             return
         state.raise_bound(_bound_ns(graph, relaxed.bound), NAME, staged=slicing.staged)
+        if relaxed.outdated:
+            state.note(f"{NAME}: once more, from a better schedule")
+            continue
         if not relaxed.solutions:
             state.note(f"{NAME}: no solution of {_describe(slicing, model)} in time")
             return
@@ -173,9 +188,16 @@ def slice_refinement(
             f"{100 * (outcome.cost_ns / max(1, graph.base_cost_ns) - 1):.3f} % at "
             f"{outcome.peak_bytes / max(1, state.budget_bytes):.3f} of the budget"
         )
+        took_s = time.monotonic() - begin_s
+        if relaxed.cut or model.num_cols > MANY_COLUMNS:
+            growth = max(2, growth // 2)
+        elif took_s < QUICK_S:
+            growth = min(NEW_SLICES, 2 * growth)
         refined = slicing
-        for other in relaxed.solutions[-SOLUTIONS:]:
-            refined |= refine(g, slicing, other, replay(graph, other), state.budget_bytes)
+        for other in relaxed.solutions[-(SOLUTIONS if growth == NEW_SLICES else 1) :]:
+            refined |= refine(
+                g, slicing, other, replay(graph, other), state.budget_bytes, most=growth
+            )
         if refined == slicing:
             if tight:
                 return
@@ -296,6 +318,7 @@ def solve_relaxation(
         solutions=watch.solutions,
         infeasible=False,
         cut=status != highspy.HighsModelStatus.kOptimal and not watch.cannot_improve,
+        outdated=watch.outdated,
     )
 
 
@@ -320,6 +343,7 @@ class _Watch:
         self.begin_s = self.latest_s = time.monotonic()
         self.fits = False
         self.cannot_improve = False
+        self.outdated = False
         self.solutions: list[Schedule] = []
 
     def incumbent(self) -> NDArray[np.float64]:
@@ -371,14 +395,37 @@ class _Watch:
         now_s = time.monotonic()
         idle_s = now_s - self.latest_s
         slow = not self.fits and idle_s > max(PATIENCE_S, 0.5 * (now_s - self.begin_s))
-        if proven or slow or self.cannot_improve or state.left_s <= 0:
+        self.outdated = self._outdated(now_s, bound_ns)
+        if proven or slow or self.cannot_improve or self.outdated or state.left_s <= 0:
             event.interrupt()
+
+    def _outdated(self, now_s: float, bound_ns: int) -> bool:
+        """Whether others have found so much that a new start from there is worth it.
+
+        HiGHS asks for solutions rarely; before the first branching it may take
+        a minute until then.
+        """
+        if self.companion is None or self.state.elapsed_s < ALONE_S:
+            return False
+        if now_s - self.begin_s < PATIENCE_S:
+            return False
+        self.companion.collect()
+        cost_ns, given_ns = self.state.cost_ns, self.given_ns
+        if cost_ns is None or given_ns is None:
+            return cost_ns is not None
+        return given_ns - cost_ns > OUTDATED * (given_ns - bound_ns)
 
 
 def refine(
-    g: GraphArrays, slicing: Slicing, schedule: Schedule, outcome: Replay, budget_bytes: int
+    g: GraphArrays,
+    slicing: Slicing,
+    schedule: Schedule,
+    outcome: Replay,
+    budget_bytes: int,
+    *,
+    most: int,
 ) -> Slicing:
-    """Enforce memory where ``schedule`` exceeds the budget most, in each stretch."""
+    """Enforce memory where ``schedule`` exceeds the budget, in ``most`` stretches at most."""
     intervals = slicing.intervals(g.num_operators)
     single = {i.begin for i in intervals if i.single}
     front_of = base_fronts(schedule)
@@ -387,7 +434,7 @@ def refine(
     slices = set(slicing.slices)
     transients = set(slicing.transients)
     events = set(slicing.events)
-    for step in worst[:NEW_SLICES]:
+    for step in worst[:most]:
         x = front_of[step]
         v = schedule.order[step]
         if v == x:

@@ -28,11 +28,14 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_plan_and_show(target: str, tmp_path: Path) -> None:
     """`remat plan` prints and writes a plan that `remat show` reads."""
     planned = CliRunner().invoke(
-        app, ["plan", target, "--budget", "1GB", "--optimizer", "adamw", "--out", "plan.json"]
+        app,
+        ["plan", target, "--budget=1GB", "--optimizer=adamw", "--reorder", "--out=plan.json"],
     )
     assert planned.exit_code == 0, planned.output
     assert "Plan for 1 GB" in planned.output
-    assert json.loads((tmp_path / "plan.json").read_text())["budget_bytes"] == 10**9
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert written["budget_bytes"] == 10**9
+    assert written["solver"]["reorder"]
     shown = CliRunner().invoke(app, ["show", "plan.json"])
     assert shown.exit_code == 0
     assert "AdamW state and step" in shown.output

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from solvers.any_order.permutation import first_runs, permuted, unpermuted
-from solvers.any_order.reorder import reorder_runs
 
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep, capture_step
 from planner import InfeasibleBudgetError, Plan, measure, optimize
+from planner.make_plan import replan
 from planner.rewrite import rewrite
 from planner.runtime import PlannedStep
+from solvers.any_order.permutation import first_runs, permuted, unpermuted
+from solvers.any_order.reorder import reorder_runs
 from solvers.least_memory import least_memory
 from solvers.schedule import Schedule
 from tests.bitwise import assert_same_training
@@ -89,7 +90,7 @@ def reordered_plan(case: Case, model: torch.nn.Module, share: float) -> Plan:
     return replace(plan, schedule=moved)
 
 
-@some("convnext")
+@some("transformer_encoder")
 def test_a_reordered_plan_is_exact_and_within_its_budget(name, tmp_path):
     """Saved and loaded, it trains bit by bit like eager and peaks where replay says."""
     case = ZOO[name]("tiny")
@@ -108,3 +109,91 @@ def test_a_reordered_plan_is_exact_and_within_its_budget(name, tmp_path):
         ).peak_bytes
     assert peak <= plan.budget_bytes
     assert peak == pytest.approx(plan.predicted_peak_bytes, rel=0.01)
+
+
+def two_plans(case: Case, share: float, time_limit_s: float) -> tuple[Plan, Plan]:
+    """Plans at a share of the baseline's peak, in eager's order and in any."""
+    model, sample = case.make(), case.sample(0)
+    options: dict[str, Any] = {"loss_fn": case.loss_fn, "time_limit_s": time_limit_s}
+    with case.context():
+        baseline = optimize(model, sample, budget_gb=1000, **options).baseline_peak_bytes
+        options["budget_bytes"] = int(share * baseline)
+        return optimize(model, sample, **options), optimize(model, sample, reorder=True, **options)
+
+
+def assert_trains_within_its_budget(case: Case, plan: Plan) -> None:
+    assert_same_training(case.build, plan.apply, case.sample, loss_fn=case.loss_fn)
+    applied = plan.apply(case.make())
+    measured = measure(applied, case.sample(1), loss_fn=case.loss_fn, repeats=0)
+    assert measured.peak_bytes <= plan.budget_bytes
+    assert measured.peak_bytes == pytest.approx(plan.predicted_peak_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "time_limit_s"),
+    [
+        ("tiny", 0.5, 2.0),
+        pytest.param("small", 0.5, 30.0, marks=pytest.mark.slow),
+        pytest.param("small", 0.4, 30.0, marks=pytest.mark.slow),
+    ],
+)
+def test_optimize_may_reorder(size, share, time_limit_s, tmp_path):
+    """With reorder=True a convnet costs less, trains with eager's bits and fits; so from a file."""
+    case = ZOO["convnext"](size)
+    eager, plan = two_plans(case, share, time_limit_s)
+    assert plan.reorder
+    assert not eager.reorder
+    assert list(first_runs(eager.schedule)) == sorted(first_runs(eager.schedule))
+    assert list(first_runs(plan.schedule)) != sorted(first_runs(plan.schedule))
+    assert plan.overhead <= eager.overhead
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == plan
+    assert_trains_within_its_budget(case, loaded)
+
+
+def test_the_least_budget_is_that_of_every_order():
+    """What reorder=True names is no higher than what eager's order needs, and it works."""
+    case = ZOO["convnext"]("tiny")
+    least = {}
+    for reorder in (False, True):
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            optimize(
+                case.make(), case.sample(0), budget_bytes=1, loss_fn=case.loss_fn, reorder=reorder
+            )
+        least[reorder] = caught.value.min_budget_bytes
+        assert caught.value.lower_bound_bytes <= least[reorder]
+    assert least[True] <= least[False]
+    plan = optimize(
+        case.make(),
+        case.sample(0),
+        budget_bytes=least[True],
+        loss_fn=case.loss_fn,
+        time_limit_s=1,
+        reorder=True,
+    )
+    assert plan.predicted_peak_bytes <= least[True]
+
+
+class Summed(torch.nn.Linear):
+    """A scalar output, so that a plan file is all that planning again needs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).sum()
+
+
+def test_another_shape_is_planned_with_the_same_flag(tmp_path):
+    """By a plan of this process and by one from a file."""
+    model = Summed(4, 4)
+    for reorder in (False, True):
+        plan = optimize(model, torch.zeros(8, 4), budget_gb=1, reorder=reorder)
+        plan.save(tmp_path / "plan.json")
+        for made in (plan, Plan.load(tmp_path / "plan.json")):
+            again = replan(made, model, {"x": torch.zeros(5, 4)}, model.forward)
+            assert again.reorder is reorder
+
+
+def test_reorder_is_a_flag():
+    """Anything but True and False is refused by name."""
+    with pytest.raises(ValueError, match="reorder must be True or False, got 'yes'"):
+        optimize(Summed(4, 4), torch.zeros(8, 4), budget_gb=1, reorder="yes")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torch import nn
 
 from graph_capture.units import format_bytes, format_us
 from planner import Plan, optimize
+from solvers.any_order.order_free_bound import ANY_ORDER_SCOPE
+from solvers.any_order.solve import OWN_ORDER
+from solvers.incumbent import GLOBAL_SCOPE
+from solvers.stages import STAGED_SCOPE
 from tests.planner.small import make, plan_for, sample, square
 
 
@@ -35,6 +41,18 @@ def test_the_report_has_every_figure(plan):
         "backward of loss_fn",
     ):
         assert figure in text, figure
+
+
+@pytest.mark.parametrize(
+    "scope", [GLOBAL_SCOPE, STAGED_SCOPE, ANY_ORDER_SCOPE, f"{GLOBAL_SCOPE}, {OWN_ORDER}"]
+)
+def test_the_report_says_what_the_bound_speaks_of(plan, scope):
+    """One line has the bound, the next one the schedules that it holds for."""
+    lines = str(replace(plan, bound_scope=scope)).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  proof"))
+    assert lines[at].endswith(f"at least {format_us(plan.lower_bound_us)} in")
+    assert lines[at + 1].strip() == scope
+    assert len(lines[at + 1]) <= 130
 
 
 def test_the_report_counts_recomputations(plan):

@@ -76,6 +76,17 @@ def test_decisions_say_what_the_schedule_does(plan, written):
         assert (record["decision"] == "resident") == (storage.producer is None)
 
 
+def test_a_file_from_before_reordering_is_of_eagers_order(written):
+    """The flag may be missing; a file that has it is held to it."""
+    assert written["solver"]["reorder"] is False
+    reordered = copy.deepcopy(written)
+    reordered["solver"]["reorder"] = True
+    assert plan_from_dict(reordered).reorder
+    older = copy.deepcopy(written)
+    del older["solver"]["reorder"]
+    assert plan_from_dict(older) == plan_from_dict(written)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5", "resnet50", "many_outputs", "mlp_frozen"])
 def test_a_loaded_plan_trains_with_the_same_bits(name, tmp_path):
     """On a new model, which has never been seen by the planner."""

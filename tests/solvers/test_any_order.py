@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from solvers.any_order.memory import least_memory_in_any_order, needs_in_any_order
 from solvers.any_order.order_free_bound import ANY_ORDER_SCOPE
 from solvers.any_order.permutation import first_runs
+from solvers.any_order.reorder import reorder
 from solvers.any_order.solve import OWN_ORDER, solve_in_any_order
 from solvers.incumbent import GLOBAL_SCOPE
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
@@ -14,6 +15,7 @@ from solvers.least_memory import least_memory
 from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveStatus
+from solvers.schedule import Schedule
 from solvers.stages import STAGED_SCOPE
 
 from .graphs import INSTANCES, cost_graphs, training_chain
@@ -81,6 +83,23 @@ def test_less_memory_than_eagers_order_can_do_with():
     least = least_memory_in_any_order(graph, start=base, time_limit_s=1)
     assert least.lower_bound_bytes <= least.peak_bytes <= base.peak_bytes
     assert replay(graph, least.schedule).peak_bytes == least.peak_bytes
+
+
+def test_a_hint_in_another_order_is_used_in_its_own():
+    """Without any time, where the hint is all that is at hand."""
+    graph = piled_up(8)
+    hint = Schedule(reorder(graph))
+    found = solve_in_any_order(graph, 101, time_limit_s=0, hint=hint)
+    assert found.schedule == hint
+    assert found.cost_ns == graph.base_cost_ns
+
+
+def test_a_hint_in_another_order_does_not_replace_eagers():
+    """Where keeping everything fits in eager's order, a hint that recomputes is not taken."""
+    graph = piled_up(8)
+    order = reorder(graph)
+    found = solve_in_any_order(graph, 161, time_limit_s=0, hint=Schedule((order[0], *order)))
+    assert found.cost_ns == graph.base_cost_ns
 
 
 @settings(max_examples=30, deadline=None)
