@@ -34,7 +34,7 @@ through OR-Tools' model builder, and CP-SAT is at a fifth of the optimum after
 
 Known imperfections
 -------------------
-- A bound that a time limit or :class:`_Watch` cuts depends on the machine's
+- A bound that a time limit or impatience cuts depends on the machine's
   speed, and so may the schedule; results are reproducible only where neither
   cut.
 - Dense random graphs at low budgets (G1 below 65 %, G2 below 80 %) need more
@@ -44,10 +44,7 @@ Known imperfections
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Protocol
 
-import highspy
 import numpy as np
 from numpy.typing import NDArray
 
@@ -55,14 +52,13 @@ from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays, graph_arrays
 from ..expand import base_fronts
-from ..highs import OBJECTIVE_SCALE, quiet_highs, rounded_bound
+from ..highs import OBJECTIVE_SCALE
 from ..incumbent import Incumbent
 from ..local_search import COOL, local_search
 from ..replay import Replay, replay
-from ..result import OPTIMAL_GAP, relative_gap
 from ..schedule import Schedule
 from .model import SliceModel, build_slice_model
-from .schedule import nearest_staged, schedule_of, solution_of
+from .relaxation import NAME, Companion, bound_ns, solve_relaxation
 from .slicing import Slicing
 
 ABSOLUTE_GAP = 0.3
@@ -71,61 +67,30 @@ ABSOLUTE_GAP = 0.3
 LOOSE_GAP = 20.0
 """The same, as long as nothing is known to fit."""
 
-
-NAME = "slice_refinement"
-
 FIRST_SLICES = 6
 NEARLY = 0.97
 """Share of the budget from which a moment of the incumbent counts as tight."""
 
 MOST_AHEAD = 8
+"""Neighbours that a row of slices grows by at once."""
 
 NEW_SLICES = 6
 """Stretches of excess, the worst first, that a round takes up; fewer where HiGHS is slow.
 
 G2 at 80 %: 17 slices at once keep HiGHS busy for the whole time.
 """
+
 QUICK_S = 2.0
+"""A round that takes less lets the next one take up twice as many."""
+
 MANY_COLUMNS = 2_000
+"""A larger model lets the next one take up half as many."""
 
 SOLUTIONS = 3
 """The last ones of a round whose excess is cut."""
 
-PATIENCE_S = 2.0
-ALONE_S = 5.0
-OUTDATED = 0.15
-"""Share of what was open that an incumbent from elsewhere must close for a new start."""
-
 REPAIR_MOVES = 40_000
 REPAIR_S = 2.0
-
-
-@dataclass(frozen=True)
-class Relaxed:
-    """What the mixed-integer solver says of one relaxation.
-
-    ``bound`` is scaled like the objective; ``solutions`` are staged schedules,
-    the best one last, which may exceed the budget.
-    """
-
-    bound: float
-    solutions: list[Schedule]
-    infeasible: bool
-    cut: bool
-    """Whether the clock ended it."""
-
-    outdated: bool = False
-    """Whether a better incumbent ended it."""
-
-
-class Companion(Protocol):
-    """Who works beside the loop."""
-
-    def suggest(self, slicing: Slicing, schedules: list[Schedule]) -> None:
-        """Hear of a round's next slicing and of its solutions, which may not fit."""
-
-    def collect(self) -> None:
-        """Offer what has been found."""
 
 
 def slice_refinement(
@@ -142,7 +107,7 @@ def slice_refinement(
     ----------
     companion
         Heard after a round that the clock has cut, or later than
-        :data:`ALONE_S`, when reproducibility is lost anyway.
+        five seconds, when reproducibility is lost anyway.
     slicing
         To begin with.
     candidates
@@ -173,7 +138,7 @@ def slice_refinement(
             reason = f"the relaxation with {len(slicing.slices)} slices has no solution"
             state.exclude(NAME, reason, staged=slicing.staged)
             return
-        state.raise_bound(_bound_ns(graph, relaxed.bound), NAME, staged=slicing.staged)
+        state.raise_bound(bound_ns(graph, relaxed.bound), NAME, staged=slicing.staged)
         if relaxed.outdated:
             state.note(f"{NAME}: once more, from a better schedule")
             continue
@@ -217,10 +182,6 @@ def _loose_gap(state: Incumbent) -> float:
         return LOOSE_GAP
     open_ns = state.cost_ns - state.bound_ns
     return max(ABSOLUTE_GAP, 0.1 * open_ns * OBJECTIVE_SCALE / max(1, state.graph.base_cost_ns))
-
-
-def _bound_ns(graph: CostGraph, scaled: float) -> int:
-    return graph.base_cost_ns + rounded_bound(scaled, graph.base_cost_ns)
 
 
 def _describe(slicing: Slicing, model: SliceModel) -> str:
@@ -271,149 +232,6 @@ def first_slices(graph: CostGraph, budget_bytes: int, incumbent: Schedule | None
     for group in np.array_split(over, min(FIRST_SLICES, len(over))):
         chosen.add(int(group[np.argmax(memory[group])]))
     return Slicing(frozenset(chosen))
-
-
-def solve_relaxation(
-    state: Incumbent,
-    g: GraphArrays,
-    model: SliceModel,
-    *,
-    staged: bool,
-    seed: int,
-    absolute_gap: float,
-    companion: Companion | None = None,
-) -> Relaxed:
-    """Run HiGHS on the model, warm-started by the incumbent.
-
-    The run ends early when a solution is within the gap of the best bound, when the
-    bound proves the incumbent, and when it takes long while its own solutions do
-    not fit: then other slices are worth more than its proof.
-    """
-    if model.num_cols == 0:
-        schedule = schedule_of(g, model, np.zeros(0))
-        solutions = [] if schedule is None else [schedule]
-        return Relaxed(0.0, solutions, model.infeasible, False)
-    h = quiet_highs(time_limit_s=max(state.left_s, 0.05), seed=seed)
-    h.setOptionValue("mip_abs_gap", absolute_gap)
-    h.setOptionValue("mip_rel_gap", 1e-9)
-    h.passModel(model.lp)
-    watch = _Watch(state, g, model, staged=staged, absolute_gap=absolute_gap, companion=companion)
-    if state.schedule is not None:
-        solution = highspy.HighsSolution()
-        solution.col_value = watch.incumbent().tolist()
-        solution.value_valid = True
-        h.setSolution(solution)
-    h.cbMipImprovingSolution.subscribe(watch.improving_solution)
-    h.cbMipInterrupt.subscribe(watch.interrupt)
-    h.cbMipUserSolution.subscribe(watch.user_solution)
-    h.run()
-    status = h.getModelStatus()
-    info = h.getInfo()
-    if status == highspy.HighsModelStatus.kInfeasible:
-        return Relaxed(0.0, [], True, False)
-    if info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible:
-        watch.take(np.array(h.getSolution().col_value))
-    return Relaxed(
-        bound=info.mip_dual_bound,
-        solutions=watch.solutions,
-        infeasible=False,
-        cut=status != highspy.HighsModelStatus.kOptimal and not watch.cannot_improve,
-        outdated=watch.outdated,
-    )
-
-
-class _Watch:
-    """Looks on while HiGHS runs: takes its solutions, and tells it when to stop."""
-
-    def __init__(
-        self,
-        state: Incumbent,
-        g: GraphArrays,
-        model: SliceModel,
-        *,
-        staged: bool,
-        absolute_gap: float,
-        companion: Companion | None,
-    ) -> None:
-        self.state, self.g, self.model = state, g, model
-        self.staged, self.companion = staged, companion
-        self.given_ns: int | None = None
-        known_ns = state.bound_ns if staged else state.global_bound_ns
-        self.enough_ns = known_ns + absolute_gap * state.graph.base_cost_ns / OBJECTIVE_SCALE
-        self.begin_s = self.latest_s = time.monotonic()
-        self.fits = False
-        self.cannot_improve = False
-        self.outdated = False
-        self.solutions: list[Schedule] = []
-
-    def incumbent(self) -> NDArray[np.float64]:
-        """The best schedule known, as a solution."""
-        schedule = self.state.schedule
-        assert schedule is not None
-        self.given_ns = self.state.cost_ns
-        if self.staged:
-            schedule = nearest_staged(self.g, schedule)
-        return solution_of(self.state.graph, self.g, self.model, schedule)
-
-    def user_solution(self, event: highspy.HighsCallbackEvent) -> None:
-        """Hand over what others have found since."""
-        if self.companion is None or self.state.elapsed_s < ALONE_S:
-            return
-        self.companion.collect()
-        cost_ns = self.state.cost_ns
-        if cost_ns is None or (self.given_ns is not None and cost_ns >= self.given_ns):
-            return
-        event.data_in.setSolution(self.incumbent())
-
-    def take(self, values: NDArray[np.float64]) -> None:
-        """Turn a solution into schedules.
-
-        Raises
-        ------
-        RuntimeError
-            When it misses an input: a defect of the model, never to be hidden.
-        """
-        schedule = schedule_of(self.g, self.model, values)
-        if schedule is None:
-            raise RuntimeError("a solution of the slice relaxation misses an input")
-        self.state.offer(schedule_of(self.g, self.model, values, staged=False), NAME)
-        self.state.offer(schedule, NAME)
-        outcome = replay(self.state.graph, schedule)
-        self.fits = outcome.peak_bytes <= self.state.budget_bytes
-        self.cannot_improve = outcome.cost_ns <= self.enough_ns
-        if schedule not in self.solutions[-1:]:
-            self.solutions.append(schedule)
-            self.latest_s = time.monotonic()
-
-    def improving_solution(self, event: highspy.HighsCallbackEvent) -> None:
-        self.take(np.array(event.data_out.mip_solution))
-
-    def interrupt(self, event: highspy.HighsCallbackEvent) -> None:
-        state = self.state
-        bound_ns = _bound_ns(state.graph, event.data_out.mip_dual_bound)
-        proven = state.cost_ns is not None and relative_gap(state.cost_ns, bound_ns) <= OPTIMAL_GAP
-        now_s = time.monotonic()
-        idle_s = now_s - self.latest_s
-        slow = not self.fits and idle_s > max(PATIENCE_S, 0.5 * (now_s - self.begin_s))
-        self.outdated = self._outdated(now_s, bound_ns)
-        if proven or slow or self.cannot_improve or self.outdated or state.left_s <= 0:
-            event.interrupt()
-
-    def _outdated(self, now_s: float, bound_ns: int) -> bool:
-        """Whether others have found so much that a new start from there is worth it.
-
-        HiGHS asks for solutions rarely; before the first branching it may take
-        a minute until then.
-        """
-        if self.companion is None or self.state.elapsed_s < ALONE_S:
-            return False
-        if now_s - self.begin_s < PATIENCE_S:
-            return False
-        self.companion.collect()
-        cost_ns, given_ns = self.state.cost_ns, self.given_ns
-        if cost_ns is None or given_ns is None:
-            return cost_ns is not None
-        return given_ns - cost_ns > OUTDATED * (given_ns - bound_ns)
 
 
 def refine(

@@ -13,7 +13,7 @@ from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveStatus
 from solvers.slices.model import build_slice_model
-from solvers.slices.refinement import solve_relaxation
+from solvers.slices.relaxation import solve_relaxation
 from solvers.slices.slicing import Slicing
 
 from .graphs import INSTANCES, cost_graphs, exhaustive_optimum, training_chain
