@@ -20,6 +20,9 @@ none of those peaks is above the peak of the whole step. All runs within the
 bound are free, and are tried depth first: the first run, then the run of the
 latest producer. When all states within the bound have been seen and none leads
 to one whose path is known, the bound rises to the lowest run that was too high.
+Where a run within the bound needs nothing beyond S, no other move of the state
+is tried: what leads from (x, S) to the beginning leads there from the smaller
+state too, with the run left out, and with less memory all the way.
 So whenever a search is cut the bound is proven, and when x = n is reached the
 path is an optimal schedule. Integers all along: nothing is rounded.
 
@@ -180,7 +183,7 @@ class _Search:
         self.bound = max(lower_bound_bytes, g.resident_bytes)
         self.moves, self.forced = _moves_of(g)
         self.num_words = max(1, -(-len(self.moves.size) // 64))
-        self.most_states = min(MOST_STATES, MOST_BYTES // (8 * self.num_words + 80))
+        self.most_states = min(MOST_STATES, MOST_BYTES // (8 * self.num_words + 128))
         self.states = _new_states(2 * FIRST_STATES, self.num_words)
         self.num_states = 0
         self.states_per_s = 0.0
@@ -397,10 +400,12 @@ def _explore(moves, states, before, x, words, weight, bound, ceiling, limit):  #
                 weight -= moves.size[u]
         if not is_first and highest != k:
             continue  # tried with the last of its outputs
+        grows = False
         for a in range(moves.in_ptr[run], moves.in_ptr[run + 1]):
             u = moves.in_idx[a]
             bit = np.uint64(1) << np.uint64(u % 64)
             if not words[u // 64] & bit:
+                grows = True
                 words[u // 64] |= bit
                 weight += moves.size[u]
         if is_first:
@@ -409,6 +414,8 @@ def _explore(moves, states, before, x, words, weight, bound, ceiling, limit):  #
             during = weight + moves.there_bytes[front] + moves.again_bytes[run]
         if during >= ceiling:
             continue
+        if during <= bound and not grows:
+            states.cursor[s] = 0  # no other move leads where this one does not
         num, new = _enter(states, num, front - 1 if is_first else front, words)
         known = states.down[new] >= 0
         if states.seen[new] and not known:

@@ -6,8 +6,10 @@ plans from every other start, and then the steps become smaller. Cost does not
 matter. Bound: while operator v first runs, its inputs,
 outputs and workspace are there, and so is whatever cannot be made again and is
 not done with: kept storages, and outputs of pinned operators that a later
-operator reads. Both figures are of schedules whose first runs keep the base
-order; between them the truth is open.
+operator reads. Where the search stays above that, ``backward_search.py`` raises
+the bound, and may find the least memory itself, in a schedule that takes its
+time. Both figures are of schedules whose first runs keep the base order;
+between them the truth is open.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy as np
 from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, IntArray, graph_arrays
+from .backward_search import least_memory_bound
 from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan, plan_of
 from .local_search import NOTHING, Walk, local_search
 from .replay import replay
@@ -28,6 +31,11 @@ from .uniform import segment_counts, segment_plan, turning_point
 
 MOVES_PER_TRY = 15_000
 SMALLEST_STEP = 0.002
+SEARCH_SHARE = 0.7
+"""Of the time, what annealing may take; the rest, and what it leaves, is the proof's."""
+
+MOST_RUNS = 16
+"""Times the operators: a schedule of more runs is of no use, as in ``expand``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,19 +69,31 @@ def least_memory(graph: CostGraph, *, time_limit_s: float = 10.0, seed: int = 0)
     """
     if graph.num_operators == 0:
         raise ValueError("a graph without operators needs no schedule")
-    deadline_s = time.monotonic() + time_limit_s
+    begin_s = time.monotonic()
     g = graph_arrays(graph)
     gaps = find_gaps(g)
     need = needs_bytes(g)
-    bound = int(need.max())
+    most_needed = bound = int(need.max())
     plan, peak = _lowest_segmentation(graph, g, gaps)
-    plan, peak = _descend(graph, g, gaps, plan, peak, bound, deadline_s, seed)
+    search_until_s = begin_s + SEARCH_SHARE * time_limit_s
+    plan, peak = _descend(graph, g, gaps, plan, peak, bound, search_until_s, seed)
     schedule = expand(g, gaps, plan)
     if schedule is None:
         raise RuntimeError("the best plan cannot be expanded")
+    if peak > bound:
+        proof = least_memory_bound(
+            graph,
+            peak_bytes=peak,
+            lower_bound_bytes=bound,
+            time_limit_s=begin_s + time_limit_s - time.monotonic(),
+        )
+        bound = proof.lower_bound_bytes
+        found = proof.schedule
+        if found is not None and len(found.order) <= MOST_RUNS * graph.num_operators:
+            schedule = found
     outcome = replay(graph, schedule)
-    if outcome.peak_bytes <= bound:
-        holding = np.flatnonzero(need == bound)
+    if outcome.peak_bytes <= most_needed:
+        holding = np.flatnonzero(need == most_needed)
     else:
         at_peak = np.flatnonzero(np.array(outcome.memory_bytes) == outcome.peak_bytes)
         holding = np.unique(np.array(schedule.order)[at_peak])

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from graph_capture.cost_graph import CostGraph
 
+from .backward_search import least_memory_bound
 from .beside import Beside
 from .chains.chain_dp import chain_dp, is_plain_chain
 from .gap_cover import gap_cover
@@ -139,8 +140,23 @@ def _auto(state: Incumbent, seed: int, workers: int) -> None:
     if is_plain_chain(state.graph):
         _chain(state, seed, 0.1 * state.left_s)
     _anneal(state, seed, min(2.0, 0.2 * state.left_s), 60_000)
+    if state.schedule is None:
+        _fit_or_exclude(state, 0.25 * state.left_s)
+        if state.solved:
+            return
     with Beside(state, seed=seed, wanted=workers > 1) as beside:
         slice_refinement(state, seed=seed, companion=beside)
+
+
+def _fit_or_exclude(state: Incumbent, time_limit_s: float) -> None:
+    """Where annealing finds nothing: search a schedule backward, or prove that there is none."""
+    too_much = state.budget_bytes + 1
+    least = least_memory_bound(
+        state.graph, peak_bytes=too_much, time_limit_s=time_limit_s, stop=state.stop
+    )
+    if least.lower_bound_bytes >= too_much:
+        state.exclude("backward_search", "every schedule needs more")
+    state.offer(least.schedule, "backward_search")
 
 
 def _anneal(state: Incumbent, seed: int, time_limit_s: float, num_moves: int) -> None:

@@ -80,6 +80,13 @@ def test_says_when_nothing_fits() -> None:
     assert any("nothing fits in 29 bytes" in line for line in result.log)
 
 
+def test_proves_that_nothing_fits_in_half_of_a_random_graph() -> None:
+    """G1 needs 54.1 % of its keep-all peak: 50 % is excluded, not merely not found."""
+    graph = load_instance(INSTANCES / "G1.json")
+    result = solve(graph, budget_of(graph, 0.5), time_limit_s=80)
+    assert result.status is SolveStatus.INFEASIBLE
+
+
 def test_reports_progress() -> None:
     """Every event reaches the caller, with bounds that never fall."""
     graph = load_instance(INSTANCES / "chain32h.json")
