@@ -32,7 +32,9 @@ from .uniform import segment_counts, segment_plan, turning_point
 MOVES_PER_TRY = 15_000
 SMALLEST_STEP = 0.002
 SEARCH_SHARE = 0.7
-"""Of the time, what annealing may take; the rest, and what it leaves, is the proof's."""
+"""Of the time, what annealing may take; the rest is the proof's, but no more than this:"""
+
+PROOF_S = 2.0
 
 MOST_RUNS = 16
 """Times the operators: a schedule of more runs is of no use, as in ``expand``."""
@@ -85,7 +87,7 @@ def least_memory(graph: CostGraph, *, time_limit_s: float = 10.0, seed: int = 0)
             graph,
             peak_bytes=peak,
             lower_bound_bytes=bound,
-            time_limit_s=begin_s + time_limit_s - time.monotonic(),
+            time_limit_s=min(PROOF_S, begin_s + time_limit_s - time.monotonic()),
         )
         bound = proof.lower_bound_bytes
         found = proof.schedule
