@@ -257,9 +257,9 @@ def refine(
         v = schedule.order[step]
         if v == x:
             slices.add(x)
-            slices |= _ahead(slicing.slices, x)
+            slices |= _ahead(slicing.slices, x, g.num_operators)
         elif x not in single:
-            slices |= {x, max(0, x - 1)} | _ahead(slicing.slices, max(0, x - 1))
+            slices |= {x, max(0, x - 1)} | _ahead(slicing.slices, max(0, x - 1), g.num_operators)
         elif (v, x) not in transients and not slicing.staged:
             transients.add((v, x))
         else:
@@ -267,7 +267,7 @@ def refine(
     return Slicing(frozenset(slices), frozenset(transients), frozenset(events))
 
 
-def _ahead(slices: frozenset[int], x: int) -> set[int]:
+def _ahead(slices: frozenset[int], x: int, num_operators: int) -> set[int]:
     """Positions beyond ``x``, as many as there are slices in a row right behind it.
 
     The excess that one slice forbids comes back at its neighbour; instead of
@@ -276,7 +276,7 @@ def _ahead(slices: frozenset[int], x: int) -> set[int]:
     ahead: set[int] = set()
     for step in (-1, 1):
         behind, beyond = x - step, x + step
-        while behind in slices and beyond >= 0 and len(ahead) < MOST_AHEAD:
+        while behind in slices and 0 <= beyond < num_operators and len(ahead) < MOST_AHEAD:
             ahead.add(beyond)
             behind, beyond = behind - step, beyond + step
     return ahead

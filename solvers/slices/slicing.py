@@ -44,7 +44,15 @@ class Slicing:
         return bool(self.events)
 
     def intervals(self, num_operators: int) -> list[Interval]:
-        """Intervals in order; the last one reaches the end."""
+        """Intervals in order; the last one reaches the end.
+
+        Raises
+        ------
+        ValueError
+            When a slice is no operator.
+        """
+        if not all(0 <= x < num_operators for x in self.slices):
+            raise ValueError(f"slices beyond the {num_operators} operators: {sorted(self.slices)}")
         ends = sorted({x + 1 for x in self.slices} | {num_operators})
         return [Interval(a, b) for a, b in zip([0, *ends], ends) if b > 0]
 

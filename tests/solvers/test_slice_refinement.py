@@ -13,6 +13,7 @@ from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveStatus
 from solvers.slices.model import build_slice_model
+from solvers.slices.refinement import _ahead
 from solvers.slices.relaxation import solve_relaxation
 from solvers.slices.slicing import Slicing
 
@@ -87,3 +88,10 @@ def test_a_relaxation_without_columns_is_solved() -> None:
     assert not relaxed.cut
     assert relaxed.bound == 0.0
     assert len(relaxed.solutions) == 1
+
+
+def test_rows_of_slices_end_with_the_operators() -> None:
+    """A row of slices that reaches the last operator grows no further."""
+    assert _ahead(frozenset({7, 8}), 9, 10) == set()
+    assert _ahead(frozenset({6, 7}), 8, 10) == {9}
+    assert _ahead(frozenset({2, 3}), 1, 10) == {0}
