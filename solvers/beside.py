@@ -61,6 +61,8 @@ class Beside:
         self._stop.set()
         if self.wanted:
             self._thread.join()
+        if self.state.solved:
+            self._found.clear()  # nothing to gain, and the clock shall have no say
         if error is None:
             self.collect()
 
@@ -83,8 +85,7 @@ class Beside:
         if schedule is not None:
             with self._lock:
                 self._found.append((schedule, solver))
-                self._own = schedule
-            self._own = self._best()
+            self._own = self._best(schedule)
 
     def suggest(self, slicing: Slicing, schedules: list[Schedule]) -> None:
         """Take note of solutions that may not fit, as material for a restricted search."""
@@ -149,8 +150,8 @@ class Beside:
         )
         self._keep(outcome.schedule, "local_search")
 
-    def _best(self) -> Schedule | None:
-        """The best schedule known here or to the caller."""
-        known = [s for s in (self._own, self.state.schedule) if s is not None]
+    def _best(self, new: Schedule | None = None) -> Schedule | None:
+        """The best schedule known here or to the caller, or ``new`` if that is better."""
+        known = [s for s in (self._own, self.state.schedule, new) if s is not None]
         cost = [op.cost_ns for op in self.state.graph.operators]
         return min(known, key=lambda s: sum(cost[v] for v in s.order), default=None)
