@@ -14,13 +14,12 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
-from .costs.devices import Device, device_for
-from .costs.roofline import call_cost_ns
+from .costs.cost_model import Call, CostModel, CostRecord
 from .costs.workspace import WorkspaceProbe
-from .errors import CaptureError
 from .operators import Block, OperatorCode, item_index
 from .optimizer_step import OptimizerStep
 from .recorder import storage_id
+from .target import Target
 from .trace import TracedStep
 
 CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
@@ -48,7 +47,7 @@ class CapturedStep:
     loss
         Index of the operator that stands for the loss; what comes first runs
         in forward, what comes after in backward.
-    device_type
+    target
         Where the step runs and whose memory is counted.
     optimizer
         The optimizer whose state and step are counted, if any.
@@ -57,6 +56,8 @@ class CapturedStep:
         over an argument by itself; ``None`` while the step is being captured.
     model
         Refers weakly to the captured module.
+    costs
+        Where the times come from; ``None`` while the step is being captured.
     """
 
     step: TracedStep
@@ -66,10 +67,38 @@ class CapturedStep:
     state_of: Mapping[int, int]
     state_node: Node
     loss: int
-    device_type: str
+    target: Target
     optimizer: OptimizerStep | None
     model: weakref.ref[nn.Module]
     unplanned: CostGraph | None = None
+    costs: CostRecord | None = None
+
+    @property
+    def device_type(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self.target.torch_type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pricing:
+    """What operators and storages of a step are priced with.
+
+    Parameters
+    ----------
+    target
+        Where the step runs.
+    costs
+        Time of each call.
+    probe
+        Scratch memory of each call.
+    held_bytes
+        Memory that lies in modules and takes no part in the step.
+    """
+
+    target: Target
+    costs: CostModel
+    probe: WorkspaceProbe
+    held_bytes: int
 
 
 class Assembly:
@@ -82,18 +111,16 @@ class Assembly:
         output_blocks: set[int],
         gradient_blocks: set[int],
         optimizer: OptimizerStep | None,
-        probe: WorkspaceProbe,
-        held_bytes: int,
+        pricing: Pricing,
     ) -> None:
         self._step = step
-        self._held_bytes = held_bytes
+        self._pricing = pricing
         self._blocks = blocks
         self._outputs = output_blocks
         self._gradients = gradient_blocks
         self._optimizer = optimizer
-        self._device_type = device_type_of(step)
-        self._probe = probe
-        self._device: Device = device_for(self._device_type)
+        self._device_type = pricing.target.torch_type
+        self._probe = pricing.probe
         self.operators: list[Operator] = []
         self.storages: list[Storage] = []
         self.code: list[OperatorCode] = []
@@ -113,8 +140,8 @@ class Assembly:
                 self._add_block(k, None, phase)
         if self._step.loss.constant_bytes:
             self._add_storage("held by loss_fn", self._step.loss.constant_bytes, None, "input")
-        if self._held_bytes:
-            self._add_storage("held by modules", self._held_bytes, None, "buffer")
+        if self._pricing.held_bytes:
+            self._add_storage("held by modules", self._pricing.held_bytes, None, "buffer")
         if self._optimizer is not None and self._optimizer.state_bytes:
             self._add_storage(
                 "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
@@ -136,7 +163,7 @@ class Assembly:
             state_of=self.state_of,
             state_node=self._state_node,
             loss=loss_index,
-            device_type=self._device_type,
+            target=self._pricing.target,
             optimizer=self._optimizer,
             model=model,
         )
@@ -155,10 +182,7 @@ class Assembly:
         for call in code.calls:
             self._correct_outputs(call, code)
         last = code.calls[-1]
-        clone_ns = sum(
-            round(2e9 * self._blocks[old].size_bytes / self._device.bytes_per_s)
-            for old, _ in code.clones
-        )
+        clone_ns = sum(self._clone_ns(old) for old, _ in code.clones)
         self._push(
             code,
             Operator(
@@ -209,10 +233,7 @@ class Assembly:
                 target=region.label,
                 inputs=tuple(sorted({self._storage_of[k] for k in code.reads.values()})),
                 outputs=tuple(outputs),
-                cost_ns=sum(
-                    call_cost_ns(func, args, kwargs, out, self._device)
-                    for func, args, kwargs, out in region.calls
-                ),
+                cost_ns=self._region_ns(region.calls),
                 workspace_bytes=region.workspace_bytes,
                 phase="loss",
                 pinned="it belongs to the training loop",
@@ -242,10 +263,7 @@ class Assembly:
                 name="optimizer",
                 target=self._optimizer.name,
                 inputs=gradients,
-                cost_ns=sum(
-                    call_cost_ns(func, args, kwargs, out, self._device)
-                    for func, args, kwargs, out in self._optimizer.calls
-                ),
+                cost_ns=self._region_ns(self._optimizer.calls),
                 workspace_bytes=self._optimizer.workspace_bytes,
                 phase="optimizer",
                 pinned="it belongs to the training loop",
@@ -290,11 +308,25 @@ class Assembly:
                 item_index(u): u.meta["val"] for u in call.users if u.target is operator.getitem
             }
             out = tuple(items.get(i) for i in range(len(call.target._schema.returns)))
-        return (
-            call_cost_ns(call.target, args, kwargs, out, self._device),
-            self._probe.bytes_of(
-                call.target, args, kwargs, out, grad_enabled=call.meta["phase"] == "forward"
-            ),
+        made = Call(
+            func=call.target,
+            args=args,
+            kwargs=kwargs,
+            out=out,
+            grad_enabled=call.meta["phase"] == "forward",
+        )
+        return self._pricing.costs.time_ns(made), self._probe.bytes_of(made)
+
+    def _clone_ns(self, k: int) -> int:
+        value = self._blocks[k].carriers[0].meta["val"]
+        func = torch.ops.aten.clone.default
+        return self._pricing.costs.time_ns(Call(func=func, args=(value,), kwargs={}, out=value))
+
+    def _region_ns(self, calls: tuple[tuple[Any, tuple, dict, Any], ...]) -> int:
+        """Time of code that stays in the training loop."""
+        return sum(
+            self._pricing.costs.time_ns(Call(func=func, args=args, kwargs=kwargs, out=out))
+            for func, args, kwargs, out in calls
         )
 
     def _values(self, call: Node) -> tuple[tuple, dict]:
@@ -357,15 +389,3 @@ class Assembly:
         )
         self.carriers.append(carriers)
         return len(self.storages) - 1
-
-
-def device_type_of(step: TracedStep) -> str:
-    devices = {
-        node.meta["val"].device
-        for node in step.graph.find_nodes(op="placeholder")
-        if node.meta["role"] in ("parameter", "input") and node.meta["val"].device.type != "cpu"
-    }
-    if len(devices) > 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise CaptureError(f"the step is spread over several devices ({names}); plan one at a time")
-    return devices.pop().type if devices else "cpu"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,15 @@ def objects_of(value: Any) -> list[Any]:
 def realize(spec: Any) -> Any:
     """The inverse of :func:`describe`, with new tensors (fake ones under a fake mode)."""
     return _map(spec, lambda tensor: tensor, TensorSpec.empty)
+
+
+def moved(spec: Any, place: Callable[[torch.device], torch.device]) -> Any:
+    """A specification whose tensors lie where ``place`` puts them."""
+
+    def move(tensor: TensorSpec) -> TensorSpec:
+        return replace(tensor, device=str(place(torch.device(tensor.device))))
+
+    return _map(spec, TensorSpec.of, move)
 
 
 def _same(value: Any) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .assembly import Assembly, CapturedStep, device_type_of
-from .call_spec import bind_call, split_sample
+from .assembly import Assembly, CapturedStep, Pricing
+from .call_spec import bind_call, split_sample, tensors_of
 from .cost_graph import CostGraph
+from .costs.choose import ChosenCosts, choose_costs
+from .costs.devices import Device
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .loss import LossFn, LossSpec
@@ -25,6 +26,7 @@ from .operators import (
 from .optimizer_step import OptimizerStep
 from .recorder import storage_id
 from .reuse import ReuseFinder
+from .target import Target, target_of
 from .trace import TracedStep, trace_step
 
 
@@ -34,8 +36,17 @@ def capture(
     *,
     loss_fn: LossFn | None = None,
     optimizer: OptimizerStep | None = None,
+    device: str | Device | None = None,
+    cost_model: ChosenCosts = "roofline",
 ) -> CostGraph:
     """The cost graph of one training step of ``model`` on inputs like ``sample_input``.
+
+    Parameters
+    ----------
+    device
+        Where the step shall run, see :func:`~graph_capture.target.target_of`.
+    cost_model
+        See :func:`~graph_capture.costs.choose.choose_costs`.
 
     Raises
     ------
@@ -44,7 +55,10 @@ def capture(
     """
     args, kwargs = split_sample(sample_input)
     arguments = bind_call(model.forward, args, kwargs)
-    return capture_step(model, arguments, loss=loss_fn, optimizer=optimizer).graph
+    target = target_of(model, tensors_of(arguments), device)
+    return capture_step(
+        model, arguments, loss=loss_fn, optimizer=optimizer, target=target, cost_model=cost_model
+    ).graph
 
 
 def capture_step(
@@ -55,6 +69,8 @@ def capture_step(
     optimizer: OptimizerStep | None = None,
     forward: Callable[..., Any] | None = None,
     measure_scratch: bool = True,
+    target: Target | None = None,
+    cost_model: ChosenCosts = "roofline",
 ) -> CapturedStep:
     """Trace a step and fold it into a cost graph.
 
@@ -69,25 +85,28 @@ def capture_step(
     measure_scratch
         Whether to find out how much scratch memory each call takes; not needed
         when the graph is only compared with another.
+    target
+        Where the step shall run; ``None`` for where the model lies.
+    cost_model
+        See :func:`~graph_capture.costs.choose.choose_costs`.
     """
-    step = trace_step(model, arguments, loss, forward=forward)
+    target = target or target_of(model, tensors_of(arguments))
+    step = trace_step(model, arguments, loss, forward=forward, target=target)
     split_dropout(step.graph)
 
-    probe = WorkspaceProbe(
-        device_type_of(step),
-        at_hand=not any(_is_stand_in(t) for t in model.parameters()),
-        scratch=measure_scratch,
+    costs = choose_costs(cost_model, target)
+    probe = WorkspaceProbe(target.torch_type, at_hand=target.at_hand, scratch=measure_scratch)
+    pricing = Pricing(
+        target=target, costs=costs, probe=probe, held_bytes=_held(model, step, target)
     )
-    held = _held_by_modules(model, step)
-    unplanned = _fold(step, probe, held, optimizer, weakref.ref(model), reuse=False).graph
-    folded = _fold(step, probe, held, optimizer, weakref.ref(model), reuse=True)
-    return replace(folded, unplanned=unplanned)
+    unplanned = _fold(step, pricing, optimizer, weakref.ref(model), reuse=False).graph
+    folded = _fold(step, pricing, optimizer, weakref.ref(model), reuse=True)
+    return replace(folded, unplanned=unplanned, costs=costs.record())
 
 
 def _fold(
     step: TracedStep,
-    probe: WorkspaceProbe,
-    held: int,
+    pricing: Pricing,
     optimizer: OptimizerStep | None,
     model: weakref.ref[nn.Module],
     *,
@@ -108,11 +127,11 @@ def _fold(
     output_blocks = {folder.block_of(n) for n in step.outputs}
     gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
     operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
-    assembly = Assembly(step, folder.blocks, output_blocks, gradient_blocks, optimizer, probe, held)
+    assembly = Assembly(step, folder.blocks, output_blocks, gradient_blocks, optimizer, pricing)
     return assembly.finish(operators, turn, model)
 
 
-def _held_by_modules(model: nn.Module, step: TracedStep) -> int:
+def _held(model: nn.Module, step: TracedStep, target: Target) -> int:
     """Bytes of tensors that lie in modules as plain attributes and take no part in the step."""
     counted = {storage_id(t) for t in (*model.parameters(), *model.buffers())}
     counted |= {storage_id(t) for t in step.constants.values()}
@@ -122,13 +141,9 @@ def _held_by_modules(model: nn.Module, step: TracedStep) -> int:
         for value in vars(module).values()
         if isinstance(value, torch.Tensor)
         and value.layout == torch.strided
-        and value.device.type == device_type_of(step)
+        and target.place(value.device).type == target.torch_type
     }
     return sum(num_bytes for sid, num_bytes in held.items() if sid not in counted)
-
-
-def _is_stand_in(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 __all__ = ["CapturedStep", "capture", "capture_step"]

@@ -18,18 +18,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
 from torch.fx import Graph, Node
 
-from .call_spec import TensorSpec, call_forward, describe, objects_of, realize, tensors_of
+from .call_spec import TensorSpec, call_forward, objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
 from .errors import CaptureError, NotFittingError
 from .isolation import swap_tensors, undisturbed
 from .loss import LossFn, LossRegion, LossSpec, differentiate, without_autocast
 from .outputs import OutputTemplate, take_apart, tensors_within
 from .recorder import Recorder, storage_id
+from .stand_ins import StandIns
+from .target import Target, target_of
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,7 @@ def trace_step(
     loss: LossFn | LossSpec | None = None,
     *,
     forward: Callable[..., Any] | None = None,
+    target: Target | None = None,
 ) -> TracedStep:
     """Trace ``model`` on ``arguments`` (bound by name, see ``call_spec.bind_call``).
 
@@ -124,6 +126,7 @@ def trace_step(
     CaptureError
         When neither works; names the line of the model that stopped it.
     """
+    target = target or target_of(model, tensors_of(arguments))
     attempts: list[tuple[str, Any]] = [
         ("as eager runs it", nullcontext),
         ("with torch.compiler.is_compiling()", _pretend_compiling),
@@ -137,7 +140,7 @@ def trace_step(
                 _quiet_fake_tensors(),
                 context(),
             ):
-                return _trace(model, forward or model.forward, arguments, loss, how)
+                return _trace(model, forward or model.forward, arguments, loss, how, target)
         except (NotFittingError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # whatever user code raises on stand-ins ends this attempt
@@ -174,10 +177,11 @@ def _trace(
     arguments: Mapping[str, Any],
     loss: LossFn | LossSpec | None,
     how: str,
+    target: Target,
 ) -> TracedStep:
     recorder = Recorder()
     try:
-        return _trace_with(recorder, model, forward, arguments, loss, how)
+        return _trace_with(recorder, model, forward, arguments, loss, how, target)
     except Exception as error:
         if recorder.failed_at:
             error.add_note(recorder.failed_at)
@@ -191,17 +195,14 @@ def _trace_with(
     arguments: Mapping[str, Any],
     loss: LossFn | LossSpec | None,
     how: str,
+    target: Target,
 ) -> TracedStep:
     _refuse_scripts(model)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twins = StandIns(fake_mode, target)
     leaves: list[tuple[Node, torch.Tensor]] = []
 
-    def declare(tensor: torch.Tensor, role: str, targets: tuple[str, ...]) -> torch.Tensor:
-        fake = tensor
-        if not isinstance(tensor, FakeTensor) or tensor.fake_mode is not fake_mode:
-            fake = fake_mode.from_tensor(tensor, static_shapes=True)
-        if tensor.requires_grad and not fake.is_leaf:
-            fake = fake.detach().requires_grad_()
+    def declare(fake: torch.Tensor, role: str, targets: tuple[str, ...]) -> torch.Tensor:
         node = recorder.placeholder(
             _identifier(role, targets[0]), fake, role=role, target=targets[0], targets=targets
         )
@@ -209,14 +210,15 @@ def _trace_with(
             leaves.append((node, fake))
         return fake
 
-    stand_ins = {id(tensor): declare(tensor, role, names) for role, tensor, names in _state(model)}
+    stand_ins = {
+        id(tensor): declare(twins.of(tensor), role, names) for role, tensor, names in _state(model)
+    }
     # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
     # need not be one in the next call.
     if any(id(t) in stand_ins for t in tensors_of(arguments)):
         raise NotFittingError("an argument is a parameter or buffer of the model itself")
     _refuse_holders(arguments)
-    with fake_mode:
-        fake_arguments = realize(describe(arguments))
+    fake_arguments = twins.of_arguments(arguments)
     for i, tensor in enumerate(tensors_of(fake_arguments)):
         declare(tensor, "input", (str(i),))
     swap_tensors(model, lambda tensor: stand_ins[id(tensor)])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import difference, parse_dtype
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
@@ -73,7 +74,7 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
     PlanMismatchError
         Names the first difference.
     """
-    if plan.torch_version != torch.__version__:
+    if _release(plan.torch_version) != _release(torch.__version__):
         raise PlanMismatchError(
             f"the plan was made with torch {plan.torch_version}, this is {torch.__version__}: "
             "what a model dispatches may differ; make the plan again"
@@ -91,6 +92,11 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
         different = _first_difference(plan.graph, captured.graph)
         raise PlanMismatchError(f"the plan was made for another model: {different}")
     return captured
+
+
+def _release(version: str) -> str:
+    """A torch version without its build: a plan made with a CPU build serves a CUDA build."""
+    return version.partition("+")[0]
 
 
 def _capture_again(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
@@ -113,13 +119,8 @@ def _as_planned(model: nn.Module, plan: Plan) -> Iterator[None]:
     for name, module in model.named_modules():
         module.training = name not in evaluating
     dtype = plan.guard.autocast
-    autocast = torch.autocast(
-        plan.device_type,
-        dtype=parse_dtype(dtype) if dtype is not None else None,
-        enabled=dtype is not None,
-    )
     try:
-        with autocast:
+        with autocast_as(plan.device_type, None if dtype is None else parse_dtype(dtype)):
             yield
     finally:
         for module, training in before:

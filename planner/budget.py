@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graph_capture.cost_graph import CostGraph
+from graph_capture.target import Target
 from graph_capture.units import format_bytes, parse_bytes
 from solvers.least_memory import LeastMemory
 from solvers.replay import replay
@@ -27,6 +28,33 @@ def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) 
         return parse_bytes(budget_gb, default_unit="gb")
     assert budget_bytes is not None
     return parse_bytes(budget_bytes, default_unit="b")
+
+
+def parse_headroom(headroom: float | str | None, budget_bytes: int, target: Target) -> int:
+    """Bytes of the budget that a plan leaves alone.
+
+    Parameters
+    ----------
+    headroom
+        A fraction of the budget below one, a number of bytes from one on, a
+        string such as ``"2GB"``, or ``None`` for the device's default.
+
+    Raises
+    ------
+    ValueError
+        When it is negative or leaves nothing.
+    """
+    if headroom is None:
+        return 0
+    if isinstance(headroom, bool) or not isinstance(headroom, (int, float, str)):
+        raise ValueError(f"headroom is a fraction or bytes, got {headroom!r}")
+    if isinstance(headroom, str):
+        num_bytes = parse_bytes(headroom, default_unit="b")
+    else:
+        num_bytes = int(headroom * budget_bytes if 0 <= headroom < 1 else headroom)
+    if not 0 <= num_bytes < budget_bytes:
+        raise ValueError(f"headroom={headroom!r} leaves nothing of {format_bytes(budget_bytes)}")
+    return num_bytes
 
 
 def nothing_fits(graph: CostGraph, budget_bytes: int, least: LeastMemory) -> InfeasibleBudgetError:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from graph_capture.call_spec import TensorSpec, describe, difference
+from graph_capture.call_spec import TensorSpec, describe, difference, moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,14 +35,20 @@ class CallGuard:
     state: Mapping[str, TensorSpec]
 
     @classmethod
-    def of(cls, model: nn.Module, arguments: Mapping[str, Any], device_type: str) -> CallGuard:
-        """Describe a call."""
+    def of(
+        cls,
+        model: nn.Module,
+        arguments: Mapping[str, Any],
+        device_type: str,
+        place: Callable[[torch.device], torch.device] = lambda device: device,
+    ) -> CallGuard:
+        """Describe a call; tensors count as lying where ``place`` puts them."""
         return cls(
-            arguments=describe(arguments),
+            arguments=moved(describe(arguments), place),
             autocast=autocast_dtype(device_type),
             evaluating=tuple(name for name, m in model.named_modules() if not m.training),
             state={
-                name: TensorSpec.of(tensor)
+                name: moved(TensorSpec.of(tensor), place)
                 for named in (
                     model.named_parameters(remove_duplicate=False),
                     model.named_buffers(remove_duplicate=False),

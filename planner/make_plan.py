@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from graph_capture.call_spec import tensors_of
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
+from graph_capture.costs.choose import ChosenCosts
+from graph_capture.costs.devices import Device
 from graph_capture.loss import LossFn
 from graph_capture.policies import apply_policies
+from graph_capture.target import target_of
 from solvers.any_order.memory import least_memory_in_any_order
 from solvers.any_order.solve import solve_in_any_order
 from solvers.least_memory import LeastMemory, least_memory
@@ -25,7 +29,7 @@ from solvers.result import SolveResult
 from solvers.schedule import Schedule
 from solvers.uniform import uniform_under_budget
 
-from .budget import nothing_fits
+from .budget import nothing_fits, parse_headroom
 from .call_guard import CallGuard
 from .errors import PlanError
 from .plan import Plan
@@ -47,6 +51,9 @@ class Request:
     never_recompute: tuple[str, ...] = ()
     always_recompute: tuple[str, ...] = ()
     reorder: bool = False
+    device: str | Device | None = None
+    cost_model: ChosenCosts = "roofline"
+    headroom: float | str | None = None
     progress: ShowProgress = None
 
     def __post_init__(self) -> None:
@@ -76,16 +83,20 @@ def make_plan(
     InfeasibleBudgetError
         When no schedule fits.
     """
-    result = _solve(constrained.graph, request)
+    headroom_bytes = parse_headroom(request.headroom, request.budget_bytes, captured.target)
+    within = replace(request, budget_bytes=request.budget_bytes - headroom_bytes)
+    result = _solve(constrained.graph, within)
     assert result.schedule is not None
+    assert captured.costs is not None
     assert captured.unplanned is not None
     baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
     step, optimizer = captured.step, captured.optimizer
     return Plan(
         graph=constrained.graph,
         schedule=result.schedule,
-        guard=CallGuard.of(model, arguments, captured.device_type),
+        guard=CallGuard.of(model, arguments, captured.device_type, captured.target.place),
         budget_bytes=request.budget_bytes,
+        headroom_bytes=headroom_bytes,
         baseline_peak_bytes=baseline.peak_bytes,
         baseline_step_us=baseline.cost_ns / 1e3,
         lower_bound_us=result.lower_bound_ns / 1e3,
@@ -102,6 +113,7 @@ def make_plan(
         reorder=request.reorder,
         detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
         device_type=captured.device_type,
+        costs=captured.costs,
         torch_version=torch.__version__,
         _captured=constrained,
         _structure=Structure.of(model),
@@ -132,9 +144,16 @@ def replan(
             never_recompute=plan.never_recompute,
             always_recompute=plan.always_recompute,
             reorder=plan.reorder,
+            headroom=plan.headroom_bytes,
         )
     captured = capture_step(
-        model, arguments, loss=request.loss_fn, optimizer=plan.optimizer, forward=forward
+        model,
+        arguments,
+        loss=request.loss_fn,
+        optimizer=plan.optimizer,
+        forward=forward,
+        target=target_of(model, tensors_of(arguments), request.device),
+        cost_model=request.cost_model,
     )
     constrained = apply_policies(captured, request.never_recompute, request.always_recompute)
     return make_plan(model, arguments, captured, constrained, request)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
-from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.autocast import autocast_as
+from graph_capture.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.captured_step import capture_step
+from graph_capture.costs.choose import ChosenCosts
+from graph_capture.costs.devices import Device
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.policies import apply_policies
+from graph_capture.target import target_of
 
 from .application import original_forward
 from .budget import parse_budget
@@ -35,6 +40,10 @@ def optimize(
     never_recompute: Sequence[str] = (),
     always_recompute: Sequence[str] = (),
     reorder: bool = False,
+    device: str | Device | None = None,
+    autocast: torch.dtype | None = None,
+    cost_model: ChosenCosts = "roofline",
+    headroom: float | str | None = None,
     progress: ShowProgress = None,
 ) -> Plan:
     """Plan a training step of ``model`` whose peak memory stays within a budget.
@@ -74,6 +83,22 @@ def optimize(
         Operators may run first in another order than eager's, at the same time
         and with the same bits. The search for orders shares the time limit;
         convnets gain a little, transformers next to nothing (``docs/design.md``).
+    device
+        Where the step will run: ``"h100"`` or another name of
+        ``graph_capture.costs.devices``, which need not be at hand. ``None`` means
+        where the model lies; a model on ``meta`` is planned for the CPU.
+    autocast
+        The dtype of the autocast to plan under, for a device that is not at
+        hand; ``None`` for the autocast that is on.
+    cost_model
+        ``"roofline"`` (data sheets), ``"profile"`` (each distinct call is timed
+        once on the device and remembered on disk), or a function of a
+        ``graph_capture.costs.cost_model.Call`` that returns microseconds, or
+        ``None`` to leave a call to the roofline.
+    headroom
+        Part of the budget that the plan leaves alone: a fraction of it, or
+        bytes such as ``"2GB"``. ``None`` for the device's default (none on CPU,
+        room for fragmentation on CUDA).
     progress
         ``True`` shows a progress bar, a function receives
         :class:`solvers.progress.ProgressEvent`.
@@ -93,6 +118,7 @@ def optimize(
     _check_model(model)
     forward = original_forward(model)
     arguments = bind_call(forward, *split_sample(sample_input))
+    target = target_of(model, tensors_of(arguments), device)
     request = Request(
         budget_bytes=budget,
         loss_fn=loss_fn,
@@ -102,19 +128,25 @@ def optimize(
         never_recompute=_patterns("never_recompute", never_recompute),
         always_recompute=_patterns("always_recompute", always_recompute),
         reorder=reorder,
+        device=device,
+        cost_model=cost_model,
+        headroom=headroom,
         progress=progress,
     )
     if not isinstance(optimizer, (str, torch.optim.Optimizer, NoneType)):
         raise TypeError(f"optimizer must be an instance or a name, got {optimizer!r}")
-    captured = capture_step(
-        model,
-        arguments,
-        loss=loss_fn,
-        optimizer=measure_optimizer(optimizer, model),
-        forward=forward,
-    )
-    constrained = apply_policies(captured, never_recompute, always_recompute)
-    return make_plan(model, arguments, captured, constrained, request)
+    with autocast_as(target.torch_type, autocast) if autocast else nullcontext():
+        captured = capture_step(
+            model,
+            arguments,
+            loss=loss_fn,
+            optimizer=measure_optimizer(optimizer, model),
+            forward=forward,
+            target=target,
+            cost_model=cost_model,
+        )
+        constrained = apply_policies(captured, never_recompute, always_recompute)
+        return make_plan(model, arguments, captured, constrained, request)
 
 
 def _check_model(model: nn.Module) -> None:

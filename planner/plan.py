@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from graph_capture.cost_graph import CostGraph
+from graph_capture.costs.cost_model import CostRecord
 from graph_capture.loss import LossSpec
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.units import format_bytes, format_us
@@ -68,6 +69,8 @@ class Plan:
         The call and the state of the model that the plan is for.
     budget_bytes
         The budget: the device's peak during a whole step.
+    headroom_bytes
+        Part of it that the plan leaves alone.
     baseline_peak_bytes, baseline_step_us
         Predicted peak and time when nothing is recomputed.
     lower_bound_us
@@ -85,7 +88,9 @@ class Plan:
     detached
         Names of the outputs that come back detached.
     device_type, torch_version
-        Where and with what it was planned.
+        Where it runs and with what it was planned.
+    costs
+        Where its times come from.
     """
 
     graph: CostGraph
@@ -109,6 +114,8 @@ class Plan:
     detached: tuple[str, ...] = ()
     device_type: str
     torch_version: str
+    costs: CostRecord
+    headroom_bytes: int = 0
     _captured: CapturedStep | None = field(default=None, repr=False, compare=False)
     _structure: Structure | None = field(default=None, repr=False, compare=False)
     _request: Request | None = field(default=None, repr=False, compare=False)

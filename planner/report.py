@@ -28,8 +28,11 @@ def report(plan: Plan) -> str:
         if num_bytes
     ]
     lines += [
+        *_headroom(plan),
         f"  time      {format_us(plan.predicted_step_us)} predicted, "
         f"{format_us(plan.baseline_step_us)} when nothing is recomputed: +{plan.overhead:.2%}",
+        f"            {plan.costs.model} for {plan.costs.device}",
+        *(f"            {note}" for note in plan.costs.notes),
         f"  proof     {plan.status}, gap {plan.gap:.2%} ({plan.solver}, {plan.solve_s:.1f} s); "
         f"at least {format_us(plan.lower_bound_us)} in",
         f"            {plan.bound_scope}",
@@ -41,6 +44,12 @@ def report(plan: Plan) -> str:
             f"  outputs   only the loss is differentiated; detached: {', '.join(plan.detached)}"
         )
     return "\n".join(lines)
+
+
+def _headroom(plan: Plan) -> list[str]:
+    if not plan.headroom_bytes:
+        return []
+    return [f"            {format_bytes(plan.headroom_bytes)} of the budget left as headroom"]
 
 
 def _recomputed(plan: Plan) -> list[str]:

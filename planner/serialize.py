@@ -24,6 +24,7 @@ from jsonschema.exceptions import best_match
 
 from graph_capture.call_spec import TensorSpec, from_json, parse_dtype, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
+from graph_capture.costs.cost_model import CostRecord
 from graph_capture.loss import LossRegion, LossSpec
 from graph_capture.optimizer_step import OptimizerStep
 from solvers.replay import InvalidScheduleError
@@ -34,7 +35,7 @@ from .call_guard import CallGuard
 from .errors import PlanError
 from .plan import Plan
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_FILE_BYTES = 2**30
 
 
@@ -111,6 +112,12 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "torch_version": plan.torch_version,
         "device_type": plan.device_type,
         "budget_bytes": plan.budget_bytes,
+        "headroom_bytes": plan.headroom_bytes,
+        "costs": {
+            "model": plan.costs.model,
+            "device": plan.costs.device,
+            "notes": list(plan.costs.notes),
+        },
         "solver": {
             "name": plan.solver,
             "status": str(plan.status),
@@ -191,10 +198,10 @@ def plan_from_dict(data: Any) -> Plan:
         raise PlanError(str(error)[:500]) from error
     if plan.fingerprint != data["fingerprint"]:
         raise PlanError("the graph does not have the fingerprint that the file names: damaged")
-    if plan.predicted_peak_bytes > plan.budget_bytes:
+    if plan.predicted_peak_bytes > plan.budget_bytes - plan.headroom_bytes:
         raise PlanError(
-            f"the schedule peaks at {plan.predicted_peak_bytes} bytes, "
-            f"above the budget of {plan.budget_bytes}"
+            f"the schedule peaks at {plan.predicted_peak_bytes} bytes, above the budget of "
+            f"{plan.budget_bytes} less a headroom of {plan.headroom_bytes}"
         )
     if plan.lower_bound_us > plan.predicted_step_us * (1 + 1e-9):
         raise PlanError(
@@ -273,6 +280,12 @@ def _build(data: Mapping[str, Any]) -> Plan:
         detached=tuple(data["detached"]),
         device_type=data["device_type"],
         torch_version=data["torch_version"],
+        costs=CostRecord(
+            model=data["costs"]["model"],
+            device=data["costs"]["device"],
+            notes=tuple(data["costs"]["notes"]),
+        ),
+        headroom_bytes=data["headroom_bytes"],
     )
 
 

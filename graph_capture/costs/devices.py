@@ -20,6 +20,10 @@ class Device:
     ----------
     name
         Key in :data:`DEVICES`.
+    title
+        In words.
+    torch_type
+        Device type of its tensors in torch, ``"cpu"`` or ``"cuda"``.
     flops_per_s
         Peak dense rate of matrix products by dtype; ``torch.float32`` is the
         fallback for any dtype that is not listed.
@@ -33,6 +37,8 @@ class Device:
     """
 
     name: str
+    title: str
+    torch_type: str
     flops_per_s: Mapping[torch.dtype, float] = field(hash=False)
     bytes_per_s: float
     launch_ns: int
@@ -76,6 +82,8 @@ DEVICES: dict[str, Device] = {
         # elements (25 runs, the fastest); bfloat16 products have no hardware there.
         Device(
             name="cpu",
+            title="one core of an AMD EPYC",
+            torch_type="cpu",
             flops_per_s={torch.float32: 75e9, torch.float64: 37e9, torch.bfloat16: 2e9},
             bytes_per_s=25e9,
             launch_ns=3_000,
@@ -84,6 +92,8 @@ DEVICES: dict[str, Device] = {
         # NVIDIA A100 data sheet, SXM 80 GB; float32 without TF32, PyTorch's default.
         Device(
             name="a100",
+            title="NVIDIA A100 80 GB SXM",
+            torch_type="cuda",
             flops_per_s={torch.float32: 19.5e12, torch.float16: 312e12, torch.bfloat16: 312e12},
             bytes_per_s=2.04e12,
             launch_ns=4_000,
@@ -91,6 +101,8 @@ DEVICES: dict[str, Device] = {
         # NVIDIA H100 data sheet, SXM.
         Device(
             name="h100",
+            title="NVIDIA H100 SXM",
+            torch_type="cuda",
             flops_per_s={torch.float32: 67e12, torch.float16: 989e12, torch.bfloat16: 989e12},
             bytes_per_s=3.35e12,
             launch_ns=4_000,

@@ -15,7 +15,28 @@ import torch
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from .cost_model import Call, CostRecord
 from .devices import Device
+
+
+class Roofline:
+    """Times from a device's data sheet; nothing runs.
+
+    Parameters
+    ----------
+    device
+        An entry of :data:`~.devices.DEVICES`, or one of the user's own.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def time_ns(self, call: Call) -> int:
+        """Nanoseconds of one run."""
+        return call_cost_ns(call.func, call.args, call.kwargs, call.out, self.device)
+
+    def record(self) -> CostRecord:
+        return CostRecord(model="roofline", device=self.device.title)
 
 
 def call_cost_ns(func: Any, args: tuple, kwargs: dict, out: Any, device: Device) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .allocator import peak_extra_bytes
+from .cost_model import Call
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -67,10 +68,9 @@ class WorkspaceProbe:
         self._scratch = scratch
         self._known: dict[Any, int] = {}
 
-    def bytes_of(
-        self, func: Any, args: tuple, kwargs: dict, out: Any, *, grad_enabled: bool
-    ) -> int:
+    def bytes_of(self, call: Call) -> int:
         """Bytes that the call allocates and frees again beside its outputs."""
+        func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
         if not self._measures or not self._scratch:
             return 0
         name = func._schema.name
@@ -82,9 +82,9 @@ class WorkspaceProbe:
             return 0
         if name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
             return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
-        key = (func, grad_enabled, _signature((args, kwargs)))
+        key = (func, call.grad_enabled, _signature((args, kwargs)))
         if key not in self._known:
-            self._known[key] = _measure(func, args, kwargs, grad_enabled)
+            self._known[key] = _measure(func, args, kwargs, call.grad_enabled)
         return self._known[key]
 
     def output_bytes(self, func: Any, args: tuple, kwargs: dict) -> tuple[int, ...] | None:

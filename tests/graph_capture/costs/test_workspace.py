@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from graph_capture.costs.allocator import peak_extra_bytes
+from graph_capture.costs.cost_model import Call
 from graph_capture.costs.workspace import WorkspaceProbe
 
 aten = torch.ops.aten
@@ -15,7 +16,7 @@ aten = torch.ops.aten
 
 def _scratch(func: Any, *args: Any, probe: WorkspaceProbe | None = None) -> int:
     probe = probe or WorkspaceProbe("cpu", at_hand=True)
-    return probe.bytes_of(func, args, {}, None, grad_enabled=True)
+    return probe.bytes_of(Call(func=func, args=args, kwargs={}, out=None, grad_enabled=True))
 
 
 def _real(func: Any, *args: Any) -> int:

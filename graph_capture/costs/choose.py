@@ -1,0 +1,35 @@
+"""From what the user asks for to a cost model."""
+
+from __future__ import annotations
+
+from ..target import Target
+from .cost_model import CostModel
+from .given import GivenCosts, GivenTime
+from .roofline import Roofline
+
+ChosenCosts = str | CostModel | GivenTime
+
+
+def choose_costs(asked: ChosenCosts, target: Target) -> CostModel:
+    """The cost model that ``asked`` names.
+
+    Parameters
+    ----------
+    asked
+        ``"roofline"`` or ``"profile"``; a function that returns microseconds of
+        a :class:`~.cost_model.Call`, or ``None`` for the calls that the
+        roofline shall price; or a :class:`~.cost_model.CostModel`.
+
+    Raises
+    ------
+    ValueError
+        When it is none of these.
+    """
+    roofline = Roofline(target.device)
+    if isinstance(asked, CostModel):
+        return asked
+    if asked == "roofline":
+        return roofline
+    if callable(asked):
+        return GivenCosts(asked, roofline)
+    raise ValueError(f"cost_model is 'roofline', 'profile' or a function, got {asked!r}")

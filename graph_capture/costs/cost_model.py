@@ -1,0 +1,68 @@
+"""What every cost model answers: how long one call takes on a device.
+
+Three are built in: :class:`~.roofline.Roofline` (from shapes and a data sheet),
+:class:`~.profile.Profile` (timed on the device) and :class:`~.given.GivenCosts`
+(the user's own figures). Whichever was used is written into the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of a step, as the recorder saw it.
+
+    Parameters
+    ----------
+    func
+        The ``OpOverload`` that is called.
+    args, kwargs, out
+        Its arguments and outputs; tensors of any kind, only metadata is read.
+    grad_enabled
+        Whether it runs with grad mode on (some kernels save more then).
+    """
+
+    func: Any
+    args: tuple
+    kwargs: dict
+    out: Any
+    grad_enabled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostRecord:
+    """Which cost model a plan's times come from.
+
+    Parameters
+    ----------
+    model
+        ``"roofline"``, ``"profile"`` or the name of the user's own.
+    device
+        What the times are for, in words.
+    notes
+        What a reader of the times must know, such as how many calls fell back
+        to another model and why.
+    """
+
+    model: str
+    device: str
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Says how long calls take.
+
+    The same call gets the same answer for as long as the object lives.
+    """
+
+    def time_ns(self, call: Call) -> int:
+        """Nanoseconds of one run."""
+        ...
+
+    def record(self) -> CostRecord:
+        """What was asked so far and where the answers came from."""
+        ...
