@@ -8,7 +8,7 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format bench-solvers bench-growth wheel test-wheel clean
+.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides calibrate wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test-slow: $(STAMP)  ## the tests that take longer
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu --timeout 900
 
+gpu-check: $(STAMP)  ## predictions, bits and peers on the GPU (else the CPU); ARGS="--help"
+	$(BIN)/python -m benchmarks.device_check $(ARGS)
+
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +51,16 @@ bench-solvers: $(STAMP)  ## solvers side by side, some ten minutes; ARGS="--help
 
 bench-growth: $(STAMP)  ## how solving grows with the number of layers
 	$(BIN)/python -m benchmarks.solvers growth $(ARGS)
+
+bench-scale: $(STAMP)  ## plan LLaMA-70B and GPT-3 without weights, then twelve-layer models; half an hour
+	$(BIN)/python -m benchmarks.scale deep $(ARGS)
+	$(BIN)/python -m benchmarks.scale suite
+
+bench-guides: $(STAMP)  ## what fits in 8, 20 and 32 GB, and at which cost; ARGS="--help" says more
+	$(BIN)/python -m benchmarks.guides $(ARGS)
+
+calibrate: $(STAMP)  ## fit the roofline to the device at hand, some minutes; ARGS="--help" says more
+	$(BIN)/python -m benchmarks.calibrate $(ARGS)
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	rm -rf build/lib build/bdist.* dist

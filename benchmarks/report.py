@@ -97,7 +97,7 @@ def circumstances() -> dict[str, Any]:
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
 
 
@@ -110,7 +110,8 @@ def _cpu() -> str:
     return platform.processor()
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package; ``None`` where it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -14,15 +14,15 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
+from .costs.allocator import block_bytes
 from .costs.cost_model import Call, CostModel, CostRecord
+from .costs.library_workspace import STORAGE_NAME, library_workspace_bytes
 from .costs.workspace import WorkspaceProbe
 from .operators import Block, OperatorCode, item_index
 from .optimizer_step import OptimizerStep
 from .recorder import storage_id
 from .target import Target
 from .trace import TracedStep
-
-CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +142,10 @@ class Assembly:
             self._add_storage("held by loss_fn", self._step.loss.constant_bytes, None, "input")
         if self._pricing.held_bytes:
             self._add_storage("held by modules", self._pricing.held_bytes, None, "buffer")
+        calls = (call.target for code in codes for call in code.calls)
+        workspace_bytes = library_workspace_bytes(calls, self._pricing.target.device)
+        if workspace_bytes:
+            self._add_storage(STORAGE_NAME, workspace_bytes, None, "buffer")
         if self._optimizer is not None and self._optimizer.state_bytes:
             self._add_storage(
                 "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
@@ -344,8 +348,7 @@ class Assembly:
     def _add_block(self, k: int, producer: int | None, phase: Phase) -> int:
         block = self._blocks[k]
         num_bytes = block.size_bytes if block.device_type == self._device_type else 0
-        if self._device_type == "cuda":
-            num_bytes = -(-num_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES
+        num_bytes = block_bytes(num_bytes, self._device_type)
         kept = producer is not None and (k in self._outputs or k in self._gradients)
         self._storage_of[k] = self._add_storage(
             block.name,

@@ -114,7 +114,12 @@ def moved(spec: Any, place: Callable[[torch.device], torch.device]) -> Any:
     def move(tensor: TensorSpec) -> TensorSpec:
         return replace(tensor, device=str(place(torch.device(tensor.device))))
 
-    return _map(spec, TensorSpec.of, move)
+    return changed(spec, move)
+
+
+def changed(spec: Any, change: Callable[[TensorSpec], TensorSpec]) -> Any:
+    """A specification with another one in the place of each tensor."""
+    return _map(spec, lambda tensor: change(TensorSpec.of(tensor)), change)
 
 
 def _same(value: Any) -> Any:

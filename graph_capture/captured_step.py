@@ -14,7 +14,10 @@ from .assembly import Assembly, CapturedStep, Pricing
 from .call_spec import bind_call, split_sample, tensors_of
 from .cost_graph import CostGraph
 from .costs.choose import ChosenCosts, choose_costs
+from .costs.collected import CollectedCalls
+from .costs.cost_model import PreparedCostModel, TimingProgress
 from .costs.devices import Device
+from .costs.profile import ProfiledCosts
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .loss import LossFn, LossSpec
@@ -71,6 +74,7 @@ def capture_step(
     measure_scratch: bool = True,
     target: Target | None = None,
     cost_model: ChosenCosts = "roofline",
+    progress: TimingProgress | None = None,
 ) -> CapturedStep:
     """Trace a step and fold it into a cost graph.
 
@@ -89,18 +93,29 @@ def capture_step(
         Where the step shall run; ``None`` for where the model lies.
     cost_model
         See :func:`~graph_capture.costs.choose.choose_costs`.
+    progress
+        Is told how far a cost model is that times calls.
     """
     target = target or target_of(model, tensors_of(arguments))
+    costs = choose_costs(cost_model, target)
     step = trace_step(model, arguments, loss, forward=forward, target=target)
     split_dropout(step.graph)
 
-    costs = choose_costs(cost_model, target)
-    probe = WorkspaceProbe(target.torch_type, at_hand=target.at_hand, scratch=measure_scratch)
+    probe = WorkspaceProbe(
+        target.torch_device,
+        at_hand=target.at_hand,
+        scratch=measure_scratch,
+        cache=costs.cache if isinstance(costs, ProfiledCosts) else None,
+    )
     pricing = Pricing(
         target=target, costs=costs, probe=probe, held_bytes=_held(model, step, target)
     )
-    unplanned = _fold(step, pricing, optimizer, weakref.ref(model), reuse=False).graph
-    folded = _fold(step, pricing, optimizer, weakref.ref(model), reuse=True)
+    try:
+        unplanned = _fold(step, pricing, optimizer, model, progress, reuse=False).graph
+        folded = _fold(step, pricing, optimizer, model, progress, reuse=True)
+    finally:
+        if isinstance(costs, PreparedCostModel):
+            costs.save()
     return replace(folded, unplanned=unplanned, costs=costs.record())
 
 
@@ -108,7 +123,8 @@ def _fold(
     step: TracedStep,
     pricing: Pricing,
     optimizer: OptimizerStep | None,
-    model: weakref.ref[nn.Module],
+    model: nn.Module,
+    progress: TimingProgress | None,
     *,
     reuse: bool,
 ) -> CapturedStep:
@@ -127,8 +143,17 @@ def _fold(
     output_blocks = {folder.block_of(n) for n in step.outputs}
     gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
     operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
-    assembly = Assembly(step, folder.blocks, output_blocks, gradient_blocks, optimizer, pricing)
-    return assembly.finish(operators, turn, model)
+
+    def assembled(pricing: Pricing) -> CapturedStep:
+        return Assembly(
+            step, folder.blocks, output_blocks, gradient_blocks, optimizer, pricing
+        ).finish(operators, turn, weakref.ref(model))
+
+    if isinstance(pricing.costs, PreparedCostModel):
+        collected = CollectedCalls()
+        assembled(replace(pricing, costs=collected))
+        pricing.costs.prepare(collected.calls, progress)
+    return assembled(pricing)
 
 
 def _held(model: nn.Module, step: TracedStep, target: Target) -> int:

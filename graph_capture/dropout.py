@@ -32,13 +32,15 @@ def _split(graph: Graph, draw: Node) -> bool:
         return False
     assert callable(noise.target)
     assert callable(draw.target)
-    if draw.kwargs or not noise.meta["val"].dtype.is_floating_point:
+    value = noise.meta["val"]
+    if draw.kwargs or not value.dtype.is_floating_point:
         return False
+    if value.device.type == "cuda" and value.dtype == torch.float64:
+        return False  # drawn from numbers of its own (DistributionTemplates.h)
     division = _next_user(noise, after=draw)
     if division is None or division.target is not aten.div_.Scalar or division.users:
         return False
     keep_probability = division.args[1]
-    value = noise.meta["val"]
 
     with graph.inserting_before(draw):
         mask = graph.call_function(noise.target, noise.args, {**noise.kwargs, "dtype": torch.bool})

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from .backward_walk import Differentiator
 from .call_spec import TensorSpec
 from .errors import NotFittingError
+from .memory_meter import MemoryMeter
 from .outputs import OutputTemplate, find_loss
-from .recorder import MemoryMeter, Recorder, storage_id
+from .recorder import storage_id
 
 LossFn = Callable[[Any], torch.Tensor]
 
@@ -72,9 +74,17 @@ def differentiate(
     template: OutputTemplate,
     tensors: list[torch.Tensor],
     given: LossFn | LossSpec | None,
-    recorder: Recorder,
+    differentiator: Differentiator,
+    twin: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
-    """Which outputs are differentiated, with which gradients, and what that takes."""
+    """Which outputs are differentiated, with which gradients, and what that takes.
+
+    Parameters
+    ----------
+    twin
+        Makes a stand-in for a tensor that ``loss_fn`` brings along (targets) and
+        that will lie elsewhere; ``None`` where it lies where it will.
+    """
     wanting = [i for i, t in enumerate(tensors) if t.requires_grad]
     if not wanting:
         raise NotFittingError(
@@ -89,7 +99,7 @@ def differentiate(
             )
         return list(given.differentiated), [t.empty() for t in given.tangents], given.region
     if given is not None:
-        return _through_loss_fn(template, tensors, wanting, given, recorder)
+        return _through_loss_fn(template, tensors, wanting, given, differentiator, twin)
     loss = find_loss(output)
     if loss is not None:
         i = next(i for i, t in enumerate(tensors) if t is loss)
@@ -107,12 +117,13 @@ def _through_loss_fn(
     tensors: list[torch.Tensor],
     wanting: list[int],
     loss_fn: LossFn,
-    recorder: Recorder,
+    differentiator: Differentiator,
+    twin: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
     known = {storage_id(t) for t in tensors}
     first = torch.autograd._get_sequence_nr()
-    meter = MemoryMeter(known=known.__contains__)
+    meter = MemoryMeter(known=known.__contains__, twin=twin)
     with meter:
         loss = loss_fn(template.build([leaves.get(i, t) for i, t in enumerate(tensors)]))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -122,16 +133,19 @@ def _through_loss_fn(
         if not loss.requires_grad:
             raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
         _refuse_side_door(loss, first)
+        memory, element_bytes = loss.untyped_storage(), loss.element_size()
+        outputs = [loss]
+        del loss
         with without_autocast():
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            found = differentiator.grad(outputs, list(leaves.values()))
     pairs = [(i, g) for i, g in zip(wanting, found, strict=True) if g is not None]
     if not pairs:
         raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
-    loss_bytes = loss.untyped_storage().nbytes()
+    loss_bytes = memory.nbytes()
     tangent_bytes = sum({storage_id(g): g.untyped_storage().nbytes() for _, g in pairs}.values())
     region = LossRegion(
         label="loss_fn",
-        held_bytes=loss_bytes + loss.element_size() + sum(g.element_size() for _, g in pairs),
+        held_bytes=loss_bytes + element_bytes + sum(g.element_size() for _, g in pairs),
         constant_bytes=sum(meter.constants.values()),
         workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - loss_bytes),
         calls=tuple(meter.calls),

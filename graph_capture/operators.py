@@ -11,6 +11,7 @@ schedule can be turned into a graph again.
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +28,9 @@ from .reuse import ReuseFinder
 aten = torch.ops.aten
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class OperatorCode:
-    """The fx nodes of one operator, while it is being put together.
+    """The fx nodes of one operator, while it is being put together; equal only to itself.
 
     Parameters
     ----------
@@ -49,6 +50,8 @@ class OperatorCode:
     repeats
         Whether it stands for a repetition of another operator: even its first
         run draws from the recorded state and writes no statistics.
+    place
+        Grows along the base order while the step is folded.
     """
 
     calls: list[Node]
@@ -59,9 +62,10 @@ class OperatorCode:
     pinned: str | None = None
     ordered: bool = False
     repeats: bool = False
+    place: int = -1
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Block:
     """One storage, while the step is being folded."""
 
@@ -69,7 +73,7 @@ class Block:
     size_bytes: int
     carriers: list[Node]  # nodes whose value owns the memory: everything else is a view of one
     producer: OperatorCode | None = None
-    readers: list[OperatorCode] = field(default_factory=list)
+    readers: set[OperatorCode] = field(default_factory=set)
     overwritten: set[Node] = field(default_factory=set)  # carriers whose value is gone
     device_type: str = "cpu"
 
@@ -83,6 +87,8 @@ class Folder:
         self.blocks: list[Block] = []
         self.current: dict[int, int] = {}  # storage id of the fake value -> block
         self.written_resident: dict[int, str] = {}
+        self._last_ordered = -1  # place of the last ordered operator
+        self._num_placed = 0
         for node in placeholders:
             self.resident(node)
 
@@ -98,7 +104,7 @@ class Folder:
     def produce_outside(self, nodes: Iterable[Node]) -> OperatorCode:
         """Declare memory that comes into being here, but by code that is not in the graph."""
         code = OperatorCode(calls=[], pinned="it belongs to the training loop", ordered=True)
-        self.operators.append(code)
+        self._place_last(code)
         for node in nodes:
             self._produce(code, node)
         return code
@@ -134,11 +140,9 @@ class Folder:
         host = self._host(code, inner)
         if host is None:
             self._clone_first(code, inner)
-            self.operators.append(code)
+            self._place_last(code)
             host = code
-        for k in set(host.reads.values()):
-            if host not in self.blocks[k].readers:
-                self.blocks[k].readers.append(host)
+        self._note_reads(host)
         for result in fresh:
             self._produce(host, result)
 
@@ -163,9 +167,7 @@ class Folder:
             node.target, node.kwargs = reuse.target, reuse.kwargs
             node.meta["writes"] = (reuse.argument,)
             self._join(host, code)
-            for other in set(host.reads.values()):
-                if host not in self.blocks[other].readers:
-                    self.blocks[other].readers.append(host)
+            self._note_reads(host)
             self.blocks[k].overwritten.update(self.blocks[k].carriers)
             self.blocks[k].carriers.append(node)
             self.current[storage_id(node.meta["val"])] = k
@@ -191,11 +193,9 @@ class Folder:
 
     def _exist_before(self, host: OperatorCode, code: OperatorCode) -> bool:
         """Whether what ``code`` reads, beside what ``host`` makes, is there when ``host`` runs."""
-        position = self.operators.index(host)
         others = {k for k in code.reads.values() if k not in host.outputs}
         return all(
-            (producer := self.blocks[k].producer) is None
-            or self.operators.index(producer) < position
+            (producer := self.blocks[k].producer) is None or producer.place < host.place
             for k in others
         ) and not any(k in self.written_resident for k in others)
 
@@ -228,7 +228,7 @@ class Folder:
         if not host.calls or any(r is not host for r in self.blocks[inner[0]].readers):
             return None
         early = self._exist_before(host, code)
-        if early and not (code.ordered and self._ordered_after(self.operators.index(host))):
+        if early and not (code.ordered and self._last_ordered > host.place):
             self._join(host, code)
             return host
         read_meanwhile = any(r is not host for k in host.outputs for r in self.blocks[k].readers)
@@ -236,12 +236,21 @@ class Folder:
         if read_meanwhile or unmovable:
             return None
         self._join(host, code)
-        self.operators.remove(host)
-        self.operators.append(host)
+        del self.operators[bisect_left(self.operators, host.place, key=_place)]
+        self._place_last(host)
         return host
 
-    def _ordered_after(self, position: int) -> bool:
-        return any(op.ordered for op in self.operators[position + 1 :])
+    def _place_last(self, code: OperatorCode) -> None:
+        """Append an operator to the base order."""
+        code.place = self._num_placed
+        self._num_placed += 1
+        self.operators.append(code)
+        if code.ordered:
+            self._last_ordered = code.place
+
+    def _note_reads(self, host: OperatorCode) -> None:
+        for k in set(host.reads.values()):
+            self.blocks[k].readers.add(host)
 
     def _join(self, host: OperatorCode, code: OperatorCode) -> None:
         host.calls.extend(code.calls)
@@ -250,6 +259,8 @@ class Folder:
                 host.reads[argument] = k
         host.draws |= code.draws
         host.ordered |= code.ordered
+        if host.ordered:
+            self._last_ordered = max(self._last_ordered, host.place)
         host.pinned = host.pinned or code.pinned
 
     def _clone_first(self, code: OperatorCode, inner: list[int]) -> None:
@@ -326,6 +337,10 @@ def drop_unused(operators: list[OperatorCode], wanted: set[int]) -> list[Operato
             needed.update(old for old, _ in code.clones)
             kept.append(code)
     return kept[::-1]
+
+
+def _place(code: OperatorCode) -> int:
+    return code.place
 
 
 def item_index(item: Node) -> int:

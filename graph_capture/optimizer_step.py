@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,9 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .recorder import MemoryMeter, storage_id
+from .absent_cuda import ensure_cuda_guard
+from .costs.allocator import block_bytes
+from .memory_meter import MemoryMeter
+from .recorder import storage_id
+from .stand_ins import StandIns
+from .target import Target, target_of
 
 OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adadelta": torch.optim.Adadelta,
@@ -52,12 +59,19 @@ class OptimizerStep:
 
 
 def measure_optimizer(
-    optimizer: torch.optim.Optimizer | str | None, model: nn.Module
+    optimizer: torch.optim.Optimizer | str | None, model: nn.Module, target: Target | None = None
 ) -> OptimizerStep | None:
     """State and workspace of ``optimizer`` on the parameters of ``model``.
 
     A twin of the optimizer takes two steps on stand-ins of its parameters, so
-    this holds for any optimizer that allocates what it needs in ``step``.
+    this holds for any optimizer that allocates what it needs in ``step``. On
+    CUDA PyTorch's optimizers treat all parameters at once unless they are told
+    otherwise (``foreach``), with temporaries of the size of all of them.
+
+    Parameters
+    ----------
+    target
+        Where the step runs; ``None`` for where the parameters lie.
 
     Raises
     ------
@@ -66,9 +80,12 @@ def measure_optimizer(
     """
     if optimizer is None:
         return None
+    target = target or target_of(model, ())
+    if target.absent:
+        ensure_cuda_guard()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode, _NumbersOfStandIns():
-        twin, name = _twin(optimizer, model, fake_mode)
+    with fake_mode, _NumbersOfStandIns(), _stand_ins_are_parameters():
+        twin, name = _twin(optimizer, model, StandIns(fake_mode, target))
         parameters = [p for group in twin.param_groups for p in group["params"]]
         for p in parameters:
             p.grad = torch.empty_like(p)
@@ -81,11 +98,11 @@ def measure_optimizer(
             ) from error
         own = {storage_id(t) for p in parameters for t in (p, p.grad)}
         state = {
-            storage_id(t): t.untyped_storage().nbytes()
+            storage_id(t): block_bytes(t.untyped_storage().nbytes(), target.torch_type)
             for t in _tensors(twin.state)
-            if storage_id(t) not in own
+            if storage_id(t) not in own and t.device.type == target.torch_type
         }
-        known = own | set(state)
+        known = own | {storage_id(t) for t in _tensors(twin.state)}
         meter = MemoryMeter(known=known.__contains__)
         with meter:
             twin.step()
@@ -113,11 +130,21 @@ class _NumbersOfStandIns(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def _stand_ins_are_parameters() -> Iterator[None]:
+    """While active, optimizers choose between their implementations as for real parameters."""
+    _foreach_supported_types.append(FakeTensor)
+    try:
+        yield
+    finally:
+        _foreach_supported_types.remove(FakeTensor)
+
+
 def _twin(
-    optimizer: torch.optim.Optimizer | str, model: nn.Module, fake_mode: FakeTensorMode
+    optimizer: torch.optim.Optimizer | str, model: nn.Module, twins: StandIns
 ) -> tuple[torch.optim.Optimizer, str]:
     def stand_in(p: torch.Tensor) -> nn.Parameter:
-        return nn.Parameter(fake_mode.from_tensor(p.detach()), requires_grad=p.requires_grad)
+        return nn.Parameter(twins.of(p.detach()), requires_grad=p.requires_grad)
 
     if isinstance(optimizer, str):
         make = OPTIMIZERS.get(optimizer.lower())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .errors import CaptureError
+from .known_values import KnownValues
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 _OWN_ROOT = str(Path(__file__).parent)
@@ -64,21 +64,28 @@ class Recorder(TorchDispatchMode):
 
     ``node.meta`` carries ``val`` (fake outputs), ``phase``, ``module_path``,
     ``source``, and for calls that write: ``writes``, the nodes written to.
+
+    Parameters
+    ----------
+    current_node
+        Says which node of autograd is being differentiated.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, current_node: Callable[[], Any] = torch._C._current_autograd_node) -> None:
         super().__init__()
+        self._current_node = current_node
         self.graph = Graph()
         self.phase = "forward"
         self.constants: dict[str, torch.Tensor] = {}
         self.failed_at = ""
         self.draws_outside: str | None = None
-        self._generator_state = torch.get_rng_state()
+        self._generator_states = _own_generators()
         self._outside_state = _outside_generators()
         self._node_of: dict[int, Node] = {}
         self._memory_of: dict[int, int] = {}  # id of a tensor -> storage that it had when bound
         self._keep_alive: list[Any] = []
         self._by_storage: dict[int, list[Node]] = {}
+        self._known = KnownValues()
         self._module_stack: list[str] = [""]
         self._module_of_sequence: dict[int, tuple[str, str]] = {}
 
@@ -150,6 +157,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             raise CaptureError(f"{func} cannot be recorded ({self._where()})")
+        if self._known.answers(func, args):
+            return self._known.number(args)
         if torch.Tag.inplace_view in func.tags and func._schema.name != "aten::set_":
             return self._inplace_view(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -161,6 +170,7 @@ class Recorder(TorchDispatchMode):
             raise
         if any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
             self._record(func, args, kwargs, out)
+            self._known.note(func, args, kwargs, out)
         return out
 
     def _check_generator(self, args: tuple, kwargs: dict) -> None:
@@ -171,7 +181,8 @@ class Recorder(TorchDispatchMode):
                 "use the default generator, or draw outside and pass the numbers as an argument"
             )
         with _disable_current_modes():
-            untouched = torch.equal(torch.get_rng_state(), self._generator_state)
+            pairs = zip(_own_generators(), self._generator_states, strict=True)
+            untouched = all(torch.equal(now, then) for now, then in pairs)
         if not untouched:
             raise CaptureError(
                 f"forward seeds the random generator and then draws from it ({self._where()}); "
@@ -189,6 +200,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         node = self._call(functional_twin(func), node_args, kwargs)
         self._bind(node, tensor)
+        self._known.note(func, args, kwargs, out)  # its shape is another now
         return out
 
     def _as_nodes(self, tree: Any) -> Any:
@@ -234,7 +246,7 @@ class Recorder(TorchDispatchMode):
 
     def origin(self) -> tuple[str, str]:
         """Module path and source line; a backward call has those of its forward call."""
-        current = torch._C._current_autograd_node()
+        current = self._current_node()
         if self.phase == "backward" and current is not None:
             return self._module_of_sequence.get(current._sequence_nr(), ("", ""))
         origin = (self._module_stack[-1], self._where())
@@ -280,6 +292,12 @@ class Recorder(TorchDispatchMode):
                 handle.remove()
 
 
+def _own_generators() -> list[torch.Tensor]:
+    """State of torch's default generators, one for the CPU and one for each CUDA device."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
 def _outside_generators() -> tuple[Any, ...]:
     """State of Python's and NumPy's random generators."""
     numpy_state = np.random.get_state(legacy=False)
@@ -314,63 +332,4 @@ def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
         and a.stride() == b.stride()
         and a.storage_offset() == b.storage_offset()
         and a.dtype == b.dtype
-    )
-
-
-class MemoryMeter(TorchDispatchMode):
-    """Peak of the memory that calls allocate while it is active, by real lifetimes.
-
-    For code that stays eager (the user's loss, the optimizer): storages are
-    followed by weak references, so Python locals and what autograd saves count
-    for as long as they are really held.
-    """
-
-    def __init__(self, known: Callable[[int], bool] = lambda _sid: False) -> None:
-        super().__init__()
-        self.current_bytes = 0
-        self.peak_bytes = 0
-        self._known = known
-        self._seen: set[int] = set()
-        self.calls: list[tuple[Any, tuple, dict, Any]] = []
-        self.constants: dict[int, int] = {}  # real tensors that the code brings along, in bytes
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        for tensor in tree_iter((args, kwargs)):
-            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
-                self.constants[storage_id(tensor)] = tensor.untyped_storage().nbytes()
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, _shapes(args), _shapes(kwargs or {}), _shapes(out)))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
-                self._follow(tensor)
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
-        return out
-
-    def _follow(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        sid = storage._cdata
-        if sid in self._seen or self._known(sid):
-            return
-        num_bytes = storage.nbytes()
-        self._seen.add(sid)
-        self.current_bytes += num_bytes
-
-        def freed() -> None:
-            self.current_bytes -= num_bytes
-            self._seen.discard(sid)
-
-        weakref.finalize(storage, freed)
-
-
-def _shapes(tree: Any) -> Any:
-    """Tensors replaced by meta stand-ins, so that no storage is held."""
-    return tree_map(
-        lambda x: (
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-            if isinstance(x, torch.Tensor)
-            else x
-        ),
-        tree,
     )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .costs.devices import DEVICES, Device, device_for
+from .cuda_attention import known_capability
 from .errors import CaptureError
 
 
@@ -24,7 +24,8 @@ class Target:
     torch_device
         Where stand-ins of the step's tensors lie while it is traced.
     at_hand
-        Whether the model lies there, so that calls can be run and timed.
+        Whether that device is here, so that calls can be run and timed on made-up
+        values, wherever the model lies.
     elsewhere
         Whether the model lies on another device now.
     """
@@ -38,6 +39,21 @@ class Target:
     def torch_type(self) -> str:
         """``"cpu"`` or ``"cuda"``."""
         return self.torch_device.type
+
+    @property
+    def absent(self) -> bool:
+        """Whether no device of its type is there: PyTorch's autograd engine cannot serve it."""
+        return self.torch_type == "cuda" and not torch.cuda.is_available()
+
+    @property
+    def imitated(self) -> bool:
+        """Whether what PyTorch would choose on it must be known without asking it."""
+        if self.torch_type != "cuda":
+            return False
+        if self.absent:
+            return True
+        known = known_capability(self.device)
+        return known is not None and known != torch.cuda.get_device_capability()
 
     def place(self, device: torch.device) -> torch.device:
         """Where a tensor of the step lies that is now on ``device``."""
@@ -54,8 +70,9 @@ def target_of(
     model, inputs
         On the CPU, on one CUDA device, on ``meta``, or fake.
     device
-        A name of :data:`DEVICES`, a :class:`Device`, ``"cuda"`` for the card at
-        hand; ``None`` for where the model lies, which for ``meta`` is the CPU.
+        A name of :data:`DEVICES`, a :class:`Device` (one with the name of the
+        device at hand stands for it), ``"cuda"`` for the card at hand; ``None``
+        for where the model lies, which for ``meta`` is the CPU.
 
     Raises
     ------
@@ -64,18 +81,22 @@ def target_of(
     CaptureError
         When the model is spread over several devices.
     """
-    parameters = list(model.parameters())
-    lies_on = _lies_on([*parameters, *inputs])
-    stand_in = any(t.is_meta or isinstance(t, FakeTensor) for t in parameters)
+    lies_on = _lies_on([*model.parameters(), *inputs])
     if device is None:
         where = torch.device("cpu") if lies_on.type == "meta" else lies_on
-        return Target(device=device_for(where.type), torch_device=where, at_hand=not stand_in)
+        return Target(device=device_for(where.type), torch_device=where, at_hand=True)
     entry = _entry(device)
+    here = _is_here(entry)
     if entry.torch_type == lies_on.type:
-        here = entry is device_for(lies_on.type) and not stand_in
         return Target(device=entry, torch_device=lies_on, at_hand=here)
     where = torch.device("cuda:0" if entry.torch_type == "cuda" else entry.torch_type)
-    return Target(device=entry, torch_device=where, at_hand=False, elsewhere=True)
+    return Target(device=entry, torch_device=where, at_hand=here, elsewhere=True)
+
+
+def _is_here(entry: Device) -> bool:
+    if entry.torch_type == "cuda" and not torch.cuda.is_available():
+        return False
+    return entry.name == device_for(entry.torch_type).name
 
 
 def _entry(device: str | Device) -> Device:

@@ -9,24 +9,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensorMode,
 )
 from torch.fx import Graph, Node
 
+from .absent_cuda import ensure_cuda_guard
+from .backward_walk import BackwardWalk, Differentiator, Engine, refuse_backward_hooks
 from .call_spec import TensorSpec, call_forward, objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
+from .cuda_choices import choices_of_cuda, refuse_recurrent
 from .errors import CaptureError, NotFittingError
+from .failures import explain_failures
 from .isolation import swap_tensors, undisturbed
+from .known_values import taken_for_real
 from .loss import LossFn, LossRegion, LossSpec, differentiate, without_autocast
+from .module_state import (
+    changed_numbers,
+    numbers_of,
+    reassigned_buffers,
+    refuse_counters,
+    registered,
+    state_of,
+)
 from .outputs import OutputTemplate, take_apart, tensors_within
 from .recorder import Recorder, storage_id
 from .stand_ins import StandIns
@@ -34,7 +45,9 @@ from .target import Target, target_of
 
 logger = logging.getLogger(__name__)
 
-_DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
+
+AS_EAGER = "as eager runs it"
+COMPILING = "with torch.compiler.is_compiling()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +110,11 @@ class TracedStep:
     reassigned: tuple[Reassigned, ...] = ()
 
     @property
+    def branch_free(self) -> bool:
+        """Whether libraries were told that a compiler is looking."""
+        return self.how == COMPILING
+
+    @property
     def loss_spec(self) -> LossSpec:
         """What is needed to capture the same step without ``loss_fn``."""
         return LossSpec(
@@ -127,9 +145,12 @@ def trace_step(
         When neither works; names the line of the model that stopped it.
     """
     target = target or target_of(model, tensors_of(arguments))
+    if target.imitated:
+        refuse_recurrent(model)
+        ensure_cuda_guard()
     attempts: list[tuple[str, Any]] = [
-        ("as eager runs it", nullcontext),
-        ("with torch.compiler.is_compiling()", _pretend_compiling),
+        (AS_EAGER, taken_for_real),
+        (COMPILING, _pretend_compiling),
     ]
     failures: list[tuple[str, BaseException]] = []
     for how, context in attempts:
@@ -137,6 +158,7 @@ def trace_step(
             with (
                 undisturbed(model, objects_of(arguments)),
                 checkpoints_inlined(),
+                choices_of_cuda(target) if target.imitated else nullcontext(),
                 _quiet_fake_tensors(),
                 context(),
             ):
@@ -146,7 +168,7 @@ def trace_step(
         except Exception as error:  # whatever user code raises on stand-ins ends this attempt
             logger.debug("capture %s failed", how, exc_info=True)
             failures.append((how, error))
-    raise CaptureError(_explain(failures)) from failures[-1][1]
+    raise CaptureError(explain_failures(failures)) from failures[-1][1]
 
 
 @contextmanager
@@ -179,9 +201,18 @@ def _trace(
     how: str,
     target: Target,
 ) -> TracedStep:
-    recorder = Recorder()
+    differentiator: Differentiator = Engine()
+    watching: AbstractContextManager[None] = nullcontext()
+    if target.absent:
+        refuse_backward_hooks(model)
+        differentiator = walk = BackwardWalk()
+        watching = walk.watching()
+    recorder = Recorder(differentiator.current_node)
     try:
-        return _trace_with(recorder, model, forward, arguments, loss, how, target)
+        with watching:
+            return _trace_with(
+                recorder, differentiator, model, forward, arguments, loss, how, target
+            )
     except Exception as error:
         if recorder.failed_at:
             error.add_note(recorder.failed_at)
@@ -190,6 +221,7 @@ def _trace(
 
 def _trace_with(
     recorder: Recorder,
+    differentiator: Differentiator,
     model: nn.Module,
     forward: Callable[..., Any],
     arguments: Mapping[str, Any],
@@ -211,7 +243,8 @@ def _trace_with(
         return fake
 
     stand_ins = {
-        id(tensor): declare(twins.of(tensor), role, names) for role, tensor, names in _state(model)
+        id(tensor): declare(twins.of(tensor), role, names)
+        for role, tensor, names in state_of(model)
     }
     # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
     # need not be one in the next call.
@@ -222,8 +255,8 @@ def _trace_with(
     for i, tensor in enumerate(tensors_of(fake_arguments)):
         declare(tensor, "input", (str(i),))
     swap_tensors(model, lambda tensor: stand_ins[id(tensor)])
-    state_before = _registered(model)
-    numbers_before = _numbers(model)
+    state_before = registered(model)
+    numbers_before = numbers_of(model)
 
     with (
         torch.autograd.set_multithreading_enabled(False),
@@ -240,24 +273,23 @@ def _trace_with(
             )
         _refuse_holders(fake_arguments)
         template, tensors = take_apart(output)
-        reassigned = _reassigned(state_before, _registered(model))
-        changed = _changed(numbers_before, _numbers(model))
+        reassigned = reassigned_buffers(state_before, registered(model))
+        changed = changed_numbers(numbers_before, numbers_of(model))
         if changed:
-            numbers_before = _numbers(model)
+            numbers_before = numbers_of(model)
             call_forward(forward, fake_arguments)
-            _refuse_counters(changed & _changed(numbers_before, _numbers(model)))
-        differentiated, tangents, region = differentiate(output, template, tensors, loss, recorder)
+            refuse_counters(changed & changed_numbers(numbers_before, numbers_of(model)))
+        differentiated, tangents, region = differentiate(
+            output, template, tensors, loss, differentiator, twins.of if target.elsewhere else None
+        )
         tangent_nodes = tuple(
             recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
             for i, tangent in enumerate(tangents)
         )
         recorder.phase = "backward"
         with recorder, without_autocast():
-            found = torch.autograd.grad(
-                [tensors[i] for i in differentiated],
-                [leaf for _, leaf in leaves],
-                tangents,
-                allow_unused=True,
+            found = differentiator.grad(
+                [tensors[i] for i in differentiated], [leaf for _, leaf in leaves], tangents
             )
             gradients = _settle_gradients(leaves, found, tensors, recorder)
 
@@ -300,86 +332,6 @@ def _refuse_holders(arguments: Mapping[str, Any]) -> None:
                 f"an argument of type {type(argument).__name__} holds tensors, or forward puts "
                 "some into it; pass the tensors themselves, or none of it (use_cache=False)"
             )
-
-
-def _numbers(model: nn.Module) -> dict[str, float]:
-    """Plain numbers among the attributes of modules."""
-    return {
-        f"{path}.{key}" if path else key: value
-        for path, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
-def _changed(before: Mapping[str, float], after: Mapping[str, float]) -> set[str]:
-    return {name for name in before if name in after and before[name] != after[name]}
-
-
-def _refuse_counters(names: set[str]) -> None:
-    """A number that is another one after each forward, which a planned step would not be."""
-    if names:
-        raise NotFittingError(
-            f"forward counts in attribute {min(names)!r}, and a plan would repeat what it computed "
-            "from one count for ever; keep it in a buffer, or count in the training loop"
-        )
-
-
-_Registered = dict[str, tuple[str, torch.Tensor, int]]
-
-
-def _registered(model: nn.Module) -> _Registered:
-    """Role, tensor and storage of every parameter and buffer by name, in each of its places."""
-    return {
-        f"{path}.{key}" if path else key: (role, tensor, storage_id(tensor))
-        for path, module in model.named_modules()
-        for role, table in (("parameter", module._parameters), ("buffer", module._buffers))
-        for key, tensor in table.items()
-        if tensor is not None
-    }
-
-
-def _reassigned(before: _Registered, after: _Registered) -> list[tuple[str, torch.Tensor, bool]]:
-    """Name and new value of the buffers that forward replaced, and whether the object stayed."""
-    changed = set(before) ^ set(after)
-    if changed:
-        raise NotFittingError(
-            f"forward registers or removes {min(changed)!r}; a plan needs a model that keeps its "
-            "parameters and buffers. If only the first call does so, run the model once before"
-        )
-    found = []
-    for name, (role, old, old_memory) in before.items():
-        _, new, new_memory = after[name]
-        if new is old and new_memory == old_memory:
-            continue
-        if role == "parameter":
-            raise NotFittingError(f"forward replaces parameter {name!r}; change it in the loop")
-        if new.requires_grad:
-            raise NotFittingError(
-                f"forward replaces buffer {name!r} by a tensor that requires grad, which would "
-                "carry the graph of one step into the next; detach it"
-            )
-        if (new.shape, new.dtype, new.stride()) != (old.shape, old.dtype, old.stride()):
-            raise NotFittingError(
-                f"forward replaces buffer {name!r}, a {TensorSpec.of(old)}, by a "
-                f"{TensorSpec.of(new)}; each step would need a plan of its own"
-            )
-        found.append((name, new, new is old))
-    return found
-
-
-def _state(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]]:
-    """Every parameter and buffer once, with all the names that it has."""
-    names: dict[int, list[str]] = {}
-    first: dict[int, tuple[str, torch.Tensor]] = {}
-    for role, named in (
-        ("parameter", model.named_parameters(remove_duplicate=False)),
-        ("buffer", model.named_buffers(remove_duplicate=False)),
-    ):
-        for name, tensor in named:
-            first.setdefault(id(tensor), (role, tensor))
-            names.setdefault(id(tensor), []).append(name)
-    return [(role, tensor, tuple(names[key])) for key, (role, tensor) in first.items()]
 
 
 def _identifier(role: str, target: str) -> str:
@@ -428,39 +380,3 @@ def _settle_gradients(
 
 def _owns_all(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-
-
-def _explain(failures: list[tuple[str, BaseException]]) -> str:
-    """What stopped each attempt, and what to do about it."""
-    reasons: dict[str, list[str]] = {}
-    for how, error in failures:
-        where = _user_frame(error) or next(iter(getattr(error, "__notes__", ())), None)
-        first = next(iter(str(error).strip().splitlines()), "")
-        name = "" if isinstance(error, CaptureError) else f"{type(error).__name__}: "
-        reasons.setdefault(f"{name}{first}{f' (at {where})' if where else ''}", []).append(how)
-    lines = ["the model could not be captured as one graph:"]
-    lines += [f"  {' and '.join(ways)}: {reason}" for reason, ways in reasons.items()]
-    if any(isinstance(error, _DECIDED_BY_VALUE) for _, error in failures):
-        lines.append(
-            "  A branch or shape that depends on a tensor's value cannot be planned; write it with "
-            "torch.where, pass the value as an argument, or plan the part of the model around it."
-        )
-    elif not any(isinstance(error, CaptureError) for _, error in failures):
-        lines.append(
-            "  Does an unplanned training step run, backward pass included? If it does, plan the "
-            "part of the model around this line."
-        )
-    return "\n".join(lines)
-
-
-def _user_frame(error: BaseException) -> str | None:
-    from .recorder import _OWN_ROOT, _TORCH_ROOT
-
-    place = None
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH_ROOT, _OWN_ROOT, "<")):
-            place = f"{name}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}"
-        trace = trace.tb_next
-    return place

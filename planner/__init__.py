@@ -1,5 +1,7 @@
 """Train a PyTorch model under a byte budget: plan what to recompute, apply it, measure it."""
 
+from graph_capture.costs.profile import Profile
+
 from .errors import (
     CallMismatchError,
     CaptureError,
@@ -7,18 +9,28 @@ from .errors import (
     PlanError,
     PlanMismatchError,
 )
-from .measure import Measurement, measure
+from .measuring.measure import Measurement, measure
+from .measuring.validation import Validation
 from .optimize import optimize
 from .plan import Plan
+from .sizing.estimate import Estimate, EstimateRow, estimate
+from .sizing.max_batch import MaxBatch, max_batch
 
 __all__ = [
     "CallMismatchError",
     "CaptureError",
+    "Estimate",
+    "EstimateRow",
     "InfeasibleBudgetError",
+    "MaxBatch",
     "Measurement",
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "Profile",
+    "Validation",
+    "estimate",
+    "max_batch",
     "measure",
     "optimize",
 ]

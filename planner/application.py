@@ -6,13 +6,14 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import difference, parse_dtype
+from graph_capture.call_spec import TensorSpec, difference, moved, parse_dtype
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.policies import apply_policies
@@ -35,6 +36,7 @@ def apply_plan(plan: Plan, model: nn.Module, on_shape_change: OnShapeChange) -> 
     if on_shape_change not in _POLICIES:
         raise ValueError(f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}")
     forward = original_forward(model)
+    plan = on_card_of(plan, model)
     captured = capture_for(plan, model, forward)
     if isinstance(model.__dict__.get("forward"), PlannedForward):
         remove_plan(model)
@@ -66,6 +68,53 @@ def original_forward(model: nn.Module) -> Callable[..., Any]:
     return forward.unplanned if isinstance(forward, PlannedForward) else forward
 
 
+@contextmanager
+def forward_set(model: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Let a module run another forward for a while; ``None`` stands for its class' own."""
+    before = model.__dict__.get("forward")
+    _set_forward(model, forward)
+    try:
+        yield
+    finally:
+        _set_forward(model, before)
+
+
+def _set_forward(model: nn.Module, forward: Callable[..., Any] | None) -> None:
+    if forward is None:
+        model.__dict__.pop("forward", None)
+    else:
+        model.__dict__["forward"] = forward
+
+
+def own_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """What stands in the module for its class' forward when no plan is applied."""
+    forward = model.__dict__.get("forward")
+    return forward.own_forward if isinstance(forward, PlannedForward) else forward
+
+
+def on_card_of(plan: Plan, model: nn.Module) -> Plan:
+    """The plan for the card that ``model`` lies on: each rank of a job has one of its own."""
+    cards = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    planned = {torch.device(spec.device) for spec in plan.guard.state.values()}
+    if plan.device_type != "cuda" or len(cards) != 1 or cards <= planned:
+        return plan
+    (card,) = cards
+
+    def place(device: torch.device) -> torch.device:
+        return card if device.type == "cuda" else device
+
+    guard, loss = plan.guard, plan.loss
+    return replace(
+        plan,
+        guard=replace(
+            guard, arguments=moved(guard.arguments, place), state=moved(guard.state, place)
+        ),
+        loss=replace(loss, tangents=moved(loss.tangents, place)),
+        _captured=None,
+        _structure=None,
+    )
+
+
 def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
     """The captured step of ``model`` for ``plan``, checked to be the one that was planned.
 
@@ -80,11 +129,15 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
             "what a model dispatches may differ; make the plan again"
         )
     found = CallGuard.of(model, {}, plan.device_type).state
+    _refuse_elsewhere(plan.guard.state, found)
     different = difference(plan.guard.state, found, "state")
     if different is not None:
         raise PlanMismatchError(f"the plan was made for another model: {different}")
     captured, structure = plan._captured, plan._structure
-    if captured is not None and captured.model() is model and structure and structure.holds():
+    # What was captured without the device is captured again on it, to see that it holds there.
+    known = captured is not None and not captured.target.elsewhere and captured.model() is model
+    if known and structure and structure.holds():
+        assert captured is not None
         return captured
     with _as_planned(model, plan):
         captured = _capture_again(plan, model, forward)
@@ -92,6 +145,16 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
         different = _first_difference(plan.graph, captured.graph)
         raise PlanMismatchError(f"the plan was made for another model: {different}")
     return captured
+
+
+def _refuse_elsewhere(planned: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
+    for name in (n for n in planned if n in found):
+        device, here = planned[name].device, found[name].device
+        if device != here:
+            raise PlanMismatchError(
+                f"the plan is for a model on {device}, and {name!r} lies on {here}: move the model "
+                f"first (model.to({device!r})), or make a plan for where it lies"
+            )
 
 
 def _release(version: str) -> str:
@@ -194,10 +257,19 @@ class PlannedForward:
             return self.unplanned(*args, **kwargs)
         if self.on_shape_change == "replan":
             return self._replanned(arguments, args, kwargs)
-        raise CallMismatchError(
-            f"this call is not the planned one: {different}. Make a plan for it, or apply the "
-            "plan with on_shape_change='unplanned' or 'replan'"
-        )
+        raise _mismatch(different)
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Make the graphs if they are not made yet, and see whether a call is the planned one.
+
+        Raises
+        ------
+        CallMismatchError
+            Names the first difference.
+        """
+        different = self._prepare().difference(arguments)
+        if different is not None:
+            raise _mismatch(different)
 
     def _prepare(self) -> LiveGuard:
         """The graphs and their guard, made anew after a part of the model was replaced."""
@@ -208,7 +280,7 @@ class PlannedForward:
         if self._guard is None:
             assert self._captured is not None
             graphs = rewrite(self._captured, self.plan.schedule)
-            self._step = PlannedStep(self.model, self._captured, graphs)
+            self._step = PlannedStep(self.model, self._captured, graphs, self.plan)
             self._guard = LiveGuard(
                 self.plan.guard, self.model, self.plan.device_type, self.__signature__
             )
@@ -246,3 +318,10 @@ class PlannedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._train = torch.compiler.disable(self._call)
+
+
+def _mismatch(different: str) -> CallMismatchError:
+    return CallMismatchError(
+        f"this call is not the planned one: {different}. Make a plan for it, or apply the "
+        "plan with on_shape_change='unplanned' or 'replan'"
+    )

@@ -17,11 +17,11 @@ class InfeasibleBudgetError(PlanError):
     message
         For the reader.
     budget_bytes
-        What was asked for.
+        What was asked for, headroom included.
     min_budget_bytes
-        A budget for which a schedule is known.
+        A budget for which a schedule is known, with the same ``headroom=``.
     lower_bound_bytes
-        No schedule needs less than this.
+        No lower budget can work with the same ``headroom=``.
     """
 
     def __init__(

@@ -29,11 +29,11 @@ from solvers.result import SolveResult
 from solvers.schedule import Schedule
 from solvers.uniform import uniform_under_budget
 
-from .budget import nothing_fits, parse_headroom
+from .budget import Budget, nothing_fits, parse_headroom
 from .call_guard import CallGuard
 from .errors import PlanError
 from .plan import Plan
-from .progress import ShowProgress, showing
+from .progress import ShowProgress, showing, showing_timing
 from .structure import Structure
 
 LEAST_MEMORY_LIMIT_S = 20.0
@@ -67,6 +67,7 @@ class Request:
             raise ValueError(f"reorder must be True or False, got {self.reorder!r}")
         if not isinstance(self.progress, (bool, NoneType)) and not callable(self.progress):
             raise ValueError(f"progress must be True or a function, got {self.progress!r}")
+        parse_headroom(self.headroom, self.budget_bytes, "cpu")  # wrong ones are refused at once
 
 
 def make_plan(
@@ -75,17 +76,22 @@ def make_plan(
     captured: CapturedStep,
     constrained: CapturedStep,
     request: Request,
+    hint: Schedule | None = None,
 ) -> Plan:
     """Solve ``constrained``, which is ``captured`` under the user's own rules.
+
+    Parameters
+    ----------
+    hint
+        A schedule that is known to fit, to begin with.
 
     Raises
     ------
     InfeasibleBudgetError
         When no schedule fits.
     """
-    headroom_bytes = parse_headroom(request.headroom, request.budget_bytes, captured.target)
-    within = replace(request, budget_bytes=request.budget_bytes - headroom_bytes)
-    result = _solve(constrained.graph, within)
+    budget = parse_headroom(request.headroom, request.budget_bytes, captured.target.torch_type)
+    result = _solve(constrained.graph, budget, request, hint)
     assert result.schedule is not None
     assert captured.costs is not None
     assert captured.unplanned is not None
@@ -96,7 +102,7 @@ def make_plan(
         schedule=result.schedule,
         guard=CallGuard.of(model, arguments, captured.device_type, captured.target.place),
         budget_bytes=request.budget_bytes,
-        headroom_bytes=headroom_bytes,
+        headroom_bytes=budget.headroom_bytes,
         baseline_peak_bytes=baseline.peak_bytes,
         baseline_step_us=baseline.cost_ns / 1e3,
         lower_bound_us=result.lower_bound_ns / 1e3,
@@ -114,6 +120,7 @@ def make_plan(
         detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
         device_type=captured.device_type,
         costs=captured.costs,
+        branch_free=step.branch_free,
         torch_version=torch.__version__,
         _captured=constrained,
         _structure=Structure.of(model),
@@ -144,26 +151,29 @@ def replan(
             never_recompute=plan.never_recompute,
             always_recompute=plan.always_recompute,
             reorder=plan.reorder,
-            headroom=plan.headroom_bytes,
+            headroom=f"{plan.headroom_bytes}B" if plan.headroom_bytes else 0,
         )
-    captured = capture_step(
-        model,
-        arguments,
-        loss=request.loss_fn,
-        optimizer=plan.optimizer,
-        forward=forward,
-        target=target_of(model, tensors_of(arguments), request.device),
-        cost_model=request.cost_model,
-    )
+    with showing_timing(request.progress) as timing:
+        captured = capture_step(
+            model,
+            arguments,
+            loss=request.loss_fn,
+            optimizer=plan.optimizer,
+            forward=forward,
+            target=target_of(model, tensors_of(arguments), request.device),
+            cost_model=request.cost_model,
+            progress=timing,
+        )
     constrained = apply_policies(captured, request.never_recompute, request.always_recompute)
     return make_plan(model, arguments, captured, constrained, request)
 
 
-def _solve(graph: CostGraph, request: Request) -> SolveResult:
-    budget_bytes = request.budget_bytes
-    hint: Schedule | None = None
-    if request.solver == "auto" and not _fits_easily(graph, budget_bytes):
-        hint = _least_within(graph, request)
+def _solve(
+    graph: CostGraph, budget: Budget, request: Request, hint: Schedule | None = None
+) -> SolveResult:
+    budget_bytes = budget.usable_bytes
+    if hint is None and request.solver == "auto" and not _fits_easily(graph, budget_bytes):
+        hint = _least_within(graph, budget, request)
     search = solve_in_any_order if request.reorder else solve
     with showing(request.progress) as progress:
         result = search(
@@ -177,9 +187,9 @@ def _solve(graph: CostGraph, request: Request) -> SolveResult:
         )
     if result.schedule is not None:
         return result
-    least = _least(graph, request)
+    least = _least(graph, budget, request)
     if least.peak_bytes > budget_bytes:
-        raise nothing_fits(graph, budget_bytes, least)
+        raise nothing_fits(graph, budget, least)
     raise PlanError(
         f"solver {request.solver!r} found no schedule within {request.time_limit_s} s, though one "
         f"for {least.peak_bytes} bytes exists; use solver='auto' or more time"
@@ -193,17 +203,17 @@ def _fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
     return uniform_under_budget(graph, budget_bytes) is not None
 
 
-def _least_within(graph: CostGraph, request: Request) -> Schedule:
-    least = _least(graph, request)
-    if least.peak_bytes > request.budget_bytes:
-        raise nothing_fits(graph, request.budget_bytes, least)
+def _least_within(graph: CostGraph, budget: Budget, request: Request) -> Schedule:
+    least = _least(graph, budget, request)
+    if least.peak_bytes > budget.usable_bytes:
+        raise nothing_fits(graph, budget, least)
     return least.schedule
 
 
-def _least(graph: CostGraph, request: Request) -> LeastMemory:
+def _least(graph: CostGraph, budget: Budget, request: Request) -> LeastMemory:
     """In eager's order where that fits the budget, else in every order that may be used."""
     least = _least_memory(graph, request.seed)
-    if request.reorder and least.peak_bytes > request.budget_bytes:
+    if request.reorder and least.peak_bytes > budget.usable_bytes:
         return _least_memory_in_any_order(graph, request.seed)
     return least
 

@@ -23,7 +23,7 @@ from .application import original_forward
 from .budget import parse_budget
 from .make_plan import Request, make_plan
 from .plan import Plan
-from .progress import ShowProgress
+from .progress import ShowProgress, showing_timing
 
 
 def optimize(
@@ -92,16 +92,18 @@ def optimize(
         hand; ``None`` for the autocast that is on.
     cost_model
         ``"roofline"`` (data sheets), ``"profile"`` (each distinct call is timed
-        once on the device and remembered on disk), or a function of a
+        on the device and remembered on disk; ``graph_capture.costs.profile.Profile``
+        names another directory for that than the user's cache), or a function of a
         ``graph_capture.costs.cost_model.Call`` that returns microseconds, or
         ``None`` to leave a call to the roofline.
     headroom
-        Part of the budget that the plan leaves alone: a fraction of it, or
-        bytes such as ``"2GB"``. ``None`` for the device's default (none on CPU,
-        room for fragmentation on CUDA).
+        Part of the budget that the plan leaves alone: a fraction of it (``0.05``,
+        ``"5%"``), or bytes such as ``"2GB"``. ``None`` for the device's default:
+        none on CPU, 3 % on CUDA for fragmentation and the prediction's error
+        (``planner.budget.DEFAULT_HEADROOM``).
     progress
-        ``True`` shows a progress bar, a function receives
-        :class:`solvers.progress.ProgressEvent`.
+        ``True`` shows a progress bar, while calls are timed and while the solver
+        runs; a function receives :class:`solvers.progress.ProgressEvent`.
 
     Raises
     ------
@@ -115,7 +117,7 @@ def optimize(
         When an argument makes no sense.
     """
     budget = parse_budget(budget_gb, budget_bytes)
-    _check_model(model)
+    check_model(model)
     forward = original_forward(model)
     arguments = bind_call(forward, *split_sample(sample_input))
     target = target_of(model, tensors_of(arguments), device)
@@ -125,8 +127,8 @@ def optimize(
         solver=solver,
         time_limit_s=time_limit_s,
         seed=seed,
-        never_recompute=_patterns("never_recompute", never_recompute),
-        always_recompute=_patterns("always_recompute", always_recompute),
+        never_recompute=patterns_of("never_recompute", never_recompute),
+        always_recompute=patterns_of("always_recompute", always_recompute),
         reorder=reorder,
         device=device,
         cost_model=cost_model,
@@ -136,20 +138,31 @@ def optimize(
     if not isinstance(optimizer, (str, torch.optim.Optimizer, NoneType)):
         raise TypeError(f"optimizer must be an instance or a name, got {optimizer!r}")
     with autocast_as(target.torch_type, autocast) if autocast else nullcontext():
-        captured = capture_step(
-            model,
-            arguments,
-            loss=loss_fn,
-            optimizer=measure_optimizer(optimizer, model),
-            forward=forward,
-            target=target,
-            cost_model=cost_model,
-        )
+        with showing_timing(progress) as timing:
+            captured = capture_step(
+                model,
+                arguments,
+                loss=loss_fn,
+                optimizer=measure_optimizer(optimizer, model, target),
+                forward=forward,
+                target=target,
+                cost_model=cost_model,
+                progress=timing,
+            )
         constrained = apply_policies(captured, never_recompute, always_recompute)
         return make_plan(model, arguments, captured, constrained, request)
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module in training mode, or would not run by a plan.
+
+    Raises
+    ------
+    TypeError
+        When it is no module.
+    ValueError
+        When it runs a graph of its own or is in eval mode.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule) or isinstance(
@@ -163,7 +176,14 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError("the model is in eval mode; a plan is for training: call model.train()")
 
 
-def _patterns(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
+def patterns_of(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """What ``never_recompute`` or ``always_recompute`` was given, as a tuple.
+
+    Raises
+    ------
+    ValueError
+        When it is one string.
+    """
     if isinstance(patterns, str):
         raise ValueError(f"{option} takes a sequence of patterns: write ({patterns!r},)")
     return tuple(patterns)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.cost_model import CostRecord
-from graph_capture.loss import LossSpec
+from graph_capture.loss import LossFn, LossSpec
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.units import format_bytes, format_us
 from solvers.replay import Replay, replay
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
     from .call_guard import CallGuard
     from .make_plan import Request
+    from .measuring.validation import Validation
+    from .progress import ShowLines
+    from .sizing.max_batch import MaxBatch
+    from .sizing.samples import MakeSample
     from .structure import Structure
+    from .training_step import Sample
 
 OnShapeChange = Literal["error", "unplanned", "replan"]
 
@@ -51,6 +57,29 @@ class PeakMemory:
     phase: str
     module_path: str
     source: str
+
+    @classmethod
+    def of(cls, graph: CostGraph, schedule: Schedule, outcome: Replay) -> PeakMemory:
+        """What is there at the peak of a replayed schedule."""
+        step = outcome.peak_step
+        operator = graph.operators[schedule.order[step]]
+        parts: dict[str, int] = {}
+        for storage in graph.storages:
+            if storage.producer is None:
+                parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
+        for k in outcome.live_at(step):
+            storage = graph.storages[k]
+            parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
+        if operator.workspace_bytes:
+            parts["workspace"] = operator.workspace_bytes
+        return cls(
+            total_bytes=outcome.peak_bytes,
+            by_category=dict(sorted(parts.items(), key=lambda item: -item[1])),
+            operator=operator.name,
+            phase=operator.phase,
+            module_path=operator.module_path,
+            source=operator.source,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +120,10 @@ class Plan:
         Where it runs and with what it was planned.
     costs
         Where its times come from.
+    branch_free
+        Whether a value that is not known while planning decides a branch of the
+        model, so that the plan follows the path that libraries keep for
+        ``torch.compile`` (``torch.compiler.is_compiling()``).
     """
 
     graph: CostGraph
@@ -116,6 +149,7 @@ class Plan:
     torch_version: str
     costs: CostRecord
     headroom_bytes: int = 0
+    branch_free: bool = False
     _captured: CapturedStep | None = field(default=None, repr=False, compare=False)
     _structure: Structure | None = field(default=None, repr=False, compare=False)
     _request: Request | None = field(default=None, repr=False, compare=False)
@@ -159,25 +193,7 @@ class Plan:
     @property
     def memory(self) -> PeakMemory:
         """What the predicted peak consists of, and where it is."""
-        step = self._replay.peak_step
-        operator = self.graph.operators[self.schedule.order[step]]
-        parts: dict[str, int] = {}
-        for storage in self.graph.storages:
-            if storage.producer is None:
-                parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
-        for k in self._replay.live_at(step):
-            storage = self.graph.storages[k]
-            parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
-        if operator.workspace_bytes:
-            parts["workspace"] = operator.workspace_bytes
-        return PeakMemory(
-            total_bytes=self.predicted_peak_bytes,
-            by_category=dict(sorted(parts.items(), key=lambda item: -item[1])),
-            operator=operator.name,
-            phase=operator.phase,
-            module_path=operator.module_path,
-            source=operator.source,
-        )
+        return PeakMemory.of(self.graph, self.schedule, self._replay)
 
     # -- use -------------------------------------------------------------------
 
@@ -218,6 +234,113 @@ class Plan:
         from .application import remove_plan
 
         return remove_plan(model)
+
+    def max_batch(
+        self,
+        model: nn.Module,
+        sample_input: Any,
+        *,
+        loss_fn: LossFn | None = None,
+        batch_dim: int = 0,
+        make_sample: MakeSample | None = None,
+        largest: int = 2**16,
+        time_limit_s: float = 60.0,
+        progress: ShowLines = None,
+    ) -> MaxBatch:
+        """The largest batch that fits this plan's budget, without a plan and with one.
+
+        Everything else is as this plan was asked for: loss, optimizer, autocast,
+        rules, device, headroom. See :func:`planner.max_batch` for the arguments
+        and the errors.
+
+        Parameters
+        ----------
+        loss_fn
+            In the place of the plan's own, which must take outputs of every
+            batch size; needed for a plan from a file that was made with one.
+
+        Raises
+        ------
+        PlanError
+            When a plan from a file needs its ``loss_fn``.
+        """
+        from .sizing.max_batch import max_batch_of
+
+        return max_batch_of(
+            self,
+            model,
+            sample_input,
+            loss_fn=loss_fn,
+            batch_dim=batch_dim,
+            make_sample=make_sample,
+            largest=largest,
+            time_limit_s=time_limit_s,
+            progress=progress,
+        )
+
+    def validate(
+        self,
+        model: nn.Module,
+        sample_input: Sample,
+        *,
+        loss_fn: LossFn | None = None,
+        optimizer: torch.optim.Optimizer | str | None = None,
+        repeats: int = 10,
+        unplanned: bool = True,
+        bits: bool = True,
+        seed: int = 0,
+    ) -> Validation:
+        """Run real training steps by this plan and put them beside its predictions.
+
+        The plan need not be applied. Model, gradients, buffers, optimizer state,
+        random generators and an applied plan are afterwards as they were.
+
+        Parameters
+        ----------
+        model, sample_input
+            As for :func:`planner.optimize`, on the device; under the autocast
+            that was planned under.
+        loss_fn
+            The plan's own where it is known; needed for a plan from a file that
+            was made with one.
+        optimizer
+            The one that the plan counts; ``None`` for a new one of the same kind,
+            where that has a name.
+        repeats
+            How many pairs of an unplanned and a planned step are timed.
+        unplanned
+            Whether the step without the plan runs, too: its peak, the overhead
+            and the bits need it. Where it runs out of memory this is reported.
+        bits
+            Whether outputs, loss, gradients, buffers and random state are compared.
+        seed
+            Given to ``torch.manual_seed`` before each step.
+
+        Returns
+        -------
+        Validation
+            Prints as a table.
+
+        Raises
+        ------
+        CallMismatchError, PlanMismatchError
+            When the call or the model is not the planned one.
+        PlanError
+            When a loss or an optimizer is needed that is not known.
+        """
+        from .measuring.validate import validate_plan
+
+        return validate_plan(
+            self,
+            model,
+            sample_input,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            repeats=repeats,
+            unplanned=unplanned,
+            bits=bits,
+            seed=seed,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""

@@ -1,16 +1,19 @@
-"""How a running solve is shown."""
+"""How a running solve is shown, and what takes its time before it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from graph_capture.costs.cost_model import TimingProgress
 from graph_capture.units import format_us
 from solvers.progress import ProgressEvent
 
 ShowProgress = bool | Callable[[ProgressEvent], None] | None
+ShowLines = bool | Callable[[str], None] | None
 
 
 @contextmanager
@@ -34,3 +37,76 @@ def showing(progress: ShowProgress) -> Iterator[Callable[[ProgressEvent], None] 
             bar.update(task, description=f"solving: best {best}, bound {bound}{gap}")
 
         yield show
+
+
+@contextmanager
+def showing_timing(progress: ShowProgress) -> Iterator[TimingProgress | None]:
+    """A listener for a cost model that times calls.
+
+    The caller's own function is told in the message of a
+    :class:`~solvers.progress.ProgressEvent` that knows no schedule and no bound.
+    A bar appears with the first call that is timed.
+    """
+    if callable(progress):
+        began_s = time.monotonic()
+
+        def tell(place: int, num_calls: int) -> None:
+            event = ProgressEvent(
+                elapsed_s=time.monotonic() - began_s,
+                incumbent_ns=None,
+                bound_ns=0,
+                gap=None,
+                message=_timing(place, num_calls),
+            )
+            progress(event)
+
+        yield tell
+        return
+    if not progress:
+        yield None
+        return
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        transient=True,
+    )
+    task = bar.add_task("timing")
+
+    def show(place: int, num_calls: int) -> None:
+        bar.start()
+        bar.update(task, completed=place, total=num_calls, description=_timing(place, num_calls))
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:  # else stopping it would print an empty line
+            bar.stop()
+
+
+def _timing(place: int, num_calls: int) -> str:
+    return f"timing {place} of {num_calls} distinct calls"
+
+
+@contextmanager
+def showing_lines(progress: ShowLines) -> Iterator[Callable[[str], None]]:
+    """A listener for lines of text: the caller's own, a spinner, or one that drops them.
+
+    Raises
+    ------
+    ValueError
+        When ``progress`` is neither a choice nor a function.
+    """
+    if callable(progress):
+        yield progress
+    elif progress is True:
+        with Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True
+        ) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda line: bar.update(task, description=line)
+    elif progress is None or progress is False:
+        yield lambda line: None
+    else:
+        raise ValueError(f"progress must be True or a function, got {progress!r}")

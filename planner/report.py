@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.units import format_bytes, format_us
+
+from .budget import DEFAULT_HEADROOM, beyond_device
 
 if TYPE_CHECKING:
     from .plan import Plan
+
+
+# Both names are read by every torch that is supported; the second is the older one.
+EXPANDABLE_SEGMENTS = (
+    "PYTORCH_ALLOC_CONF=expandable_segments:True (or PYTORCH_CUDA_ALLOC_CONF) in the environment "
+    "keeps fragmentation low"
+)
 
 
 def report(plan: Plan) -> str:
@@ -39,6 +49,11 @@ def report(plan: Plan) -> str:
         *_recomputed(plan),
         f"  counts    {_covers(plan)}",
     ]
+    if plan.branch_free:
+        lines += [
+            "  capture   a branch depends on a value (a mask, say): the plan follows the path",
+            "            that the model keeps for compilers; eager's last bits may be others",
+        ]
     if plan.detached:
         lines.append(
             f"  outputs   only the loss is differentiated; detached: {', '.join(plan.detached)}"
@@ -47,9 +62,30 @@ def report(plan: Plan) -> str:
 
 
 def _headroom(plan: Plan) -> list[str]:
-    if not plan.headroom_bytes:
-        return []
-    return [f"            {format_bytes(plan.headroom_bytes)} of the budget left as headroom"]
+    lines = []
+    if plan.headroom_bytes:
+        share = plan.headroom_bytes / plan.budget_bytes
+        lines.append(f"{format_bytes(plan.headroom_bytes)} ({share:.1%}) of the budget left free")
+        default = DEFAULT_HEADROOM.get(plan.device_type, 0.0)
+        if default and plan.headroom_bytes == int(default * plan.budget_bytes):
+            lines[-1] += (
+                f": {plan.device_type}'s default, assumed for fragmentation and the prediction's "
+                "error, not measured"
+            )
+    device = _device(plan)
+    beyond = None if device is None else beyond_device(plan.budget_bytes, device)
+    if beyond is not None:
+        lines.append(f"note: {beyond}")
+    if plan.device_type == "cuda":
+        lines.append(EXPANDABLE_SEGMENTS)
+    return [f"            {line}" for line in lines]
+
+
+def _device(plan: Plan) -> Device | None:
+    """The device that the plan is for: the user's own, or a known one by its title."""
+    if plan._captured is not None:
+        return plan._captured.target.device
+    return next((d for d in DEVICES.values() if d.title == plan.costs.device), None)
 
 
 def _recomputed(plan: Plan) -> list[str]:

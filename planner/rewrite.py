@@ -69,7 +69,7 @@ def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
     backward = _Emitter(captured, repeated, earlier=forward)
     for tangent in captured.step.tangents:
         backward.declare(tangent)
-    backward.run(schedule.order[at_loss + 1 :])
+    backward.run(schedule.order[at_loss + 1 :], at_loss + 1)
     gradients = [backward.value(node) for _, node in captured.step.gradients]
     backward.graph.output(gradients)
     backward.order_placeholders()
@@ -108,6 +108,7 @@ class _Emitter:
         self._declared: list[Node] = []
         self._first_call: Node | None = None
         self._num_placeholders = 0
+        self._moment = 0
         self._storage_by_id: dict[int, int] = {}
         for k, carriers in enumerate(captured.carriers):
             for carrier in carriers:
@@ -182,9 +183,9 @@ class _Emitter:
 
     # -- operators ---------------------------------------------------------------
 
-    def run(self, order: tuple[int, ...]) -> None:
-        """Emit the runs of one part of the schedule."""
-        for v in order:
+    def run(self, order: tuple[int, ...], start: int = 0) -> None:
+        """Emit the runs of one part of the schedule, which begins at its run ``start``."""
+        for self._moment, v in enumerate(order, start):
             code = self._captured.code[v]
             if code.calls:
                 forward = code.repeats or self._captured.graph.operators[v].phase == "forward"
@@ -243,9 +244,10 @@ class _Emitter:
             if replayed is not None and draws(call):
                 swap = _SWAPS[self._captured.device_type]
                 state = self._carrier(*self._state_key(replayed))
-                before = self._call(swap, (state,), {}, "generator_before")
+                where = self._generator()
+                before = self._call(swap, (state, *where), {}, "generator_before")
                 result = self._call(call.target, args, kwargs, call.name)
-                self._call(swap, (before,), {}, "generator_after")
+                self._call(swap, (before, *where), {}, "generator_after")
             else:
                 result = self._call(call.target, args, kwargs, call.name)
             fresh.update(self._owned(call, result, own))
@@ -276,10 +278,17 @@ class _Emitter:
 
     def _record_state(self, v: int) -> None:
         read = _READS[self._captured.device_type]
-        self._values[self._state_key(v)] = self._call(read, (), {}, "generator_state")
+        state = self._call(read, self._generator(), {}, "generator_state")
+        self._values[self._state_key(v)] = state
+
+    def _generator(self) -> tuple[torch.device, ...]:
+        """Which of several generators numbers come from: each CUDA device has its own."""
+        device = self._captured.target.torch_device
+        return (device,) if device.type == "cuda" else ()
 
     def _call(self, target: Any, args: Any, kwargs: Any, name: str) -> Node:
         node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name)
+        node.meta["moment"] = self._moment  # which run of the schedule it belongs to
         if self._first_call is None:
             self._first_call = node
         return node
@@ -304,15 +313,15 @@ def swap_cpu_generator(state: torch.Tensor | np.ndarray) -> np.ndarray:
     return before
 
 
-def read_cuda_generator() -> torch.Tensor:
-    """State of the current device's default generator, uint8[16] in host memory."""
-    return torch.cuda.get_rng_state()
+def read_cuda_generator(device: torch.device) -> torch.Tensor:
+    """State of a device's default generator, uint8[16] in host memory."""
+    return torch.cuda.get_rng_state(device)
 
 
-def swap_cuda_generator(state: torch.Tensor) -> torch.Tensor:
-    """Set the state of the current device's generator; returns the one that it had."""
-    before = torch.cuda.get_rng_state()
-    torch.cuda.set_rng_state(state)
+def swap_cuda_generator(state: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Set the state of a device's default generator; returns the one that it had."""
+    before = torch.cuda.get_rng_state(device)
+    torch.cuda.set_rng_state(state, device)
     return before
 
 

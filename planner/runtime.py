@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from graph_capture.call_spec import tensors_of
 from graph_capture.captured_step import CapturedStep
@@ -17,7 +17,11 @@ from graph_capture.outputs import OutputTemplate
 from graph_capture.trace import Reassigned
 
 from .errors import CallMismatchError
+from .out_of_memory import explain
 from .rewrite import PlannedGraphs
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 _Table = dict[str, Any]
 _Fetch = Callable[[list[torch.Tensor]], torch.Tensor]
@@ -41,10 +45,22 @@ class PlannedStep:
 
     Call it with the arguments of ``forward`` by name; it returns what the
     module returns, ready for ``backward()``.
+
+    Parameters
+    ----------
+    plan
+        What an out-of-memory error is explained by; without it, it is not.
     """
 
-    def __init__(self, model: nn.Module, captured: CapturedStep, graphs: PlannedGraphs) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: CapturedStep,
+        graphs: PlannedGraphs,
+        plan: Plan | None = None,
+    ) -> None:
         step = captured.step
+        self._model, self._graphs, self._plan = model, graphs, plan
         inputs = list(graphs.forward_inputs)
         inputs += [n for n in graphs.saved_inputs if n not in graphs.forward_inputs]
         missing = [n for n, _ in step.gradients if n not in inputs]
@@ -80,12 +96,16 @@ class PlannedStep:
 
     def run_forward(self, ctx: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         # As in eager: below autograd, with grad mode on (some kernels save more when it is).
-        with (
-            torch.enable_grad(),
-            torch._C._AutoDispatchBelowAutograd(),
-            torch._C._DisableAutocast(),
-        ):
-            results = self._forward(list(inputs[: self._num_forward]))
+        try:
+            with (
+                torch.enable_grad(),
+                torch._C._AutoDispatchBelowAutograd(),
+                torch._C._DisableAutocast(),
+            ):
+                results = self._forward(list(inputs[: self._num_forward]))
+        except (RuntimeError, MemoryError) as error:
+            self._explain(error, self._graphs.forward)
+            raise
         outputs, saved = results[: self._num_outputs], results[self._num_outputs :]
         ctx.save_for_backward(*saved, *(inputs[i] for i in self._layout.saved_at))
         differentiated = set(self._layout.differentiated)
@@ -115,9 +135,17 @@ class PlannedStep:
             del tangent
         boxed.extend(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-            found = self._backward(boxed)
+        try:
+            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+                found = self._backward(boxed)
+        except (RuntimeError, MemoryError) as error:
+            self._explain(error, self._graphs.backward)
+            raise
         return [None if at is None else found[at] for at in self._layout.gradient_at]
+
+    def _explain(self, error: BaseException, graph: GraphModule) -> None:
+        if self._plan is not None:
+            explain(error, self._plan, self._model, graph)
 
 
 class _Step(torch.autograd.Function):

@@ -164,6 +164,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "tangents": [to_json(spec)["tensor"] for spec in plan.loss.tangents],
         },
         "detached": list(plan.detached),
+        "branch_free": plan.branch_free,
         "operators": graph["operators"],
         "storages": graph["storages"],
         "schedule": list(plan.schedule.order),
@@ -286,6 +287,7 @@ def _build(data: Mapping[str, Any]) -> Plan:
             notes=tuple(data["costs"]["notes"]),
         ),
         headroom_bytes=data["headroom_bytes"],
+        branch_free=data["branch_free"],
     )
 
 

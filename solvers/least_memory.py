@@ -61,8 +61,20 @@ class LeastMemory:
     holding: tuple[int, ...]
 
 
-def least_memory(graph: CostGraph, *, time_limit_s: float = 10.0, seed: int = 0) -> LeastMemory:
+def least_memory(
+    graph: CostGraph,
+    *,
+    time_limit_s: float = 10.0,
+    seed: int = 0,
+    start: Schedule | None = None,
+) -> LeastMemory:
     """Search the schedule of the lowest peak.
+
+    Parameters
+    ----------
+    start
+        A schedule to descend from where it is lower than every uniform
+        segmentation; its first runs keep the base order.
 
     Raises
     ------
@@ -77,6 +89,11 @@ def least_memory(graph: CostGraph, *, time_limit_s: float = 10.0, seed: int = 0)
     need = needs_bytes(g)
     most_needed = bound = int(need.max())
     plan, peak = _lowest_segmentation(graph, g, gaps)
+    if start is not None:
+        from_start = plan_of(graph, gaps, start)
+        again = expand(g, gaps, from_start)
+        if again is not None and replay(graph, again).peak_bytes < peak:
+            plan, peak = from_start, replay(graph, again).peak_bytes
     search_until_s = begin_s + SEARCH_SHARE * time_limit_s
     plan, peak = _descend(graph, g, gaps, plan, peak, bound, search_until_s, seed)
     schedule = expand(g, gaps, plan)

@@ -1,6 +1,6 @@
-"""What PyTorch's CPU allocator reports while a call runs.
+"""What PyTorch's allocators report while a call runs.
 
-The allocator reports every allocation and free to the profiler. The recorder
+The CPU allocator reports every allocation and free to the profiler. The recorder
 used here is the one behind ``torch.autograd.profiler_legacy``: it hears the
 same reports as ``torch.profiler``, in order, and does not write to stderr.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import (
     ProfilerConfig,
@@ -17,6 +18,19 @@ from torch.autograd import (
     _disable_profiler_legacy,
     _enable_profiler_legacy,
 )
+
+CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
+
+
+def block_bytes(num_bytes: int, torch_type: str) -> int:
+    """Bytes that the allocator hands out for a tensor: whole blocks on CUDA.
+
+    >>> block_bytes(513, "cuda"), block_bytes(513, "cpu")
+    (1024, 513)
+    """
+    return (
+        -(-num_bytes // CUDA_BLOCK_BYTES) * CUDA_BLOCK_BYTES if torch_type == "cuda" else num_bytes
+    )
 
 
 def peak_extra_bytes(call: Callable[[], Any]) -> int:
@@ -45,6 +59,22 @@ def peak_extra_bytes(call: Callable[[], Any]) -> int:
         alive += size
         peak = max(peak, alive)
     return peak
+
+
+def peak_extra_bytes_on_card(call: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes, in blocks of the caching allocator, that a call holds at once on a card.
+
+    Starts the device's peak figures anew: ``torch.cuda.max_memory_allocated`` of
+    the caller's own goes back to what is allocated now.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before_bytes = torch.cuda.memory_allocated(device)
+    returned = call()
+    torch.cuda.synchronize(device)
+    peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
+    del returned
+    return peak_bytes
 
 
 def _in_order(records: list[list[Any]]) -> list[Any]:

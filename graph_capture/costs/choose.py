@@ -5,9 +5,10 @@ from __future__ import annotations
 from ..target import Target
 from .cost_model import CostModel
 from .given import GivenCosts, GivenTime
+from .profile import Profile, ProfiledCosts
 from .roofline import Roofline
 
-ChosenCosts = str | CostModel | GivenTime
+ChosenCosts = str | Profile | CostModel | GivenTime
 
 
 def choose_costs(asked: ChosenCosts, target: Target) -> CostModel:
@@ -16,20 +17,26 @@ def choose_costs(asked: ChosenCosts, target: Target) -> CostModel:
     Parameters
     ----------
     asked
-        ``"roofline"`` or ``"profile"``; a function that returns microseconds of
-        a :class:`~.cost_model.Call`, or ``None`` for the calls that the
-        roofline shall price; or a :class:`~.cost_model.CostModel`.
+        ``"roofline"``; ``"profile"`` or a :class:`~.profile.Profile`; a function
+        that returns microseconds of a :class:`~.cost_model.Call`, or ``None`` for
+        the calls that the roofline shall price; or a
+        :class:`~.cost_model.CostModel`.
 
     Raises
     ------
     ValueError
-        When it is none of these.
+        When it is none of these, or when calls shall be timed on a device that is
+        not at hand.
     """
     roofline = Roofline(target.device)
     if isinstance(asked, CostModel):
         return asked
     if asked == "roofline":
         return roofline
+    if asked == "profile":
+        return ProfiledCosts(target, Profile())
+    if isinstance(asked, Profile):
+        return ProfiledCosts(target, asked)
     if callable(asked):
         return GivenCosts(asked, roofline)
     raise ValueError(f"cost_model is 'roofline', 'profile' or a function, got {asked!r}")

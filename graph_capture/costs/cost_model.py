@@ -7,6 +7,7 @@ Three are built in: :class:`~.roofline.Roofline` (from shapes and a data sheet),
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,4 +66,21 @@ class CostModel(Protocol):
 
     def record(self) -> CostRecord:
         """What was asked so far and where the answers came from."""
+        ...
+
+
+TimingProgress = Callable[[int, int], None]
+"""Is told which distinct call begins to be timed, counted from 1, and how many there are."""
+
+
+@runtime_checkable
+class PreparedCostModel(CostModel, Protocol):
+    """A cost model that wants to know all calls before it is asked for the first."""
+
+    def prepare(self, calls: Iterable[Call], progress: TimingProgress | None = None) -> None:
+        """Get ready for these calls; may be called again with others."""
+        ...
+
+    def save(self) -> None:
+        """Remember what was found for another process."""
         ...

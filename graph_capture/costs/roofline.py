@@ -2,21 +2,27 @@
 
 The larger of arithmetic at the device's peak rate and memory traffic at its
 bandwidth (Williams et al., "Roofline: an insightful visual performance model",
-CACM 2009), and at least one launch. A device may name calls that are slower
-than both, by element.
+CACM 2009), over the share of that which kernels of the call's class reach, and
+at least one launch. A device may give single operators a time per element
+instead.
+
+What it does not see: caches, shapes that fit a kernel badly, several streams,
+what the processor does between two launches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from .cost_model import Call, CostRecord
-from .devices import Device
+from .device import Device
+from .flops import count_flops, product_dtype
+from .operator_classes import CONVOLUTION, DEPTHWISE, INDEXING, MATMUL, operator_class
 
 
 class Roofline:
@@ -39,6 +45,34 @@ class Roofline:
         return CostRecord(model="roofline", device=self.device.title)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a call does, whatever it runs on.
+
+    Parameters
+    ----------
+    name
+        Schema name of the operator.
+    operator_class
+        One of :data:`~.operator_classes.OPERATOR_CLASSES`.
+    flops
+        Of products, in ``dtype``; else 0.
+    dtype
+        What the products multiply.
+    num_bytes
+        Read and written, each tensor once.
+    num_elements
+        Of the largest output.
+    """
+
+    name: str
+    operator_class: str
+    flops: int
+    dtype: torch.dtype
+    num_bytes: int
+    num_elements: int
+
+
 def call_cost_ns(func: Any, args: tuple, kwargs: dict, out: Any, device: Device) -> int:
     """Nanoseconds of one call, from the shapes of its arguments and outputs.
 
@@ -49,30 +83,69 @@ def call_cost_ns(func: Any, args: tuple, kwargs: dict, out: Any, device: Device)
     args, kwargs, out
         Its arguments and outputs; tensors of any kind, only metadata is read.
     """
-    written = {a.name for a in func._schema.arguments if a.is_out}  # counted as the output
-    tensors = list(_tensors((args, {k: v for k, v in kwargs.items() if k not in written})))
+    return time_of_work_ns(work_of(func, args, kwargs, out), device)
+
+
+def work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work:
+    """Arithmetic and traffic of a call."""
     outputs = list(_tensors(out))
-    num_bytes = sum(_touched_bytes(t) for t in (*tensors, *outputs))
-    flops = count_flops(func, args, kwargs, out)
-    dtype = outputs[0].dtype if outputs else torch.float32
-    compute_s = flops / device.flops_rate(dtype)
-    traffic_s = num_bytes / device.bytes_per_s
-    num_elements = max((t.numel() for t in outputs), default=0)
-    name = func._schema.name
-    per_element = device.element_ns.get(name, device.element_ns.get(name.removesuffix("_"), 0.0))
-    elements_ns = num_elements * per_element
-    return max(device.launch_ns, round(compute_s * 1e9), round(traffic_s * 1e9), round(elements_ns))
+    class_name = operator_class(func, args, kwargs)
+    return Work(
+        name=func._schema.name,
+        operator_class=class_name,
+        flops=count_flops(func, args, kwargs, out),
+        dtype=product_dtype(args, kwargs, out),
+        num_bytes=0 if _moves_nothing(func) else _traffic(func, args, kwargs, outputs, class_name),
+        num_elements=max((t.numel() for t in outputs), default=0),
+    )
 
 
-def count_flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
-    """Floating-point operations of matrix products, convolutions and attention; else 0."""
-    name = func._schema.name
-    if name == "aten::_scaled_dot_product_flash_attention_for_cpu":
-        return sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
-    if name == "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
-        return sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape)
-    formula = flop_registry.get(func._overloadpacket)
-    return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
+def _moves_nothing(func: Any) -> bool:
+    """Whether a call only makes room or looks at memory in another way."""
+    aliases = [r.alias_info for r in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return is_view or func.namespace == "prim" or "empty" in func._schema.name
+
+
+def _traffic(
+    func: Any, args: tuple, kwargs: dict, outputs: list[torch.Tensor], class_name: str
+) -> int:
+    """Bytes read and written, each tensor once."""
+    written = {a.name for a in func._schema.arguments if a.is_out}  # counted as the output
+    read = [
+        _touched_bytes(t)
+        for t in _tensors((args, {k: v for k, v in kwargs.items() if k not in written}))
+    ]
+    made = [_touched_bytes(t) for t in outputs]
+    if class_name == INDEXING:  # of a table only the rows are read that are asked for
+        read = [min(num_bytes, max(made, default=0)) for num_bytes in read]
+    return sum(read) + sum(made)
+
+
+def time_of_work_ns(work: Work, device: Device) -> int:
+    """Nanoseconds that a device takes for some work."""
+    per_element = device.element_ns.get(
+        work.name, device.element_ns.get(work.name.removesuffix("_"))
+    )
+    if per_element is not None:
+        return max(device.launch_ns, round(work.num_elements * per_element))
+    reached = device.efficiency.get(work.operator_class, 1.0)
+    return max(device.launch_ns, round(roofline_ns(work, device) / reached))
+
+
+def roofline_ns(work: Work, device: Device) -> float:
+    """Nanoseconds at the device's peaks, whichever of the two bounds."""
+    rate = device.flops_rate(work.dtype, tf32=_allows_tf32(work.operator_class))
+    return max(work.flops / rate, work.num_bytes / device.bytes_per_s) * 1e9
+
+
+def _allows_tf32(operator_class: str) -> bool:
+    """Whether PyTorch may use TF32 there: not for matrix products, unless the user set it so."""
+    if operator_class in (CONVOLUTION, DEPTHWISE):
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    if operator_class == MATMUL:
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return False
 
 
 def _touched_bytes(tensor: torch.Tensor) -> int:

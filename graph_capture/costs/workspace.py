@@ -4,21 +4,35 @@ How much a kernel takes depends on the library behind it (oneDNN reorders
 weights into blocks that suit the processor, attention keeps tiles for each
 thread), so it is measured: each distinct call runs once, alone, on zeros (on
 multiples of the identity where zeros make no sense), under the allocator's
-record. Calls that are known to take none are not run, nor those that cannot be
-trusted with made-up values, nor anything when there is no real device at hand.
+record. On a card it runs once before: what cuBLAS and cuDNN keep from then on
+is no scratch of this call. Calls that are known to take none are not run, nor
+those that cannot be trusted with made-up values, nor anything when there is no
+real device at hand.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 
-from .allocator import peak_extra_bytes
+from .allocator import CUDA_BLOCK_BYTES, peak_extra_bytes, peak_extra_bytes_on_card
 from .cost_model import Call
+from .free_memory import free_bytes
+from .profile_cache import ProfileCache
+from .trial import (
+    REFUSALS,
+    argument_bytes,
+    as_in_a_step,
+    blank_arguments,
+    call_key,
+    is_safe,
+    output_bytes,
+)
 
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -34,17 +48,6 @@ _TAKES_NONE = re.compile(
     r"|zero_|bernoulli_|lift_fresh)"
 )
 
-# Kernels that must not run on made-up values: they read memory at places that their arguments
-# name, or another library's packed state.
-_UNSAFE = re.compile(
-    r"aten::(.*(ctc|quantize|fbgemm|sparse|packed|cudnn|miopen|_rnn|_lstm|_gru|lstm_|gru_).*"
-    r"|max_unpool.*|.*gather_.*|segment_.*)"
-)
-_SAFE_ALL_THE_SAME = {"aten::mkldnn_rnn_layer", "aten::mkldnn_rnn_layer_backward"}
-
-# Kernels that fail on a matrix of zeros, or whose scratch grows with the norm.
-_WANTS_REGULAR = re.compile(r"aten::_?(linalg|cholesky|lu_|inverse|triangular|ormqr|logdet|det).*")
-
 # Calls whose outputs are opaque to fake tensors: what they hold must be seen once.
 _OPAQUE_OUTPUTS = {"aten::mkldnn_rnn_layer", "aten::_embedding_bag"}
 
@@ -54,19 +57,31 @@ class WorkspaceProbe:
 
     Parameters
     ----------
-    device_type
-        Where the calls run; only ``"cpu"`` is measured.
+    device
+        Where the calls run.
     at_hand
         Whether the model lies on a real device. If not, nothing is run and
         scratch counts as zero.
     scratch
         Whether scratch is wanted at all.
+    cache
+        Remembers what was measured for another process; ``None`` measures anew.
     """
 
-    def __init__(self, device_type: str, *, at_hand: bool, scratch: bool = True) -> None:
-        self._measures = at_hand and device_type == "cpu"
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        at_hand: bool,
+        scratch: bool = True,
+        cache: ProfileCache | None = None,
+    ) -> None:
+        self._device = torch.device(device)
+        there = self._device.type == "cpu" or torch.cuda.is_available()
+        self._measures = at_hand and there
         self._scratch = scratch
-        self._known: dict[Any, int] = {}
+        self._cache = cache
+        self._known: dict[str, int] = {}
 
     def bytes_of(self, call: Call) -> int:
         """Bytes that the call allocates and frees again beside its outputs."""
@@ -77,22 +92,36 @@ class WorkspaceProbe:
         if torch.Tag.pointwise in func.tags:
             # TensorIterator copies what it must cast first (aten/src/ATen/TensorIterator.cpp).
             if len({t.dtype for t in tree_iter((args, kwargs, out)) if _is(t)}) <= 1:
-                return _SCALAR_BYTES if any(isinstance(x, (int, float)) for x in args) else 0
-        elif _TAKES_NONE.fullmatch(name) or not _safe(func):
+                has_number = any(isinstance(x, (int, float)) for x in args)
+                return _SCALAR_BYTES if has_number and self._on_cpu else 0
+        elif _TAKES_NONE.fullmatch(name) or not is_safe(func):
             return 0
-        if name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
+        if self._on_cpu and name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
             return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
-        key = (func, call.grad_enabled, _signature((args, kwargs)))
+        return self._remembered(call)
+
+    def _remembered(self, call: Call) -> int:
+        key = call_key(call)
         if key not in self._known:
-            self._known[key] = _measure(func, args, kwargs, call.grad_enabled)
+            known = None if self._cache is None else self._cache.get("scratch_bytes", key)
+            if known is None:
+                known = _measure(call, self._device)
+                if self._cache is not None and known is not None:
+                    self._cache.put("scratch_bytes", key, known)
+            self._known[key] = known or 0
         return self._known[key]
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self._device.type == "cpu"
 
     def output_bytes(self, func: Any, args: tuple, kwargs: dict) -> tuple[int, ...] | None:
         """Real bytes of each output, for the calls whose fake outputs do not tell."""
-        if not self._measures or func._schema.name not in _OPAQUE_OUTPUTS:
+        if not (self._measures and self._on_cpu) or func._schema.name not in _OPAQUE_OUTPUTS:
             return None
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
-            results = func(*tree_map(_real, args), **tree_map(_real, kwargs))
+        args, kwargs = blank_arguments(func, args, kwargs, self._device)
+        with as_in_a_step(self._device), torch.enable_grad():
+            results = func(*args, **kwargs)
         return tuple(t.untyped_storage().nbytes() for t in results)
 
 
@@ -111,56 +140,46 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _signature(tree: Any) -> Any:
-    leaves, spec = tree_flatten(tree)
-    described = tuple(
-        (tuple(x.shape), tuple(x.stride()), x.dtype) if isinstance(x, torch.Tensor) else repr(x)
-        for x in leaves
-    )
-    return described, str(spec)
+def _measure(call: Call, device: torch.device) -> int | None:
+    """Peak of one run less what it hands out.
 
-
-def _safe(func: Any) -> bool:
-    if func._schema.name in _SAFE_ALL_THE_SAME:
-        return True
-    return func.namespace == "aten" and _UNSAFE.fullmatch(func._schema.name) is None
-
-
-def _measure(func: Any, args: tuple, kwargs: dict, grad_enabled: bool) -> int:
-    make = _regular if _WANTS_REGULAR.fullmatch(func._schema.name) else _real
-    generator_state = torch.get_rng_state()
+    0 for a call that refuses its arguments, ``None`` for one that does not fit
+    into the memory that is free now.
+    """
+    free = free_bytes(device)
+    if free is not None and argument_bytes(call) + 2 * output_bytes(call) > free:
+        logger.debug("%s does not fit into %d free bytes: no scratch known", call.func, free)
+        return None
+    measure = _peak_on_card if device.type == "cuda" else _peak_on_cpu
+    results: list[Any] = []
     try:
-        real_args, real_kwargs = tree_map(make, args), tree_map(make, kwargs)
-        results: list[Any] = []
-        with torch.set_grad_enabled(grad_enabled), torch._C._AutoDispatchBelowAutograd():
-            peak = peak_extra_bytes(lambda: results.append(func(*real_args, **real_kwargs)))
-    except (RuntimeError, IndexError, ValueError) as error:
-        logger.debug("%s does not run on zeros, its scratch counts as zero: %s", func, error)
+        with as_in_a_step(device), torch.set_grad_enabled(call.grad_enabled):
+            args, kwargs = blank_arguments(call.func, call.args, call.kwargs, device)
+            peak = measure(lambda: call.func(*args, **kwargs), results, device)
+    except torch.OutOfMemoryError:
+        logger.debug("%s runs out of memory: no scratch known", call.func)
+        return None
+    except REFUSALS as error:
+        logger.debug("%s does not run on zeros, its scratch counts as zero: %s", call.func, error)
         return 0
-    finally:
-        torch.set_rng_state(generator_state)
-    given = {t.untyped_storage()._cdata for t in tree_iter((real_args, real_kwargs)) if _is(t)}
+    given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _is(t)}
+    block = CUDA_BLOCK_BYTES if device.type == "cuda" else 1
     produced = {
-        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        t.untyped_storage()._cdata: -(-t.untyped_storage().nbytes() // block) * block
         for t in tree_iter(results)
-        if _is(t)
+        if _is(t) and t.device.type == device.type
     }
     return max(0, peak - sum(size for sid, size in produced.items() if sid not in given))
 
 
-def _real(x: Any) -> Any:
-    if not isinstance(x, torch.Tensor):
-        return x
-    device = "cpu" if x.is_meta else x.device
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).fill_(0)
+def _peak_on_cpu(run: Callable[[], Any], results: list[Any], _device: torch.device) -> int:
+    return peak_extra_bytes(lambda: results.append(run()))
 
 
-def _regular(x: Any) -> Any:
-    """Matrices that can be inverted; of a norm at which iterations do not stop early."""
-    real = _real(x)
-    if _is(real) and real.dim() >= 2 and (real.is_floating_point() or real.is_complex()):
-        real.diagonal(dim1=-2, dim2=-1).fill_(64)
-    return real
+def _peak_on_card(run: Callable[[], Any], results: list[Any], device: torch.device) -> int:
+    with torch.cuda.device(device):
+        run()  # libraries make here what they keep: workspaces of cuBLAS, plans of cuDNN
+        return peak_extra_bytes_on_card(lambda: results.append(run()), device)
 
 
 def _is(value: Any) -> bool:

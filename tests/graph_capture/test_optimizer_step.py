@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.target import target_of
 
 WEIGHT_BYTES, BIAS_BYTES = 8 * 16 * 4, 8 * 4
 
@@ -82,3 +83,27 @@ def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="leave room for its state"):
         measure_optimizer(torch.optim.LBFGS(model.parameters()), model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_on_cuda_all_parameters_are_treated_at_once() -> None:
+    """There AdamW holds a temporary of all parameters, on CPU of three: one is the last one's."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    size = 64 * 64 * 4
+    on_card = measure_optimizer("adamw", model, target_of(model, (), "h100"))
+    on_cpu = measure_optimizer("adamw", model)
+    assert on_card is not None
+    assert on_cpu is not None
+    assert on_card.workspace_bytes == pytest.approx(8 * size, rel=0.01)
+    assert on_cpu.workspace_bytes == pytest.approx(3 * size, rel=0.01)
+    assert on_card.state_bytes == 2 * 8 * size  # its counters lie in host memory
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_one_by_one_where_the_user_says_so() -> None:
+    """``foreach=False`` is obeyed on CUDA."""
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    measured = measure_optimizer(optimizer, model, target_of(model, (), "h100"))
+    assert measured is not None
+    assert measured.workspace_bytes < 4 * 64 * 64 * 4

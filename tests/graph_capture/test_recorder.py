@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graph_capture.errors import CaptureError
-from graph_capture.recorder import MemoryMeter, Recorder, functional_twin, written_arguments
+from graph_capture.recorder import Recorder, functional_twin, written_arguments
 
 aten = torch.ops.aten
 
@@ -128,21 +128,3 @@ def test_hooks_are_taken_away() -> None:
     with Recorder().module_paths(nn.ReLU()):
         pass
     assert len(torch.nn.modules.module._global_forward_hooks) == before
-
-
-def test_the_meter_follows_lifetimes() -> None:
-    """Peak is the most that was alive at once: 400 + 400 bytes, then 400 less and 1200 more."""
-
-    def work() -> Tensor:
-        a = torch.zeros(100)
-        b = a + 1
-        del a
-        c = torch.zeros(300)
-        del b
-        return c
-
-    meter = MemoryMeter()
-    with FakeTensorMode(), meter:
-        kept = work()
-    assert meter.peak_bytes == 400 + 1200
-    assert meter.current_bytes == kept.untyped_storage().nbytes() == 1200

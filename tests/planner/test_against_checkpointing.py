@@ -13,7 +13,7 @@ from torch import nn
 
 from graph_capture import trace
 from planner import InfeasibleBudgetError, Plan, measure, optimize
-from planner.measure import measure_pair
+from planner.measuring.measure import measure_pair
 from planner.training_step import make_step
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from planner.cli import app
+from planner.cli.app import app
 
 
 @pytest.fixture
@@ -50,6 +50,22 @@ def test_plan_and_show(target: str, tmp_path: Path) -> None:
         (["plan", "my_training:absent", "--budget", "1GB"], "absent"),
         (["plan", "no_such_module:build", "--budget", "1GB"], "no_such_module"),
         (["plan", "my_training", "--budget", "1GB"], "module:function"),
+        (["plan", "my_training:build", "--budget=1GB", "--device=abacus"], "known are cpu"),
+        (["plan", "my_training:build", "--budget=1GB", "--autocast=int8"], "--autocast is one of"),
+        (["plan", "my_training:build", "--budget=1GB", "--cost-model=guess"], "cost_model is"),
+        (["plan", "my_training:build", "--budget=1GB", "--headroom=5"], "headroom is a fraction"),
+        (["plan", "my_training:build", "--budget=1GB", "--headroom=lots"], "lots"),
+        (["estimate", "my_training:build", "--batch=1,x"], "--batch takes whole numbers"),
+        (["estimate", "my_training:build", "--batch="], "--batch takes whole numbers"),
+        (["estimate", "my_training:build", "--sequence=0"], "--sequence takes whole numbers"),
+        (["estimate", "my_training:build", "--device=abacus"], "known are cpu"),
+        (["estimate", "my_training:build", "--autocast=int8"], "--autocast is one of"),
+        (["estimate", "my_training:build", "--budget=many"], "not an amount of memory"),
+        (["estimate", "my_training:build", "--sequence=9"], "at any of these shapes"),
+        (["estimate", "my_training:build", "--json=absent/x.json"], "absent/x.json"),
+        (["max-batch", "my_training:build"], "give budget_gb"),
+        (["max-batch", "my_training:build", "--budget=1kB"], "Not even a batch of 1"),
+        (["max-batch", "my_training:build", "--budget=1GB", "--largest=0"], "largest must be"),
         (["show", "absent.json"], "absent.json"),
         (["show", "my_training.py"], "no JSON"),
     ],
@@ -60,6 +76,79 @@ def test_errors_are_one_line(target: str, arguments: list[str], word: str) -> No
     assert result.exit_code == 1
     assert word in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_estimate(target: str, tmp_path: Path) -> None:
+    """`remat estimate` prints a table and writes its figures."""
+    done = CliRunner().invoke(
+        app,
+        [
+            "estimate",
+            target,
+            "--batch=1, 64",
+            "--optimizer=adamw",
+            "--budget=1MB",
+            "--json=estimate.json",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    assert "fits" in done.stdout
+    written = json.loads((tmp_path / "estimate.json").read_text())
+    assert [row["batch"] for row in written["rows"]] == [1, 64]
+    assert written["optimizer"] == "AdamW"
+    assert written["budget_bytes"] == 10**6
+
+
+def test_estimate_for_another_device(target: str) -> None:
+    """A device that is not here has its own memory for a budget."""
+    done = CliRunner().invoke(
+        app, ["estimate", target, "--batch=8", "--device=h100", "--autocast=bfloat16"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "H100" in done.stdout
+    assert "autocast bfloat16" in done.stdout
+    assert "of it left as headroom" in done.stdout
+
+
+def test_max_batch(target: str, tmp_path: Path) -> None:
+    """`remat max-batch` prints both batches and writes the plan of the larger one."""
+    done = CliRunner().invoke(
+        app,
+        [
+            "max-batch",
+            target,
+            "--budget=150kB",
+            "--headroom=10%",
+            "--out=plan.json",
+            "--json=batch.json",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    assert "less 15 kB headroom" in done.stdout
+    figures = json.loads((tmp_path / "batch.json").read_text())
+    assert 0 < figures["batch_without_plan"] < figures["batch"]
+    shown = CliRunner().invoke(app, ["show", "plan.json"])
+    assert shown.exit_code == 0
+    assert "Plan for 150 kB" in shown.stdout
+
+
+def test_options_of_plan(target: str) -> None:
+    """Device, autocast, cost model and headroom are those of optimize."""
+    planned = CliRunner().invoke(
+        app,
+        [
+            "plan",
+            target,
+            "--budget=1GB",
+            "--device=a100",
+            "--autocast=bf16",
+            "--cost-model=roofline",
+            "--headroom=0.05",
+        ],
+    )
+    assert planned.exit_code == 0, planned.output
+    assert "A100" in planned.stdout
+    assert "50 MB" in planned.stdout
 
 
 def test_schema_is_printed() -> None:

@@ -56,3 +56,12 @@ def test_a_chain_needs_three_activations() -> None:
     graph = training_chain(6)
     least = least_memory(graph, time_limit_s=5)
     assert least.lower_bound_bytes == least.peak_bytes == 30
+
+
+def test_a_start_is_descended_from() -> None:
+    """Without time to search, a start that is lower than every segmentation is the answer."""
+    graph = load_instance(INSTANCES / "chain64h.json")
+    lowest = least_memory(graph, time_limit_s=10)
+    without = least_memory(graph, time_limit_s=0)
+    again = least_memory(graph, time_limit_s=0, start=lowest.schedule)
+    assert lowest.peak_bytes == again.peak_bytes < without.peak_bytes

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from graph_capture.costs import workspace
 from graph_capture.costs.allocator import peak_extra_bytes
 from graph_capture.costs.cost_model import Call
+from graph_capture.costs.profile_cache import ProfileCache
 from graph_capture.costs.workspace import WorkspaceProbe
 
 aten = torch.ops.aten
@@ -99,3 +102,38 @@ def test_real_sizes_of_packed_outputs() -> None:
     )
     assert sizes is not None
     assert sizes[0] == 4 * 8 * 4
+
+
+@pytest.mark.gpu
+def test_scratch_on_a_card_is_that_of_a_real_call() -> None:
+    """What a sort takes on a card beside its outputs, by the caching allocator's own figures."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.randn(1 << 16, device=device)
+    aten.sort.default(x)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = aten.sort.default(x)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    expected = peak - sum(t.untyped_storage().nbytes() for t in results)
+    probe = WorkspaceProbe(device, at_hand=True)
+    assert _scratch(aten.sort.default, x.to("meta"), probe=probe) == expected
+
+
+def test_what_does_not_fit_now_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that found no room counts zero, and is measured when there is room again."""
+    x = torch.empty(64, 64, device="meta")
+    cache = ProfileCache(tmp_path, "here")
+    with monkeypatch.context() as patched:
+        patched.setattr(workspace, "free_bytes", lambda _: 100)
+        probe = WorkspaceProbe("cpu", at_hand=True, cache=cache)
+        assert _scratch(aten.linalg_qr.default, x, probe=probe) == 0
+    probe = WorkspaceProbe("cpu", at_hand=True, cache=cache)
+    real = _scratch(aten.linalg_qr.default, x, probe=probe)
+    assert real == _real(aten.linalg_qr.default, torch.randn(64, 64)) > 0
+    monkeypatch.setattr(workspace, "_measure", lambda *_: 1 / 0)
+    known = WorkspaceProbe("cpu", at_hand=True, cache=cache)
+    assert _scratch(aten.linalg_qr.default, x, probe=known) == real

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from torch import nn
 
-from .errors import CaptureError, InfeasibleBudgetError, PlanError
-from .optimize import optimize
-from .plan import Plan
-from .serialize import schema
+from ..errors import CaptureError, PlanError
+from ..optimize import optimize
+from ..plan import Plan
+from ..serialize import schema
+from .arguments import (
+    Autocast,
+    CostModelName,
+    DeviceName,
+    Headroom,
+    OptimizerName,
+    Target,
+    fail,
+    load_target,
+    read_autocast,
+    read_headroom,
+    save_plan,
+    say_error,
+)
+from .shapes import estimate_command, max_batch_command
 
 app = typer.Typer(
     help="Train a PyTorch model under a byte budget: plan what to recompute.",
@@ -27,17 +39,14 @@ app = typer.Typer(
 
 @app.command()
 def plan(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="module:function that returns (model, sample_input) or those and loss_fn"
-        ),
-    ],
+    target: Target,
     budget: Annotated[str, typer.Option(help="e.g. 40GB, 40GiB; a bare number is GB")],
     out: Annotated[Path | None, typer.Option(help="write the plan to this JSON file")] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="count its state and step, e.g. adamw")
-    ] = None,
+    optimizer: OptimizerName = None,
+    device: DeviceName = None,
+    autocast: Autocast = None,
+    cost_model: CostModelName = "roofline",
+    headroom: Headroom = None,
     time_limit_s: Annotated[float, typer.Option(help="for solving")] = 60.0,
     seed: Annotated[int, typer.Option()] = 0,
     reorder: Annotated[
@@ -45,7 +54,8 @@ def plan(
     ] = False,
 ) -> None:
     """Plan a model's training step and print the plan."""
-    model, sample_input, loss_fn = _load_target(target)
+    dtype = read_autocast(autocast)
+    model, sample_input, loss_fn = load_target(target)
     try:
         made = optimize(
             model,
@@ -53,17 +63,24 @@ def plan(
             budget_gb=budget,
             loss_fn=loss_fn,
             optimizer=optimizer,
+            device=device,
+            autocast=dtype,
+            cost_model=cost_model,
+            headroom=read_headroom(headroom),
             time_limit_s=time_limit_s,
             seed=seed,
             reorder=reorder,
             progress=sys.stderr.isatty(),
         )
-    except (CaptureError, InfeasibleBudgetError, ValueError) as error:
-        _fail(str(error))
+    except (CaptureError, ValueError) as error:
+        say_error(error)
     typer.echo(str(made))
     if out is not None:
-        made.save(out)
-        typer.echo(f"written to {out}")
+        save_plan(made, out)
+
+
+app.command("estimate")(estimate_command)
+app.command("max-batch")(max_batch_command)
 
 
 @app.command()
@@ -72,35 +89,13 @@ def show(path: Annotated[Path, typer.Argument(help="a plan file")]) -> None:
     try:
         typer.echo(str(Plan.load(path)))
     except (PlanError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @app.command("schema")
 def print_schema() -> None:
     """Print the JSON Schema of plan files."""
     typer.echo(json.dumps(schema(), indent=2))
-
-
-def _load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | None]:
-    """Call ``module:function``; modules are looked up beside the current folder, too."""
-    module_name, _, function_name = target.partition(":")
-    if not function_name:
-        _fail(f"{target!r} is not of the form module:function")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        made = getattr(importlib.import_module(module_name), function_name)()
-    except (ImportError, AttributeError) as error:
-        _fail(f"{target}: {error}")
-    finally:
-        sys.path.pop(0)
-    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
-        _fail(f"{target} must return (model, sample_input) or (model, sample_input, loss_fn)")
-    return made if len(made) == 3 else (*made, None)
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"remat: {message}", err=True)
-    raise typer.Exit(1)
 
 
 def main() -> None:

@@ -15,15 +15,22 @@ CPU
     same reports as ``torch.profiler``, in order, and does not write to stderr.
     Sizes are exact bytes, oneDNN's reordered weights and scratch included.
 CUDA
-    ``max_memory_allocated``. The caching allocator rounds blocks up to 512
-    bytes, and so are resident storages here. ``reserved_bytes`` is the most
-    that the process held of the device: what fragmentation adds shows there.
+    ``max_memory_allocated`` less what was allocated before, with cuBLAS'
+    workspace given back first: the step makes its own, and it counts. The
+    caching allocator rounds blocks up to 512 bytes, and so are resident storages
+    here. ``reserved_bytes`` is the most that the process held of the device,
+    after the cache was emptied: what fragmentation adds shows there, and so do
+    tensors that are not the step's.
 
 Known imperfections
 -------------------
 - Memory that libraries take behind the allocator's back (MKL's packing buffers,
   OpenMP stacks, the CUDA context) is in no allocator's record, hence in none
   of these figures.
+- On CUDA the allocator leaves a block of more than 1 MiB up to 1 MiB larger than
+  asked for where the rest is too small to be split off; resident storages are
+  counted without that.
+- On CUDA one step is recorded; over many, fragmentation may reserve more.
 - On CPU, a block that was there before the step and is freed inside it counts
   as if it stayed: its free is not reported.
 - On CPU, allocations made by other threads than the caller's are not reported.
@@ -33,31 +40,22 @@ Known imperfections
 
 from __future__ import annotations
 
-import functools
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
 
-from .application import applied_plan
-from .training_step import (
-    LossFn,
-    Sample,
-    build_optimizer,
-    clear_gradients,
-    make_step,
-    output_tensors,
-)
-
-_CUDA_BLOCK_BYTES = 512
+from ..application import applied_plan
+from ..training_step import LossFn, Sample, build_optimizer, clear_gradients, make_step
+from .resident import resident_tensors, single_device, storage_bytes
+from .restored import restored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +69,9 @@ class Measurement:
     resident_bytes
         Bytes alive before the step: parameters, buffers, optimizer state, inputs.
     reserved_bytes
-        On CUDA the most that the process' allocator held of the device;
-        ``None`` on CPU, where nothing is held back.
+        On CUDA the most that the process' allocator held of the device during
+        the recorded step, other tensors of the process included; ``None`` on
+        CPU, where nothing is held back.
     step_us
         Median time of a step, in microseconds.
     step_us_all
@@ -198,7 +197,7 @@ def measure(
     """
     device = single_device(model, sample_input)
     plan = applied_plan(model)
-    with _restored(model, sample_input, loss_fn, optimizer):
+    with restored(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, model.parameters())
         step = make_step(model, sample_input, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
@@ -207,8 +206,8 @@ def measure(
         held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)
         resident_bytes = storage_bytes(held, device)
         del held
-        extra_bytes, reserved_bytes = _record_peak(step, device)
-        step_us_all = tuple(_timed_us(step, device) for _ in range(repeats))
+        extra_bytes, reserved_bytes = record_peak(step, device)
+        step_us_all = tuple(timed_us(step, device) for _ in range(repeats))
     return Measurement(
         peak_bytes=resident_bytes + extra_bytes,
         resident_bytes=resident_bytes,
@@ -258,11 +257,11 @@ def measure_pair(
     second_us: list[float] = []
     for i in range(repeats):
         if i % 2 == 0:
-            first_us.append(_timed_us(first, device))
-            second_us.append(_timed_us(second, device))
+            first_us.append(timed_us(first, device))
+            second_us.append(timed_us(second, device))
         else:
-            second_us.append(_timed_us(second, device))
-            first_us.append(_timed_us(first, device))
+            second_us.append(timed_us(second, device))
+            first_us.append(timed_us(first, device))
     return PairedTiming(first_us=tuple(first_us), second_us=tuple(second_us))
 
 
@@ -271,63 +270,11 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device | str = "cpu"
 
     What the call returns stays alive until the record has ended.
     """
-    return _record_peak(call, torch.device(device))[0]
+    return record_peak(call, torch.device(device))[0]
 
 
-def resident_tensors(
-    model: nn.Module,
-    sample_input: Sample,
-    *,
-    loss_fn: LossFn | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> list[Tensor]:
-    """Every tensor that is there before a step begins, aliases included.
-
-    Parameters, buffers, other tensors that are attributes of a module, the
-    inputs, the optimizer's state, and what ``loss_fn`` carries with it (a
-    module's own tensors, a closure's or a partial's). Gradients are not: a step
-    begins with none.
-    """
-    tensors = [*_module_tensors(model), *output_tensors(sample_input)]
-    if loss_fn is not None:
-        tensors += _carried_tensors(loss_fn)
-    if optimizer is not None:
-        tensors += [t for state in optimizer.state.values() for t in output_tensors(state)]
-    return tensors
-
-
-def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Bytes of the distinct storages of the tensors that lie on the device."""
-    sizes: dict[int, int] = {}
-    for t in tensors:
-        if t.device == device and t.layout == torch.strided:
-            storage = t.untyped_storage()
-            sizes[storage.data_ptr()] = max(storage.nbytes(), sizes.get(storage.data_ptr(), 0))
-    if device.type == "cuda":
-        return sum(-(-size // _CUDA_BLOCK_BYTES) * _CUDA_BLOCK_BYTES for size in sizes.values())
-    return sum(sizes.values())
-
-
-def single_device(model: nn.Module, sample_input: Sample) -> torch.device:
-    """The one device on which a model's parameters lie, or its inputs if it has none.
-
-    Raises
-    ------
-    ValueError
-        When there is not exactly one, or it is neither a CPU nor a CUDA device.
-    """
-    tensors: list[Tensor] = [*model.parameters()] or [*output_tensors(sample_input)]
-    devices = {t.device for t in tensors}
-    if len(devices) != 1:
-        names = ", ".join(sorted(map(str, devices))) or "none"
-        raise ValueError(f"a step is measured on one device; the model lies on: {names}")
-    (device,) = devices
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"a real step cannot be measured on device {str(device)!r}")
-    return device
-
-
-def _record_peak(call: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
+def record_peak(call: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
+    """Most bytes that a call holds beyond what was there, and on CUDA the most reserved."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -341,19 +288,29 @@ def _record_peak(call: Callable[[], Any], device: torch.device) -> tuple[int, in
 
 
 def _record_cuda(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
-    # cuBLAS workspaces outlive the step that made them; made anew they are counted.
-    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.synchronize(device)
+    # cuBLAS workspaces outlive the step that made them; made anew they are counted.
+    clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear_workspaces is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} does not let cuBLAS' workspace be made anew, so a step's "
+            "peak would miss it; measure with a version that this package supports"
+        )
+    clear_workspaces()
+    # What earlier steps left in the allocator's cache is not what this one needs.
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before_bytes = torch.cuda.memory_allocated(device)
     returned = call()
     torch.cuda.synchronize(device)
     peak_bytes = torch.cuda.max_memory_allocated(device) - before_bytes
+    reserved_bytes = torch.cuda.max_memory_reserved(device)
     del returned
-    return peak_bytes, torch.cuda.max_memory_reserved(device)
+    return peak_bytes, reserved_bytes
 
 
-def _timed_us(call: Callable[[], Any], device: torch.device) -> float:
+def timed_us(call: Callable[[], Any], device: torch.device) -> float:
+    """Microseconds of a call, what it started on the device included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start_ns = time.perf_counter_ns()
@@ -363,69 +320,3 @@ def _timed_us(call: Callable[[], Any], device: torch.device) -> float:
     elapsed_us = (time.perf_counter_ns() - start_ns) / 1e3
     del returned
     return elapsed_us
-
-
-def _module_tensors(module: nn.Module) -> list[Tensor]:
-    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
-    for part in module.modules():
-        tensors += [value for value in vars(part).values() if isinstance(value, Tensor)]
-    return tensors
-
-
-def _carried_tensors(function: Callable[..., Any]) -> list[Tensor]:
-    if isinstance(function, nn.Module):
-        return _module_tensors(function)
-    if isinstance(function, functools.partial):
-        return [
-            *output_tensors((function.args, function.keywords)),
-            *_carried_tensors(function.func),
-        ]
-    cells = getattr(function, "__closure__", None) or ()
-    return [t for cell in cells for t in output_tensors(cell.cell_contents)]
-
-
-@contextmanager
-def _restored(
-    model: nn.Module,
-    sample_input: Sample,
-    loss_fn: LossFn | None,
-    optimizer: torch.optim.Optimizer | str | None,
-) -> Iterator[None]:
-    """Give back, at the end, every value that a step changes; copies lie on the CPU."""
-    parts = [part for part in (model, loss_fn) if isinstance(part, nn.Module)]
-    registered = [(m._buffers, dict(m._buffers)) for part in parts for m in part.modules()]
-    inputs = output_tensors(sample_input)
-    tensors = [*inputs, *(b for part in parts for b in part.buffers())]
-    leaves = [t for t in inputs if t.requires_grad and t.is_leaf]
-    leaves += [p for part in parts for p in part.parameters()]
-    if optimizer is not None:
-        tensors += model.parameters()
-    if isinstance(optimizer, torch.optim.Optimizer):
-        tensors += [t for state in optimizer.state.values() for t in output_tensors(state)]
-        leaves += [p for group in optimizer.param_groups for p in group["params"]]
-        tensors += [p for group in optimizer.param_groups for p in group["params"]]
-        states = {p: dict(state) for p, state in optimizer.state.items()}
-        groups = [dict(group) for group in optimizer.param_groups]
-    unique = {id(t): t for t in tensors}.values()
-    copies = [(t, t.detach().to("cpu", copy=True)) for t in unique]
-    grads = [(leaf, leaf.grad) for leaf in {id(t): t for t in leaves}.values()]
-    # torch.manual_seed seeds every CUDA device as well, if CUDA is in use.
-    cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=cuda_devices):
-        try:
-            for leaf, _ in grads:
-                leaf.grad = None
-            yield
-        finally:
-            with torch.no_grad():
-                for t, copy in copies:
-                    t.copy_(copy)
-            for leaf, grad in grads:
-                leaf.grad = grad
-            for buffers, saved in registered:
-                buffers.update(saved)
-            if isinstance(optimizer, torch.optim.Optimizer):
-                optimizer.state.clear()
-                optimizer.state.update(states)
-                for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
-                    group.update(saved_group)

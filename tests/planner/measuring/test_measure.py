@@ -11,13 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from planner.measure import (
-    measure,
-    measure_pair,
-    peak_extra_bytes,
-    resident_tensors,
-    storage_bytes,
-)
+from planner.measuring.measure import measure, measure_pair, peak_extra_bytes
+from planner.measuring.resident import resident_tensors, storage_bytes
 from planner.training_step import make_step, train_step
 from tests.bitwise import assert_same_tensors
 from tests.zoo import ZOO, cases

@@ -1,0 +1,81 @@
+"""Plan for a device that is not there, and write the plan down.
+
+Runs in a process of its own that sees no CUDA device, so that what it captures
+is what a laptop captures::
+
+    python -m benchmarks.device_check.away gpt2 tiny h100 0 plan.json
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from graph_capture.costs.devices import Device
+from planner import optimize
+
+from .bench import UNLIMITED_BYTES
+from .subjects import SUBJECTS, Subject
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plan_away(subject: Subject, entry: str | Device, seed: int, path: Path) -> None:
+    """Plan on ``meta`` for a device that need not be there, with room for everything.
+
+    Parameters
+    ----------
+    entry
+        As ``optimize(device=…)`` takes it.
+    path
+        Of the plan's JSON.
+    """
+    with torch.device("meta"):
+        model = subject.build()
+    sample = {name: tensor.to("meta") for name, tensor in subject.sample(seed).items()}
+    plan = optimize(
+        model,
+        sample,
+        budget_bytes=UNLIMITED_BYTES,
+        optimizer=subject.optimizer,
+        device=entry,
+        autocast=subject.autocast,
+        headroom=0,
+    )
+    plan.save(path)
+
+
+def plan_in_child(subject: Subject, entry: str, seed: int, path: Path) -> None:
+    """:func:`plan_away` in a process that sees no CUDA device.
+
+    Raises
+    ------
+    RuntimeError
+        When it ends without a plan; with the last lines of what it said.
+    """
+    words = [subject.name, subject.size, entry, str(seed), str(path)]
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.device_check.away", *words],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    if child.returncode:
+        last = " / ".join(child.stderr.strip().splitlines()[-5:])
+        raise RuntimeError(f"planning {subject.label} for {entry!r} without a card: {last}")
+
+
+def _main() -> None:
+    name, size, entry, seed, path = sys.argv[1:]
+    plan_away(SUBJECTS[name](size), entry, int(seed), Path(path))  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    _main()

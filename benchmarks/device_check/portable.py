@@ -1,0 +1,81 @@
+"""A plan that was made for the device without it is the plan that is made on it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from graph_capture.costs.devices import DEVICES
+from planner import Plan, PlanMismatchError
+
+from .away import plan_away, plan_in_child
+from .bench import Bench
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Portable:
+    """A capture on stand-ins beside one on the device.
+
+    Parameters
+    ----------
+    model
+        Name of the subject.
+    entry
+        The device's name, as ``optimize(device=…)`` takes it.
+    away
+        Fingerprint of the plan made on ``meta`` for the device, after a round
+        trip through JSON.
+    here
+        Fingerprint of the plan made on the device.
+    away_peak_bytes, here_peak_bytes
+        Predicted peaks of the unplanned step. They may differ where kernels'
+        scratch memory could only be measured on the device.
+    refused
+        Why the plan from the file could not be applied; ``""`` if it could.
+    """
+
+    model: str
+    entry: str
+    away: str
+    here: str
+    away_peak_bytes: int
+    here_peak_bytes: int
+    refused: str = ""
+
+    @property
+    def same(self) -> bool:
+        """Whether both are plans of one step, and the device took the one from the file."""
+        return self.away == self.here and not self.refused
+
+
+def check_portable(bench: Bench) -> Portable:
+    """Plan on ``meta`` for the device, save, load, compare, and apply on the device.
+
+    For a card that the planner knows by name the plan is made in a process that
+    sees no card; for another one here, from what the card says of itself.
+    """
+    subject = bench.subject
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        if bench.device.type == "cuda" and bench.entry.name in DEVICES:
+            plan_in_child(subject, bench.entry.name, bench.seed, path)
+        else:
+            plan_away(subject, bench.entry, bench.seed, path)
+        loaded = Plan.load(path)
+    here = bench.unplanned()
+    refused = ""
+    try:
+        with bench.applied(loaded):
+            pass
+    except PlanMismatchError as error:
+        refused = str(error)
+    return Portable(
+        model=subject.name,
+        entry=bench.entry.name,
+        away=loaded.fingerprint,
+        here=here.fingerprint,
+        away_peak_bytes=loaded.baseline_peak_bytes,
+        here_peak_bytes=here.baseline_peak_bytes,
+        refused=refused,
+    )

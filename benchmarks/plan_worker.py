@@ -1,0 +1,239 @@
+"""Surveys a step or plans it, in a process of its own: reads a job, writes JSON lines.
+
+A survey captures the step and says where its budgets lie: what is there in any
+case, the least peak of any schedule, and the peak when nothing is recomputed.
+A plan is one call of :func:`planner.optimize`, timed from outside, least memory
+and all, in a process that has planned nothing before but a small chain (so that
+what compiles on first use is compiled).
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.shapes import LossOnly, Sample, build, num_parameters
+from benchmarks.worker import warm_up
+from graph_capture.autocast import autocast_as
+from graph_capture.call_spec import bind_call, split_sample, tensors_of
+from graph_capture.captured_step import capture_step
+from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.target import target_of
+from planner import InfeasibleBudgetError, Plan, optimize
+from solvers.instances import keep_all_peak_bytes
+from solvers.least_memory import least_memory
+
+LEAST_MEMORY_LIMIT_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a worker does.
+
+    Parameters
+    ----------
+    model
+        A key of ``shapes.SHAPES``.
+    weights
+        Their dtype, e.g. ``"bfloat16"``.
+    autocast
+        The dtype of autocast, or ``None``.
+    device
+        As in ``optimize``; ``None`` for the CPU.
+    layers
+        Instead of the published number.
+    options
+        Of the configuration, instead of the published ones.
+    lies_on
+        Where the weights are made: ``"meta"`` or ``"cpu"``.
+    headroom
+        As in ``optimize``.
+    loss_only
+        Whether a text model hands out its loss and not its logits.
+    survey
+        Whether to say where budgets lie.
+    budgets_bytes
+        To plan at, one after another.
+    """
+
+    model: str
+    batch: int
+    sequence: int
+    weights: str = "float32"
+    autocast: str | None = None
+    optimizer: str | None = "adamw"
+    device: str | None = None
+    layers: int | None = None
+    options: dict[str, Any] | None = None
+    lies_on: str = "meta"
+    limit_s: float = 60.0
+    seed: int = 0
+    headroom: float | None = 0.0
+    loss_only: bool = False
+    survey: bool = False
+    budgets_bytes: tuple[int, ...] = ()
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return None if self.autocast is None else getattr(torch, self.autocast)
+
+
+def work(job: Job) -> Iterator[dict[str, Any]]:
+    """What comes of a job: ``{"survey": …}``, then a ``{"plan": …}`` for each budget."""
+    begin_s = time.perf_counter()
+    model, sample = build(
+        job.model,
+        batch=job.batch,
+        sequence=job.sequence,
+        dtype=getattr(torch, job.weights),
+        layers=job.layers,
+        options=job.options,
+        device=job.lies_on,
+    )
+    if job.loss_only:
+        model = LossOnly(model).train()
+    build_s = time.perf_counter() - begin_s
+    if job.survey:
+        yield {"survey": {"build_s": build_s, **survey(job, model, sample)}}
+    for budget_bytes in job.budgets_bytes:
+        yield {"plan": plan_at(job, model, sample, budget_bytes)}
+
+
+def survey(job: Job, model: torch.nn.Module, sample: Sample) -> dict[str, Any]:
+    """Sizes of a step, and how long it takes to find them out."""
+    arguments = bind_call(model.forward, *split_sample(sample))
+    target = target_of(model, tensors_of(arguments), job.device)
+    watch = _Watch()
+    with autocast_as(target.torch_type, job.autocast_dtype):
+        optimizer = measure_optimizer(job.optimizer, model, target)
+        watch.lap("optimizer_s")
+        captured = capture_step(model, arguments, optimizer=optimizer, target=target)
+        watch.lap("capture_s")
+    least = least_memory(captured.graph, time_limit_s=LEAST_MEMORY_LIMIT_S, seed=job.seed)
+    watch.lap("least_memory_s")
+    assert captured.unplanned is not None
+    assert captured.costs is not None
+    return {
+        "num_parameters": num_parameters(model),
+        "num_operators": captured.graph.num_operators,
+        "resident_bytes": captured.graph.resident_bytes,
+        "least_bytes": least.peak_bytes,
+        "least_bound_bytes": least.lower_bound_bytes,
+        "keep_all_bytes": keep_all_peak_bytes(captured.graph),
+        "unplanned_bytes": keep_all_peak_bytes(captured.unplanned),
+        "costs": f"{captured.costs.model} for {captured.costs.device}",
+        **watch.laps,
+        "max_rss_bytes": max_rss_bytes(),
+    }
+
+
+def plan_at(job: Job, model: torch.nn.Module, sample: Sample, budget_bytes: int) -> dict[str, Any]:
+    """One call of ``optimize``, and what its plan says; or why there is none."""
+    watch = _Watch()
+    try:
+        plan = optimize(
+            model,
+            sample,
+            budget_bytes=budget_bytes,
+            optimizer=job.optimizer,
+            time_limit_s=job.limit_s,
+            seed=job.seed,
+            device=job.device,
+            headroom=job.headroom,
+            autocast=job.autocast_dtype,
+        )
+    except InfeasibleBudgetError as error:
+        watch.lap("optimize_s")
+        return {
+            "status": "infeasible",
+            "budget_bytes": budget_bytes,
+            "min_budget_bytes": error.min_budget_bytes,
+            "lower_bound_bytes": error.lower_bound_bytes,
+            "why": str(error),
+            **watch.laps,
+            "max_rss_bytes": max_rss_bytes(),
+        }
+    watch.lap("optimize_s")
+    words = str(plan)
+    watch.lap("report_s")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        plan.save(path)
+        watch.lap("save_s")
+        file_bytes = path.stat().st_size
+        Plan.load(path)
+        watch.lap("load_s")
+    return {
+        "status": str(plan.status),
+        "budget_bytes": budget_bytes,
+        "headroom_bytes": plan.headroom_bytes,
+        "peak_bytes": plan.predicted_peak_bytes,
+        "unplanned_bytes": plan.baseline_peak_bytes,
+        "overhead": plan.overhead,
+        "lower_bound_us": plan.lower_bound_us,
+        "step_us": plan.predicted_step_us,
+        "unplanned_us": plan.baseline_step_us,
+        "gap": plan.gap,
+        "bound_scope": plan.bound_scope,
+        "solver": plan.solver,
+        "solve_s": plan.solve_s,
+        "num_recomputed": sum(plan.schedule.recomputed().values()),
+        "file_bytes": file_bytes,
+        "log": list(plan.log),
+        "report": words,
+        **watch.laps,
+        "max_rss_bytes": max_rss_bytes(),
+    }
+
+
+def max_rss_bytes() -> int:
+    """The most memory that this process had so far, and its largest child beside it."""
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux
+    return unit * sum(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+
+
+class _Watch:
+    """Seconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._begin_s = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now_s = time.perf_counter()
+        self.laps[name] = now_s - self._begin_s
+        self._begin_s = now_s
+
+
+def to_json(job: Job) -> str:
+    return json.dumps(asdict(job))
+
+
+def from_json(text: str) -> Job:
+    data = json.loads(text)
+    return Job(**{**data, "budgets_bytes": tuple(data["budgets_bytes"])})
+
+
+def main() -> None:
+    """Read a job from standard input; a line for each result."""
+    job = from_json(sys.stdin.read())
+    warm_up("auto")
+    for result in work(job):
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

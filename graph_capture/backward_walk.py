@@ -1,0 +1,398 @@
+"""Walk an autograd graph in Python, call for call as PyTorch's engine does.
+
+The engine asks the device for its current stream, so it cannot differentiate
+tensors of a device that is not there. Its nodes can be called from Python. What
+is around them is done here, after ``torch/csrc/autograd/engine.cpp`` and
+``input_buffer.cpp``: the order in which ready nodes run, the sums of gradients
+that meet, and the reduction and cast of gradients to what was differentiated.
+
+What is known to differ:
+
+- hooks on nodes cannot be seen. Those that tensors are given while it is being
+  traced are refused (:func:`hooks_refused`);
+- a node computes the gradients of all its inputs, where the engine leaves out
+  those that lead to nothing that was asked for. Calls whose result nobody reads
+  are dropped later, but a call with several results has them all.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .errors import NotFittingError
+
+_Gradients = tuple[torch.Tensor | None, ...]
+
+
+class Differentiator(Protocol):
+    """Computes gradients: PyTorch's engine, or the walk in its place."""
+
+    def grad(
+        self,
+        outputs: list[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor | None] | None = None,
+    ) -> _Gradients:
+        """Gradients of ``inputs``, ``None`` where nothing depends on one.
+
+        ``outputs`` is emptied, so that what only they keep alive can be freed.
+        """
+
+    def current_node(self) -> Any:
+        """The node that is being differentiated, or ``None``."""
+
+
+class Engine:
+    """PyTorch's own engine."""
+
+    def grad(
+        self,
+        outputs: list[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor | None] | None = None,
+    ) -> _Gradients:
+        """See :class:`Differentiator`."""
+        try:
+            return torch.autograd.grad(outputs, list(inputs), grad_outputs, allow_unused=True)
+        finally:
+            outputs.clear()
+
+    def current_node(self) -> Any:
+        """See :class:`Differentiator`."""
+        return torch._C._current_autograd_node()
+
+
+class _Place:
+    """Has the place of a node that may be gone already: knows its number."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def _sequence_nr(self) -> int:
+        return self._number
+
+
+_ROOT = _Place(-1)  # hands out the first gradients
+
+
+class BackwardWalk:
+    """The engine, in Python."""
+
+    def __init__(self) -> None:
+        self._current: _Place | None = None
+        self._without_zeros: list[Any] = []  # functions that want None for a missing gradient
+
+    def current_node(self) -> Any:
+        """See :class:`Differentiator`."""
+        return self._current
+
+    def grad(
+        self,
+        outputs: list[torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+        grad_outputs: Sequence[torch.Tensor | None] | None = None,
+        *,
+        create_graph: bool = False,
+    ) -> _Gradients:
+        """See :class:`Differentiator`."""
+        given = [None] * len(outputs) if grad_outputs is None else list(grad_outputs)
+        first: list[torch.Tensor | None] = [
+            torch.ones_like(t, memory_format=torch.preserve_format) if g is None else g
+            for t, g in zip(outputs, given, strict=True)
+        ]
+        before = self._current
+        self._current = _ROOT
+        try:
+            with torch.set_grad_enabled(create_graph):
+                task = _Task(outputs, inputs, self)
+                outputs.clear()
+                return task.run(list(first))  # torch.autograd.grad holds them meanwhile, too
+        finally:
+            self._current = before
+
+    def enter(self, node: Any) -> None:
+        """From here on ``node`` is differentiated."""
+        self._current = _Place(node._sequence_nr())
+
+    def wants_zeros(self, function: Any) -> bool:
+        """Whether a Python function is given zeros for a missing gradient (the default)."""
+        return all(function is not other for other in self._without_zeros)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While active, tracing notes what a walk could not see afterwards.
+
+        ``torch.autograd.grad`` inside the model walks, too.
+        """
+        contexts: Any = torch.autograd.function.FunctionCtx
+        seen = contexts.set_materialize_grads
+        own_grad = torch.autograd.grad
+
+        def set_materialize_grads(ctx: Any, value: bool) -> None:
+            seen(ctx, value)
+            if not value:
+                self._without_zeros.append(ctx)
+
+        def grad(
+            outputs: Any,
+            inputs: Any,
+            grad_outputs: Any = None,
+            retain_graph: bool | None = None,
+            create_graph: bool = False,
+            allow_unused: bool | None = None,
+            is_grads_batched: bool = False,
+            materialize_grads: bool = False,
+        ) -> _Gradients:
+            if is_grads_batched or materialize_grads:
+                raise NotFittingError(
+                    "forward calls torch.autograd.grad with is_grads_batched or materialize_grads, "
+                    "which cannot be captured for a CUDA device that is not there"
+                )
+            found = self.grad(
+                _as_list(outputs),
+                _as_list(inputs),
+                None if grad_outputs is None else _as_list(grad_outputs),
+                create_graph=create_graph,
+            )
+            if not allow_unused and any(g is None for g in found):
+                raise RuntimeError(
+                    "One of the differentiated Tensors appears to not have been used in the graph. "
+                    "Set allow_unused=True if this is the desired behavior."
+                )
+            return found
+
+        contexts.set_materialize_grads = set_materialize_grads
+        torch.autograd.grad = grad  # type: ignore[assignment]
+        try:
+            with hooks_refused():
+                yield
+        finally:
+            torch.autograd.grad = own_grad
+            contexts.set_materialize_grads = seen
+
+
+def refuse_backward_hooks(model: nn.Module) -> None:
+    """A module with backward hooks, which a walk would not call.
+
+    Raises
+    ------
+    NotFittingError
+        Names the module.
+    """
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise NotFittingError(
+                f"module {name!r} has backward hooks, which cannot be captured for a CUDA device "
+                "that is not there; plan on the device, or without them"
+            )
+
+
+@contextmanager
+def hooks_refused() -> Iterator[None]:
+    """While active, a tensor that is given a hook raises."""
+    names = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
+    before = {name: getattr(torch.Tensor, name) for name in names}
+
+    def refusing(name: str) -> Callable[..., Any]:
+        def refuse(*_args: Any, **_kwargs: Any) -> Any:
+            raise NotFittingError(
+                f"forward calls Tensor.{name}, which cannot be captured for a CUDA device that is "
+                "not there; plan on the device, or without it"
+            )
+
+        return refuse
+
+    for name in names:
+        setattr(torch.Tensor, name, refusing(name))
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(torch.Tensor, name, method)
+
+
+class _Task:
+    """One walk: what the engine keeps in a ``GraphTask``."""
+
+    def __init__(
+        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], walk: BackwardWalk
+    ) -> None:
+        self._walk = walk
+        self._roots = [_edge_of(t) for t in outputs]
+        self._num_inputs = len(inputs)
+        self._captures: dict[int, list[tuple[int, int]]] = {}  # node -> [(its input, ours)]
+        self._dependencies: dict[int, int] = {}
+        self._buffers: dict[int, list[torch.Tensor | None]] = {}
+        self._ready: list[tuple[int, int, Any]] = []
+        self._num_pushed = 0
+        nodes = self._explore()
+        leaves = {id(n.variable): n for n in nodes if hasattr(n, "variable")}
+        for i, tensor in enumerate(inputs):
+            node = leaves.get(id(tensor)) if tensor.is_leaf else tensor.grad_fn
+            if node is not None:
+                slot = 0 if tensor.is_leaf else tensor.output_nr
+                self._captures.setdefault(id(node), []).append((slot, i))
+        self._needed = self._lead_to_captures(nodes)
+
+    def run(self, gradients: list[torch.Tensor | None]) -> _Gradients:
+        """Hand ``gradients`` to the roots and walk; each node is let go when it has run."""
+        self._found: list[torch.Tensor | None] = [None] * self._num_inputs
+        roots, self._roots = self._roots, []
+        self._hand_on(roots, [_fitting(g, *edge) for g, edge in zip(gradients, roots, strict=True)])
+        gradients.clear()
+        del roots
+        while self._ready:
+            self._evaluate(heapq.heappop(self._ready)[2])
+        return tuple(self._found)
+
+    # -- the graph ---------------------------------------------------------------
+
+    def _explore(self) -> list[Any]:
+        """All nodes, parents first seen first; counts how often each is pointed at."""
+        todo: list[Any] = []
+        seen: set[int] = set()
+        nodes: list[Any] = []
+
+        def point_at(node: Any) -> None:
+            if node is None:
+                return
+            self._dependencies[id(node)] = self._dependencies.get(id(node), 0) + 1
+            if id(node) not in seen:
+                seen.add(id(node))
+                nodes.append(node)
+                todo.append(node)
+
+        for node, _ in self._roots:
+            point_at(node)
+        while todo:
+            for following, _ in todo.pop().next_functions:
+                point_at(following)
+        self._alive = {id(n): n for n in nodes}  # an id is only good while its node lives
+        return nodes
+
+    def _lead_to_captures(self, nodes: list[Any]) -> set[int]:
+        """Nodes that must run because a gradient that was asked for lies beyond them."""
+        parents: dict[int, list[int]] = {}
+        for node in nodes:
+            for following, _ in node.next_functions:
+                if following is not None:
+                    parents.setdefault(id(following), []).append(id(node))
+        needed: set[int] = set()
+        todo = [p for node in self._captures for p in parents.get(node, ())]
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo.extend(parents.get(node, ()))
+        return needed
+
+    # -- the walk ------------------------------------------------------------------
+
+    def _evaluate(self, node: Any) -> None:
+        self._walk.enter(node)
+        gradients = self._buffers.pop(id(node))
+        self._alive.pop(id(node))
+        for slot, i in self._captures.get(id(node), ()):
+            self._found[i] = gradients[slot]
+        if id(node) not in self._needed:
+            return
+        results = self._call(node, gradients)
+        edges = node.next_functions
+        if len(results) != len(edges):
+            raise RuntimeError(
+                f"{node.name()} returned {len(results)} gradients, {len(edges)} were expected"
+            )
+        fitting = [_fitting(g, *edge) for g, edge in zip(results, edges, strict=True)]
+        del results, node  # what it has saved is freed before gradients are added up
+        self._hand_on(edges, fitting)
+
+    def _call(self, node: Any, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The gradients that a node makes; ``gradients`` is emptied."""
+        in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+        if in_python and self._walk.wants_zeros(node):
+            for i, meta in enumerate(node._input_metadata):
+                if gradients[i] is None:
+                    gradients[i] = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
+        arguments = tuple(gradients)
+        gradients.clear()
+        made = node.apply(*arguments) if in_python else node(*arguments)
+        returned = list(made) if isinstance(made, tuple) else [made]
+        return _by_edge(node, returned) if in_python else returned
+
+    def _hand_on(self, edges: Sequence[Any], gradients: list[torch.Tensor | None]) -> None:
+        """Add gradients to the buffers of the nodes that they go to; ready nodes queue up.
+
+        As in the engine the node with the largest sequence number, made last, runs
+        first. Leaves have the largest of all.
+        """
+        for i, (node, slot) in enumerate(edges):
+            gradient, gradients[i] = gradients[i], None
+            if node is None:
+                continue
+            key = id(node)
+            self._dependencies[key] -= 1
+            if key in self._needed or key in self._captures:
+                if key not in self._buffers:
+                    self._buffers[key] = [None] * len(node._input_metadata)
+                self._add(self._buffers[key], slot, gradient)
+                if self._dependencies[key] == 0:
+                    heapq.heappush(self._ready, (-node._sequence_nr(), self._num_pushed, node))
+                    self._num_pushed += 1
+
+    @staticmethod
+    def _add(buffer: list[torch.Tensor | None], slot: int, gradient: torch.Tensor | None) -> None:
+        """Fake tensors are never added to in place (``can_accumulate_inplace``)."""
+        if gradient is None:
+            return
+        present = buffer[slot]
+        buffer[slot] = gradient if present is None else present + gradient
+
+
+def _edge_of(tensor: torch.Tensor) -> tuple[Any, int]:
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn, tensor.output_nr
+    return tensor.view_as(tensor).grad_fn.next_functions[0]  # type: ignore[union-attr]
+
+
+def _fitting(gradient: torch.Tensor | None, node: Any, slot: int) -> torch.Tensor | None:
+    """A gradient in the shape, dtype and place of what was differentiated."""
+    if gradient is None or node is None:
+        return gradient
+    meta = node._input_metadata[slot]
+    if tuple(gradient.shape) != tuple(meta.shape):
+        gradient = gradient.sum_to_size(meta.shape)
+    if gradient.dtype != meta.dtype:
+        gradient = gradient.to(meta.dtype)
+    if gradient.device != meta.device:
+        if gradient.dim() > 0:
+            raise RuntimeError(
+                f"{node.name()} gets a gradient on {gradient.device}, expected on {meta.device}"
+            )
+        gradient = gradient.to(meta.device)
+    return gradient
+
+
+def _by_edge(function: Any, returned: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Gradients of a Python function, one for each edge instead of one for each argument.
+
+    It returns one for each argument of its forward, and has an edge for each that
+    is a tensor; an edge leads somewhere where the argument required grad.
+    """
+    wanted = list(function.needs_input_grad)
+    extra = returned[len(wanted) :]
+    if len(returned) < len(wanted) or any(g is not None for g in extra):
+        raise RuntimeError(
+            f"{function.name()} returned {len(returned)} gradients, {len(wanted)} were expected"
+        )
+    of_tensors = iter([g for g, wants in zip(returned, wanted, strict=False) if wants])
+    return [None if node is None else next(of_tensors) for node, _ in function.next_functions]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, torch.Tensor) else list(value)

@@ -1,0 +1,103 @@
+"""What a roofline and a budget must know of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .operator_classes import OPERATOR_CLASSES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Rates and sizes of one device.
+
+    A device of one's own is made with this class, or from an entry with
+    ``dataclasses.replace``; one that keeps the name of the device at hand stands
+    for it.
+
+    Parameters
+    ----------
+    name
+        Key in :data:`~graph_capture.costs.devices.DEVICES`.
+    title
+        In words.
+    torch_type
+        Device type of its tensors in torch, ``"cpu"`` or ``"cuda"`` (which is what
+        builds for ROCm call it, too).
+    flops_per_s
+        Peak dense rate of matrix products by dtype. ``torch.float32`` is without
+        TF32 and is the fallback for any dtype that is not listed.
+    bytes_per_s
+        Memory bandwidth.
+    launch_ns
+        Least time of one call.
+    tf32_flops_per_s
+        Rate of float32 products where PyTorch is allowed to use TF32: convolutions
+        by default, matrix products if so set. ``None`` without such units.
+    efficiency
+        The share of the roofline that kernels reach, by operator class
+        (:mod:`~graph_capture.costs.operator_classes`): of the rate of arithmetic
+        where that bounds a call, of the bandwidth elsewhere. May exceed one where
+        data stay in cache. A class that is missing reaches all.
+    element_ns
+        Time per element of the largest output, by schema name, in place of the
+        efficiency: for operators that neither products nor traffic bound, such as
+        random draws and transcendental functions on a CPU.
+    memory_bytes
+        Size by the data sheet, 1 GB taken as 10^9 bytes; ``None`` where it is not
+        the device's own (CPU).
+    context_bytes
+        What driver and runtime take of a card for one process, typically; ``None``
+        if no figure is known.
+    library_workspace_bytes
+        What PyTorch allocates for cuBLAS (hipBLAS) from its caching allocator and
+        keeps, once for each thread and stream that multiplies. A training step has
+        two such threads: the one that runs forward and autograd's.
+    source
+        Where the figures come from.
+
+    Raises
+    ------
+    ValueError
+        When a figure makes no sense or a class is unknown.
+    """
+
+    name: str
+    title: str
+    torch_type: str
+    flops_per_s: Mapping[torch.dtype, float] = field(hash=False)
+    bytes_per_s: float
+    launch_ns: int
+    tf32_flops_per_s: float | None = None
+    efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
+    element_ns: Mapping[str, float] = field(default_factory=dict, hash=False)
+    memory_bytes: int | None = None
+    context_bytes: int | None = None
+    library_workspace_bytes: int = 0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.torch_type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device {self.name!r}: torch_type is 'cpu' or 'cuda', got {self.torch_type!r}"
+            )
+        if torch.float32 not in self.flops_per_s:
+            raise ValueError(f"device {self.name!r}: flops_per_s lacks torch.float32")
+        unknown = sorted(set(self.efficiency) - set(OPERATOR_CLASSES))
+        if unknown:
+            raise ValueError(
+                f"device {self.name!r}: no operator class {', '.join(unknown)}; "
+                f"known are {', '.join(OPERATOR_CLASSES)}"
+            )
+        rates = (self.bytes_per_s, *self.flops_per_s.values(), *self.efficiency.values())
+        if any(not rate > 0 for rate in rates):
+            raise ValueError(f"device {self.name!r}: rates and efficiencies are positive")
+
+    def flops_rate(self, dtype: torch.dtype, *, tf32: bool = False) -> float:
+        """Peak rate of products in ``dtype``, FLOP/s."""
+        if tf32 and dtype == torch.float32 and self.tf32_flops_per_s is not None:
+            return self.tf32_flops_per_s
+        return self.flops_per_s.get(dtype, self.flops_per_s[torch.float32])

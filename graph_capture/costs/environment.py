@@ -1,0 +1,54 @@
+"""What a measured time depends on beside the call: the machine, the libraries, their settings."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+_METHOD = 1  # of graph_capture.costs.timing; another method gives other times
+
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the card's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine() or "unknown processor"
+
+
+def environment_of(device: torch.device) -> str:
+    """All of it as JSON text: times are remembered for each such text apart."""
+    parts: dict[str, object] = {
+        "method": _METHOD,
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if device.type == "cuda":
+        # Both are private or depend on the build; where they are missing, times of two drivers
+        # are not told apart.
+        driver = getattr(torch._C, "_cuda_getDriverVersion", None)
+        parts["driver"] = driver() if driver is not None else None
+        parts["cuda"] = torch.version.cuda
+        parts["cudnn"] = torch.backends.cudnn.version()
+        parts["benchmark"] = torch.backends.cudnn.benchmark
+        parts["precision"] = [
+            getattr(torch.backends.cuda.matmul, "fp32_precision", None),
+            getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None),
+        ]
+    else:
+        parts["capability"] = torch.backends.cpu.get_cpu_capability()
+        parts["mkldnn"] = torch.backends.mkldnn.enabled
+        matmul = getattr(torch.backends.mkldnn, "matmul", None)
+        parts["precision"] = getattr(matmul, "fp32_precision", None)
+    return json.dumps(parts, sort_keys=True)

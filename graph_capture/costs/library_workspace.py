@@ -1,0 +1,41 @@
+"""Memory that a library takes from the allocator once and keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .device import Device
+
+STORAGE_NAME = "library workspace"  # of the storage that stands for it in a cost graph
+
+_CUBLAS_CALLS = {
+    f"aten::{name}"
+    for name in (
+        *("mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot"),
+        *("_scaled_mm", "_int_mm", "_addmm_activation", "linalg_solve_triangular"),
+    )
+}
+
+
+def library_workspace_bytes(targets: Iterable[Any], device: Device) -> int:
+    """Bytes that cuBLAS holds from the first product of a step on.
+
+    PyTorch gives it a workspace from its own allocator when a product runs first
+    and never takes it back (``aten/src/ATen/cuda/CublasHandlePool.cpp``). Where
+    products run on several streams there is one for each; a step has one.
+
+    Parameters
+    ----------
+    targets
+        What the calls of the step call.
+    device
+        Where they run.
+    """
+    multiplies = any(
+        isinstance(target, torch._ops.OpOverload) and target._schema.name in _CUBLAS_CALLS
+        for target in targets
+    )
+    return device.library_workspace_bytes if multiplies else 0

@@ -1,0 +1,337 @@
+"""Run one call of a step alone, on made-up arguments that are like the step's own.
+
+A call is known by its operator, the shapes, strides and dtypes of its tensors,
+its other arguments and the grad mode; values are made up. They are made so that
+the call runs as it does in the step: normal numbers where the step has
+activations and gradients, indices that lie in what they index, spread over all
+of it. Calls that cannot be trusted with made-up values are not run at all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map
+
+from ..recorder import written_arguments
+from .cost_model import Call
+
+aten = torch.ops.aten
+
+# Kernels that must not run on made-up values: they read memory at places that their arguments
+# name, or another library's packed state.
+_UNSAFE = re.compile(
+    r"aten::(.*(ctc|quantize|fbgemm|sparse|packed|cudnn|miopen|_rnn|_lstm|_gru|lstm_|gru_).*"
+    r"|max_unpool.*|.*gather_.*|segment_.*)"
+)
+_SAFE_ALL_THE_SAME = {
+    "aten::mkldnn_rnn_layer",
+    "aten::mkldnn_rnn_layer_backward",
+    "aten::cudnn_batch_norm",
+}
+
+# Kernels that fail on a matrix of zeros or of noise, or whose scratch grows with the norm.
+_WANTS_REGULAR = re.compile(r"aten::_?(linalg|cholesky|lu_|inverse|triangular|ormqr|logdet|det).*")
+
+# What raises when a call refuses its arguments; CUDA's and the allocator's errors among them.
+REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError)
+
+_POOL_LENGTH = 1 << 20
+_STEP = 2654435761  # Knuth's multiplicative hash: indices visit their range in no order
+_RUN_LENGTH = 64  # of equal values in a mask, as padding and causal masks have them
+
+
+def is_safe(func: Any) -> bool:
+    """Whether a call may run on made-up values."""
+    if func._schema.name in _SAFE_ALL_THE_SAME:
+        return True
+    return func.namespace == "aten" and _UNSAFE.fullmatch(func._schema.name) is None
+
+
+def call_key(call: Call) -> str:
+    """What tells a call from others that may take another time or other scratch.
+
+    Text, the same in every process; which tensor is passed twice is part of it.
+    """
+    leaves, spec = tree_flatten((call.args, call.kwargs))
+    first: dict[int, int] = {}
+    parts = []
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            same = first.setdefault(id(leaf), i)
+            shape, strides = list(leaf.shape), list(leaf.stride())
+            parts.append(f"={same}" if same != i else f"{leaf.dtype}{shape}{strides}")
+        else:
+            parts.append(repr(leaf))
+    grad = "grad" if call.grad_enabled else "no_grad"
+    return f"{call.func} {grad} ({', '.join(parts)}) {spec}"
+
+
+def argument_bytes(call: Call) -> int:
+    """Bytes that arguments made for a call take, and a copy of those that it writes to."""
+    tensors = {id(t): t for t in tree_iter((call.args, call.kwargs)) if _is(t)}
+    written = {id(t): t for t in written_arguments(call.func, call.args, call.kwargs)}
+    return sum(_extent(t) * t.element_size() for t in (*tensors.values(), *written.values()))
+
+
+def output_bytes(call: Call) -> int:
+    """Bytes of what a call hands out."""
+    return sum(_extent(t) * t.element_size() for t in tree_iter(call.out) if _is(t))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A call with arguments of its own, ready to run again and again.
+
+    Parameters
+    ----------
+    func, args, kwargs
+        What is called.
+    grad_enabled
+        The grad mode that it runs in.
+    fresh
+        For each tensor that the call writes to, itself and the values it began with.
+    """
+
+    func: Any
+    args: tuple
+    kwargs: dict
+    grad_enabled: bool
+    fresh: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+    def __call__(self) -> Any:
+        """Run once, as a planned graph does; see :func:`as_in_a_step`."""
+        return self.func(*self.args, **self.kwargs)
+
+    def refresh(self) -> None:
+        """Undo what runs have written, so that values neither grow nor vanish run by run."""
+        for tensor, values in self.fresh:
+            tensor.copy_(values)
+
+
+@contextmanager
+def as_in_a_step(device: torch.device) -> Iterator[None]:
+    """Below autograd and autocast, where a step's kernels run; generators come back unchanged."""
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch._C._AutoDispatchBelowAutograd(),
+        torch._C._DisableAutocast(),
+        torch.no_grad(),
+    ):
+        yield
+
+
+def blank_arguments(
+    func: Any, args: tuple, kwargs: dict, device: torch.device
+) -> tuple[tuple, dict]:
+    """Arguments of zeros, or regular matrices where the operator wants them: what scratch needs."""
+    regular = _WANTS_REGULAR.fullmatch(func._schema.name) is not None
+
+    def make(x: Any) -> Any:
+        if not _is(x):
+            return x
+        flat, real = _memory(x, device)
+        if regular:
+            _fill_regular(flat, real)
+        else:
+            flat.fill_(0)
+        return real
+
+    return tree_map(make, args), tree_map(make, kwargs)
+
+
+class Maker:
+    """Makes arguments on one device.
+
+    Parameters
+    ----------
+    device
+        Where the tensors of the step lie; those that the step keeps on the CPU
+        beside a card stay there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        generator = torch.Generator().manual_seed(0)
+        self._normal = torch.empty(_POOL_LENGTH).normal_(generator=generator).to(device)
+
+    def trial(self, call: Call) -> Trial:
+        """A call with arguments of its own.
+
+        Raises
+        ------
+        RuntimeError
+            When memory does not suffice.
+        """
+        kinds = _Kinds.of(call)
+        made: dict[int, torch.Tensor] = {}
+
+        def make(x: Any) -> Any:
+            if not _is(x):
+                return x
+            if id(x) not in made:
+                made[id(x)] = self._tensor(x, kinds)
+            return made[id(x)]
+
+        args, kwargs = tree_map(make, call.args), tree_map(make, call.kwargs)
+        written = {id(t): t for t in written_arguments(call.func, args, kwargs)}
+        return Trial(
+            func=call.func,
+            args=args,
+            kwargs=kwargs,
+            grad_enabled=call.grad_enabled,
+            fresh=tuple((t, t.clone()) for t in written.values()),
+        )
+
+    def _tensor(self, like: torch.Tensor, kinds: _Kinds) -> torch.Tensor:
+        flat, real = _memory(like, self._device)
+        if kinds.regular:
+            _fill_regular(flat, real)
+        elif like.dtype == torch.bool:
+            _fill_mask(flat)
+        elif like.is_floating_point() or like.is_complex():
+            self._fill_normal(flat, id(like) in kinds.positive)
+        elif id(like) in kinds.ranges:
+            _fill_indices(flat, *kinds.ranges[id(like)])
+        else:
+            flat.fill_(1 if kinds.pointwise else 0)  # no division by zero, no place out of range
+        return real
+
+    def _fill_normal(self, flat: torch.Tensor, positive: bool) -> None:
+        pool = self._normal[: flat.numel()].to(flat.device)
+        pool = (pool.abs() + 0.1 if positive else pool).to(flat.dtype)
+        for start in range(0, flat.numel(), _POOL_LENGTH):
+            part = flat[start : start + _POOL_LENGTH]
+            part.copy_(pool[: part.numel()])
+
+
+def _memory(like: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory that is not filled yet, and a tensor in it with the shape and strides of another."""
+    where = like.device if like.device.type == "cpu" else device
+    flat = torch.empty(_extent(like), dtype=like.dtype, device=where)
+    return flat, flat.as_strided(like.shape, like.stride())
+
+
+def _fill_mask(flat: torch.Tensor) -> None:
+    places = torch.arange(flat.numel(), device=flat.device)
+    flat.copy_(places.div_(_RUN_LENGTH, rounding_mode="floor").remainder_(2).eq_(0))
+
+
+def _fill_indices(flat: torch.Tensor, end: int, in_order: bool) -> None:
+    places = torch.arange(flat.numel(), device=flat.device)
+    if in_order:
+        places = places.mul_(end).div_(max(1, flat.numel()), rounding_mode="floor")
+    else:
+        places = places.mul_(_STEP).remainder_(max(1, end))
+    flat.copy_(places)
+
+
+def _fill_regular(flat: torch.Tensor, real: torch.Tensor) -> None:
+    """Matrices that can be inverted; of a norm at which iterations do not stop early."""
+    flat.fill_(0)
+    if real.dim() >= 2 and (real.is_floating_point() or real.is_complex()):
+        real.diagonal(dim1=-2, dim2=-1).fill_(64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kinds:
+    """Which values the tensors of a call need; tensors by ``id``.
+
+    Parameters
+    ----------
+    ranges
+        Of tensors of indices: where the indices end, and whether they come in order.
+    positive
+        Tensors that stand for variances, or that a root or logarithm is taken of.
+    pointwise
+        Whether integers are numbers, not places.
+    regular
+        Whether matrices must be regular.
+    """
+
+    ranges: dict[int, tuple[int, bool]]
+    positive: set[int]
+    pointwise: bool
+    regular: bool
+
+    @classmethod
+    def of(cls, call: Call) -> _Kinds:
+        return cls(
+            ranges=_index_ranges(call),
+            positive=_positive(call),
+            pointwise=torch.Tag.pointwise in call.func.tags,
+            regular=_WANTS_REGULAR.fullmatch(call.func._schema.name) is not None,
+        )
+
+
+def _positive(call: Call) -> set[int]:
+    by_name = _by_name(call)
+    found = {id(by_name[n]) for n in _POSITIVE_ARGUMENTS if n in by_name}
+    if call.func._schema.name.split("::")[1].rstrip("_") in _OF_POSITIVE:
+        found.update(id(t) for t in tree_iter(call.args) if _is(t))
+    return found
+
+
+_POSITIVE_ARGUMENTS = ("running_var", "save_invstd", "save_var", "rstd", "invstd")
+_OF_POSITIVE = {"sqrt", "rsqrt", "log", "log2", "log10", "addcdiv", "_foreach_sqrt"}
+
+
+def _by_name(call: Call) -> dict[str, Any]:
+    names = [a.name for a in call.func._schema.arguments]
+    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+
+
+def _index_ranges(call: Call) -> dict[int, tuple[int, bool]]:
+    given = _by_name(call)
+    name = call.func._schema.name.split("::")[1].rstrip("_").removeprefix("_unsafe_")
+    ends: list[tuple[Any, int]] = []
+    in_order = False
+    if name == "embedding":
+        ends = [(given["indices"], given["weight"].shape[0])]
+    elif name == "embedding_dense_backward":
+        ends = [(given["indices"], given["num_weights"])]
+    elif name.startswith("nll_loss"):
+        logits = given["self"]
+        ends = [(given["target"], logits.shape[1 if logits.dim() > 1 else 0])]
+    elif name in _ALONG_A_DIMENSION:
+        source = given["self"]
+        ends = [(given["index"], source.shape[given["dim"]] if source.dim() else 1)]
+    elif name in ("index", "index_put", "_index_put_impl"):
+        places = zip(given["indices"], given["self"].shape, strict=False)
+        ends = [(index, size) for index, size in places if index is not None]
+    elif "max_pool" in name and "indices" in given:
+        num_dims = 3 if "3d" in name else 2
+        ends = [(given["indices"], math.prod(given["self"].shape[-num_dims:]))]
+        in_order = True
+    return {id(t): (end, in_order) for t, end in ends if _is(t) and t.dtype != torch.bool}
+
+
+_ALONG_A_DIMENSION = {
+    "gather",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "index_select",
+    "index_add",
+    "index_copy",
+    "index_fill",
+}
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from the first to the last that a tensor looks at."""
+    if tensor.numel() == 0:
+        return 0
+    places = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in places)
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)

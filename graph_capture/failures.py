@@ -1,0 +1,47 @@
+"""Why a model could not be captured, in the words of the person whose model it is."""
+
+from __future__ import annotations
+
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+
+from .errors import CaptureError
+from .recorder import _OWN_ROOT, _TORCH_ROOT
+
+_DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def explain_failures(failures: list[tuple[str, BaseException]]) -> str:
+    """What stopped each attempt, and what to do about it."""
+    reasons: dict[str, list[str]] = {}
+    for how, error in failures:
+        where = _user_frame(error) or next(iter(getattr(error, "__notes__", ())), None)
+        first = next(iter(str(error).strip().splitlines()), "")
+        name = "" if isinstance(error, CaptureError) else f"{type(error).__name__}: "
+        reasons.setdefault(f"{name}{first}{f' (at {where})' if where else ''}", []).append(how)
+    lines = ["the model could not be captured as one graph:"]
+    lines += [f"  {' and '.join(ways)}: {reason}" for reason, ways in reasons.items()]
+    if any(isinstance(error, _DECIDED_BY_VALUE) for _, error in failures):
+        lines.append(
+            "  A branch or shape that depends on a tensor's value cannot be planned; write it with "
+            "torch.where, pass the value as an argument, or plan the part of the model around it."
+        )
+    elif not any(isinstance(error, CaptureError) for _, error in failures):
+        lines.append(
+            "  Does an unplanned training step run, backward pass included? If it does, plan the "
+            "part of the model around this line."
+        )
+    return "\n".join(lines)
+
+
+def _user_frame(error: BaseException) -> str | None:
+    place = None
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith((_TORCH_ROOT, _OWN_ROOT, "<")):
+            place = f"{name}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}"
+        trace = trace.tb_next
+    return place

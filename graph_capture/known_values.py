@@ -1,0 +1,108 @@
+"""Values that a step knows before it runs: those made of nothing but constants.
+
+Eager code branches on them (Transformers asks whether the positions that it has
+just counted are those of packed sequences), and a capture must take the branch
+that eager takes. So what factories such as ``arange`` make, and what is computed
+from that alone, is computed for real beside its stand-in, as long as it is
+small.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_map
+
+MAX_ELEMENTS = 1 << 20
+
+_FACTORIES = {
+    "aten::arange",
+    "aten::eye",
+    "aten::full",
+    "aten::linspace",
+    "aten::ones",
+    "aten::scalar_tensor",
+    "aten::zeros",
+}
+_item = torch.ops.aten._local_scalar_dense.default
+
+
+class KnownValues:
+    """Real values of some of the stand-ins of one capture.
+
+    Parameters of its methods are those of ``__torch_dispatch__``. Stand-ins must
+    outlive it, since they are known by their identity.
+    """
+
+    def __init__(self) -> None:
+        self._value_of: dict[int, torch.Tensor] = {}
+        self._in_memory: dict[int, list[int]] = {}  # storage -> stand-ins of it that are known
+
+    def answers(self, func: Any, args: tuple) -> bool:
+        """Whether the call asks for the number that a known tensor holds."""
+        return func is _item and id(args[0]) in self._value_of
+
+    def number(self, args: tuple) -> Any:
+        """That number."""
+        with _disable_current_modes():
+            return self._value_of[id(args[0])].item()
+
+    def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """Compute what a call makes, if everything that it reads is known."""
+        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func._schema.is_mutable:
+            self._forget(given)
+        elif isinstance(out, FakeTensor) and out.numel() <= MAX_ELEMENTS:
+            if given:
+                follows = all(id(t) in self._value_of for t in given)
+            else:
+                follows = func._schema.name in _FACTORIES
+            if follows and torch.Tag.nondeterministic_seeded not in func.tags:
+                self._compute(func, args, kwargs, out)
+
+    def _forget(self, written: list[torch.Tensor]) -> None:
+        for tensor in written:
+            for known in self._in_memory.pop(tensor.untyped_storage()._cdata, ()):
+                self._value_of.pop(known, None)
+
+    def _compute(self, func: Any, args: tuple, kwargs: dict, out: FakeTensor) -> None:
+        def real(x: Any) -> Any:
+            if isinstance(x, torch.Tensor):
+                return self._value_of[id(x)]
+            return torch.device("cpu") if isinstance(x, torch.device) else x
+
+        with _disable_current_modes(), torch.no_grad():
+            try:
+                value = func(*tree_map(real, args), **tree_map(real, kwargs))
+            except (RuntimeError, NotImplementedError):  # a kernel that the CPU lacks: not known
+                return
+        self._value_of[id(out)] = value
+        self._in_memory.setdefault(out.untyped_storage()._cdata, []).append(id(out))
+
+
+@contextmanager
+def taken_for_real() -> Iterator[None]:
+    """While active, Transformers does not recognize stand-ins as such.
+
+    It asks whether a tensor is fake in order to avoid branches on values; where
+    the value is known, eager's branch is the right one.
+    """
+    library: Any = sys.modules.get("transformers.utils.import_utils")
+    before = getattr(library, "is_fake_tensor", None)
+    if before is None:
+        yield
+        return
+    library.is_fake_tensor = lambda _tensor: False
+    try:
+        yield
+    finally:
+        library.is_fake_tensor = before
+
+
+__all__ = ["KnownValues", "taken_for_real"]

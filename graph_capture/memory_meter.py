@@ -1,0 +1,92 @@
+"""Follow what code that stays eager allocates on fake tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_map
+
+from .recorder import storage_id
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Peak of the memory that calls allocate while it is active, by real lifetimes.
+
+    For code that stays eager (the user's loss, the optimizer): storages are
+    followed by weak references, so Python locals and what autograd saves count
+    for as long as they are really held.
+
+    Parameters
+    ----------
+    known
+        Whether a storage is counted elsewhere.
+    twin
+        Makes a stand-in for each real tensor that the code brings along.
+    """
+
+    def __init__(
+        self,
+        known: Callable[[int], bool] = lambda _sid: False,
+        twin: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self._twin = twin
+        self.current_bytes = 0
+        self.peak_bytes = 0
+        self._known = known
+        self._seen: set[int] = set()
+        self.calls: list[tuple[Any, tuple, dict, Any]] = []
+        self.constants: dict[int, int] = {}  # real tensors that the code brings along, in bytes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        args, kwargs = tree_map(self._lent, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        if func.namespace != "prim":  # a fake tensor is asked for its device
+            with _disable_current_modes():  # a plain meta tensor is made at a tenth of the cost
+                self.calls.append((func, _shapes(args), _shapes(kwargs), _shapes(out)))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor)
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        return out
+
+    def _lent(self, value: Any) -> Any:
+        """The value itself, or what stands in for a real tensor."""
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        self.constants[storage_id(value)] = value.untyped_storage().nbytes()
+        return value if self._twin is None else self._twin(value)
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        sid = storage._cdata
+        if sid in self._seen or self._known(sid):
+            return
+        num_bytes = storage.nbytes()
+        self._seen.add(sid)
+        self.current_bytes += num_bytes
+
+        def freed() -> None:
+            self.current_bytes -= num_bytes
+            self._seen.discard(sid)
+
+        weakref.finalize(storage, freed)
+
+
+def _shapes(tree: Any) -> Any:
+    """Tensors replaced by meta stand-ins, so that no storage is held."""
+    return tree_map(
+        lambda x: (
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+            if isinstance(x, torch.Tensor)
+            else x
+        ),
+        tree,
+    )

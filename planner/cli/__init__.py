@@ -1,0 +1,5 @@
+"""The command ``remat``."""
+
+from .app import main
+
+__all__ = ["main"]

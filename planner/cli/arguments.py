@@ -1,0 +1,114 @@
+"""What the commands of ``remat`` are given, read and checked."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from torch import nn
+
+from graph_capture.costs.devices import DEVICES
+
+from ..plan import Plan
+
+Target = Annotated[
+    str,
+    typer.Argument(help="module:function that returns (model, sample_input) or those and loss_fn"),
+]
+OptimizerName = Annotated[str | None, typer.Option(help="count its state and step, e.g. adamw")]
+DeviceName = Annotated[
+    str | None,
+    typer.Option(help=f"where it will run, if not here: {', '.join(DEVICES)}"),
+]
+Autocast = Annotated[str | None, typer.Option(help="bfloat16 or float16")]
+CostModelName = Annotated[str, typer.Option(help="roofline (data sheets) or profile (timed)")]
+Headroom = Annotated[
+    str | None, typer.Option(help="part of the budget to leave alone, e.g. 5% or 2GB")
+]
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | None]:
+    """Call ``module:function``; modules are looked up beside the current folder, too."""
+    module_name, _, function_name = target.partition(":")
+    if not function_name:
+        fail(f"{target!r} is not of the form module:function")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        made = getattr(importlib.import_module(module_name), function_name)()
+    except (ImportError, AttributeError) as error:
+        fail(f"{target}: {error}")
+    finally:
+        sys.path.pop(0)
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
+        fail(f"{target} must return (model, sample_input) or (model, sample_input, loss_fn)")
+    return made if len(made) == 3 else (*made, None)
+
+
+def read_integers(option: str, text: str) -> tuple[int, ...]:
+    """``"1,2,4"`` as whole numbers from 1 on."""
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not part.isascii() or not part.isdigit() or int(part) < 1]
+    if wrong:
+        fail(f"{option} takes whole numbers from 1 on, such as 1,2,4, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def read_autocast(text: str | None) -> torch.dtype | None:
+    """Autocast's dtype by name."""
+    if text is None:
+        return None
+    if text not in _DTYPES:
+        fail(f"--autocast is one of {', '.join(_DTYPES)}, got {text!r}")
+    return _DTYPES[text]
+
+
+def read_headroom(text: str | None) -> float | str | None:
+    """A bare number as a number, everything else as it is."""
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write ``data`` to a file."""
+    try:
+        path.write_text(json.dumps(data, indent=2) + "\n")
+    except OSError as error:
+        fail(str(error))
+    typer.echo(f"written to {path}")
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write ``plan`` to a file."""
+    try:
+        plan.save(path)
+    except OSError as error:
+        fail(str(error))
+    typer.echo(f"written to {path}")
+
+
+def say_error(error: BaseException) -> NoReturn:
+    """End the command with an error in words, notes included."""
+    fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
+
+
+def fail(message: str) -> NoReturn:
+    """End the command with a message and exit status 1."""
+    typer.echo(f"remat: {message}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,134 @@
+"""The commands that look at many shapes: ``remat estimate`` and ``remat max-batch``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CaptureError
+from ..sizing.estimate import estimate
+from ..sizing.max_batch import LARGEST_BATCH, max_batch
+from .arguments import (
+    Autocast,
+    CostModelName,
+    DeviceName,
+    Headroom,
+    OptimizerName,
+    Target,
+    fail,
+    load_target,
+    read_autocast,
+    read_headroom,
+    read_integers,
+    save_plan,
+    say_error,
+    write_json,
+)
+
+BatchDim = Annotated[int, typer.Option(help="which dimension of the inputs is the batch")]
+
+
+def estimate_command(
+    target: Target,
+    batch: Annotated[str, typer.Option(help="batch sizes")] = "1,2,4,8,16",
+    sequence: Annotated[
+        str | None, typer.Option(help="sequence lengths, e.g. 512,1024; else the sample's own")
+    ] = None,
+    device: DeviceName = None,
+    budget: Annotated[
+        str | None, typer.Option(help="e.g. 40GB, 40GiB; else the device's memory")
+    ] = None,
+    optimizer: OptimizerName = None,
+    autocast: Autocast = None,
+    cost_model: CostModelName = "roofline",
+    headroom: Headroom = None,
+    batch_dim: BatchDim = 0,
+    sequence_dim: Annotated[int, typer.Option(help="and which the sequence")] = 1,
+    time_limit_s: Annotated[
+        float, typer.Option(help="for each search, in rows that do not fit without a plan")
+    ] = 3.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
+) -> None:
+    """Memory and time of a training step at many shapes; nothing runs."""
+    batches = read_integers("--batch", batch)
+    lengths = None if sequence is None else read_integers("--sequence", sequence)
+    dtype = read_autocast(autocast)
+    model, sample_input, loss_fn = load_target(target)
+    try:
+        estimated = estimate(
+            model,
+            sample_input,
+            device=device,
+            batch_sizes=batches,
+            sequence_lengths=lengths,
+            budget=budget,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            autocast=dtype,
+            cost_model=cost_model,
+            headroom=read_headroom(headroom),
+            batch_dim=batch_dim,
+            sequence_dim=sequence_dim,
+            time_limit_s=time_limit_s,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        )
+    except (CaptureError, ValueError) as error:
+        say_error(error)
+    typer.echo(str(estimated))
+    if json is not None:
+        write_json(json, estimated.to_dict())
+    if all(row.error is not None for row in estimated.rows):
+        fail("the step cannot be captured at any of these shapes")
+
+
+def max_batch_command(
+    target: Target,
+    budget: Annotated[
+        str | None, typer.Option(help="e.g. 40GB, 40GiB; else the device's memory")
+    ] = None,
+    device: DeviceName = None,
+    optimizer: OptimizerName = None,
+    autocast: Autocast = None,
+    cost_model: CostModelName = "roofline",
+    headroom: Headroom = None,
+    batch_dim: BatchDim = 0,
+    largest: Annotated[int, typer.Option(help="no batch above it is tried")] = LARGEST_BATCH,
+    time_limit_s: Annotated[float, typer.Option(help="for searching and solving")] = 60.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="write the plan for the largest batch to this file")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
+) -> None:
+    """Find the largest batch that fits, without a plan and with one."""
+    dtype = read_autocast(autocast)
+    model, sample_input, loss_fn = load_target(target)
+    try:
+        found = max_batch(
+            model,
+            sample_input,
+            budget_gb=budget,
+            device=device,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            autocast=dtype,
+            cost_model=cost_model,
+            headroom=read_headroom(headroom),
+            batch_dim=batch_dim,
+            largest=largest,
+            time_limit_s=time_limit_s,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        )
+    except (CaptureError, ValueError) as error:
+        say_error(error)
+    typer.echo(str(found))
+    if json is not None:
+        write_json(json, found.to_dict())
+    if out is not None:
+        save_plan(found.plan, out)

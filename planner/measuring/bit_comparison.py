@@ -1,0 +1,79 @@
+"""Whether two ways to run a step come out the same to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from graph_capture.outputs import take_apart
+
+from ..training_step import LossFn, Sample, output_tensors, train_step
+from .resident import single_device
+from .restored import restored
+from .validation import Bits
+
+Results = dict[str, Tensor | None]
+
+
+def compare_bits(
+    expected: Callable[[], Results], actual: Callable[[], Results]
+) -> tuple[Bits, str | None]:
+    """The verdict, and the first thing that is not the same.
+
+    Where the two differ the first runs again: if it does not repeat itself
+    (kernels on CUDA that add up in any order), nothing can be said of the second.
+    """
+    first = expected()
+    different = first_difference(first, actual())
+    if different is None:
+        return "equal", None
+    unstable = first_difference(first, expected())
+    return ("different", different) if unstable is None else ("not repeatable", unstable)
+
+
+def step_results(
+    model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, seed: int
+) -> Results:
+    """Everything that a step without an optimizer leaves, copied to the CPU.
+
+    The model, the inputs and the random generators are afterwards as before.
+    """
+    device = single_device(model, sample_input)
+    with restored(model, sample_input, loss_fn, None):
+        torch.manual_seed(seed)
+        output, loss = train_step(model, sample_input, loss_fn)
+        template, outputs = take_apart(output)
+        found: Results = {"the loss": loss}
+        found |= {f"output {n!r}": t for n, t in zip(template.names, outputs, strict=True)}
+        found |= {f"the gradient of {name}": p.grad for name, p in model.named_parameters()}
+        for i, t in enumerate(output_tensors(sample_input)):
+            if t.is_leaf and t.requires_grad:
+                found[f"the gradient of input {i}"] = t.grad
+        found |= {f"buffer {name}": t for name, t in model.named_buffers()}
+        found["the random generator"] = (
+            torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        )
+        return {
+            name: None if t is None else t.detach().to("cpu", copy=True)
+            for name, t in found.items()
+        }
+
+
+def first_difference(expected: Results, actual: Results) -> str | None:
+    """The name of the first value that is missing or has other bits in one of the two."""
+    for name in dict.fromkeys((*expected, *actual)):
+        a, b = expected.get(name), actual.get(name)
+        if (a is None) != (b is None):
+            return name
+        if a is not None and b is not None and not _same_bits(a, b):
+            return name
+    return None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(first, second)

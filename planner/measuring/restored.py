@@ -1,0 +1,58 @@
+"""Give back, after a trial step, every value that it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..training_step import LossFn, Sample, output_tensors
+
+
+@contextmanager
+def restored(
+    model: nn.Module,
+    sample_input: Sample,
+    loss_fn: LossFn | None,
+    optimizer: torch.optim.Optimizer | str | None,
+) -> Iterator[None]:
+    """Give back, at the end, every value that a step changes; copies lie on the CPU."""
+    parts = [part for part in (model, loss_fn) if isinstance(part, nn.Module)]
+    registered = [(m._buffers, dict(m._buffers)) for part in parts for m in part.modules()]
+    inputs = output_tensors(sample_input)
+    tensors = [*inputs, *(b for part in parts for b in part.buffers())]
+    leaves = [t for t in inputs if t.requires_grad and t.is_leaf]
+    leaves += [p for part in parts for p in part.parameters()]
+    if optimizer is not None:
+        tensors += model.parameters()
+    if isinstance(optimizer, torch.optim.Optimizer):
+        tensors += [t for state in optimizer.state.values() for t in output_tensors(state)]
+        leaves += [p for group in optimizer.param_groups for p in group["params"]]
+        tensors += [p for group in optimizer.param_groups for p in group["params"]]
+        states = {p: dict(state) for p, state in optimizer.state.items()}
+        groups = [dict(group) for group in optimizer.param_groups]
+    unique = {id(t): t for t in tensors}.values()
+    copies = [(t, t.detach().to("cpu", copy=True)) for t in unique]
+    grads = [(leaf, leaf.grad) for leaf in {id(t): t for t in leaves}.values()]
+    # torch.manual_seed seeds every CUDA device as well, if CUDA is in use.
+    cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=cuda_devices):
+        try:
+            for leaf, _ in grads:
+                leaf.grad = None
+            yield
+        finally:
+            with torch.no_grad():
+                for t, copy in copies:
+                    t.copy_(copy)
+            for leaf, grad in grads:
+                leaf.grad = grad
+            for buffers, saved in registered:
+                buffers.update(saved)
+            if isinstance(optimizer, torch.optim.Optimizer):
+                optimizer.state.clear()
+                optimizer.state.update(states)
+                for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
+                    group.update(saved_group)

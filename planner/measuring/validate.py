@@ -1,0 +1,397 @@
+"""Run real steps under a plan and put what they take beside what was predicted.
+
+Two steps run in turn on the same model, the planned and the unplanned one; see
+``planner/training_step.py`` for what a step is and ``planner/measuring/measure.py`` for
+how its peak is recorded. Model, gradients, buffers, optimizer state, random
+generators and the applied plan are afterwards what they were before.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.costs.library_workspace import STORAGE_NAME
+from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
+from graph_capture.outputs import take_apart
+
+from ..application import PlannedForward, capture_for, forward_set, own_forward
+from ..errors import PlanError, PlanMismatchError
+from ..out_of_memory import is_out_of_memory
+from ..plan import Plan
+from ..training_step import (
+    LossFn,
+    Sample,
+    build_optimizer,
+    clear_gradients,
+    make_step,
+    output_tensors,
+)
+from .bit_comparison import Results, compare_bits, step_results
+from .measure import measure_pair, record_peak, timed_us
+from .resident import resident_bytes_by_category, single_device, storage_bytes
+from .restored import restored
+from .validation import Bits, Figure, Validation
+
+_WARMUP_PAIRS = 2
+
+
+def validate_plan(
+    plan: Plan,
+    model: nn.Module,
+    sample_input: Sample,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | str | None = None,
+    repeats: int = 10,
+    unplanned: bool = True,
+    bits: bool = True,
+    seed: int = 0,
+) -> Validation:
+    """See :meth:`planner.Plan.validate`."""
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+        raise ValueError(f"repeats must be a whole number from 0 on, got {repeats!r}")
+    if not model.training:
+        raise ValueError("the model is in eval mode, where no plan runs: call model.train()")
+    device = single_device(model, sample_input)
+    own = own_forward(model)
+    with forward_set(model, own):
+        planned = PlannedForward(model, plan, capture_for(plan, model, model.forward), "error")
+        planned.check(bind_call(model.forward, *split_sample(sample_input)))
+        trial = _Trial(
+            model=model,
+            sample_input=sample_input,
+            loss_fn=_loss_of(plan, loss_fn),
+            seed=seed,
+            device=device,
+        )
+        chosen = _optimizer_for(plan, model, optimizer)
+        with restored(model, sample_input, trial.loss_fn, chosen):
+            if isinstance(chosen, str):
+                chosen = build_optimizer(chosen, model.parameters())
+            found: tuple[Bits, str | None] = ("not compared", None)
+            note = None if unplanned else "not run: unplanned=False"
+            if bits and unplanned:
+                compared, note = _unless_out_of_memory(trial, lambda: _compare(trial, planned, own))
+                found = compared or found
+            taken = _record(trial, planned, chosen)
+            without: _Taken | None = None
+            if note is None:
+                without, note = _unless_out_of_memory(trial, lambda: _record(trial, own, chosen))
+            timing: tuple[list[float], list[float]] = ([], [])
+            if repeats:
+                timing = _time(trial, planned, own if without else planned, chosen, repeats)
+    return _report(plan, trial, taken, without, timing, found, note)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trial:
+    """What a step runs on."""
+
+    model: nn.Module
+    sample_input: Sample
+    loss_fn: LossFn | None
+    seed: int
+    device: torch.device
+
+    def step(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], Any]:
+        return make_step(
+            self.model, self.sample_input, loss_fn=self.loss_fn, optimizer=optimizer, seed=self.seed
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Taken:
+    """What one recorded step took."""
+
+    resident_bytes: dict[str, int]
+    extra_bytes: int
+    reserved_bytes: int | None
+    gradient_bytes: int
+    output_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.resident_bytes.values()) + self.extra_bytes
+
+
+_Forward = Callable[..., Any] | None
+
+
+def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer | None) -> _Taken:
+    """The peak of a step whose lazily built things are there already."""
+    model, sample_input, loss_fn = trial.model, trial.sample_input, trial.loss_fn
+    step = trial.step(optimizer)
+    seen: list[int] = []
+
+    def recorded() -> Any:
+        output, loss = step()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients += [
+            t.grad
+            for t in output_tensors(sample_input)
+            if t.is_leaf and t.requires_grad and t.grad is not None
+        ]
+        there = [*model.parameters(), *model.buffers(), *output_tensors(sample_input)]
+        seen.append(storage_bytes(gradients, trial.device))
+        both = storage_bytes([*there, *take_apart(output)[1]], trial.device)
+        seen.append(both - storage_bytes(there, trial.device))
+        return output, loss
+
+    with forward_set(model, forward):
+        step()
+        clear_gradients(model, sample_input, loss_fn)
+        resident = resident_bytes_by_category(
+            model, sample_input, trial.device, loss_fn=loss_fn, optimizer=optimizer
+        )
+        extra_bytes, reserved_bytes = record_peak(recorded, trial.device)
+        clear_gradients(model, sample_input, loss_fn)
+    return _Taken(
+        resident_bytes=resident,
+        extra_bytes=extra_bytes,
+        reserved_bytes=reserved_bytes,
+        gradient_bytes=seen[0],
+        output_bytes=seen[1],
+    )
+
+
+def _time(
+    trial: _Trial,
+    planned: PlannedForward,
+    other: _Forward,
+    optimizer: torch.optim.Optimizer | None,
+    repeats: int,
+) -> tuple[list[float], list[float]]:
+    """Microseconds of unplanned and of planned steps; of planned ones alone where ``other`` is."""
+    step = trial.step(optimizer)
+
+    def run(forward: _Forward) -> Any:
+        with forward_set(trial.model, forward):
+            return step()
+
+    if other is planned:
+        for _ in range(_WARMUP_PAIRS):
+            run(planned)
+        return [], [timed_us(lambda: run(planned), trial.device) for _ in range(repeats)]
+    pairs = measure_pair(
+        lambda: run(other),
+        lambda: run(planned),
+        repeats=repeats,
+        warmup=_WARMUP_PAIRS,
+        device=trial.device,
+    )
+    return list(pairs.first_us), list(pairs.second_us)
+
+
+def _compare(trial: _Trial, planned: PlannedForward, own: _Forward) -> tuple[Bits, str | None]:
+    def run(forward: _Forward) -> Results:
+        with forward_set(trial.model, forward):
+            return step_results(trial.model, trial.sample_input, trial.loss_fn, trial.seed)
+
+    return compare_bits(lambda: run(own), lambda: run(planned))
+
+
+# -- what the plan was asked for -----------------------------------------------------
+
+
+def _loss_of(plan: Plan, loss_fn: LossFn | None) -> LossFn | None:
+    """The loss of the step that was planned.
+
+    Raises
+    ------
+    PlanError, PlanMismatchError
+        When it is needed and not known, or given and not planned.
+    """
+    planned_with = plan.loss.region.label == "loss_fn"
+    if loss_fn is not None and not planned_with:
+        raise PlanMismatchError(
+            f"the plan differentiates {plan.loss.region.label}, not a loss_fn: leave it out, or "
+            "plan with it"
+        )
+    if loss_fn is None and planned_with:
+        if plan._request is None or plan._request.loss_fn is None:
+            raise PlanError("the plan was made with a loss_fn, which a file cannot hold: give it")
+        return plan._request.loss_fn
+    return loss_fn
+
+
+def _optimizer_for(
+    plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | str | None
+) -> torch.optim.Optimizer | str | None:
+    """The optimizer whose state and step the plan counts.
+
+    Raises
+    ------
+    PlanError, PlanMismatchError
+        When it is no optimizer that is known by name and none was given, or
+        another one was.
+    """
+    counted = plan.optimizer
+    if optimizer is None:
+        if counted is None:
+            return None
+        for name, build in OPTIMIZERS.items():
+            if getattr(build, "func", build).__name__ == counted.name:
+                twin = measure_optimizer(name, model)
+                assert twin is not None
+                if (twin.state_bytes, twin.workspace_bytes) == (
+                    counted.state_bytes,
+                    counted.workspace_bytes,
+                ):
+                    return name
+        raise PlanError(
+            f"the plan counts an optimizer, {counted.name} with {counted.state_bytes} bytes of "
+            "state, that is not one of those known by name with their defaults: pass it as "
+            "optimizer="
+        )
+    found = measure_optimizer(optimizer, model)
+    assert found is not None
+    if counted is None:
+        raise PlanMismatchError(
+            f"the plan counts no optimizer and {found.name} was given: leave it out, or plan "
+            "with optimizer="
+        )
+    if (found.name, found.state_bytes) != (counted.name, counted.state_bytes):
+        raise PlanMismatchError(
+            f"the plan counts {counted.name} with {counted.state_bytes} bytes of state, given was "
+            f"{found.name} with {found.state_bytes}: give the planned one, or plan with this one"
+        )
+    return optimizer
+
+
+# -- the unplanned step may not fit ----------------------------------------------------
+
+
+def _unless_out_of_memory(trial: _Trial, call: Callable[[], Any]) -> tuple[Any | None, str | None]:
+    """What a call that runs the unplanned step returns, or why it could not."""
+    failed = False
+    result = None
+    with _clean_after(trial):
+        try:
+            result = call()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+    note = "ran out of memory, which the planned step did not" if failed else None
+    return result, note
+
+
+@contextmanager
+def _clean_after(trial: _Trial) -> Iterator[None]:
+    """Drop what a failed step has left on the device."""
+    yield
+    clear_gradients(trial.model, trial.sample_input, trial.loss_fn)
+    gc.collect()
+    if trial.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# -- the report --------------------------------------------------------------------------
+
+
+def _report(
+    plan: Plan,
+    trial: _Trial,
+    taken: _Taken,
+    without: _Taken | None,
+    timing: tuple[list[float], list[float]],
+    found: tuple[Bits, str | None],
+    note: str | None,
+) -> Validation:
+    predicted = _predicted_parts(plan)
+    at_peak = [
+        Figure(name=category, predicted=predicted.pop(category, 0), measured=num_bytes)
+        for category, num_bytes in taken.resident_bytes.items()
+    ]
+    at_peak.append(
+        Figure(
+            name="rest",
+            predicted=sum(predicted.values()),
+            measured=taken.extra_bytes,
+            how="derived",
+        )
+    )
+    first_us, second_us = timing
+    ratios = [b / a for a, b in zip(first_us, second_us, strict=True)] if first_us else []
+    quartiles = _quartiles(ratios) if ratios else None
+    return Validation(
+        peak=Figure(name="peak", predicted=plan.predicted_peak_bytes, measured=taken.peak_bytes),
+        reserved_bytes=taken.reserved_bytes,
+        at_peak=tuple(f for f in at_peak if f.predicted or f.measured),
+        predicted_rest=predicted,
+        in_step=(
+            _whole("gradient", plan, taken.gradient_bytes),
+            _whole("output", plan, taken.output_bytes),
+        ),
+        step=_median("step", plan.predicted_step_us, second_us),
+        unplanned_peak=None
+        if without is None
+        else Figure(
+            name="unplanned peak", predicted=plan.baseline_peak_bytes, measured=without.peak_bytes
+        ),
+        unplanned_step=_median("unplanned step", plan.baseline_step_us, first_us),
+        predicted_overhead=plan.overhead,
+        overhead=statistics.median(ratios) - 1 if ratios else None,
+        overhead_quartiles=quartiles,
+        bits=found[0],
+        first_difference=found[1],
+        unplanned_note=note,
+        budget_bytes=plan.budget_bytes,
+        headroom_bytes=plan.headroom_bytes,
+        costs=f"{plan.costs.model} for {plan.costs.device}",
+        device=torch.cuda.get_device_name(trial.device)
+        if trial.device.type == "cuda"
+        else trial.device.type,
+        torch_version=torch.__version__,
+        num_threads=torch.get_num_threads(),
+        seed=trial.seed,
+        num_pairs=len(ratios),
+    )
+
+
+def _predicted_parts(plan: Plan) -> dict[str, int]:
+    """The predicted peak by category; a library's workspace is no buffer of the model's.
+
+    A recorded step makes the workspace itself, so that it counts to the rest.
+    """
+    parts = dict(plan.memory.by_category)
+    workspace_bytes = sum(s.size_bytes for s in plan.graph.storages if s.name == STORAGE_NAME)
+    if workspace_bytes:
+        parts["buffer"] -= workspace_bytes
+        parts[STORAGE_NAME] = workspace_bytes
+    return parts
+
+
+def _whole(category: str, plan: Plan, measured_bytes: int) -> Figure:
+    """What a step leaves of a category; what the loss leaves stays in the training loop."""
+    predicted = sum(
+        s.size_bytes
+        for s in plan.graph.storages
+        if s.category == category
+        and s.kept
+        and s.producer is not None
+        and plan.graph.operators[s.producer].phase != "loss"
+    )
+    return Figure(name=f"{category}s", predicted=predicted, measured=measured_bytes)
+
+
+def _median(name: str, predicted_us: float, measured_us: list[float]) -> Figure | None:
+    if not measured_us:
+        return None
+    return Figure(name=name, predicted=predicted_us, measured=statistics.median(measured_us))
+
+
+def _quartiles(ratios: list[float]) -> tuple[float, float]:
+    if len(ratios) == 1:
+        return ratios[0] - 1, ratios[0] - 1
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low - 1, high - 1

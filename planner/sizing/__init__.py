@@ -1,0 +1,1 @@
+"""Many shapes from few captures: ``estimate`` and ``max_batch``."""

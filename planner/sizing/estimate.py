@@ -1,0 +1,393 @@
+"""What a training step would take, for many shapes and any device, with nothing run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.captured_step import CapturedStep
+from graph_capture.costs.choose import ChosenCosts
+from graph_capture.costs.cost_model import CostRecord
+from graph_capture.costs.devices import Device
+from graph_capture.errors import CaptureError
+from graph_capture.loss import LossFn
+from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.target import target_of
+from solvers.replay import replay
+from solvers.schedule import Schedule
+
+from ..budget import Budget
+from ..optimize import check_model
+from ..plan import PeakMemory
+from ..progress import ShowLines, showing_lines
+from .device_budget import budget_or_device
+from .fitting import Wiring, find_fit, quick_plan, wiring_of
+from .samples import MakeSample
+from .step_family import StepFamily, reason
+
+ESTIMATE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRow:
+    """A plan that was found quickly for a step that does not fit without one.
+
+    Parameters
+    ----------
+    peak_bytes
+        Predicted peak of the planned step.
+    overhead
+        Extra time over the unplanned step, as a fraction of it.
+    gap
+        ``(time of the step - lower bound) / lower bound``; more time for
+        solving lowers overhead and gap.
+    """
+
+    peak_bytes: int
+    overhead: float
+    gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateRow:
+    """A step at one batch size and sequence length.
+
+    Parameters
+    ----------
+    batch, sequence
+        The shape; ``sequence`` is ``None`` where the sample's own was kept.
+    memory
+        What the peak of the unplanned step consists of, and where it is.
+    step_us
+        Time of the unplanned step under the cost model.
+    fits
+        Whether it stays within the budget less its headroom; ``None`` without
+        a budget.
+    planned
+        A plan that fits, for a step that does not.
+    least_budget_bytes, lower_bound_bytes
+        Where no plan was found: the least budget known to work, and a proven
+        lower bound on every budget.
+    error
+        Why the step cannot be captured at this shape; the figures are
+        ``None`` then.
+    """
+
+    batch: int
+    sequence: int | None
+    memory: PeakMemory | None = None
+    step_us: float | None = None
+    fits: bool | None = None
+    planned: PlannedRow | None = None
+    least_budget_bytes: int | None = None
+    lower_bound_bytes: int | None = None
+    error: str | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Peak of the unplanned step."""
+        return None if self.memory is None else self.memory.total_bytes
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Rows of the batch that one second of unplanned steps takes in."""
+        return self.batch * 1e6 / self.step_us if self.step_us else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Places of the sequences of these rows; ``None`` where no length was asked for."""
+        if self.sequence is None or self.samples_per_s is None:
+            return None
+        return self.sequence * self.samples_per_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain figures, ready for JSON."""
+        return {
+            "batch": self.batch,
+            "sequence": self.sequence,
+            "peak_bytes": self.peak_bytes,
+            "memory": None if self.memory is None else asdict(self.memory),
+            "step_us": self.step_us,
+            "samples_per_s": self.samples_per_s,
+            "tokens_per_s": self.tokens_per_s,
+            "fits": self.fits,
+            "planned": None if self.planned is None else asdict(self.planned),
+            "least_budget_bytes": self.least_budget_bytes,
+            "lower_bound_bytes": self.lower_bound_bytes,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Memory and time of a training step at many shapes; ``str()`` is a table.
+
+    Parameters
+    ----------
+    model
+        Class of the model.
+    device
+        In words.
+    device_type
+        ``"cpu"`` or ``"cuda"``.
+    budget_bytes, headroom_bytes
+        What the rows are judged by; ``None`` where no budget was given and the
+        device's memory is not known.
+    optimizer
+        Whose state and step are counted, or ``None``.
+    autocast
+        Autocast's dtype, where one was asked for.
+    costs
+        Where the times come from.
+    counts_scratch
+        Whether scratch memory was measured; ``False`` where nothing ran.
+    rows
+        In the order of the batch sizes, for one sequence length after the other.
+    """
+
+    model: str
+    device: str
+    device_type: str
+    budget_bytes: int | None
+    headroom_bytes: int
+    optimizer: str | None
+    autocast: str | None
+    costs: CostRecord
+    counts_scratch: bool
+    torch_version: str
+    rows: tuple[EstimateRow, ...]
+
+    def row(self, batch: int, sequence: int | None = None) -> EstimateRow:
+        """The row of one shape.
+
+        Raises
+        ------
+        KeyError
+            When it was not asked for.
+        """
+        for row in self.rows:
+            if (row.batch, row.sequence) == (batch, sequence):
+                return row
+        raise KeyError(f"no row for batch {batch} and sequence {sequence}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain figures, ready for JSON."""
+        return {
+            "format": ESTIMATE_FORMAT,
+            "model": self.model,
+            "device": self.device,
+            "device_type": self.device_type,
+            "budget_bytes": self.budget_bytes,
+            "headroom_bytes": self.headroom_bytes,
+            "optimizer": self.optimizer,
+            "autocast": self.autocast,
+            "costs": asdict(self.costs),
+            "counts_scratch": self.counts_scratch,
+            "torch_version": self.torch_version,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        from .estimate_report import report
+
+        return report(self)
+
+
+def estimate(
+    model: nn.Module,
+    sample_input: Any,
+    *,
+    device: str | Device | None = None,
+    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16),
+    sequence_lengths: Sequence[int] | None = None,
+    budget: float | str | None = None,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | str | None = None,
+    autocast: torch.dtype | None = None,
+    cost_model: ChosenCosts = "roofline",
+    headroom: float | str | None = None,
+    batch_dim: int = 0,
+    sequence_dim: int = 1,
+    make_sample: MakeSample | None = None,
+    measure_scratch: bool = False,
+    time_limit_s: float = 3.0,
+    seed: int = 0,
+    progress: ShowLines = None,
+) -> Estimate:
+    """Memory by category, step time and whether it fits, for each batch size and sequence length.
+
+    Each step is captured on stand-ins: no batch is allocated and nothing runs,
+    so a model on ``meta`` can be estimated for a device that is not at hand.
+
+    Parameters
+    ----------
+    model
+        In training mode; on ``meta``, too.
+    sample_input
+        As for :func:`planner.optimize`; says which inputs there are. It is
+        resized by the rule of :mod:`planner.sizing.samples`.
+    device
+        Where the step would run, as for :func:`planner.optimize`.
+    batch_sizes, sequence_lengths
+        What is asked for, every pair. ``None`` keeps the sample's own length.
+    budget
+        In GB, or such as ``"40GiB"``; ``None`` for the device's memory less what
+        its context takes, if it is known.
+    loss_fn
+        As for :func:`planner.optimize`; targets in its closure are resized like
+        the sample.
+    optimizer, autocast, cost_model, headroom
+        As for :func:`planner.optimize`.
+    batch_dim, sequence_dim
+        Which dimensions of the inputs batch and sequence are.
+    make_sample
+        Called with a batch size and a sequence length (or ``None``) instead of
+        resizing the sample; its tensors may lie on ``meta``.
+    measure_scratch
+        Also runs each distinct call once, alone, on a device that is at hand,
+        to learn what scratch memory its kernel takes, as
+        :func:`planner.optimize` does; peaks are then the same to the byte.
+    time_limit_s
+        For each search, in rows that do not fit without a plan.
+    progress
+        ``True`` shows what is being done, a function receives it line by line.
+
+    Returns
+    -------
+    Estimate
+        A shape that the model cannot be captured at has a row with the reason.
+
+    Raises
+    ------
+    TypeError
+        When ``model`` is no module, or the sample does not fit its signature.
+    ValueError
+        When an argument makes no sense.
+
+    Notes
+    -----
+    Without ``measure_scratch`` the scratch memory of CPU kernels is left out, so
+    a convolution's peak may come out some per cent too low there.
+
+    Examples
+    --------
+    >>> layer, sample = nn.Linear(4, 8, bias=False), torch.zeros(1, 4)
+    >>> found = estimate(layer, sample, batch_sizes=(1, 1000), loss_fn=torch.sum)
+    >>> [row.memory.by_category["input"] for row in found.rows]
+    [16, 16000]
+    """
+    check_model(model)
+    batches = positive_integers("batch_sizes", batch_sizes)
+    lengths: tuple[int | None, ...] = (None,)
+    if sequence_lengths is not None:
+        lengths = positive_integers("sequence_lengths", sequence_lengths)
+    family = StepFamily.of(
+        model,
+        sample_input,
+        device=device,
+        batch_dim=batch_dim,
+        sequence_dim=sequence_dim,
+        make_sample=make_sample,
+        loss_fn=loss_fn,
+        optimizer=measure_optimizer(optimizer, model, target_of(model, (), device)),
+        autocast=autocast,
+        cost_model=cost_model,
+        measure_scratch=measure_scratch,
+    )
+    limits = budget_or_device(family.target, budget_gb=budget, headroom=headroom)
+    rows: list[EstimateRow] = []
+    known: dict[Wiring, list[Schedule]] = {}
+    costs: CostRecord | None = None
+    with showing_lines(progress) as say:
+        for sequence, batch in product(lengths, batches):
+            at = f"batch {batch}" + (f", sequence {sequence}" if sequence else "")
+            say(f"{at}: capturing")
+            arguments = family.arguments(batch, sequence)
+            try:
+                captured = family.capture(arguments, batch, sequence)
+            except CaptureError as error:
+                rows.append(EstimateRow(batch=batch, sequence=sequence, error=reason(error)))
+                continue
+            costs = captured.costs
+            schedules = known.setdefault(wiring_of(captured.graph), [])
+            say(f"{at}: looking for a plan")
+            rows.append(_row(batch, sequence, captured, limits, schedules, time_limit_s, seed))
+    measured = measure_scratch and family.target.at_hand
+    return Estimate(
+        model=type(model).__name__,
+        device=family.target.device.title,
+        device_type=family.target.torch_type,
+        budget_bytes=None if limits is None else limits.total_bytes,
+        headroom_bytes=0 if limits is None else limits.headroom_bytes,
+        optimizer=None if family.optimizer is None else family.optimizer.name,
+        autocast=None if autocast is None else str(autocast).removeprefix("torch."),
+        costs=costs or CostRecord(model="none", device=family.target.device.title),
+        counts_scratch=measured,
+        torch_version=torch.__version__,
+        rows=tuple(rows),
+    )
+
+
+def _row(
+    batch: int,
+    sequence: int | None,
+    captured: CapturedStep,
+    limits: Budget | None,
+    known: list[Schedule],
+    time_limit_s: float,
+    seed: int,
+) -> EstimateRow:
+    """The figures of one captured step; what is found for it helps the next of its wiring."""
+    assert captured.unplanned is not None
+    keep_all = Schedule.keep_all(captured.unplanned)
+    unplanned = replay(captured.unplanned, keep_all)
+    memory = PeakMemory.of(captured.unplanned, keep_all, unplanned)
+    figures: dict[str, Any] = {
+        "batch": batch,
+        "sequence": sequence,
+        "memory": memory,
+        "step_us": unplanned.cost_ns / 1e3,
+    }
+    if limits is None:
+        return EstimateRow(**figures)
+    if memory.total_bytes <= limits.usable_bytes:
+        return EstimateRow(**figures, fits=True)
+    graph, limit_bytes = captured.graph, limits.usable_bytes
+    fit = find_fit(graph, limit_bytes, known=known, time_limit_s=time_limit_s, seed=seed)
+    if fit.least is not None:
+        known.append(fit.least.schedule)
+    if fit.schedule is None:
+        assert fit.least is not None
+        return EstimateRow(
+            **figures,
+            fits=False,
+            least_budget_bytes=limits.total_for(fit.least.peak_bytes),
+            lower_bound_bytes=limits.total_for(fit.least.lower_bound_bytes),
+        )
+    plan = quick_plan(graph, limit_bytes, fit.schedule, time_limit_s=time_limit_s, seed=seed)
+    known.append(plan.schedule)
+    overhead = plan.cost_ns / unplanned.cost_ns - 1 if unplanned.cost_ns else 0.0
+    planned = PlannedRow(peak_bytes=plan.peak_bytes, overhead=overhead, gap=plan.gap)
+    return EstimateRow(**figures, fits=False, planned=planned)
+
+
+def positive_integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
+    """``values`` as a tuple.
+
+    Raises
+    ------
+    ValueError
+        When they are none, or not whole numbers from 1 on.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} takes a sequence of whole numbers, got {values!r}")
+    numbers = tuple(values)
+    bad = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int) or n < 1]
+    if bad or not numbers:
+        raise ValueError(f"{name} takes whole numbers from 1 on, got {bad[0] if bad else 'none'!r}")
+    return tuple(dict.fromkeys(numbers))

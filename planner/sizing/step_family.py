@@ -1,0 +1,159 @@
+"""One training step at many shapes: captured anew for each batch size and sequence length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.autocast import autocast_as
+from graph_capture.call_spec import TensorSpec, bind_call, describe, split_sample, tensors_of
+from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.costs.choose import ChosenCosts
+from graph_capture.costs.devices import Device
+from graph_capture.errors import CaptureError
+from graph_capture.loss import LossFn
+from graph_capture.optimizer_step import OptimizerStep
+from graph_capture.target import Target, target_of
+
+from ..application import original_forward
+from .position_tables import refuse_short_tables
+from .resized_loss import resized_loss
+from .samples import MakeSample, ResizableSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFamily:
+    """A step whose shapes are open; everything else is settled.
+
+    Parameters
+    ----------
+    model
+        In training mode.
+    forward
+        What is captured of it.
+    sample
+        The call that it was given.
+    make_sample
+        Makes the sample of another shape, where resizing does not.
+    target
+        Where the step shall run.
+    loss_fn, optimizer, autocast, cost_model
+        As of :func:`planner.optimize`.
+    measure_scratch
+        Whether calls may run, where the device is at hand, to find out what
+        scratch memory they take.
+    """
+
+    model: nn.Module
+    forward: Callable[..., Any]
+    sample: ResizableSample
+    make_sample: MakeSample | None
+    target: Target
+    loss_fn: LossFn | None
+    optimizer: OptimizerStep | None
+    autocast: torch.dtype | None
+    cost_model: ChosenCosts
+    measure_scratch: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        sample_input: Any,
+        *,
+        device: str | Device | None,
+        batch_dim: int,
+        sequence_dim: int,
+        make_sample: MakeSample | None,
+        **rest: Any,
+    ) -> StepFamily:
+        """The family of the step of ``model`` on ``sample_input``."""
+        if make_sample is not None and not callable(make_sample):
+            raise ValueError(f"make_sample must be a function, got {make_sample!r}")
+        forward = original_forward(model)
+        arguments = bind_call(forward, *split_sample(sample_input))
+        return cls(
+            model=model,
+            forward=forward,
+            sample=ResizableSample(
+                arguments=describe(arguments), batch_dim=batch_dim, sequence_dim=sequence_dim
+            ),
+            make_sample=make_sample,
+            target=target_of(model, tensors_of(arguments), device),
+            **rest,
+        )
+
+    def under_autocast(self) -> AbstractContextManager[None]:
+        """The autocast that was asked for; the one that is on, where none was."""
+        if self.autocast is None:
+            return nullcontext()
+        return autocast_as(self.target.torch_type, self.autocast)
+
+    def arguments(self, batch: int | None, sequence: int | None) -> Mapping[str, Any]:
+        """The call at this shape, tensors as specifications.
+
+        Raises
+        ------
+        ValueError
+            When the sample has no such dimension.
+        TypeError
+            When what ``make_sample`` returns does not fit the model's signature.
+        """
+        if self.make_sample is None:
+            return self.sample.resized(batch, sequence)
+        # Memory of the caller's own tensors is given back before the step is captured.
+        made = self.make_sample(batch, sequence)  # type: ignore[arg-type]
+        arguments: Mapping[str, Any] = describe(bind_call(self.forward, *split_sample(made)))
+        return arguments
+
+    def capture(
+        self, arguments: Mapping[str, Any], batch: int | None, sequence: int | None
+    ) -> CapturedStep:
+        """The step on ``arguments``, which have this shape; none of its tensors is allocated.
+
+        Raises
+        ------
+        CaptureError
+            When it cannot be captured at this shape.
+        """
+
+        def resize(spec: TensorSpec) -> TensorSpec:
+            return self.sample.resize(spec, batch, sequence)
+
+        with self.under_autocast():
+            try:
+                captured = capture_step(
+                    self.model,
+                    arguments,
+                    loss=resized_loss(self.loss_fn, resize),
+                    optimizer=self.optimizer,
+                    forward=self.forward,
+                    # Where nothing is at hand nothing runs, and rules alone say what is known.
+                    measure_scratch=self.measure_scratch or not self.target.at_hand,
+                    target=self.target,
+                    cost_model=self.cost_model,
+                )
+                refuse_short_tables(captured)
+            except CaptureError as error:
+                if self.loss_fn is not None:
+                    error.add_note(
+                        "loss_fn must take outputs of every batch size and sequence length; "
+                        "targets that it brings along follow them where they lie in its closure "
+                        "and have the sample's own sizes"
+                    )
+                raise
+        return captured
+
+
+def reason(error: CaptureError) -> str:
+    """What stopped the first attempt of a capture, in a line."""
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
+    if first.endswith(":") and len(lines) > 1:  # the reasons follow, "  how: reason" each
+        first = lines[1].partition(": ")[2] or lines[1].strip()
+    return "; ".join([first, *getattr(error, "__notes__", ())])

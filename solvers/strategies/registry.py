@@ -1,0 +1,146 @@
+"""The strategies by name. A registry is a mapping and is never changed: it is extended by copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from graph_capture.cost_graph import CostGraph
+
+from ..keep_all import keep_all
+from ..schedule import Schedule
+from .articulation import AP_GREEDY, AP_SQRT, LINEARIZED_GREEDY, LINEARIZED_SQRT
+from .attention import MEGATRON_SELECTIVE
+from .chen import CHEN_GREEDY
+from .dtr import DTR
+from .nested import CHEN_RECURSIVE, REVOLVE
+from .policies import SAVE_MATMULS_PER_BLOCK, SAVE_ONLY_MATMULS
+from .solved import (
+    AUTO,
+    CHECKMATE_LP_ROUNDING,
+    CHECKMATE_MILP,
+    MOCCASIN,
+    ROTOR,
+    UNIFORM_BYTES,
+)
+from .strategy import Candidate, Strategy, StrategyOptions
+from .uniform_segments import (
+    MEGATRON_FULL_BLOCK,
+    MEGATRON_FULL_UNIFORM,
+    TRANSFORMERS_PER_LAYER,
+    UNIFORM_EVERY_K,
+    UNIFORM_SQRT,
+)
+
+Registry = Mapping[str, Strategy]
+PlainStrategy = Callable[[CostGraph, int | None], Schedule | Iterable[Schedule]]
+"""A user's function: graph and budget in bytes (or ``None``) in, one schedule or several out."""
+
+
+def _propose_none(graph: CostGraph, options: StrategyOptions) -> list[Candidate]:
+    return [Candidate(schedule=keep_all(graph))]
+
+
+NONE = Strategy(
+    name="none",
+    summary="everything saved, nothing recomputed",
+    source="eager PyTorch",
+    propose=_propose_none,
+)
+
+STRATEGIES: Registry = MappingProxyType(
+    {
+        strategy.name: strategy
+        for strategy in (
+            NONE,
+            UNIFORM_SQRT,
+            UNIFORM_EVERY_K,
+            UNIFORM_BYTES,
+            CHEN_GREEDY,
+            CHEN_RECURSIVE,
+            REVOLVE,
+            TRANSFORMERS_PER_LAYER,
+            MEGATRON_SELECTIVE,
+            MEGATRON_FULL_UNIFORM,
+            MEGATRON_FULL_BLOCK,
+            SAVE_ONLY_MATMULS,
+            SAVE_MATMULS_PER_BLOCK,
+            AP_SQRT,
+            AP_GREEDY,
+            LINEARIZED_SQRT,
+            LINEARIZED_GREEDY,
+            DTR,
+            ROTOR,
+            CHECKMATE_LP_ROUNDING,
+            CHECKMATE_MILP,
+            MOCCASIN,
+            AUTO,
+        )
+    }
+)
+"""The built-in strategies, in the order in which a table shows them."""
+
+
+def register_strategy(
+    strategy: Strategy | PlainStrategy,
+    registry: Registry = STRATEGIES,
+    *,
+    name: str | None = None,
+    summary: str = "",
+    source: str = "a user's function",
+) -> Registry:
+    """``registry`` with one strategy more; the given one stays as it is.
+
+    Parameters
+    ----------
+    strategy
+        A :class:`Strategy`, or a function of a graph and a budget in bytes (or
+        ``None``) that returns a schedule or several.
+    name
+        By default the strategy's, or the function's own.
+    summary, source
+        Of a function.
+
+    Raises
+    ------
+    ValueError
+        When the name is taken.
+
+    Examples
+    --------
+    >>> from solvers.schedule import Schedule
+    >>> def lazy(graph, budget_bytes):
+    ...     return Schedule.keep_all(graph)
+    >>> "lazy" in register_strategy(lazy), "lazy" in STRATEGIES
+    (True, False)
+    """
+    if not isinstance(strategy, Strategy):
+        strategy = _from_function(strategy, name or strategy.__name__, summary, source)
+    elif name is not None:
+        strategy = replace(strategy, name=name)
+    if strategy.name in registry:
+        raise ValueError(f"there is a strategy {strategy.name!r} already; choose another name")
+    return MappingProxyType({**registry, strategy.name: strategy})
+
+
+def find_strategy(name: str, registry: Registry = STRATEGIES) -> Strategy:
+    """The strategy of that name.
+
+    Raises
+    ------
+    ValueError
+        When there is none; the message lists those there are.
+    """
+    if name not in registry:
+        raise ValueError(f"unknown strategy {name!r}; known are {', '.join(registry)}")
+    return registry[name]
+
+
+def _from_function(function: PlainStrategy, name: str, summary: str, source: str) -> Strategy:
+    def propose(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
+        result = function(graph, options.budget_bytes)
+        for schedule in (result,) if isinstance(result, Schedule) else result:
+            yield Candidate(schedule=schedule)
+
+    return Strategy(name=name, summary=summary, source=source, propose=propose)

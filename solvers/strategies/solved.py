@@ -1,0 +1,81 @@
+"""Strategies that are solvers of this package, wrapped: ``solvers.solve`` by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from graph_capture.cost_graph import CostGraph
+
+from ..portfolio import solve
+from ..result import SolveStatus
+from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
+
+
+def solver_strategy(name: str, solver: str, *, summary: str, source: str) -> Strategy:
+    """A strategy that solves with ``solver`` for the budget that it is given.
+
+    Where nothing is found it raises :class:`StrategyError`, which says whether
+    that is proven, and what the solver noted last.
+    """
+
+    def propose(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
+        if options.budget_bytes is None:
+            raise StrategyError(f"{name} needs a budget; give budget_bytes")
+        result = solve(
+            graph,
+            options.budget_bytes,
+            solver=solver,
+            time_limit_s=options.time_limit_s,
+            seed=options.seed,
+            workers=options.workers,
+        )
+        if result.schedule is None:
+            proven = result.status is SolveStatus.INFEASIBLE
+            why = f" ({result.log[-1]})" if result.log else ""
+            raise StrategyError(
+                f"{name}: {'proven: nothing fits' if proven else 'no schedule found'} in "
+                f"{options.budget_bytes} bytes within {options.time_limit_s:g} s{why}"
+            )
+        gap = result.gap
+        note = str(result.status) if gap is None else f"{result.status}, gap {100 * gap:.2f} %"
+        yield Candidate(schedule=result.schedule, note=note)
+
+    return Strategy(name=name, summary=summary, source=source, propose=propose, needs_budget=True)
+
+
+AUTO = solver_strategy(
+    "auto",
+    "auto",
+    summary="slice refinement with search and chain programmes beside it: ours",
+    source="this package, solvers/portfolio.py",
+)
+UNIFORM_BYTES = solver_strategy(
+    "uniform_bytes",
+    "uniform",
+    summary="segments of equal bytes, cut where least crosses; number of segments searched",
+    source="Chen et al., arXiv:1604.06174, Section 4.3, on operators",
+)
+ROTOR = solver_strategy(
+    "rotor",
+    "chain_dp",
+    summary="optimal persistent schedule of a chain of blocks with menus of what they save",
+    source="Beaumont et al., arXiv:1911.13214; menus as in Rockmate (ICML 2023)",
+)
+CHECKMATE_LP_ROUNDING = solver_strategy(
+    "checkmate_lp_rounding",
+    "checkmate_lp_rounding",
+    summary="relaxation of Checkmate's program, rounded in two phases",
+    source="Jain et al., arXiv:1910.02653, Section 5",
+)
+CHECKMATE_MILP = solver_strategy(
+    "checkmate_milp",
+    "checkmate_milp",
+    summary="Checkmate's exact program: optimal among staged schedules where it ends",
+    source="Jain et al., arXiv:1910.02653, Section 4",
+)
+MOCCASIN = solver_strategy(
+    "moccasin",
+    "moccasin",
+    summary="at most two retention intervals an operator, by CP-SAT",
+    source="Bartan et al., MOCCASIN (ICML 2023)",
+)

@@ -1,0 +1,110 @@
+"""Branches on values that are known before the step runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from graph_capture.captured_step import capture_step
+from graph_capture.errors import CaptureError
+
+
+class _Branching(nn.Module):
+    """Takes a branch on what ``decide`` makes of its input."""
+
+    def __init__(self, decide: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.decide = decide
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return y.relu().sum() if self.decide(x) else y.tanh().sum()
+
+
+def _targets(decide: Any) -> set[str]:
+    captured = capture_step(_Branching(decide), {"x": torch.ones(3, 4)}, measure_scratch=False)
+    return {op.target for op in captured.graph.operators}
+
+
+def _counted(x: torch.Tensor) -> Any:
+    positions = torch.arange(x.shape[0], device=x.device)
+    return (torch.diff(positions) == 1).all()
+
+
+def test_a_branch_on_counted_positions_is_eagers() -> None:
+    """What is computed from a factory alone decides a branch as in eager."""
+    assert any("relu" in t for t in _targets(_counted))
+    assert any("tanh" in t for t in _targets(lambda x: ~_counted(x)))
+
+
+def test_a_known_tensor_that_is_written_to_is_unknown() -> None:
+    """Writing an input's values into a constant ends the knowledge of it."""
+
+    def decide(x: torch.Tensor) -> Any:
+        flag = torch.zeros(3, 4)
+        flag.copy_(x)
+        return flag.all()
+
+    with pytest.raises(CaptureError, match="value"):
+        _targets(decide)
+
+
+def test_a_write_through_a_view_is_seen() -> None:
+    """A view shares the memory of a known tensor, and its fate."""
+
+    def decide(x: torch.Tensor) -> Any:
+        flag = torch.zeros(3, 4)
+        flag[1].copy_(x[1])
+        return flag.all()
+
+    with pytest.raises(CaptureError, match="value"):
+        _targets(decide)
+
+
+def test_what_depends_on_an_input_or_a_draw_is_not_known() -> None:
+    """Inputs, parameters, memory that nobody wrote and random numbers decide no branch."""
+    for decide in (
+        lambda x: x.all(),
+        lambda x: torch.zeros_like(x).all(),
+        lambda x: torch.rand(3).all(),
+        lambda x: torch.empty(3).all(),
+    ):
+        with pytest.raises(CaptureError, match="value"):
+            _targets(decide)
+
+
+def test_a_tensor_that_changes_its_shape_in_place_is_forgotten() -> None:
+    """After ``squeeze_`` the remembered value has another shape, so it is not used."""
+
+    def decide(x: torch.Tensor) -> Any:
+        flag = torch.ones(1, 1)
+        flag.squeeze_()
+        return flag
+
+    with pytest.raises(CaptureError, match="value"):
+        _targets(decide)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_causal_masks_are_dropped_as_in_eager(use_cache: bool) -> None:
+    """LLaMA without padding runs causal attention, not attention with a mask."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=use_cache,
+    )
+    model = transformers.LlamaForCausalLM(config).train()
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    step = capture_step(model, {"input_ids": ids, "labels": ids}, measure_scratch=False).step
+    assert not step.branch_free
+    attention = [n for n in step.graph.nodes if "flash_attention_for_cpu.default" in str(n.target)]
+    assert [n.args[4] for n in attention] == [True]  # is_causal
