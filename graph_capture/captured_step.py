@@ -18,6 +18,7 @@ from .costs.collected import CollectedCalls
 from .costs.cost_model import PreparedCostModel, TimingProgress
 from .costs.devices import Device
 from .costs.profile import ProfiledCosts
+from .costs.roofline import Roofline
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .loss import LossFn, LossSpec
@@ -31,6 +32,9 @@ from .recorder import storage_id
 from .reuse import ReuseFinder
 from .target import Target, target_of
 from .trace import TracedStep, trace_step
+
+LONGEST_TRIAL_NS = 2_000_000_000
+"""Calls that take longer by the roofline are not run to see how much scratch they take."""
 
 
 def capture(
@@ -97,7 +101,7 @@ def capture_step(
         Is told how far a cost model is that times calls.
     """
     target = target or target_of(model, tensors_of(arguments))
-    costs = choose_costs(cost_model, target)
+    costs, roofline = choose_costs(cost_model, target), Roofline(target.device)
     step = trace_step(model, arguments, loss, forward=forward, target=target)
     split_dropout(step.graph)
 
@@ -106,6 +110,7 @@ def capture_step(
         at_hand=target.at_hand,
         scratch=measure_scratch,
         cache=costs.cache if isinstance(costs, ProfiledCosts) else None,
+        too_long=lambda call: roofline.time_ns(call) > LONGEST_TRIAL_NS,
     )
     pricing = Pricing(
         target=target, costs=costs, probe=probe, held_bytes=_held(model, step, target)
@@ -116,7 +121,9 @@ def capture_step(
     finally:
         if isinstance(costs, PreparedCostModel):
             costs.save()
-    return replace(folded, unplanned=unplanned, costs=costs.record())
+    record = costs.record()
+    record = replace(record, notes=(*record.notes, *probe.notes))
+    return replace(folded, unplanned=unplanned, costs=record)
 
 
 def _fold(

@@ -47,6 +47,7 @@ class Request:
     loss_fn: LossFn | None = None
     solver: str = "auto"
     time_limit_s: float = 60.0
+    gap: float = 0.001
     seed: int = 0
     never_recompute: tuple[str, ...] = ()
     always_recompute: tuple[str, ...] = ()
@@ -59,6 +60,8 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.time_limit_s, bool) or not 0 <= self.time_limit_s < math.inf:
             raise ValueError(f"time_limit_s must be finite and >= 0, got {self.time_limit_s!r}")
+        if isinstance(self.gap, bool) or not 0 <= self.gap < math.inf:
+            raise ValueError(f"gap must be finite and >= 0, got {self.gap!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.loss_fn is not None and not callable(self.loss_fn):
@@ -184,6 +187,7 @@ def _solve(
             seed=request.seed,
             hint=hint,
             progress=progress,
+            gap=request.gap,
         )
     if result.schedule is not None:
         return result

@@ -36,6 +36,7 @@ def optimize(
     optimizer: torch.optim.Optimizer | str | None = None,
     solver: str = "auto",
     time_limit_s: float = 60.0,
+    gap: float = 0.001,
     seed: int = 0,
     never_recompute: Sequence[str] = (),
     always_recompute: Sequence[str] = (),
@@ -74,6 +75,9 @@ def optimize(
         A name of ``solvers.solve``.
     time_limit_s
         For solving.
+    gap
+        Solving stops when the plan is proven to be this near to the least possible
+        step time, as a fraction of it; 0 for as near as the time limit allows.
     seed
         The same inputs and seed give the same plan, unless the time limit cuts
         the solve.
@@ -126,6 +130,7 @@ def optimize(
         loss_fn=loss_fn,
         solver=solver,
         time_limit_s=time_limit_s,
+        gap=gap,
         seed=seed,
         never_recompute=patterns_of("never_recompute", never_recompute),
         always_recompute=patterns_of("always_recompute", always_recompute),

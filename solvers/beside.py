@@ -61,7 +61,7 @@ class Beside:
         self._stop.set()
         if self.wanted:
             self._thread.join()
-        if self.state.solved:
+        if self.state.done:
             self._found.clear()  # nothing to gain, and the clock shall have no say
         if error is None:
             self.collect()

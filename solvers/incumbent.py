@@ -23,6 +23,11 @@ class Incumbent:
     budget are taken. There are two bounds: one for every schedule whose first
     runs keep the base order, and one for staged schedules only (``stages.py``),
     which is what the exact models of the field speak of.
+
+    Parameters
+    ----------
+    enough_gap
+        A gap that is small enough to stop at.
     """
 
     def __init__(
@@ -32,7 +37,9 @@ class Incumbent:
         time_limit_s: float,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
+        enough_gap: float = 0.0,
     ) -> None:
+        self.enough_gap = max(enough_gap, OPTIMAL_GAP)
         self.graph = graph
         self.budget_bytes = budget_bytes
         self.begin_s = time.monotonic()
@@ -84,8 +91,17 @@ class Incumbent:
 
     @property
     def solved(self) -> bool:
-        """Whether nothing is left to do: proven optimal or proven infeasible."""
+        """Whether it is proven optimal or proven infeasible."""
         return self.infeasible or self._proven_by(self.bound_ns)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do: solved, or as near to it as was asked for."""
+        return self.solved or self.suffices(self.bound_ns)
+
+    def suffices(self, bound_ns: int) -> bool:
+        """Whether the best schedule would be near enough to such a bound."""
+        return self.cost_ns is not None and relative_gap(self.cost_ns, bound_ns) <= self.enough_gap
 
     def offer(self, schedule: Schedule | None, solver: str) -> bool:
         """Replay ``schedule``; whether it is the best so far.

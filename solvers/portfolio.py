@@ -34,6 +34,7 @@ def solve(
     hint: Schedule | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    gap: float = 0.0,
 ) -> SolveResult:
     """The fastest schedule within ``budget_bytes`` that can be found, and a bound.
 
@@ -62,6 +63,8 @@ def solve(
     stop
         Once another thread, or ``progress``, sets it, the best of what was found
         so far is returned.
+    gap
+        A gap that is small enough to stop at; the least is 0.01 %.
 
     Raises
     ------
@@ -75,7 +78,7 @@ def solve(
         raise ValueError(f"negative budget or time limit: {budget_bytes}, {time_limit_s}")
     if hint is not None and list(dict.fromkeys(hint.order)) != sorted(set(hint.order)):
         raise ValueError("the first runs of the hint are not in base order")
-    state = Incumbent(graph, budget_bytes, time_limit_s, progress, stop)
+    state = Incumbent(graph, budget_bytes, time_limit_s, progress, stop, gap)
     state.offer(hint, "hint")
     SOLVERS[solver](state, seed, workers)
     return state.result()
@@ -98,19 +101,19 @@ def _gap_cover(state: Incumbent, seed: int, workers: int) -> None:
 
 def _local_search(state: Incumbent, seed: int, workers: int) -> None:
     _keep_all(state, seed, workers)
-    if not state.solved:
+    if not state.done:
         _anneal(state, seed, state.left_s, 400_000)
 
 
 def _chain_dp(state: Incumbent, seed: int, workers: int) -> None:
     _keep_all(state, seed, workers)
-    if not state.solved:
+    if not state.done:
         _chain(state, seed, state.left_s)
 
 
 def _slice_refinement(state: Incumbent, seed: int, workers: int) -> None:
     _keep_all(state, seed, workers)
-    if not state.solved:
+    if not state.done:
         slice_refinement(state, seed=seed)
 
 
@@ -135,14 +138,14 @@ def _auto(state: Incumbent, seed: int, workers: int) -> None:
     """
     for step in (_keep_all, _gap_cover, _uniform):
         step(state, seed, workers)
-        if state.solved or state.left_s <= 0:
+        if state.done or state.left_s <= 0:
             return
     if is_plain_chain(state.graph):
         _chain(state, seed, 0.1 * state.left_s)
     _anneal(state, seed, min(2.0, 0.2 * state.left_s), 60_000)
     if state.schedule is None:
         _fit_or_exclude(state, 0.25 * state.left_s)
-        if state.solved:
+        if state.done:
             return
     with Beside(state, seed=seed, wanted=workers > 1) as beside:
         slice_refinement(state, seed=seed, companion=beside)

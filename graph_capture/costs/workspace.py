@@ -66,6 +66,9 @@ class WorkspaceProbe:
         Whether scratch is wanted at all.
     cache
         Remembers what was measured for another process; ``None`` measures anew.
+    too_long
+        Whether a call would take too long to be run for this: its scratch counts
+        as zero, and :attr:`notes` says so.
     """
 
     def __init__(
@@ -75,7 +78,10 @@ class WorkspaceProbe:
         at_hand: bool,
         scratch: bool = True,
         cache: ProfileCache | None = None,
+        too_long: Callable[[Call], bool] = lambda _call: False,
     ) -> None:
+        self._too_long = too_long
+        self._unknown: set[str] = set()
         self._device = torch.device(device)
         there = self._device.type == "cpu" or torch.cuda.is_available()
         self._measures = at_hand and there
@@ -105,11 +111,23 @@ class WorkspaceProbe:
         if key not in self._known:
             known = None if self._cache is None else self._cache.get("scratch_bytes", key)
             if known is None:
-                known = _measure(call, self._device)
+                known = None if self._too_long(call) else _measure(call, self._device)
+                if known is None:
+                    self._unknown.add(key)
                 if self._cache is not None and known is not None:
                     self._cache.put("scratch_bytes", key, known)
             self._known[key] = known or 0
         return self._known[key]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the memory figures must know."""
+        if not self._unknown:
+            return ()
+        return (
+            f"scratch of {len(self._unknown)} distinct calls not measured, counted as zero: they "
+            "are too large or take too long to be run alone",
+        )
 
     @property
     def _on_cpu(self) -> bool:

@@ -48,6 +48,9 @@ def plan(
     cost_model: CostModelName = "roofline",
     headroom: Headroom = None,
     time_limit_s: Annotated[float, typer.Option(help="for solving")] = 60.0,
+    gap: Annotated[float, typer.Option(help="stop when proven to be this near the least time")] = (
+        0.001
+    ),
     seed: Annotated[int, typer.Option()] = 0,
     reorder: Annotated[
         bool, typer.Option("--reorder", help="let operators run in another order than eager's")
@@ -68,6 +71,7 @@ def plan(
             cost_model=cost_model,
             headroom=read_headroom(headroom),
             time_limit_s=time_limit_s,
+            gap=gap,
             seed=seed,
             reorder=reorder,
             progress=sys.stderr.isatty(),

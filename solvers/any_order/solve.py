@@ -70,12 +70,13 @@ def solve_in_any_order(
     workers: int = 2,
     hint: Schedule | None = None,
     progress: Progress | None = None,
+    gap: float = 0.0,
 ) -> SolveResult:
     """The fastest schedule within ``budget_bytes`` that can be found, first runs in any order.
 
     Parameters
     ----------
-    solver, time_limit_s, seed, workers, hint, progress
+    solver, time_limit_s, seed, workers, hint, progress, gap
         As for :func:`solvers.portfolio.solve`; the hint's first runs may be in
         any order, and it is used in its own. ``progress`` hears of costs and
         bounds in the order that is being solved.
@@ -101,6 +102,7 @@ def solve_in_any_order(
             workers=workers,
             hint=None if hint is None else relabelled(hint, order),
             progress=progress,
+            gap=gap,
         )
         log.extend(found.log)
         schedule = found.schedule
@@ -115,13 +117,13 @@ def solve_in_any_order(
         left_s = deadline_s - time.monotonic()
         best = min(best, solve_in(own, hint, left_s / 4), key=_cost)
     anywhere = OrderFreeBound(graph.base_cost_ns, False)
-    if not _proven(best, anywhere):
+    if not _proven(best, anywhere, gap):
         anywhere = order_free_bound(
             graph, budget_bytes, time_limit_s=BOUND_SHARE * time_limit_s, seed=seed
         )
         log.append(f"in any order: at least {anywhere.lower_bound_ns} ns")
     for turn in range(MAX_ROUNDS):
-        if anywhere.infeasible or _proven(best, anywhere) or time.monotonic() >= deadline_s:
+        if anywhere.infeasible or _proven(best, anywhere, gap) or time.monotonic() >= deadline_s:
             break
         improved = False
         for order, schedule in _other_orders(graph, budget_bytes, best, turn, seed, deadline_s):
@@ -186,7 +188,7 @@ def _claim(
         raise RuntimeError(
             f"a schedule of {outcome.cost_ns} below the bound {anywhere.lower_bound_ns}"
         )
-    if _proven(best, anywhere):
+    if _proven(best, anywhere, 0.0):
         return replace(
             result,
             status=SolveStatus.OPTIMAL,
@@ -201,9 +203,9 @@ def _claim(
     return replace(result, lower_bound_ns=max(result.lower_bound_ns, anywhere.lower_bound_ns))
 
 
-def _proven(found: _Found, anywhere: OrderFreeBound) -> bool:
-    """Whether no order can do better."""
-    return _cost(found) <= (1 + OPTIMAL_GAP) * anywhere.lower_bound_ns
+def _proven(found: _Found, anywhere: OrderFreeBound, gap: float) -> bool:
+    """Whether no order can do better, or by less than was asked for."""
+    return _cost(found) <= (1 + max(gap, OPTIMAL_GAP)) * anywhere.lower_bound_ns
 
 
 def _cost(found: _Found) -> float:

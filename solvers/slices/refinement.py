@@ -121,7 +121,7 @@ def slice_refinement(
         slicing = first_slices(graph, state.budget_bytes, state.schedule)
     tight = False
     growth = NEW_SLICES
-    while not state.solved and state.left_s > 0:
+    while not state.done and state.left_s > 0:
         begin_s = time.monotonic()
         model = build_slice_model(g, slicing, state.budget_bytes, candidates=candidates)
         relaxed = solve_relaxation(
@@ -194,7 +194,7 @@ def _describe(slicing: Slicing, model: SliceModel) -> str:
 
 def _repair(state: Incumbent, schedule: Schedule, seed: int) -> None:
     """Anneal a solution that may not fit into a schedule that does."""
-    if state.solved:
+    if state.done:
         return
     outcome = local_search(
         state.graph,

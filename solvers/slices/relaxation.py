@@ -16,7 +16,6 @@ from ..arrays import GraphArrays
 from ..highs import OBJECTIVE_SCALE, quiet_highs, rounded_bound
 from ..incumbent import Incumbent
 from ..replay import replay
-from ..result import OPTIMAL_GAP, relative_gap
 from ..schedule import Schedule
 from .model import SliceModel
 from .schedule import nearest_staged, schedule_of, solution_of
@@ -185,7 +184,7 @@ class _Watch:
     def interrupt(self, event: highspy.HighsCallbackEvent) -> None:
         state = self.state
         proven_ns = bound_ns(state.graph, event.data_out.mip_dual_bound)
-        proven = state.cost_ns is not None and relative_gap(state.cost_ns, proven_ns) <= OPTIMAL_GAP
+        proven = state.suffices(proven_ns)
         now_s = time.monotonic()
         idle_s = now_s - self.latest_s
         slow = not self.fits and idle_s > max(PATIENCE_S, 0.5 * (now_s - self.begin_s))

@@ -137,3 +137,13 @@ def test_what_does_not_fit_now_is_not_remembered(
     monkeypatch.setattr(workspace, "_measure", lambda *_: 1 / 0)
     known = WorkspaceProbe("cpu", at_hand=True, cache=cache)
     assert _scratch(aten.linalg_qr.default, x, probe=known) == real
+
+
+def test_a_call_that_takes_too_long_is_not_run() -> None:
+    """Its scratch counts as zero, and the notes say how many such calls there are."""
+    x = torch.ones(64, 64)
+    call = Call(func=aten.cumsum.default, args=(x, 0), kwargs={}, out=x)
+    probe = WorkspaceProbe("cpu", at_hand=True, too_long=lambda _call: True)
+    assert probe.notes == ()
+    assert probe.bytes_of(call) == probe.bytes_of(call) == 0
+    assert "scratch of 1 distinct calls not measured" in probe.notes[0]
