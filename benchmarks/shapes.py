@@ -122,6 +122,7 @@ SHAPES: Mapping[str, Shape] = {
             "d_ff": 3072,
             "num_layers": 6,
             "num_decoder_layers": 6,
+            "decoder_start_token_id": 0,
             "num_heads": 12,
             "use_cache": False,
         },

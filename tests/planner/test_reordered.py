@@ -137,7 +137,7 @@ def assert_trains_within_its_budget(case: Case, plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("size", "share", "time_limit_s"),
     [
-        ("tiny", 0.5, 2.0),
+        ("tiny", 0.6, 5.0),
         pytest.param("small", 0.5, 30.0, marks=pytest.mark.slow),
         pytest.param("small", 0.4, 30.0, marks=pytest.mark.slow),
     ],
