@@ -37,16 +37,26 @@ class KnownValues:
     """Real values of some of the stand-ins of one capture.
 
     Parameters of its methods are those of ``__torch_dispatch__``. Stand-ins must
-    outlive it, since they are known by their identity.
+    outlive it, since they are known by their identity, and by the memory that
+    they had when their value was found (``x.data = …`` exchanges it).
     """
 
     def __init__(self) -> None:
         self._value_of: dict[int, torch.Tensor] = {}
+        self._memory_of: dict[int, int] = {}
         self._in_memory: dict[int, list[int]] = {}  # storage -> stand-ins of it that are known
 
     def answers(self, func: Any, args: tuple) -> bool:
         """Whether the call asks for the number that a known tensor holds."""
-        return func is _item and id(args[0]) in self._value_of
+        return func is _item and self._knows(args[0])
+
+    def _knows(self, tensor: torch.Tensor) -> bool:
+        value = self._value_of.get(id(tensor))
+        return (
+            value is not None
+            and self._memory_of[id(tensor)] == tensor.untyped_storage()._cdata
+            and (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+        )
 
     def number(self, args: tuple) -> Any:
         """That number."""
@@ -60,14 +70,15 @@ class KnownValues:
             self._forget(given)
         elif isinstance(out, FakeTensor) and out.numel() <= MAX_ELEMENTS:
             if given:
-                follows = all(id(t) in self._value_of for t in given)
+                follows = _is_pure(func) and all(self._knows(t) for t in given)
             else:
                 follows = func._schema.name in _FACTORIES
-            if follows and torch.Tag.nondeterministic_seeded not in func.tags:
+            if follows:
                 self._compute(func, args, kwargs, out)
 
     def _forget(self, written: list[torch.Tensor]) -> None:
         for tensor in written:
+            self._value_of.pop(id(tensor), None)
             for known in self._in_memory.pop(tensor.untyped_storage()._cdata, ()):
                 self._value_of.pop(known, None)
 
@@ -80,10 +91,24 @@ class KnownValues:
         with _disable_current_modes(), torch.no_grad():
             try:
                 value = func(*tree_map(real, args), **tree_map(real, kwargs))
-            except (RuntimeError, NotImplementedError):  # a kernel that the CPU lacks: not known
-                return
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
+                return  # a kernel that the CPU lacks, say: not known
+        memory = out.untyped_storage()._cdata
         self._value_of[id(out)] = value
-        self._in_memory.setdefault(out.untyped_storage()._cdata, []).append(id(out))
+        self._memory_of[id(out)] = memory
+        self._in_memory.setdefault(memory, []).append(id(out))
+
+
+def _is_pure(func: Any) -> bool:
+    """Whether a call computes its result from its arguments, and does nothing else.
+
+    Of other libraries' operators nobody knows: they may talk to other machines.
+    """
+    return (
+        func.namespace == "aten"
+        and torch.Tag.nondeterministic_seeded not in func.tags
+        and "empty" not in func._schema.name
+    )
 
 
 @contextmanager

@@ -53,7 +53,9 @@ class Target:
         if self.absent:
             return True
         known = known_capability(self.device)
-        return known is not None and known != torch.cuda.get_device_capability()
+        if known is None:
+            return not self.at_hand
+        return known != torch.cuda.get_device_capability()
 
     def place(self, device: torch.device) -> torch.device:
         """Where a tensor of the step lies that is now on ``device``."""

@@ -161,7 +161,7 @@ def replan(
             model,
             arguments,
             loss=request.loss_fn,
-            optimizer=plan.optimizer,
+            optimizer=plan.optimizer if plan._captured is None else plan._captured.optimizer,
             forward=forward,
             target=target_of(model, tensors_of(arguments), request.device),
             cost_model=request.cost_model,

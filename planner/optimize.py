@@ -77,7 +77,7 @@ def optimize(
         For solving.
     gap
         Solving stops when the plan is proven to be this near to the least possible
-        step time, as a fraction of it; 0 for as near as the time limit allows.
+        step time, as a fraction of it; the least is 0.0001, which counts as optimal.
     seed
         The same inputs and seed give the same plan, unless the time limit cuts
         the solve.

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from graph_capture.costs.devices import DEVICES, Device
+from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
 from graph_capture.units import format_bytes, format_us
 
 from .budget import DEFAULT_HEADROOM, beyond_device
@@ -113,7 +114,8 @@ def _recomputed(plan: Plan) -> list[str]:
 
 def _covers(plan: Plan) -> str:
     optimizer = f"{plan.optimizer.name} state and step" if plan.optimizer else "no optimizer"
+    scratch = "" if SCRATCH_NOT_COUNTED in plan.costs.notes else ", scratch"
     return (
-        "parameters, buffers, gradients, inputs, outputs, activations, temporaries, scratch; "
+        f"parameters, buffers, gradients, inputs, outputs, activations, temporaries{scratch}; "
         f"{optimizer}; backward of {plan.loss.region.label}"
     )

@@ -189,6 +189,7 @@ def plan_from_dict(data: Any) -> Plan:
         problem = best_match(_Validator(schema()).iter_errors(data))
         if problem is not None:
             raise PlanError(f"at {problem.json_path[:200]}: {problem.message[:200]}")
+        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
         plan = _build(data)
         again = plan_to_dict(plan)
     except PlanError:
@@ -219,7 +220,13 @@ def _differences(said: Any, found: Any, path: str) -> Iterator[str]:
     """Where a file differs from what its own graph and schedule give."""
     if isinstance(said, Mapping):
         for key in said:
-            yield from _differences(said[key], found[key], f"{path}.{key}")
+            if key not in found:
+                yield f"at {path}: {key!r:.100} is said, which its graph and schedule do not give"
+            else:
+                yield from _differences(said[key], found[key], f"{path}.{key}")
+        missing = set(found) - set(said) - {"reorder"}
+        if missing:
+            yield f"at {path}: {min(missing)!r} is missing"
     elif isinstance(said, list):
         for i, (a, b) in enumerate(zip(said, found, strict=True)):
             yield from _differences(a, b, f"{path}[{i}]")

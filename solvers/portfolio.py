@@ -74,6 +74,8 @@ def solve(
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; known are {', '.join(sorted(SOLVERS))}")
+    if not gap >= 0:
+        raise ValueError(f"gap must be >= 0, got {gap}")
     if budget_bytes < 0 or time_limit_s < 0:
         raise ValueError(f"negative budget or time limit: {budget_bytes}, {time_limit_s}")
     if hint is not None and list(dict.fromkeys(hint.order)) != sorted(set(hint.order)):

@@ -42,6 +42,14 @@ def environment_of(device: torch.device) -> str:
         parts["cuda"] = torch.version.cuda
         parts["cudnn"] = torch.backends.cudnn.version()
         parts["benchmark"] = torch.backends.cudnn.benchmark
+        parts["cudnn_use"] = [torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic]
+        parts["reduced"] = [
+            getattr(torch.backends.cuda.matmul, name, None)
+            for name in (
+                "allow_bf16_reduced_precision_reduction",
+                "allow_fp16_reduced_precision_reduction",
+            )
+        ]
         parts["precision"] = [
             getattr(torch.backends.cuda.matmul, "fp32_precision", None),
             getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None),
@@ -49,6 +57,8 @@ def environment_of(device: torch.device) -> str:
     else:
         parts["capability"] = torch.backends.cpu.get_cpu_capability()
         parts["mkldnn"] = torch.backends.mkldnn.enabled
-        matmul = getattr(torch.backends.mkldnn, "matmul", None)
-        parts["precision"] = getattr(matmul, "fp32_precision", None)
+        parts["precision"] = [
+            getattr(getattr(torch.backends.mkldnn, part, None), "fp32_precision", None)
+            for part in ("matmul", "conv", "rnn")
+        ]
     return json.dumps(parts, sort_keys=True)

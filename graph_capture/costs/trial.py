@@ -25,10 +25,12 @@ from .cost_model import Call
 aten = torch.ops.aten
 
 # Kernels that must not run on made-up values: they read memory at places that their arguments
-# name, or another library's packed state.
+# name, or another library's packed state, or check that values are probabilities or counts that
+# fit, which on CUDA ends the process' use of the card.
 _UNSAFE = re.compile(
     r"aten::(.*(ctc|quantize|fbgemm|sparse|packed|cudnn|miopen|_rnn|_lstm|_gru|lstm_|gru_).*"
-    r"|max_unpool.*|.*gather_.*|segment_.*)"
+    r"|max_unpool.*|.*gather_.*|segment_.*|binary_cross_entropy(_backward)?|multinomial|poisson"
+    r"|binomial|masked_scatter.*)"
 )
 _SAFE_ALL_THE_SAME = {
     "aten::mkldnn_rnn_layer",
@@ -51,6 +53,8 @@ def is_safe(func: Any) -> bool:
     """Whether a call may run on made-up values."""
     if func._schema.name in _SAFE_ALL_THE_SAME:
         return True
+    if func in (aten.bernoulli.default, aten.bernoulli_.Tensor, aten.bernoulli.out):
+        return False  # its argument holds probabilities
     return func.namespace == "aten" and _UNSAFE.fullmatch(func._schema.name) is None
 
 

@@ -52,6 +52,9 @@ _TAKES_NONE = re.compile(
 _OPAQUE_OUTPUTS = {"aten::mkldnn_rnn_layer", "aten::_embedding_bag"}
 
 
+SCRATCH_NOT_COUNTED = "scratch of kernels not counted: the device is not at hand"
+
+
 class WorkspaceProbe:
     """Measures the scratch memory of calls, each distinct one once.
 
@@ -122,11 +125,13 @@ class WorkspaceProbe:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader of the memory figures must know."""
+        if self._scratch and not self._measures:
+            return (SCRATCH_NOT_COUNTED,)
         if not self._unknown:
             return ()
         return (
             f"scratch of {len(self._unknown)} distinct calls not measured, counted as zero: they "
-            "are too large or take too long to be run alone",
+            "are too large, take too long, or refuse made-up arguments",
         )
 
     @property
@@ -161,8 +166,8 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _measure(call: Call, device: torch.device) -> int | None:
     """Peak of one run less what it hands out.
 
-    0 for a call that refuses its arguments, ``None`` for one that does not fit
-    into the memory that is free now.
+    ``None`` for a call that refuses its arguments or does not fit into the memory
+    that is free now: neither is remembered on disk.
     """
     free = free_bytes(device)
     if free is not None and argument_bytes(call) + 2 * output_bytes(call) > free:
@@ -178,8 +183,8 @@ def _measure(call: Call, device: torch.device) -> int | None:
         logger.debug("%s runs out of memory: no scratch known", call.func)
         return None
     except REFUSALS as error:
-        logger.debug("%s does not run on zeros, its scratch counts as zero: %s", call.func, error)
-        return 0
+        logger.debug("%s does not run on zeros, no scratch known: %s", call.func, error)
+        return None
     given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _is(t)}
     block = CUDA_BLOCK_BYTES if device.type == "cuda" else 1
     produced = {

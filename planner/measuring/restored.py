@@ -34,7 +34,7 @@ def restored(
         states = {p: dict(state) for p, state in optimizer.state.items()}
         groups = [dict(group) for group in optimizer.param_groups]
     unique = {id(t): t for t in tensors}.values()
-    copies = [(t, t.detach().to("cpu", copy=True)) for t in unique]
+    copies = [(t, t.detach().to("cpu", copy=True)) for t in map(_dense_part, unique)]
     grads = [(leaf, leaf.grad) for leaf in {id(t): t for t in leaves}.values()]
     # torch.manual_seed seeds every CUDA device as well, if CUDA is in use.
     cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
@@ -44,11 +44,11 @@ def restored(
                 leaf.grad = None
             yield
         finally:
+            for leaf, grad in grads:
+                leaf.grad = grad
             with torch.no_grad():
                 for t, copy in copies:
                     t.copy_(copy)
-            for leaf, grad in grads:
-                leaf.grad = grad
             for buffers, saved in registered:
                 buffers.update(saved)
             if isinstance(optimizer, torch.optim.Optimizer):
@@ -56,3 +56,11 @@ def restored(
                 optimizer.state.update(states)
                 for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
                     group.update(saved_group)
+
+
+def _dense_part(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of all its memory, without what ``expand`` repeats."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

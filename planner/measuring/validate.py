@@ -23,7 +23,7 @@ from graph_capture.costs.library_workspace import STORAGE_NAME
 from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
 from graph_capture.outputs import take_apart
 
-from ..application import PlannedForward, capture_for, forward_set, own_forward
+from ..application import PlannedForward, capture_for, forward_set, on_card_of, own_forward
 from ..errors import PlanError, PlanMismatchError
 from ..out_of_memory import is_out_of_memory
 from ..plan import Plan
@@ -62,6 +62,7 @@ def validate_plan(
     if not model.training:
         raise ValueError("the model is in eval mode, where no plan runs: call model.train()")
     device = single_device(model, sample_input)
+    plan = on_card_of(plan, model)
     own = own_forward(model)
     with forward_set(model, own):
         planned = PlannedForward(model, plan, capture_for(plan, model, model.forward), "error")

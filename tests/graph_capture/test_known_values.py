@@ -65,6 +65,18 @@ def test_a_write_through_a_view_is_seen() -> None:
         _targets(decide)
 
 
+def test_memory_that_was_exchanged_is_not_known() -> None:
+    """After ``x.data = …`` a tensor has another value, though it is the same object."""
+
+    def decide(x: torch.Tensor) -> Any:
+        flag = torch.zeros(4)
+        flag.data = x[0]
+        return flag.all()
+
+    with pytest.raises(CaptureError):
+        _targets(decide)
+
+
 def test_what_depends_on_an_input_or_a_draw_is_not_known() -> None:
     """Inputs, parameters, memory that nobody wrote and random numbers decide no branch."""
     for decide in (
@@ -72,6 +84,7 @@ def test_what_depends_on_an_input_or_a_draw_is_not_known() -> None:
         lambda x: torch.zeros_like(x).all(),
         lambda x: torch.rand(3).all(),
         lambda x: torch.empty(3).all(),
+        lambda x: torch.empty_like(torch.ones(3)).all(),
     ):
         with pytest.raises(CaptureError, match="value"):
             _targets(decide)

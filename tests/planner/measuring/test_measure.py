@@ -273,3 +273,14 @@ def test_cuda_linear_step_by_hand():
     expected = weight + x.nbytes + output + output + weight
     assert expected <= measured.peak_bytes <= expected + 2**26
     assert measured.reserved_bytes is not None
+
+
+def test_an_expanded_input_is_left_as_it_was() -> None:
+    """An input whose rows share memory is measured, and gradients come back."""
+    layer = torch.nn.Linear(8, 2)
+    x = torch.randn(1, 8).expand(4, 8)
+    layer.weight.grad = gradient = torch.ones_like(layer.weight)
+    before = layer.weight.detach().clone()
+    measure(layer, x, loss_fn=torch.sum, optimizer="sgd", repeats=1)
+    assert layer.weight.grad is gradient
+    assert torch.equal(layer.weight, before)
