@@ -273,6 +273,12 @@ def max_batch_of(
         autocast=None if autocast is None else getattr(torch, autocast),
         cost_model=request.cost_model,
     )
+    if family.target.torch_type != plan.device_type:
+        raise PlanError(
+            f"the plan is for {plan.device_type} ({plan.costs.device}) and comes from a file, "
+            "which does not say how to find that device again; this model lies on "
+            f"{family.target.torch_type}: call planner.max_batch(..., device=...)"
+        )
     budget = parse_headroom(request.headroom, plan.budget_bytes, family.target.torch_type)
     return search_batches(family, budget, request, **options)
 

@@ -247,6 +247,7 @@ def test_a_peer_that_fails_leaves_its_error(bench: Bench, monkeypatch: pytest.Mo
     assert plan.ratio_to_checkpointing is not None
 
 
+@pytest.mark.slow
 def test_a_run_without_a_card_says_what_is_owed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

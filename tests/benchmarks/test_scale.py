@@ -72,6 +72,7 @@ def test_jobs_travel_as_json() -> None:
     assert from_json(to_json(job)) == job
 
 
+@pytest.mark.slow
 def test_surveys_and_plans() -> None:
     """Half-way between the least peak and keep-all a plan fits, below the least peak none does."""
     job = narrow("llama-70b", weights="bfloat16", batch=8, optimizer="sgd")
@@ -97,6 +98,7 @@ def test_surveys_and_plans() -> None:
     assert fits["max_rss_bytes"] > 100e6
 
 
+@pytest.mark.slow
 def test_without_logits_in_hand_less_is_needed() -> None:
     """A model that hands out its loss alone lets the step free its logits."""
     peaks = [

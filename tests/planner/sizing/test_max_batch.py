@@ -232,3 +232,13 @@ def test_arguments_that_make_no_sense(model, options, named):
     """Each is refused with what it was and what to do."""
     with pytest.raises(ValueError, match=named):
         max_batch(model, sample(), loss_fn=both, **options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_loaded_plan_for_a_card_is_not_answered_for_the_cpu(tmp_path):
+    """A file does not say how to find its card again, so the question is refused."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    plan = optimize(model, torch.ones(4, 8), budget_gb=1, loss_fn=torch.sum, device="h100")
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match="device="):
+        Plan.load(tmp_path / "plan.json").max_batch(model, torch.ones(4, 8), loss_fn=torch.sum)
