@@ -28,12 +28,12 @@ def split_dropout(graph: Graph) -> int:
 
 def _split(graph: Graph, draw: Node) -> bool:
     noise = draw.args[0]
-    if not isinstance(noise, Node) or noise.target not in _ALLOCATIONS or len(draw.args) != 2:
+    if not isinstance(noise, Node) or noise.target not in _ALLOCATIONS:
         return False
     assert callable(noise.target)
     assert callable(draw.target)
     value = noise.meta["val"]
-    if draw.kwargs or not value.dtype.is_floating_point:
+    if draw.kwargs or len(draw.args) > 2 or not value.dtype.is_floating_point:
         return False
     if value.device.type == "cuda" and value.dtype == torch.float64:
         return False  # drawn from numbers of its own (DistributionTemplates.h)
@@ -45,7 +45,8 @@ def _split(graph: Graph, draw: Node) -> bool:
     with graph.inserting_before(draw):
         mask = graph.call_function(noise.target, noise.args, {**noise.kwargs, "dtype": torch.bool})
         mask.meta.update({**noise.meta, "val": _like(value, torch.bool)})
-        drawn = graph.call_function(draw.target, (mask, draw.args[1]))
+        # without a probability it is one half: the dispatcher leaves out what is the default
+        drawn = graph.call_function(draw.target, (mask, *draw.args[1:]))
         drawn.meta.update({**draw.meta, "val": mask.meta["val"], "writes": (mask,)})
     with graph.inserting_before(division):
         scaled = graph.call_function(aten._to_copy.default, (mask,), {"dtype": value.dtype})

@@ -16,6 +16,7 @@ from graph_capture.trace import trace_step
     ("layer", "count"),
     [
         (nn.Dropout(0.3), 1),
+        (nn.Dropout(0.5), 1),  # its probability is the draw's default, which is left out
         (nn.Dropout1d(0.3), 1),
         (nn.Dropout(0.3, inplace=True), 1),
         (nn.Dropout(0.0), 0),
@@ -31,7 +32,7 @@ def test_how_many_are_split(layer: nn.Module, count: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("keep", [0.9, 0.37])
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.37])
 def test_the_split_gives_the_same_bits(dtype: torch.dtype, keep: float) -> None:
     """Booleans drawn and divided afterwards are the noise that eager draws, bit by bit."""
     torch.manual_seed(1)
