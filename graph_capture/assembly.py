@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,12 +93,16 @@ class Pricing:
         Scratch memory of each call.
     held_bytes
         Memory that lies in modules and takes no part in the step.
+    known
+        Time and scratch of the calls that were priced before, by node and target: a
+        step is assembled more than once, and few calls change in between.
     """
 
     target: Target
     costs: CostModel
     probe: WorkspaceProbe
     held_bytes: int
+    known: dict[tuple[Node, Any], tuple[int, int]] = field(default_factory=dict)
 
 
 class Assembly:
@@ -261,13 +265,16 @@ class Assembly:
     def _add_optimizer(self) -> None:
         assert self._optimizer is not None
         gradients = tuple(sorted(self._storage_of[k] for k in self._gradients))
+        step_ns = self._region_ns(self._optimizer.calls)
+        if not self._optimizer.calls and self._optimizer.step_ns is not None:
+            step_ns = self._optimizer.step_ns
         self._push(
             OperatorCode(calls=[]),
             Operator(
                 name="optimizer",
                 target=self._optimizer.name,
                 inputs=gradients,
-                cost_ns=self._region_ns(self._optimizer.calls),
+                cost_ns=step_ns,
                 workspace_bytes=self._optimizer.workspace_bytes,
                 phase="optimizer",
                 pinned="it belongs to the training loop",
@@ -304,6 +311,12 @@ class Assembly:
                     self._resized[storage_id(item.meta["val"])] = stand_in
 
     def _cost(self, call: Node) -> tuple[int, int]:
+        key = call, call.target
+        if key not in self._pricing.known:
+            self._pricing.known[key] = self._priced(call)
+        return self._pricing.known[key]
+
+    def _priced(self, call: Node) -> tuple[int, int]:
         args, kwargs = self._values(call)
         assert isinstance(call.target, torch._ops.OpOverload)
         out = call.meta["val"]

@@ -22,6 +22,7 @@ from .costs.roofline import Roofline
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .loss import LossFn, LossSpec
+from .one_at_a_time import one_at_a_time
 from .operators import (
     Folder,
     drop_unused,
@@ -68,6 +69,7 @@ def capture(
     ).graph
 
 
+@one_at_a_time
 def capture_step(
     model: nn.Module,
     arguments: Mapping[str, Any],
@@ -158,7 +160,7 @@ def _fold(
 
     if isinstance(pricing.costs, PreparedCostModel):
         collected = CollectedCalls()
-        assembled(replace(pricing, costs=collected))
+        assembled(replace(pricing, costs=collected, known={}))
         pricing.costs.prepare(collected.calls, progress)
     return assembled(pricing)
 

@@ -25,25 +25,40 @@ def undisturbed(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[None]:
 
     So are the attributes of ``others``, objects that forward is called with.
     """
-    undo: list[Callable[[], None]] = []
-    seen: set[int] = set()
-    for holder in (*model.modules(), *others):
-        _remember(vars(holder), undo, seen)
     cpu_state = torch.random.get_rng_state()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     torch.clear_autocast_cache()
     try:
-        yield
+        with attributes_put_back((*model.modules(), *others)):
+            try:
+                yield
+            finally:
+                torch.clear_autocast_cache()
     finally:
-        torch.clear_autocast_cache()
-        for step in undo:
-            step()
         torch.random.set_rng_state(cpu_state)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def attributes_put_back(holders: Iterable[Any]) -> Iterator[None]:
+    """Afterwards the objects have the attributes that they had.
+
+    With the contents of lists, dicts and sets in them, at any depth; what a tensor
+    or another object holds is not looked into.
+    """
+    undo: list[Callable[[], None]] = []
+    seen: set[int] = set()
+    for holder in holders:
+        _remember(vars(holder), undo, seen)
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
 
 
 def _remember(container: Any, undo: list[Callable[[], None]], seen: set[int]) -> None:

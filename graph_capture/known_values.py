@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 MAX_ELEMENTS = 1 << 20
@@ -45,6 +45,14 @@ class KnownValues:
         self._value_of: dict[int, torch.Tensor] = {}
         self._memory_of: dict[int, int] = {}
         self._in_memory: dict[int, list[int]] = {}  # storage -> stand-ins of it that are known
+
+    def copy(self) -> KnownValues:
+        """The same values; what one of the two learns or forgets the other does not."""
+        twin = KnownValues()
+        twin._value_of = dict(self._value_of)
+        twin._memory_of = dict(self._memory_of)
+        twin._in_memory = {memory: list(ids) for memory, ids in self._in_memory.items()}
+        return twin
 
     def answers(self, func: Any, args: tuple) -> bool:
         """Whether the call asks for the number that a known tensor holds."""
@@ -99,6 +107,32 @@ class KnownValues:
         self._in_memory.setdefault(memory, []).append(id(out))
 
 
+class Knowing(TorchDispatchMode):
+    """Answers for known values as a recorder does, and writes nothing down.
+
+    Parameters
+    ----------
+    known
+        What is known when it begins.
+    """
+
+    def __init__(self, known: KnownValues) -> None:
+        super().__init__()
+        self._known = known
+        self._keep_alive: list[Any] = []  # known by their identity
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._known.answers(func, args):
+            return self._known.number(args)
+        out = func(*args, **kwargs)
+        self._keep_alive.append(out)
+        self._known.note(func, args, kwargs, out)
+        return out
+
+
 def _is_pure(func: Any) -> bool:
     """Whether a call computes its result from its arguments, and does nothing else.
 
@@ -130,4 +164,4 @@ def taken_for_real() -> Iterator[None]:
         library.is_fake_tensor = before
 
 
-__all__ = ["KnownValues", "taken_for_real"]
+__all__ = ["Knowing", "KnownValues", "taken_for_real"]

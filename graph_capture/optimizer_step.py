@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .absent_cuda import ensure_cuda_guard
 from .costs.allocator import block_bytes
 from .memory_meter import MemoryMeter
+from .one_at_a_time import one_at_a_time
 from .recorder import storage_id
+from .repeated_calls import RepeatedCalls
 from .stand_ins import StandIns
 from .target import Target, target_of
 
@@ -50,14 +52,19 @@ class OptimizerStep:
         Bytes that its step takes beside parameters, gradients and state.
     calls
         What the step dispatches, for costing.
+    step_ns
+        What that takes, where the calls are not known any more, as in a plan from
+        a file; ``None`` where it was not priced.
     """
 
     name: str
     state_bytes: int
     workspace_bytes: int
     calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
+    step_ns: int | None = None
 
 
+@one_at_a_time
 def measure_optimizer(
     optimizer: torch.optim.Optimizer | str | None, model: nn.Module, target: Target | None = None
 ) -> OptimizerStep | None:
@@ -84,7 +91,7 @@ def measure_optimizer(
     if target.absent:
         ensure_cuda_guard()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode, _NumbersOfStandIns(), _stand_ins_are_parameters():
+    with fake_mode, _NumbersOfStandIns(RepeatedCalls(fake_mode)), _stand_ins_are_parameters():
         twin, name = _twin(optimizer, model, StandIns(fake_mode, target))
         parameters = [p for group in twin.param_groups for p in group["params"]]
         for p in parameters:
@@ -121,13 +128,17 @@ class _NumbersOfStandIns(TorchDispatchMode):
     less a product that it keeps.
     """
 
+    def __init__(self, repeated: RepeatedCalls) -> None:
+        super().__init__()
+        self._repeated = repeated
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 0.5 if dtype.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
+        return self._repeated.run(func, args, kwargs or {})
 
 
 @contextmanager

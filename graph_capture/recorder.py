@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .errors import CaptureError
-from .known_values import KnownValues
+from .known_values import Knowing, KnownValues
+from .repeated_calls import RepeatedCalls
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 _OWN_ROOT = str(Path(__file__).parent)
@@ -69,11 +70,18 @@ class Recorder(TorchDispatchMode):
     ----------
     current_node
         Says which node of autograd is being differentiated.
+    repeated
+        Runs the calls; ``None`` leaves each to PyTorch.
     """
 
-    def __init__(self, current_node: Callable[[], Any] = torch._C._current_autograd_node) -> None:
+    def __init__(
+        self,
+        current_node: Callable[[], Any] = torch._C._current_autograd_node,
+        repeated: RepeatedCalls | None = None,
+    ) -> None:
         super().__init__()
         self._current_node = current_node
+        self._repeated = repeated
         self.graph = Graph()
         self.phase = "forward"
         self.constants: dict[str, torch.Tensor] = {}
@@ -149,6 +157,10 @@ class Recorder(TorchDispatchMode):
         self._node_of[id(tensor)] = node
         self._by_storage.setdefault(storage_id(tensor), []).append(node)
 
+    def knowing(self) -> Knowing:
+        """A mode that knows what was known of values so far, and records nothing."""
+        return Knowing(self._known.copy())
+
     # -- what is dispatched ------------------------------------------------
 
     def __torch_dispatch__(
@@ -164,7 +176,10 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._check_generator(args, kwargs)
         try:
-            out = _apart(func, func(*args, **kwargs))
+            if self._repeated is None:
+                out = _apart(func, func(*args, **kwargs))
+            else:
+                out = _apart(func, self._repeated.run(func, args, kwargs))
         except Exception:
             self.failed_at = self.origin()[1]
             raise

@@ -40,6 +40,7 @@ from .module_state import (
 )
 from .outputs import OutputTemplate, take_apart, tensors_within
 from .recorder import Recorder, storage_id
+from .repeated_calls import RepeatedCalls
 from .stand_ins import StandIns
 from .target import Target, target_of
 
@@ -207,11 +208,12 @@ def _trace(
         refuse_backward_hooks(model)
         differentiator = walk = BackwardWalk()
         watching = walk.watching()
-    recorder = Recorder(differentiator.current_node)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    recorder = Recorder(differentiator.current_node, RepeatedCalls(fake_mode))
     try:
         with watching:
             return _trace_with(
-                recorder, differentiator, model, forward, arguments, loss, how, target
+                recorder, differentiator, fake_mode, model, forward, arguments, loss, how, target
             )
     except Exception as error:
         if recorder.failed_at:
@@ -222,6 +224,7 @@ def _trace(
 def _trace_with(
     recorder: Recorder,
     differentiator: Differentiator,
+    fake_mode: FakeTensorMode,
     model: nn.Module,
     forward: Callable[..., Any],
     arguments: Mapping[str, Any],
@@ -230,7 +233,6 @@ def _trace_with(
     target: Target,
 ) -> TracedStep:
     _refuse_scripts(model)
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     twins = StandIns(fake_mode, target)
     leaves: list[tuple[Node, torch.Tensor]] = []
 
@@ -277,7 +279,8 @@ def _trace_with(
         changed = changed_numbers(numbers_before, numbers_of(model))
         if changed:
             numbers_before = numbers_of(model)
-            call_forward(forward, fake_arguments)
+            with recorder.knowing():  # it takes the branches that the recorded one took
+                call_forward(forward, fake_arguments)
             refuse_counters(changed & changed_numbers(numbers_before, numbers_of(model)))
         differentiated, tangents, region = differentiate(
             output, template, tensors, loss, differentiator, twins.of if target.elsewhere else None

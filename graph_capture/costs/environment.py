@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from pathlib import Path
 
 import torch
 
 _METHOD = 1  # of graph_capture.costs.timing; another method gives other times
+
+_READ_BY_LIBRARIES = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE")
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -33,6 +36,8 @@ def environment_of(device: torch.device) -> str:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        # Fills what ``empty`` hands out when algorithms shall be deterministic.
+        "filled": getattr(torch.utils.deterministic, "fill_uninitialized_memory", None),
     }
     if device.type == "cuda":
         # Both are private or depend on the build; where they are missing, times of two drivers
@@ -48,15 +53,25 @@ def environment_of(device: torch.device) -> str:
             for name in (
                 "allow_bf16_reduced_precision_reduction",
                 "allow_fp16_reduced_precision_reduction",
+                "allow_fp16_accumulation",
             )
         ]
+        parts["libraries"] = [
+            str(torch.backends.cuda.preferred_blas_library()),
+            str(torch.backends.cuda.preferred_linalg_library()),
+        ]
+        # Read by cuBLAS itself: which kernels it may choose depends on its workspace.
+        parts["variables"] = [os.environ.get(name) for name in _READ_BY_LIBRARIES]
         parts["precision"] = [
             getattr(torch.backends.cuda.matmul, "fp32_precision", None),
             getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None),
         ]
     else:
         parts["capability"] = torch.backends.cpu.get_cpu_capability()
-        parts["mkldnn"] = torch.backends.mkldnn.enabled
+        parts["mkldnn"] = [
+            torch.backends.mkldnn.enabled,
+            getattr(torch.backends.mkldnn, "deterministic", None),
+        ]
         parts["precision"] = [
             getattr(getattr(torch.backends.mkldnn, part, None), "fp32_precision", None)
             for part in ("matmul", "conv", "rnn")

@@ -100,7 +100,9 @@ class ProfiledCosts:
             Is told, of the distinct calls to time, which one begins and how many
             there are.
         """
-        distinct = {call_key(call): call for call in calls if not _is_annotation(call)}
+        distinct = {
+            call_key(call, self._device.type): call for call in calls if not _is_annotation(call)
+        }
         self._asked.update(distinct)
         unknown = {k: c for k, c in distinct.items() if self._is_unknown(k)}
         allowed = {k: c for k, c in unknown.items() if self._may_run(k, c)}
@@ -117,7 +119,7 @@ class ProfiledCosts:
         """Nanoseconds of one run, by measurement where there is one."""
         if _is_annotation(call):
             return 0
-        key = call_key(call)
+        key = call_key(call, self._device.type)
         if key not in self._asked:
             self.prepare([call])
         measured = self.cache.get("time_ns", key)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
@@ -44,6 +45,7 @@ _WANTS_REGULAR = re.compile(r"aten::_?(linalg|cholesky|lu_|inverse|triangular|or
 # What raises when a call refuses its arguments; CUDA's and the allocator's errors among them.
 REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError)
 
+_ALIGNMENT_BYTES = 64  # of PyTorch's own CPU allocator (c10/core/alignment.h, gAlignment)
 _POOL_LENGTH = 1 << 20
 _STEP = 2654435761  # Knuth's multiplicative hash: indices visit their range in no order
 _RUN_LENGTH = 64  # of equal values in a mask, as padding and causal masks have them
@@ -58,10 +60,11 @@ def is_safe(func: Any) -> bool:
     return func.namespace == "aten" and _UNSAFE.fullmatch(func._schema.name) is None
 
 
-def call_key(call: Call) -> str:
+def call_key(call: Call, torch_type: str = "cpu") -> str:
     """What tells a call from others that may take another time or other scratch.
 
-    Text, the same in every process; which tensor is passed twice is part of it.
+    Text, the same in every process; which tensor is passed twice is part of it, and
+    which lies on the CPU beside a device of another type, ``torch_type``.
     """
     leaves, spec = tree_flatten((call.args, call.kwargs))
     first: dict[int, int] = {}
@@ -70,7 +73,8 @@ def call_key(call: Call) -> str:
         if isinstance(leaf, torch.Tensor):
             same = first.setdefault(id(leaf), i)
             shape, strides = list(leaf.shape), list(leaf.stride())
-            parts.append(f"={same}" if same != i else f"{leaf.dtype}{shape}{strides}")
+            place = "@cpu" if leaf.device.type == "cpu" != torch_type else ""
+            parts.append(f"={same}" if same != i else f"{leaf.dtype}{shape}{strides}{place}")
         else:
             parts.append(repr(leaf))
     grad = "grad" if call.grad_enabled else "no_grad"
@@ -137,10 +141,13 @@ def blank_arguments(
 ) -> tuple[tuple, dict]:
     """Arguments of zeros, or regular matrices where the operator wants them: what scratch needs."""
     regular = _WANTS_REGULAR.fullmatch(func._schema.name) is not None
+    written = {id(t) for t in written_arguments(func, args, kwargs)}  # these may be resized
 
     def make(x: Any) -> Any:
         if not _is(x):
             return x
+        if not regular and device.type == "cpu" and id(x) not in written:
+            return _zeros_on_cpu(x)
         flat, real = _memory(x, device)
         if regular:
             _fill_regular(flat, real)
@@ -149,6 +156,20 @@ def blank_arguments(
         return real
 
     return tree_map(make, args), tree_map(make, kwargs)
+
+
+def _zeros_on_cpu(like: torch.Tensor) -> torch.Tensor:
+    """Zeros in memory that the operating system hands out empty.
+
+    To fill a step's largest tensors takes longer than to run the call; pages that
+    are only read stay shared and are never filled (``calloc``, which PyTorch's own
+    allocator does not use). Such a tensor cannot be resized.
+    """
+    num_bytes = _extent(like) * like.element_size()
+    memory = np.zeros(num_bytes + _ALIGNMENT_BYTES, dtype=np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT_BYTES
+    flat = torch.from_numpy(memory[start : start + num_bytes]).view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
 
 
 class Maker:

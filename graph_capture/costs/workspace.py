@@ -40,6 +40,17 @@ aten = torch.ops.aten
 # A number where a kernel takes a tensor becomes one: in double, then in the kernel's dtype.
 _SCALAR_BYTES = 16
 
+# The largest calls of a language model. Their CPU kernels keep what they need on the stack
+# (aten/src/ATen/native/SoftMax.cpp, LossNLL.cpp) where nothing must be copied first.
+_BY_ROWS = {
+    "aten::_softmax",
+    "aten::_log_softmax",
+    "aten::_softmax_backward_data",
+    "aten::_log_softmax_backward_data",
+    "aten::nll_loss_forward",
+    "aten::nll_loss_backward",
+}
+
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 
 # Kernels that only make memory or move it: whatever they take, they hand out.
@@ -107,10 +118,12 @@ class WorkspaceProbe:
             return 0
         if self._on_cpu and name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
             return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
+        if self._on_cpu and name in _BY_ROWS and _plain_rows(call):
+            return 0
         return self._remembered(call)
 
     def _remembered(self, call: Call) -> int:
-        key = call_key(call)
+        key = call_key(call, self._device.type)
         if key not in self._known:
             known = None if self._cache is None else self._cache.get("scratch_bytes", key)
             if known is None:
@@ -146,6 +159,20 @@ class WorkspaceProbe:
         with as_in_a_step(self._device), torch.enable_grad():
             results = func(*args, **kwargs)
         return tuple(t.untyped_storage().nbytes() for t in results)
+
+
+def _plain_rows(call: Call) -> bool:
+    """Whether a call of ``_BY_ROWS`` works on dense rows of one floating type, along them."""
+    tensors = [t for t in tree_iter((call.args, call.kwargs, call.out)) if _is(t)]
+    floats = {t.dtype for t in tensors if t.is_floating_point()}
+    if floats not in ({torch.float32}, {torch.float64}):
+        return False
+    if not all(t.is_contiguous() for t in tensors):
+        return False
+    if call.func._schema.name.startswith("aten::nll_loss"):
+        return True
+    position = 2 if "backward" in call.func._schema.name else 1
+    return call.args[position] in (-1, tensors[0].dim() - 1)
 
 
 def _must_copy(matrix: torch.Tensor) -> bool:

@@ -121,3 +121,25 @@ def test_causal_masks_are_dropped_as_in_eager(use_cache: bool) -> None:
     assert not step.branch_free
     attention = [n for n in step.graph.nodes if "flash_attention_for_cpu.default" in str(n.target)]
     assert [n.args[4] for n in attention] == [True]  # is_causal
+
+
+class _CountingAndBranching(nn.Module):
+    """Counts its calls, once, and asks for the value of positions that it has just counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.built = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.built = 1  # another number after the first call, the same after the second
+        positions = torch.arange(x.shape[0])
+        return self.linear(x).sin() if bool((positions >= 0).all()) else self.linear(x).cos()
+
+
+def test_the_second_forward_knows_what_the_first_knew() -> None:
+    """A forward that runs again because a number changed takes the same branch."""
+    arguments = {"x": torch.ones(3, 4)}
+    step = capture_step(_CountingAndBranching(), arguments, loss=torch.sum).step
+    assert not step.branch_free
+    assert any("sin" in str(node.target) for node in step.graph.nodes)

@@ -218,3 +218,11 @@ def test_bytes_of_a_trial() -> None:
     assert argument_bytes(_call(aten.relu.default, x)) == 400
     assert argument_bytes(_call(aten.relu_.default, x)) == 800
     assert output_bytes(_call(aten.relu.default, x, out=x)) == 400
+
+
+def test_the_key_tells_where_a_tensor_lies() -> None:
+    """Beside a card, a tensor on the CPU is another argument than one on the card."""
+    here, there = torch.ones(4), _meta(4)  # stand-ins on meta lie where the step runs
+    on_cpu, on_card = _call(aten.neg.default, here), _call(aten.neg.default, there)
+    assert call_key(on_cpu) == call_key(on_card)
+    assert call_key(on_cpu, "cuda") != call_key(on_card, "cuda")

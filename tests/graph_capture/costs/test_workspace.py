@@ -147,3 +147,37 @@ def test_a_call_that_takes_too_long_is_not_run() -> None:
     assert probe.notes == ()
     assert probe.bytes_of(call) == probe.bytes_of(call) == 0
     assert "scratch of 1 distinct calls not measured" in probe.notes[0]
+
+
+def _by_rows(dtype: torch.dtype) -> list[tuple[Any, tuple]]:
+    x, target = torch.randn(33, 1003, dtype=dtype), torch.zeros(33, dtype=torch.long)
+    weight = aten.nll_loss_forward.default(x, target, None, 1, -100)[1]
+    return [
+        (aten._softmax.default, (x, -1, False)),
+        (aten._log_softmax.default, (x, 1, False)),
+        (aten._softmax_backward_data.default, (x, x, -1, dtype)),
+        (aten._log_softmax_backward_data.default, (x, x, 1, dtype)),
+        (aten.nll_loss_forward.default, (x, target, None, 1, -100)),
+        (aten.nll_loss_backward.default, (x[0, 0].clone(), x, target, None, 1, -100, weight)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_calls_by_rows_take_none_and_are_not_run(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softmax and the loss over dense rows: none in a real call, so none is measured."""
+    assert [_real(func, *args) for func, args in _by_rows(dtype)] == [0] * 6
+    monkeypatch.setattr(workspace, "_measure", lambda *_: pytest.fail("was run"))
+    for func, args in _by_rows(dtype):
+        call = Call(func=func, args=args, kwargs={}, out=func(*args))
+        assert WorkspaceProbe("cpu", at_hand=True).bytes_of(call) == 0
+
+
+def test_calls_along_columns_are_measured() -> None:
+    """A softmax along another dimension than the last is run like any other call."""
+    x = torch.randn(16, 8, 8)
+    assert not workspace._plain_rows(
+        Call(func=aten._softmax.default, args=(x, 0, False), kwargs={}, out=x)
+    )
+    assert _scratch(aten._softmax.default, x, 0, False) == _real(aten._softmax.default, x, 0, False)

@@ -1,0 +1,30 @@
+"""One capture at a time in a process.
+
+While a step is captured, PyTorch and Transformers are patched in places that all
+threads share (hooks of all modules, checkpointing, ``is_compiling()``, the
+allocator's record), and the model holds stand-ins. A second thread that captures
+waits for the first; one that trains meanwhile must not share the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+_capturing = threading.RLock()
+
+
+def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """A function that waits until no other thread is in one of these functions."""
+
+    @wraps(function)
+    def waiting(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with _capturing:
+            return function(*args, **kwargs)
+
+    return waiting
