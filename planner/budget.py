@@ -103,7 +103,8 @@ def parse_headroom(headroom: float | str | None, budget_bytes: int, device_type:
         A fraction of the budget below one, a whole number of bytes from 100 on,
         a string such as ``"5%"`` or ``"2GB"``, or ``None`` for
         :data:`DEFAULT_HEADROOM`. Numbers from one to below 100 are refused:
-        they look like per cent.
+        they look like per cent. So are strings without ``%`` or a unit
+        (``"0.05"``, ``"5"``), which might be a fraction, per cent or bytes.
     budget_bytes
         What it is a part of.
     device_type
@@ -134,8 +135,13 @@ def _amount(headroom: float | str) -> float | int:
     """A fraction as a float, or bytes as an integer."""
     if isinstance(headroom, str):
         percent = _PERCENT.fullmatch(headroom)
+        if percent is None and headroom.strip()[-1:].isalpha():
+            return parse_bytes(headroom)
         if percent is None:
-            return parse_bytes(headroom, default_unit="b")
+            raise ValueError(
+                "headroom is a fraction of the budget or an amount of bytes, and "
+                f"{headroom!r} does not say which: write '5%', '2GB' or a number such as 0.05"
+            )
         if float(percent[1]) < 100:
             return float(percent[1]) / 100
     elif isinstance(headroom, (int, float)) and not isinstance(headroom, bool):

@@ -16,8 +16,9 @@ from graph_capture.call_spec import tensors_of
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.choose import ChosenCosts
-from graph_capture.costs.devices import Device
+from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.loss import LossFn
+from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
 from graph_capture.target import target_of
 from solvers.any_order.memory import least_memory_in_any_order
@@ -115,7 +116,7 @@ def make_plan(
         solve_s=result.solve_s,
         seed=request.seed,
         log=result.log,
-        optimizer=None if optimizer is None else replace(optimizer, calls=()),
+        optimizer=None if optimizer is None else _priced(optimizer, constrained.graph),
         loss=step.loss_spec,
         never_recompute=request.never_recompute,
         always_recompute=request.always_recompute,
@@ -123,12 +124,52 @@ def make_plan(
         detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
         device_type=captured.device_type,
         costs=captured.costs,
+        device_name=_table_name(request.device),
         branch_free=step.branch_free,
         torch_version=torch.__version__,
         _captured=constrained,
         _structure=Structure.of(model),
         _request=request,
     )
+
+
+def request_again(plan: Plan) -> Request:
+    """What a plan from a file was asked for, as far as the file says; without its ``loss_fn``.
+
+    Raises
+    ------
+    PlanError
+        When its times come from the user's own function, which no file holds.
+    """
+    if plan.costs.model not in ("roofline", "profile"):
+        raise PlanError(
+            f"the times of this plan from a file come from {plan.costs.model!r}, which is not in "
+            "the file: call optimize() or max_batch() with cost_model="
+        )
+    return Request(
+        budget_bytes=plan.budget_bytes,
+        seed=plan.seed,
+        never_recompute=plan.never_recompute,
+        always_recompute=plan.always_recompute,
+        reorder=plan.reorder,
+        device=plan.device_name,
+        cost_model=plan.costs.model,
+        headroom=f"{plan.headroom_bytes}B" if plan.headroom_bytes else 0,
+    )
+
+
+def _table_name(device: str | Device | None) -> str | None:
+    """The name by which another process finds a device that was asked for."""
+    name = device.name if isinstance(device, Device) else device
+    if name is None or name not in DEVICES:
+        return None  # "cuda", too: the card at hand
+    return name if device in (name, DEVICES[name]) else None
+
+
+def _priced(optimizer: OptimizerStep, graph: CostGraph) -> OptimizerStep:
+    """An optimizer without its calls, with the time that they were priced at."""
+    step_ns = sum(op.cost_ns for op in graph.operators if op.phase == "optimizer")
+    return replace(optimizer, calls=(), step_ns=step_ns)
 
 
 def replan(
@@ -148,14 +189,7 @@ def replan(
                 "a plan from a file cannot be made again for another shape: its loss_fn is not in "
                 "the file; call optimize() with it"
             )
-        request = Request(
-            budget_bytes=plan.budget_bytes,
-            seed=plan.seed,
-            never_recompute=plan.never_recompute,
-            always_recompute=plan.always_recompute,
-            reorder=plan.reorder,
-            headroom=f"{plan.headroom_bytes}B" if plan.headroom_bytes else 0,
-        )
+        request = request_again(plan)
     with showing_timing(request.progress) as timing:
         captured = capture_step(
             model,
@@ -175,7 +209,7 @@ def _solve(
     graph: CostGraph, budget: Budget, request: Request, hint: Schedule | None = None
 ) -> SolveResult:
     budget_bytes = budget.usable_bytes
-    if hint is None and request.solver == "auto" and not _fits_easily(graph, budget_bytes):
+    if hint is None and request.solver == "auto" and not fits_easily(graph, budget_bytes):
         hint = _least_within(graph, budget, request)
     search = solve_in_any_order if request.reorder else solve
     with showing(request.progress) as progress:
@@ -200,7 +234,7 @@ def _solve(
     )
 
 
-def _fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
+def fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
     """Whether keeping everything or a uniform schedule is within the budget."""
     if replay(graph, Schedule.keep_all(graph)).peak_bytes <= budget_bytes:
         return True
@@ -216,7 +250,7 @@ def _least_within(graph: CostGraph, budget: Budget, request: Request) -> Schedul
 
 def _least(graph: CostGraph, budget: Budget, request: Request) -> LeastMemory:
     """In eager's order where that fits the budget, else in every order that may be used."""
-    least = _least_memory(graph, request.seed)
+    least = remembered_least_memory(graph, request.seed)
     if request.reorder and least.peak_bytes > budget.usable_bytes:
         return _least_memory_in_any_order(graph, request.seed)
     return least
@@ -226,7 +260,7 @@ def _least(graph: CostGraph, budget: Budget, request: Request) -> LeastMemory:
 
 
 @lru_cache(maxsize=8)
-def _least_memory(graph: CostGraph, seed: int) -> LeastMemory:
+def remembered_least_memory(graph: CostGraph, seed: int) -> LeastMemory:
     return least_memory(graph, time_limit_s=LEAST_MEMORY_LIMIT_S, seed=seed)
 
 
@@ -234,7 +268,7 @@ def _least_memory(graph: CostGraph, seed: int) -> LeastMemory:
 def _least_memory_in_any_order(graph: CostGraph, seed: int) -> LeastMemory:
     return least_memory_in_any_order(
         graph,
-        start=_least_memory(graph, seed),
+        start=remembered_least_memory(graph, seed),
         time_limit_s=LEAST_MEMORY_LIMIT_S,
         seed=seed,
     )

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
-from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import bind_call, split_sample, tensors_of
-from graph_capture.captured_step import capture_step
 from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.devices import Device
-from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.policies import apply_policies
-from graph_capture.target import target_of
 
-from .application import original_forward
 from .budget import parse_budget
+from .captured_call import captured_call
 from .make_plan import Request, make_plan
 from .plan import Plan
-from .progress import ShowProgress, showing_timing
+from .progress import ShowProgress
 
 
 def optimize(
@@ -122,9 +115,6 @@ def optimize(
     """
     budget = parse_budget(budget_gb, budget_bytes)
     check_model(model)
-    forward = original_forward(model)
-    arguments = bind_call(forward, *split_sample(sample_input))
-    target = target_of(model, tensors_of(arguments), device)
     request = Request(
         budget_bytes=budget,
         loss_fn=loss_fn,
@@ -140,22 +130,18 @@ def optimize(
         headroom=headroom,
         progress=progress,
     )
-    if not isinstance(optimizer, (str, torch.optim.Optimizer, NoneType)):
-        raise TypeError(f"optimizer must be an instance or a name, got {optimizer!r}")
-    with autocast_as(target.torch_type, autocast) if autocast else nullcontext():
-        with showing_timing(progress) as timing:
-            captured = capture_step(
-                model,
-                arguments,
-                loss=loss_fn,
-                optimizer=measure_optimizer(optimizer, model, target),
-                forward=forward,
-                target=target,
-                cost_model=cost_model,
-                progress=timing,
-            )
-        constrained = apply_policies(captured, never_recompute, always_recompute)
-        return make_plan(model, arguments, captured, constrained, request)
+    with captured_call(
+        model,
+        sample_input,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        device=device,
+        autocast=autocast,
+        cost_model=cost_model,
+        progress=progress,
+    ) as call:
+        constrained = apply_policies(call.captured, never_recompute, always_recompute)
+        return make_plan(model, call.arguments, call.captured, constrained, request)
 
 
 def check_model(model: nn.Module) -> None:

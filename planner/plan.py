@@ -120,6 +120,9 @@ class Plan:
         Where it runs and with what it was planned.
     costs
         Where its times come from.
+    device_name
+        The name in the table of devices that was asked for; ``None`` for where the
+        model lay, and for a device that is not in the table.
     branch_free
         Whether a value that is not known while planning decides a branch of the
         model, so that the plan follows the path that libraries keep for
@@ -148,6 +151,7 @@ class Plan:
     device_type: str
     torch_version: str
     costs: CostRecord
+    device_name: str | None = None
     headroom_bytes: int = 0
     branch_free: bool = False
     _captured: CapturedStep | None = field(default=None, repr=False, compare=False)

@@ -9,10 +9,7 @@ refused. Lower bound and baseline are the planner's word when it was written.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
@@ -34,6 +31,7 @@ from solvers.schedule import Schedule
 from .call_guard import CallGuard
 from .errors import PlanError
 from .plan import Plan
+from .whole_file import write_whole
 
 SCHEMA_VERSION = 2
 MAX_FILE_BYTES = 2**30
@@ -66,18 +64,7 @@ def save_plan(plan: Plan, path: Path) -> None:
         text = json.dumps(plan_to_dict(plan), indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise PlanError(f"this plan cannot be written to a file: {error}") from error
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-        raise
+    write_whole(path, text)
 
 
 def load_plan(path: Path) -> Plan:
@@ -111,6 +98,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "torch_version": plan.torch_version,
         "device_type": plan.device_type,
+        "device_name": plan.device_name,
         "budget_bytes": plan.budget_bytes,
         "headroom_bytes": plan.headroom_bytes,
         "costs": {
@@ -224,7 +212,7 @@ def _differences(said: Any, found: Any, path: str) -> Iterator[str]:
                 yield f"at {path}: {key!r:.100} is said, which its graph and schedule do not give"
             else:
                 yield from _differences(said[key], found[key], f"{path}.{key}")
-        missing = set(found) - set(said) - {"reorder"}
+        missing = set(found) - set(said) - {"reorder", "device_name"}  # added after version 2
         if missing:
             yield f"at {path}: {min(missing)!r} is missing"
     elif isinstance(said, list):
@@ -271,7 +259,9 @@ def _build(data: Mapping[str, Any]) -> Plan:
         solve_s=solver["solve_s"],
         seed=solver["seed"],
         log=tuple(solver["log"]),
-        optimizer=None if data["optimizer"] is None else OptimizerStep(**data["optimizer"]),
+        optimizer=None
+        if data["optimizer"] is None
+        else OptimizerStep(**data["optimizer"], step_ns=_optimizer_ns(graph)),
         loss=LossSpec(
             region=LossRegion(
                 label=loss["label"],
@@ -287,6 +277,7 @@ def _build(data: Mapping[str, Any]) -> Plan:
         reorder=solver.get("reorder", False),
         detached=tuple(data["detached"]),
         device_type=data["device_type"],
+        device_name=data.get("device_name"),
         torch_version=data["torch_version"],
         costs=CostRecord(
             model=data["costs"]["model"],
@@ -296,6 +287,10 @@ def _build(data: Mapping[str, Any]) -> Plan:
         headroom_bytes=data["headroom_bytes"],
         branch_free=data["branch_free"],
     )
+
+
+def _optimizer_ns(graph: CostGraph) -> int:
+    return sum(op.cost_ns for op in graph.operators if op.phase == "optimizer")
 
 
 def _tensor(spec: Mapping[str, Any]) -> TensorSpec:

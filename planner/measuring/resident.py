@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from types import CellType
 from typing import Any
 
 import torch
@@ -114,4 +115,12 @@ def _carried_tensors(function: Callable[..., Any]) -> list[Tensor]:
             *_carried_tensors(function.func),
         ]
     cells = getattr(function, "__closure__", None) or ()
-    return [t for cell in cells for t in output_tensors(cell.cell_contents)]
+    return [t for cell in cells for t in output_tensors(_contents(cell))]
+
+
+def _contents(cell: CellType) -> Any:
+    """What a closure holds in a cell; ``None`` while its variable has no value yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None

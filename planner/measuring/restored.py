@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from graph_capture.isolation import attributes_put_back
+
 from ..training_step import LossFn, Sample, output_tensors
 
 
@@ -18,7 +20,11 @@ def restored(
     loss_fn: LossFn | None,
     optimizer: torch.optim.Optimizer | str | None,
 ) -> Iterator[None]:
-    """Give back, at the end, every value that a step changes; copies lie on the CPU."""
+    """Give back, at the end, every value that a step changes; copies lie on the CPU.
+
+    Plain attributes of the modules, too: a counter in Python, a list that forward
+    appends to, a tensor that it keeps.
+    """
     parts = [part for part in (model, loss_fn) if isinstance(part, nn.Module)]
     registered = [(m._buffers, dict(m._buffers)) for part in parts for m in part.modules()]
     inputs = output_tensors(sample_input)
@@ -38,7 +44,8 @@ def restored(
     grads = [(leaf, leaf.grad) for leaf in {id(t): t for t in leaves}.values()]
     # torch.manual_seed seeds every CUDA device as well, if CUDA is in use.
     cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=cuda_devices):
+    modules = [module for part in parts for module in part.modules()]
+    with torch.random.fork_rng(devices=cuda_devices), attributes_put_back(modules):
         try:
             for leaf, _ in grads:
                 leaf.grad = None

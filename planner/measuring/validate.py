@@ -81,8 +81,7 @@ def validate_plan(
             found: tuple[Bits, str | None] = ("not compared", None)
             note = None if unplanned else "not run: unplanned=False"
             if bits and unplanned:
-                compared, note = _unless_out_of_memory(trial, lambda: _compare(trial, planned, own))
-                found = compared or found
+                found, note = _compare(trial, planned, own)
             taken = _record(trial, planned, chosen)
             without: _Taken | None = None
             if note is None:
@@ -192,12 +191,34 @@ def _time(
     return list(pairs.first_us), list(pairs.second_us)
 
 
-def _compare(trial: _Trial, planned: PlannedForward, own: _Forward) -> tuple[Bits, str | None]:
+class _UnplannedRanOut(Exception):
+    """The unplanned step ran out of memory."""
+
+
+def _compare(
+    trial: _Trial, planned: PlannedForward, own: _Forward
+) -> tuple[tuple[Bits, str | None], str | None]:
+    """The verdict on the bits, and why the unplanned step could not run.
+
+    That the planned step runs out of memory is no verdict: its error goes on.
+    """
+    note: str | None = None
+
     def run(forward: _Forward) -> Results:
         with forward_set(trial.model, forward):
             return step_results(trial.model, trial.sample_input, trial.loss_fn, trial.seed)
 
-    return compare_bits(lambda: run(own), lambda: run(planned))
+    def unplanned() -> Results:
+        nonlocal note
+        results, note = _unless_out_of_memory(trial, lambda: run(own))
+        if results is None:
+            raise _UnplannedRanOut
+        return results
+
+    try:
+        return compare_bits(unplanned, lambda: run(planned)), None
+    except _UnplannedRanOut:
+        return ("not compared", None), note
 
 
 # -- what the plan was asked for -----------------------------------------------------

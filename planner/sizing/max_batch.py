@@ -23,7 +23,7 @@ from graph_capture.target import target_of
 
 from ..budget import Budget, parse_headroom
 from ..errors import PlanError
-from ..make_plan import Request
+from ..make_plan import Request, request_again
 from ..optimize import check_model, patterns_of
 from ..plan import Plan
 from ..progress import ShowLines, showing_lines
@@ -249,14 +249,7 @@ def max_batch_of(
                 "a plan from a file does not hold its loss_fn, which other batch sizes need: give "
                 "max_batch(..., loss_fn=...)"
             )
-        request = Request(
-            budget_bytes=plan.budget_bytes,
-            seed=plan.seed,
-            never_recompute=plan.never_recompute,
-            always_recompute=plan.always_recompute,
-            reorder=plan.reorder,
-            headroom=f"{plan.headroom_bytes}B" if plan.headroom_bytes else 0,
-        )
+        request = request_again(plan)
     if loss_fn is not None:
         request = replace(request, loss_fn=loss_fn)
     request = replace(request, time_limit_s=options.pop("time_limit_s"), progress=None)
@@ -276,7 +269,8 @@ def max_batch_of(
     if family.target.torch_type != plan.device_type:
         raise PlanError(
             f"the plan is for {plan.device_type} ({plan.costs.device}) and comes from a file, "
-            "which does not say how to find that device again; this model lies on "
+            "which does not say how to find that device again (one not asked for by a name of "
+            "the table); this model lies on "
             f"{family.target.torch_type}: call planner.max_batch(..., device=...)"
         )
     budget = parse_headroom(request.headroom, plan.budget_bytes, family.target.torch_type)

@@ -45,10 +45,10 @@ def test_headroom_in_each_way(headroom, device_type, expected):
 @pytest.mark.parametrize(
     "headroom",
     [-0.1, -1, 1, 1.0, 1.5, 5, 99, math.nan, math.inf, -math.inf, 123.5, True, "100%", "-5%", "x",
-     "", "5 %%", [0.1], "0GB"],
+     "", "5 %%", [0.1], "0GB", "0.05", "5", "0", "2000000000", " 1e9 "],
 )  # fmt: skip
 def test_what_is_no_headroom_is_refused(headroom):
-    """Negative, not finite, what looks like per cent without saying so, and other types."""
+    """Negative, not finite, what may be per cent or bytes without saying so, and other types."""
     with pytest.raises(ValueError, match=r"headroom is a fraction|amount of memory"):
         parse_headroom(headroom, 10 * GB, "cpu")
 

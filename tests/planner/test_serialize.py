@@ -16,6 +16,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from planner import Plan, PlanError, optimize
+from planner.make_plan import replan
 from planner.serialize import plan_from_dict, plan_to_dict, schema
 from tests.bitwise import assert_same_training
 from tests.planner.small import Net, make, plan_for, sample, square
@@ -351,3 +352,48 @@ def test_an_oversized_file_is_refused(plan, tmp_path, monkeypatch):
     monkeypatch.setattr("planner.serialize.MAX_FILE_BYTES", 100)
     with pytest.raises(PlanError, match="at most 100"):
         Plan.load(path)
+
+
+class _Priced(torch.nn.Linear):
+    """Wide enough that AdamW's step takes longer than a launch."""
+
+    def __init__(self) -> None:
+        super().__init__(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu().sum()
+
+
+@pytest.mark.slow
+def test_a_loaded_plan_plans_another_shape_like_a_fresh_one(tmp_path: Path) -> None:
+    """The file knows the device of the table and what the optimizer's step takes."""
+    model, x = _Priced(), torch.ones(64, 256)
+    fresh = optimize(model, x, budget_gb=1, optimizer="adamw", device="h100")
+    fresh.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert (loaded.device_name, loaded.optimizer) == ("h100", fresh.optimizer)
+    again = [
+        replan(plan, model, {"x": torch.ones(32, 256)}, model.forward) for plan in (fresh, loaded)
+    ]
+    assert again[0].costs.device == again[1].costs.device == fresh.costs.device
+    assert again[0].predicted_step_us == again[1].predicted_step_us
+    found = [plan.max_batch(model, x, largest=2).plan.costs.device for plan in (fresh, loaded)]
+    assert found == [fresh.costs.device] * 2
+
+
+def test_a_file_of_before_has_no_name_of_a_device() -> None:
+    """Such a file of version 2 is read, for the place where the model lies."""
+    data = json.loads(
+        json.dumps(plan_to_dict(optimize(_Priced(), torch.ones(2, 256), budget_gb=1)))
+    )
+    del data["device_name"]
+    assert plan_from_dict(data).device_name is None
+
+
+def test_a_loaded_plan_with_times_of_the_users_own_is_not_planned_again(tmp_path: Path) -> None:
+    """No file holds a function, so that another shape is an error and not priced otherwise."""
+    model = _Priced()
+    plan = optimize(model, torch.ones(2, 256), budget_gb=1, cost_model=lambda _call: 1.0)
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match=r"which is not in the file"):
+        replan(Plan.load(tmp_path / "plan.json"), model, {"x": torch.ones(3, 256)}, model.forward)

@@ -284,3 +284,36 @@ def test_an_expanded_input_is_left_as_it_was() -> None:
     measure(layer, x, loss_fn=torch.sum, optimizer="sgd", repeats=1)
     assert layer.weight.grad is gradient
     assert torch.equal(layer.weight, before)
+
+
+def test_a_closure_whose_variable_has_no_value_yet_carries_nothing() -> None:
+    """A variable that is bound after the function was made is no tensor yet."""
+
+    def loss_fn(output: Tensor) -> Tensor:
+        return output.sum() if output.numel() else later
+
+    held = resident_tensors(nn.Linear(2, 2), torch.ones(1, 2), loss_fn=loss_fn)
+    assert len(held) == 3  # weight, bias, input
+    later = None
+
+
+class _Counting(nn.Linear):
+    """Counts its calls in Python, and keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.calls = 0
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.last = x.detach()
+        return super().forward(x)
+
+
+def test_counters_in_python_are_put_back() -> None:
+    """Plain attributes and lists of a module are after a measurement what they were."""
+    model = _Counting()
+    measure(model, torch.ones(1, 2), loss_fn=torch.sum, repeats=1)
+    assert (model.calls, model.seen, hasattr(model, "last")) == (0, [], False)

@@ -259,6 +259,34 @@ def test_a_planned_step_that_does_not_fit_raises(plan, model, monkeypatch):
         plan.validate(model, sample())
 
 
+def test_a_planned_step_that_does_not_fit_is_not_told_of_the_unplanned_one(plan, monkeypatch):
+    """Out of memory while the bits are compared: the planned half's error comes out."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory for the plan")
+
+    monkeypatch.setattr(PlannedForward, "__call__", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for the plan"):
+        plan.validate(make(), sample(), repeats=0)
+
+
+def test_an_unplanned_step_that_does_not_fit_is_not_compared(plan):
+    """Out of memory in the unplanned half: no bits, no unplanned peak, the plan's own figures."""
+    from planner.measuring import validate
+
+    def only_planned(model: nn.Module, *args: Any) -> Any:
+        if applied_plan(model) is None:
+            raise torch.OutOfMemoryError("no memory today")
+        return step_results(model, *args)
+
+    step_results = validate.step_results
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validate, "step_results", only_planned)
+        found = plan.validate(make(), sample(), repeats=0)
+    assert found.bits == "not compared"
+    assert found.unplanned_note == "ran out of memory, which the planned step did not"
+
+
 def test_over_budget_comes_first(validation):
     """A measured peak above the budget is the first line, with both to the byte."""
     over = replace(validation, budget_bytes=int(validation.peak.measured) - 1000)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from graph_capture.costs.devices import DEVICES
 from graph_capture.errors import CaptureError
 from planner import InfeasibleBudgetError, MaxBatch, Plan, PlanError, max_batch, measure, optimize
 from tests.planner.small import Heads, make, sample, square
@@ -236,9 +238,10 @@ def test_arguments_that_make_no_sense(model, options, named):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_a_loaded_plan_for_a_card_is_not_answered_for_the_cpu(tmp_path):
-    """A file does not say how to find its card again, so the question is refused."""
+    """A file does not hold a device of one's own, so the question is refused."""
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
-    plan = optimize(model, torch.ones(4, 8), budget_gb=1, loss_fn=torch.sum, device="h100")
+    mine = replace(DEVICES["h100"], title="a card of one's own")
+    plan = optimize(model, torch.ones(4, 8), budget_gb=1, loss_fn=torch.sum, device=mine)
     plan.save(tmp_path / "plan.json")
     with pytest.raises(PlanError, match="device="):
         Plan.load(tmp_path / "plan.json").max_batch(model, torch.ones(4, 8), loss_fn=torch.sum)
