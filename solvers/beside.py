@@ -1,11 +1,12 @@
 """A second thread that looks for schedules while the first one proves.
 
-It runs one search after another: the chain's dynamic programme where there is
-a chain; slice refinement restricted to the operators that the solutions known
-so far run again, a small model that puts the best of them together; annealing
-from the best schedule known, hot and cool in turn. HiGHS and the compiled loops
-let go of the interpreter, so both threads run at once. What was found waits for
-:meth:`Beside.collect`, so that the caller decides when it counts.
+It runs one search after another: the chain's dynamic programme where there is a
+chain; what is left of the field's simple strategies; slice refinement restricted to
+the operators that the solutions known so far run again, a small model that puts the
+best of them together; annealing from the best schedule known, hot and cool in turn.
+HiGHS and the compiled loops let go of the interpreter, so both threads run at once.
+What was found waits for :meth:`Beside.collect`, so that the caller decides when it
+counts.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from types import TracebackType
 import numpy as np
 
 from .chains.chain_dp import chain_dp
+from .field_schedules import FieldSchedules
 from .incumbent import Incumbent
 from .local_search import COOL, HEAT, local_search
 from .schedule import Schedule
 from .slices.refinement import slice_refinement
 from .slices.slicing import Slicing
 
-CHAIN_SHARE = 0.25
+CHAIN_SHARE = 0.5
 """Of the time left, what the chain's programme may take."""
+
+CHAIN_S = 12.0
+"""And no more than this: menus get better with time, but slowly."""
 
 ANNEAL_S = 4.0
 RESTRICTED_S = 15.0
@@ -35,8 +40,16 @@ POOL = 12
 class Beside:
     """Runs from ``with`` to the end of the block, when ``wanted``."""
 
-    def __init__(self, state: Incumbent, *, seed: int, wanted: bool) -> None:
+    def __init__(
+        self,
+        state: Incumbent,
+        *,
+        seed: int,
+        wanted: bool,
+        field: FieldSchedules | None = None,
+    ) -> None:
         self.state, self.seed, self.wanted = state, seed, wanted
+        self._field = field
         self._found: list[tuple[Schedule, str]] = []
         self._own: Schedule | None = None
         self._slicing: Slicing | None = None
@@ -99,13 +112,18 @@ class Beside:
             chain = chain_dp(
                 self.state.graph,
                 self.state.budget_bytes,
-                time_limit_s=CHAIN_SHARE * self.state.left_s,
+                time_limit_s=min(CHAIN_S, CHAIN_SHARE * self.state.left_s),
                 seed=self.seed,
                 stop=self._stop,
             )
             self._keep(chain.schedule, "chain_dp")
             if chain.schedule is not None:
                 self._anneal(chain.schedule, COOL, self.seed)
+            if self._field is not None:
+                for schedule, name in self._field.families(
+                    lambda: self._stop.is_set() or self.state.left_s <= 0
+                ):
+                    self._keep(schedule, name)
             turn = 0
             while not self._stop.is_set() and self.state.left_s > 0:
                 if not self._restricted():

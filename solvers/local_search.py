@@ -65,6 +65,7 @@ def local_search(
     num_moves: int = 40_000,
     seed: int = 0,
     start: Schedule | None = None,
+    known: Schedule | None = None,
     heat: float = HEAT,
     stop: threading.Event | None = None,
 ) -> SearchOutcome:
@@ -74,6 +75,8 @@ def local_search(
     ----------
     start
         Walk from here alone instead of from the keep-all and segment plans.
+    known
+        Walk from here instead of from the best segment plan, where it is better.
     heat
         Temperature at the beginning, as a share of the step's cost.
     stop
@@ -85,7 +88,7 @@ def local_search(
     if start is not None:
         starts = [plan_of(graph, gaps, start)]
     else:
-        starts = _starts(graph, g, gaps, budget_bytes)
+        starts = _starts(graph, g, gaps, budget_bytes, known)
     walks = [
         Walk(g, gaps, budget_bytes, plan, seed + 7919 * i, heat) for i, plan in enumerate(starts)
     ]
@@ -101,14 +104,18 @@ def local_search(
     return SearchOutcome(expand(g, gaps, plan), plan, best.best_cost, spent)
 
 
-def _starts(graph: CostGraph, g: GraphArrays, gaps: Gaps, budget_bytes: int) -> list[RetentionPlan]:
-    """Keep-all, and the best one or two segment plans at this budget."""
+def _starts(
+    graph: CostGraph, g: GraphArrays, gaps: Gaps, budget_bytes: int, known: Schedule | None
+) -> list[RetentionPlan]:
+    """Keep-all, and the best of the segment plans and ``known`` at this budget."""
     turn = turning_point(graph)
     scored: list[tuple[int, int, RetentionPlan]] = []
     order = np.empty(16 * g.num_operators + 16, dtype=np.int64)
     memory = np.empty(len(order) + 1, dtype=np.int64)
-    for count in segment_counts(turn)[1:]:
-        plan = segment_plan(g, gaps, turn, count)
+    plans = [segment_plan(g, gaps, turn, count) for count in segment_counts(turn)[1:]]
+    if known is not None:
+        plans.append(plan_of(graph, gaps, known))
+    for plan in plans:
         length = expand_order(g, gaps, plan.until, plan.since, order)
         if length < 0:
             continue

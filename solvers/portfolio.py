@@ -10,6 +10,7 @@ from graph_capture.cost_graph import CostGraph
 from .backward_search import least_memory_bound
 from .beside import Beside
 from .chains.chain_dp import chain_dp, is_plain_chain
+from .field_schedules import FieldSchedules
 from .gap_cover import gap_cover
 from .incumbent import Incumbent
 from .keep_all import keep_all
@@ -21,6 +22,12 @@ from .result import SolveResult
 from .schedule import Schedule
 from .slices.refinement import slice_refinement
 from .uniform import uniform_under_budget
+
+FIELD_SHARE = 0.1
+"""Of the time left, what the field's simple strategies may take at most."""
+
+OVERTIME_OPERATORS = 500
+"""Up to which they are all tried, be the time over or not: it is some tenths of a second."""
 
 
 def solve(
@@ -134,23 +141,36 @@ def _moccasin(state: Incumbent, seed: int, workers: int) -> None:
 def _auto(state: Incumbent, seed: int, workers: int) -> None:
     """Each helps the next: bounds and schedules are shared through ``state``.
 
-    Cheap bounds and schedules first; then the chain's programme where it takes
-    no time, and a short annealing, for an incumbent near which slice refinement
-    begins; a second thread goes on searching beside it.
+    Cheap bounds and schedules first, those of the field's simple strategies
+    among them; then the chain's programme where it takes no time, and a short
+    annealing, for an incumbent near which slice refinement begins; a second
+    thread searches beside both.
     """
     for step in (_keep_all, _gap_cover, _uniform):
         step(state, seed, workers)
         if state.done or state.left_s <= 0:
             return
+    field = FieldSchedules(state.graph, state.budget_bytes)
+    until_s = state.elapsed_s + FIELD_SHARE * state.left_s
+    for schedule, name in field.singles(lambda: state.stopped or state.elapsed_s > until_s):
+        state.offer(schedule, name)
     if is_plain_chain(state.graph):
         _chain(state, seed, 0.1 * state.left_s)
-    _anneal(state, seed, min(2.0, 0.2 * state.left_s), 60_000)
-    if state.schedule is None:
-        _fit_or_exclude(state, 0.25 * state.left_s)
-        if state.done:
-            return
-    with Beside(state, seed=seed, wanted=workers > 1) as beside:
-        slice_refinement(state, seed=seed, companion=beside)
+    with Beside(state, seed=seed, wanted=workers > 1, field=field) as beside:
+        _anneal(state, seed, min(2.0, 0.2 * state.left_s), 60_000, known=state.schedule)
+        if workers == 1:
+            until_s = state.elapsed_s + FIELD_SHARE * state.left_s
+            for schedule, name in field.families(
+                lambda: state.stopped or state.elapsed_s > until_s
+            ):
+                state.offer(schedule, name)
+        if state.schedule is None:
+            _fit_or_exclude(state, 0.25 * state.left_s)
+        if not state.done:
+            slice_refinement(state, seed=seed, companion=beside)
+    if not state.done and state.graph.num_operators <= OVERTIME_OPERATORS:
+        for schedule, name in field.families(lambda: state.stopped):
+            state.offer(schedule, name)
 
 
 def _fit_or_exclude(state: Incumbent, time_limit_s: float) -> None:
@@ -164,13 +184,21 @@ def _fit_or_exclude(state: Incumbent, time_limit_s: float) -> None:
     state.offer(least.schedule, "backward_search")
 
 
-def _anneal(state: Incumbent, seed: int, time_limit_s: float, num_moves: int) -> None:
+def _anneal(
+    state: Incumbent,
+    seed: int,
+    time_limit_s: float,
+    num_moves: int,
+    *,
+    known: Schedule | None = None,
+) -> None:
     outcome = local_search(
         state.graph,
         state.budget_bytes,
         time_limit_s=time_limit_s,
         num_moves=num_moves,
         seed=seed,
+        known=known,
         stop=state.stop,
     )
     state.offer(outcome.schedule, "local_search")

@@ -60,6 +60,7 @@ from ..replay import Replay, replay
 from ..schedule import Schedule
 from .model import SliceModel, build_slice_model
 from .relaxation import NAME, Companion, bound_ns, solve_relaxation
+from .rounds import Observe, Round
 from .slicing import Slicing
 
 ABSOLUTE_GAP = 0.3
@@ -101,6 +102,7 @@ def slice_refinement(
     companion: Companion | None = None,
     slicing: Slicing | None = None,
     candidates: NDArray[np.bool_] | None = None,
+    observe: Observe | None = None,
 ) -> None:
     """Refine until ``state`` is solved or its time is over.
 
@@ -114,6 +116,8 @@ def slice_refinement(
     candidates
         The operators that may run again; by default all. With fewer, bounds
         speak of them only, and so ``state`` must be one of its own.
+    observe
+        Told each round that has a solution.
     """
     graph = state.graph
     g = graph_arrays(graph)
@@ -163,6 +167,21 @@ def slice_refinement(
         for other in relaxed.solutions[-(SOLUTIONS if growth == NEW_SLICES else 1) :]:
             refined |= refine(
                 g, slicing, other, replay(graph, other), state.budget_bytes, most=growth
+            )
+        if observe is not None:
+            observe(
+                Round(
+                    slicing=slicing,
+                    num_columns=model.num_cols,
+                    bound_ns=bound_ns(graph, relaxed.bound),
+                    schedule=schedule,
+                    cost_ns=outcome.cost_ns,
+                    peak_bytes=outcome.peak_bytes,
+                    best_bound_ns=state.bound_ns if slicing.staged else state.global_bound_ns,
+                    incumbent_ns=state.cost_ns,
+                    refined=refined,
+                    elapsed_s=state.elapsed_s,
+                )
             )
         if refined == slicing:
             if tight:

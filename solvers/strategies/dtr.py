@@ -27,7 +27,7 @@ to evict.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from graph_capture.cost_graph import CostGraph
 
@@ -41,26 +41,36 @@ MOST_RUNS = 10
 """Runs an operator, on average, beyond which the simulation gives up: it thrashes."""
 
 
-def dtr(graph: CostGraph, budget_bytes: int) -> Schedule:
+def dtr(
+    graph: CostGraph, budget_bytes: int, *, give_up: Callable[[], bool] | None = None
+) -> Schedule:
     """The runs of a step under DTR with ``budget_bytes`` of memory.
 
     Where everything fits as it is, nothing is evicted.
 
+    Parameters
+    ----------
+    give_up
+        Asked before each operator of the program; the simulation ends once it is true.
+
     Raises
     ------
     StrategyError
-        When an operator does not fit with everything evictable gone, or the
-        simulation recomputes without end.
+        When an operator does not fit with everything evictable gone, the
+        simulation recomputes without end, or it was told to give up.
     """
     unplanned = Schedule.keep_all(graph)
     if replay(graph, unplanned).peak_bytes <= budget_bytes:
         return unplanned
-    return _Simulation(graph, budget_bytes).run()
+    return _Simulation(graph, budget_bytes, give_up).run()
 
 
 class _Simulation:
-    def __init__(self, graph: CostGraph, budget_bytes: int) -> None:
+    def __init__(
+        self, graph: CostGraph, budget_bytes: int, give_up: Callable[[], bool] | None
+    ) -> None:
         self.graph, self.budget_bytes = graph, budget_bytes
+        self.give_up = give_up if give_up is not None else lambda: False
         self.runs = Runs(graph)
         self.turn = turning_point(graph)
         self.last = last_uses(graph)
@@ -78,6 +88,8 @@ class _Simulation:
 
     def run(self) -> Schedule:
         for x in range(self.graph.num_operators):
+            if self.give_up():
+                raise StrategyError(f"DTR was told to give up before operator {x}")
             stack = [x]
             self._lock(x)
             while stack:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from graph_capture.cost_graph import CostGraph
 
-from ..portfolio import solve
+from .. import portfolio  # as a module: it reads strategies of this package itself
 from ..result import SolveStatus
 from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
 
@@ -21,7 +21,7 @@ def solver_strategy(name: str, solver: str, *, summary: str, source: str) -> Str
     def propose(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
         if options.budget_bytes is None:
             raise StrategyError(f"{name} needs a budget; give budget_bytes")
-        result = solve(
+        result = portfolio.solve(
             graph,
             options.budget_bytes,
             solver=solver,
