@@ -2,6 +2,8 @@
 
 from graph_capture.costs.profile import Profile
 
+from .comparing.compare import compare
+from .comparing.comparison import Comparison, ComparisonRow
 from .errors import (
     CallMismatchError,
     CaptureError,
@@ -19,6 +21,8 @@ from .sizing.max_batch import MaxBatch, max_batch
 __all__ = [
     "CallMismatchError",
     "CaptureError",
+    "Comparison",
+    "ComparisonRow",
     "Estimate",
     "EstimateRow",
     "InfeasibleBudgetError",
@@ -29,6 +33,7 @@ __all__ = [
     "PlanMismatchError",
     "Profile",
     "Validation",
+    "compare",
     "estimate",
     "max_batch",
     "measure",

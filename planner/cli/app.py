@@ -27,6 +27,8 @@ from .arguments import (
     save_plan,
     say_error,
 )
+from .compare import compare_command
+from .drawing import draw_plan
 from .shapes import estimate_command, max_batch_command
 
 app = typer.Typer(
@@ -83,16 +85,27 @@ def plan(
         save_plan(made, out)
 
 
+app.command("compare")(compare_command)
 app.command("estimate")(estimate_command)
 app.command("max-batch")(max_batch_command)
 
 
 @app.command()
-def show(path: Annotated[Path, typer.Argument(help="a plan file")]) -> None:
-    """Check a plan file and print what it says."""
+def show(
+    path: Annotated[Path, typer.Argument(help="a plan file")],
+    plots: Annotated[
+        Path | None, typer.Option(help="draw its memory and its layers into this folder")
+    ] = None,
+    name: Annotated[str, typer.Option(help="of the model, above the figures")] = "",
+) -> None:
+    """Check a plan file and print what it says; draw it."""
     try:
-        typer.echo(str(Plan.load(path)))
-    except (PlanError, OSError) as error:
+        plan = Plan.load(path)
+        typer.echo(str(plan))
+        if plots is not None:
+            for drawn in draw_plan(plan, plots, name):
+                typer.echo(f"drawn {drawn}")
+    except (PlanError, OSError, ImportError) as error:
         fail(str(error))
 
 

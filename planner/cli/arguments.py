@@ -40,14 +40,26 @@ _DTYPES = {
 }
 
 
-def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | None]:
-    """Call ``module:function``; modules are looked up beside the current folder, too."""
-    module_name, _, function_name = target.partition(":")
-    if not function_name:
+def load_object(target: str) -> Any:
+    """What ``module:name`` names; modules are looked up beside the current folder, too."""
+    module_name, _, name = target.partition(":")
+    if not name:
         fail(f"{target!r} is not of the form module:function")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        made = getattr(importlib.import_module(module_name), function_name)()
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        fail(f"{target}: {error}")
+    finally:
+        sys.path.pop(0)
+
+
+def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | None]:
+    """Call ``module:function``."""
+    function = load_object(target)
+    sys.path.insert(0, str(Path.cwd()))  # for what it imports
+    try:
+        made = function()
     except (ImportError, AttributeError) as error:
         fail(f"{target}: {error}")
     finally:
@@ -55,6 +67,11 @@ def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | Non
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         fail(f"{target} must return (model, sample_input) or (model, sample_input, loss_fn)")
     return made if len(made) == 3 else (*made, None)
+
+
+def read_names(text: str | None) -> tuple[str, ...] | None:
+    """``"a,b"`` as its parts; ``None`` where the option was not given."""
+    return None if text is None else tuple(part.strip() for part in text.split(","))
 
 
 def read_integers(option: str, text: str) -> tuple[int, ...]:

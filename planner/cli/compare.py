@@ -1,0 +1,146 @@
+"""The command that holds strategies against each other: ``remat compare``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from solvers.strategies import STRATEGIES, Strategy, register_strategy
+from solvers.strategies.registry import Registry
+
+from ..comparing.compare import compare
+from ..comparing.comparison import Comparison
+from ..errors import CaptureError
+from .arguments import (
+    Autocast,
+    CostModelName,
+    DeviceName,
+    OptimizerName,
+    Target,
+    fail,
+    load_object,
+    load_target,
+    read_autocast,
+    read_names,
+    say_error,
+)
+
+
+def compare_command(
+    target: Target,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="e.g. 80%,0.6,12GB,transformers_per_layer: shares of the unplanned peak, bytes, "
+            "or the peak of a strategy; else eight, evenly from the least possible up"
+        ),
+    ] = None,
+    strategies: Annotated[
+        str | None, typer.Option(help=f"names; else all of {', '.join(STRATEGIES)}, min_cut")
+    ] = None,
+    strategy_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="module:function of a graph and a budget that returns a schedule; takes part "
+            "beside the others; repeatable"
+        ),
+    ] = None,
+    peers: Annotated[str, typer.Option(help="other tools to run, by name")] = "",
+    measure: Annotated[
+        bool | None,
+        typer.Option("--measure/--no-measure", help="run the schedules; else where that can be"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="pairs of steps that are timed")] = 8,
+    optimizer: OptimizerName = None,
+    device: DeviceName = None,
+    autocast: Autocast = None,
+    cost_model: CostModelName = "roofline",
+    time_limit_s: Annotated[float, typer.Option(help="for each solve")] = 30.0,
+    gap: Annotated[float, typer.Option(help="stop when proven to be this near the least time")] = (
+        0.001
+    ),
+    seed: Annotated[int, typer.Option()] = 0,
+    name: Annotated[str | None, typer.Option(help="of the model, in tables and figures")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="write the table to this .json or .csv; repeatable")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="draw the figures into this folder")] = None,
+) -> None:
+    """Hold rematerialization strategies against each other on one training step."""
+    dtype = read_autocast(autocast)
+    files = out or []
+    for path in files:
+        if path.suffix.lower() not in (".json", ".csv"):
+            fail(f"--out is a .json or .csv file, got {path}")
+        if not path.absolute().parent.is_dir():
+            fail(f"--out: there is no folder {path.parent}")
+    names = read_names(strategies)
+    registry, added = _extended(strategy_from or [])
+    if names is not None:
+        names = (*names, *(name for name in added if name not in names))
+    model, sample_input, loss_fn = load_target(target)
+    try:
+        found = compare(
+            model,
+            sample_input,
+            budgets=read_names(budgets),
+            strategies=names,
+            peers=read_names(peers or None) or (),
+            registry=registry,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            device=device,
+            autocast=dtype,
+            cost_model=cost_model,
+            measure=measure,
+            repeats=repeats,
+            time_limit_s=time_limit_s,
+            gap=gap,
+            seed=seed,
+            name=name,
+            progress=sys.stderr.isatty(),
+        )
+    except (CaptureError, ValueError) as error:
+        say_error(error)
+    typer.echo(str(found))
+    try:
+        for path in files:
+            found.save(path)
+            typer.echo(f"written to {path}")
+        if plots is not None:
+            _draw(found, plots)
+    except (OSError, ImportError, ValueError) as error:  # ValueError: nothing to draw
+        fail(str(error))
+
+
+def _extended(sources: list[str]) -> tuple[Registry, list[str]]:
+    """The registry with the user's own functions, and their names."""
+    registry: Registry = STRATEGIES
+    added = []
+    for source in sources:
+        found = load_object(source)
+        if not callable(found) and not isinstance(found, Strategy):
+            fail(f"{source} is neither a function nor a strategy")
+        try:
+            extended = register_strategy(found, registry)
+        except ValueError as error:
+            fail(f"{source}: {error}")
+        added += [name for name in extended if name not in registry]
+        registry = extended
+    return registry, added
+
+
+def _draw(found: Comparison, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    found.plot_pareto(folder / "pareto.png")
+    typer.echo(f"drawn {folder / 'pareto.png'}")
+    ran = [row.measured for row in found.rows if row.kind == "strategy" and row.measured]
+    if any(step.num_pairs for step in ran):
+        found.plot_pareto(folder / "pareto_measured.png", measured=True)
+        typer.echo(f"drawn {folder / 'pareto_measured.png'}")
+    if ran:
+        found.plot_predicted(folder / "predicted.png")
+        typer.echo(f"drawn {folder / 'predicted.png'}")

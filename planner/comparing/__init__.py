@@ -1,0 +1,1 @@
+"""Every strategy on one step: same graph, same judge, same run."""

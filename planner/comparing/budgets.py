@@ -1,0 +1,165 @@
+"""The budgets of a comparison: shares, bytes, or the peak of a strategy."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Literal
+
+from graph_capture.units import parse_bytes
+
+NUM_DEFAULT_BUDGETS = 8
+
+AskedBudget = float | int | str
+
+_PERCENT = re.compile(r"([0-9]*\.?[0-9]+)\s*%")
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)")
+_EXAMPLES = "write 0.6 or '60%' (of the unplanned peak), 12_000_000_000 or '12GB', or a strategy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadBudget:
+    """A budget that makes sense, before the step's peaks are known.
+
+    Parameters
+    ----------
+    label
+        As a table shows it.
+    kind
+        What ``amount`` is: a share of the unplanned peak, bytes, or nothing,
+        because the budget is the peak of the strategy that ``label`` names.
+    amount
+        The figure.
+    """
+
+    label: str
+    kind: Literal["share", "bytes", "strategy"]
+    amount: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedBudget:
+    """A budget in bytes, with the words that it was asked for in."""
+
+    label: str
+    num_bytes: int
+
+
+def read_budgets(
+    budgets: Iterable[AskedBudget], strategies: Container[str]
+) -> tuple[ReadBudget, ...]:
+    """What was asked for, read and checked.
+
+    Parameters
+    ----------
+    budgets
+        Shares of the unplanned peak (``0.6``, ``"60%"``), bytes
+        (``12_000_000_000``, ``"12GB"``), names of strategies.
+    strategies
+        The names that may be used.
+
+    Raises
+    ------
+    ValueError
+        When one is none of these, or two are the same.
+
+    Examples
+    --------
+    >>> [b.label for b in read_budgets([0.6, "12GB", 4096, "none"], {"none"})]
+    ['60%', '12GB', '4096B', 'none']
+    """
+    if isinstance(budgets, (str, bytes)) or not isinstance(budgets, Iterable):
+        raise ValueError(f"budgets is a sequence of budgets, got {budgets!r}: write [{budgets!r}]")
+    read = tuple(_read(budget, strategies) for budget in budgets)
+    labels = [budget.label for budget in read]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"budget {label!r} is given twice")
+    return read
+
+
+def in_bytes(
+    read: Sequence[ReadBudget], *, unplanned_peak_bytes: int, own_peak_bytes: Callable[[str], int]
+) -> tuple[NamedBudget, ...]:
+    """Budgets in bytes.
+
+    Parameters
+    ----------
+    unplanned_peak_bytes
+        What shares are of.
+    own_peak_bytes
+        The peak of a strategy at its own choice, by its name.
+    """
+
+    def amount(budget: ReadBudget) -> int:
+        if budget.kind == "share":
+            return math.floor(budget.amount * unplanned_peak_bytes)
+        return int(budget.amount) if budget.kind == "bytes" else own_peak_bytes(budget.label)
+
+    return tuple(NamedBudget(label=b.label, num_bytes=amount(b)) for b in read)
+
+
+def even_budgets(
+    least_bytes: int, unplanned_peak_bytes: int, count: int = NUM_DEFAULT_BUDGETS
+) -> tuple[NamedBudget, ...]:
+    """Budgets evenly from the least peak that is possible up to the unplanned one, both included.
+
+    >>> [(b.label, b.num_bytes) for b in even_budgets(40, 100, 4)]
+    [('least', 40), ('60.0%', 60), ('80.0%', 80), ('100%', 100)]
+    """
+    span = max(0, unplanned_peak_bytes - least_bytes)
+    amounts = [least_bytes + span * i // (count - 1) for i in range(count)]
+    named: dict[int, str] = {}
+    for i, num_bytes in enumerate(amounts):
+        share = f"{100 * num_bytes / unplanned_peak_bytes:.1f}%"
+        named.setdefault(
+            num_bytes, "least" if i == 0 else "100%" if num_bytes == amounts[-1] else share
+        )
+    return tuple(NamedBudget(label=label, num_bytes=n) for n, label in named.items())
+
+
+def _read(budget: AskedBudget, strategies: Container[str]) -> ReadBudget:
+    if isinstance(budget, str):
+        return _read_text(budget.strip(), strategies)
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise ValueError(f"not a budget: {budget!r}; {_EXAMPLES}")
+    if isinstance(budget, Integral):
+        if int(budget) <= 1:
+            raise ValueError(
+                f"a budget of {budget!r} says neither a share nor bytes: a share is a float such "
+                "as 1.0, bytes are a whole number above 1"
+            )
+        return ReadBudget(label=f"{int(budget)}B", kind="bytes", amount=int(budget))
+    return _share(float(budget), budget)
+
+
+def _read_text(text: str, strategies: Container[str]) -> ReadBudget:
+    if text in strategies:
+        return ReadBudget(label=text, kind="strategy")
+    percent = _PERCENT.fullmatch(text)
+    if percent is not None:
+        return _share(float(percent[1]) / 100, text)
+    if _INTEGER.fullmatch(text):
+        return _read(int(text), strategies)
+    if _FRACTION.fullmatch(text):
+        return _share(float(text), text)
+    try:
+        num_bytes = parse_bytes(text)
+    except ValueError as error:
+        names = ", ".join(strategies) if isinstance(strategies, Iterable) else ""
+        raise ValueError(
+            f"not a budget: {text!r} ({error}); {_EXAMPLES}, one of: {names}"
+        ) from error
+    return ReadBudget(label=text.replace(" ", ""), kind="bytes", amount=num_bytes)
+
+
+def _share(share: float, asked: object) -> ReadBudget:
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"a share of the unplanned peak is above 0 and at most 1, got {asked!r}; {_EXAMPLES}"
+        )
+    return ReadBudget(label=f"{100 * share:.6g}%", kind="share", amount=share)

@@ -1,0 +1,85 @@
+"""Which strategies take part in a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import MappingProxyType
+
+from graph_capture.captured_step import CapturedStep
+from graph_capture.cost_graph import CostGraph
+from solvers.strategies.registry import (
+    PlainStrategy,
+    Registry,
+    find_strategy,
+    register_strategy,
+)
+from solvers.strategies.strategy import Candidate, Strategy, StrategyOptions
+
+MIN_CUT = "min_cut"
+_SOLVED = ("rotor", "checkmate_lp_rounding", "checkmate_milp", "moccasin", "auto")
+
+
+def choose_strategies(
+    strategies: Iterable[str | Strategy | PlainStrategy] | None, registry: Registry
+) -> tuple[Registry, tuple[str, ...]]:
+    """The registry with everything that was asked for, and the names of that, in its order.
+
+    ``"min_cut"`` can be asked for, too: it needs the captured step, so that its
+    strategy is made by :func:`with_min_cut`, and a stand-in holds its place until then.
+
+    Parameters
+    ----------
+    strategies
+        Names, strategies, or functions of a graph and a budget in bytes (or
+        ``None``); ``None`` for everything in the registry.
+
+    Raises
+    ------
+    ValueError
+        When a name is unknown or taken.
+    """
+    known = registry if MIN_CUT in registry else _placed(registry, _STAND_IN)
+    if strategies is None:
+        return known, tuple(known)
+    if isinstance(strategies, (str, Strategy)) or not isinstance(strategies, Iterable):
+        raise ValueError(f"strategies is a sequence, got {strategies!r}: write [{strategies!r}]")
+    wanted = set()
+    for strategy in strategies:
+        if isinstance(strategy, str):
+            wanted.add(find_strategy(strategy, known).name)
+        elif isinstance(strategy, Strategy) or callable(strategy):
+            before = set(known)
+            known = register_strategy(strategy, known)
+            wanted |= set(known) - before
+        else:
+            raise ValueError(f"a strategy is a name, a Strategy or a function, got {strategy!r}")
+    return known, tuple(name for name in known if name in wanted)
+
+
+def with_min_cut(registry: Registry, captured: CapturedStep) -> Registry:
+    """The registry with PyTorch's partitioner in its place, asked about this step."""
+    if registry.get(MIN_CUT) is not _STAND_IN:
+        return registry
+    from .min_cut import min_cut_strategy  # loads the parts of torch that compile
+
+    return MappingProxyType({**registry, MIN_CUT: min_cut_strategy(captured)})
+
+
+def _no_captured_step(graph: CostGraph, options: StrategyOptions) -> list[Candidate]:
+    raise RuntimeError("min_cut is asked about a captured step; see with_min_cut")
+
+
+_STAND_IN = Strategy(
+    name=MIN_CUT,
+    summary="what PyTorch's min-cut partitioner saves, at its memory budgets",
+    source="torch._functorch.partitioners",
+    propose=_no_captured_step,
+)
+
+
+def _placed(registry: Registry, strategy: Strategy) -> Registry:
+    """The registry with one more, before those that solve."""
+    names = list(registry)
+    place = min((names.index(name) for name in _SOLVED if name in registry), default=len(names))
+    names.insert(place, strategy.name)
+    return MappingProxyType({name: registry.get(name, strategy) for name in names})

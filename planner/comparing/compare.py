@@ -1,0 +1,227 @@
+"""Every strategy on one step: the same graph, the same judge, the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graph_capture.costs.choose import ChosenCosts
+from graph_capture.costs.devices import Device
+from solvers.replay import replay
+from solvers.schedule import Schedule
+from solvers.strategies.registry import STRATEGIES, PlainStrategy, Registry
+from solvers.strategies.strategy import Strategy
+
+from ..captured_call import CapturedCall, captured_call
+from ..make_plan import Request, remembered_least_memory
+from ..optimize import check_model
+from .budgets import AskedBudget, NamedBudget, ReadBudget, even_budgets, in_bytes, read_budgets
+from .chosen import MIN_CUT, choose_strategies, with_min_cut
+from .comparison import Comparison
+from .execute import executed, must_run
+from .machine import machine, versions
+from .peer_rows import choose_peers, peer_rows
+from .predict import Predictor, Solving, predict_all
+from .running import Execution
+from .showing import ShowComparison, Steps, showing_comparison
+
+if TYPE_CHECKING:
+    from .peers import Peer
+
+
+def compare(
+    model: nn.Module,
+    sample_input: Any,
+    *,
+    budgets: Iterable[AskedBudget] | None = None,
+    strategies: Iterable[str | Strategy | PlainStrategy] | None = None,
+    peers: Iterable[str | Peer] = (),
+    registry: Registry = STRATEGIES,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | str | None = None,
+    device: str | Device | None = None,
+    autocast: torch.dtype | None = None,
+    cost_model: ChosenCosts = "roofline",
+    measure: bool | None = None,
+    repeats: int = 8,
+    time_limit_s: float = 30.0,
+    gap: float = 0.001,
+    seed: int = 0,
+    workers: int = 2,
+    name: str | None = None,
+    progress: ShowComparison = None,
+) -> Comparison:
+    """Hold rematerialization strategies against each other on one training step.
+
+    The step is captured once. Each strategy proposes schedules of it, at each
+    budget and at its own choice; one judge (``solvers.replay``) says what they
+    need and take; and each distinct schedule that fits is executed on the model,
+    its peak recorded, its time taken in turn with eager's, its results compared
+    with eager's to the last bit. Peers are other tools, run as their users run
+    them. The model, its gradients and buffers, the inputs, the optimizer and the
+    random generators are afterwards what they were before.
+
+    Parameters
+    ----------
+    model, sample_input, loss_fn, optimizer, device, autocast, cost_model
+        As for :func:`planner.optimize`.
+    budgets
+        Each is a share of the predicted unplanned peak (``0.6``, ``"60%"``),
+        bytes (``12_000_000_000``, ``"12GB"``, ``"40GiB"``), or the name of a
+        strategy, for the peak that it has at its own choice. ``None`` for eight,
+        evenly from the least peak known to be possible up to the unplanned one.
+    strategies
+        Names of the registry, ``"min_cut"`` (PyTorch's partitioner on this
+        graph), strategies, or functions of a cost graph and a budget in bytes
+        or ``None`` that return a schedule or several. ``None`` for all.
+    peers
+        Names of ``planner.comparing.peers.PEERS``, or peers of your own.
+    registry
+        Strategies by name, see ``solvers.strategies``.
+    measure
+        Whether schedules are executed; ``None`` for where the device is at hand.
+    repeats
+        Pairs of an eager step and another that are timed.
+    time_limit_s, gap, seed, workers
+        Of each solve, as for :func:`solvers.solve`.
+    name
+        What the comparison calls the model; ``None`` for its class.
+    progress
+        ``True`` shows a bar on stderr; a function receives
+        :class:`~planner.comparing.showing.ComparisonEvent`.
+
+    Returns
+    -------
+    Comparison
+        Prints as a table. A strategy or a peer that fails is reported in its
+        row, and the others go on.
+
+    Raises
+    ------
+    CaptureError
+        When the step cannot be captured.
+    TypeError, ValueError
+        When an argument makes no sense, a name is unknown, or ``measure=True``
+        and the device is not at hand. All are read before anything is solved.
+
+    Notes
+    -----
+    The bound of a budget is proven by the solver ``"auto"``, which runs at every
+    budget, and holds for every schedule whose first runs keep the base order.
+    A strategy of your own that leaves that order may be below it.
+    """
+    check_model(model)
+    known, names = choose_strategies(strategies, registry)
+    with_own_choice = {n for n, s in known.items() if not s.needs_budget}
+    asked = None if budgets is None else read_budgets(budgets, with_own_choice)
+    chosen_peers = choose_peers(peers)
+    _check(repeats=repeats, workers=workers, measure=measure, name=name)
+    request = Request(
+        budget_bytes=1,
+        headroom=0,
+        loss_fn=loss_fn,
+        time_limit_s=time_limit_s,
+        gap=gap,
+        seed=seed,
+        cost_model=cost_model,
+        device=device,
+    )
+    solving = Solving(time_limit_s=time_limit_s, gap=gap, seed=seed, workers=workers)
+    with (
+        showing_comparison(progress) as tell,
+        captured_call(
+            model,
+            sample_input,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            device=device,
+            autocast=autocast,
+            cost_model=cost_model,
+        ) as call,
+    ):
+        runs = must_run(measure, call.captured.target, model, sample_input, bool(chosen_peers))
+        known = with_min_cut(known, call.captured)
+        found = _predicted_part(call, known, names, asked, solving, tell, name or _class(model))
+        comparison, schedules = found
+        if not runs:
+            return comparison
+        execution = Execution(
+            model=model,
+            sample_input=sample_input,
+            loss_fn=loss_fn,
+            optimizer=optimizer,
+            repeats=repeats,
+            seed=seed,
+        )
+        comparison = executed(comparison, schedules, call, request, execution, tell)
+        rows = peer_rows(chosen_peers, call.captured.graph, execution, tell)
+        return replace(comparison, rows=(*comparison.rows, *rows))
+
+
+def _predicted_part(
+    call: CapturedCall,
+    registry: Registry,
+    names: Sequence[str],
+    asked: Sequence[ReadBudget] | None,
+    solving: Solving,
+    tell: Steps,
+    name: str,
+) -> tuple[Comparison, list[Schedule | None]]:
+    """What needs no device: the comparison, and the schedule of each of its rows."""
+    captured = call.captured
+    assert captured.unplanned is not None
+    assert captured.costs is not None
+    baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
+    tell.expect(1)
+    tell("least memory")
+    least = remembered_least_memory(captured.graph, solving.seed)
+    predictor = Predictor(captured.graph, baseline.cost_ns / 1e3, least, solving, once=(MIN_CUT,))
+    budgets: tuple[NamedBudget, ...]
+    if asked is None:
+        budgets = even_budgets(least.peak_bytes, baseline.peak_bytes)
+    else:
+        budgets = in_bytes(
+            asked,
+            unplanned_peak_bytes=baseline.peak_bytes,
+            own_peak_bytes=lambda n: predictor.own_peak_bytes(registry[n]),
+        )
+    strategies = {n: registry[n] for n in names}
+    num_own = sum(not s.needs_budget for s in strategies.values())
+    tell.expect(len(budgets) * (len(strategies) + 1) + num_own)
+    found, bounds = predict_all(predictor, strategies, budgets, tell)
+    rows = tuple(one.row for one in found)
+    peaks = [row.predicted_peak_bytes for row in rows if row.predicted_peak_bytes is not None]
+    comparison = Comparison(
+        model=name,
+        rows=rows,
+        bounds=bounds,
+        baseline_peak_bytes=baseline.peak_bytes,
+        baseline_step_us=baseline.cost_ns / 1e3,
+        least_bytes=min([least.peak_bytes, *peaks]),
+        least_bound_bytes=least.lower_bound_bytes,
+        device=captured.costs.device,
+        cost_model=captured.costs.model,
+        fingerprint=captured.graph.fingerprint,
+        seed=solving.seed,
+        versions=versions(),
+        machine=machine(),
+    )
+    return comparison, [one.schedule for one in found]
+
+
+def _check(*, repeats: int, workers: int, measure: bool | None, name: str | None) -> None:
+    for option, value, least in (("repeats", repeats, 0), ("workers", workers, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{option} must be a whole number from {least} on, got {value!r}")
+    if measure is not None and not isinstance(measure, bool):
+        raise ValueError(f"measure must be True, False or None, got {measure!r}")
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"name must be a string, got {name!r}")
+
+
+def _class(model: nn.Module) -> str:
+    return type(model).__name__

@@ -1,0 +1,174 @@
+"""Comparisons as files: JSON both ways, CSV one way; written whole or not at all.
+
+A JSON file holds what the dataclasses hold, field for field, with ``null`` for a
+time that was not taken. It is believed only after every value was found to be of
+its field's type, so that a damaged file says where.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ..whole_file import write_whole
+from .comparison import Comparison
+
+FORMAT = "remat-comparison"
+FORMAT_VERSION = 1
+MAX_FILE_BYTES = 2**28
+
+_T = TypeVar("_T")
+
+
+class ComparisonFileError(ValueError):
+    """A file is no comparison that this version reads."""
+
+
+def save_comparison(comparison: Comparison, path: Path) -> None:
+    """See :meth:`Comparison.save`."""
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        write_whole(path, to_json(comparison))
+    elif suffix == ".csv":
+        write_whole(path, to_csv(comparison))
+    else:
+        raise ValueError(f"a comparison is written as .json or .csv, got {path.name!r}")
+
+
+def load_comparison(path: Path) -> Comparison:
+    """See :meth:`Comparison.load`."""
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise ComparisonFileError(f"{path} has {size} bytes; one has at most {MAX_FILE_BYTES}")
+    try:
+        data = json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ComparisonFileError(f"{path} is not a comparison: it is no JSON ({error})") from error
+    try:
+        return from_dict(data)
+    except ComparisonFileError as error:
+        raise ComparisonFileError(f"{path} is not a usable comparison: {error}") from error
+
+
+def to_json(comparison: Comparison) -> str:
+    """Everything a comparison holds."""
+    data = {"format": FORMAT, "version": FORMAT_VERSION, **_plain(asdict(comparison))}
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """The records, a line each; empty where there is no figure."""
+    text = io.StringIO()
+    found = comparison.records()
+    if found:
+        writer = csv.DictWriter(text, fieldnames=list(found[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    return text.getvalue()
+
+
+def from_dict(data: Any) -> Comparison:
+    """The inverse of :func:`to_json`, after JSON.
+
+    Raises
+    ------
+    ComparisonFileError
+        Names the first thing that is wrong.
+    """
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ComparisonFileError(f"its format is not {FORMAT!r}")
+    if data.get("version") != FORMAT_VERSION:
+        raise ComparisonFileError(
+            f"its version is {data.get('version')!r}, this version reads {FORMAT_VERSION}; "
+            "compare again"
+        )
+    body = {name: value for name, value in data.items() if name not in ("format", "version")}
+    return _dataclass(Comparison, body, "$")
+
+
+# -- from plain values to dataclasses --------------------------------------------------
+
+
+def _dataclass(kind: type[_T], data: Any, path: str) -> _T:
+    if not isinstance(data, dict):
+        raise ComparisonFileError(f"at {path}: no {kind.__name__}, but {data!r:.60}")
+    hints = get_type_hints(kind)
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    for name in names - set(data):
+        raise ComparisonFileError(f"at {path}: {name!r} is missing")
+    for name in set(data) - names:
+        raise ComparisonFileError(f"at {path}: {name!r:.60} is unknown")
+    return kind(**{name: _value(hints[name], data[name], f"{path}.{name}") for name in names})
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """A value of a field, checked against the field's type."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in parts:
+            return None
+        (inner,) = (part for part in parts if part is not types.NoneType)
+        return _value(inner, value, path)
+    if origin is Literal:
+        fits = isinstance(value, str) and value in parts
+    elif origin is tuple:
+        return _tuple(parts, value, path)
+    elif origin is not None and issubclass(origin, Mapping):
+        if isinstance(value, dict):
+            return {name: _value(parts[1], v, f"{path}.{name}") for name, v in value.items()}
+        fits = False
+    elif is_dataclass(hint):
+        return _dataclass(hint, value, path)  # type: ignore[arg-type]
+    elif hint is float:
+        if value is None:
+            return math.nan
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif hint is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        fits = hint is Any or isinstance(value, hint)
+    if not fits:
+        raise ComparisonFileError(f"at {path}: {value!r:.60} is not {_words(hint)}")
+    return value
+
+
+def _tuple(parts: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ComparisonFileError(f"at {path}: {value!r:.60} is no list")
+    inner = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
+    if len(inner) != len(value):
+        raise ComparisonFileError(f"at {path}: {len(value)} values where {len(inner)} belong")
+    return tuple(
+        _value(hint, v, f"{path}[{i}]")
+        for i, (hint, v) in enumerate(zip(inner, value, strict=True))
+    )
+
+
+def _words(hint: Any) -> str:
+    return f"one of {get_args(hint)}" if get_origin(hint) is Literal else f"of type {hint.__name__}"
+
+
+# -- and back -------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """Lists, dictionaries, strings and finite numbers."""
+    if isinstance(value, dict):
+        return {str(name): _plain(v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number that a comparison may hold")

@@ -1,0 +1,263 @@
+"""Every strategy at every budget, by replay, and what is proven of every schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from graph_capture.cost_graph import CostGraph
+from graph_capture.units import format_bytes
+from solvers.incumbent import GLOBAL_SCOPE
+from solvers.least_memory import LeastMemory
+from solvers.portfolio import solve
+from solvers.result import SolveResult, SolveStatus
+from solvers.schedule import Schedule
+from solvers.strategies.solved import AUTO
+from solvers.strategies.strategy import Strategy, StrategyError, StrategyOutcome, apply_strategy
+
+from ..make_plan import fits_easily
+from .budgets import NamedBudget
+from .comparison import BudgetBound, ComparisonRow
+from .remembered import Remembered
+from .running import LONGEST_ERROR
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """A row, and the schedule that it is of; ``None`` where the strategy failed."""
+
+    row: ComparisonRow
+    schedule: Schedule | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solving:
+    """How strategies that solve are run; see :func:`planner.compare`."""
+
+    time_limit_s: float
+    gap: float
+    seed: int
+    workers: int
+
+
+class Predictor:
+    """Applies strategies to one graph; what was found for a budget is found once.
+
+    Parameters
+    ----------
+    graph
+        The captured step.
+    baseline_step_us
+        Of the step that recomputes nothing.
+    least
+        The least memory of the graph.
+    once
+        Names of strategies that propose the same at every budget, and take
+        their time: they are asked once.
+    """
+
+    def __init__(
+        self,
+        graph: CostGraph,
+        baseline_step_us: float,
+        least: LeastMemory,
+        solving: Solving,
+        once: Container[str] = (),
+    ) -> None:
+        self.graph = graph
+        self.baseline_step_us = baseline_step_us
+        self.least = least
+        self.solving = solving
+        self._once = once
+        self._remembered: dict[str, Remembered] = {}
+        self._solved: dict[int, SolveResult] = {}
+        self._bounds: dict[int, int | None] = {}
+        self._outcomes: dict[tuple[str, int | None], StrategyOutcome | str] = {}
+
+    # -- bounds ----------------------------------------------------------------------
+
+    def bound_of(self, budget: NamedBudget) -> BudgetBound:
+        """The best bound that is known of all schedules within a budget.
+
+        What holds for a budget holds for every lower one, so the bounds of all
+        budgets that were solved have a say.
+        """
+        num_bytes = budget.num_bytes
+        if num_bytes not in self._bounds:
+            if num_bytes < self.least.lower_bound_bytes:
+                self._bounds[num_bytes] = None
+            else:
+                result = self._solve(num_bytes)
+                excluded = result.status is SolveStatus.INFEASIBLE and result.schedule is None
+                self._bounds[num_bytes] = None if excluded else result.global_bound_ns
+        own = self._bounds[num_bytes]
+        if own is not None:
+            own = max(b for n, b in self._bounds.items() if n >= num_bytes and b is not None)
+        return BudgetBound(
+            budget=budget.label,
+            budget_bytes=num_bytes,
+            lower_bound_us=None if own is None else own / 1e3,
+            scope=GLOBAL_SCOPE,
+        )
+
+    # -- rows ------------------------------------------------------------------------
+
+    def predicted(self, strategy: Strategy, budget: NamedBudget | None) -> Predicted:
+        """The row of a strategy at a budget, or at its own choice."""
+        label, num_bytes = ("", None) if budget is None else (budget.label, budget.num_bytes)
+        key = (strategy.name, num_bytes)
+        if key not in self._outcomes:
+            self._outcomes[key] = self._outcome(strategy, num_bytes)
+        row = ComparisonRow(strategy=strategy.name, budget=label, budget_bytes=num_bytes)
+        outcome = self._outcomes[key]
+        if isinstance(outcome, str):
+            return Predicted(row=replace(row, error=outcome))
+        step_us = outcome.cost_ns / 1e3
+        row = replace(
+            row,
+            setting=outcome.setting,
+            note=outcome.note,
+            fits=None if budget is None else outcome.fits,
+            predicted_peak_bytes=outcome.peak_bytes,
+            predicted_step_us=step_us,
+            overhead=step_us / self.baseline_step_us - 1 if self.baseline_step_us else 0.0,
+            num_recomputed=sum(outcome.schedule.recomputed().values()),
+            solve_s=outcome.solve_s,
+        )
+        return Predicted(row=row, schedule=outcome.schedule)
+
+    def own_peak_bytes(self, strategy: Strategy) -> int:
+        """The peak of a strategy at its own choice.
+
+        Raises
+        ------
+        ValueError
+            When it has none.
+        """
+        predicted = self.predicted(strategy, None).row
+        if predicted.predicted_peak_bytes is None:
+            raise ValueError(f"the peak of {strategy.name!r} cannot be a budget: {predicted.error}")
+        return predicted.predicted_peak_bytes
+
+    def _outcome(self, strategy: Strategy, num_bytes: int | None) -> StrategyOutcome | str:
+        """What a strategy comes to, or why it comes to nothing."""
+        if num_bytes is not None and strategy.needs_budget:
+            if num_bytes < self.least.lower_bound_bytes:
+                return self._infeasible(num_bytes, proven=True)
+            if strategy is AUTO:
+                return self._ours(num_bytes)
+        try:
+            return self._applied(strategy, num_bytes)
+        except StrategyError as error:
+            return str(error)[:LONGEST_ERROR]
+        # A strategy may be anybody's function: whatever it raises is told in its row, and the
+        # others go on. KeyboardInterrupt is no Exception and ends the comparison.
+        except Exception as error:  # noqa: BLE001
+            return f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
+
+    def _applied(self, strategy: Strategy, num_bytes: int | None) -> StrategyOutcome:
+        memory = None
+        if strategy.name in self._once:
+            memory = self._remembered.setdefault(strategy.name, Remembered(strategy))
+            strategy = memory.strategy
+        outcome = apply_strategy(
+            strategy,
+            self.graph,
+            budget_bytes=num_bytes,
+            time_limit_s=self.solving.time_limit_s,
+            seed=self.solving.seed,
+            workers=self.solving.workers,
+        )
+        return outcome if memory is None else memory.whole(outcome)
+
+    def _ours(self, num_bytes: int) -> StrategyOutcome | str:
+        """The solve that gave the bound is ours, too."""
+        result = self._solve(num_bytes)
+        if result.schedule is None:
+            proven = result.status is SolveStatus.INFEASIBLE
+            return self._infeasible(num_bytes, proven=proven)
+        assert result.cost_ns is not None
+        assert result.peak_bytes is not None
+        return StrategyOutcome(
+            strategy=AUTO.name,
+            setting="",
+            note=f"{result.status} (by {result.solver})",
+            schedule=result.schedule,
+            peak_bytes=result.peak_bytes,
+            cost_ns=result.cost_ns,
+            fits=True,
+            num_candidates=1,
+            solve_s=result.solve_s,
+        )
+
+    def _solve(self, num_bytes: int) -> SolveResult:
+        """As :func:`planner.optimize` solves, once for a budget."""
+        if num_bytes not in self._solved:
+            fits = self.least.peak_bytes <= num_bytes and not fits_easily(self.graph, num_bytes)
+            self._solved[num_bytes] = solve(
+                self.graph,
+                num_bytes,
+                time_limit_s=self.solving.time_limit_s,
+                seed=self.solving.seed,
+                workers=self.solving.workers,
+                hint=self.least.schedule if fits else None,
+                gap=self.solving.gap,
+            )
+        return self._solved[num_bytes]
+
+    def _infeasible(self, num_bytes: int, *, proven: bool) -> str:
+        least, bound = self.least.peak_bytes, self.least.lower_bound_bytes
+        if proven:
+            need = (
+                f"every schedule needs {format_bytes(bound)} ({bound} bytes) or more"
+                if bound > num_bytes
+                else "the solver has excluded every schedule"
+            )
+            return f"proven: nothing fits in {num_bytes} bytes; {need}"
+        return (
+            f"nothing found that fits in {num_bytes} bytes; the least peak known to be possible is "
+            f"{format_bytes(least)} ({least} bytes), and that nothing fits is not proven"
+        )
+
+
+def predict_all(
+    predictor: Predictor,
+    strategies: Mapping[str, Strategy],
+    budgets: Sequence[NamedBudget],
+    tell: Tell,
+) -> tuple[list[Predicted], tuple[BudgetBound, ...]]:
+    """A row for each strategy at each budget, then at its own choice, and the bounds.
+
+    Parameters
+    ----------
+    strategies
+        Those that take part, in order.
+    tell
+        Is told what is about to be done, once for each row and each bound.
+    """
+    found: list[Predicted] = []
+    for budget in budgets:
+        tell(f"lower bound at {budget.label}")
+        predictor.bound_of(budget)
+        for strategy in strategies.values():
+            tell(f"{strategy.name} at {budget.label}")
+            found.append(predictor.predicted(strategy, budget))
+    for strategy in strategies.values():
+        if not strategy.needs_budget:
+            tell(f"{strategy.name} at its own choice")
+            found.append(predictor.predicted(strategy, None))
+    bounds = tuple(predictor.bound_of(budget) for budget in budgets)
+    return [_with_gap(one, bounds) for one in found], bounds
+
+
+def _with_gap(predicted: Predicted, bounds: Sequence[BudgetBound]) -> Predicted:
+    """The gap to the bound of a row's budget; below zero it would disprove the bound."""
+    row = predicted.row
+    bound = next((b for b in bounds if b.budget == row.budget), None)
+    if not row.fits or bound is None or not bound.lower_bound_us:
+        return predicted
+    assert row.predicted_step_us is not None
+    gap = (row.predicted_step_us - bound.lower_bound_us) / bound.lower_bound_us
+    return replace(predicted, row=replace(row, gap=gap))

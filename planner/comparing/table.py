@@ -1,0 +1,128 @@
+"""A comparison as a text that people read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from graph_capture.units import format_bytes, format_us
+
+from .comparison import BudgetBound, Comparison, ComparisonRow, MeasuredStep
+
+_LONGEST_SETTING = 22
+_LONGEST_ERROR = 110
+_PREDICTED = ("peak", "of unplanned", "overhead", "gap", "runs again", "solve")
+_MEASURED = ("measured peak", "step / eager", "quartiles", "bits")
+
+
+def table(comparison: Comparison) -> str:
+    """See :meth:`Comparison.__str__`."""
+    lines = list(_head(comparison))
+    shows = _shows_measured(comparison)
+    for bound in comparison.bounds:
+        rows = [r for r in comparison.rows if r.budget == bound.budget and r.kind == "strategy"]
+        lines += ["", _budget_line(comparison, bound), *_block(comparison, rows, shows)]
+    own = [r for r in comparison.rows if not r.budget and r.kind == "strategy"]
+    if own:
+        lines += ["", "no budget: each strategy's own choice", *_block(comparison, own, shows)]
+    peers = [r for r in comparison.rows if r.kind == "peer"]
+    if peers:
+        lines += ["", "other tools, as their users run them", *_block(comparison, peers, shows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _head(c: Comparison) -> Iterator[str]:
+    torch = c.versions.get("torch")
+    parts = [f"{c.model} on {c.device}", f"times by {c.cost_model}"]
+    parts += [f"torch {torch}"] * bool(torch)
+    yield ", ".join([*parts, f"seed {c.seed}"])
+    yield (
+        f"unplanned: peak {format_bytes(c.baseline_peak_bytes)}, step "
+        f"{format_us(c.baseline_step_us)} predicted{_eager(c)}"
+    )
+    yield (
+        f"least peak known to be possible {format_bytes(c.least_bytes)}, proven impossible below "
+        f"{format_bytes(c.least_bound_bytes)}"
+    )
+    yield f"* marks ours ({c.ours})"
+
+
+def _eager(c: Comparison) -> str:
+    if c.eager is None:
+        return f"; eager steps failed: {_cut(c.eager_error, 80)}" if c.eager_error else ""
+    text = f"; {format_bytes(c.eager.peak_bytes)} measured"
+    if c.eager.num_pairs:
+        low, high = c.eager.quartiles
+        text += (
+            f", {format_us(c.eager.step_us)} (eager beside eager: quartiles {low:.3f} to "
+            f"{high:.3f}, {c.eager.num_pairs} pairs)"
+        )
+    return text
+
+
+def _budget_line(c: Comparison, bound: BudgetBound) -> str:
+    text = f"budget {bound.budget}: {format_bytes(bound.budget_bytes)}"
+    if bound.lower_bound_us is None:
+        return f"{text}; proven: nothing fits"
+    overhead = bound.lower_bound_us / c.baseline_step_us - 1 if c.baseline_step_us else 0.0
+    return f"{text}; proven: no overhead below {overhead:+.2%}"
+
+
+def _shows_measured(c: Comparison) -> bool:
+    return c.eager is not None or bool(c.eager_error) or any(r.measured for r in c.rows)
+
+
+def _block(c: Comparison, rows: Sequence[ComparisonRow], shows_measured: bool) -> list[str]:
+    header = ("", "strategy", "setting", *_PREDICTED, *(_MEASURED if shows_measured else ()))
+    width = len(header)
+    cells = [header, *(_cells(c, row, shows_measured) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(width)]
+    lines = []
+    for row, of in zip(cells, (None, *rows), strict=True):
+        left = "  ".join(cell.ljust(n) for cell, n in zip(row[:3], widths[:3], strict=True))
+        if of is not None and of.error and of.predicted_peak_bytes is None and not of.measured:
+            name = "  ".join(cell.ljust(n) for cell, n in zip(row[:2], widths[:2], strict=True))
+            lines.append(f"{name}  {_cut(of.error, _LONGEST_ERROR)}")
+            continue
+        right = "  ".join(cell.rjust(n) for cell, n in zip(row[3:], widths[3:], strict=True))
+        lines.append(f"{left}  {right}")
+        if of is not None and of.error:
+            lines.append(f"{'':{widths[0]}}  {_cut(of.error, _LONGEST_ERROR)}")
+    return lines
+
+
+def _cells(c: Comparison, row: ComparisonRow, shows_measured: bool) -> tuple[str, ...]:
+    misses = "" if row.fits is not False else " (misses)"
+    share = (
+        "" if row.predicted_peak_bytes is None else row.predicted_peak_bytes / c.baseline_peak_bytes
+    )
+    cells = (
+        "*" if row.strategy == c.ours else "",
+        row.strategy,
+        _cut(row.setting, _LONGEST_SETTING),
+        "" if row.predicted_peak_bytes is None else format_bytes(row.predicted_peak_bytes) + misses,
+        "" if share == "" else f"{share:.1%}",
+        "" if row.overhead is None else f"{row.overhead:+.2%}",
+        "" if row.gap is None else f"{row.gap:.2%}",
+        "" if row.num_recomputed is None else f"{row.num_recomputed}",
+        "" if row.solve_s is None else f"{row.solve_s:.2f} s",
+    )
+    return (*cells, *_measured_cells(row.measured)) if shows_measured else cells
+
+
+def _measured_cells(measured: MeasuredStep | None) -> tuple[str, ...]:
+    if measured is None:
+        return ("",) * len(_MEASURED)
+    low, high = measured.quartiles
+    timed = not math.isnan(measured.ratio)
+    return (
+        format_bytes(measured.peak_bytes),
+        f"{measured.ratio:.3f}" if timed else "",
+        f"{low:.3f} – {high:.3f}" if timed else "",
+        measured.bits,
+    )
+
+
+def _cut(text: str, longest: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1] + "…"

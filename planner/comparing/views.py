@@ -1,0 +1,73 @@
+"""A comparison as flat records and as a data frame."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from .comparison import Comparison, ComparisonRow
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def records(comparison: Comparison) -> list[dict[str, Any]]:
+    """See :meth:`Comparison.records`."""
+    bounds = {bound.budget: bound.lower_bound_us for bound in comparison.bounds}
+    return [_record(comparison, row, bounds.get(row.budget)) for row in comparison.rows]
+
+
+def data_frame(comparison: Comparison) -> pandas.DataFrame:
+    """See :meth:`Comparison.to_pandas`."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError(
+            "to_pandas needs pandas: pip install 'remat-planner[research]'; records() gives the "
+            "same without it"
+        ) from error
+    return pandas.DataFrame.from_records(records(comparison))
+
+
+def _record(
+    comparison: Comparison, row: ComparisonRow, lower_bound_us: float | None
+) -> dict[str, Any]:
+    measured, peak_bytes = row.measured, row.predicted_peak_bytes
+    unplanned_bytes = comparison.baseline_peak_bytes
+    return {
+        "model": comparison.model,
+        "device": comparison.device,
+        "cost_model": comparison.cost_model,
+        "seed": comparison.seed,
+        "fingerprint": comparison.fingerprint,
+        "kind": row.kind,
+        "strategy": row.strategy,
+        "ours": row.strategy == comparison.ours,
+        "budget": row.budget,
+        "budget_bytes": row.budget_bytes,
+        "setting": row.setting,
+        "note": row.note,
+        "error": row.error,
+        "fits": row.fits,
+        "predicted_peak_bytes": peak_bytes,
+        "peak_share": None if peak_bytes is None else peak_bytes / unplanned_bytes,
+        "predicted_step_us": row.predicted_step_us,
+        "overhead": row.overhead,
+        "lower_bound_us": lower_bound_us,
+        "gap": row.gap,
+        "num_recomputed": row.num_recomputed,
+        "solve_s": row.solve_s,
+        "measured_peak_bytes": None if measured is None else measured.peak_bytes,
+        "measured_step_us": None if measured is None else _figure(measured.step_us),
+        "eager_step_us": None if measured is None else _figure(measured.eager_us),
+        "measured_ratio": None if measured is None else _figure(measured.ratio),
+        "ratio_low": None if measured is None else _figure(measured.quartiles[0]),
+        "ratio_high": None if measured is None else _figure(measured.quartiles[1]),
+        "num_pairs": None if measured is None else measured.num_pairs,
+        "bits": None if measured is None else measured.bits,
+        "difference": None if measured is None else measured.difference,
+    }
+
+
+def _figure(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,16 @@
+"""Figures of comparisons and plans.
+
+Drawing needs matplotlib, the extra ``plots``; importing does not.
+
+Every function returns the figure, and writes it where a path ending in ``.png`` or
+``.svg`` is given. Figures belong to no window and to no global state of
+matplotlib's: nothing has to be closed.
+"""
+
+from .growth import plot_growth
+from .layers import plot_layers
+from .memory import plot_memory
+from .pareto import plot_pareto
+from .predicted import plot_predicted
+
+__all__ = ["plot_growth", "plot_layers", "plot_memory", "plot_pareto", "plot_predicted"]

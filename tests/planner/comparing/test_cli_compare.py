@@ -1,0 +1,99 @@
+"""The command ``remat compare``."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from planner import Comparison
+from planner.cli.app import app
+
+
+@pytest.fixture
+def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module beside the current folder, with strategies of its own."""
+    (tmp_path / "my_comparison.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "from solvers.schedule import Schedule\n"
+        "def build():\n"
+        "    layers = [m for _ in range(4) for m in (nn.Linear(32, 32), nn.Tanh())]\n"
+        "    return nn.Sequential(*layers), torch.zeros(256, 32), torch.sum\n"
+        "def keep(graph, budget_bytes):\n"
+        "    return Schedule.keep_all(graph)\n"
+        "def broken(graph, budget_bytes):\n"
+        "    return graph.no_such_thing\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return "my_comparison:build"
+
+
+@pytest.mark.slow
+def test_compare(target: str, tmp_path: Path) -> None:
+    """`remat compare` prints, writes and draws; what is broken is told in its row."""
+    done = CliRunner().invoke(
+        app,
+        [
+            "compare",
+            target,
+            "--budgets=80%, 0.7,500kB,uniform_sqrt",
+            "--strategies=uniform_sqrt,auto",
+            "--strategy-from=my_comparison:keep",
+            "--strategy-from=my_comparison:broken",
+            "--peers=checkpoint_per_block",
+            "--optimizer=adamw",
+            "--repeats=1",
+            "--time-limit-s=1",
+            "--out=table.json",
+            "--out=table.csv",
+            "--plots=figures",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    assert "AttributeError" in done.stdout
+    found = Comparison.load(tmp_path / "table.json")
+    assert [bound.budget for bound in found.bounds] == ["80%", "70%", "500kB", "uniform_sqrt"]
+    assert found.row("auto", "80%").measured is not None
+    assert found.row("keep").measured is not None
+    assert found.row("checkpoint_per_block").kind == "peer"
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(found.rows)
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn >= {"pareto.png", "predicted.png"}
+
+
+def test_prediction_alone(target: str) -> None:
+    """With --no-measure nothing runs."""
+    done = CliRunner().invoke(
+        app, ["compare", target, "--budgets=0.8", "--strategies=none,auto", "--no-measure"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "measured" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--budgets=lots"], "not a budget: 'lots'"),
+        (["--budgets="], "not a budget"),
+        (["--strategies=chen"], "unknown strategy 'chen'"),
+        (["--peers=magic"], "unknown peer 'magic'"),
+        (["--out=table.txt"], "--out is a .json or .csv file"),
+        (["--out=absent/table.json"], "no folder"),
+        (["--strategy-from=my_comparison:number"], "neither a function nor a strategy"),
+        (["--strategy-from=my_comparison:absent"], "absent"),
+        (["--strategy-from=my_comparison"], "module:function"),
+        (["--autocast=int8"], "--autocast is one of"),
+        (["--device=abacus", "--no-measure"], "known are cpu"),
+        (["--device=h100", "--measure"], "measure=True, but"),
+        (["--repeats=-1"], "repeats must be"),
+    ],
+)
+def test_errors_are_one_line(target: str, options: list[str], word: str) -> None:
+    """What goes wrong is said on stderr, with exit status 1 and no traceback."""
+    result = CliRunner().invoke(app, ["compare", target, *options])
+    assert result.exit_code == 1
+    assert word in result.stderr
+    assert "Traceback" not in result.output

@@ -1,0 +1,195 @@
+"""Comparisons as files and as data frames."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planner import Comparison, ComparisonRow
+from planner.comparing.comparison import BudgetBound, MeasuredStep
+from planner.comparing.files import ComparisonFileError
+
+
+def step(ratio: float = 1.25) -> MeasuredStep:
+    """Measured figures, by hand."""
+    return MeasuredStep(
+        peak_bytes=601,
+        step_us=ratio * 100,
+        eager_us=100.0,
+        ratio=ratio,
+        quartiles=(ratio, ratio + 1),
+        num_pairs=0 if math.isnan(ratio) else 3,
+        bits="equal",
+    )
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    """Two rows at a budget, one of them an error, and one of a peer without times."""
+    return Comparison(
+        model="hand-made",
+        rows=(
+            ComparisonRow(
+                strategy="auto",
+                budget="60%",
+                budget_bytes=600,
+                setting="k=3, n=2",
+                fits=True,
+                predicted_peak_bytes=600,
+                predicted_step_us=120.5,
+                overhead=0.205,
+                gap=0.0,
+                num_recomputed=7,
+                solve_s=0.25,
+                measured=step(),
+            ),
+            ComparisonRow(strategy="dtr", budget="60%", budget_bytes=600, error='no, "it" fails'),
+            ComparisonRow(strategy="compiled", kind="peer", measured=step(math.nan)),
+        ),
+        bounds=(
+            BudgetBound(budget="60%", budget_bytes=600, lower_bound_us=120.5, scope="all"),
+            BudgetBound(budget="1B", budget_bytes=1, lower_bound_us=None, scope="all"),
+        ),
+        baseline_peak_bytes=1000,
+        baseline_step_us=100.0,
+        least_bytes=400,
+        least_bound_bytes=300,
+        eager=step(1.0),
+        device="a device",
+        cost_model="roofline",
+        fingerprint="f" * 8,
+        seed=0,
+        versions={"torch": "2"},
+        machine={"num_cpus": 2, "load_average": 0.5, "cpu": "x"},
+    )
+
+
+def test_json_both_ways(comparison: Comparison, tmp_path: Path) -> None:
+    """What is read equals what was written, times that were not taken included."""
+    comparison.save(tmp_path / "table.json")
+    found = Comparison.load(tmp_path / "table.json")
+    assert repr(found) == repr(comparison)  # NaN is not equal to itself
+    assert found.rows[:2] == comparison.rows[:2]
+    assert "NaN" not in (tmp_path / "table.json").read_text()
+
+
+def test_csv_has_a_line_for_each_row(comparison: Comparison, tmp_path: Path) -> None:
+    """The CSV has the records' figures, and nothing where there are none."""
+    comparison.save(tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["strategy"] for line in lines] == ["auto", "dtr", "compiled"]
+    for line, record in zip(lines, comparison.records(), strict=True):
+        assert line == {k: "" if v is None else str(v) for k, v in record.items()}
+    assert lines[0]["peak_share"] == "0.6"
+    assert lines[0]["lower_bound_us"] == "120.5"
+    assert lines[1]["error"] == 'no, "it" fails'
+    assert lines[2]["measured_ratio"] == ""
+
+
+def test_pandas_view(comparison: Comparison) -> None:
+    """The data frame has the records."""
+    frame = comparison.to_pandas()
+    assert list(frame["strategy"]) == ["auto", "dtr", "compiled"]
+    assert frame["overhead"][0] == 0.205
+    assert math.isnan(frame["overhead"][1])
+
+
+def test_pandas_is_optional(comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pandas the error names the extra."""
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"remat-planner\[research\]"):
+        comparison.to_pandas()
+
+
+def test_other_suffixes_are_refused(comparison: Comparison, tmp_path: Path) -> None:
+    """A file is .json or .csv."""
+    with pytest.raises(ValueError, match=r"\.json or \.csv"):
+        comparison.save(tmp_path / "table.xlsx")
+
+
+def test_a_failed_write_leaves_the_old_file(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is written whole or not at all."""
+    path = tmp_path / "table.json"
+    path.write_text("before")
+
+    def fail(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("planner.whole_file.os.fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        comparison.save(path)
+    assert path.read_text() == "before"
+    assert [p.name for p in tmp_path.iterdir()] == ["table.json"]
+
+
+def _set(*keys: Any) -> Any:
+    *path, value = keys
+
+    def change(data: Any) -> None:
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (_set("format", "plan"), "its format is not"),
+        (_set("version", 99), "version is 99"),
+        (_set("seed", "0"), r"\$\.seed"),
+        (_set("seed", True), r"\$\.seed"),
+        (_set("rows", {}), r"\$\.rows: .* is no list"),
+        (_set("rows", 0, "kind", "other"), r"\$\.rows\[0\]\.kind"),
+        (_set("rows", 0, "setting", None), r"\$\.rows\[0\]\.setting"),
+        (_set("rows", 0, "measured", "quartiles", [1]), "1 values where 2 belong"),
+        (_set("rows", 1, "new", 1), "'new' is unknown"),
+        (_set("rows", 1, 5), r"\$\.rows\[1\]: no ComparisonRow"),
+        (_set("versions", "torch", 2), r"\$\.versions\.torch"),
+        (_set("machine", []), r"\$\.machine"),
+        (lambda data: data.pop("bounds"), "'bounds' is missing"),
+    ],
+)
+def test_a_damaged_file_says_where(
+    comparison: Comparison, tmp_path: Path, damage: Any, word: str
+) -> None:
+    """Every value is checked against its field's type before anything is believed."""
+    path = tmp_path / "table.json"
+    comparison.save(path)
+    data = json.loads(path.read_text())
+    damage(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ComparisonFileError, match=word):
+        Comparison.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"format": NaN}', "[" * 100_000])
+def test_what_is_no_comparison(tmp_path: Path, text: str) -> None:
+    """A file that is no JSON, or other JSON, is refused."""
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ComparisonFileError, match="is not"):
+        Comparison.load(path)
+
+
+def test_the_table_shows_it(comparison: Comparison) -> None:
+    """Figures by hand, as they are printed."""
+    lines = str(comparison).splitlines()
+    assert lines[0] == "hand-made on a device, times by roofline, torch 2, seed 0"
+    assert "budget 60%: 600 B; proven: no overhead below +20.50%" in lines
+    assert "budget 1B: 1 B; proven: nothing fits" in lines
+    (ours,) = [line for line in lines if line.startswith("*  auto")]
+    assert " ".join(ours.split()) == (
+        "* auto k=3, n=2 600 B 60.0% +20.50% 0.00% 7 0.25 s 601 B 1.250 1.250 – 2.250 equal"
+    )
+    assert any("dtr" in line and 'no, "it" fails' in line for line in lines)
