@@ -1,7 +1,6 @@
 """The plots of a benchmark. Times are on a logarithmic axis from a hundredth of a second on.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; line
-styles and markers say the same once more.
+Colours, line styles and markers are those of ``planner/plots/style.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 
+from planner.plots.style import COLOURS, LINES, MARKERS
+
 from .run import Run, best_costs, gap_of
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-LINES = ("-", "--", "-.", ":")
-MARKERS = "osD^vPX*"
 FIRST_S = 0.01
 LAST = 1.2
 """Times are shown up to this share of the limit: some schedules come right at it."""

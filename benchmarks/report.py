@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from planner.comparing.machine import machine, version_of
 from solvers.incumbent import GLOBAL_SCOPE
 
 from .run import Run, as_record, best_costs
@@ -90,29 +87,7 @@ def write_runs(runs: Sequence[Run], folder: Path, settings: dict[str, Any]) -> N
 def circumstances() -> dict[str, Any]:
     """Machine, versions, command and time: what a figure needs to be repeated."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **machine(),
         "command": shlex.join(["python", "-m", "benchmarks.solvers", *sys.argv[1:]]),
-        "cpu": _cpu(),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
         "versions": {name: version_of(name) for name in PACKAGES},
     }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package; ``None`` where it is not there."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -14,12 +14,14 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
+from planner.comparing.peers import PEER_ERRORS
+
 from .bench import Bench, Where, release
 from .bits import check_bits
 from .circumstances import OWED, circumstances, lines
 from .memory import check_planned, check_unplanned
 from .overhead import COST_MODELS, check_overhead
-from .peers import PEER_ERRORS, check_peers
+from .peers import check_peers
 from .portable import check_portable
 from .results import Failed, Results
 from .subjects import SUBJECTS, Size, subjects

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..report import circumstances as of_the_machine
-from ..report import version_of
+from planner.comparing.machine import machine as of_the_machine
+from planner.comparing.machine import version_of
 
 PACKAGES = ("torch", "triton", "transformers", "remat-planner", "highspy", "ortools", "numba")
 

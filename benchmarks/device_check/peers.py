@@ -2,51 +2,32 @@
 
 Per-block checkpointing, by Transformers' own switch or by
 ``torch.utils.checkpoint`` around each block, and ``torch.compile`` with
-``torch._functorch.config.activation_memory_budget``, a ratio of saved bytes.
-A peer that fails leaves its error in its row.
+``torch._functorch.config.activation_memory_budget``, a ratio of saved bytes: the
+peers of ``planner.comparing``. A peer that fails leaves its error in its row.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 import statistics
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from planner import InfeasibleBudgetError, measure
+from planner.comparing.peers import PEER_ERRORS, PEERS, Peer, Situation, compile_peer
+from planner.comparing.run_peer import error_text, peers_warnings
+from planner.comparing.step_verdict import judge_steps
 from planner.measuring.measure import measure_pair
-from planner.training_step import train_step
+from planner.training_step import make_step
 
 from .bench import Bench, release
 from .overhead import predicted_overhead
 
-PEER_ERRORS = (
-    RuntimeError,  # out of memory and Dynamo's own errors among them
-    TypeError,
-    ValueError,
-    AttributeError,
-    AssertionError,
-    LookupError,
-    ImportError,
-    OSError,
-)
-"""What a compiler or a model may raise while it is tried."""
-
-_LOSS_TOLERANCE = {None: 1e-4, torch.bfloat16: 2e-2}
-_TOLERANCE = {None: 1e-3, torch.bfloat16: 5e-2}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
+class PeerRow:
     """One way to train with less memory.
 
     Parameters
@@ -63,17 +44,9 @@ class Peer:
         Time of a step over eager's, without the optimizer: median of pairs.
     quartiles
         Of the same.
-    loss_error
-        Relative difference of the loss to eager's on the same seed.
-    gradient_error
-        Norm of the difference of all gradients to eager's, over their norm.
-    gradients
-        ``"equal"`` (in every value), ``"right"`` (to rounding), ``"WRONG"``, or
-        ``"other draws"`` where the loss shows that dropout drew other numbers,
-        so that there is nothing to compare.
-    buffers
-        The same of the model's buffers after that step, such as the running
-        statistics of batch norm; ``""`` where it has none.
+    loss_error, gradient_error, gradients, buffers, difference
+        Of two steps on the same seed, as
+        :class:`planner.comparing.step_verdict.StepVerdict` has them.
     predicted_bytes, predicted_ratio
         Of a plan.
     ratio_to_checkpointing
@@ -90,74 +63,49 @@ class Peer:
     gradient_error: float = math.nan
     gradients: str = ""
     buffers: str = ""
+    difference: str = ""
     predicted_bytes: int | None = None
     predicted_ratio: float | None = None
     ratio_to_checkpointing: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """What one step of a new model leaves; tensors lie on the CPU."""
-
-    loss: float
-    gradients: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-
-
 def check_peers(
     bench: Bench, *, compile_budgets: tuple[float, ...] = (1.0, 0.5), num_pairs: int = 8
-) -> list[Peer]:
+) -> list[PeerRow]:
     """Eager, checkpointing, our plan at the peak of checkpointing, compilation at each budget."""
-    reference = _reference(bench, bench.make())
-    rows = [_measured(bench, bench.make(), "eager", reference, 0)]
-    rows += _checkpointing_and_plan(bench, reference, num_pairs)
-    backend = compile_backend(bench.device)
-    for budget in compile_budgets:
-        rows.append(_compiled(bench, backend, budget, reference, num_pairs))
-    return rows
+    rows = [_measured(bench, bench.make(), "eager", 0)]
+    rows += _checkpointing_and_plan(bench, num_pairs)
+    return rows + [_compiled(bench, budget, num_pairs) for budget in compile_budgets]
 
 
-def compile_backend(device: torch.device) -> str:
-    """Inductor where it can generate kernels for the card, else AOTAutograd with eager's."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    return "inductor" if device.type == "cuda" and has_triton else "aot_eager"
-
-
-def enable_checkpointing(bench: Bench, model: nn.Module) -> str:
-    """Turn on per-block checkpointing; returns how, in words."""
-    if getattr(model, "supports_gradient_checkpointing", False):
-        for prefix in ("activation", "gradient"):  # the second was the name until Transformers 5
-            enable = getattr(model, f"{prefix}_checkpointing_enable", None)
-            if enable is not None:
-                enable(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
-                return "per-block checkpointing, as Transformers has it"
-    for block in bench.subject.blocks(model):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    return "per-block checkpointing, by torch.utils.checkpoint"
+def checkpointing_of(model: nn.Module) -> Peer:
+    """Per-block checkpointing as users have it: Transformers' own where it takes the model."""
+    supported = getattr(model, "supports_gradient_checkpointing", False)
+    return PEERS["gradient_checkpointing_enable" if supported else "checkpoint_per_block"]
 
 
 # -- rows --------------------------------------------------------------------
 
 
-def _checkpointing_and_plan(bench: Bench, reference: Reference, num_pairs: int) -> list[Peer]:
+def _checkpointing_and_plan(bench: Bench, num_pairs: int) -> list[PeerRow]:
     """Checkpointing, and a plan at its measured peak, timed against each other, too."""
     model = bench.make()
-    try:
-        method = enable_checkpointing(bench, model)
-        with _peers_warnings():
-            theirs = _measured(bench, model, method, reference, num_pairs)
-    except PEER_ERRORS as error:
-        return [_failed(bench, "per-block checkpointing", error)]
-    try:
-        return [theirs, _plan_at(bench, theirs.peak_bytes, model, reference, num_pairs)]
-    finally:
+    peer = checkpointing_of(model)
+    method = f"per-block checkpointing, by {peer.source}"
+    with peer.prepare(model, _situation(bench, model)) as ready:
         del model
-        release(bench.device)
+        try:
+            with peers_warnings():
+                theirs = _measured(bench, ready.model, method, num_pairs)
+        except PEER_ERRORS as error:
+            return [_failed(bench, method, error)]
+        try:
+            return [theirs, _plan_at(bench, theirs.peak_bytes, ready.model, num_pairs)]
+        finally:
+            release(bench.device)
 
 
-def _plan_at(
-    bench: Bench, peak_bytes: int, checkpointed: nn.Module, reference: Reference, num_pairs: int
-) -> Peer:
+def _plan_at(bench: Bench, peak_bytes: int, checkpointed: nn.Module, num_pairs: int) -> PeerRow:
     """Our own row: a fault here is ours, so nothing but "no plan fits" is caught."""
     method = "plan at the peak of checkpointing"
     try:
@@ -165,7 +113,7 @@ def _plan_at(
     except InfeasibleBudgetError as error:
         return _failed(bench, method, error)
     model = plan.apply(bench.make())
-    row = _measured(bench, model, method, reference, num_pairs)
+    row = _measured(bench, model, method, num_pairs)
     beside = _ratios(bench, checkpointed, model, num_pairs)
     return replace(
         row,
@@ -175,42 +123,42 @@ def _plan_at(
     )
 
 
-def _compiled(
-    bench: Bench, backend: str, budget: float, reference: Reference, num_pairs: int
-) -> Peer:
-    method = f"torch.compile ({backend}), activation_memory_budget {budget:g}"
+def _compiled(bench: Bench, budget: float, num_pairs: int) -> PeerRow:
+    peer = compile_peer(budget)
+    model = bench.make()
+    method = peer.summary
     try:
-        with _memory_budget(budget), _eager_draws(), _peers_warnings():
-            torch._dynamo.reset()
-            compiled = cast(nn.Module, torch.compile(bench.make(), backend=backend, dynamic=False))
-            return _measured(bench, compiled, method, reference, num_pairs)
+        with peers_warnings(), peer.prepare(model, _situation(bench, model)) as ready:
+            method = f"torch.compile, {ready.setting}"
+            return _measured(bench, ready.model, method, num_pairs)
     except PEER_ERRORS as error:
         return _failed(bench, method, error)
     finally:
-        torch._dynamo.reset()
         release(bench.device)
 
 
-def _measured(
-    bench: Bench, model: nn.Module, method: str, reference: Reference, num_pairs: int
-) -> Peer:
-    subject = bench.subject
-    first = _against(bench, model, reference)
-    model.zero_grad(set_to_none=True)
-    release(bench.device)
+def _measured(bench: Bench, model: nn.Module, method: str, num_pairs: int) -> PeerRow:
+    subject, sample = bench.subject, bench.sample()
     with bench.context():
+        # A new model: steps that were timed have moved the statistics of the bench's own.
+        verdict = judge_steps(bench.make(), model, sample, seeds=(bench.seed,))
+        release(bench.device)
         peak_bytes = measure(
-            model, bench.sample(), optimizer=subject.optimizer, repeats=0, seed=bench.seed
+            model, sample, optimizer=subject.optimizer, repeats=0, seed=bench.seed
         ).peak_bytes
     ratios = _ratios(bench, bench.model, model, num_pairs) if num_pairs else (1.0, 1.0)
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return Peer(
+    return PeerRow(
         model=subject.name,
         method=method,
         peak_bytes=peak_bytes,
         ratio=middle,
         quartiles=(low, high),
-        **first,
+        loss_error=verdict.loss_error,
+        gradient_error=verdict.gradient_error,
+        gradients=verdict.gradients,
+        buffers=verdict.buffers,
+        difference=verdict.difference,
     )
 
 
@@ -223,99 +171,23 @@ def _ratios(bench: Bench, first: nn.Module, second: nn.Module, num_pairs: int) -
     return timing.ratios
 
 
-def _failed(bench: Bench, method: str, error: BaseException) -> Peer:
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    text = f"{type(error).__name__}: {first_line}"[:300]
-    return Peer(model=bench.subject.name, method=method, error=text)
+def _step(bench: Bench, model: nn.Module) -> Callable[[], object]:
+    run = make_step(model, bench.sample(), seed=bench.seed)
 
-
-# -- gradients ---------------------------------------------------------------
-
-
-def _reference(bench: Bench, model: nn.Module) -> Reference:
-    _, loss = _step(bench, model)()
-    if loss is None:
-        raise ValueError(f"{bench.subject.label}: the model computes no loss to compare by")
-    gradients = {_plain(name): p.grad for name, p in model.named_parameters()}
-    copies = {name: grad.cpu().clone() for name, grad in gradients.items() if grad is not None}
-    model.zero_grad(set_to_none=True)
-    buffers = {_plain(name): b.cpu().clone() for name, b in model.named_buffers()}
-    return Reference(loss=loss.item(), gradients=copies, buffers=buffers)
-
-
-def _against(bench: Bench, model: nn.Module, reference: Reference) -> dict[str, Any]:
-    """How a new model's first step differs from eager's, as fields of :class:`Peer`."""
-    own = _reference(bench, model)
-    loss_error = abs(own.loss - reference.loss) / max(abs(reference.loss), 1e-30)
-    gradient_error = _distance(own.gradients, reference.gradients)
-    buffer_error = _distance(own.buffers, reference.buffers)
-    autocast = bench.subject.autocast
-    return {
-        "loss_error": loss_error,
-        "gradient_error": gradient_error,
-        "gradients": verdict(loss_error, gradient_error, autocast),
-        "buffers": verdict(loss_error, buffer_error, autocast) if reference.buffers else "",
-    }
-
-
-def _distance(own: dict[str, Tensor], eager: dict[str, Tensor]) -> float:
-    """Norm of the difference over the norm of eager's; infinite if some are missing."""
-    if own.keys() != eager.keys():
-        return math.inf
-    differences = (own[name].double() - tensor.double() for name, tensor in eager.items())
-    difference = sum(d.square().sum().item() for d in differences)
-    size = sum(tensor.double().square().sum().item() for tensor in eager.values())
-    return math.sqrt(difference / max(size, 1e-30))
-
-
-def verdict(loss_error: float, error: float, autocast: torch.dtype | None) -> str:
-    """What errors of a step mean, by the rounding of the dtype."""
-    if loss_error == error == 0:
-        return "equal"
-    if not loss_error <= _LOSS_TOLERANCE[autocast]:
-        return "other draws"
-    return "right" if error <= _TOLERANCE[autocast] else "WRONG"
-
-
-def _step(bench: Bench, model: nn.Module) -> Callable[[], tuple[object, Tensor | None]]:
-    sample = bench.sample()
-
-    def step() -> tuple[object, Tensor | None]:
-        model.zero_grad(set_to_none=True)
-        torch.manual_seed(bench.seed)
+    def step() -> object:
         with bench.context():
-            return train_step(model, sample)
+            return run()
 
     return step
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("_orig_mod.")
+def _failed(bench: Bench, method: str, error: BaseException) -> PeerRow:
+    return PeerRow(model=bench.subject.name, method=method, error=error_text(error))
 
 
-# -- settings of the peers ---------------------------------------------------
-
-
-@contextmanager
-def _memory_budget(budget: float) -> Iterator[None]:
-    import torch._functorch.config as config
-
-    with config.patch(activation_memory_budget=budget):
-        yield
-
-
-@contextmanager
-def _eager_draws() -> Iterator[None]:
-    """Inductor draws as eager does, so that gradients can be compared under dropout."""
-    import torch._inductor.config as config
-
-    with config.patch(fallback_random=True):
-        yield
-
-
-@contextmanager
-def _peers_warnings() -> Iterator[None]:
-    """What compilers warn of is not of this check."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _situation(bench: Bench, model: nn.Module) -> Situation:
+    paths = {id(module): name for name, module in model.named_modules()}
+    blocks = tuple(paths[id(block)] for block in bench.subject.blocks(model))
+    return Situation(
+        sample_input=bench.sample(), loss_fn=None, device=bench.device, blocks=lambda: blocks
+    )

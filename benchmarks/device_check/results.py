@@ -10,7 +10,7 @@ from typing import Any
 from .bits import Bits, words
 from .memory import Memory, worst_fragmentation
 from .overhead import Overhead
-from .peers import Peer
+from .peers import PeerRow
 from .portable import Portable
 
 ERROR_ALLOWED = 0.02
@@ -43,7 +43,7 @@ class Results:
     bits: list[Bits] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
     overhead: list[Overhead] = field(default_factory=list)
-    peers: list[Peer] = field(default_factory=list)
+    peers: list[PeerRow] = field(default_factory=list)
     portable: list[Portable] = field(default_factory=list)
     failed: list[Failed] = field(default_factory=list)
 

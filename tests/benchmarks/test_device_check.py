@@ -28,7 +28,7 @@ from benchmarks.device_check.memory import (
     worst_fragmentation,
 )
 from benchmarks.device_check.overhead import check_overhead, predicted_overhead
-from benchmarks.device_check.peers import check_peers, verdict
+from benchmarks.device_check.peers import check_peers
 from benchmarks.device_check.portable import check_portable
 from benchmarks.device_check.results import Failed, Results
 from benchmarks.device_check.subjects import SUBJECTS, Size, Subject, subjects
@@ -207,26 +207,6 @@ def test_a_plan_from_stand_ins_is_the_same(bench: Bench) -> None:
     row = check_portable(bench)
     assert row.same
     assert row.entry == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("loss_error", "error", "autocast", "expected"),
-    [
-        (0.0, 0.0, None, "equal"),
-        (1e-7, 1e-6, None, "right"),
-        (1e-7, 0.3, None, "WRONG"),
-        (0.3, 0.3, None, "other draws"),
-        (math.nan, 0.3, None, "other draws"),
-        (1e-7, math.inf, None, "WRONG"),
-        (1e-3, 1e-2, torch.bfloat16, "right"),
-        (1e-3, 0.3, torch.bfloat16, "WRONG"),
-    ],
-)
-def test_gradients_are_judged_where_the_loss_is_eager_s(
-    loss_error: float, error: float, autocast: torch.dtype | None, expected: str
-) -> None:
-    """Another loss means other dropout masks, and nothing to compare."""
-    assert verdict(loss_error, error, autocast) == expected
 
 
 def test_a_peer_that_fails_leaves_its_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_a_worker_that_fails_is_an_error() -> None:
     "arguments",
     [
         ["deep", "gpt2:128x4", "--share", "0.5", "--layers", "2"],
-        ["suite", "vit:0x2", "--share", "0.9", "--layers", "2", "--optimizer", "sgd"],
+        ["suite", "vit:0x16", "--share", "0.9", "--layers", "2", "--optimizer", "sgd"],
     ],
 )
 def test_leaves_a_table(arguments: list[str], tmp_path: Path) -> None:

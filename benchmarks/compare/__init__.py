@@ -1,0 +1,1 @@
+"""The tables of record: every strategy and peer on the models of the literature."""

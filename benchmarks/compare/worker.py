@@ -1,0 +1,177 @@
+"""One model compared, in a process of its own: reads a job, leaves files, says what it does.
+
+``python -m benchmarks.compare.worker JOB`` where ``JOB`` is JSON. Lines on stdout say
+which part begins. Into the job's folder go ``NAME.json`` and ``NAME.csv`` (the
+comparison), ``NAME_matched.json``, and the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from graph_capture.cost_graph import CostGraph
+from planner import compare
+from planner.captured_call import captured_call
+from planner.comparing.budgets import AskedBudget
+from planner.comparing.showing import ComparisonEvent
+from planner.make_plan import remembered_least_memory
+from solvers.replay import replay
+from solvers.schedule import Schedule
+from solvers.strategies.registry import STRATEGIES
+from solvers.strategies.strategy import StrategyError, apply_strategy
+
+from ..models import SUBJECTS
+from ..models.subject import Size
+from ..worker import warm_up
+from .matched import RIVALS, Matched, matched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to compare.
+
+    Parameters
+    ----------
+    model, size
+        As in ``benchmarks.models.SUBJECTS``.
+    execute
+        Whether schedules and peers run; else everything is predicted.
+    strategies, peers
+        Names; ``None`` for all strategies.
+    num_budgets
+        Evenly from the least peak to the unplanned one, both included; the own
+        peaks of the rivals come beside them.
+    optimizer
+        A name that ``optimize`` knows, or ``None``.
+    repeats
+        Timed pairs of steps.
+    with_matched
+        Whether to hold ours against the rivals at their own peaks and costs.
+    limit_s
+        Of each solve.
+    out
+        Folder.
+    """
+
+    model: str
+    size: Size = "record"
+    execute: bool = True
+    strategies: tuple[str, ...] | None = None
+    peers: tuple[str, ...] = ()
+    num_budgets: int = 7
+    optimizer: str | None = None
+    repeats: int = 8
+    with_matched: bool = True
+    limit_s: float = 30.0
+    seed: int = 0
+    out: str = "build/compare"
+
+
+def work(job: Job) -> None:
+    """Compare, and leave the files.
+
+    Raises
+    ------
+    ValueError
+        When the model is unknown.
+    """
+    if job.model not in SUBJECTS:
+        raise ValueError(f"unknown model {job.model!r}; known are {', '.join(SUBJECTS)}")
+    warm_up("auto")
+    folder = Path(job.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    subject = SUBJECTS[job.model](job.size)
+    model, sample = subject.build(seed=job.seed), subject.sample(job.seed)
+    say("capture")
+    with captured_call(model, sample, loss_fn=subject.loss_fn, optimizer=job.optimizer) as call:
+        captured = call.captured
+    assert captured.unplanned is not None
+    baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
+    comparison = compare(
+        model,
+        sample,
+        budgets=budgets_of(captured.graph, baseline.peak_bytes, job),
+        strategies=job.strategies,
+        peers=job.peers if job.execute else (),
+        loss_fn=subject.loss_fn,
+        optimizer=job.optimizer,
+        measure=job.execute,
+        repeats=job.repeats,
+        time_limit_s=job.limit_s,
+        seed=job.seed,
+        name=f"{subject.name} ({subject.description})",
+        progress=say_event,
+    )
+    comparison.save(folder / f"{job.model}.json")
+    comparison.save(folder / f"{job.model}.csv")
+    comparison.plot_pareto(folder / f"{job.model}_predicted.png")
+    if job.execute:
+        comparison.plot_pareto(folder / f"{job.model}_measured.png", measured=True)
+        comparison.plot_predicted(folder / f"{job.model}_accuracy.png")
+    if job.with_matched:
+        rows = [asdict(row) for row in matched_rows(captured.graph, baseline.cost_ns, job)]
+        path = folder / f"{job.model}_matched.json"
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def budgets_of(graph: CostGraph, unplanned_bytes: int, job: Job) -> list[AskedBudget]:
+    """Evenly from the least peak to the unplanned one, and the rivals' own peaks by name."""
+    least_bytes = remembered_least_memory(graph, job.seed).peak_bytes
+    span = max(0, unplanned_bytes - least_bytes)
+    parts = max(1, job.num_budgets - 1)
+    even = sorted({least_bytes + span * i // parts for i in range(job.num_budgets)})
+    return [*even, *(name for name in RIVALS if _applies(name, graph))]
+
+
+def matched_rows(graph: CostGraph, baseline_ns: int, job: Job) -> list[Matched]:
+    """Ours against each rival."""
+    rows = []
+    for name in RIVALS:
+        say(f"ours beside {name}")
+        rows.append(
+            matched(
+                graph,
+                name,
+                baseline_ns=baseline_ns,
+                least=remembered_least_memory(graph, job.seed),
+                time_limit_s=job.limit_s,
+                seed=job.seed,
+            )
+        )
+    return rows
+
+
+def _applies(name: str, graph: CostGraph) -> bool:
+    try:
+        apply_strategy(STRATEGIES[name], graph)
+    except StrategyError:
+        return False
+    return True
+
+
+def say_event(event: ComparisonEvent) -> None:
+    """A part of the comparison begins."""
+    say(f"{event.num_done}/{event.num_parts} {event.message}")
+
+
+def say(what: str) -> None:
+    """A line for whoever started this process."""
+    sys.stdout.write(what + "\n")
+    sys.stdout.flush()
+
+
+def job_of(text: str) -> Job:
+    """The job that :func:`dataclasses.asdict` and JSON made ``text`` of."""
+    data: dict[str, Any] = json.loads(text)
+    for name in ("strategies", "peers"):
+        if data[name] is not None:
+            data[name] = tuple(data[name])
+    return Job(**data)
+
+
+if __name__ == "__main__":
+    work(job_of(sys.argv[1]))

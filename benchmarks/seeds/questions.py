@@ -1,0 +1,274 @@
+"""What the experiments ask of a step: what a strategy gives, what a budget costs at least.
+
+A question about time *and* memory ("is there a schedule within so many bytes that
+takes no longer than that?") stops the solver as soon as its schedule or its bound
+answers it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.autocast import autocast_as
+from graph_capture.call_spec import bind_call, split_sample, tensors_of
+from graph_capture.captured_step import capture_step
+from graph_capture.cost_graph import CostGraph
+from graph_capture.costs.devices import Device
+from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.target import target_of
+from solvers.keep_all import keep_all
+from solvers.least_memory import least_memory
+from solvers.portfolio import solve
+from solvers.progress import ProgressEvent
+from solvers.replay import replay
+from solvers.result import SolveResult, SolveStatus
+from solvers.schedule import Schedule
+from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """What a schedule comes to.
+
+    Parameters
+    ----------
+    strategy, setting
+        Who proposed it, with which parameters.
+    peak_bytes
+        By replay, resident storages included.
+    overhead
+        Extra time over the step that recomputes nothing, a fraction.
+    fits
+        Whether the peak is within the budget; true without one.
+    bound
+        What a lower bound on the time allows, as an overhead; ``None`` where there is none.
+    error
+        Why there are no figures; ``""`` where there are.
+    schedule
+        What the figures are of.
+    """
+
+    strategy: str
+    setting: str = ""
+    peak_bytes: int | None = None
+    overhead: float | None = None
+    fits: bool = False
+    bound: float | None = None
+    error: str = ""
+    schedule: Schedule | None = field(default=None, repr=False)
+
+    @property
+    def gap(self) -> float | None:
+        """``(time - bound) / bound`` of the whole step; ``None`` without a bound."""
+        if self.overhead is None or self.bound is None:
+            return None
+        return (self.overhead - self.bound) / (1 + self.bound)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Whether a step can be run within a budget and a time.
+
+    Parameters
+    ----------
+    schedule
+        One that does it; ``None`` where none was found.
+    excluded
+        Whether a bound proves that none does.
+    """
+
+    schedule: Schedule | None
+    excluded: bool = False
+
+
+def captured_graph(
+    model: nn.Module,
+    sample: Any,
+    *,
+    device: str | Device | None = None,
+    autocast: torch.dtype | None = None,
+    optimizer: str | None = None,
+    measure_scratch: bool = False,
+) -> CostGraph:
+    """The step of a model as ``optimize`` would see it.
+
+    Unless ``measure_scratch``, no kernel runs, so that any size will do, and scratch
+    memory of kernels is left out.
+    """
+    arguments = bind_call(model.forward, *split_sample(sample))
+    target = target_of(model, tensors_of(arguments), device)
+    with autocast_as(target.torch_type, autocast):
+        return capture_step(
+            model,
+            arguments,
+            optimizer=measure_optimizer(optimizer, model, target),
+            target=target,
+            measure_scratch=measure_scratch,
+        ).graph
+
+
+def strategy_figure(
+    graph: CostGraph,
+    name: str,
+    *,
+    budget_bytes: int | None = None,
+    time_limit_s: float = 20.0,
+    seed: int = 0,
+) -> Figure:
+    """What a strategy of the registry gives; where it does not apply, why."""
+    try:
+        outcome = apply_strategy(
+            STRATEGIES[name],
+            graph,
+            budget_bytes=budget_bytes,
+            time_limit_s=time_limit_s,
+            seed=seed,
+        )
+    except StrategyError as error:
+        return Figure(strategy=name, error=str(error))
+    return Figure(
+        strategy=name,
+        setting=outcome.setting,
+        peak_bytes=outcome.peak_bytes,
+        overhead=outcome.cost_ns / graph.base_cost_ns - 1,
+        fits=outcome.fits,
+        schedule=outcome.schedule,
+    )
+
+
+def optimum_figure(
+    graph: CostGraph,
+    budget_bytes: int,
+    *,
+    time_limit_s: float,
+    seed: int = 0,
+    hint: Schedule | None = None,
+) -> Figure:
+    """What the solver pays for a budget, and what is proven about paying less."""
+    result = solve(graph, budget_bytes, time_limit_s=time_limit_s, seed=seed, hint=hint)
+    return _figure(graph, result)
+
+
+def answer(
+    graph: CostGraph,
+    budget_bytes: int,
+    cost_limit_ns: int,
+    *,
+    time_limit_s: float,
+    seed: int = 0,
+    hint: Schedule | None = None,
+) -> Answer:
+    """Whether a schedule within the budget takes no longer than ``cost_limit_ns``.
+
+    The ``hint`` is a schedule of any step of the same wiring; it is tried first.
+    """
+    for schedule in (keep_all(graph), *([hint] if hint else [])):
+        outcome = replay(graph, schedule)
+        if outcome.peak_bytes <= budget_bytes and outcome.cost_ns <= cost_limit_ns:
+            return Answer(schedule=schedule)
+    stop = threading.Event()
+
+    def watch(event: ProgressEvent) -> None:
+        found = event.incumbent_ns is not None and event.incumbent_ns <= cost_limit_ns
+        if found or event.bound_ns > cost_limit_ns:
+            stop.set()
+
+    result = solve(
+        graph,
+        budget_bytes,
+        time_limit_s=time_limit_s,
+        seed=seed,
+        hint=hint,
+        progress=watch,
+        stop=stop,
+    )
+    if result.cost_ns is not None and result.cost_ns <= cost_limit_ns:
+        return Answer(schedule=result.schedule)
+    excluded = result.status is SolveStatus.INFEASIBLE or result.lower_bound_ns > cost_limit_ns
+    return Answer(schedule=None, excluded=excluded)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeastPeak:
+    """The least peak known within a time.
+
+    Parameters
+    ----------
+    peak_bytes
+        Of a schedule that was found.
+    excluded_bytes
+        A budget that is proven to be too small, the largest of which this is known.
+    """
+
+    peak_bytes: int
+    excluded_bytes: int
+
+
+def least_peak_within(
+    graph: CostGraph,
+    cost_limit_ns: int,
+    *,
+    time_limit_s: float,
+    seed: int = 0,
+    tolerance: float = 0.01,
+    known: Sequence[Schedule] = (),
+) -> LeastPeak:
+    """The least peak of a schedule that takes no longer than ``cost_limit_ns``, by halving.
+
+    Parameters
+    ----------
+    time_limit_s
+        For each budget that is tried.
+    tolerance
+        Where halving ends, as a share of the peak that recomputes nothing.
+    known
+        Schedules to begin with; those that take longer are passed over.
+    """
+    schedule = keep_all(graph)
+    peak = highest = replay(graph, schedule).peak_bytes
+    for other in known:
+        outcome = replay(graph, other)
+        if outcome.cost_ns <= cost_limit_ns and outcome.peak_bytes < peak:
+            schedule, peak = other, outcome.peak_bytes
+    least = least_memory(graph, time_limit_s=time_limit_s, seed=seed)
+    low, excluded = least.peak_bytes, least.lower_bound_bytes - 1
+    # Even the lowest schedule may be quick enough; budgets below it need no trying.
+    if replay(graph, least.schedule).cost_ns <= cost_limit_ns:
+        return LeastPeak(peak_bytes=low, excluded_bytes=excluded)
+    while peak - low > tolerance * highest:
+        budget = (low + peak) // 2
+        found = answer(
+            graph, budget, cost_limit_ns, time_limit_s=time_limit_s, seed=seed, hint=schedule
+        )
+        if found.schedule is None:
+            low = budget
+            excluded = max(excluded, budget if found.excluded else 0)
+        else:
+            schedule = found.schedule
+            peak = replay(graph, schedule).peak_bytes
+    return LeastPeak(peak_bytes=peak, excluded_bytes=excluded)
+
+
+def forward_ns(graph: CostGraph) -> int:
+    """Time of the forward pass with the loss."""
+    return sum(op.cost_ns for op in graph.operators if op.phase in ("forward", "loss"))
+
+
+def _figure(graph: CostGraph, result: SolveResult) -> Figure:
+    if result.cost_ns is None:
+        why = "proven: nothing fits" if result.status is SolveStatus.INFEASIBLE else "none found"
+        return Figure(strategy="auto", error=why)
+    return Figure(
+        strategy="auto",
+        peak_bytes=result.peak_bytes,
+        overhead=result.cost_ns / graph.base_cost_ns - 1,
+        fits=True,
+        bound=max(0.0, result.lower_bound_ns / graph.base_cost_ns - 1),
+        schedule=result.schedule,
+    )
