@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WHEEL_VENV := build/wheel-venv
-PYTEST := $(BIN)/python -m pytest
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides calibrate wheel test-wheel clean
+.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-seeds calibrate notebooks wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -29,10 +29,10 @@ test: $(STAMP)  ## the tests that take a moment
 	$(PYTEST)
 
 test-slow: $(STAMP)  ## the tests that take longer
-	$(PYTEST) -m 'slow and not gpu' --timeout 900
+	$(PYTEST) -m 'slow and not gpu' --timeout 900 --durations 40
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
-	$(PYTEST) -m gpu --timeout 900
+	$(BIN)/python -m pytest -m gpu --timeout 900
 
 gpu-check: $(STAMP)  ## predictions, bits and peers on the GPU (else the CPU); ARGS="--help"
 	$(BIN)/python -m benchmarks.device_check $(ARGS)
@@ -59,8 +59,19 @@ bench-scale: $(STAMP)  ## plan LLaMA-70B and GPT-3 without weights, then twelve-
 bench-guides: $(STAMP)  ## what fits in 8, 20 and 32 GB, and at which cost; ARGS="--help" says more
 	$(BIN)/python -m benchmarks.guides $(ARGS)
 
+bench-compare: $(STAMP)  ## every strategy and peer on nine models, some hours; ARGS="--help" says more
+	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+bench-seeds: $(STAMP)  ## chains, Checkmate's experiments, half of the memory; half an hour
+	$(BIN)/python -m benchmarks.seeds chains
+	$(BIN)/python -m benchmarks.seeds checkmate
+	$(BIN)/python -m benchmarks.seeds half
+
 calibrate: $(STAMP)  ## fit the roofline to the device at hand, some minutes; ARGS="--help" says more
 	$(BIN)/python -m benchmarks.calibrate $(ARGS)
+
+notebooks: $(STAMP)  ## execute the notebooks from clean and write their outputs, some minutes
+	$(BIN)/python -m notebooks $(ARGS)
 
 wheel: $(STAMP)  ## build the wheel into dist/
 	rm -rf build/lib build/bdist.* dist

@@ -1,0 +1,1 @@
+"""Four notebooks, and what executes them: ``python -m notebooks``."""
