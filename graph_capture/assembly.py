@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_map
 
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.allocator import block_bytes
-from .costs.cost_model import Call, CostModel, CostRecord
+from .costs.cost_model import Call, CostRecord
 from .costs.library_workspace import STORAGE_NAME, library_workspace_bytes
-from .costs.workspace import WorkspaceProbe
 from .operators import Block, OperatorCode, item_index
 from .optimizer_step import OptimizerStep
+from .pricing import Pricing
 from .recorder import storage_id
 from .target import Target
 from .trace import TracedStep
@@ -77,32 +77,6 @@ class CapturedStep:
     def device_type(self) -> str:
         """``"cpu"`` or ``"cuda"``."""
         return self.target.torch_type
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pricing:
-    """What operators and storages of a step are priced with.
-
-    Parameters
-    ----------
-    target
-        Where the step runs.
-    costs
-        Time of each call.
-    probe
-        Scratch memory of each call.
-    held_bytes
-        Memory that lies in modules and takes no part in the step.
-    known
-        Time and scratch of the calls that were priced before, by node and target: a
-        step is assembled more than once, and few calls change in between.
-    """
-
-    target: Target
-    costs: CostModel
-    probe: WorkspaceProbe
-    held_bytes: int
-    known: dict[tuple[Node, Any], tuple[int, int]] = field(default_factory=dict)
 
 
 class Assembly:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .assembly import Assembly, CapturedStep, Pricing
+from .assembly import Assembly, CapturedStep
 from .call_spec import bind_call, split_sample, tensors_of
 from .cost_graph import CostGraph
 from .costs.choose import ChosenCosts, choose_costs
@@ -29,6 +29,7 @@ from .operators import (
     pin_readers_of_written,
 )
 from .optimizer_step import OptimizerStep
+from .pricing import Pricing
 from .recorder import storage_id
 from .reuse import ReuseFinder
 from .target import Target, target_of

@@ -25,16 +25,25 @@ def undisturbed(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[None]:
 
     So are the attributes of ``others``, objects that forward is called with.
     """
+    torch.clear_autocast_cache()
+    with generators_put_back(), attributes_put_back((*model.modules(), *others)):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
+
+
+@contextmanager
+def generators_put_back() -> Iterator[None]:
+    """Afterwards Python's, NumPy's and PyTorch's global random generators are as before.
+
+    Those of all CUDA devices, too, if CUDA is in use: ``torch.manual_seed`` seeds them.
+    """
     cpu_state = torch.random.get_rng_state()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    torch.clear_autocast_cache()
     try:
-        with attributes_put_back((*model.modules(), *others)):
-            try:
-                yield
-            finally:
-                torch.clear_autocast_cache()
+        yield
     finally:
         torch.random.set_rng_state(cpu_state)
         random.setstate(python_state)

@@ -4,6 +4,7 @@ from graph_capture.costs.profile import Profile
 
 from .comparing.compare import compare
 from .comparing.comparison import Comparison, ComparisonRow
+from .comparing.files import ComparisonFileError
 from .errors import (
     CallMismatchError,
     CaptureError,
@@ -22,6 +23,7 @@ __all__ = [
     "CallMismatchError",
     "CaptureError",
     "Comparison",
+    "ComparisonFileError",
     "ComparisonRow",
     "Estimate",
     "EstimateRow",

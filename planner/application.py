@@ -132,7 +132,7 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
     _refuse_elsewhere(plan.guard.state, found)
     different = difference(plan.guard.state, found, "state")
     if different is not None:
-        raise PlanMismatchError(f"the plan was made for another model: {different}")
+        raise _another_model(different)
     captured, structure = plan._captured, plan._structure
     # What was captured without the device is captured again on it, to see that it holds there.
     known = captured is not None and not captured.target.elsewhere and captured.model() is model
@@ -143,8 +143,15 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
         captured = _capture_again(plan, model, forward)
     if captured.graph.fingerprint != plan.fingerprint:
         different = _first_difference(plan.graph, captured.graph)
-        raise PlanMismatchError(f"the plan was made for another model: {different}")
+        raise _another_model(different)
     return captured
+
+
+def _another_model(different: str) -> PlanMismatchError:
+    return PlanMismatchError(
+        f"the plan was made for another model: {different}; make a plan for this model with "
+        "optimize()"
+    )
 
 
 def _refuse_elsewhere(planned: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:

@@ -88,10 +88,21 @@ def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) 
     """
     if (budget_gb is None) == (budget_bytes is None):
         raise ValueError("give the budget once: budget_gb=40, budget_gb='40GiB' or budget_bytes=…")
-    if budget_gb is not None:
-        return parse_bytes(budget_gb, default_unit="gb")
-    assert budget_bytes is not None
-    return parse_bytes(budget_bytes, default_unit="b")
+    if isinstance(budget_bytes, float) and math.isfinite(budget_bytes) and budget_bytes % 1:
+        raise ValueError(
+            f"budget_bytes={budget_bytes!r} is no whole number of bytes: write "
+            "budget_bytes=12_000_000_000, or budget_gb=12 for gigabytes"
+        )
+    try:
+        if budget_gb is not None:
+            return parse_bytes(budget_gb, default_unit="gb")
+        assert budget_bytes is not None
+        return parse_bytes(budget_bytes, default_unit="b")
+    except ValueError as error:
+        asked = "budget_bytes" if budget_gb is None else "budget_gb"
+        value = budget_bytes if budget_gb is None else budget_gb
+        example = "12_000_000_000" if budget_gb is None else "40, '40GB' or '40GiB'"
+        raise ValueError(f"{asked}={value!r}: {error}; write {asked}={example}, say") from error
 
 
 def parse_headroom(headroom: float | str | None, budget_bytes: int, device_type: str) -> Budget:
@@ -136,7 +147,13 @@ def _amount(headroom: float | str) -> float | int:
     if isinstance(headroom, str):
         percent = _PERCENT.fullmatch(headroom)
         if percent is None and headroom.strip()[-1:].isalpha():
-            return parse_bytes(headroom)
+            try:
+                return parse_bytes(headroom)
+            except ValueError as error:
+                raise ValueError(
+                    "headroom is a fraction of the budget or an amount of bytes, got "
+                    f"{headroom!r} ({error}): write '5%', 0.05 or '2GB'"
+                ) from error
         if percent is None:
             raise ValueError(
                 "headroom is a fraction of the budget or an amount of bytes, and "

@@ -12,6 +12,7 @@ from torch import nn
 
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.cost_model import CostRecord
+from graph_capture.costs.library_workspace import STORAGE_NAME
 from graph_capture.loss import LossFn, LossSpec
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.units import format_bytes, format_us
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .structure import Structure
     from .training_step import Sample
 
+LIBRARY_WORKSPACE = "library_workspace"
+
 OnShapeChange = Literal["error", "unplanned", "replan"]
 
 
@@ -44,7 +47,8 @@ class PeakMemory:
         The peak.
     by_category
         Bytes of it by what they hold: parameter, buffer, gradient,
-        optimizer_state, input, output, activation, temporary, workspace.
+        optimizer_state, input, output, activation, temporary, workspace (a
+        kernel's scratch), library_workspace (what cuBLAS holds all the while).
     operator
         Name of the operator that runs at the peak.
     phase, module_path, source
@@ -66,7 +70,10 @@ class PeakMemory:
         parts: dict[str, int] = {}
         for storage in graph.storages:
             if storage.producer is None:
-                parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
+                category: str = storage.category
+                if storage.name == STORAGE_NAME:  # the graph has it among the buffers
+                    category = LIBRARY_WORKSPACE
+                parts[category] = parts.get(category, 0) + storage.size_bytes
         for k in outcome.live_at(step):
             storage = graph.storages[k]
             parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
@@ -206,7 +213,8 @@ class Plan:
 
         The module keeps its class, parameters, buffers, hooks and
         ``state_dict``. In ``eval()`` mode and under ``no_grad`` it runs its own
-        forward.
+        forward. A plan that is applied to it already is replaced by this one, and
+        one :meth:`remove` gives the own forward back.
 
         Parameters
         ----------
@@ -248,7 +256,7 @@ class Plan:
         batch_dim: int = 0,
         make_sample: MakeSample | None = None,
         largest: int = 2**16,
-        time_limit_s: float = 60.0,
+        time_limit_s: float | None = None,
         progress: ShowLines = None,
     ) -> MaxBatch:
         """The largest batch that fits this plan's budget, without a plan and with one.

@@ -9,6 +9,7 @@ refused. Lower bound and baseline are the planner's word when it was written.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -30,7 +31,7 @@ from solvers.schedule import Schedule
 
 from .call_guard import CallGuard
 from .errors import PlanError
-from .plan import Plan
+from .plan import LIBRARY_WORKSPACE, Plan
 from .whole_file import write_whole
 
 SCHEMA_VERSION = 2
@@ -69,6 +70,10 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 def load_plan(path: Path) -> Plan:
     """Read a plan file; see :meth:`planner.Plan.load`."""
+    if not path.exists():
+        raise FileNotFoundError(
+            errno.ENOENT, "there is no such plan (plan.save(path) writes one)", str(path)
+        )
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise PlanError(f"{path} has {size} bytes; a plan has at most {MAX_FILE_BYTES}")
@@ -123,7 +128,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "baseline_step_us": plan.baseline_step_us,
             "overhead": plan.overhead,
             "gap": plan.gap,
-            "peak_by_category": dict(memory.by_category),
+            "peak_by_category": _with_buffers(memory.by_category),
             "peak_operator": memory.operator,
         },
         "rules": {
@@ -287,6 +292,15 @@ def _build(data: Mapping[str, Any]) -> Plan:
         headroom_bytes=data["headroom_bytes"],
         branch_free=data["branch_free"],
     )
+
+
+def _with_buffers(by_category: Mapping[str, int]) -> dict[str, int]:
+    """A library's workspace among the buffers, where files of this version have it."""
+    parts = dict(by_category)
+    workspace_bytes = parts.pop(LIBRARY_WORKSPACE, 0)
+    if workspace_bytes:
+        parts["buffer"] = parts.get("buffer", 0) + workspace_bytes
+    return parts
 
 
 def _optimizer_ns(graph: CostGraph) -> int:

@@ -189,6 +189,7 @@ class Incumbent:
                     bound_ns=self.bound_ns,
                     gap=self.gap,
                     message=message,
+                    global_bound_ns=self.global_bound_ns,
                 )
             )
 

@@ -29,6 +29,9 @@ FIELD_SHARE = 0.1
 OVERTIME_OPERATORS = 500
 """Up to which they are all tried, be the time over or not: it is some tenths of a second."""
 
+OVERTIME_S = 1.0
+"""Beyond the time limit, after which even that ends: a busy machine takes longer."""
+
 
 def solve(
     graph: CostGraph,
@@ -52,9 +55,11 @@ def solve(
         else it searches a schedule and proves it by slice refinement. The
         others run alone.
     time_limit_s
-        Wall clock; the best of what was found by then is returned. The first
-        solve after an installation also compiles, some ten seconds that the
-        limit does not cover.
+        Wall clock; the best of what was found by then is returned. On graphs of
+        up to :data:`OVERTIME_OPERATORS` operators ``"auto"`` goes on for
+        :data:`OVERTIME_S` at most, to try what the field's simple strategies
+        have: some tenths of a second. The first solve after an installation
+        also compiles, some ten seconds that the limit does not cover.
     seed
         The same graph, budget, seed and workers give the same result where the
         clock has no say: the limit does not cut the solve, and with two
@@ -154,6 +159,8 @@ def _auto(state: Incumbent, seed: int, workers: int) -> None:
     until_s = state.elapsed_s + FIELD_SHARE * state.left_s
     for schedule, name in field.singles(lambda: state.stopped or state.elapsed_s > until_s):
         state.offer(schedule, name)
+    if state.done:
+        return
     if is_plain_chain(state.graph):
         _chain(state, seed, 0.1 * state.left_s)
     with Beside(state, seed=seed, wanted=workers > 1, field=field) as beside:
@@ -169,7 +176,7 @@ def _auto(state: Incumbent, seed: int, workers: int) -> None:
         if not state.done:
             slice_refinement(state, seed=seed, companion=beside)
     if not state.done and state.graph.num_operators <= OVERTIME_OPERATORS:
-        for schedule, name in field.families(lambda: state.stopped):
+        for schedule, name in field.families(lambda: state.stopped or state.left_s <= -OVERTIME_S):
             state.offer(schedule, name)
 
 

@@ -19,6 +19,9 @@ class ProgressEvent:
         goes below; ``incumbent_ns`` is ``None`` as long as there is none.
     gap
         ``(incumbent - bound) / bound``.
+    global_bound_ns
+        What no schedule whose first runs keep the base order goes below, where
+        ``bound_ns`` may speak of staged schedules only; ``None`` before a solve.
     message
         Who found what.
     """
@@ -28,6 +31,7 @@ class ProgressEvent:
     bound_ns: int
     gap: float | None
     message: str
+    global_bound_ns: int | None = None
 
 
 Progress = Callable[[ProgressEvent], None]

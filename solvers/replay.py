@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graph_capture.cost_graph import CostGraph
+from graph_capture.units import format_bytes, format_us
 
 from .schedule import Schedule
 
@@ -47,6 +48,12 @@ class Replay:
     def live_at(self, step: int) -> tuple[int, ...]:
         """Storages with a version alive during run ``step``; doubled versions appear twice."""
         return tuple(k for k, born, last in self.live if born <= step <= last)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Replay of {len(self.memory_bytes)} runs: peak {format_bytes(self.peak_bytes)} at "
+            f"run {self.peak_step}, {format_us(self.cost_ns / 1e3)}>"
+        )
 
 
 def replay(graph: CostGraph, schedule: Schedule) -> Replay:

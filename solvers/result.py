@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from graph_capture.units import format_bytes, format_us
+
 from .schedule import Schedule
 
 
@@ -66,6 +68,16 @@ class SolveResult:
     def gap(self) -> float | None:
         """``(cost - bound) / bound``, on the time of the whole step."""
         return None if self.cost_ns is None else relative_gap(self.cost_ns, self.lower_bound_ns)
+
+    def __repr__(self) -> str:
+        if self.schedule is None or self.cost_ns is None or self.peak_bytes is None:
+            found = "no schedule"
+        else:
+            found = (
+                f"{len(self.schedule.order)} runs, peak {format_bytes(self.peak_bytes)}, "
+                f"step {format_us(self.cost_ns / 1e3)}, gap {self.gap:.2%}"
+            )
+        return f"<SolveResult {self.status} by {self.solver}: {found}, {self.solve_s:.2f} s>"
 
 
 def relative_gap(cost_ns: int, bound_ns: int) -> float:

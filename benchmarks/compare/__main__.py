@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from planner.comparing.chosen import choose_strategies
 from planner.comparing.comparison import Comparison
 from planner.comparing.peers import PEERS
 from solvers.strategies import STRATEGIES
@@ -26,7 +27,7 @@ from ..plan_runs import write_json
 from ..run import ROOT
 from .matched import Matched
 from .tables import report
-from .worker import Job
+from .worker import Job, files_of
 
 RECORD = ("bert", "gpt2", "llama", "t5", "vit", "resnet50", "unet", "vgg16", "mobilenet")
 
@@ -92,7 +93,7 @@ def main(
         "models": list(names),
         "size": size,
         "predicted": predicted,
-        "strategies": list(strategy or STRATEGIES),
+        "strategies": list(strategy or choose_strategies(None, STRATEGIES)[1]),
         "num_budgets": num_budgets,
         "optimizer": optimizer,
         "limit_s": limit_s,
@@ -108,7 +109,13 @@ def main(
 
 
 def run_worker(job: Job) -> str:
-    """Compare one model in a fresh process; what went wrong, or nothing."""
+    """Compare one model in a fresh process; what went wrong, or nothing.
+
+    What an earlier run left of the model goes first, so that nothing old is taken
+    for a result of this one.
+    """
+    for path in files_of(job):
+        path.unlink(missing_ok=True)
     child = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.compare.worker", json.dumps(asdict(job))],
         cwd=ROOT,

@@ -32,6 +32,7 @@ WANTED_PEAK = 0.7
 
 NUM_SOLVES = 6
 NOTHING_RECOMPUTED = "it recomputes nothing here"
+NO_OVERHEAD = "it has no overhead here that could be halved"
 
 Solved = Callable[[int], SolveResult]
 
@@ -51,7 +52,7 @@ class Matched:
     our_overhead, bound_overhead
         At its peak, and what nothing there is below; ``None`` where we found nothing.
     overhead_ratio
-        Ours over its; ``None`` where it recomputes nothing.
+        Ours over its; ``None`` where it has none, or we found nothing.
     our_peak_bytes, bound_peak_bytes
         The least peak of ours that costs no more than it does, and the highest
         budget of which it is proven that nothing within it costs no more.
@@ -126,7 +127,7 @@ def matched(
         our_peak_bytes=peak,
         bound_peak_bytes=proven,
         peak_ratio=peak_ratio,
-        overhead_verdict=_overhead_verdict(ratio, bound, overhead, recomputes),
+        overhead_verdict=_overhead_verdict(ours, bound, overhead, recomputes),
         peak_verdict=_peak_verdict(peak_ratio, proven, rival.peak_bytes, least)
         if recomputes
         else NOTHING_RECOMPUTED,
@@ -165,12 +166,14 @@ def _least_peak(
     return high, proven
 
 
-def _overhead_verdict(ratio: float | None, bound: float, overhead: float, recomputes: bool) -> str:
+def _overhead_verdict(ours: float | None, bound: float, overhead: float, recomputes: bool) -> str:
     if not recomputes:
         return NOTHING_RECOMPUTED
-    if ratio is None:
+    if ours is None:
         return "nothing found within its peak"
-    if ratio <= WANTED_OVERHEAD:
+    if overhead <= 0:
+        return NO_OVERHEAD
+    if ours / overhead <= WANTED_OVERHEAD:
         return "met"
     least_ratio = bound / overhead
     if least_ratio > WANTED_OVERHEAD:

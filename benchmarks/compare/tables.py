@@ -33,7 +33,10 @@ def report(
 
 
 def below_table(comparisons: Mapping[str, Comparison]) -> str:
-    """A line for each model: how many points lie below our curve, and which."""
+    """A line for each model: how many points lie below our curve, and which.
+
+    Dashes where ours took no part, so that there is no curve.
+    """
     rows = []
     for model, comparison in comparisons.items():
         points = [
@@ -43,13 +46,18 @@ def below_table(comparisons: Mapping[str, Comparison]) -> str:
             and r.strategy != comparison.ours
             and r.predicted_step_us is not None
         ]
-        below = comparison.below_ours(TOLERANCE)
+        took_part = any(
+            r.strategy == comparison.ours and r.budget_bytes is not None for r in comparison.rows
+        )
+        below = comparison.below_ours(TOLERANCE) if took_part else ()
         which = ", ".join(f"{r.strategy} at {r.budget or 'its own choice'}" for r in below)
         gaps = [
             r.gap for r in comparison.rows if r.strategy == comparison.ours and r.gap is not None
         ]
         worst = f"{max(gaps):.2%}" if gaps else "–"
-        rows.append([model, str(len(points)), str(len(below)), which or "–", worst])
+        rows.append(
+            [model, str(len(points)), str(len(below)) if took_part else "–", which or "–", worst]
+        )
     header = ["model", "points of others", "below our curve", "which", "our largest gap"]
     return markdown(header, rows)
 
@@ -69,12 +77,15 @@ def predicted_table(comparison: Comparison) -> str:
     budgets = list(comparison.bounds)
     header = ["strategy", "its own choice"]
     header += [_column(comparison, b) for b in budgets]
-    cells = {(r.strategy, r.budget): r for r in comparison.rows if r.kind == "strategy"}
+    cells = {
+        (r.strategy, r.budget, r.budget_bytes): r for r in comparison.rows if r.kind == "strategy"
+    }
     rows = []
-    for name in dict.fromkeys(strategy for strategy, _ in cells):
+    for name in dict.fromkeys(strategy for strategy, *_ in cells):
         label = f"**{name}**" if name == comparison.ours else name
-        own = cells.get((name, ""))
-        line = [_own(own)] + [_overhead(cells.get((name, b.budget))) for b in budgets]
+        own = cells.get((name, "", None))
+        found = (cells.get((name, b.budget, b.budget_bytes)) for b in budgets)
+        line = [_own(own), *(_overhead(row) for row in found)]
         rows.append([label, *line])
     rows.append(["lower bound", "", *(_bound(comparison, b.lower_bound_us) for b in budgets)])
     return markdown(header, rows)

@@ -71,6 +71,14 @@ class Job:
     out: str = "build/compare"
 
 
+_LEFT = (".json", ".csv", "_matched.json", "_predicted.png", "_measured.png", "_accuracy.png")
+
+
+def files_of(job: Job) -> tuple[Path, ...]:
+    """Everything that a job may leave, whether it is there or not."""
+    return tuple(Path(job.out) / f"{job.model}{end}" for end in _LEFT)
+
+
 def work(job: Job) -> None:
     """Compare, and leave the files.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -92,10 +93,12 @@ def _checkpointing_and_plan(bench: Bench, num_pairs: int) -> list[PeerRow]:
     model = bench.make()
     peer = checkpointing_of(model)
     method = f"per-block checkpointing, by {peer.source}"
-    with peer.prepare(model, _situation(bench, model)) as ready:
-        del model
+    situation = _situation(bench, model)
+    with ExitStack() as prepared:
         try:
             with peers_warnings():
+                ready = prepared.enter_context(peer.prepare(model, situation))
+                del model
                 theirs = _measured(bench, ready.model, method, num_pairs)
         except PEER_ERRORS as error:
             return [_failed(bench, method, error)]

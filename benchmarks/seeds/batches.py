@@ -121,7 +121,9 @@ class LargestBatch:
     batch
         0 where it reaches none.
     excluded
-        The least batch proven to be out of reach; ``None`` where none is.
+        The least batch proven to be out of reach; ``None`` where none is. It is
+        proven of the step on the line through the two captures, which at that
+        batch is not captured.
     peak_bytes, overhead
         Of its schedule at ``batch``, on the step as captured there.
     """

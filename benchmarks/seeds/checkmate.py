@@ -27,7 +27,15 @@ from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 from ..models import SUBJECTS, Size
 from ..plan_runs import markdown
 from .batches import Find, LargestBatch, Rule, StepLine, largest_batch
-from .questions import Figure, answer, captured_graph, optimum_figure, strategy_figure
+from .questions import (
+    NOTHING_FITS,
+    NOTHING_FOUND,
+    Figure,
+    answer,
+    captured_graph,
+    optimum_figure,
+    strategy_figure,
+)
 
 V100 = Device(
     name="v100",
@@ -135,8 +143,9 @@ def sweep_tables(rows: Sequence[dict[str, Any]]) -> str:
         header = ["overhead at a budget of", *(f"{budget / 1e9:.2f} GB" for budget in budgets)]
         parts.append(
             f"## {name}: {own[0]['description']}\n\nKeeping everything needs "
-            f"{own[0]['keep_all_bytes'] / 1e9:.2f} GB. –: does not fit; ?: no answer within "
-            "the limit.\n\n" + markdown(header, lines)
+            f"{own[0]['keep_all_bytes'] / 1e9:.2f} GB. –: does not fit; ×: proven that "
+            "nothing fits; ?: nothing found within the limit; n/a: does not apply.\n\n"
+            + markdown(header, lines)
         )
     return "\n".join(parts)
 
@@ -190,7 +199,7 @@ def batch_table(rows: Sequence[dict[str, Any]]) -> str:
     header = [
         "images",
         *(f"`{strategy}`" for strategy in strategies),
-        "at most",
+        "at most, by interpolation",
         "ours / none",
         "ours / best heuristic",
         "overhead there: heuristic, ours",
@@ -258,7 +267,8 @@ def by_solving(time_limit_s: float, seed: int = 0) -> Find:
 
 def _swept(row: dict[str, Any]) -> str:
     if row["error"]:
-        return "?"
+        known = {NOTHING_FITS: "×", NOTHING_FOUND: "?"}
+        return next((sign for words, sign in known.items() if words in row["error"]), "n/a")
     if not row["fits"]:
         return "–"
     return f"{row['overhead']:.1%}"

@@ -31,6 +31,10 @@ from solvers.result import SolveResult, SolveStatus
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 
+NOTHING_FITS = "proven: nothing fits"
+NOTHING_FOUND = "no schedule found"
+"""What errors of strategies that solve say, too; any other error is that one does not apply."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
@@ -47,7 +51,8 @@ class Figure:
     fits
         Whether the peak is within the budget; true without one.
     bound
-        What a lower bound on the time allows, as an overhead; ``None`` where there is none.
+        What a lower bound on the time of every schedule whose first runs keep the base
+        order allows, as an overhead; ``None`` where there is none.
     error
         Why there are no figures; ``""`` where there are.
     schedule
@@ -176,7 +181,9 @@ def answer(
 
     def watch(event: ProgressEvent) -> None:
         found = event.incumbent_ns is not None and event.incumbent_ns <= cost_limit_ns
-        if found or event.bound_ns > cost_limit_ns:
+        # A bound of staged schedules only is no answer: others may be quicker.
+        bound_ns = event.global_bound_ns
+        if found or (bound_ns is not None and bound_ns > cost_limit_ns):
             stop.set()
 
     result = solve(
@@ -190,7 +197,7 @@ def answer(
     )
     if result.cost_ns is not None and result.cost_ns <= cost_limit_ns:
         return Answer(schedule=result.schedule)
-    excluded = result.status is SolveStatus.INFEASIBLE or result.lower_bound_ns > cost_limit_ns
+    excluded = result.status is SolveStatus.INFEASIBLE or result.global_bound_ns > cost_limit_ns
     return Answer(schedule=None, excluded=excluded)
 
 
@@ -262,13 +269,13 @@ def forward_ns(graph: CostGraph) -> int:
 
 def _figure(graph: CostGraph, result: SolveResult) -> Figure:
     if result.cost_ns is None:
-        why = "proven: nothing fits" if result.status is SolveStatus.INFEASIBLE else "none found"
-        return Figure(strategy="auto", error=why)
+        proven = result.status is SolveStatus.INFEASIBLE
+        return Figure(strategy="auto", error=NOTHING_FITS if proven else NOTHING_FOUND)
     return Figure(
         strategy="auto",
         peak_bytes=result.peak_bytes,
         overhead=result.cost_ns / graph.base_cost_ns - 1,
         fits=True,
-        bound=max(0.0, result.lower_bound_ns / graph.base_cost_ns - 1),
+        bound=max(0.0, result.global_bound_ns / graph.base_cost_ns - 1),
         schedule=result.schedule,
     )

@@ -217,7 +217,7 @@ class ProfiledCosts:
             yield batch
 
     def _fail(self, key: str, call: Call, error: Exception) -> None:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         self._leave(key, call, _TOO_LARGE if out_of_memory else _REFUSED)
 
     def _remember(self, samples: dict[str, list[int]]) -> None:

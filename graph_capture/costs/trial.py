@@ -42,8 +42,16 @@ _SAFE_ALL_THE_SAME = {
 # Kernels that fail on a matrix of zeros or of noise, or whose scratch grows with the norm.
 _WANTS_REGULAR = re.compile(r"aten::_?(linalg|cholesky|lu_|inverse|triangular|ormqr|logdet|det).*")
 
-# What raises when a call refuses its arguments; CUDA's and the allocator's errors among them.
-REFUSALS = (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError)
+# What raises when a call refuses its arguments; CUDA's and the allocators' errors among them:
+# PyTorch's are RuntimeErrors, NumPy's is a MemoryError.
+REFUSALS = (
+    RuntimeError,
+    IndexError,
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    MemoryError,
+)
 
 _ALIGNMENT_BYTES = 64  # of PyTorch's own CPU allocator (c10/core/alignment.h, gAlignment)
 _POOL_LENGTH = 1 << 20

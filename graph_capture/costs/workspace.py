@@ -206,7 +206,7 @@ def _measure(call: Call, device: torch.device) -> int | None:
         with as_in_a_step(device), torch.set_grad_enabled(call.grad_enabled):
             args, kwargs = blank_arguments(call.func, call.args, call.kwargs, device)
             peak = measure(lambda: call.func(*args, **kwargs), results, device)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         logger.debug("%s runs out of memory: no scratch known", call.func)
         return None
     except REFUSALS as error:

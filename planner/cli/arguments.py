@@ -40,23 +40,34 @@ _DTYPES = {
 }
 
 
-def load_object(target: str) -> Any:
-    """What ``module:name`` names; modules are looked up beside the current folder, too."""
+_BUILDS = (
+    "give module:function, where the function takes no arguments and returns "
+    "(model, sample_input) or (model, sample_input, loss_fn)"
+)
+
+
+def load_object(target: str, wanted: str = "give module:function") -> Any:
+    """What ``module:name`` names; modules are looked up beside the current folder, too.
+
+    ``wanted`` ends the message where there is no such thing.
+    """
     module_name, _, name = target.partition(":")
     if not name:
-        fail(f"{target!r} is not of the form module:function")
+        fail(f"{target!r} is not of the form module:function; {wanted}")
     sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        fail(f"{target}: {error}")
+        fail(f"{target}: {error}; {wanted}")
     finally:
         sys.path.pop(0)
 
 
 def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | None]:
     """Call ``module:function``."""
-    function = load_object(target)
+    function = load_object(target, _BUILDS)
+    if not callable(function):
+        fail(f"{target} is a {type(function).__name__}, which cannot be called; {_BUILDS}")
     sys.path.insert(0, str(Path.cwd()))  # for what it imports
     try:
         made = function()

@@ -14,6 +14,7 @@ from solvers.strategies.registry import Registry
 from ..comparing.compare import compare
 from ..comparing.comparison import Comparison
 from ..errors import CaptureError
+from ..plots.style import check_matplotlib
 from .arguments import (
     Autocast,
     CostModelName,
@@ -77,6 +78,11 @@ def compare_command(
             fail(f"--out is a .json or .csv file, got {path}")
         if not path.absolute().parent.is_dir():
             fail(f"--out: there is no folder {path.parent}")
+    if plots is not None:
+        try:
+            check_matplotlib()
+        except ImportError as error:
+            fail(f"--plots: {error}")
     names = read_names(strategies)
     registry, added = _extended(strategy_from or [])
     if names is not None:

@@ -98,7 +98,10 @@ def max_batch_command(
     headroom: Headroom = None,
     batch_dim: BatchDim = 0,
     largest: Annotated[int, typer.Option(help="no batch above it is tried")] = LARGEST_BATCH,
-    time_limit_s: Annotated[float, typer.Option(help="for searching and solving")] = 60.0,
+    time_limit_s: Annotated[
+        float | None,
+        typer.Option(help="for searching and solving; else 10 to 60 s, by the step's size"),
+    ] = None,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[
         Path | None, typer.Option(help="write the plan for the largest batch to this file")

@@ -6,16 +6,19 @@ import math
 import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import count as count_from
 from numbers import Integral, Real
 from typing import Literal
 
 from graph_capture.units import parse_bytes
+from solvers.names import did_you_mean
 
 NUM_DEFAULT_BUDGETS = 8
 
 AskedBudget = float | int | str
 
-_PERCENT = re.compile(r"([0-9]*\.?[0-9]+)\s*%")
+_PERCENT = re.compile(r"([+-]?[0-9]*\.?[0-9]+)\s*%")
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _FRACTION = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+)")
 _EXAMPLES = "write 0.6 or '60%' (of the unplanned peak), 12_000_000_000 or '12GB', or a strategy"
@@ -108,18 +111,28 @@ def even_budgets(
 ) -> tuple[NamedBudget, ...]:
     """Budgets evenly from the least peak that is possible up to the unplanned one, both included.
 
+    Labels say the share of the unplanned peak, with as many digits as tell them apart.
+
     >>> [(b.label, b.num_bytes) for b in even_budgets(40, 100, 4)]
     [('least', 40), ('60.0%', 60), ('80.0%', 80), ('100%', 100)]
     """
     span = max(0, unplanned_peak_bytes - least_bytes)
-    amounts = [least_bytes + span * i // (count - 1) for i in range(count)]
-    named: dict[int, str] = {}
-    for i, num_bytes in enumerate(amounts):
-        share = f"{100 * num_bytes / unplanned_peak_bytes:.1f}%"
-        named.setdefault(
-            num_bytes, "least" if i == 0 else "100%" if num_bytes == amounts[-1] else share
-        )
-    return tuple(NamedBudget(label=label, num_bytes=n) for n, label in named.items())
+    amounts = sorted({least_bytes + span * i // (count - 1) for i in range(count)})
+    labels = ["least", *_shares(amounts[1:-1], unplanned_peak_bytes), "100%"]
+    return tuple(
+        NamedBudget(label=label, num_bytes=n)
+        for label, n in zip(labels[: len(amounts)], amounts, strict=True)
+    )
+
+
+def _shares(amounts: Sequence[int], whole: int) -> list[str]:
+    """Percentages of ``whole``, no two alike and none that reads as all of it."""
+    percentages = [Decimal(100 * amount) / whole for amount in amounts]
+    for digits in count_from(1):
+        written = [f"{percentage:.{digits}f}" for percentage in percentages]
+        if len({Decimal(100), *map(Decimal, written)}) == len(written) + 1:
+            break
+    return [f"{text}%" for text in written]
 
 
 def _read(budget: AskedBudget, strategies: Container[str]) -> ReadBudget:
@@ -150,9 +163,10 @@ def _read_text(text: str, strategies: Container[str]) -> ReadBudget:
     try:
         num_bytes = parse_bytes(text)
     except ValueError as error:
-        names = ", ".join(strategies) if isinstance(strategies, Iterable) else ""
+        names = sorted(strategies) if isinstance(strategies, Iterable) else []
         raise ValueError(
-            f"not a budget: {text!r} ({error}); {_EXAMPLES}, one of: {names}"
+            f"not a budget: {text!r} ({error}); {did_you_mean(text, names)}{_EXAMPLES}, one of: "
+            f"{', '.join(names)}"
         ) from error
     return ReadBudget(label=text.replace(" ", ""), kind="bytes", amount=num_bytes)
 

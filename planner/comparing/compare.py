@@ -21,7 +21,7 @@ from ..make_plan import Request, remembered_least_memory
 from ..optimize import check_model
 from .budgets import AskedBudget, NamedBudget, ReadBudget, even_budgets, in_bytes, read_budgets
 from .chosen import MIN_CUT, choose_strategies, with_min_cut
-from .comparison import Comparison
+from .comparison import DEFAULT_GAP, Comparison
 from .execute import executed, must_run
 from .machine import machine, versions
 from .peer_rows import choose_peers, peer_rows
@@ -40,7 +40,7 @@ def compare(
     budgets: Iterable[AskedBudget] | None = None,
     strategies: Iterable[str | Strategy | PlainStrategy] | None = None,
     peers: Iterable[str | Peer] = (),
-    registry: Registry = STRATEGIES,
+    registry: Registry | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | str | None = None,
     device: str | Device | None = None,
@@ -49,7 +49,7 @@ def compare(
     measure: bool | None = None,
     repeats: int = 8,
     time_limit_s: float = 30.0,
-    gap: float = 0.001,
+    gap: float = DEFAULT_GAP,
     seed: int = 0,
     workers: int = 2,
     name: str | None = None,
@@ -73,7 +73,9 @@ def compare(
         Each is a share of the predicted unplanned peak (``0.6``, ``"60%"``),
         bytes (``12_000_000_000``, ``"12GB"``, ``"40GiB"``), or the name of a
         strategy, for the peak that it has at its own choice. ``None`` for eight,
-        evenly from the least peak known to be possible up to the unplanned one.
+        evenly from the least peak known to be possible up to the unplanned one;
+        ``[]`` for each strategy's own choice and nothing else, so that those that
+        need a budget, ours among them, are left out.
     strategies
         Names of the registry, ``"min_cut"`` (PyTorch's partitioner on this
         graph), strategies, or functions of a cost graph and a budget in bytes
@@ -81,7 +83,7 @@ def compare(
     peers
         Names of ``planner.comparing.peers.PEERS``, or peers of your own.
     registry
-        Strategies by name, see ``solvers.strategies``.
+        Strategies by name; ``None`` for ``solvers.strategies.STRATEGIES``.
     measure
         Whether schedules are executed; ``None`` for where the device is at hand.
     repeats
@@ -113,12 +115,22 @@ def compare(
     The bound of a budget is proven by the solver ``"auto"``, which runs at every
     budget, and holds for every schedule whose first runs keep the base order.
     A strategy of your own that leaves that order may be below it.
+
+    Peers named ``compile_budget_*`` call ``torch._dynamo.reset()`` before and after
+    they run. It drops everything that ``torch.compile`` has compiled in this process,
+    your own functions included: they go on working and are compiled again when they
+    are next called.
     """
     check_model(model)
-    known, names = choose_strategies(strategies, registry)
+    known, names = choose_strategies(strategies, STRATEGIES if registry is None else registry)
     with_own_choice = {n for n, s in known.items() if not s.needs_budget}
     asked = None if budgets is None else read_budgets(budgets, with_own_choice)
     chosen_peers = choose_peers(peers)
+    if asked == () and not chosen_peers and with_own_choice.isdisjoint(names):
+        raise ValueError(
+            f"nothing is asked: budgets is empty, and {', '.join(names) or 'no strategy'} can only "
+            "be asked at a budget: give budgets=['60%'], say, or leave budgets out for eight"
+        )
     _check(repeats=repeats, workers=workers, measure=measure, name=name)
     request = Request(
         budget_bytes=1,
@@ -205,6 +217,7 @@ def _predicted_part(
         least_bound_bytes=least.lower_bound_bytes,
         device=captured.costs.device,
         cost_model=captured.costs.model,
+        gap=solving.gap,
         fingerprint=captured.graph.fingerprint,
         seed=solving.seed,
         versions=versions(),

@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from solvers.result import OPTIMAL_GAP
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+DEFAULT_GAP = 0.001
+"""How near the least possible time a solve of a comparison ends, unless it was asked for more."""
 
 RowKind = Literal["strategy", "peer"]
 Bits = Literal[
@@ -153,6 +158,8 @@ class Comparison:
         Where the step runs, and where its times come from.
     ours
         Name of the strategy that the others are held against.
+    gap
+        How near the least possible time its solves were allowed to end.
     fingerprint
         Of the captured step.
     seed, versions, machine
@@ -171,6 +178,7 @@ class Comparison:
     device: str
     cost_model: str
     ours: str = "auto"
+    gap: float = DEFAULT_GAP
     fingerprint: str
     seed: int
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -206,7 +214,7 @@ class Comparison:
             f"no budget {budget!r}; there are {', '.join(b.budget for b in self.bounds)}"
         )
 
-    def below_ours(self, tolerance: float = 0.0) -> tuple[ComparisonRow, ...]:
+    def below_ours(self, tolerance: float | None = None) -> tuple[ComparisonRow, ...]:
         """Strategies' rows whose predicted point lies below our curve: each is a fault of ours.
 
         A row is one of them when its peak is within one of our budgets and it
@@ -215,7 +223,8 @@ class Comparison:
         Parameters
         ----------
         tolerance
-            How much less, as a fraction of our time, counts as no less.
+            How much less, as a fraction of our time, counts as no less; ``None``
+            for the gap that our solves were allowed to end at, 0.01 % at least.
 
         Raises
         ------
@@ -225,6 +234,8 @@ class Comparison:
         ours = [r for r in self.rows if r.strategy == self.ours and r.budget_bytes is not None]
         if not ours and self.bounds:
             raise ValueError(f"{self.ours!r} took no part in this comparison: add it to strategies")
+        if tolerance is None:
+            tolerance = max(OPTIMAL_GAP, self.gap)
         return tuple(
             row for row in self.rows if any(_is_below(row, our, tolerance) for our in ours)
         )

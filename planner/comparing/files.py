@@ -8,6 +8,7 @@ its field's type, so that a damaged file says where.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..whole_file import write_whole
-from .comparison import Comparison
+from .comparison import DEFAULT_GAP, Comparison
 
 FORMAT = "remat-comparison"
 FORMAT_VERSION = 1
@@ -44,17 +45,35 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
 
 def load_comparison(path: Path) -> Comparison:
     """See :meth:`Comparison.load`."""
+    if not path.exists():
+        raise FileNotFoundError(
+            errno.ENOENT, "no such comparison (comparison.save(path) writes one)", str(path)
+        )
+    if path.suffix.lower() == ".csv":
+        raise ComparisonFileError(
+            f"{path} holds a comparison's records only, which read_csv of pandas reads; what can "
+            f"be loaded is written by {_again(path)}"
+        )
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
         raise ComparisonFileError(f"{path} has {size} bytes; one has at most {MAX_FILE_BYTES}")
     try:
         data = json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ComparisonFileError(f"{path} is not a comparison: it is no JSON ({error})") from error
+        raise ComparisonFileError(
+            f"{path} is not a comparison: it is no JSON ({error}); save it again with "
+            f"{_again(path)}"
+        ) from error
     try:
         return from_dict(data)
     except ComparisonFileError as error:
-        raise ComparisonFileError(f"{path} is not a usable comparison: {error}") from error
+        raise ComparisonFileError(
+            f"{path} is not a usable comparison: {error}; save it again with {_again(path)}"
+        ) from error
+
+
+def _again(path: Path) -> str:
+    return f"comparison.save({path.with_suffix('.json').name!r})"
 
 
 def to_json(comparison: Comparison) -> str:
@@ -90,7 +109,8 @@ def from_dict(data: Any) -> Comparison:
             "compare again"
         )
     body = {name: value for name, value in data.items() if name not in ("format", "version")}
-    return _dataclass(Comparison, body, "$")
+    # Version 1 was first written without the gap of the solves, which then was the usual one.
+    return _dataclass(Comparison, {"gap": DEFAULT_GAP, **body}, "$")
 
 
 # -- from plain values to dataclasses --------------------------------------------------

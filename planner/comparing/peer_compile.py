@@ -4,6 +4,10 @@ The budget is a ratio of saved bytes: 1 is what the partitioner saves when it
 minimizes run time, 0 what a checkpoint around the whole model would save. It is
 no peak, and bytes are refused.
 
+Each such peer calls ``torch._dynamo.reset()`` before and after it runs, so that no code
+compiled at another budget is taken. Everything that ``torch.compile`` has compiled
+in the process is dropped with it, and compiled again when it is next called.
+
 Known to be wrong (PyTorch 2.13, seen on the CPU)
 -------------------------------------------------
 Below a budget of 1 a random call may be left out of what is saved, and the backward
@@ -50,6 +54,10 @@ def compile_peer(budget: float, backend: str | None = None, *, eager_draws: bool
     ------
     ValueError
         When the budget is not from 0 to 1.
+
+    Notes
+    -----
+    Running it drops all compiled code of the process (``torch._dynamo.reset()``).
     """
     if not 0 <= budget <= 1:
         raise ValueError(f"an activation memory budget is a ratio from 0 to 1, not {budget!r}")

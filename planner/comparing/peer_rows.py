@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from graph_capture.cost_graph import CostGraph
+from solvers.names import unknown_name
 from solvers.strategies import StrategyError, module_blocks
 
 from .comparison import ComparisonRow
@@ -38,7 +39,7 @@ def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
         elif peer in PEERS:
             chosen[peer] = PEERS[peer]
         else:
-            raise ValueError(f"unknown peer {peer!r}; known are {', '.join(PEERS)}")
+            raise ValueError(unknown_name("peer", str(peer), PEERS))
     return tuple(chosen.values())
 
 

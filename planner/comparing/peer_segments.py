@@ -50,6 +50,11 @@ def sqrt_segments(model: nn.Module, situation: Situation) -> Iterator[Ready]:
         When more stretches of blocks feed each other directly than there are to be
         segments, or a block is called again.
     """
+    yield _in_segments(model, situation)
+
+
+def _in_segments(model: nn.Module, situation: Situation) -> Ready:
+    """Install the segments; what was noted for it dies with this call."""
     names = situation.blocks()
     notes = [without_cache(model)]
     calls = record_calls(model, situation, names)
@@ -69,7 +74,7 @@ def sqrt_segments(model: nn.Module, situation: Situation) -> Iterator[Ready]:
         Segment([flat[i] for i in segment], flat[segment.stop :]).install(model)
     if len(segments) == 1:
         notes.append("one segment, which is kept: nothing is recomputed")
-    yield Ready(
+    return Ready(
         model=model, setting=f"segments={len(segments)}", note="; ".join(filter(None, notes))
     )
 
@@ -232,10 +237,11 @@ class Promised(Tensor):
         if func in _NEEDS_NO_VALUE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        asked = func.__self__.__name__ if name == "__get__" else name  # of an attribute
         raise RuntimeError(
-            f"{getattr(func, '__name__', func)} reads what lies between two blocks of a segment, "
-            "which is not there: the segment runs under one checkpoint. This model's blocks "
-            "cannot be grouped; checkpoint_per_block can be used"
+            f"{asked} reads what lies between two blocks of a segment, which is not there: "
+            "it runs under one checkpoint. Use checkpoint_per_block: these blocks cannot be grouped"
         )
 
 
@@ -246,9 +252,9 @@ _NEEDS_NO_VALUE = {
     Tensor.is_floating_point,
     *(
         getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "requires_grad")
+        for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")
     ),
-}
+}  # not requires_grad: what was noted ran without gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

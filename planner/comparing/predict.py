@@ -12,6 +12,7 @@ from solvers.least_memory import LeastMemory
 from solvers.portfolio import solve
 from solvers.result import SolveResult, SolveStatus
 from solvers.schedule import Schedule
+from solvers.stages import STAGED_SCOPE
 from solvers.strategies.solved import AUTO
 from solvers.strategies.strategy import Strategy, StrategyError, StrategyOutcome, apply_strategy
 
@@ -22,6 +23,8 @@ from .remembered import Remembered
 from .running import LONGEST_ERROR
 
 Tell = Callable[[str], None]
+
+_SCOPES = {STAGED_SCOPE: "staged schedules"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +186,7 @@ class Predictor:
         return StrategyOutcome(
             strategy=AUTO.name,
             setting="",
-            note=f"{result.status} (by {result.solver})",
+            note=f"{_proven(result)} (by {result.solver})",
             schedule=result.schedule,
             peak_bytes=result.peak_bytes,
             cost_ns=result.cost_ns,
@@ -222,6 +225,13 @@ class Predictor:
         )
 
 
+def _proven(result: SolveResult) -> str:
+    """The status of a solve, and of what it is where that is less than the bound speaks of."""
+    if result.status is SolveStatus.OPTIMAL and result.bound_scope != GLOBAL_SCOPE:
+        return f"{result.status} among {_SCOPES.get(result.bound_scope, result.bound_scope)}"
+    return str(result.status)
+
+
 def predict_all(
     predictor: Predictor,
     strategies: Mapping[str, Strategy],
@@ -255,7 +265,8 @@ def predict_all(
 def _with_gap(predicted: Predicted, bounds: Sequence[BudgetBound]) -> Predicted:
     """The gap to the bound of a row's budget; below zero it would disprove the bound."""
     row = predicted.row
-    bound = next((b for b in bounds if b.budget == row.budget), None)
+    asked = (row.budget, row.budget_bytes)
+    bound = next((b for b in bounds if (b.budget, b.budget_bytes) == asked), None)
     if not row.fits or bound is None or not bound.lower_bound_us:
         return predicted
     assert row.predicted_step_us is not None

@@ -21,7 +21,7 @@ from ..measuring.measure import measure, measure_pair, timed_us
 from ..measuring.resident import single_device
 from ..measuring.restored import restored
 from ..out_of_memory import is_out_of_memory
-from ..training_step import LossFn, Sample, build_optimizer, clear_gradients, make_step, train_step
+from ..training_step import LossFn, Sample, build_optimizer, make_step, train_step
 from .comparison import ComparisonRow, MeasuredStep
 from .peer import PEER_ERRORS, Peer, Situation, blocks_of
 from .step_verdict import StepVerdict, judge_steps
@@ -89,13 +89,31 @@ def run_peer(
     situation = Situation(
         sample_input=sample_input, loss_fn=loss_fn, device=device, blocks=known_blocks
     )
+    seeds = range(seed, seed + num_seeds)
+    try:
+        return _row(peer, model, situation, optimizer, repeats, seeds)
+    finally:
+        # Out here nobody holds the peer's models any more.
+        release(device)
+
+
+def _row(
+    peer: Peer,
+    model: nn.Module,
+    situation: Situation,
+    optimizer: Optimizer,
+    repeats: int,
+    seeds: range,
+) -> ComparisonRow:
+    """A peer's row; every model that was made for it dies with this call."""
+    sample_input, loss_fn = situation.sample_input, situation.loss_fn
     row = ComparisonRow(strategy=peer.name, kind="peer")
     begin_s = time.monotonic()
     with forward_set(model, own_forward(model)), peers_warnings():
         try:
             twin, twins_optimizer = _copies(model, optimizer)
             with peer.prepare(twin, situation) as ready:
-                _one_step(ready.model, sample_input, loss_fn, seed)
+                _one_step(ready.model, sample_input, loss_fn, seeds.start)
                 row = replace(
                     row,
                     setting=ready.setting,
@@ -103,14 +121,10 @@ def run_peer(
                     solve_s=time.monotonic() - begin_s,
                 )
                 sides = ((model, optimizer), (ready.model, twins_optimizer))
-                measured = _measured(
-                    sides, sample_input, loss_fn, repeats, range(seed, seed + num_seeds), device
-                )
+                measured = _measured(sides, sample_input, loss_fn, repeats, seeds, situation.device)
                 return replace(row, measured=measured)
         except PEER_ERRORS as error:
             return replace(row, error=error_text(error))
-        finally:
-            release(device)
 
 
 @contextmanager
@@ -154,7 +168,6 @@ def _one_step(model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, se
     with restored(model, sample_input, loss_fn, None):
         torch.manual_seed(seed)
         train_step(model, sample_input, loss_fn)
-        clear_gradients(model, sample_input, loss_fn)
 
 
 def _eager_runs(
@@ -168,7 +181,6 @@ def _eager_runs(
             raise
     else:
         return True
-    clear_gradients(model, sample_input, loss_fn)
     release(device)
     return False
 

@@ -237,7 +237,8 @@ def _compared(
     if first is None:
         return StepVerdict(bits="equal", buffers="equal" if has_buffers else "")
     loss, theirs = (_value(results["the loss"]) for results in (expected, actual))
-    loss_error = abs(theirs - loss) / max(abs(loss), 1e-30) if theirs != loss else 0.0
+    same_loss = theirs == loss or (math.isnan(theirs) and math.isnan(loss))
+    loss_error = 0.0 if same_loss else abs(theirs - loss) / max(abs(loss), 1e-30)
     gradient_error, gradient = _distance(expected, actual, "the gradient of ")
     buffer_error, buffer = _distance(expected, actual, "buffer ")
     gradients = verdict_word(loss_error, gradient_error, dtype, draws=drew)
@@ -296,7 +297,9 @@ def _by_slope(verdict: StepVerdict, error: float) -> StepVerdict:
 def _distance(expected: Results, actual: Results, prefix: str) -> tuple[float, str]:
     """Norm of the difference over the norm of what is expected, and what differs most.
 
-    A tensor that is missing on one side counts as zeros.
+    Both norms are of the finite places: a causal mask of -inf would make them NaN.
+    Infinite where the others do not coincide. A tensor that is missing on one side
+    counts as zeros.
     """
     differences: dict[str, float] = {}
     size = 0.0
@@ -304,17 +307,35 @@ def _distance(expected: Results, actual: Results, prefix: str) -> tuple[float, s
         if not name.startswith(prefix):
             continue
         a, b = expected.get(name), actual.get(name)
-        size += 0.0 if a is None else _square(a)
-        if a is not None and b is not None:
-            differences[name] = _square(b.double() - a.double()) if a.shape == b.shape else math.inf
-        else:
-            one = b if a is None else a
-            differences[name] = 0.0 if one is None else _square(one)
+        size += 0.0 if a is None else _square(_wide(a).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+        differences[name] = _square_of_difference(a, b)
     total = sum(differences.values())
     if total == 0:
         return 0.0, ""
     most = max(differences, key=lambda name: differences[name])
     return math.sqrt(total / max(size, 1e-30)), most
+
+
+def _square_of_difference(a: Tensor | None, b: Tensor | None) -> float:
+    """Of the finite places; infinite where the others are not the same in both."""
+    one = b if a is None else a
+    if one is None:
+        return 0.0
+    a, b = (torch.zeros_like(one) if t is None else t for t in (a, b))
+    if a.shape != b.shape or a.is_complex() != b.is_complex():
+        return math.inf
+    a, b = _wide(a), _wide(b)
+    finite = a.isfinite() & b.isfinite()
+    if finite.all():
+        return _square(b - a)
+    others, theirs = a[~finite], b[~finite]
+    coincide = (others == theirs) | (others.isnan() & theirs.isnan())
+    return _square(b[finite] - a[finite]) if coincide.all() else math.inf
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, with real and imaginary parts side by side."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
 
 
 def _square(tensor: Tensor) -> float:

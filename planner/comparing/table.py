@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from graph_capture.units import format_bytes, format_us
@@ -10,7 +11,10 @@ from graph_capture.units import format_bytes, format_us
 from .comparison import BudgetBound, Comparison, ComparisonRow, MeasuredStep
 
 _LONGEST_SETTING = 22
-_LONGEST_ERROR = 110
+_LONGEST_ERROR = 80  # in its row; longer ones stand whole below the rows
+_WIDTH = 120
+_BUSY = 0.1
+_WRONG_MODEL = 3.0
 _PREDICTED = ("peak", "of unplanned", "overhead", "gap", "runs again", "solve")
 _MEASURED = ("measured peak", "step / eager", "quartiles", "bits")
 
@@ -20,7 +24,9 @@ def table(comparison: Comparison) -> str:
     lines = list(_head(comparison))
     shows = _shows_measured(comparison)
     for bound in comparison.bounds:
-        rows = [r for r in comparison.rows if r.budget == bound.budget and r.kind == "strategy"]
+        asked = (bound.budget, bound.budget_bytes)
+        rows = [r for r in comparison.rows if (r.budget, r.budget_bytes) == asked]
+        rows = [r for r in rows if r.kind == "strategy"]
         lines += ["", _budget_line(comparison, bound), *_block(comparison, rows, shows)]
     own = [r for r in comparison.rows if not r.budget and r.kind == "strategy"]
     if own:
@@ -28,6 +34,8 @@ def table(comparison: Comparison) -> str:
     peers = [r for r in comparison.rows if r.kind == "peer"]
     if peers:
         lines += ["", "other tools, as their users run them", *_block(comparison, peers, shows)]
+    notes = [line for note in _notes(comparison) for line in textwrap.wrap(note, _WIDTH)]
+    lines += ["", *notes] if notes else []
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -44,12 +52,13 @@ def _head(c: Comparison) -> Iterator[str]:
         f"least peak known to be possible {format_bytes(c.least_bytes)}, proven impossible below "
         f"{format_bytes(c.least_bound_bytes)}"
     )
-    yield f"* marks ours ({c.ours})"
+    if any(row.strategy == c.ours for row in c.rows):
+        yield f"* marks ours ({c.ours})"
 
 
 def _eager(c: Comparison) -> str:
     if c.eager is None:
-        return f"; eager steps failed: {_cut(c.eager_error, 80)}" if c.eager_error else ""
+        return f"; eager steps failed: {_line(c.eager_error)}" if c.eager_error else ""
     text = f"; {format_bytes(c.eager.peak_bytes)} measured"
     if c.eager.num_pairs:
         low, high = c.eager.quartiles
@@ -58,6 +67,34 @@ def _eager(c: Comparison) -> str:
             f"{high:.3f}, {c.eager.num_pairs} pairs)"
         )
     return text
+
+
+def _notes(c: Comparison) -> Iterator[str]:
+    """What a reader should know before believing the figures."""
+    none = next((r.predicted_peak_bytes for r in c.rows if r.strategy == "none"), None)
+    if none is not None and none < c.baseline_peak_bytes:
+        yield (
+            "note: 'none' may peak below the unplanned step, since schedules write results over "
+            "arguments that are not used again"
+        )
+    if c.eager is None or not c.eager.num_pairs:
+        return
+    low, high = c.eager.quartiles
+    if low < 1 - _BUSY or high > 1 + _BUSY:
+        yield (
+            f"warning: eager steps beside eager steps differ by more than {_BUSY:.0%} (quartiles "
+            f"{low:.3f} to {high:.3f}): the machine is too busy, or {c.eager.num_pairs} pairs are "
+            "too few, for measured times; free it or ask for more repeats"
+        )
+    ratio = c.eager.step_us / c.baseline_step_us if c.baseline_step_us else 1.0
+    if not 1 / _WRONG_MODEL <= ratio <= _WRONG_MODEL:
+        small = " (small calls take mostly Python's dispatch)" if ratio > 1 else ""
+        better = "" if c.cost_model == "profile" else '; use cost_model="profile"'
+        yield (
+            f"warning: the unplanned step takes {format_us(c.eager.step_us)} and was predicted to "
+            f"take {format_us(c.baseline_step_us)}: predicted overheads come from a cost model, "
+            f"{c.cost_model}, that does not fit this step{small}{better}"
+        )
 
 
 def _budget_line(c: Comparison, bound: BudgetBound) -> str:
@@ -77,17 +114,36 @@ def _block(c: Comparison, rows: Sequence[ComparisonRow], shows_measured: bool) -
     width = len(header)
     cells = [header, *(_cells(c, row, shows_measured) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(width)]
-    lines = []
+    lines: list[str] = []
+    whole: list[str] = []
+
+    def error(of: ComparisonRow) -> str:
+        text = _line(of.error)
+        if len(text) <= _LONGEST_ERROR:
+            return text
+        mark = f"({len(whole) + 1})"
+        whole.append(f"{mark} {of.strategy}: {text}")
+        return f"failed, see {mark} below"
+
     for row, of in zip(cells, (None, *rows), strict=True):
         left = "  ".join(cell.ljust(n) for cell, n in zip(row[:3], widths[:3], strict=True))
         if of is not None and of.error and of.predicted_peak_bytes is None and not of.measured:
             name = "  ".join(cell.ljust(n) for cell, n in zip(row[:2], widths[:2], strict=True))
-            lines.append(f"{name}  {_cut(of.error, _LONGEST_ERROR)}")
+            lines.append(f"{name}  {error(of)}")
             continue
         right = "  ".join(cell.rjust(n) for cell, n in zip(row[3:], widths[3:], strict=True))
         lines.append(f"{left}  {right}")
         if of is not None and of.error:
-            lines.append(f"{'':{widths[0]}}  {_cut(of.error, _LONGEST_ERROR)}")
+            lines.append(f"{'':{widths[0]}}  {error(of)}")
+    for text in whole:
+        lines += textwrap.wrap(
+            text,
+            _WIDTH,
+            initial_indent="  ",
+            subsequent_indent=" " * 6,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     return lines
 
 
@@ -123,6 +179,10 @@ def _measured_cells(measured: MeasuredStep | None) -> tuple[str, ...]:
     )
 
 
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _cut(text: str, longest: int) -> str:
-    line = " ".join(text.split())
+    line = _line(text)
     return line if len(line) <= longest else line[: longest - 1] + "…"

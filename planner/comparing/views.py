@@ -13,8 +13,11 @@ if TYPE_CHECKING:
 
 def records(comparison: Comparison) -> list[dict[str, Any]]:
     """See :meth:`Comparison.records`."""
-    bounds = {bound.budget: bound.lower_bound_us for bound in comparison.bounds}
-    return [_record(comparison, row, bounds.get(row.budget)) for row in comparison.rows]
+    bounds = {(b.budget, b.budget_bytes): b.lower_bound_us for b in comparison.bounds}
+    return [
+        _record(comparison, row, bounds.get((row.budget, row.budget_bytes or 0)))
+        for row in comparison.rows
+    ]
 
 
 def data_frame(comparison: Comparison) -> pandas.DataFrame:

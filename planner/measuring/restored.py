@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from graph_capture.isolation import attributes_put_back
+from graph_capture.isolation import attributes_put_back, generators_put_back
 
 from ..training_step import LossFn, Sample, output_tensors
 
@@ -23,7 +23,8 @@ def restored(
     """Give back, at the end, every value that a step changes; copies lie on the CPU.
 
     Plain attributes of the modules, too: a counter in Python, a list that forward
-    appends to, a tensor that it keeps.
+    appends to, a tensor that it keeps. And the random generators of Python, NumPy
+    and PyTorch.
     """
     parts = [part for part in (model, loss_fn) if isinstance(part, nn.Module)]
     registered = [(m._buffers, dict(m._buffers)) for part in parts for m in part.modules()]
@@ -42,10 +43,8 @@ def restored(
     unique = {id(t): t for t in tensors}.values()
     copies = [(t, t.detach().to("cpu", copy=True)) for t in map(_dense_part, unique)]
     grads = [(leaf, leaf.grad) for leaf in {id(t): t for t in leaves}.values()]
-    # torch.manual_seed seeds every CUDA device as well, if CUDA is in use.
-    cuda_devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     modules = [module for part in parts for module in part.modules()]
-    with torch.random.fork_rng(devices=cuda_devices), attributes_put_back(modules):
+    with generators_put_back(), attributes_put_back(modules):
         try:
             for leaf, _ in grads:
                 leaf.grad = None

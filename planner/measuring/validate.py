@@ -20,13 +20,11 @@ from torch import nn
 
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.costs.library_workspace import STORAGE_NAME
-from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
 from graph_capture.outputs import take_apart
 
 from ..application import PlannedForward, capture_for, forward_set, on_card_of, own_forward
-from ..errors import PlanError, PlanMismatchError
 from ..out_of_memory import is_out_of_memory
-from ..plan import Plan
+from ..plan import LIBRARY_WORKSPACE, Plan
 from ..training_step import (
     LossFn,
     Sample,
@@ -35,6 +33,7 @@ from ..training_step import (
     make_step,
     output_tensors,
 )
+from .as_planned import loss_of, optimizer_for
 from .bit_comparison import Results, compare_bits, step_results
 from .measure import measure_pair, record_peak, timed_us
 from .resident import resident_bytes_by_category, single_device, storage_bytes
@@ -70,11 +69,11 @@ def validate_plan(
         trial = _Trial(
             model=model,
             sample_input=sample_input,
-            loss_fn=_loss_of(plan, loss_fn),
+            loss_fn=loss_of(plan, loss_fn),
             seed=seed,
             device=device,
         )
-        chosen = _optimizer_for(plan, model, optimizer)
+        chosen = optimizer_for(plan, model, optimizer)
         with restored(model, sample_input, trial.loss_fn, chosen):
             if isinstance(chosen, str):
                 chosen = build_optimizer(chosen, model.parameters())
@@ -221,74 +220,6 @@ def _compare(
         return ("not compared", None), note
 
 
-# -- what the plan was asked for -----------------------------------------------------
-
-
-def _loss_of(plan: Plan, loss_fn: LossFn | None) -> LossFn | None:
-    """The loss of the step that was planned.
-
-    Raises
-    ------
-    PlanError, PlanMismatchError
-        When it is needed and not known, or given and not planned.
-    """
-    planned_with = plan.loss.region.label == "loss_fn"
-    if loss_fn is not None and not planned_with:
-        raise PlanMismatchError(
-            f"the plan differentiates {plan.loss.region.label}, not a loss_fn: leave it out, or "
-            "plan with it"
-        )
-    if loss_fn is None and planned_with:
-        if plan._request is None or plan._request.loss_fn is None:
-            raise PlanError("the plan was made with a loss_fn, which a file cannot hold: give it")
-        return plan._request.loss_fn
-    return loss_fn
-
-
-def _optimizer_for(
-    plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | str | None
-) -> torch.optim.Optimizer | str | None:
-    """The optimizer whose state and step the plan counts.
-
-    Raises
-    ------
-    PlanError, PlanMismatchError
-        When it is no optimizer that is known by name and none was given, or
-        another one was.
-    """
-    counted = plan.optimizer
-    if optimizer is None:
-        if counted is None:
-            return None
-        for name, build in OPTIMIZERS.items():
-            if getattr(build, "func", build).__name__ == counted.name:
-                twin = measure_optimizer(name, model)
-                assert twin is not None
-                if (twin.state_bytes, twin.workspace_bytes) == (
-                    counted.state_bytes,
-                    counted.workspace_bytes,
-                ):
-                    return name
-        raise PlanError(
-            f"the plan counts an optimizer, {counted.name} with {counted.state_bytes} bytes of "
-            "state, that is not one of those known by name with their defaults: pass it as "
-            "optimizer="
-        )
-    found = measure_optimizer(optimizer, model)
-    assert found is not None
-    if counted is None:
-        raise PlanMismatchError(
-            f"the plan counts no optimizer and {found.name} was given: leave it out, or plan "
-            "with optimizer="
-        )
-    if (found.name, found.state_bytes) != (counted.name, counted.state_bytes):
-        raise PlanMismatchError(
-            f"the plan counts {counted.name} with {counted.state_bytes} bytes of state, given was "
-            f"{found.name} with {found.state_bytes}: give the planned one, or plan with this one"
-        )
-    return optimizer
-
-
 # -- the unplanned step may not fit ----------------------------------------------------
 
 
@@ -386,10 +317,8 @@ def _predicted_parts(plan: Plan) -> dict[str, int]:
     A recorded step makes the workspace itself, so that it counts to the rest.
     """
     parts = dict(plan.memory.by_category)
-    workspace_bytes = sum(s.size_bytes for s in plan.graph.storages if s.name == STORAGE_NAME)
-    if workspace_bytes:
-        parts["buffer"] -= workspace_bytes
-        parts[STORAGE_NAME] = workspace_bytes
+    if LIBRARY_WORKSPACE in parts:
+        parts[STORAGE_NAME] = parts.pop(LIBRARY_WORKSPACE)
     return parts
 
 

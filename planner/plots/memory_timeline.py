@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from graph_capture.cost_graph import CostGraph
+from graph_capture.cost_graph import CostGraph, Storage
+from graph_capture.costs.library_workspace import STORAGE_NAME
 from solvers.replay import Replay, replay
 from solvers.schedule import Schedule
 from solvers.uniform import turning_point
@@ -80,9 +81,9 @@ def memory_timeline(graph: CostGraph, schedule: Schedule) -> MemoryTimeline:
     What the user sees keeps its own group all the time (parameters, gradients
     of parameters, optimizer state, inputs, outputs). Of the rest, a version
     from before the backward pass that outlives its beginning counts as saved,
-    one that a repeated run made as recomputed, any other as temporary. Memory of
-    no category that is there from the first moment on (a library's workspace)
-    counts as scratch.
+    one that a repeated run made as recomputed, any other as temporary. A library's
+    workspace, which is there from the first moment on, counts as scratch, as does
+    other such memory of no group of its own.
 
     Raises
     ------
@@ -95,8 +96,7 @@ def memory_timeline(graph: CostGraph, schedule: Schedule) -> MemoryTimeline:
     num_bytes = np.zeros((len(GROUPS), len(order) + 1), dtype=np.int64)
     for storage in graph.storages:
         if storage.producer is None:
-            group = _OF_CATEGORY.get(storage.category, WORKSPACE)
-            num_bytes[GROUPS.index(group), 0] += storage.size_bytes
+            num_bytes[GROUPS.index(_resident_group(storage)), 0] += storage.size_bytes
     storages, born, last = _versions(outcome)
     groups = _groups(graph, schedule, storages, born, last, turn)
     size = np.array([s.size_bytes for s in graph.storages], dtype=np.int64)[storages]
@@ -132,6 +132,16 @@ def repeats(schedule: Schedule) -> NDArray[np.bool_]:
     again = np.ones(len(order), dtype=bool)
     again[np.unique(order, return_index=True)[1]] = False
     return again
+
+
+def _resident_group(storage: Storage) -> str:
+    """Of memory that is there from the first moment on.
+
+    A library's workspace has the category of buffers, and is none of the model's.
+    """
+    if storage.name == STORAGE_NAME:
+        return WORKSPACE
+    return _OF_CATEGORY.get(storage.category, WORKSPACE)
 
 
 def _versions(outcome: Replay) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solvers.incumbent import GLOBAL_SCOPE
+
 from ..comparing.comparison import Comparison
 from .points import Point, curves, unreachable
 from .style import (
@@ -69,6 +71,9 @@ _LOOKS = (  # colour, marker, line: any two differ in two of them
     (SKY, "d", "--"),
     (BLACK, "*", ":"),
 )
+_EAGERS_ORDER = "in eager's order"
+_SHORT_SCOPES = {GLOBAL_SCOPE: _EAGERS_ORDER}
+
 _PEER_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "h")
 
 Points = Mapping[str, Sequence[Point]]
@@ -204,9 +209,9 @@ class _Pareto:
         if not region.tops:
             return
         tops = [100 * min(top, self.top) for top in region.tops]
-        words = "no schedule can be here (proven)"
+        words = f"no schedule can be here\n(proven, {self._scope()})"
         if self.measured:
-            words = "no schedule can be here\n(proven for predicted times)"
+            words = f"no schedule can be here\n(proven for predicted times,\n{self._scope()})"
         self.axis.stairs(
             tops,
             [edge / self.unit_bytes for edge in region.edges_bytes],
@@ -218,6 +223,11 @@ class _Pareto:
             label=words,
             zorder=1,
         )
+
+    def _scope(self) -> str:
+        """In few words what the bounds speak of: an order of its own may get below them."""
+        scopes = dict.fromkeys(bound.scope for bound in self.comparison.bounds)
+        return "; ".join(_SHORT_SCOPES.get(scope, scope) for scope in scopes) or _EAGERS_ORDER
 
     def _curve(
         self,

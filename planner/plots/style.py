@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from graph_capture.units import format_bytes
 
+from ..whole_file import write_whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -77,6 +79,18 @@ def house_style() -> Iterator[None]:
         yield
 
 
+def check_matplotlib() -> None:
+    """Refuse to begin what ends with a figure that cannot be drawn.
+
+    Raises
+    ------
+    ImportError
+        When matplotlib is not installed.
+    """
+    with house_style():
+        pass
+
+
 def new_figure(height_inches: float) -> Figure:
     """An empty figure as wide as a page, of no window; called inside :func:`house_style`."""
     from matplotlib.figure import Figure
@@ -96,26 +110,34 @@ def write_figure(figure: Figure, path: str | Path | None) -> None:
     ------
     ValueError
         When the suffix is another one.
+    OSError
+        When it cannot be written; what was there before still is.
     """
     if path is None:
         return
     path = Path(path)
     check_suffix(path)
     with house_style():
-        if path.suffix.lower() == ".png":
-            _write_png(figure, path)
-        else:
-            figure.savefig(path, metadata={"Date": None})
+        drawn = _png(figure) if path.suffix.lower() == ".png" else _svg(figure)
+    write_whole(path, drawn)
 
 
-def _write_png(figure: Figure, path: Path) -> None:
+def _svg(figure: Figure) -> bytes:
+    drawn = BytesIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
     """With a palette of 256 colours, of which these figures have few: a third of the size."""
     from PIL import Image
 
-    drawn = BytesIO()
+    drawn, small = BytesIO(), BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI)
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(256).save(path, optimize=True, dpi=(DPI, DPI))
+        few = image.convert("RGB").quantize(256)
+        few.save(small, format="PNG", optimize=True, dpi=(DPI, DPI))
+    return small.getvalue()
 
 
 def check_suffix(path: str | Path | None) -> None:

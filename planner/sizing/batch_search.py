@@ -36,6 +36,9 @@ from .step_family import StepFamily
 SEARCH_SHARE = 0.6
 """Of the time limit, what searching batches may take; the rest is for the plan at the last one."""
 
+S_PER_OPERATOR, SHORTEST_S, LONGEST_S = 0.1, 10.0, 60.0
+"""The time limit, unless one is asked for: by operator, and its ends."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchCapture:
@@ -80,11 +83,26 @@ class BatchSearch:
         self._request = request
         self._largest = largest
         self._say = say
+        self._time_limit_s = request.time_limit_s
         self._left_s = SEARCH_SHARE * request.time_limit_s
         self.captures: dict[int, BatchCapture] = {}
         self.least_of: dict[int, LeastMemory] = {}
         self._fits: dict[int, Fit] = {}
         self._schedules: dict[Wiring, list[Schedule]] = {}
+
+    def allow(self, time_limit_s: float | None) -> None:
+        """What searching and solving may take; ``None`` for what suits the step's size."""
+        if time_limit_s is None:
+            graph = self.at(self._start).captured.graph
+            by_size_s = S_PER_OPERATOR * graph.num_operators
+            time_limit_s = min(LONGEST_S, max(SHORTEST_S, by_size_s))
+        self._time_limit_s = time_limit_s
+        self._left_s = SEARCH_SHARE * time_limit_s
+
+    @property
+    def _start(self) -> int:
+        """The batch that is looked at first."""
+        return min(self._family.sample.batch or 1, self._largest)
 
     def at(self, batch: int) -> BatchCapture:
         """The step at this batch size, captured once."""
@@ -111,8 +129,7 @@ class BatchSearch:
 
     def without_plan(self) -> int:
         """The largest batch whose unplanned step fits; 0 if there is none."""
-        start = min(self._family.sample.batch or 1, self._largest)
-        return self._largest_of(self._fits_unplanned, self._guess_unplanned, 0, start)
+        return self._largest_of(self._fits_unplanned, self._guess_unplanned, 0, self._start)
 
     def with_plan(self, without: int) -> int:
         """The largest batch for which a schedule within the limit is found.
@@ -129,11 +146,11 @@ class BatchSearch:
             raise self._not_even_one()
         return batch
 
-    def plan(self, batch: int, time_limit_s: float) -> Plan:
+    def plan(self, batch: int) -> Plan:
         """A plan for this batch, from the schedule that was found for it."""
         step = self.at(batch)
         fit = self._fits.get(batch) or self._find(batch)
-        left_s = max(time_limit_s * (1 - SEARCH_SHARE), self._left_s)
+        left_s = max(self._time_limit_s * (1 - SEARCH_SHARE), self._left_s)
         with self._family.under_autocast():
             return make_plan(
                 self._family.model,

@@ -26,6 +26,7 @@ from ..optimize import check_model
 from ..plan import PeakMemory
 from ..progress import ShowLines, showing_lines
 from .device_budget import budget_or_device
+from .estimate_report import dimension_notes
 from .fitting import Wiring, find_fit, quick_plan, wiring_of
 from .samples import MakeSample
 from .step_family import StepFamily, reason
@@ -148,6 +149,8 @@ class Estimate:
         Whether scratch memory was measured; ``False`` where nothing ran.
     rows
         In the order of the batch sizes, for one sequence length after the other.
+    notes
+        What is to be known beside the figures.
     """
 
     model: str
@@ -161,6 +164,7 @@ class Estimate:
     counts_scratch: bool
     torch_version: str
     rows: tuple[EstimateRow, ...]
+    notes: tuple[str, ...] = ()
 
     def row(self, batch: int, sequence: int | None = None) -> EstimateRow:
         """The row of one shape.
@@ -190,6 +194,7 @@ class Estimate:
             "counts_scratch": self.counts_scratch,
             "torch_version": self.torch_version,
             "rows": [row.to_dict() for row in self.rows],
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
@@ -330,6 +335,7 @@ def estimate(
         counts_scratch=measured,
         torch_version=torch.__version__,
         rows=tuple(rows),
+        notes=dimension_notes(rows, sequence_dim if make_sample is None else None),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,24 @@ _HEADINGS = {
     "activation": "activations",
     "temporary": "temporaries",
     "workspace": "scratch",
+    "library_workspace": "library workspace",
 }
 
 
 def report(estimate: Estimate) -> str:
     """What was asked, a row for each shape, and what the figures leave out."""
     return "\n".join([*_head(estimate), *_table(estimate), *_foot(estimate)])
+
+
+def dimension_notes(rows: Sequence[EstimateRow], sequence_dim: int | None) -> tuple[str, ...]:
+    """What may have been meant, where no shape that a sample was resized to can be captured."""
+    if sequence_dim is None or any(row.error is None or row.sequence is None for row in rows):
+        return ()
+    return (
+        f"Dimension {sequence_dim} of the inputs was taken for the sequence: where it is none "
+        "(features, say), leave out sequence_lengths (--sequence), or name the right one with "
+        "sequence_dim (--sequence-dim).",
+    )
 
 
 def verdict(row: EstimateRow) -> str:
@@ -121,6 +134,9 @@ def _foot(estimate: Estimate) -> list[str]:
         if row.error is not None:
             sequence = "" if row.sequence is None else f", sequence {row.sequence}"
             lines.append(f"  batch {row.batch}{sequence}: {row.error}")
+    lines += [f"  {note}" for note in estimate.notes]
+    if all(row.error is not None for row in estimate.rows):  # there are no figures to explain
+        return lines
     lines.append(
         f"  Memory is that of the unplanned step at its peak; times by {estimate.costs.model} for "
         f"{estimate.costs.device}."

@@ -27,7 +27,7 @@ from ..make_plan import Request, request_again
 from ..optimize import check_model, patterns_of
 from ..plan import Plan
 from ..progress import ShowLines, showing_lines
-from .batch_search import BatchSearch
+from .batch_search import LONGEST_S, BatchSearch
 from .device_budget import budget_or_device
 from .samples import MakeSample
 from .step_family import StepFamily
@@ -152,7 +152,7 @@ def max_batch(
     batch_dim: int = 0,
     make_sample: MakeSample | None = None,
     largest: int = LARGEST_BATCH,
-    time_limit_s: float = 60.0,
+    time_limit_s: float | None = None,
     seed: int = 0,
     progress: ShowLines = None,
 ) -> MaxBatch:
@@ -176,7 +176,8 @@ def max_batch(
     largest
         No batch above it is tried.
     time_limit_s
-        For searching schedules and solving the plan; captures come on top.
+        For searching schedules and solving the plan; captures come on top. ``None``
+        for 0.1 s an operator of the step, 10 s at least and 60 s at most.
     progress
         ``True`` shows what is being done, a function receives it line by line.
 
@@ -221,7 +222,7 @@ def max_batch(
     request = Request(
         budget_bytes=budget.total_bytes,
         loss_fn=loss_fn,
-        time_limit_s=time_limit_s,
+        time_limit_s=LONGEST_S if time_limit_s is None else time_limit_s,
         seed=seed,
         never_recompute=patterns_of("never_recompute", never_recompute),
         always_recompute=patterns_of("always_recompute", always_recompute),
@@ -229,7 +230,14 @@ def max_batch(
         cost_model=cost_model,
         headroom=headroom,
     )
-    return search_batches(family, budget, request, largest=largest, progress=progress)
+    return search_batches(
+        family,
+        budget,
+        request,
+        largest=largest,
+        time_limit_s=time_limit_s,
+        progress=progress,
+    )
 
 
 def max_batch_of(
@@ -252,7 +260,10 @@ def max_batch_of(
         request = request_again(plan)
     if loss_fn is not None:
         request = replace(request, loss_fn=loss_fn)
-    request = replace(request, time_limit_s=options.pop("time_limit_s"), progress=None)
+    limit_s = options["time_limit_s"]
+    request = replace(
+        request, time_limit_s=LONGEST_S if limit_s is None else limit_s, progress=None
+    )
     captured, autocast = plan._captured, plan.guard.autocast
     family = StepFamily.of(
         model,
@@ -283,6 +294,7 @@ def search_batches(
     request: Request,
     *,
     largest: int = LARGEST_BATCH,
+    time_limit_s: float | None = None,
     progress: ShowLines = None,
 ) -> MaxBatch:
     """:func:`max_batch` with everything settled."""
@@ -291,10 +303,11 @@ def search_batches(
     begin_s = time.monotonic()
     with showing_lines(progress) as say:
         search = BatchSearch(family, budget, request, largest, say)
+        search.allow(time_limit_s)
         without = search.without_plan()
         batch = search.with_plan(without)
         say(f"batch {batch}: solving")
-        plan = search.plan(batch, request.time_limit_s)
+        plan = search.plan(batch)
     unplanned = search.at(without) if without else None
     outside = search.least_of.get(batch + 1)
     step_ns = unplanned.unplanned.base_cost_ns if unplanned else None

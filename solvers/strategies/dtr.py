@@ -51,7 +51,8 @@ def dtr(
     Parameters
     ----------
     give_up
-        Asked before each operator of the program; the simulation ends once it is true.
+        Asked before each run, recomputations included; the simulation ends once
+        it is true.
 
     Raises
     ------
@@ -88,8 +89,6 @@ class _Simulation:
 
     def run(self) -> Schedule:
         for x in range(self.graph.num_operators):
-            if self.give_up():
-                raise StrategyError(f"DTR was told to give up before operator {x}")
             stack = [x]
             self._lock(x)
             while stack:
@@ -98,9 +97,11 @@ class _Simulation:
                 if missing:
                     stack.append(self.runs.producer(missing[0]))
                     self._lock(stack[-1])
-                else:
-                    self._perform(v, x)
-                    stack.pop()
+                    continue
+                if self.give_up():
+                    raise StrategyError(f"DTR was told to give up before operator {x}")
+                self._perform(v, x)
+                stack.pop()
         return self.runs.schedule()
 
     def _lock(self, v: int) -> None:

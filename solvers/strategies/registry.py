@@ -9,6 +9,7 @@ from types import MappingProxyType
 from graph_capture.cost_graph import CostGraph
 
 from ..keep_all import keep_all
+from ..names import unknown_name
 from ..schedule import Schedule
 from .articulation import AP_GREEDY, AP_SQRT, LINEARIZED_GREEDY, LINEARIZED_SQRT
 from .attention import MEGATRON_SELECTIVE
@@ -130,10 +131,10 @@ def find_strategy(name: str, registry: Registry = STRATEGIES) -> Strategy:
     Raises
     ------
     ValueError
-        When there is none; the message lists those there are.
+        When there is none; the message names the nearest and lists those there are.
     """
     if name not in registry:
-        raise ValueError(f"unknown strategy {name!r}; known are {', '.join(registry)}")
+        raise ValueError(unknown_name("strategy", name, registry))
     return registry[name]
 
 

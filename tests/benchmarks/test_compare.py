@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.compare.__main__ import app, read, run_worker
-from benchmarks.compare.matched import Matched, matched
+from benchmarks.compare.matched import NO_OVERHEAD, Matched, matched
 from benchmarks.compare.tables import below_table, matched_table, predicted_table, report
 from benchmarks.compare.worker import Job
 from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow
@@ -57,6 +57,30 @@ def test_a_point_below_ours_is_counted() -> None:
     assert "| tiny | 2 | 0 | – | 2.00% |" in below_table({"tiny": comparison(130.0)})
 
 
+def test_without_ours_nothing_is_said_of_our_curve() -> None:
+    """A comparison that auto took no part in has dashes, and the page is still written."""
+    whole = comparison(105.0)
+    without = replace(whole, rows=tuple(r for r in whole.rows if r.strategy != "auto"))
+    assert "| tiny | 2 | – | – | – |" in below_table({"tiny": without})
+
+
+def test_files_of_an_earlier_run_go_before_a_model_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that crashes at once leaves nothing to take for its results."""
+    for name in ("vgg16", "vgg16_bn"):
+        comparison(130.0).save(tmp_path / f"{name}.json")
+        (tmp_path / f"{name}_matched.json").write_text("[]", encoding="utf-8")
+        (tmp_path / f"{name}_measured.png").write_text("", encoding="utf-8")
+    monkeypatch.setattr("benchmarks.compare.__main__.sys.executable", "false")
+    assert "ended with 1" in run_worker(Job(model="vgg16", out=str(tmp_path)))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "vgg16_bn.json",
+        "vgg16_bn_matched.json",
+        "vgg16_bn_measured.png",
+    }
+
+
 def test_the_table_has_budgets_strategies_and_the_bound() -> None:
     """Overheads in per cent of the unplanned step, ours in bold, the bound in the last line."""
     lines = predicted_table(comparison(130.0)).splitlines()
@@ -92,6 +116,21 @@ def test_ours_beside_a_strategy_on_a_chain() -> None:
     ):
         assert ratio is not None
         assert (ratio <= limit) == (verdict == "met")
+
+
+def test_a_rival_without_overhead_has_its_own_words() -> None:
+    """There is no half of nothing; that is not the same as nothing found."""
+    graph = layered(4)
+    found = matched(
+        graph,
+        "transformers_per_layer",
+        baseline_ns=2 * graph.base_cost_ns,
+        least=least_memory(graph, time_limit_s=1.0),
+        time_limit_s=1.0,
+    )
+    assert found.our_overhead is not None
+    assert found.overhead_ratio is None
+    assert found.overhead_verdict == NO_OVERHEAD
 
 
 @pytest.mark.slow

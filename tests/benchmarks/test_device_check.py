@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from benchmarks.device_check import __main__ as command
-from benchmarks.device_check import bits
+from benchmarks.device_check import bits, peers
 from benchmarks.device_check import subjects as subjects_of
 from benchmarks.device_check.away import plan_in_child
 from benchmarks.device_check.bench import Bench
@@ -34,6 +35,7 @@ from benchmarks.device_check.results import Failed, Results
 from benchmarks.device_check.subjects import SUBJECTS, Size, Subject, subjects
 from benchmarks.device_check.tables import markdown
 from planner import Plan
+from planner.comparing.peers import Peer, Ready, Situation
 
 CPU = torch.device("cpu")
 
@@ -225,6 +227,24 @@ def test_a_peer_that_fails_leaves_its_error(bench: Bench, monkeypatch: pytest.Mo
     assert checkpointing.buffers == "WRONG"  # statistics are taken twice
     assert plan.peak_bytes <= checkpointing.peak_bytes < eager.peak_bytes
     assert plan.ratio_to_checkpointing is not None
+
+
+def test_a_peer_that_cannot_be_prepared_leaves_its_error(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpointing that refuses the model is a row, and the run goes on."""
+
+    @contextlib.contextmanager
+    def refuse(model: nn.Module, situation: Situation) -> Iterator[Ready]:
+        raise ValueError("does not support it")
+        yield
+
+    broken = Peer(name="p", summary="", source="broken", prepare=refuse)
+    monkeypatch.setattr(peers, "checkpointing_of", lambda model: broken)
+    eager, checkpointing = check_peers(bench, compile_budgets=(), num_pairs=0)
+    assert eager.error == ""
+    assert checkpointing.error == "ValueError: does not support it"
+    assert checkpointing.method == "per-block checkpointing, by broken"
 
 
 @pytest.mark.slow

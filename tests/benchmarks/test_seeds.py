@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -25,7 +27,9 @@ from benchmarks.seeds.questions import (
     strategy_figure,
 )
 from graph_capture.cost_graph import CostGraph
+from solvers.incumbent import Incumbent
 from solvers.instances import keep_all_peak_bytes
+from solvers.result import SolveResult
 
 BUDGET = 40 * LAYER_BYTES
 
@@ -90,6 +94,26 @@ def test_answers_are_found_or_excluded() -> None:
     optimum = optimum_figure(graph, budget, time_limit_s=5)
     assert optimum.overhead == pytest.approx(1 / 12)
     assert optimum.gap == pytest.approx(0.0, abs=1e-3)
+
+
+def test_bounds_of_staged_schedules_exclude_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solve neither ends at such a bound nor is its optimum proven by it."""
+    graph = plain_chain(4)
+    limit_ns = 12 * LAYER_NS
+
+    def staged(*arguments: Any, stop: Event | None = None, **options: Any) -> SolveResult:
+        state = Incumbent(graph, 4 * LAYER_BYTES, 1.0, options.get("progress"), stop)
+        state.raise_bound(limit_ns + 1, "test", staged=True)
+        assert not state.stopped
+        state.offer(two_halves, "test")
+        return state.result()
+
+    found = optimum_figure(graph, 4 * LAYER_BYTES, time_limit_s=5)
+    assert found.schedule is not None
+    two_halves = found.schedule
+    monkeypatch.setattr("benchmarks.seeds.questions.solve", staged)
+    assert not answer(graph, 4 * LAYER_BYTES, limit_ns, time_limit_s=1).excluded
+    assert optimum_figure(graph, 4 * LAYER_BYTES, time_limit_s=1).bound == 0.0
 
 
 @pytest.mark.parametrize(("more_layers", "results"), [(0, 5), (1, 4), (3, 3)])
@@ -157,8 +181,12 @@ def test_tables_show_what_is_missing() -> None:
     }
     ours = {**swept, "strategy": "auto", "fits": True, "overhead": 0.1, "gap": 0.01}
     late = {**swept, "strategy": "checkmate_lp_rounding", "error": "no schedule found"}
-    words = sweep_tables([{**swept, "strategy": "ap_sqrt"}, late, ours])
+    none = {**swept, "strategy": "rotor", "error": "rotor: proven: nothing fits in 2 bytes"}
+    refused = {**swept, "strategy": "ap_greedy", "error": "no articulation points: data flows"}
+    words = sweep_tables([{**swept, "strategy": "ap_sqrt"}, late, none, refused, ours])
     assert "| `checkmate_lp_rounding` | ? |" in words
+    assert "| `rotor` | × |" in words
+    assert "| `ap_greedy` | n/a |" in words
     assert "| `ap_sqrt` | – |" in words
     assert "| `auto` | 10.0% |" in words
     batches = {"none": 10, "ap_sqrt": 12, "auto": 30}
@@ -167,6 +195,7 @@ def test_tables_show_what_is_missing() -> None:
         for s, b in batches.items()
     ]
     assert "| m | 10 | 12 | 30 |  | 3.00 | 2.50 | 25.0%, 25.0% |" in batch_table(rows)
+    assert "| at most, by interpolation |" in batch_table(rows)
     half = {
         "model": "m",
         "peak_bytes": 10**9,

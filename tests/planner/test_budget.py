@@ -47,6 +47,17 @@ def test_what_is_no_amount_is_refused(amount):
             parse_budget(*ways)
 
 
+@pytest.mark.parametrize(
+    ("budget_gb", "budget_bytes", "words"),
+    [(None, 1.5, "budget_bytes=1.5 is no whole"), (0, None, "budget_gb=0: .*write budget_gb=40")],
+)
+def test_a_wrong_budget_names_the_argument(budget_gb, budget_bytes, words):
+    """The message says which argument was wrong and how to write it; bytes are not cut."""
+    with pytest.raises(ValueError, match=words):
+        parse_budget(budget_gb, budget_bytes)
+    assert parse_budget(None, 2e9) == 2 * 10**9
+
+
 @pytest.fixture(scope="module")
 def error() -> InfeasibleBudgetError:
     """What a budget of 1 kB gives."""

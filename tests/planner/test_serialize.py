@@ -397,3 +397,9 @@ def test_a_loaded_plan_with_times_of_the_users_own_is_not_planned_again(tmp_path
     plan.save(tmp_path / "plan.json")
     with pytest.raises(PlanError, match=r"which is not in the file"):
         replan(Plan.load(tmp_path / "plan.json"), model, {"x": torch.ones(3, 256)}, model.forward)
+
+
+def test_a_file_that_is_not_there_says_the_next_step(tmp_path):
+    """It is still a FileNotFoundError, and names the file and what writes one."""
+    with pytest.raises(FileNotFoundError, match=r"plan.save.*absent.json"):
+        Plan.load(tmp_path / "absent.json")

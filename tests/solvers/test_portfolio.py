@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -158,3 +160,39 @@ def test_the_incumbent_survives_a_solver_that_dies(monkeypatch: pytest.MonkeyPat
     assert result.schedule == hint
     assert result.status is SolveStatus.FEASIBLE
     assert any("signal 9" in line for line in result.log)
+
+
+def test_ends_once_a_strategy_of_the_field_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gap that was asked for and is reached by then needs no further search."""
+
+    def needless(*_: object, **__: object) -> None:
+        raise AssertionError("searched on")
+
+    for name in ("local_search", "chain_dp", "slice_refinement"):
+        monkeypatch.setattr(f"solvers.portfolio.{name}", needless)
+    monkeypatch.setattr("solvers.portfolio.uniform_under_budget", lambda *_: None)
+    result = solve(training_chain(6), 60, gap=10.0, workers=1)
+    assert result.schedule is not None
+
+
+def test_the_overtime_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the field's strategies have is tried after the limit, but not for ever."""
+    num_ended = 0
+
+    def endless(_: object, give_up: Callable[[], bool]) -> Iterator[tuple[Schedule, str]]:
+        nonlocal num_ended
+        begin_s = time.monotonic()
+        while not give_up():
+            if time.monotonic() - begin_s > 5:
+                raise AssertionError("never told to give up")
+            time.sleep(0.01)
+        num_ended += 1
+        yield from ()
+
+    nothing = SimpleNamespace(lower_bound_ns=0, infeasible=False)
+    monkeypatch.setattr("solvers.portfolio.gap_cover", lambda *_, **__: nothing)
+    monkeypatch.setattr("solvers.portfolio.FieldSchedules.families", endless)
+    monkeypatch.setattr("solvers.portfolio.OVERTIME_S", 0.2)
+    monkeypatch.setattr("solvers.portfolio.slice_refinement", lambda *_, **__: None)
+    solve(training_chain(6), 60, time_limit_s=0.5, workers=1)
+    assert num_ended == 2, "within the limit, and beyond"

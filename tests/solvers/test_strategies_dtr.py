@@ -142,3 +142,16 @@ def test_never_above_its_budget(seed: int, tenths: int, family: object) -> None:
         return
     assert replay(graph, schedule).peak_bytes <= budget
     assert list(dict.fromkeys(schedule.order)) == sorted(set(schedule.order))
+
+
+def test_is_asked_before_each_run_whether_to_go_on() -> None:
+    """Recomputations of one operator may be many: the question is not put once for all."""
+    asked = 0
+
+    def give_up() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    schedule = dtr(unit_chain(64), 12, give_up=give_up)
+    assert asked == len(schedule.order) > 2 * 64

@@ -63,8 +63,10 @@ def test_a_name_is_given_once() -> None:
     renamed = register_strategy(STRATEGIES["none"], name="eager")
     assert renamed["eager"].name == "eager"
     assert find_strategy("eager", renamed).propose is STRATEGIES["none"].propose
-    with pytest.raises(ValueError, match="unknown strategy 'nine'; known are none, uniform_sqrt"):
-        find_strategy("nine")
+    with pytest.raises(ValueError, match="unknown strategy 'magic'; known are none, uniform_sqrt"):
+        find_strategy("magic")
+    with pytest.raises(ValueError, match="did you mean 'uniform_sqrt'"):
+        find_strategy("unifrm_sqrt")
 
 
 def test_an_invalid_schedule_is_not_hidden() -> None:

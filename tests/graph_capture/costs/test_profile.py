@@ -176,6 +176,20 @@ def test_what_refuses_its_arguments_is_left_to_the_roofline(tmp_path: Path) -> N
     assert "1 refused made-up arguments (aten.linalg_inv_ex)" in costs.record().notes[-1]
 
 
+def test_a_host_without_memory_is_no_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A MemoryError while arguments are made leaves the call to the roofline, as too large."""
+
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("graph_capture.costs.profile.Maker.trial", out_of_memory)
+    costs = _costs(tmp_path)
+    costs.prepare([SMALL])
+    assert "1 too large for the device" in costs.record().notes[-1]
+
+
 def test_the_record_says_where_times_come_from(tmp_path: Path) -> None:
     """Model, device, threads and torch are in the record."""
     costs = _costs(tmp_path)

@@ -139,6 +139,19 @@ def test_what_does_not_fit_now_is_not_remembered(
     assert _scratch(aten.linalg_qr.default, x, probe=known) == real
 
 
+def test_a_host_without_memory_leaves_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's error for want of memory is no PyTorch error, and ends no capture either."""
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 1. TiB")
+
+    monkeypatch.setattr("graph_capture.costs.trial.np.zeros", out_of_memory)
+    probe = WorkspaceProbe("cpu", at_hand=True)
+    x = torch.empty(64, 64, device="meta")
+    assert _scratch(aten.topk.default, x, 4, probe=probe) == 0
+    assert "1 distinct calls not measured" in probe.notes[0]
+
+
 def test_a_call_that_takes_too_long_is_not_run() -> None:
     """Its scratch counts as zero, and the notes say how many such calls there are."""
     x = torch.ones(64, 64)

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from planner.comparing.budgets import AskedBudget, even_budgets, in_bytes, read_budgets
 
@@ -65,3 +67,20 @@ def test_even_budgets_have_both_ends() -> None:
 def test_a_step_that_cannot_be_lowered_has_one_budget() -> None:
     """Where the least peak is the unplanned one there is one budget."""
     assert [b.num_bytes for b in even_budgets(1000, 1000)] == [1000]
+
+
+def test_labels_of_near_budgets_have_more_digits() -> None:
+    """Between 99.5 % and 100 % one digit does not tell eight budgets apart."""
+    labels = [b.label for b in even_budgets(9_950_000_000, 10_000_000_000)]
+    assert labels[:3] == ["least", "99.57%", "99.64%"]
+    assert labels[-2:] == ["99.93%", "100%"]
+
+
+@given(st.integers(1, 10**14), st.integers(0, 1000), st.integers(2, 12))
+def test_no_two_even_budgets_have_one_label(peak_bytes: int, below_bytes: int, count: int) -> None:
+    """Labels, and the shares that they say, are as many as the budgets."""
+    budgets = even_budgets(max(1, peak_bytes - below_bytes), peak_bytes, count)
+    labels = [b.label for b in budgets]
+    assert len(set(labels)) == len(labels)
+    shares = [float(label.rstrip("%")) for label in labels[1:]]
+    assert len(set(shares)) == len(shares)

@@ -1,6 +1,7 @@
 """The command ``remat compare``."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,19 @@ def test_errors_are_one_line(target: str, options: list[str], word: str) -> None
     assert result.exit_code == 1
     assert word in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_missing_matplotlib_is_told_at_the_start(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --plots nothing is captured, solved or run that could not be drawn."""
+
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("compared before")
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("planner.cli.compare.compare", too_late)
+    result = CliRunner().invoke(app, ["compare", target, "--plots=figures"])
+    assert result.exit_code == 1
+    assert "--plots: figures need matplotlib" in result.stderr
+    assert not Path("figures").exists()

@@ -12,8 +12,11 @@ from graph_capture.captured_step import capture
 from graph_capture.cost_graph import CostGraph
 from planner import Comparison, compare, optimize
 from planner.comparing.peers import PEERS, Peer
+from solvers.portfolio import solve
 from solvers.replay import replay
+from solvers.result import SolveResult, SolveStatus
 from solvers.schedule import Schedule
+from solvers.stages import STAGED_SCOPE
 from solvers.strategies import STRATEGIES, apply_strategy
 from tests.planner.small import Net, make, sample, square
 from tests.zoo import ZOO
@@ -179,6 +182,9 @@ def test_below_ours_finds_what_is_below() -> None:
     changed = replace(found, rows=(*found.rows, better, worse))
     assert changed.below_ours() == (better,)
     assert changed.below_ours(tolerance=0.02) == ()
+    assert replace(changed, gap=0.02).below_ours() == ()  # ours was not asked for more
+    slightly = replace(better, predicted_step_us=0.9995 * ours.predicted_step_us)
+    assert replace(found, rows=(*found.rows, slightly)).below_ours() == ()
     without = replace(found, rows=tuple(r for r in found.rows if r.strategy != "auto"))
     with pytest.raises(ValueError, match="took no part"):
         without.below_ours()
@@ -203,6 +209,32 @@ def test_ours_is_what_optimize_finds() -> None:
     assert row.budget_bytes is not None
     plan = optimize(make(), sample(), loss_fn=square, budget_bytes=row.budget_bytes)
     assert row.predicted_step_us == pytest.approx(plan.predicted_step_us, rel=2e-3)
+
+
+def test_an_optimum_among_staged_schedules_is_called_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The note names what is optimal where that is not every schedule, as the gap's bound is."""
+    assert "staged" not in predicted(strategies=["auto"]).row("auto", "60%").note
+
+    def staged(*arguments: Any, **options: Any) -> SolveResult:
+        result = solve(*arguments, **options)
+        assert result.cost_ns is not None
+        return replace(
+            result,
+            status=SolveStatus.OPTIMAL,
+            lower_bound_ns=result.cost_ns,
+            bound_scope=STAGED_SCOPE,
+        )
+
+    monkeypatch.setattr("planner.comparing.predict.solve", staged)
+    note = predicted(strategies=["auto"]).row("auto", "60%").note
+    assert note.startswith("optimal among staged schedules (by ")
+
+
+def test_the_gap_of_the_solves_is_kept() -> None:
+    """What the solves were allowed is what below_ours allows."""
+    assert predicted(strategies=["none"], budgets=[], gap=0.03).gap == 0.03
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -297,7 +329,7 @@ def test_progress_counts_every_part() -> None:
 def test_the_table_says_everything(measured: Comparison) -> None:
     """Printed: a block for each budget, ours marked, errors in their rows."""
     text = str(measured)
-    blocks = text.split("\n\n")
+    blocks = [b for b in text.split("\n\n") if not b.startswith(("note: ", "warning: "))]
     assert blocks[0].startswith("small on ")
     assert [b.splitlines()[0].split(":")[0] for b in blocks[1:]] == [
         "budget 70%",
@@ -355,3 +387,9 @@ def test_min_cut_is_replayed() -> None:
 def test_the_class_names_the_model() -> None:
     """Without a name the comparison has the model's class."""
     assert predicted(budgets=[], strategies=["none"]).model == Net.__name__
+
+
+def test_nothing_asked_is_refused() -> None:
+    """Without budgets, strategies that need one leave nothing to compare."""
+    with pytest.raises(ValueError, match="nothing is asked: budgets is empty, and auto"):
+        predicted(budgets=[], strategies=["auto"])

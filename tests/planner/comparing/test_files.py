@@ -6,13 +6,14 @@ import csv
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from planner import Comparison, ComparisonRow
-from planner.comparing.comparison import BudgetBound, MeasuredStep
+from planner.comparing.comparison import DEFAULT_GAP, BudgetBound, MeasuredStep
 from planner.comparing.files import ComparisonFileError
 
 
@@ -77,6 +78,29 @@ def test_json_both_ways(comparison: Comparison, tmp_path: Path) -> None:
     assert repr(found) == repr(comparison)  # NaN is not equal to itself
     assert found.rows[:2] == comparison.rows[:2]
     assert "NaN" not in (tmp_path / "table.json").read_text()
+
+
+def test_a_file_without_a_gap_is_read(comparison: Comparison, tmp_path: Path) -> None:
+    """The gap of the solves is kept; files from before it was have compare's usual one."""
+    path = tmp_path / "table.json"
+    replace(comparison, gap=0.05).save(path)
+    assert Comparison.load(path).gap == 0.05
+    data = json.loads(path.read_text())
+    del data["gap"]
+    path.write_text(json.dumps(data))
+    assert Comparison.load(path).gap == DEFAULT_GAP
+
+
+def test_rows_are_joined_to_bounds_by_bytes_too(comparison: Comparison) -> None:
+    """Two budgets of one label, as files may have them, are two blocks, each with its bound."""
+    (row, *others) = comparison.rows
+    (bound, *rest) = comparison.bounds
+    more = replace(row, budget_bytes=601, predicted_step_us=110.0)
+    wider = replace(bound, budget_bytes=601, lower_bound_us=105.0)
+    both = replace(comparison, rows=(row, *others, more), bounds=(bound, *rest, wider))
+    found = {r["budget_bytes"]: r["lower_bound_us"] for r in both.records() if r["budget_bytes"]}
+    assert found == {600: 120.5, 601: 105.0}
+    assert sum(line.startswith("*  auto") for line in str(both).splitlines()) == 2
 
 
 def test_csv_has_a_line_for_each_row(comparison: Comparison, tmp_path: Path) -> None:
@@ -193,3 +217,36 @@ def test_the_table_shows_it(comparison: Comparison) -> None:
         "* auto k=3, n=2 600 B 60.0% +20.50% 0.00% 7 0.25 s 601 B 1.250 1.250 – 2.250 equal"
     )
     assert any("dtr" in line and 'no, "it" fails' in line for line in lines)
+
+
+def test_what_cannot_be_loaded_says_the_next_step(tmp_path: Path) -> None:
+    """No file, records only and a damaged file are told with what writes a usable one."""
+    with pytest.raises(FileNotFoundError, match=r"comparison\.save.*absent\.json"):
+        Comparison.load(tmp_path / "absent.json")
+    for name in ("table.csv", "damaged.json"):
+        (tmp_path / name).write_text("{")
+        again = name.replace("csv", "json")
+        with pytest.raises(ComparisonFileError, match=rf"comparison.save\('{again}'\)"):
+            Comparison.load(tmp_path / name)
+
+
+def test_long_errors_are_whole_and_doubts_are_told(comparison: Comparison) -> None:
+    """A long error is printed to its last word; noise and a wrong cost model are warned of."""
+    long = "a reason " * 30 + "and its end"
+    rows = tuple(replace(r, error=long) if r.strategy == "dtr" else r for r in comparison.rows)
+    eager = MeasuredStep(
+        peak_bytes=1000,
+        step_us=10 * comparison.baseline_step_us,
+        eager_us=10 * comparison.baseline_step_us,
+        ratio=1.0,
+        quartiles=(0.7, 1.3),
+        num_pairs=4,
+        bits="equal",
+    )
+    text = " ".join(str(replace(comparison, rows=rows, eager=eager)).split())
+    assert long in text
+    assert "…" not in text
+    assert "quartiles 0.700 to 1.300): the machine is too busy" in text
+    assert "roofline, that does not fit this step" in text
+    calm = replace(eager, step_us=comparison.baseline_step_us, quartiles=(0.99, 1.01))
+    assert "warning" not in str(replace(comparison, eager=calm))

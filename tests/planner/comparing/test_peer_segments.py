@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint_sequential
 
 from planner import measure
-from planner.comparing.peer_segments import Promised, divide
+from planner.comparing import peer_segments
+from planner.comparing.peer_segments import Call, Promised, divide, record_calls
 from planner.comparing.peers import PEERS, run_peer
 from planner.training_step import train_step
 
@@ -114,11 +118,29 @@ def test_other_arguments_than_noted_are_an_error() -> None:
             train_step(ready.model, sample)
 
 
+def test_what_was_noted_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No activation of the run that notes the calls is alive while the peer is measured."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def noting(*args: Any) -> list[Call]:
+        calls = record_calls(*args)
+        seen.extend(weakref.ref(output) for call in calls for output in call.outputs)
+        return calls
+
+    monkeypatch.setattr(peer_segments, "record_calls", noting)
+    with prepared("checkpoint_sqrt", *made(Stack)):
+        assert len(seen) == 9
+        assert not any(ref() is not None for ref in seen)
+
+
 def test_a_promise_answers_what_needs_no_value() -> None:
     """Shape, dtype and device, in the memory of one element."""
     promise = Promised.of(torch.zeros(3, 5, dtype=torch.bfloat16))
     assert (promise.shape, promise.dtype, promise.device.type) == ((3, 5), torch.bfloat16, "cpu")
     assert promise.size(1) == 5
+    # It was seen without gradients, and in a step the value has one.
+    with pytest.raises(RuntimeError, match=r"^requires_grad reads what lies between two blocks"):
+        _ = promise.requires_grad
     with contextlib.suppress(RuntimeError):
         promise + 1
         pytest.fail("a value was read that is not there")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graph_capture import capture
 from graph_capture.reuse import ReuseFinder
@@ -22,6 +23,7 @@ from planner.comparing.peers import (
     compile_peer,
     run_peer,
 )
+from planner.comparing.run_peer import release
 from solvers.strategies import STRATEGIES, apply_strategy
 
 from ...zoo import ZOO
@@ -118,6 +120,69 @@ def test_the_model_is_not_touched(name: str) -> None:
         torch.equal(state["exp_avg"], after[i]["exp_avg"]) and state["step"] == after[i]["step"]
         for i, state in states["state"].items()
     )
+
+
+class Full(Stack):
+    """Eager's step has no room; a peer's twin has."""
+
+    full = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss = super().forward(x)
+        if self.full:
+            loss.register_hook(lambda g: self.fail())
+        return loss
+
+    def fail(self) -> None:
+        raise torch.OutOfMemoryError("out of memory in the backward pass")
+
+
+@contextlib.contextmanager
+def with_room(twin: nn.Module, situation: Situation) -> Iterator[Ready]:
+    """A peer that needs less memory than eager."""
+    twin.full = False
+    yield Ready(model=twin)
+
+
+def test_gradients_survive_an_eager_step_that_has_no_room() -> None:
+    """The user's gradients are the same objects with the same values."""
+    model, sample = made(Full, num_layers=2)
+    gradients = []
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 7.0)
+        gradients.append(p.grad)
+    row = run_peer(Peer(name="p", summary="", source="", prepare=with_room), model, sample)
+    assert row.measured is not None, row.error
+    assert row.measured.difference == "eager runs out of memory"
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert p.grad is gradient
+        assert (gradient == 7).all()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_twin_is_gone_before_memory_is_released(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the next figure starts from holds no model of this peer's, failed or not."""
+    model, sample = made(Stack, num_layers=2)
+    twins: list[weakref.ref[nn.Module]] = []
+    alive: list[bool] = []
+
+    @contextlib.contextmanager
+    def noting(twin: nn.Module, situation: Situation) -> Iterator[Ready]:
+        twins.append(weakref.ref(twin))
+        if fails:
+            raise RuntimeError("no")
+        yield Ready(model=twin)
+
+    def looking(device: torch.device) -> None:
+        release(device)
+        alive.append(twins[0]() is not None)
+
+    monkeypatch.setattr("planner.comparing.run_peer.release", looking)
+    peer = Peer(name="p", summary="", source="", prepare=noting)
+    assert bool(run_peer(peer, model, sample, repeats=0, num_seeds=1).error) == fails
+    assert not alive[-1]
 
 
 def test_batch_norm_twice_is_wrong() -> None:

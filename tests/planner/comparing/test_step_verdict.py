@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planner.comparing.step_verdict import judge_steps, slope_error, verdict_word
+from planner.comparing.step_verdict import _distance, judge_steps, slope_error, verdict_word
 
 from .peer_models import Stack, Statistics, made
 
@@ -108,3 +108,48 @@ def test_statistics_of_batch_norm_are_compared() -> None:
     model, sample = made(Statistics)
     verdict = judge_steps(model, copy.deepcopy(model), sample)
     assert (verdict.bits, verdict.buffers) == ("equal", "equal")
+
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "error"),
+    [
+        ([3.0, 4.0, -INF, NAN], [3.0, 4.0, -INF, NAN], 0.0),
+        ([3.0, 4.0, -INF, NAN], [3.0, 4.5, -INF, NAN], 0.1),
+        ([3.0, 4.0, INF], [3.0, 4.0, 5.0], INF),
+        ([3.0, 4.0, 5.0], [3.0, 4.0, NAN], INF),
+        ([3.0, 4.0, INF], [3.0, 4.0, -INF], INF),
+        ([3.0, 4.0, INF], [3.0, 4.0, NAN], INF),
+        ([3.0, INF], None, INF),
+        ([3.0, 4.0], None, 1.0),
+        ([3.0, 4j], [3.0, 4.5j], 0.1),
+    ],
+)
+def test_places_that_are_not_finite_must_coincide(
+    expected: list[float], actual: list[float] | None, error: float
+) -> None:
+    """A mask of -inf is no difference and hides none; imaginary parts count."""
+    found, most = _distance(
+        {"buffer b": torch.tensor(expected)},
+        {"buffer b": None if actual is None else torch.tensor(actual)},
+        "buffer ",
+    )
+    assert found == pytest.approx(error)
+    assert most == ("buffer b" if error else "")
+
+
+@pytest.mark.parametrize(
+    ("how", "bits", "words"),
+    [("rounding", "right", "other bits"), ("buffer", "WRONG", "buffer num_calls is off")],
+)
+def test_a_causal_mask_is_no_mistake_and_hides_none(how: str, bits: str, words: str) -> None:
+    """A buffer of -inf beside the others changes no verdict."""
+    model, sample = made(Off)
+    model.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+    other = copy.deepcopy(model)
+    other.how = how
+    verdict = judge_steps(model, other, sample, seeds=(0,), num_steps=1)
+    assert verdict.bits == bits, verdict.difference
+    assert words in verdict.difference

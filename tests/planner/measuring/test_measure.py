@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -188,6 +190,21 @@ class Counting(nn.Module):
         self.total += y.detach().sum(0)
         self.last = y.detach().mean(0)
         return y.square().mean()
+
+
+class Drawing(nn.Module):
+    """Draws from Python's and NumPy's generators, as a layer drop does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * (random.random() + float(np.random.rand()))).sum()
+
+
+def test_python_s_and_numpy_s_generators_are_put_back() -> None:
+    """The training loop goes on with the numbers that it would have drawn."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    measure(Drawing(), torch.ones(2, requires_grad=True), repeats=0)
+    assert random.getstate() == python_state
+    assert all(np.array_equal(a, b) for a, b in zip(numpy_state, np.random.get_state()))
 
 
 @pytest.mark.parametrize("optimizer", [None, "adamw", "fresh instance", "used instance"])

@@ -6,6 +6,7 @@ from typing import Any
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
 from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow, MeasuredStep
+from solvers.incumbent import GLOBAL_SCOPE
 
 MB = 10**6
 
@@ -94,7 +95,7 @@ def bound(budget_bytes: int, overhead: float | None) -> BudgetBound:
         budget=f"{budget_bytes}B",
         budget_bytes=budget_bytes,
         lower_bound_us=None if overhead is None else 100.0 * (1 + overhead),
-        scope="schedules in base order",
+        scope=GLOBAL_SCOPE,
     )
 
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from graph_capture import capture
-from graph_capture.cost_graph import CostGraph
+from graph_capture.cost_graph import CostGraph, Storage
+from graph_capture.costs.library_workspace import STORAGE_NAME
 from planner.plots.memory_timeline import (
     GRADIENTS,
     GROUPS,
@@ -50,6 +53,17 @@ def test_nothing_recomputed_is_all_saved() -> None:
     order = keep_all(graph).order
     assert _of(SAVED, graph, order) == [8, 12, 20, 24, 24, 12]
     assert not any(_of(RECOMPUTED, graph, order))
+
+
+def test_a_librarys_workspace_is_scratch() -> None:
+    """It is filed under buffers, and is none of the model's; a real buffer is."""
+    graph = two_layers()
+    buffer = Storage(name="running_mean", size_bytes=5, producer=None, category="buffer")
+    workspace = replace(buffer, name=STORAGE_NAME, size_bytes=100)
+    more = CostGraph(graph.operators, (*graph.storages, buffer, workspace))
+    order = keep_all(graph).order
+    assert _of(MODEL, more, order) == [15] * 6
+    assert _of(WORKSPACE, more, order) == [103, 100, 103, 100, 100, 100]
 
 
 def test_times_and_turn_are_as_counted_by_hand() -> None:

@@ -63,6 +63,15 @@ def test_shaded_region_is_what_is_proven() -> None:
     assert list(values) == pytest.approx([top, 19, 9])
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_region_says_what_it_is_proven_of(measured: bool) -> None:
+    """An order of its own may get below the bounds, which speak of eager's."""
+    labels = _labels(plot_pareto(whole_comparison(), measured=measured))
+    (words,) = [label for label in labels if label.startswith("no schedule")]
+    assert "proven" in words
+    assert "in eager's order" in words
+
+
 def test_no_point_of_a_schedule_is_shaded() -> None:
     """Each drawn point of a strategy lies outside the region."""
     figure = plot_pareto(whole_comparison())

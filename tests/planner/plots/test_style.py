@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,25 @@ def test_fonts_are_legible_and_backgrounds_light() -> None:
     sizes = [v for k, v in style._RC.items() if k.endswith(("size",))]
     assert min(sizes) >= 9
     assert style._RC["figure.facecolor"] == "white"
+
+
+@pytest.mark.parametrize("suffix", style.SUFFIXES)
+def test_a_figure_is_written_whole_or_not_at_all(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where writing fails at its end, the figure of before is still there and nothing else."""
+    with style.house_style():
+        figure = style.new_figure(1.0)
+    path = tmp_path / f"figure{suffix}"
+    style.write_figure(figure, path)
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("planner.whole_file.os.fsync", full)
+    figure.text(0.5, 0.5, "more")
+    with pytest.raises(OSError, match="no space left"):
+        style.write_figure(figure, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

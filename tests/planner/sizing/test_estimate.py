@@ -328,3 +328,22 @@ def test_eval_mode_is_refused():
     """As optimize does."""
     with pytest.raises(ValueError, match="eval mode"):
         estimate(make().eval(), sample())
+
+
+def test_a_dimension_that_is_no_sequence_is_told():
+    """Where no shape can be captured, the table says what was taken for the sequence, no more."""
+    found = estimate(make(), sample(), batch_sizes=(8,), sequence_lengths=(7,), loss_fn=square)
+    assert found.row(8, 7).error
+    text = str(found)
+    assert "Dimension 1 of the inputs was taken for the sequence" in text
+    assert "times by" not in text
+
+
+def test_a_librarys_workspace_is_no_buffer():
+    """cuBLAS's workspace has a column of its own beside the model's buffers."""
+    found = estimate(make(), sample(), batch_sizes=(8,), device="h100", loss_fn=square)
+    memory = found.rows[0].memory
+    assert memory.by_category["library_workspace"] > 0
+    assert memory.by_category["buffer"] < 10_000
+    assert sum(memory.by_category.values()) == memory.total_bytes
+    assert "library workspace" in str(found)

@@ -1,0 +1,38 @@
+"""What operators and storages of a step are priced with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from .costs.cost_model import CostModel
+from .costs.workspace import WorkspaceProbe
+from .target import Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pricing:
+    """What operators and storages of a step are priced with.
+
+    Parameters
+    ----------
+    target
+        Where the step runs.
+    costs
+        Time of each call.
+    probe
+        Scratch memory of each call.
+    held_bytes
+        Memory that lies in modules and takes no part in the step.
+    known
+        Time and scratch of the calls that were priced before, by node and target: a
+        step is assembled more than once, and few calls change in between.
+    """
+
+    target: Target
+    costs: CostModel
+    probe: WorkspaceProbe
+    held_bytes: int
+    known: dict[tuple[Node, Any], tuple[int, int]] = field(default_factory=dict)

@@ -1,0 +1,77 @@
+"""Loss and optimizer of the step that a plan was made for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
+
+from ..errors import PlanError, PlanMismatchError
+from ..plan import Plan
+from ..training_step import LossFn
+
+
+def loss_of(plan: Plan, loss_fn: LossFn | None) -> LossFn | None:
+    """The loss of the step that was planned.
+
+    Raises
+    ------
+    PlanError, PlanMismatchError
+        When it is needed and not known, or given and not planned.
+    """
+    planned_with = plan.loss.region.label == "loss_fn"
+    if loss_fn is not None and not planned_with:
+        raise PlanMismatchError(
+            f"the plan differentiates {plan.loss.region.label}, not a loss_fn: leave it out, or "
+            "plan with it"
+        )
+    if loss_fn is None and planned_with:
+        if plan._request is None or plan._request.loss_fn is None:
+            raise PlanError("the plan was made with a loss_fn, which a file cannot hold: give it")
+        return plan._request.loss_fn
+    return loss_fn
+
+
+def optimizer_for(
+    plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | str | None
+) -> torch.optim.Optimizer | str | None:
+    """The optimizer whose state and step the plan counts.
+
+    Raises
+    ------
+    PlanError, PlanMismatchError
+        When it is no optimizer that is known by name and none was given, or
+        another one was.
+    """
+    counted = plan.optimizer
+    if optimizer is None:
+        if counted is None:
+            return None
+        for name, build in OPTIMIZERS.items():
+            if getattr(build, "func", build).__name__ == counted.name:
+                twin = measure_optimizer(name, model)
+                assert twin is not None
+                if (twin.state_bytes, twin.workspace_bytes) == (
+                    counted.state_bytes,
+                    counted.workspace_bytes,
+                ):
+                    return name
+        raise PlanError(
+            f"the plan counts an optimizer, {counted.name} with {counted.state_bytes} bytes of "
+            "state, that is not one of those known by name with their defaults: pass it as "
+            "optimizer="
+        )
+    found = measure_optimizer(optimizer, model)
+    assert found is not None
+    if counted is None:
+        raise PlanMismatchError(
+            f"the plan counts no optimizer and {found.name} was given: leave it out, or plan "
+            "with optimizer="
+        )
+    if (found.name, found.state_bytes) != (counted.name, counted.state_bytes):
+        raise PlanMismatchError(
+            f"the plan counts {counted.name} with {counted.state_bytes} bytes of state, given was "
+            f"{found.name} with {found.state_bytes}: give the planned one, or plan with this one"
+        )
+    return optimizer

@@ -1,0 +1,26 @@
+"""What to say of a name that is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
+    """An error's text: the name, the nearest one that is known if any is near, and all of them.
+
+    >>> unknown_name("strategy", "unifrom", ("none", "uniform"))
+    "unknown strategy 'unifrom'; did you mean 'uniform'? known are none, uniform"
+    """
+    names = tuple(known)
+    return f"unknown {what} {name!r}; {did_you_mean(name, names)}known are {', '.join(names)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with a space after it; empty where no known name is near.
+
+    >>> did_you_mean("auot", ["auto", "dtr"]), did_you_mean("magic", ["auto", "dtr"])
+    ("did you mean 'auto'? ", '')
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
