@@ -186,13 +186,18 @@ def test_the_caller_can_stop_it() -> None:
 def test_ctrl_c_leaves_no_child() -> None:
     """An interrupt reaches the caller, and the child is gone by then."""
     pids: list[int] = []
+    # a shell starts what it puts in the background with the signal ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt_soon(pid: int) -> None:
         pids.append(pid)
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    with pytest.raises(KeyboardInterrupt):
-        run_ortools(market_split(), time_limit_s=60, on_start=interrupt_soon)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_ortools(market_split(), time_limit_s=60, on_start=interrupt_soon)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert is_gone(pids[0])
 
 
