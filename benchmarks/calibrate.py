@@ -58,16 +58,17 @@ class Listener:
 
     Parameters
     ----------
-    device
+    target
         Whose roofline answers meanwhile.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._roofline = Roofline(device)
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._roofline = Roofline(target.device)
         self.calls: dict[str, tuple[Call, int]] = {}
 
     def time_ns(self, call: Call) -> int:
-        key = call_key(call)
+        key = call_key(call, self._target.torch_type)
         self.calls[key] = (call, self.calls.get(key, (call, 0))[1] + 1)
         return self._roofline.time_ns(call)
 
@@ -106,7 +107,7 @@ def measure(case: Case, device_type: str, repeats: int) -> Measured:
     loss = case.loss_fn if device_type == "cpu" or case.loss_fn is None else _any_loss
     arguments = bind_call(model.forward, *split_sample(inputs))
     target = target_of(model, tensors_of(arguments))
-    listener = Listener(target.device)
+    listener = Listener(target)
     with _autocast(case, device_type):
         capture_step(
             model,
@@ -146,7 +147,7 @@ def _times_ns(calls: Iterable[Call], target: Target, repeats: int) -> dict[str, 
             costs = ProfiledCosts(target, Profile(cache_dir=nothing_known))
             costs.prepare(calls)
             for call in calls:
-                key = call_key(call)
+                key = call_key(call, target.torch_type)
                 time_ns = costs.cache.get("time_ns", key)
                 if time_ns is not None:
                     rounds.setdefault(key, []).append(max(1, time_ns))

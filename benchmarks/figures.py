@@ -15,6 +15,7 @@ import typer
 from planner import optimize
 from planner.comparing.comparison import Comparison
 from planner.plots import plot_layers, plot_memory, plot_pareto
+from planner.plots.points import measured_point
 from solvers.replay import replay
 from solvers.schedule import Schedule
 
@@ -36,7 +37,10 @@ def main(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path, typer.Option(help="folder")] = Path("docs/figures"),
 ) -> None:
-    """Draw memory_MODEL.png, layers_MODEL.png and, of a comparison, pareto_MODEL.png."""
+    """Draw memory_MODEL.png, layers_MODEL.png and, of a comparison, pareto_MODEL.png.
+
+    Where steps of it were timed, also pareto_measured_MODEL.png.
+    """
     if model not in SUBJECTS or size not in SIZES:
         raise typer.BadParameter(
             f"{model!r} at {size!r}: models are {', '.join(SUBJECTS)}, sizes {', '.join(SIZES)}"
@@ -45,9 +49,14 @@ def main(
     for drawn in draw(model, size, budget, limit_s=limit_s, seed=seed, out=out):
         typer.echo(f"drawn {drawn}")
     if comparison is not None:
+        found = Comparison.load(comparison)
         path = out / f"pareto_{model}.png"
-        plot_pareto(Comparison.load(comparison), path)
+        plot_pareto(found, path)
         typer.echo(f"drawn {path}")
+        if any(measured_point(row) for row in found.rows):
+            path = out / f"pareto_measured_{model}.png"
+            plot_pareto(found, path, measured=True)
+            typer.echo(f"drawn {path}")
 
 
 def draw(

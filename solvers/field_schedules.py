@@ -59,17 +59,17 @@ FAMILIES: tuple[Strategy, ...] = (
     MEGATRON_FULL_BLOCK,
     MEGATRON_FULL_UNIFORM,
     REVOLVE,
-    LINEARIZED_GREEDY,
     CHEN_RECURSIVE,
+    LINEARIZED_GREEDY,
     AP_SQRT,
     AP_GREEDY,
 )
-"""A schedule for each value of a parameter, and those whose preparation takes longest."""
+"""A schedule for each value of a parameter; those with most values or preparation come last."""
 
 EFFORT_RUNS = 300_000
 """Of the families: runs written down that take some two seconds of Python.
 
-All values fit in on graphs of up to some 1,500 operators.
+All values fit in on graphs of up to some 500 operators.
 """
 
 EARLY_DTR_OPERATORS = 1_500

@@ -1,8 +1,9 @@
 """``python -m benchmarks.compare``: every strategy on the models of record, ``make bench-compare``.
 
 Each model is compared in a fresh process, so that one that crashes leaves the
-others. The folder then has JSON and CSV of each, figures, and ``compare.md``.
-Tables can be written again from the JSON files (``--only-report``).
+others. The folder then has JSON and CSV of each, figures, and ``compare.md``, which
+is written anew after each model. Tables can be written again from the JSON files
+(``--only-report``).
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from planner.comparing.chosen import choose_strategies
-from planner.comparing.comparison import Comparison
 from planner.comparing.peers import PEERS
+from planner.whole_file import write_whole
 from solvers.strategies import STRATEGIES
 
 from ..models import SUBJECTS
 from ..models.subject import SIZES, Size
-from ..plan_runs import write_json
 from ..run import ROOT
-from .matched import Matched
+from .folder import Found, read, read_failures, write_settings
 from .tables import report
 from .worker import Job, files_of
 
@@ -49,7 +50,14 @@ def main(
     strategy: Annotated[
         list[str] | None, typer.Option(help="by default all", show_default=False)
     ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="a strategy to leave out", show_default=False)
+    ] = None,
     peers: Annotated[bool, typer.Option(help="run the peers, too")] = True,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="by default all", show_default=False)
+    ] = None,
+    settled: Annotated[bool, typer.Option(help="ours at the peaks of others' open points")] = True,
     matched: Annotated[bool, typer.Option(help="ours at the peaks and costs of others")] = True,
     num_budgets: Annotated[int, typer.Option(min=2)] = 7,
     optimizer: Annotated[
@@ -58,6 +66,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="timed pairs of steps", min=0)] = 8,
     limit_s: Annotated[float, typer.Option(help="of each solve, in s", min=0.1)] = 30.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="of PyTorch's kernels", min=1)] = 1,
     only_report: Annotated[
         bool, typer.Option("--only-report", help="tables of the files in --out")
     ] = False,
@@ -68,44 +77,56 @@ def main(
     known_size = _known_size(size)
     if unknown := [name for name in names if name not in SUBJECTS]:
         raise typer.BadParameter(f"unknown model {unknown[0]!r}; known are {', '.join(SUBJECTS)}")
-    failures: dict[str, str] = {}
-    for name in () if only_report else names:
-        job = Job(
-            model=name,
-            size=known_size,
-            execute=not predicted,
-            strategies=None if strategy is None else tuple(strategy),
-            peers=tuple(PEERS) if peers and not predicted else (),
-            num_budgets=num_budgets,
-            optimizer=optimizer,
-            repeats=repeats,
-            with_matched=matched,
-            limit_s=limit_s,
-            seed=seed,
-            out=str(out.resolve()),
-        )
-        if error := run_worker(job):
-            failures[name] = error
-            typer.echo(f"{name}: {error}", err=True)
-    words, found = read(out, names)
-    rows = [{"model": name, "failure": why} for name, why in failures.items()]
-    settings = {
-        "models": list(names),
-        "size": size,
-        "predicted": predicted,
-        "strategies": list(strategy or choose_strategies(None, STRATEGIES)[1]),
-        "num_budgets": num_budgets,
-        "optimizer": optimizer,
-        "limit_s": limit_s,
-        "seed": seed,
-    }
-    if not only_report:
-        write_json(out / "compare.json", rows, settings, "benchmarks.compare")
-    path = out / "compare.md"
-    path.write_text(report(words, found, failures), encoding="utf-8")
+    job = Job(
+        model="",
+        size=known_size,
+        execute=not predicted,
+        strategies=_chosen_strategies(strategy, without),
+        peers=_chosen_peers(peer, wanted=peers, predicted=predicted),
+        num_budgets=num_budgets,
+        optimizer=optimizer,
+        repeats=repeats,
+        with_settled=settled,
+        with_matched=matched,
+        threads=threads,
+        limit_s=limit_s,
+        seed=seed,
+        out=str(out.resolve()),
+    )
+    if only_report:
+        if not out.is_dir():
+            raise typer.BadParameter(f"there is no folder {out}")
+        found = read(out, names, read_failures(out, names))
+        for name, why in found.failures.items():
+            typer.echo(f"{name}: {why}", err=True)
+    else:
+        found = run_all(names, job, out)
+    path = write_report(out, found)
     typer.echo(path.read_text(encoding="utf-8"))
     typer.echo(f"written to {out}")
-    raise typer.Exit(1 if failures else 0)
+    raise typer.Exit(1 if found.failures else 0)
+
+
+def run_all(names: Sequence[str], job: Job, out: Path) -> Found:
+    """Compare one model after the other; the page is there after each."""
+    settings = {"models": list(names), **asdict(job)}
+    del settings["model"]
+    failures: dict[str, str] = {}
+    for i, name in enumerate(names):
+        if error := run_worker(replace(job, model=name)):
+            failures[name] = error
+            typer.echo(f"{name}: {error}", err=True)
+        write_settings(out, settings, failures)
+        found = read(out, names[: i + 1], failures)
+        write_report(out, found)
+    return found
+
+
+def write_report(out: Path, found: Found) -> Path:
+    """Write the page of tables."""
+    path = out / "compare.md"
+    write_whole(path, report(found.comparisons, found.matches, found.failures, found.settled))
+    return path
 
 
 def run_worker(job: Job) -> str:
@@ -138,21 +159,29 @@ def run_worker(job: Job) -> str:
     return ""
 
 
-def read(
-    folder: Path, names: tuple[str, ...]
-) -> tuple[dict[str, Comparison], dict[str, list[Matched]]]:
-    """What lies in the folder of these models."""
-    comparisons: dict[str, Comparison] = {}
-    matches: dict[str, list[Matched]] = {}
-    for name in names:
-        path = folder / f"{name}.json"
-        if path.exists():
-            comparisons[name] = Comparison.load(path)
-        path = folder / f"{name}_matched.json"
-        if path.exists():
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            matches[name] = [Matched(**row) for row in rows]
-    return comparisons, matches
+def _chosen_strategies(
+    strategy: Sequence[str] | None, without: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Names, in the order of the registry."""
+    try:
+        names = choose_strategies(strategy, STRATEGIES)[1]
+        left_out = choose_strategies(without or (), STRATEGIES)[1]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not (chosen := tuple(name for name in names if name not in left_out)):
+        raise typer.BadParameter("--without leaves no strategy")
+    return chosen
+
+
+def _chosen_peers(peer: Sequence[str] | None, *, wanted: bool, predicted: bool) -> tuple[str, ...]:
+    """Names, in the order that they were given in."""
+    if peer and not wanted:
+        raise typer.BadParameter("--no-peers and --peer exclude each other")
+    if peer and predicted:
+        raise typer.BadParameter("--predicted executes nothing, and peers have no other figures")
+    if unknown := [name for name in peer or () if name not in PEERS]:
+        raise typer.BadParameter(f"unknown peer {unknown[0]!r}; known are {', '.join(PEERS)}")
+    return tuple(dict.fromkeys(peer or PEERS)) if wanted and not predicted else ()
 
 
 def _known_size(size: str) -> Size:

@@ -23,6 +23,8 @@ from solvers.result import SolveResult, SolveStatus
 from solvers.strategies.registry import STRATEGIES
 from solvers.strategies.strategy import StrategyError, StrategyOutcome, apply_strategy
 
+from .signs import rounded_down
+
 RIVALS = ("uniform_sqrt", "transformers_per_layer")
 WANTED_OVERHEAD = 0.5
 """Share of the rival's overhead, at its peak."""
@@ -31,6 +33,7 @@ WANTED_PEAK = 0.7
 """Share of the rival's peak, at its overhead."""
 
 NUM_SOLVES = 6
+IMPOSSIBLE = "proven impossible in eager's order"
 NOTHING_RECOMPUTED = "it recomputes nothing here"
 NO_OVERHEAD = "it has no overhead here that could be halved"
 
@@ -50,12 +53,13 @@ class Matched:
     peak_bytes, overhead
         Of the other one.
     our_overhead, bound_overhead
-        At its peak, and what nothing there is below; ``None`` where we found nothing.
+        At its peak, and what nothing there is below whose first runs keep eager's order;
+        ``None`` where we found nothing.
     overhead_ratio
         Ours over its; ``None`` where it has none, or we found nothing.
     our_peak_bytes, bound_peak_bytes
         The least peak of ours that costs no more than it does, and the highest
-        budget of which it is proven that nothing within it costs no more.
+        budget of which it is proven that nothing within it costs no more, in eager's order.
     peak_ratio
         Ours over its.
     overhead_verdict, peak_verdict
@@ -177,8 +181,10 @@ def _overhead_verdict(ours: float | None, bound: float, overhead: float, recompu
         return "met"
     least_ratio = bound / overhead
     if least_ratio > WANTED_OVERHEAD:
-        return f"proven impossible: nothing within its peak is below {least_ratio:.2f} of it"
-    return f"open: the bound is {least_ratio:.2f} of it"
+        return (
+            f"{IMPOSSIBLE}: nothing within its peak is below {rounded_down(least_ratio, 3)} of it"
+        )
+    return f"open: the bound is {rounded_down(least_ratio, 3)} of it"
 
 
 def _peak_verdict(
@@ -191,8 +197,9 @@ def _peak_verdict(
     wanted_bytes = int(WANTED_PEAK * peak_bytes)
     if least.lower_bound_bytes > wanted_bytes:
         share = least.lower_bound_bytes / peak_bytes
-        return f"proven impossible: every schedule needs {share:.2f} of it"
+        return f"{IMPOSSIBLE}: every schedule needs {rounded_down(share, 3)} of it"
     if proven_bytes >= wanted_bytes:
         share = proven_bytes / peak_bytes
-        return f"proven impossible: within {share:.2f} of it everything costs more"
-    return f"open: nothing found, and excluded only up to {proven_bytes / peak_bytes:.2f} of it"
+        return f"{IMPOSSIBLE}: within {rounded_down(share, 3)} of it everything costs more"
+    share = proven_bytes / peak_bytes
+    return f"open: nothing found, and excluded only up to {rounded_down(share, 3)} of it"

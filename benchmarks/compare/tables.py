@@ -1,74 +1,146 @@
-"""Markdown of comparisons, for the page of results."""
+"""The page of tables that comparisons are published as: what was predicted, model by model."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow
 
 from ..plan_runs import markdown
+from .executed import executed_part, executed_summary, was_executed
 from .matched import Matched
+from .settle import (
+    Settled,
+    points_of_others,
+    points_of_ours,
+    rival_behind,
+    took_part,
+    uncovered,
+)
+from .signs import (
+    FAILED,
+    LEGEND,
+    NOT_APPLICABLE,
+    NOTHING_FITS,
+    mb,
+    mb_rounded_down,
+    off_order,
+    one_line,
+    share_rounded_down,
+    sign,
+)
 
-TOLERANCE = 1e-4
-"""Share of our time that another strategy may take less: within it a solve counts as optimal."""
+BELOW_LEGEND = (
+    "Points are distinct predicted (peak, time) pairs of all strategies but ours, over a budget or "
+    "not; `none`, which recomputes nothing, is one of them. A point was open where no plan of ours "
+    "needed as little memory and, to 0.01 %, as little time; of these the ones that no other point "
+    "of theirs dominates were settled: ours was solved at their own peak. Then every point has "
+    "been held against all plans of ours."
+)
 
 
 def report(
     comparisons: Mapping[str, Comparison],
     matches: Mapping[str, Sequence[Matched]],
     failures: Mapping[str, str],
+    settled: Mapping[str, Sequence[Settled]] | None = None,
 ) -> str:
     """Everything, the shortest answers first."""
-    parts = ["# Comparisons", below_table(comparisons)]
+    settled = settled or {}
+    parts = ["# Comparisons", below_table(comparisons, settled), BELOW_LEGEND]
     if failures:
-        parts += ["## Failed", markdown(["model", "why"], [list(f) for f in failures.items()])]
+        lines = [[model, one_line(why)] for model, why in failures.items()]
+        parts += ["## Failed", markdown(["model", "why"], lines)]
+    if summary := executed_summary(comparisons):
+        parts += ["## Executed", summary]
     if matches:
         parts += ["## At the peaks and costs of others", matched_table(matches)]
     for model, comparison in comparisons.items():
-        parts += [f"## {model}", facts(comparison), predicted_table(comparison)]
-        measured = measured_table(comparison)
-        if measured:
-            parts += ["Executed:", measured]
+        parts += [f"## {model}", facts(comparison), predicted_table(comparison), LEGEND]
+        if reasons := no_figures(comparison):
+            parts.append(reasons)
+        if was_executed(comparison):
+            parts += [f"### Executed: {model}", executed_part(comparison)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
-def below_table(comparisons: Mapping[str, Comparison]) -> str:
-    """A line for each model: how many points lie below our curve, and which.
+def below_table(
+    comparisons: Mapping[str, Comparison], settled: Mapping[str, Sequence[Settled]]
+) -> str:
+    """A line for each model: others' points, which of them were open, which are below ours.
 
-    Dashes where ours took no part, so that there is no curve.
+    Dashes where ours took no part, so that there is no curve, and where nothing was settled.
     """
-    rows = []
-    for model, comparison in comparisons.items():
-        points = [
-            r
-            for r in comparison.rows
-            if r.kind == "strategy"
-            and r.strategy != comparison.ours
-            and r.predicted_step_us is not None
-        ]
-        took_part = any(
-            r.strategy == comparison.ours and r.budget_bytes is not None for r in comparison.rows
-        )
-        below = comparison.below_ours(TOLERANCE) if took_part else ()
-        which = ", ".join(f"{r.strategy} at {r.budget or 'its own choice'}" for r in below)
-        gaps = [
-            r.gap for r in comparison.rows if r.strategy == comparison.ours and r.gap is not None
-        ]
-        worst = f"{max(gaps):.2%}" if gaps else "–"
-        rows.append(
-            [model, str(len(points)), str(len(below)) if took_part else "–", which or "–", worst]
-        )
-    header = ["model", "points of others", "below our curve", "which", "our largest gap"]
-    return markdown(header, rows)
+    header = [
+        "model",
+        "strategies",
+        "rows (over their budget)",
+        "distinct points",
+        "open at first",
+        "settled (by a rival's schedule)",
+        "below ours",
+        "which",
+        "our cells (by a rival's schedule)",
+        "our largest gap",
+    ]
+    return markdown(header, [_below(m, c, settled.get(m)) for m, c in comparisons.items()])
+
+
+def _below(model: str, comparison: Comparison, settled: Sequence[Settled] | None) -> list[str]:
+    rows = [
+        r
+        for r in comparison.rows
+        if r.kind == "strategy"
+        and r.strategy != comparison.ours
+        and r.predicted_step_us is not None
+    ]
+    misses = sum(row.fits is False for row in rows)
+    points = points_of_others(comparison)
+    names = {name for point in points for name in point.strategies}
+    line = [model, str(len(names)), f"{len(rows)} ({misses})", str(len(points))]
+    if not took_part(comparison):
+        return [*line, *["–"] * 6]
+    at_first = uncovered(points, points_of_ours(comparison))
+    below = uncovered(points, points_of_ours(comparison, settled or ()))
+    verdicts = {one.peak_bytes: one.verdict for one in settled or ()}
+    which = "; ".join(
+        f"{', '.join(p.strategies)} at {mb(p.peak_bytes)}, {_overhead(comparison, p.step_us)}"
+        + (f" ({one_line(verdicts[p.peak_bytes])})" if p.peak_bytes in verdicts else "")
+        for p in below
+    )
+    if settled is None:  # an open point is no point below ours
+        counts = [str(len(at_first)), "–", "–" if below else "0", which and f"not settled: {which}"]
+    else:
+        solved = _counted(len(settled), [one.rival for one in settled])
+        counts = [str(len(at_first)), solved, str(len(below)), which]
+    ours = [r for r in comparison.rows if r.strategy == comparison.ours and r.fits]
+    gaps = [r.gap for r in ours if r.gap is not None]
+    return [*line, *(c or "–" for c in counts), _cells_of_ours(ours), _largest(gaps)]
+
+
+def _cells_of_ours(ours: Sequence[ComparisonRow]) -> str:
+    """How many there are, and how many of them are schedules that a rival proposed."""
+    return _counted(len(ours), [rival_behind(row.note) for row in ours])
+
+
+def _counted(number: int, rivals: Sequence[str]) -> str:
+    named = ", ".join(f"{name} {count}" for name, count in Counter(filter(None, rivals)).items())
+    return f"{number} ({named or 'none'})"
+
+
+def _largest(gaps: Sequence[float]) -> str:
+    return f"{max(gaps):.2%}" if gaps else "–"
 
 
 def facts(comparison: Comparison) -> str:
-    """Where a comparison comes from."""
+    """Where predictions come from."""
     return (
-        f"{comparison.model}; {comparison.device}, {comparison.cost_model} costs, seed "
-        f"{comparison.seed}. Unplanned: {_mb(comparison.baseline_peak_bytes)}, "
+        f"{comparison.model}; times by {comparison.cost_model} of {comparison.device}, seed "
+        f"{comparison.seed}. Unplanned: {mb(comparison.baseline_peak_bytes)}, "
         f"{comparison.baseline_step_us / 1e3:.1f} ms predicted; least peak "
-        f"{_mb(comparison.least_bytes)} (none below {_mb(comparison.least_bound_bytes)})."
+        f"{mb(comparison.least_bytes)} (none below {mb_rounded_down(comparison.least_bound_bytes)} "
+        "in eager's order)."
     )
 
 
@@ -85,37 +157,25 @@ def predicted_table(comparison: Comparison) -> str:
         label = f"**{name}**" if name == comparison.ours else name
         own = cells.get((name, "", None))
         found = (cells.get((name, b.budget, b.budget_bytes)) for b in budgets)
-        line = [_own(own), *(_overhead(row) for row in found)]
-        rows.append([label, *line])
-    rows.append(["lower bound", "", *(_bound(comparison, b.lower_bound_us) for b in budgets)])
+        rows.append([label, _own(own), *(_cell(row) for row in found)])
+    bounds = (_bound(comparison, b.lower_bound_us) for b in budgets)
+    rows.append(["lower bound, in eager's order", "", *bounds])
     return markdown(header, rows)
 
 
-def measured_table(comparison: Comparison) -> str:
-    """A line for each row that ran: strategies of ours and of others, then peers; else nothing."""
-    ran = [row for row in comparison.rows if row.measured is not None]
-    failed = [row for row in comparison.rows if row.kind == "peer" and row.measured is None]
-    rows = []
-    for row in ran:
-        m = row.measured
-        assert m is not None
-        low, high = m.quartiles
-        rows.append(
-            [
-                row.strategy,
-                "peer" if row.kind == "peer" else row.budget or "its own choice",
-                _mb(row.predicted_peak_bytes),
-                _mb(m.peak_bytes),
-                "–" if row.overhead is None else f"{1 + row.overhead:.3f}",
-                f"{m.ratio:.3f} ({low:.3f} to {high:.3f})",
-                m.bits,
-            ]
-        )
-    rows += [[row.strategy, "peer", "", "", "", row.error, ""] for row in failed]
-    if not rows:
-        return ""
-    header = ["strategy", "budget", "peak predicted", "measured", "time / eager predicted"]
-    return markdown([*header, "measured (quartiles)", "bits"], rows)
+def no_figures(comparison: Comparison) -> str:
+    """Why strategies did not apply or failed, a line for each reason; else nothing."""
+    where: dict[tuple[str, str, str], list[str]] = {}
+    for row in comparison.rows:
+        if row.kind == "strategy" and (found := sign(row)) in (FAILED, NOT_APPLICABLE):
+            where.setdefault((row.strategy, found, one_line(row.error)), []).append(
+                row.budget or "its own choice"
+            )
+    lines = []
+    for (name, found, error), budgets in where.items():
+        at = f", at {', '.join(budgets)}" if found == FAILED else ""
+        lines.append(f"- `{name}` ({found}{at}): {error}")
+    return "\n".join(lines)
 
 
 def matched_table(matches: Mapping[str, Sequence[Matched]]) -> str:
@@ -136,18 +196,18 @@ def matched_table(matches: Mapping[str, Sequence[Matched]]) -> str:
     for model, found in matches.items():
         for m in found:
             if m.error:
-                rows.append([model, m.strategy, m.error, *[""] * 7])
+                rows.append([model, m.strategy, one_line(m.error), *[""] * 7])
                 continue
             rows.append(
                 [
                     model,
                     m.strategy,
-                    _mb(m.peak_bytes),
+                    mb(m.peak_bytes),
                     f"{m.overhead:.1%}",
                     "–" if m.our_overhead is None else f"{m.our_overhead:.1%}",
                     "–" if m.overhead_ratio is None else f"{m.overhead_ratio:.2f}",
                     m.overhead_verdict,
-                    _mb(m.our_peak_bytes),
+                    mb(m.our_peak_bytes),
                     "–" if m.peak_ratio is None else f"{m.peak_ratio:.2f}",
                     m.peak_verdict,
                 ]
@@ -158,28 +218,26 @@ def matched_table(matches: Mapping[str, Sequence[Matched]]) -> str:
 def _column(comparison: Comparison, bound: BudgetBound) -> str:
     share = f"{bound.budget_bytes / comparison.baseline_peak_bytes:.0%}"
     of = f" of {bound.budget}" if bound.budget[:1].isalpha() and bound.budget != "least" else ""
-    return f"{_mb(bound.budget_bytes)}{of} ({share})"
+    return f"{mb(bound.budget_bytes)}{of} ({share})"
 
 
 def _own(row: ComparisonRow | None) -> str:
+    if row is None or row.overhead is None:
+        return "" if row is None else sign(row)
+    return f"{mb(row.predicted_peak_bytes)}, {row.overhead:.1%}{off_order(row)}"
+
+
+def _cell(row: ComparisonRow | None) -> str:
     if row is None:
         return ""
-    if row.predicted_peak_bytes is None or row.overhead is None:
-        return "does not apply"
-    return f"{_mb(row.predicted_peak_bytes)}, {row.overhead:.1%}"
-
-
-def _overhead(row: ComparisonRow | None) -> str:
-    if row is None or row.overhead is None or not row.fits:
-        return "–"
-    return f"{row.overhead:.2%}"
+    return sign(row) or f"{row.overhead:.2%}{off_order(row)}"
 
 
 def _bound(comparison: Comparison, lower_bound_us: float | None) -> str:
     if lower_bound_us is None:
-        return "nothing fits"
-    return f"{lower_bound_us / comparison.baseline_step_us - 1:.2%}"
+        return NOTHING_FITS
+    return share_rounded_down(lower_bound_us / comparison.baseline_step_us - 1)
 
 
-def _mb(num_bytes: int | None) -> str:
-    return "–" if num_bytes is None else f"{num_bytes / 1e6:.1f} MB"
+def _overhead(comparison: Comparison, step_us: float) -> str:
+    return f"{step_us / comparison.baseline_step_us - 1:.3%}"

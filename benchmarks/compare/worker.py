@@ -2,24 +2,31 @@
 
 ``python -m benchmarks.compare.worker JOB`` where ``JOB`` is JSON. Lines on stdout say
 which part begins. Into the job's folder go ``NAME.json`` and ``NAME.csv`` (the
-comparison), ``NAME_matched.json``, and the figures.
+comparison), ``NAME_settled.json``, ``NAME_matched.json``, and the figures, each as soon
+as it is known.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from graph_capture.cost_graph import CostGraph
 from planner import compare
 from planner.captured_call import captured_call
 from planner.comparing.budgets import AskedBudget
+from planner.comparing.predict import Predictor, Solving
 from planner.comparing.showing import ComparisonEvent
 from planner.make_plan import remembered_least_memory
+from planner.whole_file import write_whole
 from solvers.replay import replay
+from solvers.result import OPTIMAL_GAP
 from solvers.schedule import Schedule
 from solvers.strategies.registry import STRATEGIES
 from solvers.strategies.strategy import StrategyError, apply_strategy
@@ -28,6 +35,10 @@ from ..models import SUBJECTS
 from ..models.subject import Size
 from ..worker import warm_up
 from .matched import RIVALS, Matched, matched
+from .settle import Settled, settle
+
+WORKERS = 2
+"""Of each solve."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +60,12 @@ class Job:
         A name that ``optimize`` knows, or ``None``.
     repeats
         Timed pairs of steps.
+    with_settled
+        Whether to solve ours at the peaks of others' points that the budgets leave open.
     with_matched
         Whether to hold ours against the rivals at their own peaks and costs.
+    threads
+        Of PyTorch's kernels.
     limit_s
         Of each solve.
     out
@@ -65,13 +80,23 @@ class Job:
     num_budgets: int = 7
     optimizer: str | None = None
     repeats: int = 8
+    with_settled: bool = True
     with_matched: bool = True
+    threads: int = 1
     limit_s: float = 30.0
     seed: int = 0
     out: str = "build/compare"
 
 
-_LEFT = (".json", ".csv", "_matched.json", "_predicted.png", "_measured.png", "_accuracy.png")
+_LEFT = (
+    ".json",
+    ".csv",
+    "_settled.json",
+    "_matched.json",
+    "_predicted.png",
+    "_measured.png",
+    "_accuracy.png",
+)
 
 
 def files_of(job: Job) -> tuple[Path, ...]:
@@ -87,6 +112,7 @@ def work(job: Job) -> None:
     ValueError
         When the model is unknown.
     """
+    torch.set_num_threads(job.threads)
     if job.model not in SUBJECTS:
         raise ValueError(f"unknown model {job.model!r}; known are {', '.join(SUBJECTS)}")
     warm_up("auto")
@@ -111,19 +137,42 @@ def work(job: Job) -> None:
         repeats=job.repeats,
         time_limit_s=job.limit_s,
         seed=job.seed,
+        workers=WORKERS,
         name=f"{subject.name} ({subject.description})",
         progress=say_event,
     )
     comparison.save(folder / f"{job.model}.json")
     comparison.save(folder / f"{job.model}.csv")
+    graph, baseline_ns = captured.graph, baseline.cost_ns
+    if job.with_settled:
+        found = settle(comparison, predictor_of(graph, baseline_ns, job), say)
+        write_rows(folder / f"{job.model}_settled.json", found)
+    if job.with_matched:
+        write_rows(folder / f"{job.model}_matched.json", matched_rows(graph, baseline_ns, job))
+    say("figures")
     comparison.plot_pareto(folder / f"{job.model}_predicted.png")
     if job.execute:
         comparison.plot_pareto(folder / f"{job.model}_measured.png", measured=True)
         comparison.plot_predicted(folder / f"{job.model}_accuracy.png")
-    if job.with_matched:
-        rows = [asdict(row) for row in matched_rows(captured.graph, baseline.cost_ns, job)]
-        path = folder / f"{job.model}_matched.json"
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def predictor_of(graph: CostGraph, baseline_ns: int, job: Job) -> Predictor:
+    """What solves as the comparison did, but on to the gap that counts as optimal.
+
+    A solve that ends at the comparison's gap may be above another's point by as
+    much, and would settle nothing.
+    """
+    return Predictor(
+        graph,
+        baseline_ns / 1e3,
+        remembered_least_memory(graph, job.seed),
+        Solving(time_limit_s=job.limit_s, gap=OPTIMAL_GAP, seed=job.seed, workers=WORKERS),
+    )
+
+
+def write_rows(path: Path, rows: Sequence[Settled | Matched]) -> None:
+    """Dataclasses as a JSON list."""
+    write_whole(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def budgets_of(graph: CostGraph, unplanned_bytes: int, job: Job) -> list[AskedBudget]:
@@ -132,7 +181,11 @@ def budgets_of(graph: CostGraph, unplanned_bytes: int, job: Job) -> list[AskedBu
     span = max(0, unplanned_bytes - least_bytes)
     parts = max(1, job.num_budgets - 1)
     even = sorted({least_bytes + span * i // parts for i in range(job.num_budgets)})
-    return [*even, *(name for name in RIVALS if _applies(name, graph))]
+    # In words, since a bare number is easily read as another unit.
+    return [
+        *(f"{num_bytes}B" for num_bytes in even),
+        *(name for name in RIVALS if _applies(name, graph)),
+    ]
 
 
 def matched_rows(graph: CostGraph, baseline_ns: int, job: Job) -> list[Matched]:

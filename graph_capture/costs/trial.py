@@ -68,7 +68,7 @@ def is_safe(func: Any) -> bool:
     return func.namespace == "aten" and _UNSAFE.fullmatch(func._schema.name) is None
 
 
-def call_key(call: Call, torch_type: str = "cpu") -> str:
+def call_key(call: Call, torch_type: str) -> str:
     """What tells a call from others that may take another time or other scratch.
 
     Text, the same in every process; which tensor is passed twice is part of it, and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -78,11 +79,14 @@ def compare_command(
             fail(f"--out is a .json or .csv file, got {path}")
         if not path.absolute().parent.is_dir():
             fail(f"--out: there is no folder {path.parent}")
+        if path.is_dir():
+            fail(f"--out is a file, and {path} is a folder")
     if plots is not None:
         try:
             check_matplotlib()
         except ImportError as error:
             fail(f"--plots: {error}")
+        _check_folder(plots)
     names = read_names(strategies)
     registry, added = _extended(strategy_from or [])
     if names is not None:
@@ -111,15 +115,37 @@ def compare_command(
         )
     except (CaptureError, ValueError) as error:
         say_error(error)
-    typer.echo(str(found))
-    try:
-        for path in files:
+    # Hours of work may be in it: every file is tried, and whatever fails, the table is shown.
+    said, failed = [], []
+    for path in files:
+        try:
             found.save(path)
-            typer.echo(f"written to {path}")
-        if plots is not None:
-            _draw(found, plots)
-    except (OSError, ImportError, ValueError) as error:  # ValueError: nothing to draw
-        fail(str(error))
+            said.append(f"written to {path}")
+        except (OSError, ValueError) as error:
+            failed.append(f"{path}: {error}")
+    if plots is not None:
+        try:
+            said += _drawn(found, plots)
+        except (OSError, ImportError, ValueError) as error:  # ValueError: nothing to draw
+            failed.append(str(error))
+    _show("\n".join([str(found), *said]))
+    if failed:
+        fail("; ".join(failed))
+
+
+def _check_folder(folder: Path) -> None:
+    """End the command where nothing could be written into a folder, which may yet be made."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        fail(f"--plots is a folder, and {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        fail(f"--plots: nothing can be written into {there}")
+
+
+def _show(text: str) -> None:
+    """Print, with what the encoding of stdout lacks replaced."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    typer.echo(text.encode(encoding, "replace").decode(encoding))
 
 
 def _extended(sources: list[str]) -> tuple[Registry, list[str]]:
@@ -139,14 +165,16 @@ def _extended(sources: list[str]) -> tuple[Registry, list[str]]:
     return registry, added
 
 
-def _draw(found: Comparison, folder: Path) -> None:
+def _drawn(found: Comparison, folder: Path) -> list[str]:
+    """Draw what there is; says of each figure where it is."""
     folder.mkdir(parents=True, exist_ok=True)
     found.plot_pareto(folder / "pareto.png")
-    typer.echo(f"drawn {folder / 'pareto.png'}")
+    said = [f"drawn {folder / 'pareto.png'}"]
     ran = [row.measured for row in found.rows if row.kind == "strategy" and row.measured]
     if any(step.num_pairs for step in ran):
         found.plot_pareto(folder / "pareto_measured.png", measured=True)
-        typer.echo(f"drawn {folder / 'pareto_measured.png'}")
+        said.append(f"drawn {folder / 'pareto_measured.png'}")
     if ran:
         found.plot_predicted(folder / "predicted.png")
-        typer.echo(f"drawn {folder / 'predicted.png'}")
+        said.append(f"drawn {folder / 'predicted.png'}")
+    return said

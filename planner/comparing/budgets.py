@@ -16,6 +16,9 @@ from solvers.names import did_you_mean
 
 NUM_DEFAULT_BUDGETS = 8
 
+LEAST_BARE_BYTES = 4096
+"""What a number without a unit must be to be read as bytes: ``12`` is meant as gigabytes."""
+
 AskedBudget = float | int | str
 
 _PERCENT = re.compile(r"([+-]?[0-9]*\.?[0-9]+)\s*%")
@@ -61,7 +64,8 @@ def read_budgets(
     ----------
     budgets
         Shares of the unplanned peak (``0.6``, ``"60%"``), bytes
-        (``12_000_000_000``, ``"12GB"``), names of strategies.
+        (``12_000_000_000``, ``"12GB"``), names of strategies. A number without
+        a unit is bytes from :data:`LEAST_BARE_BYTES` on, below that an error.
     strategies
         The names that may be used.
 
@@ -145,6 +149,11 @@ def _read(budget: AskedBudget, strategies: Container[str]) -> ReadBudget:
             raise ValueError(
                 f"a budget of {budget!r} says neither a share nor bytes: a share is a float such "
                 "as 1.0, bytes are a whole number above 1"
+            )
+        if int(budget) < LEAST_BARE_BYTES:
+            raise ValueError(
+                f"a budget of {budget!r} would be bytes, fewer than any training step needs: "
+                f"write '{budget}GB' for gigabytes, '{budget}B' if bytes are meant"
             )
         return ReadBudget(label=f"{int(budget)}B", kind="bytes", amount=int(budget))
     return _share(float(budget), budget)

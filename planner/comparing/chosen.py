@@ -16,7 +16,14 @@ from solvers.strategies.registry import (
 from solvers.strategies.strategy import Candidate, Strategy, StrategyOptions
 
 MIN_CUT = "min_cut"
-_SOLVED = ("rotor", "checkmate_lp_rounding", "checkmate_milp", "moccasin", "auto")
+_SOLVED = (
+    "rotor",
+    "rotor_menus",
+    "checkmate_lp_rounding",
+    "checkmate_milp",
+    "moccasin",
+    "auto",
+)
 
 
 def choose_strategies(

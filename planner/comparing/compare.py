@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from .budgets import AskedBudget, NamedBudget, ReadBudget, even_budgets, in_byte
 from .chosen import MIN_CUT, choose_strategies, with_min_cut
 from .comparison import DEFAULT_GAP, Comparison
 from .execute import executed, must_run
-from .machine import machine, versions
+from .machine import autocast_of, dtype_of, machine, name_of, threads_of, versions
 from .peer_rows import choose_peers, peer_rows
 from .predict import Predictor, Solving, predict_all
 from .running import Execution
@@ -71,7 +72,8 @@ def compare(
         As for :func:`planner.optimize`.
     budgets
         Each is a share of the predicted unplanned peak (``0.6``, ``"60%"``),
-        bytes (``12_000_000_000``, ``"12GB"``, ``"40GiB"``), or the name of a
+        bytes (``12_000_000_000``, ``"12GB"``, ``"40GiB"``; a number without a
+        unit from 4096 on), or the name of a
         strategy, for the peak that it has at its own choice. ``None`` for eight,
         evenly from the least peak known to be possible up to the unplanned one;
         ``[]`` for each strategy's own choice and nothing else, so that those that
@@ -114,7 +116,9 @@ def compare(
     -----
     The bound of a budget is proven by the solver ``"auto"``, which runs at every
     budget, and holds for every schedule whose first runs keep the base order.
-    A strategy of your own that leaves that order may be below it.
+    A strategy of your own that leaves that order may be below it; its note says so.
+    ``"auto"`` starts from the schedule of the least peak that was found, where that
+    fits: the search for it is in ``least_solve_s`` and in no row's ``solve_s``.
 
     Peers named ``compile_budget_*`` call ``torch._dynamo.reset()`` before and after
     they run. It drops everything that ``torch.compile`` has compiled in this process,
@@ -159,6 +163,12 @@ def compare(
         known = with_min_cut(known, call.captured)
         found = _predicted_part(call, known, names, asked, solving, tell, name or _class(model))
         comparison, schedules = found
+        comparison = replace(
+            comparison,
+            dtype=dtype_of(model),
+            autocast=autocast_of(call.captured.target.torch_type),
+            optimizer=optimizer if isinstance(optimizer, str) else _class(optimizer),
+        )
         if not runs:
             return comparison
         execution = Execution(
@@ -168,6 +178,13 @@ def compare(
             optimizer=optimizer,
             repeats=repeats,
             seed=seed,
+        )
+        comparison = replace(
+            comparison,
+            machine=machine(),  # again: the load that counts is that while steps are timed
+            measured_on=name_of(execution.device),
+            num_threads=threads_of(execution.device),
+            repeats=repeats,
         )
         comparison = executed(comparison, schedules, call, request, execution, tell)
         rows = peer_rows(chosen_peers, call.captured.graph, execution, tell)
@@ -190,7 +207,10 @@ def _predicted_part(
     baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
     tell.expect(1)
     tell("least memory")
+    hits, begin_s = remembered_least_memory.cache_info().hits, time.monotonic()
     least = remembered_least_memory(captured.graph, solving.seed)
+    was_known = remembered_least_memory.cache_info().hits > hits
+    least_solve_s = None if was_known else time.monotonic() - begin_s
     predictor = Predictor(captured.graph, baseline.cost_ns / 1e3, least, solving, once=(MIN_CUT,))
     budgets: tuple[NamedBudget, ...]
     if asked is None:
@@ -222,6 +242,7 @@ def _predicted_part(
         seed=solving.seed,
         versions=versions(),
         machine=machine(),
+        least_solve_s=least_solve_s,
     )
     return comparison, [one.schedule for one in found]
 
@@ -236,5 +257,5 @@ def _check(*, repeats: int, workers: int, measure: bool | None, name: str | None
         raise ValueError(f"name must be a string, got {name!r}")
 
 
-def _class(model: nn.Module) -> str:
-    return type(model).__name__
+def _class(of: nn.Module | torch.optim.Optimizer | None) -> str:
+    return "" if of is None else type(of).__name__

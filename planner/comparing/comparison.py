@@ -86,11 +86,13 @@ class ComparisonRow:
         nothing, as a fraction of it.
     gap
         ``(step - lower bound) / lower bound``, of this budget; ``None`` where
-        the row does not fit, or has no budget.
+        the row does not fit, or has no budget. The bound speaks of its scope
+        only: a schedule in another order, which ``note`` tells, may be below it.
     num_recomputed
         Runs beyond the first of each operator.
     solve_s
-        Wall clock of proposing, solving and replaying.
+        Wall clock of proposing, solving and replaying; without the search for
+        the least peak, see :attr:`Comparison.least_solve_s`.
     measured
         Real steps, where they ran.
     """
@@ -155,7 +157,7 @@ class Comparison:
         machine's noise. ``None`` where nothing was measured, or they failed:
         then the error says why.
     device, cost_model
-        Where the step runs, and where its times come from.
+        What predicted times are for, and where they come from.
     ours
         Name of the strategy that the others are held against.
     gap
@@ -163,7 +165,22 @@ class Comparison:
     fingerprint
         Of the captured step.
     seed, versions, machine
-        What a figure needs to be repeated.
+        What a figure needs to be repeated; date and load average are of the
+        moment when timing started, where anything was executed.
+    dtype, autocast, optimizer
+        The dtype of most of the parameters' numbers, autocast's, and the
+        optimizer; ``""`` where there is none, or it was not recorded.
+    measured_on
+        The CPU or the card that steps really ran on, which need not be the
+        ``device`` that predicted times are for; ``""`` where nothing ran.
+    num_threads
+        Of PyTorch's kernels, where steps ran on a CPU.
+    repeats
+        Pairs of steps that were asked for; 0 where nothing ran.
+    least_solve_s
+        Wall clock of the search for the least peak. Ours starts from the
+        schedule that it found, and no row's ``solve_s`` holds it. ``None`` where
+        this process had searched before.
     """
 
     model: str
@@ -183,6 +200,13 @@ class Comparison:
     seed: int
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = ""
+    autocast: str = ""
+    optimizer: str = ""
+    measured_on: str = ""
+    num_threads: int | None = None
+    repeats: int = 0
+    least_solve_s: float | None = None
 
     # -- questions ---------------------------------------------------------------------
 

@@ -19,11 +19,24 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..whole_file import write_whole
-from .comparison import DEFAULT_GAP, Comparison
+from .comparison import Comparison
 
 FORMAT = "remat-comparison"
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 2**28
+MAX_INTEGER = 2**63 - 1
+
+_ADDED = (
+    "gap",
+    "dtype",
+    "autocast",
+    "optimizer",
+    "measured_on",
+    "num_threads",
+    "repeats",
+    "least_solve_s",
+)
+"""What version 1 was first written without."""
 
 _T = TypeVar("_T")
 
@@ -58,7 +71,7 @@ def load_comparison(path: Path) -> Comparison:
     if size > MAX_FILE_BYTES:
         raise ComparisonFileError(f"{path} has {size} bytes; one has at most {MAX_FILE_BYTES}")
     try:
-        data = json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
+        data = json.loads(path.read_text("utf-8"), parse_constant=_no_constant, parse_float=_float)
     except (ValueError, RecursionError) as error:
         raise ComparisonFileError(
             f"{path} is not a comparison: it is no JSON ({error}); save it again with "
@@ -109,8 +122,14 @@ def from_dict(data: Any) -> Comparison:
             "compare again"
         )
     body = {name: value for name, value in data.items() if name not in ("format", "version")}
-    # Version 1 was first written without the gap of the solves, which then was the usual one.
-    return _dataclass(Comparison, {"gap": DEFAULT_GAP, **body}, "$")
+    defaults = {f.name: f.default for f in fields(Comparison) if f.name in _ADDED}
+    found = _dataclass(Comparison, {**defaults, **body}, "$")
+    if found.baseline_peak_bytes == 0:
+        raise ComparisonFileError("at $.baseline_peak_bytes: 0 is no peak that shares could be of")
+    for name in ("baseline_step_us", "gap"):
+        if math.isnan(getattr(found, name)):
+            raise ComparisonFileError(f"at $.{name}: a number is missing")
+    return found
 
 
 # -- from plain values to dataclasses --------------------------------------------------
@@ -125,7 +144,16 @@ def _dataclass(kind: type[_T], data: Any, path: str) -> _T:
         raise ComparisonFileError(f"at {path}: {name!r} is missing")
     for name in set(data) - names:
         raise ComparisonFileError(f"at {path}: {name!r:.60} is unknown")
-    return kind(**{name: _value(hints[name], data[name], f"{path}.{name}") for name in names})
+    values = {name: _value(hints[name], data[name], f"{path}.{name}") for name in names}
+    for name, value in values.items():
+        if _is_amount(name) and value is not None and value < 0:
+            raise ComparisonFileError(f"at {path}.{name}: {value!r} is below zero")
+    return kind(**values)
+
+
+def _is_amount(name: str) -> bool:
+    """Whether a field's name says that it holds bytes, a time or a count."""
+    return name.endswith(("_bytes", "_us", "_s")) or name.startswith("num_") or name == "repeats"
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -150,14 +178,28 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         if value is None:
             return math.nan
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if fits else value
+        value = _finite(value, path) if fits else value
     elif hint is int:
         fits = isinstance(value, int) and not isinstance(value, bool)
+        if fits and abs(value) > MAX_INTEGER:
+            raise ComparisonFileError(f"at {path}: an integer is beyond {MAX_INTEGER}")
     else:
         fits = hint is Any or isinstance(value, hint)
+        if isinstance(value, (int, float)):
+            _finite(value, path)
     if not fits:
         raise ComparisonFileError(f"at {path}: {value!r:.60} is not {_words(hint)}")
     return value
+
+
+def _finite(value: int | float, path: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ComparisonFileError(f"at {path}: a number is too large to be one")
+    return number
 
 
 def _tuple(parts: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -188,6 +230,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and math.isnan(value):
         return None
     return value
+
+
+def _float(text: str) -> float:
+    """A number of a file, where every one can be written again."""
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text[:40])
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 PACKAGES = ("torch", "remat-planner", "transformers", "highspy", "ortools", "numba", "numpy")
 """What has a say in a comparison's figures."""
@@ -35,6 +39,31 @@ def version_of(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def name_of(device: torch.device) -> str:
+    """The card, or the CPU, as it calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def threads_of(device: torch.device) -> int | None:
+    """How many threads PyTorch's kernels have on a CPU; ``None`` elsewhere."""
+    return torch.get_num_threads() if device.type == "cpu" else None
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The dtype of most of the parameters' numbers; ``""`` where there are none."""
+    sizes: Counter[str] = Counter()
+    for parameter in model.parameters():
+        sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return sizes.most_common(1)[0][0] if sizes else ""
+
+
+def autocast_of(device_type: str) -> str:
+    """The dtype of the autocast that is on; ``""`` where none is."""
+    if not torch.is_autocast_enabled(device_type):
+        return ""
+    return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,10 @@ no peak, and what is chosen may lie far below what was asked for.
 
 Here it gets the captured step itself (``min_cut_graph.py``): eager's calls, as in the
 backend ``aot_eager``, not decomposed as for Inductor. Its lists, knapsack and
-estimator of times are torch's own. What it saves is replayed by
+estimator of times are torch's own. Whole norms and softmax (``native_layer_norm``,
+``native_batch_norm``, ``_softmax``) are not on its list of what may be recomputed,
+most of the pieces that Inductor decomposes them into are: near budget 1 it recomputes
+less and saves more here than under Inductor. What it saves is replayed by
 ``solvers.strategies.schedule_for_saved``: views save their storage, parameters and
 inputs cost nothing.
 

@@ -5,7 +5,9 @@ takes by default, and with PyTorch's other defaults (early stop, the random stat
 stashed for each block).
 
 A key-value cache is switched off: a block that runs twice would fill it twice.
-Transformers does the same, with a warning, where it checkpoints by itself.
+Transformers does the same, with a warning, where it checkpoints by itself. Eager
+and the strategies beside it hold the cache, which is in their peaks: the row's note
+says that these are not comparable. Give a model with ``use_cache=False``.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from solvers.strategies.policies import FUSED_ATTENTION, MATRIX_PRODUCTS
 
 from .peer import Ready, Situation
 
-NO_CACHE = "use_cache=False, as a block that runs twice would fill the cache twice"
+NO_CACHE = (
+    "warning: its key-value cache was switched off (use_cache=False), as a block that runs twice "
+    "would fill the cache twice; eager and the strategies hold the cache: peaks are not comparable"
+)
 
 
 @contextmanager

@@ -7,24 +7,23 @@ from dataclasses import dataclass, replace
 
 from graph_capture.cost_graph import CostGraph
 from graph_capture.units import format_bytes
+from solvers.any_order.permutation import first_runs
 from solvers.incumbent import GLOBAL_SCOPE
 from solvers.least_memory import LeastMemory
 from solvers.portfolio import solve
 from solvers.result import SolveResult, SolveStatus
 from solvers.schedule import Schedule
-from solvers.stages import STAGED_SCOPE
-from solvers.strategies.solved import AUTO
+from solvers.strategies.solved import AUTO, status_in_words
 from solvers.strategies.strategy import Strategy, StrategyError, StrategyOutcome, apply_strategy
 
 from ..make_plan import fits_easily
 from .budgets import NamedBudget
 from .comparison import BudgetBound, ComparisonRow
+from .proof_words import EAGERS_ORDER, OTHER_ORDER, bytes_rounded_down
 from .remembered import Remembered
 from .running import LONGEST_ERROR
 
 Tell = Callable[[str], None]
-
-_SCOPES = {STAGED_SCOPE: "staged schedules"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +120,7 @@ class Predictor:
         row = replace(
             row,
             setting=outcome.setting,
-            note=outcome.note,
+            note=self._note(outcome),
             fits=None if budget is None else outcome.fits,
             predicted_peak_bytes=outcome.peak_bytes,
             predicted_step_us=step_us,
@@ -130,6 +129,13 @@ class Predictor:
             solve_s=outcome.solve_s,
         )
         return Predicted(row=row, schedule=outcome.schedule)
+
+    def _note(self, outcome: StrategyOutcome) -> str:
+        """What the strategy says, and whether the bounds say nothing of its schedule."""
+        first = first_runs(outcome.schedule)
+        if first == tuple(range(self.graph.num_operators)):
+            return outcome.note
+        return "; ".join(part for part in (outcome.note, OTHER_ORDER) if part)
 
     def own_peak_bytes(self, strategy: Strategy) -> int:
         """The peak of a strategy at its own choice.
@@ -186,7 +192,7 @@ class Predictor:
         return StrategyOutcome(
             strategy=AUTO.name,
             setting="",
-            note=f"{_proven(result)} (by {result.solver})",
+            note=f"{status_in_words(result)} (by {result.solver})",
             schedule=result.schedule,
             peak_bytes=result.peak_bytes,
             cost_ns=result.cost_ns,
@@ -214,22 +220,15 @@ class Predictor:
         least, bound = self.least.peak_bytes, self.least.lower_bound_bytes
         if proven:
             need = (
-                f"every schedule needs {format_bytes(bound)} ({bound} bytes) or more"
+                f"every schedule needs {bytes_rounded_down(bound)} ({bound} bytes) or more"
                 if bound > num_bytes
                 else "the solver has excluded every schedule"
             )
-            return f"proven: nothing fits in {num_bytes} bytes; {need}"
+            return f"proven: nothing fits in {num_bytes} bytes {EAGERS_ORDER}; {need}"
         return (
             f"nothing found that fits in {num_bytes} bytes; the least peak known to be possible is "
             f"{format_bytes(least)} ({least} bytes), and that nothing fits is not proven"
         )
-
-
-def _proven(result: SolveResult) -> str:
-    """The status of a solve, and of what it is where that is less than the bound speaks of."""
-    if result.status is SolveStatus.OPTIMAL and result.bound_scope != GLOBAL_SCOPE:
-        return f"{result.status} among {_SCOPES.get(result.bound_scope, result.bound_scope)}"
-    return str(result.status)
 
 
 def predict_all(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
-import statistics
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ from ..out_of_memory import is_out_of_memory
 from ..training_step import LossFn, Sample, build_optimizer, make_step, train_step
 from .comparison import ComparisonRow, MeasuredStep
 from .peer import PEER_ERRORS, Peer, Situation, blocks_of
+from .running import measured_step
 from .step_verdict import StepVerdict, judge_steps
 
 Optimizer = torch.optim.Optimizer | str | None
@@ -207,17 +206,11 @@ def _measured(
         seed=seeds.start,
     ).peak_bytes
     beside = sides if verdict is not None else sides[1:]
-    eager_us, step_us = _times(beside, sample_input, loss_fn, repeats, seeds.start, device)
-    ratios = [b / a for a, b in zip(eager_us, step_us, strict=False)]
-    return MeasuredStep(
-        peak_bytes=peak_bytes,
-        step_us=_median(step_us),
-        eager_us=_median(eager_us),
-        ratio=_median(ratios),
-        quartiles=_quartiles(ratios),
-        num_pairs=len(ratios),
-        bits="not compared" if verdict is None else verdict.bits,
-        difference="eager runs out of memory" if verdict is None else verdict.difference,
+    return measured_step(
+        peak_bytes,
+        _times(beside, sample_input, loss_fn, repeats, seeds.start, device),
+        "not compared" if verdict is None else verdict.bits,
+        "eager runs out of memory" if verdict is None else verdict.difference,
     )
 
 
@@ -258,14 +251,3 @@ def _built(optimizer: Optimizer, model: nn.Module) -> torch.optim.Optimizer | No
     if isinstance(optimizer, str):
         return build_optimizer(optimizer, model.parameters())
     return optimizer
-
-
-def _median(values: list[float] | tuple[float, ...]) -> float:
-    return statistics.median(values) if values else math.nan
-
-
-def _quartiles(ratios: list[float]) -> tuple[float, float]:
-    if len(ratios) < 2:
-        return _median(ratios), _median(ratios)
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, high

@@ -1,8 +1,9 @@
 """Real steps of a comparison: eager ones, and those of a plan beside them in turn.
 
 Peaks are recorded by :func:`planner.measure`, times taken in turn with eager's
-(``measure_pair``), and everything that a step leaves is held against eager's to the
-last bit.
+(``measure_pair``), and everything that two successive steps leave is held against
+eager's, as a peer's steps are (:mod:`.step_verdict`). Eager's own results are kept on
+the CPU, so that each schedule runs its own two steps only.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +20,21 @@ import torch
 from torch import nn
 
 from ..application import PlannedForward, capture_for, forward_set
-from ..measuring.bit_comparison import Results, first_difference, step_results
-from ..measuring.measure import measure, measure_pair, timed_us
+from ..measuring.measure import measure, measure_pair, quartiles, timed_us
 from ..measuring.resident import single_device
 from ..measuring.restored import restored
 from ..out_of_memory import is_out_of_memory
 from ..plan import Plan
 from ..training_step import LossFn, Sample, build_optimizer, clear_gradients, make_step
 from .comparison import Bits, MeasuredStep
+from .lane import Lane, StepResults
+from .step_verdict import StepVerdict, judge_results, rounding_dtype
 
 LONGEST_ERROR = 600
 """Characters of an error that a row keeps."""
 
 _WARMUP_PAIRS = 2
+_COMPARED_STEPS = 2
 
 _Forward = Callable[..., Any] | None
 
@@ -71,20 +75,22 @@ class Runner:
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, execution.model.parameters())
         self.optimizer = optimizer
-        self._expected: Results | None = None
+        self._expected: list[StepResults] | None = None
+        self._noise = StepVerdict(bits="equal")
 
     def eager(self) -> MeasuredStep:
         """Eager steps beside eager steps: what the machine's noise is, and whether bits repeat."""
         self._expected = None
         peak_bytes = self._peak_bytes(self.own)
-        expected = self._results(self.own)
-        different = first_difference(expected, self._results(self.own))
+        with self._lane(self.own) as lane:
+            expected = [lane.step() for _ in range(_COMPARED_STEPS)]
+        self._noise = self._against(expected, self.own)
         self._expected = expected
-        return self._measured(
+        return measured_step(
             peak_bytes,
             self._times(self.own, beside=True),
-            "equal" if different is None else "not repeatable",
-            different,
+            "equal" if self._noise.bits == "equal" else "not repeatable",
+            self._noise.difference,
         )
 
     def planned(self, plan: Plan) -> MeasuredStep:
@@ -92,10 +98,10 @@ class Runner:
         model = self.execution.model
         forward = PlannedForward(model, plan, capture_for(plan, model, model.forward), "error")
         forward.check(self.arguments)
-        bits, different = self._bits(forward)
+        bits, difference = self._bits(forward)
         peak_bytes = self._peak_bytes(forward)
         times = self._times(forward, beside=self._expected is not None)
-        return self._measured(peak_bytes, times, bits, different)
+        return measured_step(peak_bytes, times, bits, difference)
 
     def _peak_bytes(self, forward: _Forward) -> int:
         e = self.execution
@@ -109,19 +115,36 @@ class Runner:
                 seed=e.seed,
             ).peak_bytes
 
-    def _results(self, forward: _Forward) -> Results:
+    @contextmanager
+    def _lane(self, forward: _Forward) -> Iterator[Lane]:
+        """Successive steps by a forward; everything is afterwards as before."""
         e = self.execution
-        with forward_set(e.model, forward):
-            return step_results(e.model, e.sample_input, e.loss_fn, e.seed)
+        with (
+            forward_set(e.model, forward),
+            restored(e.model, e.sample_input, e.loss_fn, "sgd"),
+        ):
+            yield Lane(e.model, e.sample_input, e.loss_fn, seed=e.seed, outputs=True)
 
-    def _bits(self, forward: _Forward) -> tuple[Bits, str | None]:
+    def _against(self, expected: Sequence[StepResults], forward: _Forward) -> StepVerdict:
+        e = self.execution
+        with self._lane(forward) as lane:
+            pairs = ((one, lane.step()) for one in expected)
+            return judge_results(pairs, dtype=rounding_dtype(e.model, e.device), seed=e.seed)
+
+    def _bits(self, forward: _Forward) -> tuple[Bits, str]:
+        """A plan promises eager's bits; where eager has no bits of its own, its rounding."""
         if self._expected is None:
-            return "not compared", None
-        different = first_difference(self._expected, self._results(forward))
-        if different is None:
-            return "equal", None
-        unstable = first_difference(self._expected, self._results(self.own))
-        return ("different", different) if unstable is None else ("not repeatable", unstable)
+            return "not compared", ""
+        verdict = self._against(self._expected, forward)
+        if verdict.bits == "equal":
+            return "equal", ""
+        if self._noise.bits == "equal":
+            self._noise = self._against(self._expected, self.own)
+        if self._noise.bits not in ("equal", "right"):
+            return "not repeatable", verdict.difference
+        if verdict.bits != "right":
+            return "WRONG", verdict.difference
+        return "different" if self._noise.bits == "equal" else "not repeatable", verdict.difference
 
     def _times(self, forward: _Forward, *, beside: bool) -> tuple[list[float], list[float]]:
         """Microseconds of eager steps and of the others; of those alone where not ``beside``."""
@@ -151,25 +174,33 @@ class Runner:
             )
         return list(pairs.first_us), list(pairs.second_us)
 
-    def _measured(
-        self,
-        peak_bytes: int,
-        times: tuple[list[float], list[float]],
-        bits: Bits,
-        different: str | None,
-    ) -> MeasuredStep:
-        eager_us, step_us = times
-        ratios = [b / a for a, b in zip(eager_us, step_us, strict=True)] if eager_us else []
-        return MeasuredStep(
-            peak_bytes=peak_bytes,
-            step_us=_median(step_us),
-            eager_us=_median(eager_us),
-            ratio=_median(ratios),
-            quartiles=_quartiles(ratios),
-            num_pairs=len(ratios),
-            bits=bits,
-            difference=different or "",
-        )
+
+def measured_step(
+    peak_bytes: int,
+    times: tuple[Sequence[float], Sequence[float]],
+    bits: Bits,
+    difference: str,
+) -> MeasuredStep:
+    """What steps took.
+
+    Parameters
+    ----------
+    times
+        Microseconds of eager steps and of the others, pair by pair; the first is
+        empty where the others ran alone.
+    """
+    eager_us, step_us = times
+    ratios = [b / a for a, b in zip(eager_us, step_us, strict=True)] if eager_us else []
+    return MeasuredStep(
+        peak_bytes=peak_bytes,
+        step_us=_median(step_us),
+        eager_us=_median(eager_us),
+        ratio=_median(ratios),
+        quartiles=quartiles(ratios),
+        num_pairs=len(ratios),
+        bits=bits,
+        difference=difference,
+    )
 
 
 def caught(
@@ -197,10 +228,3 @@ def said(error: Exception, when: str) -> str:
 
 def _median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else math.nan
-
-
-def _quartiles(ratios: Sequence[float]) -> tuple[float, float]:
-    if len(ratios) < 2:
-        return _median(ratios), _median(ratios)
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, high

@@ -1,9 +1,14 @@
 """Whether steps of two models come out the same: to the last bit, to rounding, or not.
 
-What is compared is what a training loop goes on with: the loss, all gradients, the
-buffers and the state of the random generators. Two steps run one after another
-without seeding again, with a small step down the gradient between, from several
-seeds: a tool may be right in its first step only.
+What is compared is what a training loop goes on with (see :mod:`.lane`), over two
+steps without seeding again: a tool may be right in its first step only.
+
+Each tensor is judged alone, so that a small one that is wholly wrong is found beside
+large ones that are right. Its error is the norm of the difference over its own norm,
+but over a small share of the norm of all tensors of its kind where its own is less:
+gradients that are zero but for rounding, such as that of a key's bias in attention,
+have nothing but rounding to compare. What holds no floating-point numbers must be
+the same.
 
 Where dropout draws other numbers than eager's there is nothing to compare with. The
 gradient is then held against the model's own loss: its slope along the gradient, by
@@ -13,9 +18,9 @@ central differences from the same seed, must be the gradient's norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +34,22 @@ from ..training_step import (
     call_model,
     clear_gradients,
     differentiate,
-    output_tensors,
     train_step,
 )
+from .lane import Lane, StepResults, loss_value
 
 Word = Literal["equal", "right", "WRONG", "other draws"]
 
 _ORDER: tuple[Word, ...] = ("equal", "right", "other draws", "WRONG")
 _LOSS_TOLERANCE = {None: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _TOLERANCE = {None: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
-_STEP = 1e-3
-"""Learning rate of the step between two steps."""
+_FLOOR = {None: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+"""Share of the norm of all tensors of a kind that a tensor's own norm counts as at least.
+
+Times the tolerance it is the least error that counts, 1e-6 of that norm in float32 and
+1e-3 under bfloat16. Gradients that are zero but for rounding reach 1e-7 and 3e-4: those
+of a convolution's bias before batch norm.
+"""
 _LOSS_CHANGES = (1e-2, 2.5e-3)
 """Relative changes of the loss for which its slope is taken; the better one counts."""
 SLOPE_TOLERANCE = 0.03
@@ -59,7 +69,7 @@ class StepVerdict:
         The first thing that is not the same, in words; ``""`` if nothing is.
     loss_error, gradient_error, buffer_error
         Relative, the greatest of all steps that could be compared; the last two
-        by the norm of all tensors together.
+        of the tensor that is off most.
     gradients, buffers
         ``bits`` of gradients and of buffers alone; the second is ``""`` where the
         model has none.
@@ -101,25 +111,50 @@ def judge_steps(
     seeds, num_steps
         From each seed so many steps run, until one is wrong or draws other numbers.
     """
-    device = single_device(eager, sample_input)
-    dtype = _rounding(eager, device)
+    dtype = rounding_dtype(eager, single_device(eager, sample_input))
     found: list[StepVerdict] = []
     for seed in seeds:
         with (
             restored(eager, sample_input, loss_fn, "sgd"),
             restored(other, sample_input, loss_fn, "sgd"),
         ):
-            lanes = [_Lane(m, sample_input, loss_fn, device, seed) for m in (eager, other)]
-            for step in range(num_steps):
-                (expected, drew), (actual, _) = (lane.step() for lane in lanes)
-                where = f"in step {step + 1} of seed {seed}"
-                found.append(_compared(expected, actual, drew, dtype, where))
-                if found[-1].bits in ("WRONG", "other draws"):
-                    break
+            first, second = (Lane(m, sample_input, loss_fn, seed=seed) for m in (eager, other))
+            pairs = ((first.step(), second.step()) for _ in range(num_steps))
+            found.append(judge_results(pairs, dtype=dtype, seed=seed))
     verdict = _worst(found)
     if verdict.bits != "other draws" or dtype is not None:
         return verdict
     return _by_slope(verdict, slope_error(other, sample_input, loss_fn=loss_fn, seed=seeds[0]))
+
+
+def judge_results(
+    pairs: Iterable[tuple[StepResults, StepResults]], *, dtype: torch.dtype | None, seed: int
+) -> StepVerdict:
+    """Compare what successive steps left, until one is wrong or draws other numbers.
+
+    Parameters
+    ----------
+    pairs
+        For each step what eager's left and what the other's did; taken one by one.
+    dtype
+        The dtype that rounds, see :func:`rounding_dtype`.
+    seed
+        From which the steps ran, for the verdict's words.
+    """
+    found: list[StepVerdict] = []
+    for i, (expected, actual) in enumerate(pairs):
+        found.append(_compared(expected, actual, dtype, f"in step {i + 1} of seed {seed}"))
+        if found[-1].bits in ("WRONG", "other draws"):
+            break
+    return _worst(found)
+
+
+def rounding_dtype(model: nn.Module, device: torch.device) -> torch.dtype | None:
+    """The dtype that rounds most in a step; ``None`` for float32 and wider."""
+    dtypes = {p.dtype for p in model.parameters()}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), None)
 
 
 def verdict_word(
@@ -156,7 +191,7 @@ def slope_error(
     with restored(model, sample_input, loss_fn, "sgd"):
         torch.manual_seed(seed)
         output, loss = train_step(model, sample_input, loss_fn)
-        value = abs(_scalar(output, loss))
+        value = abs(loss_value(output, loss))
         gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
         norm = math.sqrt(sum(_square(g) for _, g in gradients))
         clear_gradients(model, sample_input, loss_fn)
@@ -183,83 +218,49 @@ def slope_error(
         return min(errors)
 
 
-# -- one step of one model ---------------------------------------------------------
-
-
-class _Lane:
-    """One model's own succession of steps, with a random state of its own."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sample_input: Sample,
-        loss_fn: LossFn | None,
-        device: torch.device,
-        seed: int,
-    ) -> None:
-        self.model, self.sample_input, self.loss_fn = model, sample_input, loss_fn
-        self.device = device
-        torch.manual_seed(seed)
-        self.state = _random_state(device)
-
-    def step(self) -> tuple[Results, bool]:
-        """What a step leaves, copied to the CPU, and whether it drew random numbers."""
-        _set_random_state(self.state, self.device)
-        clear_gradients(self.model, self.sample_input, self.loss_fn)
-        output, loss = train_step(self.model, self.sample_input, self.loss_fn)
-        found: Results = {"the loss": torch.tensor(_scalar(output, loss), dtype=torch.float64)}
-        del output, loss
-        parameters = {_plain(n): p for n, p in self.model.named_parameters()}
-        found |= {f"the gradient of {n}": p.grad for n, p in parameters.items()}
-        for i, t in enumerate(output_tensors(self.sample_input)):
-            if t.is_leaf and t.requires_grad:
-                found[f"the gradient of input {i}"] = t.grad
-        found |= {f"buffer {_plain(n)}": b for n, b in self.model.named_buffers()}
-        before, self.state = self.state, _random_state(self.device)
-        found |= {f"the random generator {i}": state for i, state in enumerate(self.state)}
-        copies = {
-            n: None if t is None else t.detach().to("cpu", copy=True) for n, t in found.items()
-        }
-        with torch.no_grad():
-            for p in parameters.values():
-                if p.grad is not None:
-                    p.sub_(p.grad.to(p.dtype), alpha=_STEP)
-        clear_gradients(self.model, self.sample_input, self.loss_fn)
-        drew = any(not torch.equal(a, b) for a, b in zip(before, self.state, strict=True))
-        return copies, drew
+# -- one verdict ------------------------------------------------------------------
 
 
 def _compared(
-    expected: Results, actual: Results, drew: bool, dtype: torch.dtype | None, where: str
+    expected: StepResults, actual: StepResults, dtype: torch.dtype | None, where: str
 ) -> StepVerdict:
-    has_buffers = any(name.startswith("buffer ") for name in expected)
-    first = first_difference(expected, actual)
+    ours, theirs = expected.tensors, actual.tensors
+    has_buffers = any(name.startswith("buffer ") for name in ours)
+    first = first_difference(ours, theirs)
     if first is None:
         return StepVerdict(bits="equal", buffers="equal" if has_buffers else "")
-    loss, theirs = (_value(results["the loss"]) for results in (expected, actual))
-    same_loss = theirs == loss or (math.isnan(theirs) and math.isnan(loss))
-    loss_error = 0.0 if same_loss else abs(theirs - loss) / max(abs(loss), 1e-30)
-    gradient_error, gradient = _distance(expected, actual, "the gradient of ")
-    buffer_error, buffer = _distance(expected, actual, "buffer ")
-    gradients = verdict_word(loss_error, gradient_error, dtype, draws=drew)
-    buffers = verdict_word(loss_error, buffer_error, dtype, draws=drew)
-    bits = max((gradients, buffers, "right"), key=_ORDER.index)
-    if bits == "WRONG" and gradients == "WRONG":
-        what = f"all gradients together are off by {gradient_error:.3g} of their norm ({gradient})"
+    loss, other_loss = (_value(results["the loss"]) for results in (ours, theirs))
+    same_loss = other_loss == loss or (math.isnan(other_loss) and math.isnan(loss))
+    loss_error = 0.0 if same_loss else abs(other_loss - loss) / max(abs(loss), 1e-30)
+    errors: list[float] = []
+    words: list[Word] = []
+    texts: list[str] = []
+    for prefix in ("the gradient of ", "buffer ", "output "):
+        # Buffers that stay as they are, a table of positions, say nothing of a step's size.
+        sized = expected.changed_buffers if prefix == "buffer " else None
+        error, name = _distance(ours, theirs, prefix, _FLOOR[dtype], sized)
+        errors.append(error)
+        words.append(verdict_word(loss_error, error, dtype, draws=expected.drew))
+        texts.append(f"{name} is off" + (f" by {error:.3g} of its norm" if error < 1e9 else ""))
+    bits = max((*words, "right"), key=_ORDER.index)
+    if bits == "other draws":
+        what = f"the loss is {other_loss:.6g} and eager's {loss:.6g}: other random numbers"
+    elif bits == "WRONG" and max(errors) > 0:
+        what = next(
+            t for t, w, e in zip(texts, words, errors, strict=True) if w == "WRONG" and e > 0
+        )
     elif bits == "WRONG":
-        what = f"{buffer} is off: all buffers together by {buffer_error:.3g} of their norm"
-    elif bits == "other draws":
-        what = f"the loss is {theirs:.6g} and eager's {loss:.6g}: other random numbers"
+        what = f"the loss is {other_loss:.6g} and eager's {loss:.6g}"
     else:
         what = f"{first} has other bits"
     return StepVerdict(
         bits=bits,
         difference=f"{what}, {where}",
         loss_error=loss_error,
-        gradient_error=gradient_error,
-        buffer_error=buffer_error,
-        gradients=gradients,
-        buffers=buffers if has_buffers else "",
+        gradient_error=errors[0],
+        buffer_error=errors[1],
+        gradients=words[0],
+        buffers=words[1] if has_buffers else "",
     )
 
 
@@ -294,36 +295,57 @@ def _by_slope(verdict: StepVerdict, error: float) -> StepVerdict:
     )
 
 
-def _distance(expected: Results, actual: Results, prefix: str) -> tuple[float, str]:
-    """Norm of the difference over the norm of what is expected, and what differs most.
+def _distance(
+    expected: Results,
+    actual: Results,
+    prefix: str,
+    floor: float,
+    sized: Collection[str] | None = None,
+) -> tuple[float, str]:
+    """The greatest error of a tensor whose name begins so, and its name.
 
-    Both norms are of the finite places: a causal mask of -inf would make them NaN.
-    Infinite where the others do not coincide. A tensor that is missing on one side
-    counts as zeros.
+    Norms are of the finite places: a causal mask of -inf would make them NaN. The
+    error is infinite where the others do not coincide. A tensor that is missing on
+    one side counts as zeros.
+
+    Parameters
+    ----------
+    floor
+        Share of the norm of all these tensors that a tensor's norm counts as at least.
+    sized
+        Names of those whose norms are added up for it; ``None`` for all.
     """
+    sizes: dict[str, float] = {}
     differences: dict[str, float] = {}
-    size = 0.0
     for name in dict.fromkeys((*expected, *actual)):
-        if not name.startswith(prefix):
-            continue
-        a, b = expected.get(name), actual.get(name)
-        size += 0.0 if a is None else _square(_wide(a).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-        differences[name] = _square_of_difference(a, b)
-    total = sum(differences.values())
-    if total == 0:
-        return 0.0, ""
-    most = max(differences, key=lambda name: differences[name])
-    return math.sqrt(total / max(size, 1e-30)), most
+        if name.startswith(prefix):
+            a, b = expected.get(name), actual.get(name)
+            sizes[name] = 0.0 if a is None else _square(_finite(a))
+            differences[name] = _square_of_difference(a, b)
+    floats = [n for n in sizes if (t := expected.get(n)) is not None and _rounds(t)]
+    total = sum(sizes[n] for n in floats if sized is None or n in sized)
+    errors = {
+        name: math.sqrt(difference / max(sizes[name], floor**2 * total, 1e-60))
+        for name, difference in differences.items()
+        if difference
+    }
+    most = max(errors, key=lambda name: errors[name], default="")
+    return errors.get(most, 0.0), most
 
 
 def _square_of_difference(a: Tensor | None, b: Tensor | None) -> float:
-    """Of the finite places; infinite where the others are not the same in both."""
+    """Of the finite places; infinite where the others are not the same in both.
+
+    And where two tensors without rounding, of whole numbers say, are not the same.
+    """
     one = b if a is None else a
     if one is None:
         return 0.0
     a, b = (torch.zeros_like(one) if t is None else t for t in (a, b))
     if a.shape != b.shape or a.is_complex() != b.is_complex():
         return math.inf
+    if not (_rounds(a) and _rounds(b)):
+        return 0.0 if torch.equal(_wide(a), _wide(b)) else math.inf
     a, b = _wide(a), _wide(b)
     finite = a.isfinite() & b.isfinite()
     if finite.all():
@@ -331,6 +353,15 @@ def _square_of_difference(a: Tensor | None, b: Tensor | None) -> float:
     others, theirs = a[~finite], b[~finite]
     coincide = (others == theirs) | (others.isnan() & theirs.isnan())
     return _square(b[finite] - a[finite]) if coincide.all() else math.inf
+
+
+def _rounds(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """With zeros in the other places."""
+    return _wide(tensor).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -344,32 +375,3 @@ def _square(tensor: Tensor) -> float:
 
 def _value(tensor: Tensor | None) -> float:
     return math.nan if tensor is None else tensor.item()
-
-
-def _scalar(output: Any, loss: Tensor | None) -> float:
-    """The loss, or what is differentiated in its place, added up."""
-    roots = (loss,) if loss is not None else differentiate(output).tensors
-    return sum(t.detach().double().sum().item() for t in roots)
-
-
-def _rounding(model: nn.Module, device: torch.device) -> torch.dtype | None:
-    """The dtype that rounds most in a step; ``None`` for float32 and wider."""
-    dtypes = {p.dtype for p in model.parameters()}
-    if torch.is_autocast_enabled(device.type):
-        dtypes.add(torch.get_autocast_dtype(device.type))
-    return next((d for d in (torch.bfloat16, torch.float16) if d in dtypes), None)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
-def _plain(name: str) -> str:
-    return name.removeprefix("_orig_mod.")

@@ -9,6 +9,13 @@ from collections.abc import Iterator, Sequence
 from graph_capture.units import format_bytes, format_us
 
 from .comparison import BudgetBound, Comparison, ComparisonRow, MeasuredStep
+from .proof_words import (
+    EAGERS_ORDER,
+    OTHER_ORDER,
+    bytes_rounded_down,
+    percent_rounded_down,
+    scope_words,
+)
 
 _LONGEST_SETTING = 22
 _LONGEST_ERROR = 80  # in its row; longer ones stand whole below the rows
@@ -40,20 +47,39 @@ def table(comparison: Comparison) -> str:
 
 
 def _head(c: Comparison) -> Iterator[str]:
-    torch = c.versions.get("torch")
-    parts = [f"{c.model} on {c.device}", f"times by {c.cost_model}"]
-    parts += [f"torch {torch}"] * bool(torch)
-    yield ", ".join([*parts, f"seed {c.seed}"])
+    under = f"autocast {c.autocast}" if c.autocast else ""
+    torch = f"torch {c.versions['torch']}" if "torch" in c.versions else ""
+    step = ", ".join(part for part in (c.dtype, under, c.optimizer, torch) if part)
+    yield f"{c.model}: {step}{', ' if step else ''}seed {c.seed}"
+    yield f"predicted: times by {c.cost_model} for {c.device}"
+    if c.measured_on:
+        yield f"measured: {_measured_on(c)}"
     yield (
         f"unplanned: peak {format_bytes(c.baseline_peak_bytes)}, step "
         f"{format_us(c.baseline_step_us)} predicted{_eager(c)}"
     )
     yield (
         f"least peak known to be possible {format_bytes(c.least_bytes)}, proven impossible below "
-        f"{format_bytes(c.least_bound_bytes)}"
+        f"{bytes_rounded_down(c.least_bound_bytes)} {EAGERS_ORDER}"
     )
     if any(row.strategy == c.ours for row in c.rows):
+        if c.least_solve_s is not None:
+            yield (
+                f"searching for it took {c.least_solve_s:.2f} s, which is in no solve time below, "
+                "though ours starts from what was found"
+            )
         yield f"* marks ours ({c.ours})"
+
+
+def _measured_on(c: Comparison) -> str:
+    parts = [c.measured_on]
+    if c.num_threads is not None:
+        parts.append(f"{c.num_threads} thread{'s' * (c.num_threads != 1)}")
+    parts.append(f"{c.repeats} pair{'s' * (c.repeats != 1)} of steps asked for")
+    load = c.machine.get("load_average")
+    if isinstance(load, (int, float)):
+        parts.append(f"load average {load:.2f} at the start")
+    return ", ".join(parts)
 
 
 def _eager(c: Comparison) -> str:
@@ -100,9 +126,10 @@ def _notes(c: Comparison) -> Iterator[str]:
 def _budget_line(c: Comparison, bound: BudgetBound) -> str:
     text = f"budget {bound.budget}: {format_bytes(bound.budget_bytes)}"
     if bound.lower_bound_us is None:
-        return f"{text}; proven: nothing fits"
+        return f"{text}; proven: nothing fits {scope_words(bound.scope)}"
     overhead = bound.lower_bound_us / c.baseline_step_us - 1 if c.baseline_step_us else 0.0
-    return f"{text}; proven: no overhead below {overhead:+.2%}"
+    least = percent_rounded_down(overhead)
+    return f"{text}; proven: no overhead below {least} {scope_words(bound.scope)}"
 
 
 def _shows_measured(c: Comparison) -> bool:
@@ -135,6 +162,14 @@ def _block(c: Comparison, rows: Sequence[ComparisonRow], shows_measured: bool) -
         lines.append(f"{left}  {right}")
         if of is not None and of.error:
             lines.append(f"{'':{widths[0]}}  {error(of)}")
+        if of is not None and (note := _shown_note(of)):
+            indent = " " * (widths[0] + 2)
+            lines += textwrap.wrap(
+                f"{of.strategy}: {note}",
+                _WIDTH,
+                initial_indent=indent,
+                subsequent_indent=indent + "  ",
+            )
     for text in whole:
         lines += textwrap.wrap(
             text,
@@ -145,6 +180,13 @@ def _block(c: Comparison, rows: Sequence[ComparisonRow], shows_measured: bool) -
             break_on_hyphens=False,
         )
     return lines
+
+
+def _shown_note(row: ComparisonRow) -> str:
+    """What a reader of the figures must know; what strategies say of themselves is in records."""
+    if row.kind == "peer":
+        return _line(row.note)
+    return OTHER_ORDER if OTHER_ORDER in row.note else ""
 
 
 def _cells(c: Comparison, row: ComparisonRow, shows_measured: bool) -> tuple[str, ...]:

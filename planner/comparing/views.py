@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .comparison import Comparison, ComparisonRow
+from .comparison import BudgetBound, Comparison, ComparisonRow
 
 if TYPE_CHECKING:
     import pandas
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def records(comparison: Comparison) -> list[dict[str, Any]]:
     """See :meth:`Comparison.records`."""
-    bounds = {(b.budget, b.budget_bytes): b.lower_bound_us for b in comparison.bounds}
+    bounds = {(b.budget, b.budget_bytes): b for b in comparison.bounds}
     return [
         _record(comparison, row, bounds.get((row.budget, row.budget_bytes or 0)))
         for row in comparison.rows
@@ -33,7 +33,7 @@ def data_frame(comparison: Comparison) -> pandas.DataFrame:
 
 
 def _record(
-    comparison: Comparison, row: ComparisonRow, lower_bound_us: float | None
+    comparison: Comparison, row: ComparisonRow, bound: BudgetBound | None
 ) -> dict[str, Any]:
     measured, peak_bytes = row.measured, row.predicted_peak_bytes
     unplanned_bytes = comparison.baseline_peak_bytes
@@ -56,7 +56,8 @@ def _record(
         "peak_share": None if peak_bytes is None else peak_bytes / unplanned_bytes,
         "predicted_step_us": row.predicted_step_us,
         "overhead": row.overhead,
-        "lower_bound_us": lower_bound_us,
+        "lower_bound_us": None if bound is None else bound.lower_bound_us,
+        "bound_scope": None if bound is None else bound.scope,
         "gap": row.gap,
         "num_recomputed": row.num_recomputed,
         "solve_s": row.solve_s,
@@ -69,6 +70,22 @@ def _record(
         "num_pairs": None if measured is None else measured.num_pairs,
         "bits": None if measured is None else measured.bits,
         "difference": None if measured is None else measured.difference,
+        **_circumstances(comparison),
+    }
+
+
+def _circumstances(c: Comparison) -> dict[str, Any]:
+    """What was measured, on what and when; the same in every record."""
+    return {
+        "dtype": c.dtype,
+        "autocast": c.autocast,
+        "optimizer": c.optimizer,
+        "measured_on": c.measured_on,
+        "num_threads": c.num_threads,
+        "repeats": c.repeats,
+        "load_average": c.machine.get("load_average") if c.measured_on else None,
+        "date": c.machine.get("date"),
+        "versions": "; ".join(f"{name} {version}" for name, version in c.versions.items()),
     }
 
 

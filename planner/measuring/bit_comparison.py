@@ -67,12 +67,13 @@ def first_difference(expected: Results, actual: Results) -> str | None:
         a, b = expected.get(name), actual.get(name)
         if (a is None) != (b is None):
             return name
-        if a is not None and b is not None and not _same_bits(a, b):
+        if a is not None and b is not None and not same_bits(a, b):
             return name
     return None
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether shape, dtype and every bit are the same."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))

@@ -41,9 +41,10 @@ Known imperfections
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +135,7 @@ class PairedTiming:
         return statistics.median(self.ratios)
 
     def __str__(self) -> str:
-        low, *_, high = statistics.quantiles(self.ratios, n=4)
+        low, high = quartiles(self.ratios)
         return (
             f"ratio {self.ratio:.3f} (quartiles {low:.3f} to {high:.3f}, {len(self.ratios)} pairs)"
         )
@@ -233,29 +234,30 @@ def measure_pair(
 ) -> PairedTiming:
     """Time two callables in turn, for a ratio that a busy machine cannot tilt.
 
-    Which of the two goes first changes from pair to pair. Each pair runs back to
-    back, so a slow moment of the machine slows both; the median over pairs
-    forgets those that it hit unevenly.
+    Pairs run as A B B A, so that each of the two goes first equally often, also in
+    the warm-up: the second of a pair finds caches as the first left them. Each pair
+    runs back to back, so a slow moment of the machine slows both; the median over
+    pairs forgets those that it hit unevenly.
 
     Parameters
     ----------
     first, second
         For instance two results of :func:`planner.training_step.make_step`.
     repeats
-        Number of timed pairs.
+        Number of timed pairs; an odd number is rounded up to an even one.
     warmup
         Number of pairs that run before, untimed.
     device
         Is synchronized before each reading of the clock.
     """
     device = torch.device(device)
-    for _ in range(warmup):
-        first()
-        second()
+    for i in range(warmup):
+        for call in (first, second) if i % 2 == 0 else (second, first):
+            call()
     gc.collect()
     first_us: list[float] = []
     second_us: list[float] = []
-    for i in range(repeats):
+    for i in range(repeats + repeats % 2):
         if i % 2 == 0:
             first_us.append(timed_us(first, device))
             second_us.append(timed_us(second, device))
@@ -263,6 +265,20 @@ def measure_pair(
             second_us.append(timed_us(second, device))
             first_us.append(timed_us(first, device))
     return PairedTiming(first_us=tuple(first_us), second_us=tuple(second_us))
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third, between the values themselves; NaN where there are none.
+
+    Examples
+    --------
+    >>> quartiles([1.0, 2.0, 3.0, 4.0, 5.0]), quartiles([3.0])
+    ((2.0, 4.0), (3.0, 3.0))
+    """
+    if len(values) < 2:
+        return (values[0], values[0]) if values else (math.nan, math.nan)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:

@@ -35,7 +35,7 @@ from ..training_step import (
 )
 from .as_planned import loss_of, optimizer_for
 from .bit_comparison import Results, compare_bits, step_results
-from .measure import measure_pair, record_peak, timed_us
+from .measure import measure_pair, quartiles, record_peak, timed_us
 from .resident import resident_bytes_by_category, single_device, storage_bytes
 from .restored import restored
 from .validation import Bits, Figure, Validation
@@ -275,7 +275,7 @@ def _report(
     )
     first_us, second_us = timing
     ratios = [b / a for a, b in zip(first_us, second_us, strict=True)] if first_us else []
-    quartiles = _quartiles(ratios) if ratios else None
+    low, high = quartiles(ratios)
     return Validation(
         peak=Figure(name="peak", predicted=plan.predicted_peak_bytes, measured=taken.peak_bytes),
         reserved_bytes=taken.reserved_bytes,
@@ -294,7 +294,7 @@ def _report(
         unplanned_step=_median("unplanned step", plan.baseline_step_us, first_us),
         predicted_overhead=plan.overhead,
         overhead=statistics.median(ratios) - 1 if ratios else None,
-        overhead_quartiles=quartiles,
+        overhead_quartiles=(low - 1, high - 1) if ratios else None,
         bits=found[0],
         first_difference=found[1],
         unplanned_note=note,
@@ -339,10 +339,3 @@ def _median(name: str, predicted_us: float, measured_us: list[float]) -> Figure 
     if not measured_us:
         return None
     return Figure(name=name, predicted=predicted_us, measured=statistics.median(measured_us))
-
-
-def _quartiles(ratios: list[float]) -> tuple[float, float]:
-    if len(ratios) == 1:
-        return ratios[0] - 1, ratios[0] - 1
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low - 1, high - 1

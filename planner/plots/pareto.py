@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from solvers.incumbent import GLOBAL_SCOPE
 
 from ..comparing.comparison import Comparison
-from .points import Point, curves, unreachable
+from .points import Point, curves, staircase, unreachable
 from .style import (
     BLACK,
     BLUE,
@@ -88,11 +88,14 @@ def plot_pareto(
 ) -> Figure:
     """Draw peak memory against overhead: each strategy, peers, and the lower bound.
 
-    Strategies are drawn by prediction, or, with ``measured``, where their real
-    steps were. Peers have measured figures only: their markers are hollow, and
-    where there are bars, these are the quartiles. The shaded region is what the
-    bounds of the comparison prove, under the cost model: between two budgets the
-    bound of the upper one, left of the least peak everything.
+    All figures are predictions, or, with ``measured``, of real steps; peers have
+    only such, and hollow markers. Bars are quartiles. A line is a staircase: a plan
+    serves every larger budget until the next one does. The next one is, of
+    predictions, the next that takes less; of real steps each, lest noise be
+    chosen from. The region is what the bounds of the comparison prove, of
+    predicted times: between two budgets the bound of the upper one, left of the
+    least peak everything. Beside measured figures it is an outline, which noise
+    may cross.
 
     Parameters
     ----------
@@ -116,7 +119,7 @@ def plot_pareto(
     strategies = curves(
         (row for row in comparison.rows if row.kind == "strategy"), measured=measured
     )
-    peers = curves((row for row in comparison.rows if row.kind == "peer"), measured=True)
+    peers = curves((row for row in comparison.rows if row.kind == "peer"), measured=measured)
     if not strategies and not peers:
         kind = "measured" if measured else "predicted"
         raise ValueError(
@@ -128,8 +131,9 @@ def plot_pareto(
         axis = figure.subplots()
         _Pareto(axis, comparison, measured).draw(strategies, peers, chosen)
         figure.legend(loc="outside right center")
-        what = "peak memory against overhead" + (", measured" if measured else "")
-        set_title(figure, title_of_comparison(what, comparison))
+        what = "peak memory against overhead"
+        title = title_of_comparison(what, comparison, predicted=not measured, measured=measured)
+        set_title(figure, title)
         write_figure(figure, path)
     return figure
 
@@ -185,7 +189,9 @@ class _Pareto:
         for (colour, marker, line), name in zip(_style_of(chosen), chosen):
             self._curve(strategies[name], name, colour, marker, line)
         ours = strategies.get(self.comparison.ours, ())
-        self._curve(ours, f"{self.comparison.ours} (ours)", BLUE, "o", "-", linewidth=2.6, zorder=5)
+        label = f"{self.comparison.ours} (ours)"
+        # smaller, so that what lies beneath is still seen
+        self._curve(ours, label, BLUE, "o", "-", linewidth=2.6, markersize=5.5, zorder=5)
         for i, (name, own) in enumerate(peers.items()):
             self._peer(name, own, _PEER_MARKERS[i % len(_PEER_MARKERS)])
         self._unplanned()
@@ -198,10 +204,10 @@ class _Pareto:
         slack = 0.05 * ((max(peaks) - least) or max(peaks) or 1)
         left, right = max(0.0, least - slack), max(peaks) + slack
         self.axis.set_xlim(left / self.unit_bytes, right / self.unit_bytes)
-        highest = max([p.overhead for p in points] + [LEAST_TOP])
-        self.beyond = highest > HIGHEST_TOP
-        self.top = HIGHEST_TOP if self.beyond else 1.06 * highest
-        low = min([p.overhead for p in points] + [0.0])
+        self.beyond = any(p.overhead > HIGHEST_TOP for p in points)
+        highest = max([max(p.overhead, p.quartiles[1]) for p in points] + [LEAST_TOP])
+        self.top = min(1.06 * highest, HIGHEST_TOP)
+        low = min([min(p.overhead, p.quartiles[0]) for p in points] + [0.0])
         self.axis.set_ylim(100 * min(1.1 * low, -0.02 * self.top), 100 * self.top)
 
     def _bound(self) -> None:
@@ -209,19 +215,17 @@ class _Pareto:
         if not region.tops:
             return
         tops = [100 * min(top, self.top) for top in region.tops]
-        words = f"no schedule can be here\n(proven, {self._scope()})"
+        where = "below" if self.measured else "here"
+        look = {"facecolor": PALE, "edgecolor": "#BBBBBB", "hatch": "///", "linewidth": 0.8}
         if self.measured:
-            words = f"no schedule can be here\n(proven for predicted times,\n{self._scope()})"
+            look = {"edgecolor": GREY, "linewidth": 1.0}
         self.axis.stairs(
             tops,
             [edge / self.unit_bytes for edge in region.edges_bytes],
-            fill=True,
-            facecolor=PALE,
-            edgecolor="#BBBBBB",
-            hatch="///",
-            linewidth=0.8,
-            label=words,
+            fill=not self.measured,
+            label=f"no schedule {where}:\nproven for predicted times,\n{self._scope()}",
             zorder=1,
+            **look,
         )
 
     def _scope(self) -> str:
@@ -237,16 +241,35 @@ class _Pareto:
         marker: str,
         line: str,
         *,
-        linewidth: float = 1.4,
+        linewidth: float = 1.2,
+        markersize: float = 7,
         zorder: float = 3,
     ) -> None:
         if not points:
             return
         inside = [p for p in points if p.overhead <= self.top]
-        x = [p.peak_bytes / self.unit_bytes for p in inside]
-        y = [100 * p.overhead for p in inside]
-        look = {"color": colour, "zorder": zorder, "linewidth": linewidth}
-        self.axis.plot(x, y, marker=marker, linestyle=line, label=label, markersize=6, **look)
+        steps = inside if self.measured else staircase(inside)
+        others = [p for p in inside if p not in steps]
+        look = {"color": colour, "marker": marker, "markersize": markersize, "zorder": zorder}
+        x = [p.peak_bytes / self.unit_bytes for p in steps]
+        y = [100 * p.overhead for p in steps]
+        last = max([p.peak_bytes / self.unit_bytes for p in inside], default=0.0)
+        if x and last > x[-1]:
+            x, y = [*x, last], [*y, y[-1]]
+        self.axis.plot(
+            x,
+            y,
+            drawstyle="steps-post",
+            linestyle=line,
+            linewidth=linewidth,
+            markevery=list(range(len(steps))),  # no plan is where the line only goes on to
+            label=label,
+            **look,
+        )
+        if others:
+            x = [p.peak_bytes / self.unit_bytes for p in others]
+            y = [100 * p.overhead for p in others]
+            self.axis.plot(x, y, linestyle="none", label="_", **look)
         if self.measured:
             self._bars(inside, colour, zorder)
         self._at_the_edge(points, colour, zorder)
@@ -269,10 +292,10 @@ class _Pareto:
         self._at_the_edge(points, BLACK, 6)
 
     def _peer_label(self, name: str) -> str:
-        """Says also where a peer computes something else than eager does."""
+        """Says where a peer computes something else than eager does."""
         steps = [r.measured for r in self.comparison.rows if (r.strategy, r.kind) == (name, "peer")]
         wrong = any(step is not None and step.bits == "WRONG" for step in steps)
-        return f"{name} (measured{', WRONG results' if wrong else ''})"
+        return f"{name} (peer{', WRONG results' if wrong else ''})"
 
     def _bars(self, points: Sequence[Point], colour: str, zorder: float) -> None:
         """The quartiles of measured overheads."""
@@ -305,6 +328,8 @@ class _Pareto:
         eager = self.comparison.eager
         if self.measured and eager is not None:
             peak_bytes, words = eager.peak_bytes, "eager"
+        elif self.measured:
+            words = "nothing recomputed (predicted)"
         x = peak_bytes / self.unit_bytes
         self.axis.axvline(x, color=DARK, linestyle=(0, (1, 2)), linewidth=1.1, zorder=1.5)
         self.axis.plot(
@@ -321,9 +346,10 @@ class _Pareto:
 
     def _axes(self) -> None:
         draw_grid(self.axis)
-        self.axis.set_xlabel(f"peak memory of a step, {self.unit}")
+        kind = "measured" if self.measured else "predicted"
+        self.axis.set_xlabel(f"{kind} peak memory of a step, {self.unit}")
         beyond = " (↑ more than that)" if self.beyond else ""
-        self.axis.set_ylabel(f"extra time, %{beyond}")
+        self.axis.set_ylabel(f"{kind} extra time, %{beyond}")
         if self.base_bytes:
             share = 100 * self.unit_bytes / self.base_bytes
             twin = self.axis.secondary_xaxis(

@@ -32,9 +32,12 @@ class Point:
 
 
 def predicted_point(row: ComparisonRow) -> Point | None:
-    """By replay; ``None`` where the row has no figures."""
+    """By replay; ``None`` where the row has no figures.
+
+    A schedule that failed when it was executed has its error and its prediction.
+    """
     peak, overhead = row.predicted_peak_bytes, row.overhead
-    if row.error or peak is None or overhead is None or not math.isfinite(overhead):
+    if peak is None or overhead is None or not math.isfinite(overhead):
         return None
     return Point(peak_bytes=peak, overhead=overhead, quartiles=(overhead, overhead))
 
@@ -76,6 +79,19 @@ def _beats(one: Point, other: Point) -> bool:
     """Whether ``one`` needs no more of anything, and less of something."""
     mine, others = (one.peak_bytes, one.overhead), (other.peak_bytes, other.overhead)
     return mine != others and mine[0] <= others[0] and mine[1] <= others[1]
+
+
+def staircase(points: Iterable[Point]) -> list[Point]:
+    """The points that are the best within some budget, by peak: each less in time than the last.
+
+    Within a budget between two of them the left one is what there is; no plan
+    that would lie between them is claimed.
+    """
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.peak_bytes, p.overhead)):
+        if not best or point.overhead < best[-1].overhead:
+            best.append(point)
+    return best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,8 @@ def plot_predicted(comparison: Comparison, path: str | Path | None = None) -> Fi
         _overheads(axes[0, 1], axes[1, 1], series)
         handles = axes[0, 0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=3)
-        set_title(figure, title_of_comparison("measured against predicted", comparison))
+        what = "measured against predicted"
+        set_title(figure, title_of_comparison(what, comparison, measured=True))
         write_figure(figure, path)
     return figure
 

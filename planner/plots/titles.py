@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,6 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..comparing.comparison import Comparison
     from ..plan import Plan
+
+LONGEST_LINE = 104
+"""Characters that a figure is wide."""
+_NO_BREAK = "\u00a0"
 
 
 def title_of_plan(title: str, plans: Sequence[Plan]) -> str:
@@ -20,13 +25,52 @@ def title_of_plan(title: str, plans: Sequence[Plan]) -> str:
     return f"{title}\n{', '.join(part for part in parts if part)}"
 
 
-def title_of_comparison(what: str, comparison: Comparison) -> str:
-    """Model and what is shown, and in a second line device, cost model and torch's version."""
-    parts = [comparison.device, f"{comparison.cost_model} times"]
+def title_of_comparison(
+    what: str, comparison: Comparison, *, predicted: bool = True, measured: bool = False
+) -> str:
+    """Model and what is shown, then a line for each kind of figures that are shown.
+
+    Predicted figures are for the device of the cost table, measured ones for the
+    machine that the steps ran on: these need not be the same.
+    """
+    common = [comparison.dtype]
+    if comparison.autocast:
+        common.append(f"autocast {comparison.autocast}")
+    common.append(comparison.optimizer)
     torch_version = comparison.versions.get("torch")
     if torch_version:
-        parts.append(f"torch {torch_version}")
-    return f"{comparison.model}: {what}\n{', '.join(parts)}"
+        common.append(f"torch {torch_version}")
+    lines = []
+    if predicted:
+        lines.append([f"predicted times ({comparison.cost_model}) for {comparison.device}"])
+    if measured:
+        lines.append(_measured_on(comparison))
+    lines[-1] += common
+    first = textwrap.wrap(f"{comparison.model}: {what}", LONGEST_LINE)
+    return "\n".join([*first, *(part for line in lines for part in _broken(line))])
+
+
+def _broken(parts: Sequence[str]) -> list[str]:
+    """Lines no wider than the figure, each of whole parts."""
+    whole = ", ".join(part.replace(" ", _NO_BREAK) for part in parts if part)
+    return [line.replace(_NO_BREAK, " ") for line in textwrap.wrap(whole, LONGEST_LINE)]
+
+
+def _measured_on(comparison: Comparison) -> list[str]:
+    """Machine, threads and pairs of steps."""
+    parts = [f"measured on {comparison.measured_on or 'a machine that was not recorded'}"]
+    if comparison.num_threads is not None:
+        parts.append(_counted(comparison.num_threads, "thread"))
+    pairs = [r.measured.num_pairs for r in comparison.rows if r.measured is not None]
+    if any(pairs):
+        least, most = min(n for n in pairs if n), max(pairs)
+        spread = f"{least} to " if least < most else ""
+        parts.append(f"{spread}{_counted(most, 'pair')} of steps")
+    return parts
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _dtypes(plan: Plan) -> list[str]:

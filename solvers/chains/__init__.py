@@ -1,1 +1,1 @@
-"""Dynamic programming along a chain of blocks: rotor and revolve."""
+"""Dynamic programming along a chain of blocks: rotor, rotor with menus, and revolve."""

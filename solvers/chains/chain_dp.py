@@ -1,4 +1,4 @@
-"""Dynamic programming on a chain of blocks: schedules that recompute again and again.
+"""Dynamic programming on a chain of blocks with menus: schedules that recompute again and again.
 
 1. Find the chain (``chains/chain.py``), block by block (``chains/blocks.py``).
 2. Make the menu of each block (``chains/menu.py``); equal blocks share one.
@@ -10,7 +10,8 @@ finest chain, for one block per layer, and if there is time for one block per
 two layers: fine blocks allow more splits, coarse ones may save something inside
 without saving what crosses their middle.
 
-On a chain of unit blocks without menus this is Griewank and Walther's revolve.
+On a chain of unit blocks without menus this is Griewank and Walther's revolve; without
+menus on any chain it is rotor as published (``chains/rotor.py``).
 Guarantee: the best persistent schedule of the chain for the menus found, up to
 the slots; nothing beyond what the replay says where the graph is no pure chain.
 First runs keep the base order.
@@ -74,7 +75,7 @@ def chain_dp(
     menus: dict[Hashable, tuple[Option, ...]] = {}
     held = Held(g, finest)
     blocks = [cut_out(graph, g, finest, held, i) for i in range(finest.num_blocks)]
-    chains = _small_enough(g, [finest, *_coarser(g, finest, blocks)])
+    chains = small_enough(g, [finest, *_coarser(g, finest, blocks)])
     best: ChainOutcome | None = None
     begin_s = time.monotonic()
     for n, chain in enumerate(chains):
@@ -105,7 +106,7 @@ def _is_better(a: ChainOutcome, b: ChainOutcome) -> bool:
     return a.cost_ns is not None and (b.cost_ns is None or a.cost_ns < b.cost_ns)
 
 
-def _small_enough(g: GraphArrays, chains: Sequence[Chain]) -> list[Chain]:
+def small_enough(g: GraphArrays, chains: Sequence[Chain]) -> list[Chain]:
     """Without chains of too many blocks; if all have, the first one with blocks joined."""
     small = [chain for chain in chains if chain.num_blocks <= MOST_BLOCKS]
     if small:

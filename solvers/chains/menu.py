@@ -127,6 +127,14 @@ def block_menu(
     return _best([option for option, _ in found])
 
 
+def everything(block: Block) -> Option:
+    """The option that saves all that the backward part reads, and recomputes nothing."""
+    gaps = find_gaps(block.arrays)
+    option = option_of(block, gaps, keep_all_plan(gaps))
+    assert option is not None  # nothing is recomputed, so no limit on repetitions is met
+    return option
+
+
 def _simple_plans(block: Block, gaps: Gaps) -> list[RetentionPlan]:
     """Save everything; save nothing, with recomputed storages retained or made anew each time."""
     middle = block.middle

@@ -23,7 +23,7 @@ from ..fast_replay import fast_replay
 from ..schedule import Schedule
 from .blocks import Held, cut_out, needed_runs, sweep_peak
 from .chain import Chain
-from .menu import Option, block_menu
+from .menu import Option, block_menu, everything
 from .table import NEVER, ChainFigures, ChainTable, fill_table, row
 
 MOST_SLOTS = 1500
@@ -107,6 +107,18 @@ class ChainProblem:
             menus[key] = block_menu(block, deadline_s=until_s, seed=seed, stop=stop)
             left -= weight[key]
         self.menus = [menus[key] for key in keys]
+
+    def add_everything(self) -> None:
+        """Give each block one option, to save everything; its boundary alone is the table's split.
+
+        These are the two choices that a stage has in rotor.
+        """
+        menus: dict[Hashable, tuple[Option, ...]] = {}
+        for block in self.blocks:
+            key = block.key()
+            if key not in menus:
+                menus[key] = (everything(block),)
+            self.menus.append(menus[key])
 
     def figures(self) -> ChainFigures:
         """What the table needs to know."""

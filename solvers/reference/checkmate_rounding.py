@@ -6,17 +6,19 @@ the least that completes it,
     while S[t+1,k] > R[t,prod(k)] + S[t,k] for some t, k:      R[t,prod(k)] = 1
     while R[t,i] > R[t,prod(k)] + S[t,k] for some k ∈ in(i):   R[t,prod(k)] = 1
 
-with R[t,t] = 1 from the beginning. S is rounded at one half, and at random:
-1 with probability S. The paper prefers the first and so do we: it comes first,
-and the others only if they cost less.
+with R[t,t] = 1 from the beginning. S is rounded at thresholds (one half in the
+paper, 0.1 to 0.9 in its code), and at random: 1 with probability S. Equal roundings
+are completed once.
 
-What the paper does not have: what a pinned operator makes cannot be made
-again, so its S is 1 wherever it is asked for later; kept storages are always
-there. Nothing is said about memory, which replay judges.
+What the paper does not have: runs whose results nobody reads are removed; what a
+pinned operator makes cannot be made again, so its S is 1 wherever it is asked for
+later; kept storages are always there. Nothing is said about memory, which replay
+judges.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +31,7 @@ from ..stages import order_of
 from .checkmate_model import CheckmateModel
 from .ortools_programs import ALWAYS
 
+THRESHOLDS = (0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9)
 NUM_RANDOM = 20
 
 
@@ -38,14 +41,17 @@ def rounded_schedules(
     values: NDArray[np.float64],
     rng: np.random.Generator,
 ) -> Iterator[Schedule]:
-    """The schedule of the threshold 0.5, then of :data:`NUM_RANDOM` random roundings."""
+    """The schedules of :data:`THRESHOLDS`, then of :data:`NUM_RANDOM` random roundings."""
     stays = np.zeros(model.s_col.shape)
     stays[model.s_col == ALWAYS] = 1.0
     real = model.s_col >= 0
     stays[real] = np.clip(values[model.s_col[real]], 0.0, 1.0)
-    yield complete(g, stays > 0.5)
-    for _ in range(NUM_RANDOM):
-        yield complete(g, rng.random(stays.shape) < stays)
+    known: set[bytes] = set()
+    drawn = (rng.random(stays.shape) < stays for _ in range(NUM_RANDOM))
+    for rounded in itertools.chain((stays > least for least in THRESHOLDS), drawn):
+        if (key := np.packbits(rounded).tobytes()) not in known:
+            known.add(key)
+            yield complete(g, rounded)
 
 
 def complete(g: GraphArrays, stays: NDArray[np.bool_]) -> Schedule:

@@ -10,7 +10,12 @@ graph falls apart, so that data flows through them; or
 Of the candidates every ``floor(sqrt(n))``-th is saved (*sqrt n*), or those where a
 segment exceeds a budget ``b`` (*greedy*, ``chen.py``). The rest is recomputed
 lazily, each once (``saved.py``), but what follows the last saved operator stays:
-the backward pass begins there.
+the backward pass begins there. Where *greedy* saves nothing, nothing is recomputed.
+
+Two things differ from the released code. It rematerializes a segment at once and
+holds it to its end, what nobody reads included; laziness is in the baselines'
+favour. And its linearized *sqrt n* counts all nodes, those of the backward pass,
+too; here ``n`` is the number of candidates.
 """
 
 from __future__ import annotations
@@ -24,8 +29,7 @@ from graph_capture.cost_graph import CostGraph
 
 from ..schedule import Schedule
 from ..uniform import turning_point
-from .chen import greedy_candidates
-from .saved import schedule_for_saved
+from .chen import greedy_candidates, schedule_for_ends
 from .strategy import Candidate, Propose, Strategy, StrategyError, StrategyOptions
 
 
@@ -97,9 +101,7 @@ def forward_operators(graph: CostGraph) -> list[int]:
 def every_sqrt(graph: CostGraph, candidates: Sequence[int]) -> Schedule:
     """Save every ``floor(sqrt(n))``-th of the candidates, and what follows the last of them."""
     step = max(1, math.isqrt(len(candidates)))
-    chosen = list(candidates[step - 1 :: step])
-    tail = range(chosen[-1] + 1, turning_point(graph))
-    return schedule_for_saved(graph, operators=(*chosen, *tail))
+    return schedule_for_ends(graph, candidates[step - 1 :: step], keep_tail=True)
 
 
 def _sqrt(candidates: Callable[[CostGraph], list[int]]) -> Propose:
@@ -113,7 +115,7 @@ def _sqrt(candidates: Callable[[CostGraph], list[int]]) -> Propose:
 
 def _greedy(candidates: Callable[[CostGraph], list[int]]) -> Propose:
     def propose(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
-        yield from greedy_candidates(graph, candidates(graph), options)
+        yield from greedy_candidates(graph, candidates(graph), options, keep_tail=True)
 
     return propose
 

@@ -10,8 +10,9 @@ where ``c`` is the cost of the operator that makes a storage, ``e*(k)`` its evic
 neighbourhood (evicted storages that must be recomputed before ``k``, and those
 that need ``k`` to be recomputed, through evicted ones), and staleness the time
 since the last access. An evicted storage that is read is recomputed, with what
-that misses, depth first, evicting others where needed. A storage to which the
-program holds no reference any more is evicted at once (the paper's eager eviction).
+that misses, depth first, evicting others where needed. A storage is evicted at once
+when the program gives up its last reference to it (the paper's eager eviction); one
+that is rematerialized afterwards, for others' sake, waits to be chosen like any other.
 
 The clock counts the costs of the runs. Neighbourhoods are exact, not the
 union-find approximation. The paper's runtime skips small tensors and samples
@@ -134,7 +135,7 @@ class _Simulation:
         for k in self.runs.inputs[v]:
             self.locks[k] -= 1
         for k in (*self.runs.inputs[v], *op.outputs):
-            if self._done(k, v, x) and self._evictable(k):
+            if self.last[k] == x == v and self._evictable(k):
                 self._evict(k)
         if v == x:
             self.completed = x
@@ -146,10 +147,6 @@ class _Simulation:
             for k in sorted(self.waiting):
                 if self.runs.producer(k) >= self.turn:
                     self._banish(k)
-
-    def _done(self, k: int, v: int, x: int) -> bool:
-        """Whether the program, of which ``x`` runs now, needs ``k`` no more after ``v``."""
-        return self.last[k] < x or self.last[k] == x == v
 
     def _banish(self, k: int) -> bool:
         """Free ``k`` for good, unless what is evicted and needed again needs it."""
@@ -172,6 +169,8 @@ class _Simulation:
                         lost.add(j)
                         stack.append(j)
         self.fixed |= remain
+        # Rematerialized without a reference: nothing evicts them now, so they are banished in turn.
+        self.waiting |= {j for j in remain if self.last[j] <= x and not self.graph.storages[j].kept}
         for j in lost:
             if j in self.runs.at_hand:
                 self.used_bytes -= self.size[j]

@@ -56,18 +56,7 @@ def recursive(graph: CostGraph, k: int = 1) -> Schedule:
     """Each stretch divided by ``k`` snapshots, and each part again: log n for ``k = 1``."""
     if k < 1:
         raise StrategyError(f"a stretch is divided by at least one snapshot, not {k}")
-
-    def places(length: int, free: int) -> list[int]:
-        found, at = [], 0
-        while length - at > 1:
-            part = -(-(length - at) // (k + 1))
-            for _ in range(k):
-                if length - at > 1:
-                    at += min(part, length - at - 1)
-                    found.append(at)
-        return found
-
-    return _Nested(graph, places, slots=None).schedule()
+    return _Nested(graph, lambda length, free: recursive_places(length, k), slots=None).schedule()
 
 
 def repeated_steps(length: int, slots: int) -> int:
@@ -105,6 +94,25 @@ def revolve_places(length: int, free: int) -> list[int]:
         at += best_split(length - at, free + 1)
         found.append(at)
         free -= 1
+    return found
+
+
+def recursive_places(length: int, k: int) -> list[int]:
+    """``k`` snapshots in a stretch of ``length`` steps, and again in each last part.
+
+    Parts differ by one step at most; where there are fewer steps than parts, each
+    step is a part.
+
+    Examples
+    --------
+    >>> recursive_places(16, 3), recursive_places(5, 8)
+    ([4, 8, 12, 13, 14, 15], [1, 2, 3, 4])
+    """
+    found, at = [], 0
+    while (rest := length - at) > 1:
+        parts = dict.fromkeys(at + i * rest // (k + 1) for i in range(1, k + 1))
+        found += [place for place in parts if place > at]
+        at = found[-1]
     return found
 
 
@@ -201,7 +209,7 @@ def _propose_revolve(graph: CostGraph, options: StrategyOptions) -> Iterator[Can
 
 def _propose_recursive(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
     num_blocks = len(find_blocks(graph))
-    counts = _slot_counts(num_blocks) if options.budget_bytes is not None else [1]
+    counts = _slot_counts(num_blocks + 2) if options.budget_bytes is not None else [1]
     yield from _within_reach((f"k={k}", partial(recursive, graph, k)) for k in counts)
 
 

@@ -17,12 +17,13 @@ from .chen import CHEN_GREEDY
 from .dtr import DTR
 from .nested import CHEN_RECURSIVE, REVOLVE
 from .policies import SAVE_MATMULS_PER_BLOCK, SAVE_ONLY_MATMULS
+from .rotor import ROTOR
 from .solved import (
     AUTO,
     CHECKMATE_LP_ROUNDING,
     CHECKMATE_MILP,
     MOCCASIN,
-    ROTOR,
+    ROTOR_MENUS,
     UNIFORM_BYTES,
 )
 from .strategy import Candidate, Strategy, StrategyOptions
@@ -73,6 +74,7 @@ STRATEGIES: Registry = MappingProxyType(
             LINEARIZED_GREEDY,
             DTR,
             ROTOR,
+            ROTOR_MENUS,
             CHECKMATE_LP_ROUNDING,
             CHECKMATE_MILP,
             MOCCASIN,

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from graph_capture.cost_graph import CostGraph
 
 from .. import portfolio  # as a module: it reads strategies of this package itself
-from ..result import SolveStatus
+from ..incumbent import GLOBAL_SCOPE
+from ..result import SolveResult, SolveStatus
+from ..stages import STAGED_SCOPE
 from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
 
 
@@ -31,16 +33,31 @@ def solver_strategy(name: str, solver: str, *, summary: str, source: str) -> Str
         )
         if result.schedule is None:
             proven = result.status is SolveStatus.INFEASIBLE
+            scope = ", in eager's order" if proven else ""
             why = f" ({result.log[-1]})" if result.log else ""
             raise StrategyError(
                 f"{name}: {'proven: nothing fits' if proven else 'no schedule found'} in "
-                f"{options.budget_bytes} bytes within {options.time_limit_s:g} s{why}"
+                f"{options.budget_bytes} bytes within {options.time_limit_s:g} s{scope}{why}"
             )
         gap = result.gap
-        note = str(result.status) if gap is None else f"{result.status}, gap {100 * gap:.2f} %"
+        words = status_in_words(result)
+        note = words if gap is None else f"{words}, gap to its own bound {100 * gap:.2f} %"
         yield Candidate(schedule=result.schedule, note=note)
 
     return Strategy(name=name, summary=summary, source=source, propose=propose, needs_budget=True)
+
+
+_SHORT_SCOPES = {STAGED_SCOPE: "staged schedules"}
+
+
+def status_in_words(result: SolveResult) -> str:
+    """The status of a solve, and of what it is where its bound does not speak of every schedule."""
+    if result.status is SolveStatus.OPTIMAL and result.bound_scope != GLOBAL_SCOPE:
+        scope = result.bound_scope
+        for long, short in _SHORT_SCOPES.items():
+            scope = scope.replace(long, short)
+        return f"{result.status} among {scope}"
+    return str(result.status)
 
 
 AUTO = solver_strategy(
@@ -55,11 +72,11 @@ UNIFORM_BYTES = solver_strategy(
     summary="segments of equal bytes, cut where least crosses; number of segments searched",
     source="Chen et al., arXiv:1604.06174, Section 4.3, on operators",
 )
-ROTOR = solver_strategy(
-    "rotor",
+ROTOR_MENUS = solver_strategy(
+    "rotor_menus",
     "chain_dp",
     summary="optimal persistent schedule of a chain of blocks with menus of what they save",
-    source="Beaumont et al., arXiv:1911.13214; menus as in Rockmate (ICML 2023)",
+    source="Zhao et al., Rockmate (ICML 2023), on rotor's programme; menus by annealing",
 )
 CHECKMATE_LP_ROUNDING = solver_strategy(
     "checkmate_lp_rounding",

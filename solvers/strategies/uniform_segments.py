@@ -21,8 +21,10 @@ from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
 def uniform_every(graph: CostGraph, size: int) -> Schedule:
     """Segments of ``size`` blocks; the last one is kept, as its backward pass comes at once.
 
-    This is ``torch.utils.checkpoint.checkpoint_sequential``, which checkpoints
-    every segment but the last.
+    As in ``torch.utils.checkpoint.checkpoint_sequential``, every segment but the
+    last is recomputed. That function is told a number of segments, though, and adds
+    blocks left over to the last one (:func:`uniform_segments`); here they are a
+    last segment of their own: of ten blocks by three, one is kept, not four.
     """
     segments = find_blocks(graph).groups(size)
     return schedule_for_segments(graph, segments[:-1])

@@ -8,11 +8,22 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.compare.__main__ import app, read, run_worker
+from benchmarks.compare.__main__ import app, run_worker
+from benchmarks.compare.folder import read
 from benchmarks.compare.matched import NO_OVERHEAD, Matched, matched
-from benchmarks.compare.tables import below_table, matched_table, predicted_table, report
+from benchmarks.compare.settle import AT_MOST, Settled
+from benchmarks.compare.signs import LEGEND, sign
+from benchmarks.compare.tables import (
+    below_table,
+    facts,
+    matched_table,
+    no_figures,
+    predicted_table,
+    report,
+)
 from benchmarks.compare.worker import Job
 from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow
+from planner.comparing.proof_words import OTHER_ORDER
 from solvers.instances import keep_all_peak_bytes
 from solvers.least_memory import least_memory
 from tests.solvers.strategy_graphs import layered, unit_chain
@@ -49,19 +60,66 @@ def comparison(others_us: float) -> Comparison:
     )
 
 
-def test_a_point_below_ours_is_counted() -> None:
-    """One that takes less time than ours at our budget, and none where it takes more."""
-    assert "| tiny | 2 | 2 | uniform_sqrt at 50%, uniform_sqrt at its own choice | 2.00%" in (
-        below_table({"tiny": comparison(105.0)})
+def cells(table: str) -> list[str]:
+    """Of the only line of a table."""
+    return [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
+
+
+def test_points_are_counted_once_however_many_rows_they_have() -> None:
+    """Two rows of one schedule are one point; it is open where it takes less than ours."""
+    open_point = cells(below_table({"tiny": comparison(105.0)}, {}))
+    assert open_point[:7] == ["tiny", "1", "2 (0)", "1", "1", "–", "–"]
+    assert open_point[7] == "not settled: uniform_sqrt at 0.5 MB, 5.000%"
+    covered = cells(below_table({"tiny": comparison(130.0)}, {}))
+    assert covered[3:] == ["1", "0", "–", "0", "–", "1 (none)", "2.00%"]
+
+
+def test_a_row_over_its_budget_is_counted_as_one() -> None:
+    """Its point counts all the same."""
+    whole = comparison(105.0)
+    rows = [replace(r, fits=False) if r.strategy != "auto" else r for r in whole.rows]
+    assert cells(below_table({"tiny": replace(whole, rows=tuple(rows))}, {}))[2] == "2 (2)"
+
+
+def test_a_point_that_settling_covers_is_not_below_ours() -> None:
+    """Solved at its peak ours takes as little; what still takes more is named with both figures."""
+    found = Settled(
+        strategies=("uniform_sqrt",),
+        peak_bytes=500_000,
+        theirs_us=105.0,
+        ours_peak_bytes=499_000,
+        ours_us=105.0,
+        bound_us=104.0,
+        verdict=AT_MOST,
+        rival="dtr",
     )
-    assert "| tiny | 2 | 0 | – | 2.00% |" in below_table({"tiny": comparison(130.0)})
+    line = cells(below_table({"tiny": comparison(105.0)}, {"tiny": [found]}))
+    assert line[4:8] == ["1", "1 (dtr 1)", "0", "–"]
+    above = replace(found, ours_us=107.0, verdict="below ours by 1.869% of our time", rival="")
+    line = cells(below_table({"tiny": comparison(105.0)}, {"tiny": [above]}))
+    assert line[4:8] == [
+        "1",
+        "1 (none)",
+        "1",
+        "uniform_sqrt at 0.5 MB, 5.000% (below ours by 1.869% of our time)",
+    ]
+
+
+def test_schedules_of_ours_that_a_rival_proposed_are_counted() -> None:
+    """As the note of the row says; those of our own solvers are not."""
+    whole = comparison(130.0)
+    rows = tuple(
+        replace(r, note="feasible (by dtr)") if r.strategy == "auto" else r for r in whole.rows
+    )
+    assert cells(below_table({"tiny": replace(whole, rows=rows)}, {}))[8] == "1 (dtr 1)"
 
 
 def test_without_ours_nothing_is_said_of_our_curve() -> None:
     """A comparison that auto took no part in has dashes, and the page is still written."""
     whole = comparison(105.0)
     without = replace(whole, rows=tuple(r for r in whole.rows if r.strategy != "auto"))
-    assert "| tiny | 2 | – | – | – |" in below_table({"tiny": without})
+    line = cells(below_table({"tiny": without}, {}))
+    assert line == ["tiny", "1", "2 (0)", "1", *["–"] * 6]
 
 
 def test_files_of_an_earlier_run_go_before_a_model_is_run(
@@ -88,7 +146,58 @@ def test_the_table_has_budgets_strategies_and_the_bound() -> None:
     assert lines[2:] == [
         "| uniform_sqrt | 0.5 MB, 30.0% | 30.00% |",
         "| **auto** |  | 10.00% |",
-        "| lower bound |  | 8.00% |",
+        "| lower bound, in eager's order |  | 8.00% |",
+    ]
+
+
+def test_a_bound_is_rounded_down() -> None:
+    """A printed bound is one still: 3.4567 % is at least 3.45 %, not 3.46 %."""
+    whole = comparison(130.0)
+    bound = replace(whole.bounds[0], lower_bound_us=103.4567)
+    least = replace(whole, bounds=(bound,), least_bound_bytes=399_990)
+    assert predicted_table(least).splitlines()[-1].endswith("| 3.45% |")
+    assert "none below 0.3 MB in eager's order" in facts(least)
+
+
+def test_a_row_that_the_bound_does_not_speak_of_is_marked() -> None:
+    """By its note, or because it is below a bound of eager's order."""
+    whole = comparison(105.0)
+    rows = (replace(whole.rows[0], gap=-0.03), *whole.rows[1:])
+    assert "| 5.00%† |" in predicted_table(replace(whole, rows=rows))
+    rows = (replace(whole.rows[0], note=OTHER_ORDER), *whole.rows[1:])
+    assert "| 5.00%† |" in predicted_table(replace(whole, rows=rows))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("proven: nothing fits in 5 bytes; every schedule needs 6", "×"),
+        ("moccasin: no schedule found in 5 bytes within 8 s", "?"),
+        ("nothing found that fits in 5 bytes; the least peak known", "?"),
+        ("no attention core: attention is fused", "n/a"),
+        ("DTR runs out of memory: 'mm' needs 5 bytes", "–"),
+        ("KeyError: 'mm'", "failed"),
+        ("InvalidScheduleError: run 3 reads what is freed", "failed"),
+    ],
+)
+def test_each_reason_for_no_figure_has_its_sign(error: str, expected: str) -> None:
+    """Not one dash for all; the legend has every sign."""
+    row = ComparisonRow(strategy="x", budget="50%", budget_bytes=5, error=error)
+    assert sign(row) == expected
+    assert f"{expected}: " in LEGEND
+
+
+def test_what_failed_or_does_not_apply_is_said_below_the_table() -> None:
+    """Once for each reason, and a failure with where it was."""
+    whole = comparison(130.0)
+    crashed = ComparisonRow(
+        strategy="dtr", budget="50%", budget_bytes=500_000, error="KeyError: 'mm'"
+    )
+    refused = ComparisonRow(strategy="megatron_selective", error="no attention core: no softmax")
+    words = no_figures(replace(whole, rows=(*whole.rows, crashed, refused, refused)))
+    assert words.splitlines() == [
+        "- `dtr` (failed, at 50%): KeyError: 'mm'",
+        "- `megatron_selective` (n/a): no attention core: no softmax",
     ]
 
 
@@ -145,7 +254,7 @@ def test_says_where_half_is_impossible() -> None:
         time_limit_s=5.0,
     )
     assert found.peak_bytes < keep_all_peak_bytes(graph)
-    assert found.overhead_verdict.startswith("proven impossible")
+    assert found.overhead_verdict.startswith("proven impossible in eager's order")
 
 
 def test_a_strategy_that_does_not_apply_is_a_line() -> None:
@@ -161,7 +270,7 @@ def test_a_model_that_fails_is_said(tmp_path: Path) -> None:
     """The process that ends in an error leaves nothing but a word about it."""
     error = run_worker(Job(model="no such model", out=str(tmp_path)))
     assert "ended with 1" in error
-    assert read(tmp_path, ("no such model",)) == ({}, {})
+    assert read(tmp_path, ("no such model",), {}).comparisons == {}
 
 
 @pytest.mark.slow
@@ -173,6 +282,13 @@ def test_the_whole_way_on_a_tiny_model(tmp_path: Path) -> None:
         f"--strategy none --strategy uniform_sqrt --out {tmp_path}",
     )
     assert result.exit_code == 0, result.output
-    for name in ("vgg16.json", "vgg16.csv", "vgg16_predicted.png", "compare.md", "compare.json"):
+    for name in (
+        "vgg16.json",
+        "vgg16.csv",
+        "vgg16_settled.json",
+        "vgg16_predicted.png",
+        "compare.md",
+        "compare.json",
+    ):
         assert (tmp_path / name).stat().st_size > 0
     assert "| **auto** |" in (tmp_path / "compare.md").read_text(encoding="utf-8")

@@ -11,13 +11,13 @@ from tests.planner.plots.made import whole_comparison
 
 @pytest.mark.slow
 def test_figures_of_a_model(tmp_path: Path) -> None:
-    """A plan's two figures, and the one of a comparison that was written before."""
+    """A plan's two figures, and both of a comparison that was written before."""
     whole_comparison().save(tmp_path / "chain.json")
     arguments = ["mobilenet", "--size", "tiny", "--budget", "1", "--out", str(tmp_path)]
     more = ["--comparison", str(tmp_path / "chain.json"), "--limit-s", "10"]
     outcome = CliRunner().invoke(app, [*arguments, *more], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
-    for kind in ("memory", "layers", "pareto"):
+    for kind in ("memory", "layers", "pareto", "pareto_measured"):
         assert (tmp_path / f"{kind}_mobilenet.png").stat().st_size > 1000
 
 

@@ -13,7 +13,7 @@ from solvers.arrays import graph_arrays
 from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.keep_all import keep_all
-from solvers.reference import checkmate
+from solvers.reference import checkmate, checkmate_rounding
 from solvers.reference.checkmate import checkmate_lp_rounding, checkmate_milp
 from solvers.reference.checkmate_model import build_checkmate_model, count_columns, schedule_of
 from solvers.reference.checkmate_rounding import complete
@@ -167,6 +167,43 @@ def test_rounds_a_relaxation() -> None:
     assert replay(graph, schedule).peak_bytes <= budget_of(graph, 0.5)
     assert graph.base_cost_ns < outcomes[0].class_bound_ns <= 1.13426 * graph.base_cost_ns
     assert cost_ns >= 1.13425 * graph.base_cost_ns
+
+
+def test_the_cheapest_of_all_allowances_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded at thresholds alone, chain8h at 60 %: 490 with no room left free, 481 with 0.1."""
+    graph = load_instance(INSTANCES / "chain8h.json")
+    monkeypatch.setattr(checkmate_rounding, "NUM_RANDOM", 0)
+
+    def cost_ns(*allowances: float) -> int | None:
+        monkeypatch.setattr(checkmate, "ALLOWANCES", allowances)
+        return checkmate_lp_rounding(Incumbent(graph, budget_of(graph, 0.6), 30.0)).cost_ns
+
+    assert cost_ns(0.0) == 490
+    assert cost_ns(0.1) == 481
+    assert cost_ns(0.0, 0.1) == cost_ns(0.1, 0.0) == 481
+
+
+def test_rounds_at_more_than_one_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one half makes too large at 60 % of chain8h, another threshold does not."""
+    graph = load_instance(INSTANCES / "chain8h.json")
+    monkeypatch.setattr(checkmate, "ALLOWANCES", (0.0,))
+    monkeypatch.setattr(checkmate_rounding, "NUM_RANDOM", 0)
+    state = Incumbent(graph, budget_of(graph, 0.6), 30.0)
+    assert checkmate_lp_rounding(state).cost_ns is not None
+    monkeypatch.setattr(checkmate_rounding, "THRESHOLDS", (0.5,))
+    state = Incumbent(graph, budget_of(graph, 0.6), 30.0)
+    assert checkmate_lp_rounding(state).schedule is None
+
+
+def test_the_papers_room_is_tried_and_less_where_that_has_no_solution() -> None:
+    """Three layers of 10 in 31 bytes: a tenth less is below the largest working set."""
+    graph = training_chain(8)
+    state = Incumbent(graph, 31, 30.0)
+    assert checkmate.ALLOWANCES[0] == 0.1
+    outcome = checkmate_lp_rounding(state)
+    assert any("relaxation at 0.90 of the budget: infeasible" in line for line in state.log)
+    assert not outcome.infeasible
+    assert outcome.class_bound_ns > graph.base_cost_ns
 
 
 def test_says_when_nothing_rounded_fits() -> None:

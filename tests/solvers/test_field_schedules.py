@@ -14,7 +14,14 @@ from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 from .graphs import random_dag, random_step
 from .strategy_graphs import transformer
 
-SOLVING = {"auto", "rotor", "checkmate_milp", "checkmate_lp_rounding", "moccasin"}
+SOLVING = {
+    "auto",
+    "rotor",
+    "rotor_menus",
+    "checkmate_milp",
+    "checkmate_lp_rounding",
+    "moccasin",
+}
 ELSEWHERE = {"none", "uniform_bytes"}
 """Which the portfolio tries by itself."""
 

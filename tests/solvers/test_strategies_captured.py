@@ -27,7 +27,15 @@ from solvers.strategies.uniform_segments import per_layer, uniform_segments
 
 from ..zoo import ZOO
 
-SOLVING = {"auto", "rotor", "checkmate_milp", "checkmate_lp_rounding", "moccasin", "uniform_bytes"}
+SOLVING = {
+    "auto",
+    "rotor",
+    "rotor_menus",
+    "checkmate_milp",
+    "checkmate_lp_rounding",
+    "moccasin",
+    "uniform_bytes",
+}
 NO_CORE = {"megatron_selective": "no softmax between two batched matrix products"}
 WHY_NOT: dict[str, dict[str, str]] = {"gpt2": {}, "bert": {}, "resnet50": NO_CORE, "unet": NO_CORE}
 """By model the strategies that do not apply, and what they say."""

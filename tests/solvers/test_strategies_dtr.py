@@ -105,6 +105,65 @@ def test_a_dead_pinned_gradient_is_freed() -> None:
     assert replay(graph, dtr(graph, 3)).peak_bytes == 3
 
 
+def _graph(*operators: tuple[str, tuple[int, ...], int]) -> CostGraph:
+    """Operators of unit cost by name, what they read, and the size of the one thing they make."""
+    return CostGraph(
+        tuple(
+            Operator(
+                name=name,
+                inputs=inputs,
+                outputs=(v,),
+                cost_ns=1,
+                phase="backward" if name.startswith("b") else "forward",
+                pinned="once" if "pinned" in name else None,
+            )
+            for v, (name, inputs, _) in enumerate(operators)
+        ),
+        tuple(
+            Storage(name=name, size_bytes=size, producer=v)
+            for v, (name, _, size) in enumerate(operators)
+        ),
+    )
+
+
+def test_what_is_dead_and_rematerialized_waits_to_be_chosen() -> None:
+    """Only the release of the last reference evicts at once; p is made again once for r and q.
+
+    p dies with r's first run. q is evicted for s (4 bytes: r and s), r for b_s. For
+    b_r p and r are made again (with two gradients 4 bytes), and p is still there for q.
+    """
+    graph = _graph(
+        ("p", (), 1),
+        ("q", (0,), 1),
+        ("r", (0,), 1),
+        ("s", (), 3),
+        ("b_s", (3,), 1),
+        ("b_r", (2, 4), 1),
+        ("b_q", (1, 5), 1),
+    )
+    assert dtr(graph, 4).order == (0, 1, 2, 3, 4, 0, 2, 5, 1, 6)
+
+
+def test_what_is_dead_and_cannot_be_made_again_is_banished_in_turn() -> None:
+    """j is made again for m after its last use, then k dies, from which it came.
+
+    m is evicted for b_s (x, k and s: 4 bytes) and made again for b_w with j, from k,
+    which is pinned. After b_y k is banished: j can be made no more. Before b_z
+    nothing is evictable; with j gone w and z are 4 bytes.
+    """
+    graph = _graph(
+        ("x", (), 1),
+        ("b_k_pinned", (0,), 1),
+        ("b_j", (1,), 1),
+        ("b_m", (2,), 1),
+        ("b_s", (0,), 2),
+        ("b_w", (3,), 1),
+        ("b_y", (1,), 1),
+        ("b_z", (5,), 3),
+    )
+    assert dtr(graph, 4).order == (0, 1, 2, 3, 4, 2, 3, 5, 6, 7)
+
+
 def test_a_sibling_at_hand_is_not_counted_twice() -> None:
     """One operator makes two storages; one is evicted and made again while the other is there."""
     storages = tuple(

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
+from solvers.instances import load_instance
 from solvers.replay import replay
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 from solvers.strategies.articulation import articulation_points, every_sqrt, forward_operators
-from solvers.strategies.chen import block_ends, chen_greedy, greedy_plan, paper_grid
+from solvers.strategies.chen import (
+    EFFORT_RUNS,
+    GRID,
+    LEAST_PLANS,
+    all_budgets,
+    block_ends,
+    chen_greedy,
+    greedy_plan,
+    paper_grid,
+)
+from solvers.strategies.strategy import StrategyOptions
 
+from .graphs import INSTANCES
 from .strategy_graphs import layered, transformer, unit_chain, with_paths
 
 
@@ -100,6 +115,69 @@ def test_linearized_sqrt_n() -> None:
     graph = unit_chain(9)
     assert forward_operators(graph) == list(range(9))
     assert every_sqrt(graph, forward_operators(graph)) == chen_greedy(graph, 2)
+
+
+def _orders(name: str, graph: CostGraph, budget_bytes: int) -> dict[str, tuple[int, ...]]:
+    options = StrategyOptions(budget_bytes=budget_bytes)
+    return {c.setting: c.schedule.order for c in STRATEGIES[name].propose(graph, options)}
+
+
+def test_checkmates_greedy_keeps_what_follows_the_last_saved() -> None:
+    """b = 3 saves x3 and x7; x8 stays for b8, and six operators run again.
+
+    Chen's Algorithm 2 makes x8 again, too.
+    """
+    graph = unit_chain(9)
+    tail = (9, 10, 4, 5, 6, 11, 12, 13, 14, 0, 1, 2, 15, 16, 17)
+    assert _orders("linearized_greedy", graph, 9)["b=3"] == (*range(9), *tail)
+    assert chen_greedy(graph, 3).order == (*range(9), 8, *tail)
+
+
+def test_checkmates_greedy_without_a_segment_recomputes_nothing() -> None:
+    """A b that no sum exceeds saves nothing and keeps all; Chen's runs all again."""
+    graph = unit_chain(9)
+    assert _orders("linearized_greedy", graph, 9)["b=9"] == tuple(range(18))
+    assert _orders("ap_greedy", graph, 9)["b=8"] == tuple(range(18))
+    assert chen_greedy(graph, 9).recomputed() == dict.fromkeys(range(9), 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=12))
+def test_all_plans_are_found(outputs: list[tuple[int, bool]]) -> None:
+    """Every b from nothing to the sum of all sizes gives one of the plans, and each is another."""
+    operators = tuple(Operator(name=f"f{v}", outputs=(v,)) for v in range(len(outputs)))
+    graph = CostGraph(
+        (*operators, Operator(name="b", phase="backward")),
+        tuple(
+            Storage(name=f"x{v}", size_bytes=size, producer=v)
+            for v, (size, _) in enumerate(outputs)
+        ),
+    )
+    may_end = [v for v, (_, is_candidate) in enumerate(outputs) if is_candidate]
+    every_b = range(sum(size for size, _ in outputs) + 1)
+    found = [greedy_plan(graph, may_end, b).saved for b in all_budgets(graph, may_end)]
+    assert len(found) == len(set(found))
+    assert set(found) == {greedy_plan(graph, may_end, b).saved for b in every_b}
+
+
+def test_all_plans_are_tried_for_a_budget() -> None:
+    """Sixty forward operators of different sizes make 224 plans."""
+    graph = load_instance(INSTANCES / "G1.json")
+    outcome = apply_strategy(STRATEGIES["linearized_greedy"], graph, budget_bytes=1)
+    num_plans = len(list(all_budgets(graph, forward_operators(graph))))
+    assert outcome.num_candidates == num_plans == 224
+
+
+def test_fewer_plans_are_tried_on_large_graphs() -> None:
+    """With eight thousand operators, of different sizes, little more than the least number."""
+    chain = unit_chain(4000)
+    graph = CostGraph(
+        chain.operators,
+        tuple(replace(s, size_bytes=1 + 7919 * k % 101) for k, s in enumerate(chain.storages)),
+    )
+    assert EFFORT_RUNS // graph.num_operators < LEAST_PLANS
+    options = StrategyOptions(budget_bytes=1)
+    num_candidates = sum(1 for _ in STRATEGIES["linearized_greedy"].propose(graph, options))
+    assert 10 < num_candidates <= LEAST_PLANS + 1 + GRID
 
 
 def test_no_articulation_points() -> None:

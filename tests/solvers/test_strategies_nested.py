@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import cache
 
@@ -9,9 +10,15 @@ import pytest
 
 from solvers.replay import replay
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
-from solvers.strategies.nested import recursive, repeated_steps, revolve, revolve_places
+from solvers.strategies.nested import (
+    recursive,
+    recursive_places,
+    repeated_steps,
+    revolve,
+    revolve_places,
+)
 
-from .strategy_graphs import layered, unit_chain
+from .strategy_graphs import layered, transformer, unit_chain
 
 
 @cache
@@ -95,6 +102,29 @@ def test_recursive_on_four_layers() -> None:
     schedule = recursive(graph)
     assert schedule.order == (0, 1, 2, 3, 4, 5, 6, 0, 7)
     assert replay(graph, schedule).peak_bytes == 4  # under b3: x1, x2, x3 and its gradient
+
+
+def test_recursive_divides_evenly() -> None:
+    """k snapshots make k + 1 parts that differ by one step at most, or parts of one step."""
+    assert recursive_places(10, 8) == list(range(1, 10))
+    assert recursive_places(11, 2) == [3, 7, 8, 9, 10]  # 3, 4 and 4 steps, these 1, 1 and 2
+    for length in range(2, 60):
+        for k in range(1, length):
+            ends = [0, *recursive_places(length, k)[:k], length]
+            parts = [end - begin for begin, end in itertools.pairwise(ends)]
+            assert len(parts) == k + 1
+            assert max(parts) - min(parts) <= 1
+
+
+@pytest.mark.parametrize("num_layers", [4, 10, 23])
+def test_with_ample_memory_recursive_costs_what_revolve_does(num_layers: int) -> None:
+    """Both save every state, what lies before the first and after the last layer included."""
+    graph = transformer(num_layers)
+    costs = {
+        apply_strategy(STRATEGIES[name], graph, budget_bytes=10**6).cost_ns
+        for name in ("chen_recursive", "revolve")
+    }
+    assert len(costs) == 1
 
 
 def test_recursive_takes_logarithmic_memory() -> None:

@@ -19,7 +19,14 @@ from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 from .graphs import INSTANCES, cost_graphs, random_dag, random_step
 from .strategy_graphs import layered, transformer, unit_chain
 
-SOLVING = {"auto", "rotor", "checkmate_milp", "checkmate_lp_rounding", "moccasin", "uniform_bytes"}
+SOLVING = {
+    "auto",
+    "rotor_menus",
+    "checkmate_milp",
+    "checkmate_lp_rounding",
+    "moccasin",
+    "uniform_bytes",
+}
 QUICK = sorted(set(STRATEGIES) - SOLVING)
 LARGE = {"G2", "gpt2_L12", "chain64h"}
 """Instances on which all strategies together take more than a second or two."""

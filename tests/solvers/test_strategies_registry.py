@@ -91,7 +91,7 @@ def test_budgets_that_make_no_sense() -> None:
         apply_strategy(STRATEGIES["auto"], unit_chain(3))
 
 
-@pytest.mark.parametrize("name", ["auto", "rotor", "uniform_bytes"])
+@pytest.mark.parametrize("name", ["auto", "rotor", "rotor_menus", "uniform_bytes"])
 def test_solvers_are_strategies(name: str) -> None:
     """On eight layers in six bytes: a schedule that fits, ours the cheapest of all that fit."""
     graph = unit_chain(8)

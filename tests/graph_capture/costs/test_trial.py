@@ -57,7 +57,7 @@ def test_a_tensor_that_is_passed_twice_is_made_once() -> None:
     x, y = _meta(8), _meta(8)
     a, b = _trial(aten.mul.Tensor, x, x).args
     assert a is b
-    assert call_key(_call(aten.mul.Tensor, x, x)) != call_key(_call(aten.mul.Tensor, x, y))
+    assert call_key(_call(aten.mul.Tensor, x, x), "cpu") != call_key(_call(aten.mul.Tensor, x, y), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -193,8 +193,9 @@ def test_the_key_tells_calls_apart() -> None:
         _call(aten.sum.dim_IntList, x.double(), [0]),
         Call(func=aten.sum.dim_IntList, args=(x, [0]), kwargs={}, out=None, grad_enabled=True),
     ]
-    assert len({call_key(call) for call in calls}) == len(calls)
-    assert call_key(calls[0]) == call_key(_call(aten.sum.dim_IntList, torch.ones(4, 8), [0]))
+    assert len({call_key(call, "cpu") for call in calls}) == len(calls)
+    again = _call(aten.sum.dim_IntList, torch.ones(4, 8), [0])
+    assert call_key(calls[0], "cpu") == call_key(again, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -224,5 +225,5 @@ def test_the_key_tells_where_a_tensor_lies() -> None:
     """Beside a card, a tensor on the CPU is another argument than one on the card."""
     here, there = torch.ones(4), _meta(4)  # stand-ins on meta lie where the step runs
     on_cpu, on_card = _call(aten.neg.default, here), _call(aten.neg.default, there)
-    assert call_key(on_cpu) == call_key(on_card)
+    assert call_key(on_cpu, "cpu") == call_key(on_card, "cpu")
     assert call_key(on_cpu, "cuda") != call_key(on_card, "cuda")

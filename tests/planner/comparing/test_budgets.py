@@ -19,7 +19,8 @@ NAMES = ("none", "uniform_sqrt")
         ("0.6", "60%", 600),
         ("60%", "60%", 600),
         (" 62.5 % ", "62.5%", 625),
-        (2, "2B", 2),
+        (4096, "4096B", 4096),
+        ("2B", "2B", 2),
         ("4096", "4096B", 4096),
         ("12GB", "12GB", 12 * 10**9),
         ("1 KiB", "1KiB", 1024),
@@ -42,6 +43,13 @@ _TEXTS = ("0", "1", "-1", "0%", "101%", "-60%", "1.5", "0.0", "nan", "", "auto",
 def test_nonsense_is_an_error(asked: AskedBudget) -> None:
     """What is neither a share, nor bytes, nor a known name is refused."""
     with pytest.raises(ValueError, match=r"(budget|share)"):
+        read_budgets([asked], NAMES)
+
+
+@pytest.mark.parametrize("asked", [12, "12", 4095])
+def test_a_bare_number_that_means_gigabytes_is_refused(asked: AskedBudget) -> None:
+    """12 is 12 GB where plans are asked for, so here it is not silently 12 bytes."""
+    with pytest.raises(ValueError, match=f"write '{asked}GB' for gigabytes"):
         read_budgets([asked], NAMES)
 
 

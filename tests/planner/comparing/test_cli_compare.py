@@ -79,6 +79,7 @@ def test_prediction_alone(target: str) -> None:
     [
         (["--budgets=lots"], "not a budget: 'lots'"),
         (["--budgets="], "not a budget"),
+        (["--budgets=12"], "write '12GB'"),
         (["--strategies=chen"], "unknown strategy 'chen'"),
         (["--peers=magic"], "unknown peer 'magic'"),
         (["--out=table.txt"], "--out is a .json or .csv file"),
@@ -98,6 +99,56 @@ def test_errors_are_one_line(target: str, options: list[str], word: str) -> None
     assert result.exit_code == 1
     assert word in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("folder", ["taken", "taken/figures"])
+def test_a_folder_that_cannot_be_is_told_at_the_start(
+    target: str, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """--plots that names a file is refused before anything is solved."""
+
+    def too_late(*_: object, **__: object) -> None:
+        raise AssertionError("compared before")
+
+    Path("taken").write_text("")
+    monkeypatch.setattr("planner.cli.compare.compare", too_late)
+    result = CliRunner().invoke(app, ["compare", target, f"--plots={folder}"])
+    assert result.exit_code == 1
+    assert "--plots is a folder" in result.stderr
+
+
+def test_files_are_written_whatever_stdout_is(target: str, tmp_path: Path) -> None:
+    """A stdout that cannot say everything costs no work; nor does a file that fails."""
+    options = ["--budgets=0.8", "--strategies=none", "--no-measure", "--name=Größe"]
+    (tmp_path / "table.json").write_text("")
+    done = CliRunner(charset="ascii").invoke(
+        app, ["compare", target, *options, "--out=table.json", "--out=table.csv"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "Gr??e" in done.stdout
+    assert Comparison.load(tmp_path / "table.json").model == "Größe"
+
+
+def test_a_file_that_fails_costs_no_other(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is printed and the other file written, and the failure is told."""
+    save = Comparison.save
+
+    def full(self: Comparison, path: Path) -> None:
+        if path.suffix == ".json":
+            raise OSError("no space left")
+        save(self, path)
+
+    monkeypatch.setattr(Comparison, "save", full)
+    options = ["--budgets=0.8", "--strategies=none", "--no-measure"]
+    done = CliRunner().invoke(
+        app, ["compare", target, *options, "--out=table.json", "--out=table.csv"]
+    )
+    assert done.exit_code == 1
+    assert "table.json: no space left" in done.stderr
+    assert "budget 80%" in done.stdout
+    assert (tmp_path / "table.csv").exists()
 
 
 def test_a_missing_matplotlib_is_told_at_the_start(

@@ -11,7 +11,10 @@ import torch
 from graph_capture.captured_step import capture
 from graph_capture.cost_graph import CostGraph
 from planner import Comparison, compare, optimize
+from planner.comparing.machine import cpu_name
 from planner.comparing.peers import PEERS, Peer
+from planner.comparing.proof_words import OTHER_ORDER
+from planner.make_plan import remembered_least_memory
 from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveResult, SolveStatus
@@ -86,7 +89,7 @@ def test_measured_peaks_are_the_predicted_ones(measured: Comparison) -> None:
         assert row.measured is not None
         assert row.measured.peak_bytes == row.predicted_peak_bytes, row.strategy
         assert (row.measured.bits, row.measured.difference) == ("equal", "")
-        assert row.measured.num_pairs == 1
+        assert row.measured.num_pairs == 2  # each goes first equally often
         assert row.measured.ratio > 0
     for row in measured.rows:
         if row.fits or (not row.budget and not row.error):
@@ -116,11 +119,57 @@ def test_a_budget_below_everything_is_proven(measured: Comparison) -> None:
     rows = [row for row in measured.rows if row.budget == "1kB"]
     assert not any(row.fits for row in rows)
     assert measured.bound("1kB").lower_bound_us is None
-    assert "proven: nothing fits in 1000 bytes" in measured.row("auto", "1kB").error
+    assert (
+        "proven: nothing fits in 1000 bytes in eager's order" in measured.row("auto", "1kB").error
+    )
     assert (
         measured.row("none", "1kB").predicted_peak_bytes
         == measured.row("none").predicted_peak_bytes
     )
+
+
+def test_what_steps_ran_on_is_kept(measured: Comparison) -> None:
+    """The machine that measured is told from the one that times are predicted for."""
+    assert measured.measured_on == cpu_name()
+    assert (measured.num_threads, measured.repeats) == (torch.get_num_threads(), 1)
+    assert (measured.dtype, measured.autocast, measured.optimizer) == ("float32", "", "")
+    only = predicted(strategies=["none"], optimizer="adamw", autocast=torch.bfloat16, budgets=[])
+    assert (only.autocast, only.optimizer) == ("bfloat16", "adamw")
+    assert (only.measured_on, only.num_threads, only.repeats) == ("", None, 0)
+
+
+def test_another_order_is_noted() -> None:
+    """The bound speaks of eager's order; a schedule that leaves it has that in its note."""
+
+    def swapped(graph: CostGraph, budget_bytes: int | None) -> Schedule | None:
+        order = list(range(graph.num_operators))
+        for i in range(graph.num_operators - 1):
+            other = [*order[:i], i + 1, i, *order[i + 2 :]]
+            try:
+                replay(graph, Schedule(tuple(other)))
+            except ValueError:
+                continue
+            return Schedule(tuple(other))
+        raise AssertionError("no two operators can be swapped")
+
+    found = predicted(strategies=["none", swapped], budgets=[1.0])
+    assert OTHER_ORDER in found.row("swapped", "100%").note
+    assert OTHER_ORDER not in found.row("none", "100%").note
+    assert f"swapped: {OTHER_ORDER}" in str(found)
+
+
+def test_the_least_memory_search_has_its_own_time() -> None:
+    """It is in no row's time; a search that this process remembers takes none."""
+    remembered_least_memory.cache_clear()
+    first, again = (predicted(strategies=["auto"]) for _ in range(2))
+    assert first.least_solve_s is not None
+    assert again.least_solve_s is None
+
+
+def test_a_wrapped_solver_notes_the_gap_to_its_own_bound() -> None:
+    """The column is the gap to the comparison's bound, which may be another figure."""
+    row = predicted(strategies=["uniform_bytes"], budgets=["95%"]).row("uniform_bytes", "95%")
+    assert "gap to its own bound" in row.note
 
 
 def test_bounds_hold(measured: Comparison) -> None:
@@ -330,7 +379,7 @@ def test_the_table_says_everything(measured: Comparison) -> None:
     """Printed: a block for each budget, ours marked, errors in their rows."""
     text = str(measured)
     blocks = [b for b in text.split("\n\n") if not b.startswith(("note: ", "warning: "))]
-    assert blocks[0].startswith("small on ")
+    assert blocks[0].startswith("small: float32, torch ")
     assert [b.splitlines()[0].split(":")[0] for b in blocks[1:]] == [
         "budget 70%",
         "budget uniform_sqrt",

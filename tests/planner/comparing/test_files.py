@@ -15,6 +15,8 @@ import pytest
 from planner import Comparison, ComparisonRow
 from planner.comparing.comparison import DEFAULT_GAP, BudgetBound, MeasuredStep
 from planner.comparing.files import ComparisonFileError
+from planner.comparing.proof_words import OTHER_ORDER
+from solvers.incumbent import GLOBAL_SCOPE
 
 
 def step(ratio: float = 1.25) -> MeasuredStep:
@@ -181,6 +183,12 @@ def _set(*keys: Any) -> Any:
         (_set("rows", 1, 5), r"\$\.rows\[1\]: no ComparisonRow"),
         (_set("versions", "torch", 2), r"\$\.versions\.torch"),
         (_set("machine", []), r"\$\.machine"),
+        (_set("baseline_peak_bytes", 0), r"\$\.baseline_peak_bytes: 0 is no peak"),
+        (_set("baseline_step_us", None), r"\$\.baseline_step_us"),
+        (_set("least_bytes", 10**400), r"\$\.least_bytes"),
+        (_set("rows", 0, "predicted_peak_bytes", -1), r"peak_bytes: -1 is below zero"),
+        (_set("rows", 0, "measured", "num_pairs", -1), r"num_pairs: -1 is below zero"),
+        (_set("bounds", 0, "lower_bound_us", -0.5), r"lower_bound_us: -0.5 is below zero"),
         (lambda data: data.pop("bounds"), "'bounds' is missing"),
     ],
 )
@@ -209,14 +217,99 @@ def test_what_is_no_comparison(tmp_path: Path, text: str) -> None:
 def test_the_table_shows_it(comparison: Comparison) -> None:
     """Figures by hand, as they are printed."""
     lines = str(comparison).splitlines()
-    assert lines[0] == "hand-made on a device, times by roofline, torch 2, seed 0"
-    assert "budget 60%: 600 B; proven: no overhead below +20.50%" in lines
-    assert "budget 1B: 1 B; proven: nothing fits" in lines
+    assert lines[:2] == [
+        "hand-made: torch 2, seed 0",
+        "predicted: times by roofline for a device",
+    ]
+    assert "budget 60%: 600 B; proven: no overhead below +20.50% for all" in lines
+    assert "budget 1B: 1 B; proven: nothing fits for all" in lines
     (ours,) = [line for line in lines if line.startswith("*  auto")]
     assert " ".join(ours.split()) == (
         "* auto k=3, n=2 600 B 60.0% +20.50% 0.00% 7 0.25 s 601 B 1.250 1.250 – 2.250 equal"
     )
     assert any("dtr" in line and 'no, "it" fails' in line for line in lines)
+
+
+def test_what_was_measured_on_what_is_shown(comparison: Comparison, tmp_path: Path) -> None:
+    """Table, records and file tell the machine that steps ran on from the one predicted for."""
+    ran = replace(
+        comparison,
+        dtype="float32",
+        autocast="bfloat16",
+        optimizer="adamw",
+        measured_on="a real CPU",
+        num_threads=2,
+        repeats=3,
+        least_solve_s=1.5,
+    )
+    lines = str(ran).splitlines()
+    assert lines[:3] == [
+        "hand-made: float32, autocast bfloat16, adamw, torch 2, seed 0",
+        "predicted: times by roofline for a device",
+        "measured: a real CPU, 2 threads, 3 pairs of steps asked for, load average 0.50 at the "
+        "start",
+    ]
+    assert any(line.startswith("searching for it took 1.50 s") for line in lines)
+    record = ran.records()[0]
+    names = ("measured_on", "num_threads", "repeats", "dtype", "autocast", "optimizer", "versions")
+    assert [record[name] for name in names] == [
+        "a real CPU", 2, 3, "float32", "bfloat16", "adamw", "torch 2",
+    ]  # fmt: skip
+    assert record["load_average"] == 0.5
+    assert comparison.records()[0]["load_average"] is None  # nothing was timed
+    ran.save(tmp_path / "table.json")
+    assert repr(Comparison.load(tmp_path / "table.json")) == repr(ran)
+
+
+def test_a_file_of_before_is_read(comparison: Comparison, tmp_path: Path) -> None:
+    """What version 1 was first written without has its default."""
+    path = tmp_path / "table.json"
+    comparison.save(path)
+    data = json.loads(path.read_text())
+    for name in ("dtype", "autocast", "optimizer", "measured_on", "num_threads", "repeats"):
+        del data[name]
+    del data["least_solve_s"]
+    path.write_text(json.dumps(data))
+    assert repr(Comparison.load(path)) == repr(comparison)
+
+
+def test_proofs_have_their_scope_and_are_rounded_down(comparison: Comparison) -> None:
+    """No more is claimed than is proven: of eager's order, and at most the bound."""
+    bounds = tuple(
+        replace(b, scope=GLOBAL_SCOPE, lower_bound_us=b.lower_bound_us and 120.5678)
+        for b in comparison.bounds
+    )
+    proven = replace(comparison, bounds=bounds, least_bound_bytes=299_999, least_bytes=400_000)
+    lines = str(proven).splitlines()
+    assert "budget 60%: 600 B; proven: no overhead below +20.56% in eager's order" in lines
+    assert "budget 1B: 1 B; proven: nothing fits in eager's order" in lines
+    assert any("proven impossible below 299 kB in eager's order" in line for line in lines)
+    assert [r["bound_scope"] for r in proven.records()] == [GLOBAL_SCOPE, GLOBAL_SCOPE, None]
+
+
+def test_notes_that_bear_on_figures_are_printed(comparison: Comparison) -> None:
+    """A peer's note and a schedule in another order stand under their rows."""
+    ours, failed, peer = comparison.rows
+    assert "no cache" not in str(comparison)
+    rows = (replace(ours, note=f"by me; {OTHER_ORDER}"), failed, replace(peer, note="no cache"))
+    lines = [line.strip() for line in str(replace(comparison, rows=rows)).splitlines()]
+    assert lines[lines.index(f"auto: {OTHER_ORDER}") - 1].startswith("*  auto")
+    assert lines[lines.index("compiled: no cache") - 1].startswith("compiled")
+
+
+@pytest.mark.parametrize("number", ["1e999", "1" + "0" * 400, "-1e999"])
+@pytest.mark.parametrize("path", [("baseline_step_us",), ("machine", "load_average")])
+def test_a_number_beyond_all_is_refused(
+    comparison: Comparison, tmp_path: Path, number: str, path: tuple[str, ...]
+) -> None:
+    """What could not be computed with, or written again, is not read."""
+    file = tmp_path / "table.json"
+    comparison.save(file)
+    data = json.loads(file.read_text())
+    _set(*path, "HERE")(data)
+    file.write_text(json.dumps(data).replace('"HERE"', number))
+    with pytest.raises(ComparisonFileError, match="number"):
+        Comparison.load(file)
 
 
 def test_what_cannot_be_loaded_says_the_next_step(tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from planner.measuring.measure import measure, measure_pair, peak_extra_bytes
+from planner.measuring.measure import (
+    PairedTiming,
+    measure,
+    measure_pair,
+    peak_extra_bytes,
+    quartiles,
+)
 from planner.measuring.resident import resident_tensors, storage_bytes
 from planner.training_step import make_step, train_step
 from tests.bitwise import assert_same_tensors
@@ -265,6 +271,25 @@ def test_pairs_alternate():
     assert "".join(calls) == "ab" + "abbaabba"
     assert len(timing.ratios) == 4
     assert min(timing.ratios) <= timing.ratio <= max(timing.ratios)
+
+
+@pytest.mark.parametrize(("repeats", "calls"), [(1, "abba"), (3, "abbaabba"), (4, "abbaabba")])
+def test_each_goes_first_equally_often(repeats, calls):
+    """An odd number of pairs is rounded up; the warm-up changes places, too."""
+    heard: list[str] = []
+    pair = lambda: heard.append("a"), lambda: heard.append("b")
+    timing = measure_pair(*pair, repeats=repeats, warmup=2)
+    assert "".join(heard) == "abba" + calls
+    assert len(timing.ratios) == len(calls) // 2
+
+
+def test_quartiles_are_those_of_the_table():
+    """Printed quartiles lie between the ratios themselves, and one pair has them, too."""
+    one = PairedTiming(first_us=(2.0,), second_us=(3.0,))
+    assert str(one) == "ratio 1.500 (quartiles 1.500 to 1.500, 1 pairs)"
+    two = PairedTiming(first_us=(1.0, 1.0), second_us=(1.0, 2.0))
+    assert str(two) == "ratio 1.500 (quartiles 1.250 to 1.750, 2 pairs)"
+    assert all(math.isnan(q) for q in quartiles(()))
 
 
 def test_a_slower_callable_has_a_ratio_above_one():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,12 +29,12 @@ def _close(points: list[tuple[float, float]]) -> Any:
 
 
 def test_curves_are_at_their_figures() -> None:
-    """Peaks in MB and overheads in per cent, ours as a curve, the peer at what was measured."""
+    """Peaks in MB and overheads in per cent, ours as a curve; peers have no predictions."""
     lines = _lines(plot_pareto(whole_comparison()))
     assert lines["auto (ours)"] == _close([(40, 20), (60, 10)])
     assert lines["uniform_sqrt"] == _close([(60, 30)])
     assert lines["mine"] == _close([(70, 25)])
-    assert lines["per block (measured)"] == _close([(50, 33)])
+    assert not [label for label in lines if label.startswith("per block")]
     assert lines["nothing recomputed, 100\u00a0MB"] == _close([(100, 0)])
     assert "rotor" not in lines
 
@@ -44,6 +45,7 @@ def test_measured_figure_has_real_steps_only() -> None:
     lines = _lines(figure)
     assert lines["uniform_sqrt"] == _close([(61, 32)])
     assert lines["auto (ours)"] == _close([(40, 21)])
+    assert lines["per block (peer)"] == _close([(50, 33)])
     assert "mine" not in lines
     bars = [
         tuple(float(y) for y in path.vertices[:, 1])
@@ -63,13 +65,51 @@ def test_shaded_region_is_what_is_proven() -> None:
     assert list(values) == pytest.approx([top, 19, 9])
 
 
+def test_lines_claim_no_plan_between_those_there_are() -> None:
+    """A plan serves every larger budget until the next one, which is below, does."""
+    points = ((40, 0.4), (60, 0.1), (70, 0.3))
+    figure = plot_pareto(comparison(*(row("mine", peak * MB, o) for peak, o in points)))
+    curve, above = [line for line in figure.axes[0].lines if line.get_marker() == "s"]
+    assert curve.get_drawstyle() == "steps-post"
+    assert curve.get_xydata().tolist() == _close([(40, 40), (60, 10), (70, 10)])
+    assert curve.get_markevery() == [0, 1]  # at 70 MB its plan is the one above
+    assert above.get_xydata().tolist() == _close([(70, 30)])
+    assert above.get_linestyle() == "None"
+
+
+def test_noise_is_not_chosen_from() -> None:
+    """Of real steps each plan is a step, also one that turned out slower."""
+    rows = [
+        row("mine", peak * MB, 0.1, measured=step(peak * MB, ratio))
+        for peak, ratio in ((40, 1.2), (60, 0.9), (70, 1.1))
+    ]
+    lines = _lines(plot_pareto(comparison(*rows), measured=True))
+    assert lines["mine"] == _close([(40, 20), (60, -10), (70, 10)])
+
+
+def test_bars_are_within_the_axis() -> None:
+    """The quartiles of a measured figure are seen whole."""
+    wide = step(50 * MB, 1.2, quartiles=(0.9, 1.7))
+    figure = plot_pareto(comparison(row("mine", 50 * MB, 0.2, measured=wide)), measured=True)
+    low, high = figure.axes[0].get_ylim()
+    assert low < -10
+    assert high > 70
+
+
 @pytest.mark.parametrize("measured", [False, True])
 def test_the_region_says_what_it_is_proven_of(measured: bool) -> None:
     """An order of its own may get below the bounds, which speak of eager's."""
     labels = _labels(plot_pareto(whole_comparison(), measured=measured))
     (words,) = [label for label in labels if label.startswith("no schedule")]
-    assert "proven" in words
+    assert "proven for predicted times" in words
     assert "in eager's order" in words
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_the_region_is_an_outline_beside_measured_figures(measured: bool) -> None:
+    """A proof about predicted times rules no real step out."""
+    (region,) = plot_pareto(whole_comparison(), measured=measured).axes[0].patches
+    assert region.get_fill() is not measured
 
 
 def test_no_point_of_a_schedule_is_shaded() -> None:
@@ -83,19 +123,29 @@ def test_no_point_of_a_schedule_is_shaded() -> None:
 
 
 def test_axes_say_units_and_share() -> None:
-    """Memory in MB, its share of the unplanned peak, time in per cent, the device in the title."""
+    """Memory in MB, its share of the unplanned peak, time in per cent, and what kind of figures."""
     figure = plot_pareto(whole_comparison())
     axis = figure.axes[0]
-    assert axis.get_xlabel() == "peak memory of a step, MB"
-    assert axis.get_ylabel() == "extra time, %"
+    assert axis.get_xlabel() == "predicted peak memory of a step, MB"
+    assert axis.get_ylabel() == "predicted extra time, %"
     (twin,) = axis.child_axes
     assert twin.get_xlabel() == "share of the unplanned peak, %"
     low, high = axis.get_xlim()
     figure.draw_without_rendering()
     assert twin.get_xlim() == pytest.approx((low, high))  # 100 MB are 100 %
+    assert figure.get_suptitle().splitlines() == [
+        "Chain: peak memory against overhead",
+        "predicted times (roofline) for a card, torch 2.13.0",
+    ]
+
+
+def test_a_measured_figure_names_no_cost_table() -> None:
+    """Real steps have nothing of the device that times were predicted for."""
+    figure = plot_pareto(replace(whole_comparison(), measured_on="a real card"), measured=True)
+    assert figure.axes[0].get_ylabel() == "measured extra time, %"
     title = figure.get_suptitle()
-    assert title.startswith("Chain: peak memory against overhead")
-    assert "a card, roofline times, torch 2.13.0" in title
+    assert "measured on a real card" in title
+    assert "predicted" not in title
 
 
 def test_too_many_strategies_are_grey_together() -> None:
@@ -155,8 +205,9 @@ def test_a_peer_with_wrong_results_says_so() -> None:
     wrong = ComparisonRow(
         strategy="compiled", kind="peer", measured=step(50 * MB, 1.1, bits="WRONG")
     )
-    labels = _labels(plot_pareto(comparison(row("auto", 40 * MB, 0.1), wrong)))
-    assert "compiled (measured, WRONG results)" in labels
+    labels = _labels(plot_pareto(comparison(wrong), measured=True))
+    assert "compiled (peer, WRONG results)" in labels
+    assert "nothing recomputed (predicted), 100\u00a0MB" in labels  # no eager step was measured
 
 
 def test_nothing_to_draw_is_an_error() -> None:

@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 
 from planner.comparing.comparison import ComparisonRow
-from planner.plots.points import curves, measured_point, predicted_point, unreachable
+from planner.plots.points import (
+    curves,
+    measured_point,
+    predicted_point,
+    staircase,
+    unreachable,
+)
 from solvers.replay import replay
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 from tests.solvers.graphs import exhaustive_optimum, least_memory_exact, random_step
@@ -89,7 +95,22 @@ def test_rows_without_figures_have_no_point() -> None:
     assert predicted_point(row("a", MB, nan)) is None
     assert predicted_point(ComparisonRow(strategy="a")) is None
     assert measured_point(ComparisonRow(strategy="a")) is None
-    assert predicted_point(row("a", MB, 0.1, error="broken")) is None
+
+
+def test_a_schedule_that_failed_when_it_ran_keeps_its_prediction() -> None:
+    """The error of a row is of its execution where there is a prediction."""
+    failed = row("a", MB, 0.1, error="out of memory when it ran")
+    point = predicted_point(failed)
+    assert point is not None
+    assert (point.peak_bytes, point.overhead) == (MB, 0.1)
+    assert measured_point(failed) is None
+
+
+def test_staircase_has_the_best_of_each_budget() -> None:
+    """What takes more time than a plan of a lower peak, or of the same, is no step."""
+    points = curves(row("a", peak, o) for peak, o in ((1, 0.4), (2, 0.5), (3, 0.1), (3, 0.2)))["a"]
+    assert [(p.peak_bytes, p.overhead) for p in staircase(points)] == [(1, 0.4), (3, 0.1)]
+    assert staircase([]) == []
 
 
 def test_measured_point_is_beside_eager() -> None:

@@ -1,0 +1,298 @@
+"""Tables of what ran for real: predicted beside measured, and whose measured points beat ours."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from planner.comparing.comparison import Comparison, ComparisonRow, MeasuredStep
+
+from ..plan_runs import markdown
+from .signs import mb, one_line
+
+BUSY = 0.1
+"""How far eager beside eager may be from 1 before its figures are said to be noise."""
+
+SUMMARY_LEGEND = (
+    "Schedules are distinct ones, each run once. Beating ours: a measured peak no higher than that "
+    "of one of our rows, and an upper quartile of time / eager below the lower quartile of that "
+    "row; within noise: a lower median, but quartiles that overlap. Points that one of our plans "
+    "is as good as, in measured peak and median, are neither."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """A schedule of one strategy, or a peer, that ran.
+
+    Parameters
+    ----------
+    row
+        The first of its rows.
+    measured
+        Of all of them.
+    budgets_bytes
+        Budgets at which the strategy took it.
+    by_itself
+        Whether it is the strategy's own choice, too.
+    """
+
+    row: ComparisonRow
+    measured: MeasuredStep
+    budgets_bytes: tuple[int, ...]
+    by_itself: bool
+
+    @property
+    def name(self) -> str:
+        """Who it is of, with what is wrong with its numbers."""
+        wrong = f" ({self.measured.bits})" if self.measured.bits in ("WRONG", "different") else ""
+        return f"{'peer ' if self.row.kind == 'peer' else ''}{self.row.strategy}{wrong}"
+
+    @property
+    def timed(self) -> bool:
+        """Whether it ran in turn with eager."""
+        return not math.isnan(self.measured.ratio)
+
+
+def was_executed(comparison: Comparison) -> bool:
+    """Whether anything was to be run for real."""
+    return (
+        comparison.eager is not None
+        or bool(comparison.eager_error)
+        or any(row.kind == "peer" or row.measured is not None for row in comparison.rows)
+    )
+
+
+def ran(comparison: Comparison) -> list[Ran]:
+    """What ran: for each strategy its distinct schedules by falling peak, then the peers.
+
+    Rows over their budget are left out: their schedules ran because another row has them.
+    """
+    groups: dict[tuple[object, ...], list[ComparisonRow]] = {}
+    for row in comparison.rows:
+        if row.measured is not None and row.fits is not False:
+            # NaN is not equal to itself, its words are.
+            key = (row.kind, row.strategy, *_schedule(row))
+            groups.setdefault(key, []).append(row)
+    found = [
+        Ran(
+            row=rows[0],
+            measured=rows[0].measured,
+            budgets_bytes=tuple(sorted(r.budget_bytes for r in rows if r.budget_bytes is not None)),
+            by_itself=any(r.budget_bytes is None for r in rows),
+        )
+        for rows in groups.values()
+        if rows[0].measured is not None
+    ]
+    names = [row.strategy for row in comparison.rows]
+    return sorted(
+        found,
+        key=lambda r: (r.row.kind == "peer", names.index(r.row.strategy), -r.measured.peak_bytes),
+    )
+
+
+def failed_rows(comparison: Comparison) -> list[ComparisonRow]:
+    """Rows that were to run and have no measured figures; a schedule once for each strategy."""
+    found = {
+        (row.kind, row.strategy, row.predicted_peak_bytes, row.error): row
+        for row in comparison.rows
+        if row.measured is None
+        and (row.kind == "peer" or (row.fits is not False and row.predicted_peak_bytes is not None))
+    }
+    return list(found.values()) if was_executed(comparison) else []
+
+
+def executed_part(comparison: Comparison) -> str:
+    """Where it ran, eager, the table, what failed and what is to be known."""
+    parts = ["\n".join(f"- {line}" for line in executed_facts(comparison))]
+    if table := measured_table(comparison):
+        parts.append(table.rstrip("\n"))
+    if failed := failed_rows(comparison):
+        lines = [
+            [_kind(r), r.strategy, _asked(comparison, r), one_line(r.error or "it did not run")]
+            for r in failed
+        ]
+        header = ["failed", "name", "budget", "why"]
+        parts.append(markdown(header, lines).rstrip("\n"))
+    said = dict.fromkeys(words for one in ran(comparison) if (words := _remark(one)))
+    if said:
+        parts.append("\n".join(f"- {words}" for words in said))
+    return "\n\n".join(parts)
+
+
+def _remark(one: Ran) -> str:
+    """What is different from eager's numbers, and what a peer noted of itself."""
+    note = one.row.note if one.row.kind == "peer" else ""
+    words = "; ".join(text for text in (note, one.measured.difference) if text)
+    return f"{one.name}: {one_line(words)}" if words else ""
+
+
+def executed_facts(comparison: Comparison) -> list[str]:
+    """The machine, eager beside itself, and what makes the figures doubtful."""
+    c = comparison
+    threads = "" if c.num_threads is None else f", {c.num_threads} thread(s)"
+    under = f", autocast {c.autocast}" if c.autocast else ""
+    torch = f", torch {c.versions['torch']}" if "torch" in c.versions else ""
+    load = c.machine.get("load_average")
+    lines = [
+        f"{c.measured_on or 'an unknown device'}{threads}, {c.dtype or 'unknown dtype'}{under}, "
+        f"{c.optimizer or 'no optimizer'}, {c.repeats} pairs asked for{torch}"
+        + (f", {c.machine['date']}" if "date" in c.machine else "")
+        + (f", load average {load:.2f}" if isinstance(load, float) else "")
+    ]
+    if c.eager is None:
+        return [
+            *lines,
+            f"**eager steps failed**: {one_line(c.eager_error or 'no reason was kept')}",
+        ]
+    low, high = c.eager.quartiles
+    lines.append(
+        f"eager: {mb(c.eager.peak_bytes)} measured, {mb(c.baseline_peak_bytes)} predicted"
+        + (
+            f"; {c.eager.step_us / 1e3:.1f} ms; beside itself {c.eager.ratio:.3f} ({low:.3f} to "
+            f"{high:.3f}, {c.eager.num_pairs} pairs); bits {c.eager.bits}"
+            if c.eager.num_pairs
+            else "; not timed"
+        )
+    )
+    if c.eager.num_pairs and (low < 1 - BUSY or high > 1 + BUSY):
+        lines.append(
+            f"**warning**: eager beside itself differs by more than {BUSY:.0%}: the machine was "
+            "too busy, or the pairs too few, for measured times"
+        )
+    elif c.eager.num_pairs and not low <= 1 <= high:
+        lines.append("**warning**: eager beside itself is on one side of 1: measured times lean")
+    return lines
+
+
+def measured_table(comparison: Comparison) -> str:
+    """A line for each schedule of each strategy, then peers; nothing where nothing ran."""
+    found = ran(comparison)
+    if not found:
+        return ""
+    rows, before = [], ""
+    for one in found:
+        m, row = one.measured, one.row
+        label = f"**{row.strategy}**" if row.strategy == comparison.ours else row.strategy
+        over = any(m.peak_bytes > budget for budget in one.budgets_bytes)
+        rows.append(
+            [
+                "" if row.strategy == before else label,
+                "peer" if row.kind == "peer" else _budgets(comparison, one),
+                "" if row.predicted_peak_bytes is None else mb(row.predicted_peak_bytes),
+                mb(m.peak_bytes) + (" **over**" if over else ""),
+                "" if row.overhead is None else f"{1 + row.overhead:.3f}",
+                _ratio(one),
+                m.bits if m.bits in ("equal", "right") else f"**{m.bits}**",
+            ]
+        )
+        before = row.strategy
+    header = ["strategy", "budget, of the unplanned peak", "peak predicted", "measured"]
+    return markdown([*header, "time / eager predicted", "measured (quartiles)", "bits"], rows)
+
+
+def executed_summary(comparisons: Mapping[str, Comparison]) -> str:
+    """A line for each model that ran, and what the columns mean; nothing where none did."""
+    lines = [_summary(m, c) for m, c in comparisons.items() if was_executed(c)]
+    if not lines:
+        return ""
+    header = [
+        "model",
+        "schedules run",
+        "bits",
+        "largest error of a predicted peak",
+        "over their budget",
+        "failed",
+        "strategies that beat ours",
+        "strategies within noise",
+        "peers that beat ours",
+    ]
+    return markdown(header, lines) + "\n" + SUMMARY_LEGEND
+
+
+def _summary(model: str, comparison: Comparison) -> list[str]:
+    found = ran(comparison)
+    planned = [one for one in found if one.row.kind == "strategy"]
+    distinct = {_schedule(one.row): one for one in planned}
+    bits = Counter(one.measured.bits for one in distinct.values())
+    errors = [
+        abs(one.measured.peak_bytes / one.row.predicted_peak_bytes - 1)
+        for one in distinct.values()
+        if one.row.predicted_peak_bytes
+    ]
+    over = [one for one in planned if any(one.measured.peak_bytes > b for b in one.budgets_bytes)]
+    beat, noise = beating(comparison, found)
+    strategies = [one for one in beat if one.row.kind == "strategy"]
+    return [
+        model,
+        str(len(distinct)),
+        ", ".join(f"{count} {word}" for word, count in bits.items()) or "–",
+        f"{max(errors):.4%}" if errors else "–",
+        str(len({_schedule(one.row) for one in over})),
+        str(len(failed_rows(comparison))),
+        _named(strategies),
+        _named([one for one in noise if one.row.kind == "strategy"]),
+        _named([one for one in beat if one.row.kind == "peer"]),
+    ]
+
+
+def beating(comparison: Comparison, found: Sequence[Ran]) -> tuple[list[Ran], list[Ran]]:
+    """Whose measured point beats one of ours: beyond noise, and within it.
+
+    Beyond it: a measured peak no higher than that of a row of ours, and an upper
+    quartile of time / eager below the lower quartile of that row. Within it: a
+    lower median only. Neither where another plan of ours is as good as that point.
+    """
+    timed = [one for one in found if one.timed]
+    ours = [one for one in timed if one.row.strategy == comparison.ours]
+    beat, noise = [], []
+    for one in timed:
+        if one.row.strategy == comparison.ours:
+            continue
+        if any(_as_good(our.measured, one.measured) for our in ours):
+            continue  # the same schedule among them
+        rows = [our for our in ours if one.measured.peak_bytes <= our.measured.peak_bytes]
+        if any(one.measured.quartiles[1] < our.measured.quartiles[0] for our in rows):
+            beat.append(one)
+        elif any(one.measured.ratio < our.measured.ratio for our in rows):
+            noise.append(one)
+    return beat, noise
+
+
+def _as_good(our: MeasuredStep, other: MeasuredStep) -> bool:
+    return our.peak_bytes <= other.peak_bytes and our.ratio <= other.ratio
+
+
+def _named(found: Sequence[Ran]) -> str:
+    named = ", ".join(f"{one.name} at {mb(one.measured.peak_bytes)}" for one in found)
+    return f"{len(found)}: {named}" if found else "0"
+
+
+def _schedule(row: ComparisonRow) -> tuple[object, ...]:
+    """What tells the schedules that ran apart: their predictions, and figures of one run."""
+    return row.predicted_peak_bytes, row.predicted_step_us, repr(row.measured)
+
+
+def _budgets(comparison: Comparison, one: Ran) -> str:
+    unplanned = comparison.baseline_peak_bytes
+    words = [f"{b / unplanned:.0%}" for b in one.budgets_bytes]
+    return ", ".join([*dict.fromkeys(words), *["own choice"] * one.by_itself])
+
+
+def _asked(comparison: Comparison, row: ComparisonRow) -> str:
+    if row.kind == "peer":
+        return ""
+    if row.budget_bytes is None:
+        return "its own choice"
+    return f"{row.budget_bytes / comparison.baseline_peak_bytes:.0%}"
+
+
+def _kind(row: ComparisonRow) -> str:
+    return "peer" if row.kind == "peer" else "schedule"
+
+
+def _ratio(one: Ran) -> str:
+    low, high = one.measured.quartiles
+    return f"{one.measured.ratio:.3f} ({low:.3f} to {high:.3f})" if one.timed else "not timed"

@@ -1,0 +1,119 @@
+"""The folder of a run: what of it can be read, what of it failed, and how it was asked for."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from planner.comparing.comparison import Comparison
+from planner.comparing.machine import machine, versions
+from planner.whole_file import write_whole
+
+from .matched import Matched
+from .settle import Settled
+
+_Row = TypeVar("_Row", Matched, Settled)
+SETTINGS = "compare.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a folder holds, by model.
+
+    Parameters
+    ----------
+    comparisons, settled, matches
+        Of the models that have them.
+    failures
+        Of the others, and of files that cannot be read: why.
+    """
+
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    settled: dict[str, list[Settled]] = field(default_factory=dict)
+    matches: dict[str, list[Matched]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def read(folder: Path, names: Iterable[str], failures: Mapping[str, str]) -> Found:
+    """What lies in the folder of these models.
+
+    A damaged file is one of the failures, and the others are read; so is a model
+    of which there is nothing.
+
+    Parameters
+    ----------
+    failures
+        What is known to have failed.
+    """
+    found = Found(failures=dict(failures))
+    for name in names:
+        try:
+            found.comparisons[name] = Comparison.load(folder / f"{name}.json")
+        except FileNotFoundError:
+            _tell(found, name, f"{folder} has no {name}.json")
+            continue
+        except (OSError, ValueError, TypeError, ArithmeticError) as error:
+            _tell(found, name, f"{name}.json cannot be read: {error}")
+            continue
+        _read_rows(folder / f"{name}_settled.json", _settled, found.settled, name, found)
+        _read_rows(folder / f"{name}_matched.json", _matched, found.matches, name, found)
+    return found
+
+
+def read_failures(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The failures that an earlier run kept, of these models."""
+    path = folder / SETTINGS
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        kept = {str(row["model"]): str(row["failure"]) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {path.name: f"cannot be read, so that failures of its run are not known: {error!r}"}
+    return {name: kept[name] for name in names if name in kept}
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any], failures: Mapping[str, str]) -> None:
+    """What was asked for, where, and what failed."""
+    around = {
+        **machine(),
+        "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),
+        "versions": versions(),
+    }
+    rows = [{"model": name, "failure": why} for name, why in failures.items()]
+    data = {"circumstances": around, "settings": dict(settings), "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / SETTINGS, json.dumps(data, indent=1) + "\n")
+
+
+def _read_rows(
+    path: Path,
+    read_row: Callable[[dict[str, Any]], _Row],
+    into: dict[str, list[_Row]],
+    name: str,
+    found: Found,
+) -> None:
+    try:
+        into[name] = [read_row(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        _tell(found, name, f"{path.name} cannot be read: {error!r}")
+
+
+def _settled(row: dict[str, Any]) -> Settled:
+    return Settled(**{**row, "strategies": tuple(row["strategies"])})
+
+
+def _matched(row: dict[str, Any]) -> Matched:
+    return Matched(**row)
+
+
+def _tell(found: Found, name: str, why: str) -> None:
+    before = found.failures.get(name)
+    found.failures[name] = f"{before}; {why}" if before else why

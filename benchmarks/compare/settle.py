@@ -1,0 +1,194 @@
+"""Ours at the peaks of others' schedules, where the comparison's own budgets do not decide.
+
+A comparison solves ours at a few budgets. A schedule of another strategy whose peak
+lies between two of them may take less time than our plan at the lower one without
+being better than what we would find at its own peak. So each such point is settled:
+ours is solved with that peak as its budget.
+
+A point is a peak and a time, by replay; several strategies, or one at several
+budgets, may have the same one. Only points that no other point of the others
+dominates need a solve: what is at least as good as them is as good as those that
+they dominate, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from planner.comparing.budgets import NamedBudget
+from planner.comparing.comparison import Comparison
+from planner.comparing.predict import Predictor
+from solvers.result import OPTIMAL_GAP
+from solvers.strategies.solved import AUTO
+
+AT_MOST = "ours at most theirs"
+WITHIN = f"ours within {OPTIMAL_GAP:.2%} of theirs"
+BELOW = "below ours"
+
+_OUR_SOLVERS = ("slice_refinement", "local_search", "gap_cover", "backward_search", "hint")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """A predicted peak and a predicted time, and whose schedules have them."""
+
+    peak_bytes: int
+    step_us: float
+    strategies: tuple[str, ...] = ()
+
+    def covers(self, other: Point, tolerance: float = 0.0) -> bool:
+        """Whether it needs no more memory and, but for the tolerance, no more time."""
+        return self.peak_bytes <= other.peak_bytes and self.step_us <= other.step_us * (
+            1 + tolerance
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """Ours at the peak of one point of others.
+
+    Parameters
+    ----------
+    strategies, peak_bytes, theirs_us
+        The point.
+    ours_peak_bytes, ours_us
+        Our plan with that peak as its budget; ``None`` where nothing was found.
+    bound_us
+        No schedule in eager's order within that peak takes less; ``None`` where nothing fits.
+    verdict
+        :data:`AT_MOST`, :data:`WITHIN`, or :data:`BELOW` with by how much and why.
+    rival
+        See :func:`rival_behind`.
+    """
+
+    strategies: tuple[str, ...]
+    peak_bytes: int
+    theirs_us: float
+    ours_peak_bytes: int | None
+    ours_us: float | None
+    bound_us: float | None
+    verdict: str
+    rival: str = ""
+
+
+def took_part(comparison: Comparison) -> bool:
+    """Whether ours was asked at a budget, so that there is a curve of ours."""
+    return any(
+        r.strategy == comparison.ours and r.budget_bytes is not None for r in comparison.rows
+    )
+
+
+def rival_behind(note: str) -> str:
+    """The strategy or solver of others whose schedule a plan of ours is, as its note says.
+
+    ``""`` where our own solvers found it, or where nothing is recomputed at all.
+    """
+    found = re.search(r"\(by ([^()]*)\)", note)
+    if found is None or found[1] == "keep_all" or any(own in found[1] for own in _OUR_SOLVERS):
+        return ""
+    return found[1]
+
+
+def points_of_others(comparison: Comparison) -> list[Point]:
+    """The distinct points of all strategies but ours, by peak; whether they fit a budget or not."""
+    whose: dict[tuple[int, float], dict[str, None]] = {}
+    for row in comparison.rows:
+        if row.kind != "strategy" or row.strategy == comparison.ours:
+            continue
+        if row.predicted_peak_bytes is not None and row.predicted_step_us is not None:
+            point = (row.predicted_peak_bytes, row.predicted_step_us)
+            whose.setdefault(point, {})[row.strategy] = None
+    return [
+        Point(peak_bytes=peak, step_us=us, strategies=tuple(names))
+        for (peak, us), names in sorted(whose.items())
+    ]
+
+
+def points_of_ours(comparison: Comparison, settled: Sequence[Settled] = ()) -> list[Point]:
+    """Our plans of the comparison, and those that were found in settling."""
+    found = [
+        Point(peak_bytes=row.predicted_peak_bytes, step_us=row.predicted_step_us)
+        for row in comparison.rows
+        if row.strategy == comparison.ours
+        and row.predicted_peak_bytes is not None
+        and row.predicted_step_us is not None
+    ]
+    return found + [
+        Point(peak_bytes=one.ours_peak_bytes, step_us=one.ours_us)
+        for one in settled
+        if one.ours_peak_bytes is not None and one.ours_us is not None
+    ]
+
+
+def uncovered(
+    others: Sequence[Point], ours: Sequence[Point], tolerance: float = OPTIMAL_GAP
+) -> list[Point]:
+    """The points of others that no plan of ours is at least as good as, but for the tolerance."""
+    return [point for point in others if not any(our.covers(point, tolerance) for our in ours)]
+
+
+def to_settle(comparison: Comparison) -> list[Point]:
+    """The points that need a solve: uncovered, and dominated by no other point of others."""
+    others = points_of_others(comparison)
+    return [
+        point
+        for point in uncovered(others, points_of_ours(comparison))
+        if not any(other is not point and other.covers(point) for other in others)
+    ]
+
+
+def settle(
+    comparison: Comparison, predictor: Predictor, say: Callable[[str], None]
+) -> list[Settled]:
+    """Ours at the peak of each point that the comparison leaves open.
+
+    Parameters
+    ----------
+    predictor
+        Of the same step; it solves as the comparison did.
+    say
+        Is told which point is next.
+
+    Raises
+    ------
+    ValueError
+        When the predictor is of another step than the comparison.
+    """
+    if predictor.graph.fingerprint != comparison.fingerprint:
+        raise ValueError(
+            f"the comparison is of step {comparison.fingerprint}, and the step to settle it on is "
+            f"{predictor.graph.fingerprint}: capture and compare again"
+        )
+    points = to_settle(comparison) if took_part(comparison) else []
+    found = []
+    for i, point in enumerate(points):
+        say(f"settling {i + 1}/{len(points)}: ours at the peak of {', '.join(point.strategies)}")
+        budget = NamedBudget(label=f"{point.peak_bytes}B", num_bytes=point.peak_bytes)
+        row = predictor.predicted(AUTO, budget).row
+        bound_us = predictor.bound_of(budget).lower_bound_us
+        found.append(
+            Settled(
+                strategies=point.strategies,
+                peak_bytes=point.peak_bytes,
+                theirs_us=point.step_us,
+                ours_peak_bytes=row.predicted_peak_bytes,
+                ours_us=row.predicted_step_us,
+                bound_us=bound_us,
+                verdict=_verdict(point.step_us, row.predicted_step_us, bound_us, row.error),
+                rival=rival_behind(row.note),
+            )
+        )
+    return found
+
+
+def _verdict(theirs_us: float, ours_us: float | None, bound_us: float | None, error: str) -> str:
+    if ours_us is None:
+        return f"{BELOW}: {error}"
+    if ours_us <= theirs_us:
+        return AT_MOST
+    if ours_us <= theirs_us * (1 + OPTIMAL_GAP):
+        return WITHIN
+    gap = f"; our proven gap is {ours_us / bound_us - 1:.3%}" if bound_us else ""
+    return f"{BELOW} by {1 - theirs_us / ours_us:.3%} of our time{gap}"

@@ -1,0 +1,38 @@
+"""What is proven, in words that claim no more: with its scope, and rounded down."""
+
+from __future__ import annotations
+
+import math
+
+from graph_capture.units import format_bytes
+from solvers.incumbent import GLOBAL_SCOPE
+
+EAGERS_ORDER = "in eager's order"
+"""Of schedules whose first runs keep the order in which eager runs them."""
+
+OTHER_ORDER = "not in eager's order: the bound does not speak of it"
+"""What is noted of a row whose schedule the bounds say nothing about."""
+
+
+def scope_words(scope: str) -> str:
+    """What a bound speaks of, to stand behind it."""
+    return EAGERS_ORDER if scope == GLOBAL_SCOPE else f"for {scope}"
+
+
+def bytes_rounded_down(num_bytes: int) -> str:
+    """Bytes with three digits, never more than there are.
+
+    >>> bytes_rounded_down(1_239_999_999)
+    '1.23 GB'
+    """
+    step = 10 ** max(0, len(str(num_bytes)) - 3)
+    return format_bytes(num_bytes // step * step)
+
+
+def percent_rounded_down(share: float) -> str:
+    """A share as a percentage with two digits and its sign, never more than it is.
+
+    >>> percent_rounded_down(0.129999)
+    '+12.99%'
+    """
+    return f"{math.floor(share * 1e4) / 1e4:+.2%}"
