@@ -31,7 +31,7 @@ from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.profile import Profile
 from planner import Plan, optimize
 from planner.errors import InfeasibleBudgetError
-from planner.measuring.measure import PairedTiming, measure_pair
+from planner.measuring.measure import PairedTiming, measure_pair, quartiles
 from planner.training_step import make_step
 from tests.zoo import ZOO, Case
 
@@ -53,8 +53,8 @@ class Row:
     @property
     def quartiles(self) -> tuple[float, float, float]:
         """Measured overhead: lower quartile, median, upper quartile."""
-        low, middle, high = statistics.quantiles((r - 1 for r in self.timing.ratios), n=4)
-        return low, middle, high
+        low, high = quartiles(self.timing.ratios)
+        return low - 1, statistics.median(self.timing.ratios) - 1, high - 1
 
 
 def transformer(kind: str, layers: int, width: int, length: int) -> Case:

@@ -319,7 +319,8 @@ class Plan:
             The one that the plan counts; ``None`` for a new one of the same kind,
             where that has a name.
         repeats
-            How many pairs of an unplanned and a planned step are timed.
+            How many pairs of an unplanned and a planned step are timed, rounded up to an
+            even number.
         unplanned
             Whether the step without the plan runs, too: its peak, the overhead
             and the bits need it. Where it runs out of memory this is reported.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graph_capture.units import format_bytes
 from planner import InfeasibleBudgetError, Plan
-from planner.measuring.measure import measure_pair
+from planner.measuring.measure import measure_pair, quartiles
 from solvers.replay import replay
 
 from .bench import Bench, Where, release
@@ -102,7 +102,7 @@ def check_overhead(
         planned = bench.step_of(model, planned=True)
         timing = measure_pair(eager, planned, repeats=num_pairs, device=bench.device)
     model.zero_grad(set_to_none=True)
-    low, _, high = statistics.quantiles(timing.ratios, n=4)
+    low, high = quartiles(timing.ratios)
     return Overhead(
         model=bench.subject.name,
         where=where,

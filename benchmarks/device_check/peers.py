@@ -20,7 +20,7 @@ from planner import InfeasibleBudgetError, measure
 from planner.comparing.peers import PEER_ERRORS, PEERS, Peer, Situation, compile_peer
 from planner.comparing.run_peer import error_text, peers_warnings
 from planner.comparing.step_verdict import judge_steps
-from planner.measuring.measure import measure_pair
+from planner.measuring.measure import measure_pair, quartiles
 from planner.training_step import make_step
 
 from .bench import Bench, release
@@ -150,12 +150,12 @@ def _measured(bench: Bench, model: nn.Module, method: str, num_pairs: int) -> Pe
             model, sample, optimizer=subject.optimizer, repeats=0, seed=bench.seed
         ).peak_bytes
     ratios = _ratios(bench, bench.model, model, num_pairs) if num_pairs else (1.0, 1.0)
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, high = quartiles(ratios)
     return PeerRow(
         model=subject.name,
         method=method,
         peak_bytes=peak_bytes,
-        ratio=middle,
+        ratio=statistics.median(ratios),
         quartiles=(low, high),
         loss_error=verdict.loss_error,
         gradient_error=verdict.gradient_error,

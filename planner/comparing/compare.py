@@ -89,7 +89,7 @@ def compare(
     measure
         Whether schedules are executed; ``None`` for where the device is at hand.
     repeats
-        Pairs of an eager step and another that are timed.
+        Pairs of an eager step and another that are timed, rounded up to an even number.
     time_limit_s, gap, seed, workers
         Of each solve, as for :func:`solvers.solve`.
     name

@@ -39,11 +39,12 @@ class MeasuredStep:
     num_pairs
         How many pairs ran; none gives NaN in the figures of time.
     bits
-        Loss, gradients, buffers and random state of the step against eager's:
-        ``"equal"`` to the last bit; for peers also ``"right"`` (to rounding),
-        ``"WRONG"``, ``"other draws"`` (dropout drew other numbers, so that
-        there is nothing to compare). ``"not repeatable"``: they differ, and so
-        do two eager steps.
+        Loss, gradients, buffers and random state of successive steps against eager's,
+        and of a schedule's steps the outputs: ``"equal"`` to the last bit;
+        ``"WRONG"`` beyond rounding. Between the two, a schedule is ``"different"``, or
+        ``"not repeatable"`` where eager steps differ among themselves, too; a peer is
+        ``"right"``, or ``"other draws"`` where its dropout drew other numbers, so that
+        there is nothing to compare.
     difference
         The first thing that is not the same; ``""`` if nothing is.
     """

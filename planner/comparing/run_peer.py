@@ -60,7 +60,7 @@ def run_peer(
     optimizer
         An instance of the model's, or a name: in peak and times, as a whole step.
     repeats
-        Pairs of timed steps; none gives NaN in the figures of time.
+        Pairs of timed steps, rounded up to an even number; none gives NaN in the figures of time.
     seed, num_seeds
         Before each measured step; steps are compared with eager's from this and
         the next ones.

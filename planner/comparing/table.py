@@ -112,6 +112,11 @@ def _notes(c: Comparison) -> Iterator[str]:
             f"{low:.3f} to {high:.3f}): the machine is too busy, or {c.eager.num_pairs} pairs are "
             "too few, for measured times; free it or ask for more repeats"
         )
+    elif low > 1 or high < 1:
+        yield (
+            f"warning: eager steps beside eager steps are one-sided (quartiles {low:.3f} to "
+            f"{high:.3f}): differences of that size are noise; ask for more repeats"
+        )
     ratio = c.eager.step_us / c.baseline_step_us if c.baseline_step_us else 1.0
     if not 1 / _WRONG_MODEL <= ratio <= _WRONG_MODEL:
         small = " (small calls take mostly Python's dispatch)" if ratio > 1 else ""

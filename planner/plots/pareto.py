@@ -55,6 +55,7 @@ RANKING = (
     "checkmate_milp",
     "save_matmuls_per_block",
     "uniform_every_k",
+    "rotor_menus",
 )
 """Which strategies are shown in colours, where there are too many."""
 

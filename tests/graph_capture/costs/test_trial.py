@@ -57,7 +57,8 @@ def test_a_tensor_that_is_passed_twice_is_made_once() -> None:
     x, y = _meta(8), _meta(8)
     a, b = _trial(aten.mul.Tensor, x, x).args
     assert a is b
-    assert call_key(_call(aten.mul.Tensor, x, x), "cpu") != call_key(_call(aten.mul.Tensor, x, y), "cpu")
+    square, product = _call(aten.mul.Tensor, x, x), _call(aten.mul.Tensor, x, y)
+    assert call_key(square, "cpu") != call_key(product, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -343,3 +343,5 @@ def test_long_errors_are_whole_and_doubts_are_told(comparison: Comparison) -> No
     assert "roofline, that does not fit this step" in text
     calm = replace(eager, step_us=comparison.baseline_step_us, quartiles=(0.99, 1.01))
     assert "warning" not in str(replace(comparison, eager=calm))
+    aside = str(replace(comparison, eager=replace(calm, quartiles=(0.93, 0.98))))
+    assert "one-sided (quartiles 0.930 to 0.980)" in " ".join(aside.split())
