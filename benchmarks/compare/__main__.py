@@ -28,7 +28,7 @@ from ..models.subject import SIZES, Size
 from ..run import ROOT
 from .folder import Found, read, read_failures, write_settings
 from .tables import report
-from .worker import Job, files_of
+from .worker import COST_MODELS, CostModelName, Job, files_of
 
 RECORD = ("bert", "gpt2", "llama", "t5", "vit", "resnet50", "unet", "vgg16", "mobilenet")
 
@@ -63,6 +63,9 @@ def main(
     optimizer: Annotated[
         str | None, typer.Option(help="by default none", show_default=False)
     ] = None,
+    cost_model: Annotated[
+        str, typer.Option(help=f"where predicted times are from: {' or '.join(COST_MODELS)}")
+    ] = "roofline",
     repeats: Annotated[int, typer.Option(help="timed pairs of steps", min=0)] = 8,
     limit_s: Annotated[float, typer.Option(help="of each solve, in s", min=0.1)] = 30.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -85,6 +88,7 @@ def main(
         peers=_chosen_peers(peer, wanted=peers, predicted=predicted),
         num_budgets=num_budgets,
         optimizer=optimizer,
+        cost_model=_known_cost_model(cost_model),
         repeats=repeats,
         with_settled=settled,
         with_matched=matched,
@@ -182,6 +186,13 @@ def _chosen_peers(peer: Sequence[str] | None, *, wanted: bool, predicted: bool) 
     if unknown := [name for name in peer or () if name not in PEERS]:
         raise typer.BadParameter(f"unknown peer {unknown[0]!r}; known are {', '.join(PEERS)}")
     return tuple(dict.fromkeys(peer or PEERS)) if wanted and not predicted else ()
+
+
+def _known_cost_model(name: str) -> CostModelName:
+    for known in COST_MODELS:
+        if name == known:
+            return known
+    raise typer.BadParameter(f"the cost model is {' or '.join(COST_MODELS)}, not {name!r}")
 
 
 def _known_size(size: str) -> Size:

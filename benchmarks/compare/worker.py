@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -41,6 +41,10 @@ WORKERS = 2
 """Of each solve."""
 
 
+CostModelName = Literal["roofline", "profile"]
+COST_MODELS: tuple[CostModelName, ...] = get_args(CostModelName)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What to compare.
@@ -58,6 +62,8 @@ class Job:
         peaks of the rivals come beside them.
     optimizer
         A name that ``optimize`` knows, or ``None``.
+    cost_model
+        Where predicted times are from, as ``optimize`` takes it.
     repeats
         Timed pairs of steps.
     with_settled
@@ -79,6 +85,7 @@ class Job:
     peers: tuple[str, ...] = ()
     num_budgets: int = 7
     optimizer: str | None = None
+    cost_model: CostModelName = "roofline"
     repeats: int = 8
     with_settled: bool = True
     with_matched: bool = True
@@ -121,7 +128,13 @@ def work(job: Job) -> None:
     subject = SUBJECTS[job.model](job.size)
     model, sample = subject.build(seed=job.seed), subject.sample(job.seed)
     say("capture")
-    with captured_call(model, sample, loss_fn=subject.loss_fn, optimizer=job.optimizer) as call:
+    with captured_call(
+        model,
+        sample,
+        loss_fn=subject.loss_fn,
+        optimizer=job.optimizer,
+        cost_model=job.cost_model,
+    ) as call:
         captured = call.captured
     assert captured.unplanned is not None
     baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
@@ -133,6 +146,7 @@ def work(job: Job) -> None:
         peers=job.peers if job.execute else (),
         loss_fn=subject.loss_fn,
         optimizer=job.optimizer,
+        cost_model=job.cost_model,
         measure=job.execute,
         repeats=job.repeats,
         time_limit_s=job.limit_s,
