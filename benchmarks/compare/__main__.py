@@ -59,6 +59,12 @@ def main(
     ] = None,
     settled: Annotated[bool, typer.Option(help="ours at the peaks of others' open points")] = True,
     matched: Annotated[bool, typer.Option(help="ours at the peaks and costs of others")] = True,
+    duels: Annotated[
+        bool, typer.Option(help="what measured better than ours, in turn with ours")
+    ] = True,
+    only_duels: Annotated[
+        bool, typer.Option("--only-duels", help="do that for the comparisons in --out")
+    ] = False,
     num_budgets: Annotated[int, typer.Option(min=2)] = 7,
     optimizer: Annotated[
         str | None, typer.Option(help="by default none", show_default=False)
@@ -92,11 +98,15 @@ def main(
         repeats=repeats,
         with_settled=settled,
         with_matched=matched,
+        with_duels=duels,
+        only_duels=only_duels,
         threads=threads,
         limit_s=limit_s,
         seed=seed,
         out=str(out.resolve()),
     )
+    if only_duels and (predicted or not duels or only_report):
+        raise typer.BadParameter("--only-duels excludes --predicted, --no-duels and --only-report")
     if only_report:
         if not out.is_dir():
             raise typer.BadParameter(f"there is no folder {out}")
@@ -129,7 +139,7 @@ def run_all(names: Sequence[str], job: Job, out: Path) -> Found:
 def write_report(out: Path, found: Found) -> Path:
     """Write the page of tables."""
     path = out / "compare.md"
-    write_whole(path, report(found.comparisons, found.matches, found.failures, found.settled))
+    write_whole(path, report(found))
     return path
 
 

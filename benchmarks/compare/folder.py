@@ -14,10 +14,11 @@ from planner.comparing.comparison import Comparison
 from planner.comparing.machine import machine, versions
 from planner.whole_file import write_whole
 
+from .duel import Duel
 from .matched import Matched
 from .settle import Settled
 
-_Row = TypeVar("_Row", Matched, Settled)
+_Row = TypeVar("_Row", Duel, Matched, Settled)
 SETTINGS = "compare.json"
 
 
@@ -27,7 +28,7 @@ class Found:
 
     Parameters
     ----------
-    comparisons, settled, matches
+    comparisons, settled, matches, duels
         Of the models that have them.
     failures
         Of the others, and of files that cannot be read: why.
@@ -36,6 +37,7 @@ class Found:
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     settled: dict[str, list[Settled]] = field(default_factory=dict)
     matches: dict[str, list[Matched]] = field(default_factory=dict)
+    duels: dict[str, list[Duel]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,6 +64,7 @@ def read(folder: Path, names: Iterable[str], failures: Mapping[str, str]) -> Fou
             continue
         _read_rows(folder / f"{name}_settled.json", _settled, found.settled, name, found)
         _read_rows(folder / f"{name}_matched.json", _matched, found.matches, name, found)
+        _read_rows(folder / f"{name}_duels.json", _duel, found.duels, name, found)
     return found
 
 
@@ -112,6 +115,11 @@ def _settled(row: dict[str, Any]) -> Settled:
 
 def _matched(row: dict[str, Any]) -> Matched:
     return Matched(**row)
+
+
+def _duel(row: dict[str, Any]) -> Duel:
+    low_high = row["quartiles"]
+    return Duel(**{**row, "quartiles": None if low_high is None else tuple(low_high)})
 
 
 def _tell(found: Found, name: str, why: str) -> None:

@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow
 
 from ..plan_runs import markdown
+from .duel import LEGEND as DUELS_LEGEND
+from .duel import duels_table
 from .executed import executed_part, executed_summary, was_executed
+from .folder import Found
 from .matched import Matched
 from .settle import (
     Settled,
@@ -40,20 +43,17 @@ BELOW_LEGEND = (
 )
 
 
-def report(
-    comparisons: Mapping[str, Comparison],
-    matches: Mapping[str, Sequence[Matched]],
-    failures: Mapping[str, str],
-    settled: Mapping[str, Sequence[Settled]] | None = None,
-) -> str:
+def report(found: Found) -> str:
     """Everything, the shortest answers first."""
-    settled = settled or {}
-    parts = ["# Comparisons", below_table(comparisons, settled), BELOW_LEGEND]
+    comparisons, matches, failures = found.comparisons, found.matches, found.failures
+    parts = ["# Comparisons", below_table(comparisons, found.settled), BELOW_LEGEND]
     if failures:
         lines = [[model, one_line(why)] for model, why in failures.items()]
         parts += ["## Failed", markdown(["model", "why"], lines)]
     if summary := executed_summary(comparisons):
         parts += ["## Executed", summary]
+    if in_turn := duels_table(found.duels):
+        parts += ["### In turn with ours", in_turn, DUELS_LEGEND]
     if matches:
         parts += ["## At the peaks and costs of others", matched_table(matches)]
     for model, comparison in comparisons.items():

@@ -10,35 +10,48 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 
 from graph_capture.cost_graph import CostGraph
+from graph_capture.costs.choose import ChosenCosts
+from graph_capture.costs.profile import Profile
 from planner import compare
-from planner.captured_call import captured_call
+from planner.captured_call import CapturedCall, captured_call
 from planner.comparing.budgets import AskedBudget
+from planner.comparing.chosen import with_min_cut
+from planner.comparing.comparison import Comparison
+from planner.comparing.execute import runner_of, with_schedule
 from planner.comparing.predict import Predictor, Solving
+from planner.comparing.running import Execution
 from planner.comparing.showing import ComparisonEvent
-from planner.make_plan import remembered_least_memory
+from planner.make_plan import Request, remembered_least_memory
+from planner.training_step import Sample
 from planner.whole_file import write_whole
-from solvers.replay import replay
+from solvers.replay import Replay, replay
 from solvers.result import OPTIMAL_GAP
 from solvers.schedule import Schedule
 from solvers.strategies.registry import STRATEGIES
 from solvers.strategies.strategy import StrategyError, apply_strategy
 
 from ..models import SUBJECTS
-from ..models.subject import Size
+from ..models.subject import Size, Subject
 from ..worker import warm_up
+from .duel import Duel, duels
 from .matched import RIVALS, Matched, matched
 from .settle import Settled, settle
 
 WORKERS = 2
 """Of each solve."""
+
+DUEL_PAIRS = 16
+"""Of steps of ours and of what looked better."""
 
 
 CostModelName = Literal["roofline", "profile"]
@@ -70,6 +83,10 @@ class Job:
         Whether to solve ours at the peaks of others' points that the budgets leave open.
     with_matched
         Whether to hold ours against the rivals at their own peaks and costs.
+    with_duels
+        Whether what measured better than ours runs again in turn with ours.
+    only_duels
+        Whether nothing else is done: the comparison lies in the folder.
     threads
         Of PyTorch's kernels.
     limit_s
@@ -89,17 +106,21 @@ class Job:
     repeats: int = 8
     with_settled: bool = True
     with_matched: bool = True
+    with_duels: bool = True
+    only_duels: bool = False
     threads: int = 1
     limit_s: float = 30.0
     seed: int = 0
     out: str = "build/compare"
 
 
+_DUELS = "_duels.json"
 _LEFT = (
     ".json",
     ".csv",
     "_settled.json",
     "_matched.json",
+    _DUELS,
     "_predicted.png",
     "_measured.png",
     "_accuracy.png",
@@ -108,11 +129,15 @@ _LEFT = (
 
 def files_of(job: Job) -> tuple[Path, ...]:
     """Everything that a job may leave, whether it is there or not."""
-    return tuple(Path(job.out) / f"{job.model}{end}" for end in _LEFT)
+    ends = (_DUELS,) if job.only_duels else _LEFT
+    return tuple(Path(job.out) / f"{job.model}{end}" for end in ends)
 
 
 def work(job: Job) -> None:
     """Compare, and leave the files.
+
+    Times by profile are measured anew, and remembered for this job only: what an
+    earlier run measured on a busy machine has no say.
 
     Raises
     ------
@@ -125,28 +150,65 @@ def work(job: Job) -> None:
     warm_up("auto")
     folder = Path(job.out)
     folder.mkdir(parents=True, exist_ok=True)
-    subject = SUBJECTS[job.model](job.size)
-    model, sample = subject.build(seed=job.seed), subject.sample(job.seed)
-    say("capture")
-    with captured_call(
-        model,
-        sample,
-        loss_fn=subject.loss_fn,
-        optimizer=job.optimizer,
-        cost_model=job.cost_model,
-    ) as call:
-        captured = call.captured
-    assert captured.unplanned is not None
-    baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
+    with tempfile.TemporaryDirectory() as cache_dir:
+        step = Step.captured(job, Profile(cache_dir=cache_dir))
+        if job.only_duels:
+            known = Comparison.load(folder / f"{job.model}.json")
+            write_rows(folder / f"{job.model}{_DUELS}", duels_of(known, step, job))
+        else:
+            compare_step(step, job, folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A subject's step, captured with the costs of the job."""
+
+    subject: Subject
+    model: nn.Module
+    sample: Sample
+    call: CapturedCall
+    costs: ChosenCosts
+    baseline: Replay
+
+    @classmethod
+    def captured(cls, job: Job, profile: Profile) -> Step:
+        """The step of a job; ``profile`` prices it where the job asks for one."""
+        say("capture")
+        subject = SUBJECTS[job.model](job.size)
+        model, sample = subject.build(seed=job.seed), subject.sample(job.seed)
+        costs: ChosenCosts = profile if job.cost_model == "profile" else job.cost_model
+        with captured_call(
+            model, sample, loss_fn=subject.loss_fn, optimizer=job.optimizer, cost_model=costs
+        ) as call:
+            unplanned = call.captured.unplanned
+        assert unplanned is not None
+        return cls(
+            subject=subject,
+            model=model,
+            sample=sample,
+            call=call,
+            costs=costs,
+            baseline=replay(unplanned, Schedule.keep_all(unplanned)),
+        )
+
+    @property
+    def graph(self) -> CostGraph:
+        """That schedules are of."""
+        return self.call.captured.graph
+
+
+def compare_step(step: Step, job: Job, folder: Path) -> None:
+    """Everything that a job can ask for, each file as soon as it is known."""
+    subject, graph, baseline = step.subject, step.graph, step.baseline
     comparison = compare(
-        model,
-        sample,
-        budgets=budgets_of(captured.graph, baseline.peak_bytes, job),
+        step.model,
+        step.sample,
+        budgets=budgets_of(graph, baseline.peak_bytes, job),
         strategies=job.strategies,
         peers=job.peers if job.execute else (),
         loss_fn=subject.loss_fn,
         optimizer=job.optimizer,
-        cost_model=job.cost_model,
+        cost_model=step.costs,
         measure=job.execute,
         repeats=job.repeats,
         time_limit_s=job.limit_s,
@@ -157,12 +219,13 @@ def work(job: Job) -> None:
     )
     comparison.save(folder / f"{job.model}.json")
     comparison.save(folder / f"{job.model}.csv")
-    graph, baseline_ns = captured.graph, baseline.cost_ns
     if job.with_settled:
-        found = settle(comparison, predictor_of(graph, baseline_ns, job), say)
+        found = settle(comparison, predictor_of(graph, baseline.cost_ns, job), say)
         write_rows(folder / f"{job.model}_settled.json", found)
+    if job.execute and job.with_duels:
+        write_rows(folder / f"{job.model}{_DUELS}", duels_of(comparison, step, job))
     if job.with_matched:
-        write_rows(folder / f"{job.model}_matched.json", matched_rows(graph, baseline_ns, job))
+        write_rows(folder / f"{job.model}_matched.json", matched_rows(graph, baseline.cost_ns, job))
     say("figures")
     comparison.plot_pareto(folder / f"{job.model}_predicted.png")
     if job.execute:
@@ -184,7 +247,37 @@ def predictor_of(graph: CostGraph, baseline_ns: int, job: Job) -> Predictor:
     )
 
 
-def write_rows(path: Path, rows: Sequence[Settled | Matched]) -> None:
+def duels_of(comparison: Comparison, step: Step, job: Job) -> list[Duel]:
+    """What looked better than ours, in turn with ours."""
+    unplanned_bytes = step.baseline.peak_bytes
+    execution = Execution(
+        model=step.model,
+        sample_input=step.sample,
+        loss_fn=step.subject.loss_fn,
+        optimizer=job.optimizer,
+        repeats=DUEL_PAIRS,
+        seed=job.seed,
+    )
+    request = Request(
+        budget_bytes=1,
+        headroom=0,
+        loss_fn=step.subject.loss_fn,
+        seed=job.seed,
+        cost_model=step.costs,
+    )
+    with runner_of(step.call, request, execution, unplanned_bytes) as (runner, plan):
+        return duels(
+            comparison,
+            predictor_of(step.graph, step.baseline.cost_ns, job),
+            with_min_cut(STRATEGIES, step.call.captured),
+            lambda theirs, ours: runner.in_turn(
+                with_schedule(plan, theirs), with_schedule(plan, ours)
+            ),
+            say,
+        )
+
+
+def write_rows(path: Path, rows: Sequence[Settled | Matched | Duel]) -> None:
     """Dataclasses as a JSON list."""
     write_whole(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

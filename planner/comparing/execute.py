@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
@@ -82,16 +83,13 @@ def executed(
             wanted.setdefault(schedule, _name_of(row))
     tell.expect(1 + len(wanted))
     e = execution
-    own = own_forward(e.model)
-    with forward_set(e.model, own), restored(e.model, e.sample_input, e.loss_fn, e.optimizer):
+    with runner_of(call, request, e, comparison.baseline_peak_bytes) as (runner, plan):
         tell("running eager")
-        plan = _base_plan(call, request, e.model, comparison.baseline_peak_bytes)
-        runner = Runner(e, call.arguments, own)
         eager, eager_error = caught(e, runner.eager)
         found: dict[Schedule, tuple[MeasuredStep | None, str]] = {}
         for schedule, name in wanted.items():
             tell(f"running {name}")
-            one = _plan_of(plan, schedule)
+            one = with_schedule(plan, schedule)
             found[schedule] = caught(e, lambda one=one: runner.planned(one))  # type: ignore[misc]
     rows = []
     for row, schedule in zip(comparison.rows, schedules, strict=True):
@@ -100,15 +98,23 @@ def executed(
     return replace(comparison, rows=tuple(rows), eager=eager, eager_error=eager_error)
 
 
-def _base_plan(
-    call: CapturedCall, request: Request, model: nn.Module, unplanned_peak_bytes: int
-) -> Plan:
-    """A plan of the captured step that keeps everything, to put other schedules into."""
-    roomy = replace(request, budget_bytes=2 * unplanned_peak_bytes, solver="keep_all")
-    return make_plan(model, call.arguments, call.captured, call.captured, roomy)
+@contextmanager
+def runner_of(
+    call: CapturedCall, request: Request, execution: Execution, unplanned_peak_bytes: int
+) -> Iterator[tuple[Runner, Plan]]:
+    """What runs plans of a captured step, and a plan that keeps everything, to put schedules into.
+
+    Everything is afterwards as it was before.
+    """
+    e = execution
+    own = own_forward(e.model)
+    with forward_set(e.model, own), restored(e.model, e.sample_input, e.loss_fn, e.optimizer):
+        roomy = replace(request, budget_bytes=2 * unplanned_peak_bytes, solver="keep_all")
+        plan = make_plan(e.model, call.arguments, call.captured, call.captured, roomy)
+        yield Runner(e, call.arguments, own), plan
 
 
-def _plan_of(plan: Plan, schedule: Schedule) -> Plan:
+def with_schedule(plan: Plan, schedule: Schedule) -> Plan:
     """The plan with another schedule; a budget that its own peak is within."""
     other = replace(plan, schedule=schedule)
     return replace(other, budget_bytes=max(plan.budget_bytes, other.predicted_peak_bytes))

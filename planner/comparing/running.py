@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..application import PlannedForward, capture_for, forward_set
-from ..measuring.measure import measure, measure_pair, quartiles, timed_us
+from ..measuring.measure import PairedTiming, measure, measure_pair, quartiles, timed_us
 from ..measuring.resident import single_device
 from ..measuring.restored import restored
 from ..out_of_memory import is_out_of_memory
@@ -95,13 +95,21 @@ class Runner:
 
     def planned(self, plan: Plan) -> MeasuredStep:
         """Steps by a plan, beside eager steps where those could run."""
-        model = self.execution.model
-        forward = PlannedForward(model, plan, capture_for(plan, model, model.forward), "error")
-        forward.check(self.arguments)
+        forward = self._planned_forward(plan)
         bits, difference = self._bits(forward)
         peak_bytes = self._peak_bytes(forward)
         times = self._times(forward, beside=self._expected is not None)
         return measured_step(peak_bytes, times, bits, difference)
+
+    def in_turn(self, first: Plan, second: Plan) -> PairedTiming:
+        """Steps by one plan and by another, in turn, as often as asked for."""
+        return self._pairs(self._planned_forward(first), self._planned_forward(second))
+
+    def _planned_forward(self, plan: Plan) -> PlannedForward:
+        model = self.execution.model
+        forward = PlannedForward(model, plan, capture_for(plan, model, model.forward), "error")
+        forward.check(self.arguments)
+        return forward
 
     def _peak_bytes(self, forward: _Forward) -> int:
         e = self.execution
@@ -148,6 +156,33 @@ class Runner:
 
     def _times(self, forward: _Forward, *, beside: bool) -> tuple[list[float], list[float]]:
         """Microseconds of eager steps and of the others; of those alone where not ``beside``."""
+        if self.execution.repeats == 0:
+            return [], []
+        if beside:
+            pairs = self._pairs(self.own, forward)
+            return list(pairs.first_us), list(pairs.second_us)
+        with self._timed_steps() as run:
+            for _ in range(_WARMUP_PAIRS):
+                run(forward)
+            e = self.execution
+            return [], [timed_us(lambda: run(forward), e.device) for _ in range(e.repeats)]
+
+    def _pairs(self, first: _Forward, second: _Forward) -> PairedTiming:
+        with self._timed_steps() as run:
+            return measure_pair(
+                lambda: run(first),
+                lambda: run(second),
+                repeats=self.execution.repeats,
+                warmup=_WARMUP_PAIRS,
+                device=self.execution.device,
+            )
+
+    @contextmanager
+    def _timed_steps(self) -> Iterator[Callable[[_Forward], Any]]:
+        """What runs a whole step by a forward; state is afterwards as before.
+
+        The optimizer has stepped when it ends: the next schedule begins where this one did.
+        """
         e = self.execution
         step = make_step(
             e.model, e.sample_input, loss_fn=e.loss_fn, optimizer=self.optimizer, seed=e.seed
@@ -157,22 +192,8 @@ class Runner:
             with forward_set(e.model, which):
                 return step()
 
-        if e.repeats == 0:
-            return [], []
-        # The optimizer has stepped when this ends: the next schedule begins where this one did.
         with restored(e.model, e.sample_input, e.loss_fn, self.optimizer):
-            if not beside:
-                for _ in range(_WARMUP_PAIRS):
-                    run(forward)
-                return [], [timed_us(lambda: run(forward), e.device) for _ in range(e.repeats)]
-            pairs = measure_pair(
-                lambda: run(self.own),
-                lambda: run(forward),
-                repeats=e.repeats,
-                warmup=_WARMUP_PAIRS,
-                device=e.device,
-            )
-        return list(pairs.first_us), list(pairs.second_us)
+            yield run
 
 
 def measured_step(

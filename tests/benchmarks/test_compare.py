@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.compare.__main__ import app, run_worker
-from benchmarks.compare.folder import read
+from benchmarks.compare.folder import Found, read
 from benchmarks.compare.matched import NO_OVERHEAD, Matched, matched
 from benchmarks.compare.settle import AT_MOST, Settled
 from benchmarks.compare.signs import LEGEND, sign
@@ -261,7 +261,7 @@ def test_a_strategy_that_does_not_apply_is_a_line() -> None:
     """With its reason, and the other lines stay."""
     table = matched_table({"tiny": [Matched(strategy="uniform_sqrt", error="no blocks")]})
     assert "| tiny | uniform_sqrt | no blocks |" in table
-    words = report({"tiny": comparison(130.0)}, {}, {"bert": "killed"})
+    words = report(Found(comparisons={"tiny": comparison(130.0)}, failures={"bert": "killed"}))
     assert "| bert | killed |" in words
 
 

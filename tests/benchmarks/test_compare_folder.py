@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from benchmarks.compare import __main__ as command
+from benchmarks.compare.duel import SAME, Duel
 from benchmarks.compare.folder import read, read_failures, write_settings
-from benchmarks.compare.worker import Job, job_of, work
+from benchmarks.compare.worker import DUEL_PAIRS, Job, files_of, job_of, work, write_rows
+from planner.comparing.comparison import Comparison
 from tests.benchmarks.test_compare import comparison
 
 
@@ -149,3 +151,59 @@ def test_a_job_goes_through_json_whole() -> None:
     """Names stay tuples."""
     job = Job(model="bert", strategies=("auto",), peers=("checkpoint_sqrt",), threads=2)
     assert job_of(json.dumps(asdict(job))) == job
+
+
+def test_duels_are_read_again(tmp_path: Path) -> None:
+    """With those that did not run."""
+    ran = Duel(
+        strategy="dtr",
+        budget_bytes=9,
+        seen_peak_bytes=8,
+        seen_ratio=1.05,
+        beyond_noise=True,
+        ratio=0.9,
+        quartiles=(0.8, 1.0),
+        num_pairs=4,
+    )
+    failed = replace(ran, ratio=None, quartiles=None, num_pairs=0, verdict="nothing fits")
+    comparison(130.0).save(tmp_path / "unet.json")
+    write_rows(tmp_path / "unet_duels.json", [ran, failed])
+    assert read(tmp_path, ("unet",), {}).duels == {"unet": [ran, failed]}
+
+
+def test_only_duels_leaves_the_comparison_where_it_is(jobs: list[Job], tmp_path: Path) -> None:
+    """What a run begins with is taken away: here nothing but what it will make."""
+    invoke(f"vgg16 --only-duels --out {tmp_path}")
+    (job,) = jobs
+    assert [path.name for path in files_of(job)] == ["vgg16_duels.json"]
+    invoke(f"vgg16 --only-duels --predicted --out {tmp_path}", 2)
+
+
+def test_only_duels_needs_a_comparison(tmp_path: Path) -> None:
+    """Which is named."""
+    with pytest.raises(FileNotFoundError, match=r"vgg16\.json"):
+        work(Job(model="vgg16", size="tiny", only_duels=True, out=str(tmp_path)))
+
+
+@pytest.mark.slow
+def test_duels_of_a_tiny_model(tmp_path: Path) -> None:
+    """A point that is made to look better is run again, by the same comparison's files."""
+    words = "vgg16 --size tiny --limit-s 0.5 --num-budgets 2 --no-matched --repeats 2 --no-peers"
+    names = ("auto", "none", "uniform_every_k")
+    chosen = " ".join(f"--strategy {name}" for name in names)
+    invoke(f"{words} {chosen} --no-duels --out {tmp_path}")
+    path = tmp_path / "vgg16.json"
+    before = Comparison.load(path)
+    lucky = [
+        replace(row, measured=replace(row.measured, ratio=0.1, quartiles=(0.1, 0.1)))
+        if row.strategy == "uniform_every_k" and row.measured is not None
+        else row
+        for row in before.rows
+    ]
+    replace(before, rows=tuple(lucky)).save(path)
+    invoke(f"vgg16 --size tiny --limit-s 0.5 --only-duels --out {tmp_path}")
+    found = read(tmp_path, ("vgg16",), {}).duels["vgg16"]
+    assert found
+    assert {one.strategy for one in found} == {"uniform_every_k"}
+    assert all(one.num_pairs == DUEL_PAIRS or one.verdict == SAME for one in found)
+    assert "In turn with ours" in (tmp_path / "compare.md").read_text(encoding="utf-8")

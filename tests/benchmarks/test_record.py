@@ -16,8 +16,7 @@ def test_the_page_is_made_of_the_files() -> None:
     found = read(FOLDER, RECORD, read_failures(FOLDER, RECORD))
     assert not found.failures
     assert tuple(found.comparisons) == RECORD
-    page = report(found.comparisons, found.matches, found.failures, found.settled)
-    assert (FOLDER / "compare.md").read_text(encoding="utf-8") == page
+    assert (FOLDER / "compare.md").read_text(encoding="utf-8") == report(found)
 
 
 def test_what_the_page_claims_of_every_model() -> None:

@@ -176,3 +176,15 @@ def test_steps_of_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.num_pairs == 4
     assert steps.count(True) == 2 + 2 + 2 + 4
     assert steps.count(False) == 2 + 4
+
+
+def test_two_plans_run_in_turn() -> None:
+    """Each as often as asked for and twice to warm up; what they trained is given back."""
+    run = Run(repeats=4)
+    values = {n: t.clone() for n, t in run.model.state_dict().items()}
+    roomy = plan_for(run.model, sample(), loss_fn=square, share=0.9)
+    found = run.runner.in_turn(run.plan, roomy)
+    assert len(found.ratios) == 4
+    assert min(*found.first_us, *found.second_us) > 0
+    assert all(torch.equal(values[n], t) for n, t in run.model.state_dict().items())
+    assert all(p.grad is None for p in run.model.parameters())
