@@ -1,10 +1,13 @@
-"""Points of others that measured better than ours, run again in turn with ours.
+"""Others' schedules in turn with ours at their own peak.
 
 In a comparison each schedule runs in turn with eager, a few pairs, minutes apart from
 the others; on a shared machine a schedule may then look better than one that it is
 slower than. Whether it is better is asked here: the other's schedule at the same
 budget and our plan at that schedule's own peak run in turn with each other. Both are
 made anew, since a comparison's file has figures and no schedules.
+
+Asked are the strategies that ours is held against at their own peak (:mod:`.matched`),
+and every point that measured better than ours.
 """
 
 from __future__ import annotations
@@ -12,27 +15,41 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from scipy.stats import binom
+
 from planner.comparing.budgets import NamedBudget
-from planner.comparing.comparison import Comparison
+from planner.comparing.comparison import Comparison, ComparisonRow
 from planner.comparing.predict import Predictor
-from planner.measuring.measure import PairedTiming, quartiles
+from planner.comparing.running import said
+from planner.measuring.measure import PairedTiming
 from solvers.schedule import Schedule
 from solvers.strategies.registry import Registry
 from solvers.strategies.solved import AUTO
 
 from ..plan_runs import markdown
 from .executed import Ran, beating, ran
+from .matched import RIVALS
 from .signs import mb, one_line
 
 OURS_LESS = "ours takes less"
-WITHIN_NOISE = "within noise"
+NO_DIFFERENCE = "no difference seen"
 THEIRS_LESS = "theirs takes less"
 SAME = "the same schedule"
 
+BEYOND_NOISE = "measured better, beyond noise"
+WITHIN_NOISE = "measured better, within noise"
+OWN_PEAK = "its own peak"
+
+CONFIDENCE = 0.95
+NUM_PAIRS = 20
+"""Of steps of ours and of the other."""
+
 LEGEND = (
-    "Points of strategies that measured better than one of our rows, beyond noise or within it, "
-    "asked again: the strategy at the same budget, ours at the peak of what it proposed, and the "
-    "two run in turn. Whose takes less is said where the quartiles of ours / its leave out 1."
+    "The strategy at the same budget and ours at the peak of what it proposed, run in turn with "
+    "each other: at its own choice, and wherever it measured better than one of our rows. Whose "
+    f"takes less is said where the {CONFIDENCE:.0%} interval of the median of ours / its leaves "
+    f"out 1; by chance it does so in {1 - CONFIDENCE:.0%} of the lines. *: not the schedule that "
+    "was seen (the strategy's solve is cut by the clock)."
 )
 
 InTurn = Callable[[Schedule, Schedule], PairedTiming]
@@ -46,40 +63,47 @@ class Duel:
     ----------
     strategy, budget_bytes
         The other one, and what it was asked for; ``None`` for its own choice.
+    why
+        :data:`BEYOND_NOISE`, :data:`WITHIN_NOISE` or :data:`OWN_PEAK`.
     seen_peak_bytes, seen_ratio
-        Its measured peak and time / eager in the comparison, where it looked better.
-    beyond_noise
-        Whether it did so beyond the quartiles there.
+        Its measured peak and time / eager in the comparison.
+    same_as_seen
+        Whether it proposed what it had proposed there, in predicted peak and time.
     peak_bytes, our_peak_bytes
         Predicted, of the schedules that ran here.
-    predicted_ratio, ratio, quartiles
-        Time of ours over that of the other, predicted and measured.
+    predicted_ratio, ratio, interval
+        Time of ours over that of the other: predicted, the measured median, and
+        its interval by order statistics at the level :data:`CONFIDENCE`.
     num_pairs
         Of steps.
     verdict
-        One of :data:`OURS_LESS`, :data:`WITHIN_NOISE`, :data:`THEIRS_LESS`,
+        One of :data:`OURS_LESS`, :data:`NO_DIFFERENCE`, :data:`THEIRS_LESS`,
         :data:`SAME`, or why nothing ran.
     """
 
     strategy: str
     budget_bytes: int | None
+    why: str
     seen_peak_bytes: int
     seen_ratio: float
-    beyond_noise: bool
+    same_as_seen: bool = True
     peak_bytes: int | None = None
     our_peak_bytes: int | None = None
     predicted_ratio: float | None = None
     ratio: float | None = None
-    quartiles: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None
     num_pairs: int = 0
     verdict: str = ""
 
 
-def rivals_that_looked_better(comparison: Comparison) -> list[tuple[Ran, bool]]:
-    """The strategies' points that measured better than ours, and whether beyond noise."""
-    beat, noise = beating(comparison, ran(comparison))
-    both = [(one, True) for one in beat] + [(one, False) for one in noise]
-    return [(one, beyond) for one, beyond in both if one.row.kind == "strategy"]
+def opponents(comparison: Comparison) -> list[tuple[Ran, str]]:
+    """The strategies' schedules that are asked again, and why."""
+    found = ran(comparison)
+    own = [one for one in found if one.row.strategy in RIVALS and one.by_itself and one.timed]
+    beat, noise = beating(comparison, found)
+    asked = [(one, BEYOND_NOISE) for one in beat] + [(one, WITHIN_NOISE) for one in noise]
+    asked += [(one, OWN_PEAK) for one in own if one not in (*beat, *noise)]
+    return [(one, why) for one, why in asked if one.row.kind == "strategy"]
 
 
 def duels(
@@ -89,7 +113,7 @@ def duels(
     in_turn: InTurn,
     say: Callable[[str], None],
 ) -> list[Duel]:
-    """A duel for each point that looked better than ours.
+    """A duel for each of the :func:`opponents`.
 
     Parameters
     ----------
@@ -112,34 +136,36 @@ def duels(
             f"the comparison is of step {comparison.fingerprint}, and the step to run is "
             f"{predictor.graph.fingerprint}: compare again"
         )
-    rivals = rivals_that_looked_better(comparison)
+    asked = opponents(comparison)
     found = []
-    for i, (rival, beyond_noise) in enumerate(rivals):
-        say(f"in turn with ours {i + 1}/{len(rivals)}: {rival.name}")
+    for i, (one, why) in enumerate(asked):
+        say(f"in turn with ours {i + 1}/{len(asked)}: {one.name}")
         duel = Duel(
-            strategy=rival.row.strategy,
-            budget_bytes=rival.row.budget_bytes,
-            seen_peak_bytes=rival.measured.peak_bytes,
-            seen_ratio=rival.measured.ratio,
-            beyond_noise=beyond_noise,
+            strategy=one.row.strategy,
+            budget_bytes=one.row.budget_bytes,
+            why=why,
+            seen_peak_bytes=one.measured.peak_bytes,
+            seen_ratio=one.measured.ratio,
         )
-        found.append(_run(duel, rival.row.budget, predictor, registry, in_turn))
+        found.append(_run(duel, one.row, predictor, registry, in_turn))
     return found
 
 
-def _run(duel: Duel, label: str, predictor: Predictor, registry: Registry, in_turn: InTurn) -> Duel:
+def _run(
+    duel: Duel, seen: ComparisonRow, predictor: Predictor, registry: Registry, in_turn: InTurn
+) -> Duel:
     if duel.strategy not in registry:
         return replace(duel, verdict=f"there is no strategy {duel.strategy} here")
-    asked = (
-        None if duel.budget_bytes is None else NamedBudget(label=label, num_bytes=duel.budget_bytes)
-    )
+    budget = duel.budget_bytes
+    asked = None if budget is None else NamedBudget(label=seen.budget, num_bytes=budget)
     theirs = predictor.predicted(registry[duel.strategy], asked)
     if theirs.schedule is None:
         return replace(duel, verdict=theirs.row.error)
     peak_bytes, theirs_us = theirs.row.predicted_peak_bytes, theirs.row.predicted_step_us
     assert peak_bytes is not None
     assert theirs_us is not None
-    duel = replace(duel, peak_bytes=peak_bytes)
+    same = (peak_bytes, theirs_us) == (seen.predicted_peak_bytes, seen.predicted_step_us)
+    duel = replace(duel, peak_bytes=peak_bytes, same_as_seen=same)
     ours = predictor.predicted(AUTO, NamedBudget(label=f"{peak_bytes}B", num_bytes=peak_bytes))
     if ours.schedule is None:
         return replace(duel, verdict=ours.row.error)
@@ -151,15 +177,35 @@ def _run(duel: Duel, label: str, predictor: Predictor, registry: Registry, in_tu
     )
     if ours.schedule == theirs.schedule:
         return replace(duel, verdict=SAME)
-    timing = in_turn(theirs.schedule, ours.schedule)
-    low, high = quartiles(timing.ratios)
+    try:
+        timing = in_turn(theirs.schedule, ours.schedule)
+    # What one pair of schedules runs into says nothing of the others.
+    except Exception as error:  # noqa: BLE001
+        return replace(duel, verdict=said(error, "when they ran"))
+    low, high = median_interval(timing.ratios)
     return replace(
         duel,
         ratio=timing.ratio,
-        quartiles=(low, high),
+        interval=(low, high),
         num_pairs=len(timing.ratios),
-        verdict=OURS_LESS if high < 1 else THEIRS_LESS if low > 1 else WITHIN_NOISE,
+        verdict=OURS_LESS if high < 1 else THEIRS_LESS if low > 1 else NO_DIFFERENCE,
     )
+
+
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Between which values the median lies, by order statistics; no distribution is assumed.
+
+    With too few values for that confidence it is their whole range.
+
+    Examples
+    --------
+    >>> median_interval([float(n) for n in range(1, 21)])
+    (6.0, 15.0)
+    """
+    ordered = sorted(values)
+    outside = int(binom.ppf((1 - confidence) / 2, len(ordered), 0.5))
+    first = max(0, outside - 1)
+    return ordered[first], ordered[-1 - first]
 
 
 def duels_table(found: Mapping[str, Sequence[Duel]]) -> str:
@@ -167,11 +213,12 @@ def duels_table(found: Mapping[str, Sequence[Duel]]) -> str:
     header = [
         "model",
         "strategy",
+        "why",
         "seen: peak, time / eager",
         "its peak",
         "our peak",
         "ours / its time predicted",
-        "measured (quartiles, pairs)",
+        "measured (interval, pairs)",
         "verdict",
     ]
     lines = [[model, *_line(one)] for model, some in found.items() for one in some]
@@ -180,15 +227,15 @@ def duels_table(found: Mapping[str, Sequence[Duel]]) -> str:
 
 def _line(one: Duel) -> list[str]:
     measured = ""
-    if one.ratio is not None and one.quartiles is not None:
-        low, high = one.quartiles
+    if one.ratio is not None and one.interval is not None:
+        low, high = one.interval
         measured = f"{one.ratio:.3f} ({low:.3f} to {high:.3f}, {one.num_pairs})"
     verdict = one_line(one.verdict)
     return [
         one.strategy,
-        f"{mb(one.seen_peak_bytes)}, {one.seen_ratio:.3f}"
-        + (" (beyond noise)" if one.beyond_noise else ""),
-        mb(one.peak_bytes),
+        one.why,
+        f"{mb(one.seen_peak_bytes)}, {one.seen_ratio:.3f}",
+        mb(one.peak_bytes) + ("" if one.same_as_seen else "\\*"),
         mb(one.our_peak_bytes),
         "" if one.predicted_ratio is None else f"{one.predicted_ratio:.3f}",
         measured,

@@ -17,9 +17,9 @@ BUSY = 0.1
 
 SUMMARY_LEGEND = (
     "Schedules are distinct ones, each run once. Beating ours: a measured peak no higher than that "
-    "of one of our rows, and an upper quartile of time / eager below the lower quartile of that "
-    "row; within noise: a lower median, but quartiles that overlap. Points that one of our plans "
-    "is as good as, in measured peak and median, are neither."
+    "of one of our rows, or one of its budgets, and an upper quartile of time / eager below the "
+    "lower quartile of that row; within noise: a lower median, but quartiles that overlap. Points "
+    "that one of our plans is as good as, in measured peak and median, are neither."
 )
 
 
@@ -241,9 +241,10 @@ def _summary(model: str, comparison: Comparison) -> list[str]:
 def beating(comparison: Comparison, found: Sequence[Ran]) -> tuple[list[Ran], list[Ran]]:
     """Whose measured point beats one of ours: beyond noise, and within it.
 
-    Beyond it: a measured peak no higher than that of a row of ours, and an upper
-    quartile of time / eager below the lower quartile of that row. Within it: a
-    lower median only. Neither where another plan of ours is as good as that point.
+    Beyond it: a measured peak no higher than that of a row of ours, or one of its
+    budgets, and an upper quartile of time / eager below the lower quartile of that
+    row. Within it: a lower median only. Neither where another plan of ours is as
+    good as that point.
     """
     timed = [one for one in found if one.timed]
     ours = [one for one in timed if one.row.strategy == comparison.ours]
@@ -253,12 +254,18 @@ def beating(comparison: Comparison, found: Sequence[Ran]) -> tuple[list[Ran], li
             continue
         if any(_as_good(our.measured, one.measured) for our in ours):
             continue  # the same schedule among them
-        rows = [our for our in ours if one.measured.peak_bytes <= our.measured.peak_bytes]
+        rows = [our for our in ours if _side_by_side(our, one)]
         if any(one.measured.quartiles[1] < our.measured.quartiles[0] for our in rows):
             beat.append(one)
         elif any(one.measured.ratio < our.measured.ratio for our in rows):
             noise.append(one)
     return beat, noise
+
+
+def _side_by_side(our: Ran, other: Ran) -> bool:
+    """Whether the other needs no more memory than ours, or both were asked at a budget."""
+    shared = set(our.budgets_bytes) & set(other.budgets_bytes)
+    return other.measured.peak_bytes <= our.measured.peak_bytes or bool(shared)
 
 
 def _as_good(our: MeasuredStep, other: MeasuredStep) -> bool:

@@ -118,8 +118,8 @@ def _matched(row: dict[str, Any]) -> Matched:
 
 
 def _duel(row: dict[str, Any]) -> Duel:
-    low_high = row["quartiles"]
-    return Duel(**{**row, "quartiles": None if low_high is None else tuple(low_high)})
+    interval = row["interval"]
+    return Duel(**{**row, "interval": None if interval is None else tuple(interval)})
 
 
 def _tell(found: Found, name: str, why: str) -> None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 from graph_capture.cost_graph import CostGraph
 from solvers.least_memory import LeastMemory
-from solvers.portfolio import solve
 from solvers.result import SolveResult, SolveStatus
 from solvers.strategies.registry import STRATEGIES
 from solvers.strategies.strategy import StrategyError, StrategyOutcome, apply_strategy
@@ -51,7 +50,8 @@ class Matched:
     error
         Why it does not apply; then all figures are zero or ``None``.
     peak_bytes, overhead
-        Of the other one.
+        Of the other one. Overheads are over the schedule that recomputes nothing
+        (``none``), not over the unplanned step: both of the same graph.
     our_overhead, bound_overhead
         At its peak, and what nothing there is below whose first runs keep eager's order;
         ``None`` where we found nothing.
@@ -85,33 +85,23 @@ def matched(
     graph: CostGraph,
     strategy: str,
     *,
-    baseline_ns: int,
     least: LeastMemory,
-    time_limit_s: float,
-    seed: int = 0,
-    workers: int = 2,
+    solved: Solved,
 ) -> Matched:
     """Both questions about one strategy.
 
     Parameters
     ----------
-    baseline_ns
-        Time of the step that recomputes nothing; overheads are over it.
     least
         Of the graph.
-    time_limit_s, seed, workers
-        Of each solve.
+    solved
+        Solves ours within a budget.
     """
     try:
         rival = apply_strategy(STRATEGIES[strategy], graph)
     except StrategyError as error:
         return Matched(strategy=strategy, error=str(error))
-
-    def solved(budget_bytes: int) -> SolveResult:
-        return solve(
-            graph, budget_bytes, time_limit_s=time_limit_s, seed=seed, workers=workers, gap=1e-3
-        )
-
+    baseline_ns = graph.base_cost_ns
     at_peak = solved(rival.peak_bytes)
     overhead = rival.cost_ns / baseline_ns - 1
     ours = None if at_peak.cost_ns is None else at_peak.cost_ns / baseline_ns - 1

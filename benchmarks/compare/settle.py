@@ -13,7 +13,6 @@ they dominate, too.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +25,6 @@ from solvers.strategies.solved import AUTO
 AT_MOST = "ours at most theirs"
 WITHIN = f"ours within {OPTIMAL_GAP:.2%} of theirs"
 BELOW = "below ours"
-
-_OUR_SOLVERS = ("slice_refinement", "local_search", "gap_cover", "backward_search", "hint")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +56,6 @@ class Settled:
         No schedule in eager's order within that peak takes less; ``None`` where nothing fits.
     verdict
         :data:`AT_MOST`, :data:`WITHIN`, or :data:`BELOW` with by how much and why.
-    rival
-        See :func:`rival_behind`.
     """
 
     strategies: tuple[str, ...]
@@ -70,7 +65,6 @@ class Settled:
     ours_us: float | None
     bound_us: float | None
     verdict: str
-    rival: str = ""
 
 
 def took_part(comparison: Comparison) -> bool:
@@ -78,17 +72,6 @@ def took_part(comparison: Comparison) -> bool:
     return any(
         r.strategy == comparison.ours and r.budget_bytes is not None for r in comparison.rows
     )
-
-
-def rival_behind(note: str) -> str:
-    """The strategy or solver of others whose schedule a plan of ours is, as its note says.
-
-    ``""`` where our own solvers found it, or where nothing is recomputed at all.
-    """
-    found = re.search(r"\(by ([^()]*)\)", note)
-    if found is None or found[1] == "keep_all" or any(own in found[1] for own in _OUR_SOLVERS):
-        return ""
-    return found[1]
 
 
 def points_of_others(comparison: Comparison) -> list[Point]:
@@ -177,7 +160,6 @@ def settle(
                 ours_us=row.predicted_step_us,
                 bound_us=bound_us,
                 verdict=_verdict(point.step_us, row.predicted_step_us, bound_us, row.error),
-                rival=rival_behind(row.note),
             )
         )
     return found

@@ -14,10 +14,10 @@ from .executed import executed_part, executed_summary, was_executed
 from .folder import Found
 from .matched import Matched
 from .settle import (
+    Point,
     Settled,
     points_of_others,
     points_of_ours,
-    rival_behind,
     took_part,
     uncovered,
 )
@@ -78,10 +78,10 @@ def below_table(
         "rows (over their budget)",
         "distinct points",
         "open at first",
-        "settled (by a rival's schedule)",
+        "settled (equal to theirs)",
         "below ours",
         "which",
-        "our cells (by a rival's schedule)",
+        "our cells (equal to a point of theirs)",
         "our largest gap",
     ]
     return markdown(header, [_below(m, c, settled.get(m)) for m, c in comparisons.items()])
@@ -112,21 +112,26 @@ def _below(model: str, comparison: Comparison, settled: Sequence[Settled] | None
     if settled is None:  # an open point is no point below ours
         counts = [str(len(at_first)), "–", "–" if below else "0", which and f"not settled: {which}"]
     else:
-        solved = _counted(len(settled), [one.rival for one in settled])
+        equal = sum((s.ours_peak_bytes, s.ours_us) == (s.peak_bytes, s.theirs_us) for s in settled)
+        solved = f"{len(settled)} ({equal})"
         counts = [str(len(at_first)), solved, str(len(below)), which]
     ours = [r for r in comparison.rows if r.strategy == comparison.ours and r.fits]
     gaps = [r.gap for r in ours if r.gap is not None]
-    return [*line, *(c or "–" for c in counts), _cells_of_ours(ours), _largest(gaps)]
+    return [*line, *(c or "–" for c in counts), _cells_of_ours(ours, points), _largest(gaps)]
 
 
-def _cells_of_ours(ours: Sequence[ComparisonRow]) -> str:
-    """How many there are, and how many of them are schedules that a rival proposed."""
-    return _counted(len(ours), [rival_behind(row.note) for row in ours])
+def _cells_of_ours(ours: Sequence[ComparisonRow], others: Sequence[Point]) -> str:
+    """How many there are, and how many have the peak and time of a schedule of theirs.
 
-
-def _counted(number: int, rivals: Sequence[str]) -> str:
-    named = ", ".join(f"{name} {count}" for name, count in Counter(filter(None, rivals)).items())
-    return f"{number} ({named or 'none'})"
+    What recomputes nothing is everybody's, and not counted as theirs.
+    """
+    whose: dict[tuple[int | None, float | None], tuple[str, ...]] = {
+        (point.peak_bytes, point.step_us): point.strategies for point in others
+    }
+    found = [whose.get((r.predicted_peak_bytes, r.predicted_step_us), ()) for r in ours]
+    counts = Counter(name for names in found if "none" not in names for name in names)
+    named = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return f"{len(ours)} ({named or 'none'})"
 
 
 def _largest(gaps: Sequence[float]) -> str:

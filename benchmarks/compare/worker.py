@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,15 +44,12 @@ from solvers.strategies.strategy import StrategyError, apply_strategy
 from ..models import SUBJECTS
 from ..models.subject import Size, Subject
 from ..worker import warm_up
-from .duel import Duel, duels
+from .duel import NUM_PAIRS, Duel, duels
 from .matched import RIVALS, Matched, matched
 from .settle import Settled, settle
 
 WORKERS = 2
 """Of each solve."""
-
-DUEL_PAIRS = 16
-"""Of steps of ours and of what looked better."""
 
 
 CostModelName = Literal["roofline", "profile"]
@@ -84,7 +82,7 @@ class Job:
     with_matched
         Whether to hold ours against the rivals at their own peaks and costs.
     with_duels
-        Whether what measured better than ours runs again in turn with ours.
+        Whether others' schedules run in turn with ours, see :mod:`.duel`.
     only_duels
         Whether nothing else is done: the comparison lies in the folder.
     threads
@@ -144,17 +142,21 @@ def work(job: Job) -> None:
     ValueError
         When the model is unknown.
     """
+    folder = Path(job.out)
+    known = None
+    if job.only_duels:
+        known = Comparison.load(folder / f"{job.model}.json")
+        job = as_compared(job, known)
     torch.set_num_threads(job.threads)
     if job.model not in SUBJECTS:
         raise ValueError(f"unknown model {job.model!r}; known are {', '.join(SUBJECTS)}")
     warm_up("auto")
-    folder = Path(job.out)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as cache_dir:
         step = Step.captured(job, Profile(cache_dir=cache_dir))
-        if job.only_duels:
-            known = Comparison.load(folder / f"{job.model}.json")
-            write_rows(folder / f"{job.model}{_DUELS}", duels_of(known, step, job))
+        if known is not None:
+            predictor = predictor_of(step.graph, step.baseline.cost_ns, job)
+            write_rows(folder / f"{job.model}{_DUELS}", duels_of(known, step, predictor, job))
         else:
             compare_step(step, job, folder)
 
@@ -197,13 +199,37 @@ class Step:
         return self.call.captured.graph
 
 
+def as_compared(job: Job, comparison: Comparison) -> Job:
+    """The job with whatever else the comparison's figures depend on.
+
+    Raises
+    ------
+    ValueError
+        When its costs are none that a job can have.
+    """
+    for known in COST_MODELS:
+        if comparison.cost_model == known:
+            return replace(
+                job,
+                cost_model=known,
+                optimizer=comparison.optimizer or None,
+                threads=comparison.num_threads or job.threads,
+                limit_s=comparison.time_limit_s or job.limit_s,
+                seed=comparison.seed,
+            )
+    raise ValueError(f"times by {comparison.cost_model!r} cannot be had again here")
+
+
 def compare_step(step: Step, job: Job, folder: Path) -> None:
     """Everything that a job can ask for, each file as soon as it is known."""
     subject, graph, baseline = step.subject, step.graph, step.baseline
+    begin_s = time.monotonic()
+    budgets = budgets_of(graph, baseline.peak_bytes, job)
+    searched_s = time.monotonic() - begin_s  # the least peak is remembered
     comparison = compare(
         step.model,
         step.sample,
-        budgets=budgets_of(graph, baseline.peak_bytes, job),
+        budgets=budgets,
         strategies=job.strategies,
         peers=job.peers if job.execute else (),
         loss_fn=subject.loss_fn,
@@ -217,20 +243,24 @@ def compare_step(step: Step, job: Job, folder: Path) -> None:
         name=f"{subject.name} ({subject.description})",
         progress=say_event,
     )
+    comparison = replace(comparison, least_solve_s=comparison.least_solve_s or searched_s)
     comparison.save(folder / f"{job.model}.json")
     comparison.save(folder / f"{job.model}.csv")
-    if job.with_settled:
-        found = settle(comparison, predictor_of(graph, baseline.cost_ns, job), say)
-        write_rows(folder / f"{job.model}_settled.json", found)
-    if job.execute and job.with_duels:
-        write_rows(folder / f"{job.model}{_DUELS}", duels_of(comparison, step, job))
-    if job.with_matched:
-        write_rows(folder / f"{job.model}_matched.json", matched_rows(graph, baseline.cost_ns, job))
     say("figures")
     comparison.plot_pareto(folder / f"{job.model}_predicted.png")
     if job.execute:
         comparison.plot_pareto(folder / f"{job.model}_measured.png", measured=True)
         comparison.plot_predicted(folder / f"{job.model}_accuracy.png")
+    predictor = predictor_of(graph, baseline.cost_ns, job)
+    if job.with_settled:
+        write_rows(folder / f"{job.model}_settled.json", settle(comparison, predictor, say))
+    if job.with_matched:
+        rows = [
+            matched(graph, name, least=predictor.least, solved=predictor.solved) for name in RIVALS
+        ]
+        write_rows(folder / f"{job.model}_matched.json", rows)
+    if job.execute and job.with_duels:
+        write_rows(folder / f"{job.model}{_DUELS}", duels_of(comparison, step, predictor, job))
 
 
 def predictor_of(graph: CostGraph, baseline_ns: int, job: Job) -> Predictor:
@@ -247,15 +277,15 @@ def predictor_of(graph: CostGraph, baseline_ns: int, job: Job) -> Predictor:
     )
 
 
-def duels_of(comparison: Comparison, step: Step, job: Job) -> list[Duel]:
-    """What looked better than ours, in turn with ours."""
+def duels_of(comparison: Comparison, step: Step, predictor: Predictor, job: Job) -> list[Duel]:
+    """Others' schedules in turn with ours."""
     unplanned_bytes = step.baseline.peak_bytes
     execution = Execution(
         model=step.model,
         sample_input=step.sample,
         loss_fn=step.subject.loss_fn,
         optimizer=job.optimizer,
-        repeats=DUEL_PAIRS,
+        repeats=NUM_PAIRS,
         seed=job.seed,
     )
     request = Request(
@@ -268,7 +298,7 @@ def duels_of(comparison: Comparison, step: Step, job: Job) -> list[Duel]:
     with runner_of(step.call, request, execution, unplanned_bytes) as (runner, plan):
         return duels(
             comparison,
-            predictor_of(step.graph, step.baseline.cost_ns, job),
+            predictor,
             with_min_cut(STRATEGIES, step.call.captured),
             lambda theirs, ours: runner.in_turn(
                 with_schedule(plan, theirs), with_schedule(plan, ours)
@@ -293,24 +323,6 @@ def budgets_of(graph: CostGraph, unplanned_bytes: int, job: Job) -> list[AskedBu
         *(f"{num_bytes}B" for num_bytes in even),
         *(name for name in RIVALS if _applies(name, graph)),
     ]
-
-
-def matched_rows(graph: CostGraph, baseline_ns: int, job: Job) -> list[Matched]:
-    """Ours against each rival."""
-    rows = []
-    for name in RIVALS:
-        say(f"ours beside {name}")
-        rows.append(
-            matched(
-                graph,
-                name,
-                baseline_ns=baseline_ns,
-                least=remembered_least_memory(graph, job.seed),
-                time_limit_s=job.limit_s,
-                seed=job.seed,
-            )
-        )
-    return rows
 
 
 def _applies(name: str, graph: CostGraph) -> bool:

@@ -238,6 +238,8 @@ def _predicted_part(
         device=captured.costs.device,
         cost_model=captured.costs.model,
         gap=solving.gap,
+        time_limit_s=solving.time_limit_s,
+        workers=solving.workers,
         fingerprint=captured.graph.fingerprint,
         seed=solving.seed,
         versions=versions(),

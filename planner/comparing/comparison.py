@@ -163,6 +163,8 @@ class Comparison:
         Name of the strategy that the others are held against.
     gap
         How near the least possible time its solves were allowed to end.
+    time_limit_s, workers
+        Of each solve; ``None`` where it was not recorded.
     fingerprint
         Of the captured step.
     seed, versions, machine
@@ -197,6 +199,8 @@ class Comparison:
     cost_model: str
     ours: str = "auto"
     gap: float = DEFAULT_GAP
+    time_limit_s: float | None = None
+    workers: int | None = None
     fingerprint: str
     seed: int
     versions: Mapping[str, str] = field(default_factory=dict)

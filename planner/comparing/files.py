@@ -28,6 +28,8 @@ MAX_INTEGER = 2**63 - 1
 
 _ADDED = (
     "gap",
+    "time_limit_s",
+    "workers",
     "dtype",
     "autocast",
     "optimizer",

@@ -91,7 +91,7 @@ class Predictor:
             if num_bytes < self.least.lower_bound_bytes:
                 self._bounds[num_bytes] = None
             else:
-                result = self._solve(num_bytes)
+                result = self.solved(num_bytes)
                 excluded = result.status is SolveStatus.INFEASIBLE and result.schedule is None
                 self._bounds[num_bytes] = None if excluded else result.global_bound_ns
         own = self._bounds[num_bytes]
@@ -183,7 +183,7 @@ class Predictor:
 
     def _ours(self, num_bytes: int) -> StrategyOutcome | str:
         """The solve that gave the bound is ours, too."""
-        result = self._solve(num_bytes)
+        result = self.solved(num_bytes)
         if result.schedule is None:
             proven = result.status is SolveStatus.INFEASIBLE
             return self._infeasible(num_bytes, proven=proven)
@@ -201,8 +201,8 @@ class Predictor:
             solve_s=result.solve_s,
         )
 
-    def _solve(self, num_bytes: int) -> SolveResult:
-        """As :func:`planner.optimize` solves, once for a budget."""
+    def solved(self, num_bytes: int) -> SolveResult:
+        """Ours within a budget, as :func:`planner.optimize` solves; once for each."""
         if num_bytes not in self._solved:
             fits = self.least.peak_bytes <= num_bytes and not fits_easily(self.graph, num_bytes)
             self._solved[num_bytes] = solve(

@@ -179,10 +179,7 @@ class Runner:
 
     @contextmanager
     def _timed_steps(self) -> Iterator[Callable[[_Forward], Any]]:
-        """What runs a whole step by a forward; state is afterwards as before.
-
-        The optimizer has stepped when it ends: the next schedule begins where this one did.
-        """
+        """What runs a whole step by a forward; what the steps trained is given back."""
         e = self.execution
         step = make_step(
             e.model, e.sample_input, loss_fn=e.loss_fn, optimizer=self.optimizer, seed=e.seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ from benchmarks.compare.tables import (
     report,
 )
 from benchmarks.compare.worker import Job
+from graph_capture.cost_graph import CostGraph
 from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow
 from planner.comparing.proof_words import OTHER_ORDER
 from solvers.instances import keep_all_peak_bytes
 from solvers.least_memory import least_memory
+from solvers.portfolio import solve
 from tests.solvers.strategy_graphs import layered, unit_chain
 
 
@@ -91,27 +94,28 @@ def test_a_point_that_settling_covers_is_not_below_ours() -> None:
         ours_us=105.0,
         bound_us=104.0,
         verdict=AT_MOST,
-        rival="dtr",
     )
     line = cells(below_table({"tiny": comparison(105.0)}, {"tiny": [found]}))
-    assert line[4:8] == ["1", "1 (dtr 1)", "0", "–"]
-    above = replace(found, ours_us=107.0, verdict="below ours by 1.869% of our time", rival="")
+    assert line[4:8] == ["1", "1 (0)", "0", "–"]
+    same = replace(found, ours_peak_bytes=500_000)
+    assert cells(below_table({"tiny": comparison(105.0)}, {"tiny": [same]}))[5] == "1 (1)"
+    above = replace(found, ours_us=107.0, verdict="below ours by 1.869% of our time")
     line = cells(below_table({"tiny": comparison(105.0)}, {"tiny": [above]}))
     assert line[4:8] == [
         "1",
-        "1 (none)",
+        "1 (0)",
         "1",
         "uniform_sqrt at 0.5 MB, 5.000% (below ours by 1.869% of our time)",
     ]
 
 
-def test_schedules_of_ours_that_a_rival_proposed_are_counted() -> None:
-    """As the note of the row says; those of our own solvers are not."""
-    whole = comparison(130.0)
-    rows = tuple(
-        replace(r, note="feasible (by dtr)") if r.strategy == "auto" else r for r in whole.rows
-    )
-    assert cells(below_table({"tiny": replace(whole, rows=rows)}, {}))[8] == "1 (dtr 1)"
+def test_points_of_ours_that_are_a_rival_s_are_counted() -> None:
+    """Equal peak and time; what everybody has, recomputing nothing, is nobody's."""
+    whole = comparison(110.0)
+    assert cells(below_table({"tiny": whole}, {}))[8] == "1 (uniform_sqrt 1)"
+    eager = replace(whole.rows[0], strategy="none")
+    with_none = replace(whole, rows=(eager, *whole.rows))
+    assert cells(below_table({"tiny": with_none}, {}))[8] == "1 (none)"
 
 
 def test_without_ours_nothing_is_said_of_our_curve() -> None:
@@ -207,9 +211,8 @@ def test_ours_beside_a_strategy_on_a_chain() -> None:
     found = matched(
         graph,
         "transformers_per_layer",
-        baseline_ns=graph.base_cost_ns,
         least=least_memory(graph, time_limit_s=2.0),
-        time_limit_s=2.0,
+        solved=partial(solve, graph, time_limit_s=2.0),
     )
     assert found.peak_bytes == 8 + 2
     assert found.overhead == pytest.approx(8 / graph.base_cost_ns)
@@ -229,13 +232,14 @@ def test_ours_beside_a_strategy_on_a_chain() -> None:
 
 def test_a_rival_without_overhead_has_its_own_words() -> None:
     """There is no half of nothing; that is not the same as nothing found."""
-    graph = layered(4)
+    costly = layered(4)
+    free = [replace(op, cost_ns=int(op.phase == "backward")) for op in costly.operators]
+    graph = CostGraph(tuple(free), costly.storages)
     found = matched(
         graph,
         "transformers_per_layer",
-        baseline_ns=2 * graph.base_cost_ns,
         least=least_memory(graph, time_limit_s=1.0),
-        time_limit_s=1.0,
+        solved=partial(solve, graph, time_limit_s=1.0),
     )
     assert found.our_overhead is not None
     assert found.overhead_ratio is None
@@ -249,9 +253,8 @@ def test_says_where_half_is_impossible() -> None:
     found = matched(
         graph,
         "uniform_sqrt",
-        baseline_ns=graph.base_cost_ns,
         least=least_memory(graph, time_limit_s=2.0),
-        time_limit_s=5.0,
+        solved=partial(solve, graph, time_limit_s=5.0),
     )
     assert found.peak_bytes < keep_all_peak_bytes(graph)
     assert found.overhead_verdict.startswith("proven impossible in eager's order")

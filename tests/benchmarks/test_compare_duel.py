@@ -8,14 +8,18 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.compare.duel import (
+    BEYOND_NOISE,
+    NO_DIFFERENCE,
     OURS_LESS,
+    OWN_PEAK,
     SAME,
     THEIRS_LESS,
     WITHIN_NOISE,
     Duel,
     duels,
     duels_table,
-    rivals_that_looked_better,
+    median_interval,
+    opponents,
 )
 from planner.comparing.comparison import Comparison, ComparisonRow, MeasuredStep
 from planner.measuring.measure import PairedTiming
@@ -58,17 +62,42 @@ def silent(words: str) -> None:
 
 
 def test_who_is_asked_again() -> None:
-    """Points beyond noise and within it; not those that a plan of ours is as good as, nor peers."""
-    found = rivals_that_looked_better(
+    """What measured better, beyond noise and within it, and rivals at their own choice; no peer."""
+    found = opponents(
         comparison(
             ran_row("auto", 90, step(90, 1.20, 1.25, 1.30), 90),
             ran_row("within", 90, step(90, 1.00, 1.20, 1.40)),
             ran_row("beyond", 80, step(80, 1.00, 1.05, 1.10)),
             ran_row("worse", 90, step(90, 1.30, 1.35, 1.40)),
+            ran_row("uniform_sqrt", 90, step(90, 1.35, 1.40, 1.45)),
+            ran_row("transformers_per_layer", 90, step(90, 1.30, 1.40, 1.50), 90),
             peer("tool", step(70, 0.9, 0.95, 1.0)),
         )
     )
-    assert [(one.name, beyond) for one, beyond in found] == [("beyond", True), ("within", False)]
+    assert [(one.name, why) for one, why in found] == [
+        ("beyond", BEYOND_NOISE),
+        ("within", WITHIN_NOISE),
+        ("uniform_sqrt", OWN_PEAK),
+    ]
+
+
+def test_a_rival_at_our_budget_is_asked_even_with_a_little_more_memory() -> None:
+    """Both fit, and it took less."""
+    (found,) = opponents(
+        comparison(
+            ran_row("auto", 89, step(89, 1.20, 1.25, 1.30), 91),
+            ran_row("rotor", 90, step(90, 1.00, 1.05, 1.10), 91),
+            ran_row("dtr", 90, step(90, 1.00, 1.05, 1.10)),
+        )
+    )
+    assert (found[0].name, found[1]) == ("rotor", BEYOND_NOISE)
+
+
+def test_the_interval_of_a_median() -> None:
+    """Of 20 values the sixth and the fifteenth; of two the whole range."""
+    values = [1 + n / 100 for n in range(20)]
+    assert median_interval(values) == (values[5], values[14])
+    assert median_interval([2.0, 1.0]) == (1.0, 2.0)
 
 
 def test_ours_runs_at_the_peak_of_what_the_other_proposes() -> None:
@@ -81,21 +110,22 @@ def test_ours_runs_at_the_peak_of_what_the_other_proposes() -> None:
         return timed(90.0)(theirs, ours)
 
     (found,) = duels(seen("transformers_per_layer"), predictor(), STRATEGIES, in_turn, said.append)
-    ((theirs, ours),) = (tuple(replay(GRAPH, schedule) for schedule in both) for both in ran)
+    ((theirs, ours),) = ([replay(GRAPH, schedule) for schedule in both] for both in ran)
     assert said == ["in turn with ours 1/1: transformers_per_layer"]
     assert (found.peak_bytes, found.our_peak_bytes) == (theirs.peak_bytes, ours.peak_bytes)
     assert ours.peak_bytes <= theirs.peak_bytes
     assert found.predicted_ratio == pytest.approx(ours.cost_ns / theirs.cost_ns)
     assert found.predicted_ratio < 1
     assert (found.ratio, found.num_pairs) == (pytest.approx(0.9), 4)
-    assert (found.seen_peak_bytes, found.seen_ratio, found.beyond_noise) == (80, 1.05, True)
+    assert (found.seen_peak_bytes, found.seen_ratio, found.why) == (80, 1.05, BEYOND_NOISE)
+    assert not found.same_as_seen  # the comparison's figures are made up
 
 
 @pytest.mark.parametrize(
     ("ours_us", "spread", "verdict"),
-    [(90.0, 5.0, OURS_LESS), (101.0, 2.0, WITHIN_NOISE), (110.0, 5.0, THEIRS_LESS)],
+    [(90.0, 5.0, OURS_LESS), (101.0, 2.0, NO_DIFFERENCE), (110.0, 5.0, THEIRS_LESS)],
 )
-def test_the_verdict_is_of_the_quartiles(ours_us: float, spread: float, verdict: str) -> None:
+def test_the_verdict_is_of_the_interval(ours_us: float, spread: float, verdict: str) -> None:
     """On one side of 1 both, or not."""
     (found,) = duels(
         seen("transformers_per_layer"), predictor(), STRATEGIES, timed(ours_us, spread), silent
@@ -138,18 +168,29 @@ def test_the_table() -> None:
         budget_bytes=9_000_000,
         seen_peak_bytes=8_000_000,
         seen_ratio=1.05,
-        beyond_noise=True,
+        why=BEYOND_NOISE,
+        same_as_seen=False,
         peak_bytes=8_100_000,
         our_peak_bytes=8_000_000,
         predicted_ratio=0.95,
         ratio=1.02,
-        quartiles=(1.01, 1.03),
-        num_pairs=16,
+        interval=(1.01, 1.03),
+        num_pairs=20,
         verdict=THEIRS_LESS,
     )
     table = duels_table({"gpt2": [duel], "bert": []})
     assert (
-        "| gpt2 | dtr | 8.0 MB, 1.050 (beyond noise) | 8.1 MB | 8.0 MB | 0.950 | "
-        "1.020 (1.010 to 1.030, 16) | **theirs takes less** |" in table
+        "| gpt2 | dtr | measured better, beyond noise | 8.0 MB, 1.050 | 8.1 MB\\* | 8.0 MB | "
+        "0.950 | 1.020 (1.010 to 1.030, 20) | **theirs takes less** |" in table
     )
     assert duels_table({"bert": []}) == ""
+
+
+def test_what_they_run_into_is_said() -> None:
+    """And the others still run."""
+
+    def no_room(theirs: Schedule, ours: Schedule) -> PairedTiming:
+        raise RuntimeError("no room")
+
+    (found,) = duels(seen("transformers_per_layer"), predictor(), STRATEGIES, no_room, silent)
+    assert found.verdict == "RuntimeError when they ran: no room"

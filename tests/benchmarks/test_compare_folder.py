@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.compare import __main__ as command
-from benchmarks.compare.duel import SAME, Duel
+from benchmarks.compare.duel import NUM_PAIRS, OWN_PEAK, SAME, Duel
 from benchmarks.compare.folder import read, read_failures, write_settings
-from benchmarks.compare.worker import DUEL_PAIRS, Job, files_of, job_of, work, write_rows
+from benchmarks.compare.worker import Job, as_compared, files_of, job_of, work, write_rows
 from planner.comparing.comparison import Comparison
 from tests.benchmarks.test_compare import comparison
 
@@ -160,12 +160,12 @@ def test_duels_are_read_again(tmp_path: Path) -> None:
         budget_bytes=9,
         seen_peak_bytes=8,
         seen_ratio=1.05,
-        beyond_noise=True,
+        why=OWN_PEAK,
         ratio=0.9,
-        quartiles=(0.8, 1.0),
+        interval=(0.8, 1.0),
         num_pairs=4,
     )
-    failed = replace(ran, ratio=None, quartiles=None, num_pairs=0, verdict="nothing fits")
+    failed = replace(ran, ratio=None, interval=None, num_pairs=0, verdict="nothing fits")
     comparison(130.0).save(tmp_path / "unet.json")
     write_rows(tmp_path / "unet_duels.json", [ran, failed])
     assert read(tmp_path, ("unet",), {}).duels == {"unet": [ran, failed]}
@@ -205,5 +205,16 @@ def test_duels_of_a_tiny_model(tmp_path: Path) -> None:
     found = read(tmp_path, ("vgg16",), {}).duels["vgg16"]
     assert found
     assert {one.strategy for one in found} == {"uniform_every_k"}
-    assert all(one.num_pairs == DUEL_PAIRS or one.verdict == SAME for one in found)
+    assert all(one.num_pairs == NUM_PAIRS or one.verdict == SAME for one in found)
     assert "In turn with ours" in (tmp_path / "compare.md").read_text(encoding="utf-8")
+
+
+def test_duels_are_fought_as_the_comparison_was_made() -> None:
+    """Its costs, threads, seed and limit, whatever the command says."""
+    known = replace(
+        comparison(130.0), cost_model="profile", num_threads=2, seed=3, time_limit_s=9.0
+    )
+    job = as_compared(Job(model="tiny", only_duels=True), known)
+    assert (job.cost_model, job.threads, job.seed, job.limit_s) == ("profile", 2, 3, 9.0)
+    with pytest.raises(ValueError, match="my own"):
+        as_compared(job, replace(known, cost_model="my own"))

@@ -11,7 +11,6 @@ from benchmarks.compare.settle import (
     BELOW,
     Point,
     points_of_others,
-    rival_behind,
     settle,
     to_settle,
 )
@@ -135,12 +134,3 @@ def test_another_step_settles_nothing() -> None:
     other = replace(comparison(), fingerprint=unit_chain(3).fingerprint)
     with pytest.raises(ValueError, match=GRAPH.fingerprint):
         settle(other, predictor(), lambda words: None)
-
-
-def test_who_is_behind_a_plan_of_ours() -> None:
-    """Solvers of ours, and the plan that keeps everything, are nobody else."""
-    assert rival_behind("optimal (by dtr)") == "dtr"
-    assert rival_behind("feasible (by chain_dp)") == "chain_dp"
-    for own in ("restricted slice_refinement", "local_search after slice_refinement", "keep_all"):
-        assert rival_behind(f"optimal among staged schedules (by {own})") == ""
-    assert rival_behind("") == ""
