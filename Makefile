@@ -8,7 +8,7 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-seeds calibrate notebooks wheel test-wheel clean
+.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-seeds calibrate notebooks wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -61,6 +61,12 @@ bench-guides: $(STAMP)  ## what fits in 8, 20 and 32 GB, and at which cost; ARGS
 
 bench-compare: $(STAMP)  ## every strategy and peer on nine models, some hours; ARGS="--help" says more
 	$(BIN)/python -m benchmarks.compare $(ARGS)
+
+bench-record: $(STAMP)  ## the comparisons of docs/record anew, some two hours on an idle machine
+	$(BIN)/python -m benchmarks.compare --cost-model profile --num-budgets 4 --repeats 4 --limit-s 12 \
+		--without checkmate_milp --without checkmate_lp_rounding --without moccasin \
+		--peer checkpoint_per_block --peer checkpoint_sqrt --peer gradient_checkpointing_enable \
+		--peer sac_save_matmuls --peer compile_budget_0.4 --out build/record $(ARGS)
 
 bench-seeds: $(STAMP)  ## chains, Checkmate's experiments, half of the memory; half an hour
 	$(BIN)/python -m benchmarks.seeds chains

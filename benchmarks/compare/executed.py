@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from .signs import mb, one_line
 BUSY = 0.1
 """How far eager beside eager may be from 1 before its figures are said to be noise."""
 
-SUMMARY_LEGEND = (
-    "Schedules are distinct ones, each run once. Beating ours: a measured peak no higher than that "
-    "of one of our rows, or one of its budgets, and an upper quartile of time / eager below the "
-    "lower quartile of that row; within noise: a lower median, but quartiles that overlap. Points "
-    "that one of our plans is as good as, in measured peak and median, are neither."
+BETTER_LEGEND = (
+    "A measured peak no higher than that of one of our rows, or one of its budgets, and, beyond "
+    "noise, an upper quartile of time / eager below the lower quartile of that row; within noise, "
+    "a lower median, but quartiles that overlap. Points that one of our plans is as good as, in "
+    "measured peak and median, are neither."
 )
 
 
@@ -198,41 +199,76 @@ def executed_summary(comparisons: Mapping[str, Comparison]) -> str:
     lines = [_summary(m, c) for m, c in comparisons.items() if was_executed(c)]
     if not lines:
         return ""
-    header = [
+    ran_header = [
         "model",
+        "eager beside itself",
         "schedules run",
         "bits",
-        "largest error of a predicted peak",
+        "predicted peak off by at most",
         "over their budget",
-        "failed",
-        "strategies that beat ours",
-        "strategies within noise",
-        "peers that beat ours",
+        "not run",
+        "predicted overhead off by, points: median, 90 %, most",
     ]
-    return markdown(header, lines) + "\n" + SUMMARY_LEGEND
+    better_header = ["model", "strategies beyond noise", "strategies within noise", "peers beyond"]
+    better = [_better(m, c) for m, c in comparisons.items() if was_executed(c)]
+    tables = [markdown(ran_header, lines), f"Measured better than ours:\n\n{BETTER_LEGEND}"]
+    return "\n\n".join(part.rstrip("\n") for part in (*tables, markdown(better_header, better)))
 
 
 def _summary(model: str, comparison: Comparison) -> list[str]:
-    found = ran(comparison)
-    planned = [one for one in found if one.row.kind == "strategy"]
+    planned = [one for one in ran(comparison) if one.row.kind == "strategy"]
     distinct = {_schedule(one.row): one for one in planned}
     bits = Counter(one.measured.bits for one in distinct.values())
-    errors = [
-        abs(one.measured.peak_bytes / one.row.predicted_peak_bytes - 1)
-        for one in distinct.values()
-        if one.row.predicted_peak_bytes
-    ]
     over = [one for one in planned if any(one.measured.peak_bytes > b for b in one.budgets_bytes)]
-    beat, noise = beating(comparison, found)
-    strategies = [one for one in beat if one.row.kind == "strategy"]
     return [
         model,
+        _eager_beside_itself(comparison),
         str(len(distinct)),
         ", ".join(f"{count} {word}" for word, count in bits.items()) or "–",
-        f"{max(errors):.4%}" if errors else "–",
+        _peak_error(list(distinct.values())),
         str(len({_schedule(one.row) for one in over})),
         str(len(failed_rows(comparison))),
-        _named(strategies),
+        _overhead_errors(list(distinct.values())),
+    ]
+
+
+def _eager_beside_itself(comparison: Comparison) -> str:
+    eager = comparison.eager
+    if eager is None or not eager.num_pairs:
+        return "–"
+    low, high = eager.quartiles
+    return f"{eager.ratio:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _peak_error(found: Sequence[Ran]) -> str:
+    """The largest one with its sign: above zero a step took more than was predicted."""
+    errors = [
+        one.measured.peak_bytes - one.row.predicted_peak_bytes
+        for one in found
+        if one.row.predicted_peak_bytes is not None
+    ]
+    worst = max(errors, key=abs, default=None)
+    return "–" if worst is None else f"{worst:+d} B" if worst else "0 B"
+
+
+def _overhead_errors(found: Sequence[Ran]) -> str:
+    """How far time / eager was from what was predicted, over all schedules that were timed."""
+    errors = sorted(
+        100 * abs(one.measured.ratio - 1 - one.row.overhead)
+        for one in found
+        if one.timed and one.row.overhead is not None
+    )
+    if not errors:
+        return "–"
+    at_90 = errors[math.ceil(0.9 * len(errors)) - 1]
+    return f"{statistics.median(errors):.1f}, {at_90:.1f}, {errors[-1]:.1f}"
+
+
+def _better(model: str, comparison: Comparison) -> list[str]:
+    beat, noise = beating(comparison, ran(comparison))
+    return [
+        model,
+        _named([one for one in beat if one.row.kind == "strategy"]),
         _named([one for one in noise if one.row.kind == "strategy"]),
         _named([one for one in beat if one.row.kind == "peer"]),
     ]

@@ -26,6 +26,7 @@ from .signs import (
     LEGEND,
     NOT_APPLICABLE,
     NOTHING_FITS,
+    OVER,
     mb,
     mb_rounded_down,
     off_order,
@@ -139,20 +140,26 @@ def _largest(gaps: Sequence[float]) -> str:
 
 
 def facts(comparison: Comparison) -> str:
-    """Where predictions come from."""
+    """Where predictions come from, and how plans were looked for."""
+    limit = "" if comparison.time_limit_s is None else f" Solves had {comparison.time_limit_s:g} s"
+    if limit and comparison.least_solve_s is not None:
+        limit += f", the search for the least peak took {comparison.least_solve_s:.1f} s"
     return (
         f"{comparison.model}; times by {comparison.cost_model} of {comparison.device}, seed "
         f"{comparison.seed}. Unplanned: {mb(comparison.baseline_peak_bytes)}, "
         f"{comparison.baseline_step_us / 1e3:.1f} ms predicted; least peak "
         f"{mb(comparison.least_bytes)} (none below {mb_rounded_down(comparison.least_bound_bytes)} "
-        "in eager's order)."
+        "in eager's order)." + (limit and f"{limit}.")
     )
 
 
 def predicted_table(comparison: Comparison) -> str:
-    """A line for each strategy: overhead at each budget, and the peak and overhead of its own."""
+    """A line for each strategy: overhead at each budget, and the peak and overhead of its own.
+
+    Times are of the plans that were found; a solve that found none has none.
+    """
     budgets = list(comparison.bounds)
-    header = ["strategy", "its own choice"]
+    header = ["strategy", "longest plan time", "its own choice"]
     header += [_column(comparison, b) for b in budgets]
     cells = {
         (r.strategy, r.budget, r.budget_bytes): r for r in comparison.rows if r.kind == "strategy"
@@ -162,9 +169,11 @@ def predicted_table(comparison: Comparison) -> str:
         label = f"**{name}**" if name == comparison.ours else name
         own = cells.get((name, "", None))
         found = (cells.get((name, b.budget, b.budget_bytes)) for b in budgets)
-        rows.append([label, _own(own), *(_cell(row) for row in found)])
+        taken = [c.solve_s for (n, *_), c in cells.items() if n == name and c.solve_s is not None]
+        longest = f"{max(taken):.2f} s" if taken else OVER
+        rows.append([label, longest, _own(own), *(_cell(row) for row in found)])
     bounds = (_bound(comparison, b.lower_bound_us) for b in budgets)
-    rows.append(["lower bound, in eager's order", "", *bounds])
+    rows.append(["lower bound, in eager's order", "", "", *bounds])
     return markdown(header, rows)
 
 

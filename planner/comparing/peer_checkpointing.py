@@ -30,8 +30,9 @@ from solvers.strategies.policies import FUSED_ATTENTION, MATRIX_PRODUCTS
 from .peer import Ready, Situation
 
 NO_CACHE = (
-    "warning: its key-value cache was switched off (use_cache=False), as a block that runs twice "
-    "would fill the cache twice; eager and the strategies hold the cache: peaks are not comparable"
+    "warning: use_cache=False was set, as a block that runs twice would fill a key-value cache "
+    "twice; where the model makes a cache (encoders do not), eager and the strategies hold it, and "
+    "peaks are not comparable"
 )
 
 

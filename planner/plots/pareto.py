@@ -48,14 +48,14 @@ RANKING = (
     "save_only_matmuls",
     "revolve",
     "rotor",
+    "rotor_menus",
     "dtr",
-    "checkmate_lp_rounding",
-    "moccasin",
     "min_cut",
+    "checkmate_lp_rounding",
     "checkmate_milp",
+    "moccasin",
     "save_matmuls_per_block",
     "uniform_every_k",
-    "rotor_menus",
 )
 """Which strategies are shown in colours, where there are too many."""
 
@@ -70,7 +70,7 @@ _LOOKS = (  # colour, marker, line: any two differ in two of them
     (PINK, ">", "-."),
     (ORANGE, "h", ":"),
     (SKY, "d", "--"),
-    (BLACK, "*", ":"),
+    (ORANGE, "p", "-."),
 )
 _EAGERS_ORDER = "in eager's order"
 _SHORT_SCOPES = {GLOBAL_SCOPE: _EAGERS_ORDER}

@@ -76,7 +76,7 @@ ROTOR_MENUS = solver_strategy(
     "rotor_menus",
     "chain_dp",
     summary="optimal persistent schedule of a chain of blocks with menus of what they save",
-    source="Zhao et al., Rockmate (ICML 2023), on rotor's programme; menus by annealing",
+    source="this package, after rotor and Rockmate (Zhao et al., ICML 2023); menus by annealing",
 )
 CHECKMATE_LP_ROUNDING = solver_strategy(
     "checkmate_lp_rounding",

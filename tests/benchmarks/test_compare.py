@@ -145,13 +145,23 @@ def test_files_of_an_earlier_run_go_before_a_model_is_run(
 
 def test_the_table_has_budgets_strategies_and_the_bound() -> None:
     """Overheads in per cent of the unplanned step, ours in bold, the bound in the last line."""
-    lines = predicted_table(comparison(130.0)).splitlines()
-    assert lines[0] == "| strategy | its own choice | 0.5 MB (50%) |"
+    whole = comparison(130.0)
+    own = [replace(r, solve_s=0.25) if r.budget_bytes is None else r for r in whole.rows]
+    lines = predicted_table(replace(whole, rows=tuple(own))).splitlines()
+    assert lines[0] == "| strategy | longest plan time | its own choice | 0.5 MB (50%) |"
     assert lines[2:] == [
-        "| uniform_sqrt | 0.5 MB, 30.0% | 30.00% |",
-        "| **auto** |  | 10.00% |",
-        "| lower bound, in eager's order |  | 8.00% |",
+        "| uniform_sqrt | 0.25 s | 0.5 MB, 30.0% | 30.00% |",
+        "| **auto** | – |  | 10.00% |",
+        "| lower bound, in eager's order |  |  | 8.00% |",
     ]
+
+
+def test_how_long_was_looked_is_said() -> None:
+    """The limit of a solve, and the search that rows' times do not have in them."""
+    whole = comparison(130.0)
+    assert "Solves had" not in facts(whole)
+    words = facts(replace(whole, time_limit_s=12.0, least_solve_s=3.21))
+    assert words.endswith("Solves had 12 s, the search for the least peak took 3.2 s.")
 
 
 def test_a_bound_is_rounded_down() -> None:

@@ -153,6 +153,17 @@ def test_a_job_goes_through_json_whole() -> None:
     assert job_of(json.dumps(asdict(job))) == job
 
 
+def test_a_run_of_one_model_keeps_the_others_in_the_page(jobs: list[Job], tmp_path: Path) -> None:
+    """With what failed of them."""
+    invoke(f"unet mobilenet --predicted --out {tmp_path}", expected=1)
+    invoke(f"vgg16 --predicted --out {tmp_path}")
+    page = (tmp_path / "compare.md").read_text(encoding="utf-8")
+    assert "## unet" in page
+    assert "## vgg16" in page
+    kept = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
+    assert [failed["model"] for failed in kept["rows"]] == ["mobilenet"]
+
+
 def test_duels_are_read_again(tmp_path: Path) -> None:
     """With those that did not run."""
     ran = Duel(

@@ -19,6 +19,16 @@ def test_the_page_is_made_of_the_files() -> None:
     assert (FOLDER / "compare.md").read_text(encoding="utf-8") == report(found)
 
 
+def test_tables_elsewhere_are_the_page_s() -> None:
+    """The figures of record repeat some of its tables, line for line."""
+    section = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    section = section.split("## Against every strategy\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    page = (FOLDER / "compare.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) > 30
+    assert [line for line in lines if line not in page] == []
+
+
 def test_what_the_page_claims_of_every_model() -> None:
     """Nobody is below ours; what ran had eager's bits and never left its budget."""
     found = read(FOLDER, RECORD, {})
