@@ -49,7 +49,7 @@ LEGEND = (
     "each other: at its own choice, and wherever it measured better than one of our rows. Whose "
     f"takes less is said where the {CONFIDENCE:.0%} interval of the median of ours / its leaves "
     f"out 1; by chance it does so in {1 - CONFIDENCE:.0%} of the lines. *: not the schedule that "
-    "was seen (the strategy's solve is cut by the clock)."
+    "was seen, by its predictions: solves are cut by the clock, and times may be profiled anew."
 )
 
 InTurn = Callable[[Schedule, Schedule], PairedTiming]

@@ -26,7 +26,7 @@ from graph_capture.costs.profile import Profile
 from planner import compare
 from planner.captured_call import CapturedCall, captured_call
 from planner.comparing.budgets import AskedBudget
-from planner.comparing.chosen import with_min_cut
+from planner.comparing.chosen import choose_strategies, with_min_cut
 from planner.comparing.comparison import Comparison
 from planner.comparing.execute import runner_of, with_schedule
 from planner.comparing.predict import Predictor, Solving
@@ -299,7 +299,7 @@ def duels_of(comparison: Comparison, step: Step, predictor: Predictor, job: Job)
         return duels(
             comparison,
             predictor,
-            with_min_cut(STRATEGIES, step.call.captured),
+            with_min_cut(choose_strategies(None, STRATEGIES)[0], step.call.captured),
             lambda theirs, ours: runner.in_turn(
                 with_schedule(plan, theirs), with_schedule(plan, ours)
             ),
