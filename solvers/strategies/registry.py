@@ -143,7 +143,13 @@ def find_strategy(name: str, registry: Registry = STRATEGIES) -> Strategy:
 def _from_function(function: PlainStrategy, name: str, summary: str, source: str) -> Strategy:
     def propose(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
         result = function(graph, options.budget_bytes)
-        for schedule in (result,) if isinstance(result, Schedule) else result:
+        found = (result,) if isinstance(result, Schedule) else result
+        for schedule in found if isinstance(found, Iterable) else (found,):
+            if not isinstance(schedule, Schedule):
+                raise TypeError(
+                    f"{name} returned {schedule!r:.60}, which is no Schedule; "
+                    "schedule_for_saved(graph, saved) makes one of what is saved"
+                )
             yield Candidate(schedule=schedule)
 
     return Strategy(name=name, summary=summary, source=source, propose=propose)

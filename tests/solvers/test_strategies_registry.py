@@ -118,3 +118,15 @@ def test_a_solver_that_finds_nothing_says_why() -> None:
     quick = solver_strategy("mine", "uniform", summary="s", source="t")
     with pytest.raises(StrategyError, match="mine: no schedule found"):
         apply_strategy(quick, unit_chain(4), budget_bytes=2)
+
+
+@pytest.mark.parametrize("returned", [42, None, [1, 2], "all"])
+def test_what_a_function_returns_must_be_schedules(returned: object) -> None:
+    """Else the error names the function, what it returned and what to write."""
+
+    def rubbish(graph: CostGraph, budget_bytes: int | None) -> Schedule:
+        return returned  # type: ignore[return-value]
+
+    registry = register_strategy(rubbish)
+    with pytest.raises(TypeError, match=r"rubbish returned .* is no Schedule; schedule_for_saved"):
+        apply_strategy(registry["rubbish"], unit_chain(3))
