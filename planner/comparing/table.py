@@ -110,8 +110,8 @@ def _notes(c: Comparison) -> Iterator[str]:
         yield (
             f"warning: eager steps beside eager steps differ by more than {_BUSY:.0%} (quartiles "
             f"{low:.3f} to {high:.3f}): the machine is too busy, or {c.eager.num_pairs} pairs are "
-            "too few, for measured times; free it, use fewer threads (torch.set_num_threads) or ask "
-            "for more repeats"
+            "too few, for measured times; free it, use fewer threads (torch.set_num_threads), or "
+            "ask for more repeats"
         )
     elif low > 1 or high < 1:
         yield (
