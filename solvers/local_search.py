@@ -152,7 +152,7 @@ class Walk:
         """Peak of the best plan, in bytes."""
         order = np.empty(6 * self.g.num_operators + 16, dtype=np.int64)
         memory = np.empty(len(order) + 1, dtype=np.int64)
-        *_, peak = _evaluate(
+        *_, peak = evaluate(
             self.g, self.gaps, self.best_until, self.best_since, self.budget_bytes, order, memory
         )
         return int(peak)
@@ -205,7 +205,7 @@ class Walk:
 
 
 @njit(cache=True, nogil=True)
-def _evaluate(g, gaps, until, since, budget, order, memory):  # type: ignore[no-untyped-def]
+def evaluate(g, gaps, until, since, budget, order, memory):  # type: ignore[no-untyped-def]
     """``(length, cost, excess, worst)``: excess in budgets x moments; length -1 if invalid."""
     length = expand_order(g, gaps, until, since, order)
     if length < 0:
@@ -235,7 +235,7 @@ def _anneal(  # type: ignore[no-untyped-def]
     order = np.empty(6 * num_ops + 16, np.int64)
     memory = np.empty(order.size + 1, np.int64)
     at = np.empty(order.size, np.int64)  # base position of each over-budget moment
-    length, cost, excess, _ = _evaluate(g, gaps, until, since, budget, order, memory)
+    length, cost, excess, _ = evaluate(g, gaps, until, since, budget, order, memory)
     if length < 0:
         return best_cost, price
     num_over = _over_budget(g, order, length, memory, budget, at)
@@ -301,9 +301,7 @@ def _anneal(  # type: ignore[no-untyped-def]
             until[h] = a + np.random.randint(b - a)
         if until[h] == old_until and since[h] == old_since:
             continue
-        new_length, new_cost, new_excess, _ = _evaluate(
-            g, gaps, until, since, budget, order, memory
-        )
+        new_length, new_cost, new_excess, _ = evaluate(g, gaps, until, since, budget, order, memory)
         delta = (new_cost - cost) + price * (new_excess - excess)
         if new_length >= 0 and (delta <= 0 or np.random.random() < np.exp(-delta / heat)):
             length, cost, excess = new_length, new_cost, new_excess

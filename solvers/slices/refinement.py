@@ -55,11 +55,11 @@ from ..arrays import GraphArrays, graph_arrays
 from ..expand import base_fronts
 from ..highs import OBJECTIVE_SCALE
 from ..incumbent import Incumbent
-from ..local_search import COOL, local_search
 from ..replay import Replay, replay
 from ..schedule import Schedule
 from .model import SliceModel, build_slice_model
-from .relaxation import NAME, Companion, bound_ns, solve_relaxation
+from .relaxation import Companion, bound_ns, solve_relaxation
+from .repair import NAME, Repair
 from .rounds import Observe, Round
 from .slicing import Slicing
 
@@ -90,9 +90,6 @@ MANY_COLUMNS = 2_000
 
 SOLUTIONS = 3
 """The last ones of a round whose excess is cut."""
-
-REPAIR_MOVES = 40_000
-REPAIR_S = 2.0
 
 
 def slice_refinement(
@@ -125,6 +122,8 @@ def slice_refinement(
         slicing = first_slices(graph, state.budget_bytes, state.schedule)
     tight = False
     growth = NEW_SLICES
+    # What is made of all operators would cross the bounds of some.
+    repair = Repair(state, seed) if candidates is None else None
     while not state.done and state.left_s > 0:
         begin_s = time.monotonic()
         model = build_slice_model(g, slicing, state.budget_bytes, candidates=candidates)
@@ -136,6 +135,7 @@ def slice_refinement(
             seed=seed,
             absolute_gap=ABSOLUTE_GAP if tight else _loose_gap(state),
             companion=companion,
+            repair=repair,
         )
         if companion is not None and relaxed.cut:
             companion.collect()
@@ -191,9 +191,9 @@ def slice_refinement(
         tight = False
         slicing = refined
         if companion is not None:
-            companion.suggest(slicing, relaxed.solutions[-SOLUTIONS:])
-        if candidates is None:
-            _repair(state, schedule, seed)
+            companion.suggest(slicing)
+        if repair is not None:
+            repair.after_round(schedule)
 
 
 def _loose_gap(state: Incumbent) -> float:
@@ -209,23 +209,6 @@ def _describe(slicing: Slicing, model: SliceModel) -> str:
         f"{len(slicing.slices)} slices, {len(slicing.transients)} transients, "
         f"{len(slicing.events)} events, {model.num_cols} columns"
     )
-
-
-def _repair(state: Incumbent, schedule: Schedule, seed: int) -> None:
-    """Anneal a solution that may not fit into a schedule that does."""
-    if state.done:
-        return
-    outcome = local_search(
-        state.graph,
-        state.budget_bytes,
-        time_limit_s=min(REPAIR_S, max(0.0, state.left_s)),
-        num_moves=REPAIR_MOVES,
-        seed=seed,
-        start=schedule,
-        heat=COOL,
-        stop=state.stop,
-    )
-    state.offer(outcome.schedule, f"local_search after {NAME}")
 
 
 def first_slices(graph: CostGraph, budget_bytes: int, incumbent: Schedule | None) -> Slicing:

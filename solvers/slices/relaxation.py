@@ -18,10 +18,9 @@ from ..incumbent import Incumbent
 from ..replay import replay
 from ..schedule import Schedule
 from .model import SliceModel
+from .repair import NAME, Repair
 from .schedule import nearest_staged, schedule_of, solution_of
 from .slicing import Slicing
-
-NAME = "slice_refinement"
 
 PATIENCE_S = 2.0
 """HiGHS goes on this long without a new solution, and half as long as it has run, if more."""
@@ -36,8 +35,11 @@ OUTDATED = 0.15
 class Companion(Protocol):
     """Who works beside the loop."""
 
-    def suggest(self, slicing: Slicing, schedules: list[Schedule]) -> None:
-        """Hear of a round's next slicing and of its solutions, which may not fit."""
+    def hear(self, schedule: Schedule) -> None:
+        """Hear of a solution, which may not fit."""
+
+    def suggest(self, slicing: Slicing) -> None:
+        """Hear of a round's next slicing."""
 
     def collect(self) -> None:
         """Offer what has been found."""
@@ -75,12 +77,14 @@ def solve_relaxation(
     seed: int,
     absolute_gap: float,
     companion: Companion | None = None,
+    repair: Repair | None = None,
 ) -> Relaxed:
     """Run HiGHS on the model, warm-started by the incumbent.
 
     The run ends early when a solution is within the gap of the best bound, when the
     bound proves the incumbent, and when it takes long while its own solutions do
-    not fit: then other slices are worth more than its proof.
+    not fit: then other slices are worth more than its proof. ``companion`` and
+    ``repair`` hear of each solution.
     """
     if model.num_cols == 0:
         schedule = schedule_of(g, model, np.zeros(0))
@@ -90,7 +94,15 @@ def solve_relaxation(
     h.setOptionValue("mip_abs_gap", absolute_gap)
     h.setOptionValue("mip_rel_gap", 1e-9)
     h.passModel(model.lp)
-    watch = _Watch(state, g, model, staged=staged, absolute_gap=absolute_gap, companion=companion)
+    watch = _Watch(
+        state,
+        g,
+        model,
+        staged=staged,
+        absolute_gap=absolute_gap,
+        companion=companion,
+        repair=repair,
+    )
     if state.schedule is not None:
         solution = highspy.HighsSolution()
         solution.col_value = watch.incumbent().tolist()
@@ -127,9 +139,10 @@ class _Watch:
         staged: bool,
         absolute_gap: float,
         companion: Companion | None,
+        repair: Repair | None,
     ) -> None:
         self.state, self.g, self.model = state, g, model
-        self.staged, self.companion = staged, companion
+        self.staged, self.companion, self.repair = staged, companion, repair
         self.given_ns: int | None = None
         known_ns = state.bound_ns if staged else state.global_bound_ns
         self.enough_ns = known_ns + absolute_gap * state.graph.base_cost_ns / OBJECTIVE_SCALE
@@ -174,9 +187,14 @@ class _Watch:
         outcome = replay(self.state.graph, schedule)
         self.fits = outcome.peak_bytes <= self.state.budget_bytes
         self.cannot_improve = outcome.cost_ns <= self.enough_ns
-        if schedule not in self.solutions[-1:]:
-            self.solutions.append(schedule)
-            self.latest_s = time.monotonic()
+        if schedule in self.solutions[-1:]:
+            return
+        self.solutions.append(schedule)
+        if self.companion is not None:
+            self.companion.hear(schedule)
+        if self.repair is not None and not self.fits:
+            self.repair.at_once(schedule)
+        self.latest_s = time.monotonic()
 
     def improving_solution(self, event: highspy.HighsCallbackEvent) -> None:
         self.take(np.array(event.data_out.mip_solution))
