@@ -171,7 +171,8 @@ class Beside:
             seed=seed,
             stop=self._stop,
         )
-        self._keep(linked, "path_relinking")
+        if linked != best:
+            self._keep(linked, "path_relinking")
 
     def _restricted(self) -> bool:
         """Slice refinement over the operators that known solutions run again; whether it ran."""
