@@ -26,6 +26,7 @@ from graph_capture.cost_graph import CostGraph
 from .arrays import graph_arrays
 from .expand import RetentionPlan, expand, find_gaps, plan_of
 from .local_search import evaluate
+from .replay import replay
 from .schedule import Schedule
 
 TRIES_PER_CHUNK = 50
@@ -68,20 +69,18 @@ class Pool:
         seed: int = 0,
         stop: threading.Event | None = None,
     ) -> Schedule | None:
-        """``start`` with stretches of the others; ``None`` if that does not fit.
+        """``start`` with stretches of the others, or ``start`` where none helps.
 
         Parameters
         ----------
         start
-            Where it exceeds the budget, less excess comes before less time. It
-            becomes one of the pool.
+            Where it exceeds the budget, less excess comes before less time, and
+            ``None`` is returned if nothing fits. It becomes one of the pool.
         stop
             Ends the search when another thread sets it.
         """
         deadline_s = time.monotonic() + time_limit_s
         self.add(start)
-        if self._gaps.num == 0:
-            return None
         plan = self._plans[start].copy()
         until = np.stack([other.until for other in self._plans.values()])
         since = np.stack([other.since for other in self._plans.values()])
@@ -95,12 +94,19 @@ class Pool:
                 until,
                 since,
                 self.budget_bytes,
-                TRIES_PER_CHUNK,
+                min(TRIES_PER_CHUNK, num_tries - made),
                 seed + made,
             )
             if time.monotonic() >= deadline_s or (stop is not None and stop.is_set()):
                 break
-        return expand(self._g, self._gaps, plan) if excess == 0.0 else None
+        linked = expand(self._g, self._gaps, plan) if excess == 0.0 else None
+        # The search began at the plan of ``start``, which may be dearer or larger than it.
+        before = replay(self.graph, start)
+        if before.peak_bytes > self.budget_bytes:
+            return linked
+        if linked is None or replay(self.graph, linked).cost_ns >= before.cost_ns:
+            return start
+        return linked
 
 
 @njit(cache=True, nogil=True)

@@ -62,9 +62,10 @@ def solve(
         also compiles, some ten seconds that the limit does not cover.
     seed
         The same graph, budget, seed and workers give the same result where the
-        clock has no say: the limit does not cut the solve, and with two
-        workers it ends within five seconds (later on, what the second thread
-        has found counts, too). CP-SAT promises it for one worker only.
+        clock has no say: neither the limit nor the seconds that each of its
+        searches may take cut the solve, and with two workers it ends within
+        five seconds (later on, what the second thread has found counts, too). CP-SAT
+        promises it for one worker only.
     workers
         Threads. ``"auto"`` searches in a second one beside HiGHS, which uses one.
     hint

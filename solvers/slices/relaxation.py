@@ -57,7 +57,7 @@ class Relaxed:
     solutions: list[Schedule]
     infeasible: bool
     cut: bool
-    """Whether the clock ended it."""
+    """Whether the clock ended it, and not a proof."""
 
     outdated: bool = False
     """Whether a better incumbent ended it."""
@@ -122,7 +122,7 @@ def solve_relaxation(
         bound=info.mip_dual_bound,
         solutions=watch.solutions,
         infeasible=False,
-        cut=status != highspy.HighsModelStatus.kOptimal and not watch.cannot_improve,
+        cut=not (status == highspy.HighsModelStatus.kOptimal or watch.is_over),
         outdated=watch.outdated,
     )
 
@@ -149,8 +149,14 @@ class _Watch:
         self.begin_s = self.latest_s = time.monotonic()
         self.fits = False
         self.cannot_improve = False
+        self.proven = False
         self.outdated = False
         self.solutions: list[Schedule] = []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing was left to do when HiGHS was told to stop."""
+        return self.proven or self.cannot_improve
 
     def incumbent(self) -> NDArray[np.float64]:
         """The best schedule known, as a solution."""
@@ -202,12 +208,12 @@ class _Watch:
     def interrupt(self, event: highspy.HighsCallbackEvent) -> None:
         state = self.state
         proven_ns = bound_ns(state.graph, event.data_out.mip_dual_bound)
-        proven = state.suffices(proven_ns)
+        self.proven = state.suffices(proven_ns)
         now_s = time.monotonic()
         idle_s = now_s - self.latest_s
         slow = not self.fits and idle_s > max(PATIENCE_S, 0.5 * (now_s - self.begin_s))
         self.outdated = self._outdated(now_s, proven_ns)
-        if proven or slow or self.cannot_improve or self.outdated or state.left_s <= 0:
+        if self.is_over or slow or self.outdated or state.left_s <= 0:
             event.interrupt()
 
     def _outdated(self, now_s: float, proven_ns: int) -> bool:

@@ -14,14 +14,18 @@ POOL = 16
 """Solutions and incumbents that pieces are taken from."""
 
 AT_ONCE_TRIES = 500
-AT_ONCE_S = 0.25
 """For a new solution, while HiGHS waits."""
 
 TRIES = 2_000
-RELINK_S = 1.0
 MOVES = 40_000
-ANNEAL_S = 2.0
 """After a round."""
+
+LARGE = 5_000
+"""Operators from which tries and moves become fewer, as each takes longer."""
+
+RELINK_S = 4.0
+ANNEAL_S = 2.0
+"""No longer than this on a machine that is slower than was thought; results then vary."""
 
 
 class Repair:
@@ -35,17 +39,17 @@ class Repair:
     def at_once(self, schedule: Schedule) -> None:
         """Hear of a new solution."""
         self._pool.add(schedule)
-        self._relink(AT_ONCE_TRIES, AT_ONCE_S)
+        self._relink(AT_ONCE_TRIES)
 
     def after_round(self, schedule: Schedule) -> None:
         """Anneal the round's last solution, and relink longer."""
-        if self.state.done:
+        if self._over():
             return
         outcome = local_search(
             self.state.graph,
             self.state.budget_bytes,
             time_limit_s=min(ANNEAL_S, max(0.0, self.state.left_s)),
-            num_moves=MOVES,
+            num_moves=self._fewer(MOVES),
             seed=self.seed,
             start=schedule,
             heat=COOL,
@@ -55,11 +59,17 @@ class Repair:
         for known in (schedule, outcome.schedule):
             if known is not None:
                 self._pool.add(known)
-        self._relink(TRIES, RELINK_S)
+        self._relink(TRIES)
 
-    def _relink(self, num_tries: int, time_limit_s: float) -> None:
+    def _over(self) -> bool:
+        return self.state.done or self.state.left_s <= 0
+
+    def _fewer(self, num: int) -> int:
+        return max(1, min(num, num * LARGE // max(1, self.state.graph.num_operators)))
+
+    def _relink(self, num_tries: int) -> None:
         state = self.state
-        if state.done:
+        if self._over():
             return
         start = state.schedule
         if start is None:
@@ -67,8 +77,8 @@ class Repair:
         self._num += 1
         linked = self._pool.relink(
             start,
-            num_tries=num_tries,
-            time_limit_s=min(time_limit_s, max(0.0, state.left_s)),
+            num_tries=self._fewer(num_tries),
+            time_limit_s=min(RELINK_S, max(0.0, state.left_s)),
             seed=self.seed + 7919 * self._num,
             stop=state.stop,
         )

@@ -2,16 +2,27 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from benchmarks.instances import layered
 from graph_capture.cost_graph import CostGraph
+from solvers.arrays import graph_arrays
+from solvers.beside import Beside
+from solvers.expand import expand, find_gaps, plan_of
+from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.local_search import local_search
 from solvers.path_relinking import Pool
 from solvers.portfolio import solve
+from solvers.progress import ProgressEvent
 from solvers.replay import replay
 from solvers.schedule import Schedule
+from solvers.slices.refinement import slice_refinement
+from solvers.slices.slicing import Slicing
+from solvers.uniform import uniform_under_budget
 
 from .graphs import INSTANCES, cost_graphs, exhaustive_optimum, training_chain
 
@@ -76,26 +87,60 @@ def test_is_no_worse_than_where_it_begins() -> None:
     assert replay(graph, linked).cost_ns < min(costs)
 
 
+def test_where_the_plan_is_inexact_it_is_no_dearer_either() -> None:
+    """What a retention plan makes of a schedule may be dearer or larger than the schedule."""
+    num_inexact = 0
+    for num_operators, seed, share in ((14, 6, 70), (18, 4, 70), (18, 4, 80), (18, 6, 90)):
+        graph = layered(num_operators, seed)
+        g = graph_arrays(graph)
+        gaps = find_gaps(g)
+        budget_bytes = keep_all_peak_bytes(graph) * share // 100
+        found = solve(graph, budget_bytes, solver="checkmate_milp").schedule
+        assert found is not None
+        before = replay(graph, found)
+        again = expand(g, gaps, plan_of(graph, gaps, found))
+        assert again is not None
+        outcome = replay(graph, again)
+        num_inexact += outcome.cost_ns > before.cost_ns or outcome.peak_bytes > budget_bytes
+        pool = Pool(graph, budget_bytes, most=2)
+        pool.add(Schedule.keep_all(graph))
+        linked = pool.relink(found, num_tries=50, time_limit_s=60)
+        assert linked is not None
+        assert replay(graph, linked).peak_bytes <= budget_bytes
+        assert replay(graph, linked).cost_ns <= before.cost_ns
+    assert num_inexact > 0
+
+
 def test_same_seed_same_schedule() -> None:
-    """Cut by tries and not by time, two runs agree run by run."""
-    graph = training_chain(6)
-    tight = solve(graph, 40).schedule
-    assert tight is not None
+    """Cut by tries and not by time, two runs agree run by run; another seed is another run."""
+    graph = load_instance(INSTANCES / "chain32h.json")
+    budget_bytes = budget_of(graph, 0.5)
+    start = uniform_under_budget(graph, budget_bytes)
+    assert start is not None
+    others = [
+        s
+        for b in (0.5, 0.6)
+        if (s := local_search(graph, budget_of(graph, b)).schedule) is not None
+    ]
 
     def linked(seed: int) -> Schedule | None:
-        pool = Pool(graph, 50, most=2)
-        pool.add(tight)
-        return pool.relink(Schedule.keep_all(graph), num_tries=100, time_limit_s=60, seed=seed)
+        pool = Pool(graph, budget_bytes, most=4)
+        for other in others:
+            pool.add(other)
+        return pool.relink(start, num_tries=5, time_limit_s=60, seed=seed)
 
-    assert linked(3) is not None
-    assert linked(3) == linked(3)
+    results = [linked(seed) for seed in range(8)]
+    assert results == [linked(seed) for seed in range(8)]
+    assert len(set(results)) > 3
 
 
 def test_nothing_fits() -> None:
     """Pieces of schedules that all exceed the budget everywhere make none that fits."""
     graph = training_chain(6)
-    pool = Pool(graph, 10, most=2)
-    pool.add(Schedule.keep_all(graph))
+    tight = solve(graph, 40).schedule
+    assert tight is not None
+    pool = Pool(graph, 10, most=3)
+    pool.add(tight)
     assert pool.relink(Schedule.keep_all(graph), num_tries=100, time_limit_s=60) is None
 
 
@@ -119,3 +164,70 @@ def test_ends_when_told() -> None:
     start = Schedule.keep_all(graph)
     assert pool.relink(start, num_tries=10**9, time_limit_s=3600, stop=stop) == start
     assert pool.relink(start, num_tries=10**9, time_limit_s=0.0) == start
+
+
+class _Listener:
+    """A companion that only writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[Schedule] = []
+        self.suggested: list[Slicing] = []
+
+    def hear(self, schedule: Schedule) -> None:
+        self.heard.append(schedule)
+
+    def suggest(self, slicing: Slicing) -> None:
+        self.suggested.append(slicing)
+
+    def collect(self) -> None:
+        pass
+
+
+def _refined(*, candidates: NDArray[np.bool_] | None) -> tuple[Incumbent, _Listener]:
+    """A chain at a low budget from a poor schedule, to the first repair or the end."""
+    graph = load_instance(INSTANCES / "chain64h.json")
+    budget_bytes = budget_of(graph, 0.4)
+    stop = threading.Event()
+    listener = _Listener()
+
+    def end(event: ProgressEvent) -> None:
+        if "path_relinking" in event.message:
+            stop.set()
+
+    state = Incumbent(graph, budget_bytes, 120, end, stop)
+    state.offer(uniform_under_budget(graph, budget_bytes), "hint")
+    slice_refinement(state, companion=listener, candidates=candidates)
+    return state, listener
+
+
+def test_slice_refinement_repairs_its_solutions() -> None:
+    """What fits is made of relaxed solutions that do not, and companions hear of those."""
+    state, listener = _refined(candidates=None)
+    assert any("path_relinking after" in line for line in state.log)
+    assert listener.heard
+    assert state.peak_bytes is not None
+    assert state.peak_bytes <= state.budget_bytes
+
+
+def test_a_restricted_search_repairs_nothing() -> None:
+    """Its bounds speak of its candidates only, and pieces of others would cross them."""
+    graph = load_instance(INSTANCES / "chain64h.json")
+    everything = np.ones(graph.num_operators, dtype=bool)
+    state, listener = _refined(candidates=everything)
+    assert listener.heard
+    assert not any("path_relinking" in line for line in state.log)
+
+
+def test_the_second_thread_relinks_what_it_hears() -> None:
+    """A solution that does not fit makes the best schedule better."""
+    graph = training_chain(6)
+    budget_bytes = 50
+    tight = solve(graph, 40).schedule
+    state = Incumbent(graph, budget_bytes, 60)
+    assert state.offer(tight, "hint")
+    beside = Beside(state, seed=0, wanted=False)
+    beside.hear(Schedule.keep_all(graph))
+    beside._relink(0)
+    beside.collect()
+    assert state.solver == "path_relinking"
+    assert state.cost_ns == exhaustive_optimum(graph, budget_bytes)
