@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from benchmarks.compare.__main__ import RECORD
 from benchmarks.compare.folder import read, read_failures
 from benchmarks.compare.settle import points_of_others, points_of_ours, uncovered
@@ -9,29 +13,42 @@ from benchmarks.compare.tables import report
 from benchmarks.run import ROOT
 
 FOLDER = ROOT / "docs" / "record"
+PROGRAMS = FOLDER / "programs"
+PAGES = {FOLDER: RECORD, PROGRAMS: ("unet", "vgg16")}
+
+pages = pytest.mark.parametrize("folder", PAGES, ids=lambda folder: folder.name)
 
 
-def test_the_page_is_made_of_the_files() -> None:
+@pages
+def test_the_page_is_made_of_the_files(folder: Path) -> None:
     """No figure in it was written or kept by hand, and no model of record is missing."""
-    found = read(FOLDER, RECORD, read_failures(FOLDER, RECORD))
+    found = read(folder, PAGES[folder], read_failures(folder, PAGES[folder]))
     assert not found.failures
-    assert tuple(found.comparisons) == RECORD
-    assert (FOLDER / "compare.md").read_text(encoding="utf-8") == report(found)
+    assert tuple(found.comparisons) == PAGES[folder]
+    assert (folder / "compare.md").read_text(encoding="utf-8") == report(found)
 
 
-def test_tables_elsewhere_are_the_page_s() -> None:
+@pytest.mark.parametrize(
+    ("heading", "folder", "num_lines"),
+    [
+        ("Against every strategy", FOLDER, 80),
+        ("Checkmate's program, its rounding and MOCCASIN", PROGRAMS, 11),
+    ],
+)
+def test_tables_elsewhere_are_the_page_s(heading: str, folder: Path, num_lines: int) -> None:
     """The figures of record repeat some of its tables, line for line."""
     section = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    section = section.split("## Against every strategy\n")[1].split("\n## ")[0]
+    section = section.split(f"## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
-    page = (FOLDER / "compare.md").read_text(encoding="utf-8").splitlines()
-    assert len(lines) > 30
+    page = (folder / "compare.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= num_lines
     assert [line for line in lines if line not in page] == []
 
 
-def test_what_the_page_claims_of_every_model() -> None:
+@pages
+def test_what_the_page_claims_of_every_model(folder: Path) -> None:
     """Nobody is below ours; what ran had eager's bits and never left its budget."""
-    found = read(FOLDER, RECORD, {})
+    found = read(folder, PAGES[folder], {})
     for name, comparison in found.comparisons.items():
         settled = points_of_ours(comparison, found.settled[name])
         assert uncovered(points_of_others(comparison), settled) == [], name
