@@ -57,7 +57,7 @@ class Relaxed:
     solutions: list[Schedule]
     infeasible: bool
     cut: bool
-    """Whether the clock ended it, and not a proof."""
+    """Whether the clock, impatience or a better incumbent ended it, and not a proof."""
 
     outdated: bool = False
     """Whether a better incumbent ended it."""

@@ -109,8 +109,12 @@ def test_above_the_baseline_nothing_is_recomputed(name, size):
     plan = plan_case(about.case, budget_bytes=2 * about.eager_bytes)
     assert not plan.schedule.recomputed()
     assert plan.overhead <= 0
-    # Under autocast eager also holds casts of weights that no backward pass needs, in a cache.
-    below = above = 0.01 if about.case.autocast is None else 0.04
+    below = above = 0.01
+    if about.case.autocast is not None:
+        # Eager also holds casts of weights that no backward pass needs, in a cache: of the tiny
+        # MLP the first weight's 8 KiB, up to 4.6 % of its peak (kernels' scratch, which is the
+        # rest of it, depends on the processor).
+        below, above = 0.05, 0.04
     if name == "many_outputs":
         # The engine adds up the gradients of a value with several uses in place where it may; on
         # fake tensors it does not, so that one gradient may be counted twice.

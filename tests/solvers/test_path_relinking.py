@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -68,12 +69,14 @@ def test_two_schedules_make_one_that_neither_is() -> None:
             assert outcome.cost_ns == optimum
 
 
-def test_is_no_worse_than_where_it_begins() -> None:
+def test_is_better_than_all_that_it_is_made_of() -> None:
     """From a schedule that fits, among four others of a real network's graph."""
     graph = load_instance(INSTANCES / "chain32h.json")
     budget_bytes = budget_of(graph, 0.5)
     pool = Pool(graph, budget_bytes, most=8)
-    found = [local_search(graph, budget_bytes, num_moves=3000, seed=s) for s in range(5)]
+    found = [
+        local_search(graph, budget_bytes, num_moves=3000, time_limit_s=60, seed=s) for s in range(5)
+    ]
     costs = [outcome.cost_ns for outcome in found if outcome.cost_ns is not None]
     assert len(costs) == 5
     for outcome in found:
@@ -87,28 +90,34 @@ def test_is_no_worse_than_where_it_begins() -> None:
     assert replay(graph, linked).cost_ns < min(costs)
 
 
-def test_where_the_plan_is_inexact_it_is_no_dearer_either() -> None:
-    """What a retention plan makes of a schedule may be dearer or larger than the schedule."""
-    num_inexact = 0
-    for num_operators, seed, share in ((14, 6, 70), (18, 4, 70), (18, 4, 80), (18, 6, 90)):
-        graph = layered(num_operators, seed)
-        g = graph_arrays(graph)
-        gaps = find_gaps(g)
-        budget_bytes = keep_all_peak_bytes(graph) * share // 100
-        found = solve(graph, budget_bytes, solver="checkmate_milp").schedule
-        assert found is not None
-        before = replay(graph, found)
-        again = expand(g, gaps, plan_of(graph, gaps, found))
-        assert again is not None
-        outcome = replay(graph, again)
-        num_inexact += outcome.cost_ns > before.cost_ns or outcome.peak_bytes > budget_bytes
-        pool = Pool(graph, budget_bytes, most=2)
-        pool.add(Schedule.keep_all(graph))
-        linked = pool.relink(found, num_tries=50, time_limit_s=60)
+@pytest.mark.parametrize(
+    ("seed", "num_operators", "share", "order"),
+    [
+        (6, 14, 70, [0, 1, 2, 3, 4, 5, 6, 5, 7, 2, 6, 8, 2, 9, 1, 10, 11, 12, 13]),
+        (4, 18, 80, [*range(15), 1, 15, 4, 16, 17]),
+    ],
+)
+def test_where_the_plan_is_inexact_it_is_no_dearer_either(
+    seed: int, num_operators: int, share: int, order: list[int]
+) -> None:
+    """What a retention plan makes of a schedule may be dearer than that, or too large."""
+    graph = layered(num_operators, seed)
+    budget_bytes = keep_all_peak_bytes(graph) * share // 100
+    start = Schedule(tuple(order))
+    before = replay(graph, start)
+    assert before.peak_bytes <= budget_bytes
+    g = graph_arrays(graph)
+    gaps = find_gaps(g)
+    planned = expand(g, gaps, plan_of(graph, gaps, start))
+    assert planned is not None
+    assert replay(graph, planned).cost_ns > before.cost_ns
+    pool = Pool(graph, budget_bytes, most=2)
+    pool.add(Schedule.keep_all(graph))
+    for num_tries in (0, 50):
+        linked = pool.relink(start, num_tries=num_tries, time_limit_s=60)
         assert linked is not None
         assert replay(graph, linked).peak_bytes <= budget_bytes
         assert replay(graph, linked).cost_ns <= before.cost_ns
-    assert num_inexact > 0
 
 
 def test_same_seed_same_schedule() -> None:
@@ -118,9 +127,9 @@ def test_same_seed_same_schedule() -> None:
     start = uniform_under_budget(graph, budget_bytes)
     assert start is not None
     others = [
-        s
-        for b in (0.5, 0.6)
-        if (s := local_search(graph, budget_of(graph, b)).schedule) is not None
+        outcome.schedule
+        for share in (0.5, 0.6)
+        if (outcome := local_search(graph, budget_of(graph, share), time_limit_s=60)).schedule
     ]
 
     def linked(seed: int) -> Schedule | None:
@@ -194,7 +203,7 @@ def _refined(*, candidates: NDArray[np.bool_] | None) -> tuple[Incumbent, _Liste
         if "path_relinking" in event.message:
             stop.set()
 
-    state = Incumbent(graph, budget_bytes, 120, end, stop)
+    state = Incumbent(graph, budget_bytes, 50, end, stop)
     state.offer(uniform_under_budget(graph, budget_bytes), "hint")
     slice_refinement(state, companion=listener, candidates=candidates)
     return state, listener
@@ -203,10 +212,8 @@ def _refined(*, candidates: NDArray[np.bool_] | None) -> tuple[Incumbent, _Liste
 def test_slice_refinement_repairs_its_solutions() -> None:
     """What fits is made of relaxed solutions that do not, and companions hear of those."""
     state, listener = _refined(candidates=None)
-    assert any("path_relinking after" in line for line in state.log)
     assert listener.heard
-    assert state.peak_bytes is not None
-    assert state.peak_bytes <= state.budget_bytes
+    assert state.solver == "path_relinking after slice_refinement"
 
 
 def test_a_restricted_search_repairs_nothing() -> None:
