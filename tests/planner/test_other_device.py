@@ -19,9 +19,9 @@ from graph_capture.costs.devices import DEVICES
 from graph_capture.cuda_choices import ONE_KERNEL_ON_CUDA
 from graph_capture.errors import CaptureError
 from planner import Plan, optimize
-from planner.application import on_card_of
 from planner.errors import InfeasibleBudgetError, PlanMismatchError
 from planner.make_plan import replan
+from planner.recapture import on_card_of
 
 from ..bitwise import assert_same_training
 from ..zoo import ZOO, Case, cases
