@@ -2,6 +2,7 @@
 
 from graph_capture.costs.profile import Profile
 
+from .application import AppliedPlan, applied_plan, unplanned
 from .comparing.compare import compare
 from .comparing.comparison import Comparison, ComparisonRow
 from .comparing.files import ComparisonFileError
@@ -11,6 +12,7 @@ from .errors import (
     InfeasibleBudgetError,
     PlanError,
     PlanMismatchError,
+    PlanWarning,
 )
 from .measuring.measure import Measurement, measure
 from .measuring.validation import Validation
@@ -20,6 +22,7 @@ from .sizing.estimate import Estimate, EstimateRow, estimate
 from .sizing.max_batch import MaxBatch, max_batch
 
 __all__ = [
+    "AppliedPlan",
     "CallMismatchError",
     "CaptureError",
     "Comparison",
@@ -33,11 +36,14 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "PlanWarning",
     "Profile",
     "Validation",
+    "applied_plan",
     "compare",
     "estimate",
     "max_batch",
     "measure",
     "optimize",
+    "unplanned",
 ]

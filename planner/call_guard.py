@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,57 +67,6 @@ class CallGuard:
         return difference(self.state, other.state, "state") or difference(
             self.arguments, other.arguments
         )
-
-
-class LiveGuard:
-    """Compares a module's calls with a guard, fast enough for every step."""
-
-    def __init__(
-        self, guard: CallGuard, model: nn.Module, device_type: str, signature: inspect.Signature
-    ) -> None:
-        self._defaults = {
-            name: describe(parameter.default)
-            for name, parameter in signature.parameters.items()
-            if parameter.default is not parameter.empty
-        }
-        self._guard = replace(guard, arguments={**self._defaults, **guard.arguments})
-        self._model = model
-        self._device_type = device_type
-        evaluating = set(guard.evaluating)
-        self._modules = [(m, name not in evaluating) for name, m in model.named_modules()]
-        self._tensors = [
-            (table, key, _facts(spec, torch.Size(spec.shape)))
-            for path, module in model.named_modules()
-            for table in (module._parameters, module._buffers)
-            for key, tensor in table.items()
-            if tensor is not None
-            for spec in [guard.state[f"{path}.{key}" if path else key]]
-        ]
-
-    def difference(self, arguments: Mapping[str, Any]) -> str | None:
-        """The first thing in which a call differs from the planned one, in words."""
-        arguments = {**self._defaults, **arguments}
-        found = difference(self._guard.arguments, describe(arguments))
-        if found is not None:
-            return found
-        unchanged = (
-            autocast_dtype(self._device_type) == self._guard.autocast
-            and all(module.training is training for module, training in self._modules)
-            and all(_facts_of(table.get(key)) == facts for table, key, facts in self._tensors)
-        )
-        if unchanged:
-            return None
-        return self._guard.difference_to(CallGuard.of(self._model, arguments, self._device_type))
-
-
-def _facts(spec: TensorSpec, shape: torch.Size) -> Any:
-    return spec.requires_grad, spec.dtype, spec.device, shape, spec.stride
-
-
-def _facts_of(tensor: torch.Tensor | None) -> Any:
-    if tensor is None:
-        return None
-    return tensor.requires_grad, tensor.dtype, str(tensor.device), tensor.shape, tensor.stride()
 
 
 def autocast_dtype(device_type: str) -> str | None:

@@ -41,10 +41,15 @@ class CallMismatchError(PlanError):
     """A planned module was called in another way than it was planned for."""
 
 
+class PlanWarning(UserWarning):
+    """A training step is right, but not as its plan promised: unplanned, or above the budget."""
+
+
 __all__ = [
     "CallMismatchError",
     "CaptureError",
     "InfeasibleBudgetError",
     "PlanError",
     "PlanMismatchError",
+    "PlanWarning",
 ]

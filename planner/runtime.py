@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.fx import GraphModule, Node
 
-from graph_capture.call_spec import tensors_of
+from graph_capture.call_spec import parse_dtype, tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.outputs import OutputTemplate
 from graph_capture.trace import Reassigned
 
 from .errors import CallMismatchError
 from .out_of_memory import explain
+from .own_gradients import generator_state, own_gradients
 from .rewrite import PlannedGraphs
+from .tally import Tally
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -40,6 +43,33 @@ class _Layout:
     put_back: tuple[Callable[[list[torch.Tensor]], None], ...]  # buffers that forward replaces
 
 
+class StepCall:
+    """One call of a planned step, until its backward pass has run.
+
+    Parameters
+    ----------
+    arguments
+        By name, as they were given; they are held for as long as the autograd graph is.
+    handed_over
+        Gradients of the outputs, see :class:`_HandOver`.
+    generator_state
+        Of the default generator when the call began, where the step draws.
+    """
+
+    __slots__ = ("__weakref__", "arguments", "by_own_forward", "generator_state", "handed_over")
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        handed_over: list[torch.Tensor | None],
+        generator_state: np.ndarray | None,
+    ) -> None:
+        self.arguments = arguments
+        self.handed_over = handed_over
+        self.generator_state = generator_state
+        self.by_own_forward = False
+
+
 class PlannedStep:
     """The two graphs of a plan, bound to a module's parameters and buffers.
 
@@ -48,8 +78,13 @@ class PlannedStep:
 
     Parameters
     ----------
+    forward
+        The model's own, for gradients that the plan cannot give; without it they
+        are an error.
     plan
         What an out-of-memory error is explained by; without it, it is not.
+    tally
+        Where it counts and says what a reader must know.
     """
 
     def __init__(
@@ -58,9 +93,16 @@ class PlannedStep:
         captured: CapturedStep,
         graphs: PlannedGraphs,
         plan: Plan | None = None,
+        *,
+        forward: Callable[..., Any] | None = None,
+        tally: Tally | None = None,
     ) -> None:
         step = captured.step
         self._model, self._graphs, self._plan = model, graphs, plan
+        self._own_forward, self._tally = forward, tally or Tally()
+        self._device = captured.target.torch_device
+        self._draws = bool(captured.state_of) or any(code.draws for code in captured.code)
+        self._rewrites_state = _reads_what_it_writes(captured)
         inputs = list(graphs.forward_inputs)
         inputs += [n for n in graphs.saved_inputs if n not in graphs.forward_inputs]
         missing = [n for n, _ in step.gradients if n not in inputs]
@@ -80,19 +122,33 @@ class PlannedStep:
             template=step.template,
             put_back=tuple(_put_back(entry, model) for entry in step.reassigned),
         )
+        self._detached = step.detached
+        self._waiting: Callable[[], StepCall | None] = lambda: None
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
+        if self._waiting() is not None:
+            self._say_waiting()
         given = tensors_of(arguments)
         inputs = [fetch(given) for fetch in self._layout.fetch]
-        handed_over: list[torch.Tensor | None] = [None] * len(self._layout.tangents)
-        outputs = list(_Step.apply(self, handed_over, *inputs))
+        call = StepCall(
+            arguments,
+            handed_over=[None] * len(self._layout.tangents),
+            generator_state=generator_state(self._device) if self._draws else None,
+        )
+        self._waiting = weakref.ref(call)
+        outputs = list(_Step.apply(self, call, *inputs))
         del inputs
         for put_back in self._layout.put_back:
             put_back(outputs)
         for place, i in enumerate(self._layout.differentiated):
             if outputs[i].numel() > 1:
-                outputs[i] = _HandOver.apply(outputs[i], handed_over, place)
+                outputs[i] = _HandOver.apply(outputs[i], call.handed_over, place)
+        for i in self._detached:
+            anchor = torch.empty((), device="meta", requires_grad=True)
+            outputs[i] = _NotPlanned.apply(outputs[i], anchor, self._layout.template.names[i])
         return self._layout.template.build(outputs)
+
+    # -- forward -------------------------------------------------------------------
 
     def run_forward(self, ctx: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         # As in eager: below autograd, with grad mode on (some kernels save more when it is).
@@ -101,6 +157,7 @@ class PlannedStep:
                 torch.enable_grad(),
                 torch._C._AutoDispatchBelowAutograd(),
                 torch._C._DisableAutocast(),
+                torch._C.DisableTorchFunction(),
             ):
                 results = self._forward(list(inputs[: self._num_forward]))
         except (RuntimeError, MemoryError) as error:
@@ -113,35 +170,119 @@ class PlannedStep:
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
+    # -- backward ------------------------------------------------------------------
+
     def run_backward(
-        self,
-        ctx: Any,
-        gradients: tuple[torch.Tensor | None, ...],
-        handed_over: list[torch.Tensor | None],
+        self, ctx: Any, call: StepCall, gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
+        """Gradients of the step's inputs, by the plan where it can give what is asked for."""
+        self._tally.num_backward += 1
+        if torch.is_grad_enabled():
+            raise CallMismatchError(
+                "a gradient is asked of a planned model that can be differentiated again "
+                "(create_graph=True), and a plan holds first derivatives only: make this call of "
+                "the model under `with planner.unplanned(model):`, or plan a module whose forward "
+                "takes the derivative and returns the loss"
+            )
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        outputs = self._layout.differentiated
+        given = [
+            gradients[i] if handed is None else handed
+            for i, handed in zip(outputs, call.handed_over, strict=True)
+        ]
+        missing = [i for i, tangent in zip(outputs, given, strict=True) if tangent is None]
+        call.handed_over[:] = [None] * len(given)
+        if missing and (retained or call.by_own_forward):
+            return self._by_own_forward(ctx, call, given, retained=retained)
+        if missing:
+            raise CallMismatchError(
+                f"no gradient came back for output {self._layout.template.names[missing[0]]!r}, "
+                "which was planned as differentiated: plan with the loss_fn that the loop "
+                "computes, so that only what it uses is differentiated; where each output has a "
+                "backward pass of its own, call all but the last with retain_graph=True"
+            )
+        if retained:
+            self._tally.say(
+                "retained",
+                "backward(retain_graph=True) through a planned model: what the plan saved stays "
+                "in memory during and after the backward pass, which the budget does not count",
+            )
+        else:
+            self._let_go(call)
         boxed: list[torch.Tensor] = []
-        for place, (i, expected) in enumerate(
-            zip(self._layout.differentiated, self._layout.tangents, strict=True)
-        ):
-            tangent = handed_over[place] if handed_over[place] is not None else gradients[i]
-            handed_over[place] = None
-            if tangent is None:
-                raise CallMismatchError(
-                    f"no gradient came back for output {self._layout.template.names[i]!r}, which "
-                    "was planned as differentiated: plan with the loss_fn that the loop computes, "
-                    "so that only what it uses is differentiated"
-                )
+        for place, expected in enumerate(self._layout.tangents):
+            tangent = given[place]
+            given[place] = None
+            assert tangent is not None
             boxed.append(_fit_tangent(tangent, expected))
             del tangent
+        del gradients
         boxed.extend(ctx.saved_tensors)
         ctx.maybe_clear_saved_tensors()
         try:
-            with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+            with (
+                torch._C._AutoDispatchBelowAutograd(),
+                torch._C._DisableAutocast(),
+                torch._C.DisableTorchFunction(),
+            ):
                 found = self._backward(boxed)
         except (RuntimeError, MemoryError) as error:
             self._explain(error, self._graphs.backward)
             raise
         return [None if at is None else found[at] for at in self._layout.gradient_at]
+
+    def _by_own_forward(
+        self, ctx: Any, call: StepCall, given: list[torch.Tensor | None], *, retained: bool
+    ) -> list[torch.Tensor | None]:
+        """Gradients from some of the outputs alone, see :mod:`planner.own_gradients`."""
+        if self._own_forward is None or self._rewrites_state:
+            raise CallMismatchError(
+                "a backward pass from some of the outputs alone is asked of a planned model. Its "
+                "plan does not hold that, and the model's own forward cannot be run again for it, "
+                "since it reads buffers that it has written to: make the call under `with "
+                "planner.unplanned(model):`, or let one loss differentiate all outputs"
+            )
+        self._tally.say(
+            "own forward",
+            "a backward pass from some of the outputs alone is asked of a planned model: the "
+            "model's own forward runs again for it, with the same numbers, but neither its memory "
+            "nor its time are in the plan. Planned is one backward pass of all outputs, by one "
+            "loss_fn=",
+        )
+        call.by_own_forward = True
+        _ = ctx.saved_tensors  # autograd's own error where one was changed meanwhile
+        assert self._plan is not None
+        dtype, arguments = self._plan.guard.autocast, call.arguments
+        tensors = tensors_of(arguments)
+        if not retained:
+            self._let_go(call)
+        return own_gradients(
+            self._model,
+            self._own_forward,
+            arguments,
+            outputs={
+                i: tangent
+                for i, tangent in zip(self._layout.differentiated, given, strict=True)
+                if tangent is not None
+            },
+            inputs=[fetch(tensors) for fetch in self._layout.fetch],
+            generator_state=call.generator_state,
+            device=self._device,
+            autocast=None if dtype is None else parse_dtype(dtype),
+        )
+
+    def _let_go(self, call: StepCall) -> None:
+        """After the last backward pass; the autograd graph may outlive it by a whole step."""
+        call.arguments = {}
+        self._waiting = lambda: None
+
+    def _say_waiting(self) -> None:
+        self._tally.say(
+            "two forwards",
+            "a planned model is called again before the backward pass of its last call: the saved "
+            "tensors of both lie in memory side by side, which the budget does not count. To have "
+            "them planned together, plan a module whose forward makes both calls",
+        )
 
     def _explain(self, error: BaseException, graph: GraphModule) -> None:
         if self._plan is not None:
@@ -152,14 +293,13 @@ class _Step(torch.autograd.Function):
     """One node of the autograd graph for the whole planned step."""
 
     @staticmethod
-    def forward(ctx: Any, step: PlannedStep, handed_over: list, *inputs: torch.Tensor) -> Any:
-        ctx.step, ctx.handed_over = step, handed_over
+    def forward(ctx: Any, step: PlannedStep, call: StepCall, *inputs: torch.Tensor) -> Any:
+        ctx.step, ctx.call = step, call
         return step.run_forward(ctx, inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        return (None, None, *ctx.step.run_backward(ctx, gradients, ctx.handed_over))
+        return (None, None, *ctx.step.run_backward(ctx, ctx.call, gradients))
 
 
 class _HandOver(torch.autograd.Function):
@@ -176,10 +316,42 @@ class _HandOver(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # refused by the step itself, in its own words
+            return gradient, None, None
         ctx.handed_over[ctx.place] = gradient
         return gradient.new_empty(()).expand(gradient.shape), None, None
+
+
+class _NotPlanned(torch.autograd.Function):
+    """An output that requires grad in eager, and that the plan has no gradient for.
+
+    Who uses it for a loss would get none, and would train something else without a
+    word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, _anchor: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+        raise CallMismatchError(
+            f"output {ctx.name!r} was not planned as differentiated, and a loss was made of it: "
+            "plan with loss_fn=, the whole loss that the loop computes, or detach the output"
+        )
+
+
+def _reads_what_it_writes(captured: CapturedStep) -> bool:
+    """Whether a second forward would begin from other buffers than the first."""
+    if captured.step.reassigned:
+        return True
+    for node in captured.step.graph.nodes:
+        for written in node.meta.get("writes", ()):
+            if written.op == "placeholder" and set(written.users) - {node}:
+                return True
+    return False
 
 
 def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -3,41 +3,78 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from operator import eq, is_, itemgetter, methodcaller
+from typing import Any
 
+import torch
 from torch import nn
 
 _Slot = tuple[weakref.ref[nn.Module], str]  # a module and a name among its parameters or buffers
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
 
 @dataclass(frozen=True, slots=True)
-class Structure:
-    """Modules by their identity, and which tensors are one under several names.
+class _Part:
+    """One module as it was.
 
     Parameters
     ----------
-    modules
-        Each module with its children, in order.
-    tied
-        Pairs of places that hold the same parameter or buffer.
+    module
+        The module.
+    children
+        Its children by name, in order.
+    kind
+        Its class.
+    forward
+        Identity of what stands in its ``__dict__`` for its class' forward; ``None`` for nothing.
+    hooks
+        Registration numbers of its hooks, which PyTorch gives out once each.
     """
 
-    modules: tuple[tuple[weakref.ref[nn.Module], tuple[weakref.ref[nn.Module] | None, ...]], ...]
+    module: weakref.ref[nn.Module]
+    children: tuple[tuple[str, weakref.ref[nn.Module] | None], ...]
+    kind: type
+    forward: int | None
+    hooks: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """Modules by their identity, their hooks, and which tensors are one under several names.
+
+    Hooks and forward of the root are not part of it: they run around a planned step.
+
+    Parameters
+    ----------
+    parts
+        The modules by their paths.
+    tied
+        Pairs of places that hold the same parameter or buffer.
+    everywhere
+        Registration numbers of the hooks on all modules.
+    """
+
+    parts: Mapping[str, _Part]
     tied: tuple[tuple[_Slot, _Slot], ...]
+    everywhere: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
         """Remember how ``model`` is built; holds none of it alive."""
-        modules, tied = [], []
+        tied = []
+        parts = {path: _part(module, root=not path) for path, module in model.named_modules()}
         first: dict[int, _Slot] = {}
         for module in model.modules():
-            children = module._modules.values()
-            modules.append(
-                (
-                    weakref.ref(module),
-                    tuple(None if c is None else weakref.ref(c) for c in children),
-                )
-            )
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     if tensor is None:
@@ -45,18 +82,120 @@ class Structure:
                     slot = (weakref.ref(module), name)
                     if first.setdefault(id(tensor), slot) is not slot:
                         tied.append((first[id(tensor)], slot))
-        return cls(tuple(modules), tuple(tied))
+        return cls(parts, tuple(tied), _hooks_everywhere())
 
     def holds(self) -> bool:
-        """Whether no module was replaced, added or removed and no tie was cut since."""
-        for reference, children in self.modules:
-            module = reference()
-            if module is None or len(module._modules) != len(children):
-                return False
-            for now, then in zip(module._modules.values(), children, strict=True):
-                if now is not (None if then is None else then()):
-                    return False
-        return all(_at(a) is _at(b) for a, b in self.tied)
+        """Whether the model is built as it was."""
+        return self.difference() is None
+
+    def difference(self) -> str | None:
+        """The first thing that is not as it was, in words."""
+        for path, then in self.parts.items():
+            module = then.module()
+            if module is None:
+                return f"module {path!r} is gone"
+            now = _part(module, root=not path)
+            if now == then:
+                continue
+            if now.kind is not then.kind:
+                return f"module {path!r} is a {now.kind.__name__}, was a {then.kind.__name__}"
+            if now.children != then.children:
+                return _another_child(path, then.children, now.children)
+            if now.forward != then.forward:
+                return f"the forward of module {path!r} was replaced"
+            more = sum(map(len, now.hooks)) > sum(map(len, then.hooks))
+            return f"a hook was {'put on' if more else 'taken off'} module {path!r}"
+        if _hooks_everywhere() != self.everywhere:
+            return "a hook on all modules was put on or taken off"
+        for (a, name), (b, other) in self.tied:
+            if _at((a, name)) is not _at((b, other)):
+                return f"two parameters or buffers named {name!r} and {other!r} were one tensor"
+        return None
+
+
+class LiveStructure:
+    """Sees in a moment whether a model that is at hand is built as it was.
+
+    Keeps the modules alive, as whoever trains them does.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._structure = Structure.of(model)
+        modules = list(model.modules())
+        below = modules[1:]
+        self._attributes = [vars(module) for module in below]
+        self._tables = list(map(_TABLES, self._attributes))
+        self._forwards = list(map(_FORWARD, self._attributes))
+        self._parents = [m._modules for m in modules if m._modules]
+        self._leaves = [m._modules for m in modules if not m._modules]
+        self._children = [tuple(children.values()) for children in self._parents]
+        hooks = [
+            *chain.from_iterable(map(_HOOK_TABLES, self._attributes)),
+            *_global_tables(),
+        ]
+        self._without_hooks = [table for table in hooks if not table]
+        self._with_hooks = [(table, tuple(table)) for table in hooks if table]
+
+    def difference(self) -> str | None:
+        """The first thing that is not as it was, in words."""
+        if self._unchanged():
+            return None
+        return self._structure.difference()
+
+    def _unchanged(self) -> bool:
+        return (
+            not any(self._without_hooks)
+            and not any(self._leaves)
+            and all(map(eq, map(tuple, map(dict.values, self._parents)), self._children))
+            and all(map(eq, map(_TABLES, self._attributes), self._tables))
+            and all(map(is_, map(_FORWARD, self._attributes), self._forwards))
+            and all(tuple(table) == then for table, then in self._with_hooks)
+            and all(_at(a) is _at(b) for a, b in self._structure.tied)
+        )
+
+
+_TABLES = itemgetter("_modules", "_parameters", "_buffers", *_HOOKS)
+_HOOK_TABLES = itemgetter(*_HOOKS)
+_FORWARD = methodcaller("get", "forward")
+
+
+def _part(module: nn.Module, *, root: bool) -> _Part:
+    forward = None if root else vars(module).get("forward")
+    return _Part(
+        module=weakref.ref(module),
+        children=tuple(
+            (name, None if child is None else weakref.ref(child))
+            for name, child in module._modules.items()
+        ),
+        kind=type(module),
+        forward=None if forward is None else id(forward),
+        hooks=() if root else tuple(tuple(getattr(module, name)) for name in _HOOKS),
+    )
+
+
+def _another_child(
+    path: str,
+    then: Iterable[tuple[str, weakref.ref[nn.Module] | None]],
+    now: Iterable[tuple[str, weakref.ref[nn.Module] | None]],
+) -> str:
+    before, after = dict(then), dict(now)
+    prefix = f"{path}." if path else ""
+    for name in [*before, *(n for n in after if n not in before)]:
+        if name not in after:
+            return f"module {prefix + name!r} was removed"
+        if name not in before:
+            return f"module {prefix + name!r} was added"
+        if before[name] != after[name]:
+            return f"module {prefix + name!r} was replaced"
+    return f"the modules in {path or 'the model'!r} are in another order"
+
+
+def _global_tables() -> list[dict[int, Any]]:
+    return [getattr(torch.nn.modules.module, name) for name in _GLOBAL_HOOKS]
+
+
+def _hooks_everywhere() -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, _global_tables()))
 
 
 def _at(slot: _Slot) -> object:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..application import PlannedForward, forward_set
+from ..application import forward_set
 from ..measuring.measure import PairedTiming, measure, measure_pair, quartiles, timed_us
 from ..measuring.resident import single_device
 from ..measuring.restored import restored
 from ..out_of_memory import is_out_of_memory
 from ..plan import Plan
+from ..planned_forward import PlannedForward
 from ..recapture import capture_for
 from ..training_step import LossFn, Sample, build_optimizer, clear_gradients, make_step
 from .comparison import Bits, MeasuredStep

@@ -197,7 +197,8 @@ def measure(
     160
     """
     device = single_device(model, sample_input)
-    plan = applied_plan(model)
+    applied = applied_plan(model)
+    plan = None if applied is None else applied.plan
     with restored(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, model.parameters())

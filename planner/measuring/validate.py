@@ -22,9 +22,10 @@ from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.costs.library_workspace import STORAGE_NAME
 from graph_capture.outputs import take_apart
 
-from ..application import PlannedForward, forward_set, own_forward
+from ..application import forward_set, own_forward
 from ..out_of_memory import is_out_of_memory
 from ..plan import LIBRARY_WORKSPACE, Plan
+from ..planned_forward import PlannedForward
 from ..recapture import capture_for, on_card_of
 from ..training_step import (
     LossFn,

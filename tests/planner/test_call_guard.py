@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner.call_guard import CallGuard, LiveGuard, autocast_dtype
+from planner.call_guard import CallGuard, autocast_dtype
+from planner.live_guard import LiveGuard
 
 
 class Model(nn.Module):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from graph_capture.call_spec import bind_call, split_sample
 from planner import Plan, optimize
-from planner.application import PlannedForward
 from planner.comparing import lane
 from planner.comparing.comparison import MeasuredStep
 from planner.comparing.running import Execution, Runner
+from planner.planned_forward import PlannedForward
 from planner.training_step import train_step
 from tests.planner.small import make, plan_for, sample, square
 

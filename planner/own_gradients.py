@@ -1,0 +1,127 @@
+"""Gradients by the model's own forward, where a plan's backward cannot give them.
+
+A planned backward is one graph for one question: these gradients, from all of
+the outputs that were planned as differentiated, once. Asked for gradients from some
+of the outputs alone, the model's own forward runs once more, from the same
+inputs, buffers and generator state, and autograd answers as it would have
+without a plan. The numbers are eager's to the bit; memory and time are outside
+the plan.
+
+Gradients that are differentiated again are not given this way: eager adds what
+comes from the loss and what comes from its gradient at each activation, here
+they would meet at the parameters, with other last bits.
+
+What is imperfect: plain Python effects of forward happen a second time, and
+parameters that the loop changed in place between forward and backward are
+noticed only where the plan saved them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from graph_capture.autocast import autocast_as
+from graph_capture.call_spec import call_forward
+from graph_capture.outputs import take_apart
+
+
+def own_gradients(
+    model: nn.Module,
+    forward: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    *,
+    outputs: Mapping[int, torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    generator_state: np.ndarray | None,
+    device: torch.device,
+    autocast: torch.dtype | None,
+) -> list[torch.Tensor | None]:
+    """Gradients of ``inputs``, ``None`` for those that nothing depends on.
+
+    Parameters
+    ----------
+    model, forward, arguments
+        The module, its own forward, and the call by argument name.
+    outputs
+        Gradients of output tensors, by their place in the output.
+    inputs
+        Parameters and arguments; those that do not require grad get ``None``.
+    generator_state
+        Of the default generator of ``device`` when the planned forward began;
+        ``None`` where it draws nothing.
+    autocast
+        Dtype of the autocast that the planned forward ran under.
+    """
+    with (
+        torch.enable_grad(),
+        _generator_at(generator_state, device),
+        _buffers_copied(model),
+        autocast_as(device.type, autocast),
+    ):
+        _, tensors = take_apart(call_forward(forward, arguments))
+    wanted = [i for i, t in enumerate(inputs) if t.requires_grad]
+    found = torch.autograd.grad(
+        [tensors[i] for i in outputs],
+        [inputs[i] for i in wanted],
+        list(outputs.values()),
+        allow_unused=True,
+    )
+    gradients: list[torch.Tensor | None] = [None] * len(inputs)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
+
+
+@contextmanager
+def _generator_at(state: np.ndarray | None, device: torch.device) -> Iterator[None]:
+    """Draw again what was drawn from ``state`` on; afterwards the generator is as it was."""
+    if state is None:
+        yield
+        return
+    before = generator_state(device)
+    _set_generator(state, device)
+    try:
+        yield
+    finally:
+        _set_generator(before, device)
+
+
+def generator_state(device: torch.device) -> np.ndarray:
+    """State of a device's default generator, uint8.
+
+    It lies in NumPy's memory: a tensor, 5 kB on the CPU, would stand beside the
+    step's tensors in the device's memory, which is what is planned.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device).numpy()
+    return torch.get_rng_state().numpy().copy()
+
+
+def _set_generator(state: np.ndarray, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(torch.from_numpy(state), device)
+    else:
+        torch.set_rng_state(torch.from_numpy(state))
+
+
+@contextmanager
+def _buffers_copied(model: nn.Module) -> Iterator[None]:
+    """Let forward write to copies of the buffers: it has written to the buffers once already."""
+    tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
+    copies: dict[int, torch.Tensor] = {}
+    for table, before in tables:
+        for name, buffer in before.items():
+            if buffer is not None:
+                table[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            table.clear()
+            table.update(before)

@@ -1,0 +1,304 @@
+"""What stands in for a module's forward while a plan is applied."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graph_capture.captured_step import CapturedStep
+from graph_capture.errors import CaptureError
+from graph_capture.units import format_bytes
+
+from .errors import CallMismatchError, PlanMismatchError
+from .live_guard import LiveGuard
+from .make_plan import replan
+from .recapture import capture_for
+from .rewrite import rewrite
+from .runtime import PlannedStep
+from .structure import LiveStructure
+from .tally import Tally
+from .unplanned_backward import UnplannedBackward
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+MAX_VARIANTS = 4
+"""Captures of one plan that are kept: a factor that goes back and forth is captured once each."""
+
+MAX_REPLANS = 16
+"""Plans for other calls that are kept, the ones used last."""
+
+_MANY_CAPTURES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A captured step of a module, its two graphs, and what must stay as it was.
+
+    Parameters
+    ----------
+    captured
+        The step.
+    step
+        Its graphs, bound to the module.
+    structure, guard
+        What the module is built of; what a call looks like.
+    """
+
+    captured: CapturedStep
+    step: PlannedStep
+    structure: LiveStructure
+    guard: LiveGuard
+
+    def changed(self) -> str | None:
+        """What is another one on the module than when the step was captured, in words."""
+        return self.structure.difference()
+
+
+class PlannedForward:
+    """Stands in for a module's ``forward`` while a plan is applied.
+
+    A copy of the module takes a copy of it along, bound to the copy.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, captured: CapturedStep | None, on_shape_change: str
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.on_shape_change = on_shape_change
+        self.own_forward = model.__dict__.get("forward")
+        self.removed = False
+        self.suspended = self.unwatched = 0
+        self.watching = False
+        self.tally = Tally()
+        self._num_captures = 0
+        self._at_hand = captured
+        self._begin()
+
+    def _begin(self) -> None:
+        """What no copy and no pickle takes along."""
+        self._prepared: list[Prepared] = []  # the one used last comes first
+        self._others: list[PlannedForward] = []
+        self._signature: inspect.Signature | None = None
+        self._watch: UnplannedBackward | None = None
+        self._lock = threading.RLock()
+        self._train = torch.compiler.disable(self._call)  # torch.compile: one opaque call
+
+    @property
+    def unplanned(self) -> Callable[..., Any]:
+        """The forward that the plan stands in for."""
+        if self.own_forward is not None:
+            return self.own_forward
+        return type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unplanned)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # bound to it as a method, by accelerate for one
+            args = args[1:]
+        if self.removed or not self.model.training or not torch.is_grad_enabled():
+            return self.unplanned(*args, **kwargs)
+        return self._train(args, kwargs)
+
+    def _call(self, args: tuple, kwargs: dict) -> Any:
+        if self.suspended:
+            self.tally.num_unplanned += 1
+            return self.unplanned(*args, **kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._by_own_forward(
+                "it is called under a transform of torch.func", args, kwargs
+            )
+        if self._signature is None:
+            self._signature = self.__signature__
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        try:
+            prepared = self._current()
+        except (PlanMismatchError, CaptureError) as error:
+            if self.on_shape_change == "error":
+                self.tally.last_mismatch = str(error)
+                raise
+            return self._otherwise(error, arguments, args, kwargs)
+        different = prepared.guard.difference(arguments)
+        if different is not None:
+            return self._otherwise(_mismatch(different), arguments, args, kwargs)
+        self.tally.num_planned += 1
+        self._say_gradients_held()
+        return prepared.step(arguments)
+
+    def _otherwise(
+        self, error: Exception, arguments: Mapping[str, Any], args: tuple, kwargs: dict
+    ) -> Any:
+        """What a call does that is not the planned one, by the policy that was asked for."""
+        self.tally.last_mismatch = str(error)
+        if self.on_shape_change == "unplanned":
+            return self._by_own_forward(str(error), args, kwargs)
+        if self.on_shape_change == "replan":
+            return self._replanned(arguments, args, kwargs)
+        raise error
+
+    def _by_own_forward(self, why: str, args: tuple, kwargs: dict) -> Any:
+        self.tally.num_unplanned += 1
+        self.tally.last_mismatch = why
+        self.tally.say(
+            "unplanned",
+            f"a training step of a planned {type(self.model).__name__} is not run by its plan, and "
+            f"its budget of {format_bytes(self.plan.budget_bytes)} is not kept: {why}",
+        )
+        return self.unplanned(*args, **kwargs)
+
+    def watch_backward(self, captured: CapturedStep) -> None:
+        """Notice from now on when a training step does not come here."""
+        self.watching = True
+        self._watch = UnplannedBackward.of(self, captured)
+
+    def stop(self) -> None:
+        """Run the model's own forward from now on, whoever still calls this."""
+        self.removed = True
+        if self._watch is not None:
+            self._watch.stop()
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Make the graphs if they are not made yet, and see whether a call is the planned one.
+
+        Raises
+        ------
+        CallMismatchError
+            Names the first difference.
+        """
+        different = self._current().guard.difference(arguments)
+        if different is not None:
+            raise _mismatch(different)
+
+    # -- the step of the model as it is now ----------------------------------------
+
+    def _current(self) -> Prepared:
+        """The step of the model as it is built now, captured again where it has to be.
+
+        Raises
+        ------
+        PlanMismatchError, CaptureError
+            When the model is no longer the one that was planned.
+        """
+        if self._prepared and self._prepared[0].changed() is None:
+            return self._prepared[0]
+        with self._lock:  # several threads may call a module for the first time
+            for prepared in self._prepared:
+                if prepared.changed() is None:
+                    break
+            else:
+                prepared = self._prepare()
+            self._prepared = [prepared, *(p for p in self._prepared if p is not prepared)]
+            del self._prepared[MAX_VARIANTS:]
+            return prepared
+
+    def _prepare(self) -> Prepared:
+        changed = self._prepared[0].changed() if self._prepared else None
+        captured, self._at_hand = self._at_hand, None
+        if captured is None:
+            try:
+                captured = capture_for(self.plan, self.model, self.unplanned)
+            except PlanMismatchError as error:
+                if changed is None:
+                    raise
+                raise PlanMismatchError(f"{changed}; {error}") from error
+            if changed is not None:
+                self._say_captured_again(changed)
+        graphs = rewrite(captured, self.plan.schedule)
+        if self.watching and self._watch is None:
+            self._watch = UnplannedBackward.of(self, captured)
+        return Prepared(
+            captured=captured,
+            step=PlannedStep(
+                self.model,
+                captured,
+                graphs,
+                self.plan,
+                forward=self.unplanned,
+                tally=self.tally,
+            ),
+            structure=LiveStructure(self.model),
+            guard=LiveGuard(self.plan.guard, self.model, self.plan.device_type, self.__signature__),
+        )
+
+    def _say_captured_again(self, changed: str) -> None:
+        self._num_captures += 1
+        if self._num_captures == _MANY_CAPTURES:
+            self.tally.say(
+                "captured often",
+                f"the step of a planned {type(self.model).__name__} was captured again "
+                f"{_MANY_CAPTURES} times because the model changed ({changed}), which takes the "
+                "time of a capture each; a number that changes often is better kept in a buffer",
+            )
+
+    def _replanned(self, arguments: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
+        for other in self._others:
+            if other._is_for(arguments):
+                break
+        else:
+            plan = replan(self.plan, self.model, arguments, self.unplanned)
+            other = PlannedForward(self.model, plan, plan._captured, "error")
+            other.own_forward = self.own_forward
+            other.tally, other._watch = self.tally, self._watch
+        self._others = [other, *(o for o in self._others if o is not other)][:MAX_REPLANS]
+        return other(*args, **kwargs)
+
+    def _is_for(self, arguments: Mapping[str, Any]) -> bool:
+        try:
+            return self._current().guard.difference(arguments) is None
+        except (PlanMismatchError, CaptureError):
+            return False
+
+    # -- what is said once ----------------------------------------------------------
+
+    def _say_gradients_held(self) -> None:
+        """Gradients of an earlier step that are still there when a forward pass begins."""
+        if self._watch is None or self._watch.parameter.grad is None:
+            return
+        held = sum(
+            p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None
+        )
+        peak = self.plan.predicted_peak_bytes + held
+        if peak > self.plan.budget_bytes:
+            self.tally.say(
+                "gradients held",
+                f"{format_bytes(held)} of gradients are there when a planned step begins, which "
+                f"its plan does not count: its peak may be {format_bytes(peak)}, the budget is "
+                f"{format_bytes(self.plan.budget_bytes)}. Call zero_grad(set_to_none=True) before "
+                "forward, or plan with a budget that is lower by these bytes",
+            )
+
+    # -- copies -----------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
+        model = copy.deepcopy(self.model, memo)
+        twin = PlannedForward(model, self.plan, None, self.on_shape_change)
+        twin.own_forward = copy.deepcopy(self.own_forward, memo)
+        twin.watching, twin.removed = self.watching, self.removed
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle keeps: the graphs are made again on the first call."""
+        made = ("_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._at_hand = None
+        self._begin()
+
+
+def _mismatch(different: str) -> CallMismatchError:
+    return CallMismatchError(
+        f"this call is not the planned one: {different}. Make a plan for it, or apply the "
+        "plan with on_shape_change='unplanned' or 'replan'"
+    )

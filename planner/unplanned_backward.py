@@ -1,0 +1,99 @@
+"""Notices a training step that never came to the plan of its model.
+
+A trainer may put another function in the place of ``model.forward``, and a loop
+may call a part of the module that was planned: the plan then never hears of the
+step. What every training step has in common is that a gradient arrives at a
+parameter, so one parameter of a planned model is watched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from graph_capture.captured_step import CapturedStep
+
+from .wrapped import is_reached
+
+if TYPE_CHECKING:
+    from .planned_forward import PlannedForward
+
+
+@dataclass(kw_only=True)
+class UnplannedBackward:
+    """Watches one parameter of a planned model.
+
+    Parameters
+    ----------
+    planned
+        Is asked how many training calls it has seen.
+    parameter
+        The one that is watched.
+    """
+
+    planned: PlannedForward
+    parameter: torch.Tensor
+    _num_expected: int = 0
+    _handle: RemovableHandle | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, planned: PlannedForward, captured: CapturedStep) -> UnplannedBackward | None:
+        """Watch the first parameter that a step differentiates; ``None`` where there is none."""
+        by_name = dict(planned.model.named_parameters(remove_duplicate=False))
+        for node, _ in captured.step.gradients:
+            parameter = by_name.get(node.meta["target"])
+            if node.meta["role"] == "parameter" and parameter is not None:
+                watch = cls(planned=planned, parameter=parameter)
+                watch._handle = parameter.register_post_accumulate_grad_hook(watch._arrived)
+                return watch
+        return None
+
+    @staticmethod
+    def over(model: nn.Module) -> PlannedForward | None:
+        """The planned forward that watches a parameter of ``model`` for it."""
+        for parameter in model.parameters():
+            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
+                watch = getattr(hook, "__self__", None)
+                if isinstance(watch, UnplannedBackward) and watch.planned.model is model:
+                    return watch.planned
+        return None
+
+    def stop(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _arrived(self, _parameter: torch.Tensor) -> None:
+        planned = self.planned
+        if planned.unwatched or planned.removed:
+            return
+        tally = planned.tally
+        if tally.num_expected > self._num_expected:
+            self._num_expected = tally.num_expected
+            return
+        tally.num_unplanned += 1
+        self._num_expected = tally.num_expected
+        name = type(planned.model).__name__
+        if is_reached(planned.model, planned):
+            why = (
+                f"the loop did not call this {name}, but a part of it, or another module with its "
+                "parameters; plan the module that the loop calls"
+            )
+        else:
+            stand_in = vars(planned.model).get("forward", type(planned.model).forward)
+            where = getattr(stand_in, "__module__", None) or type(stand_in).__module__
+            what = getattr(stand_in, "__qualname__", type(stand_in).__qualname__)
+            why = (
+                f"its forward was replaced by {where}.{what} after the plan was applied; build the "
+                "trainer first, then plan and apply"
+            )
+        tally.last_mismatch = why
+        tally.say(
+            "unplanned",
+            f"a training step of a planned {name} was not run by its plan, and its budget is not "
+            f"kept: {why}",
+        )

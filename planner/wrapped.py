@@ -1,0 +1,35 @@
+"""Find a planned forward behind what others put around it.
+
+Libraries bind a module's forward as a method, wrap it in functions that name
+what they wrap (``functools.wraps``), and unwrap it again.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+from torch import nn
+
+_T = TypeVar("_T")
+_MAX_DEPTH = 32
+
+
+def find_wrapped(forward: Any, kind: type[_T]) -> _T | None:
+    """The first object of a class behind methods, partial functions and wrappers."""
+    for _ in range(_MAX_DEPTH):
+        if isinstance(forward, kind):
+            return forward
+        if isinstance(forward, functools.partial):
+            forward = forward.func
+            continue
+        following = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
+        if following is None:
+            return None
+        forward = following
+    return None
+
+
+def is_reached(model: nn.Module, forward: object) -> bool:
+    """Whether a call of ``model`` comes to ``forward``."""
+    return find_wrapped(vars(model).get("forward"), type(forward)) is forward
