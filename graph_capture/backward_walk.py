@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .eager_formulas import as_eager
 from .errors import NotFittingError
 
 _Gradients = tuple[torch.Tensor | None, ...]
@@ -323,7 +324,7 @@ class _Task:
         gradients.clear()
         made = node.apply(*arguments) if in_python else node(*arguments)
         returned = list(made) if isinstance(made, tuple) else [made]
-        return _by_edge(node, returned) if in_python else returned
+        return _by_edge(node, returned) if in_python else list(as_eager(node, returned, arguments))
 
     def _hand_on(self, edges: Sequence[Any], gradients: list[torch.Tensor | None]) -> None:
         """Add gradients to the buffers of the nodes that they go to; ready nodes queue up.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .formula_operators import PURE
+
 aten = torch.ops.aten
 
 # Batch normalizations that update running_mean and running_var (arguments 3, 4) although
@@ -87,7 +89,7 @@ def why_pinned(node: Node) -> str | None:
     assert isinstance(func, torch._ops.OpOverload)
     if func._schema.name in _CHOICES:
         return "its choice decides what later calls read"
-    if func.namespace not in _PURE_NAMESPACES:
+    if func.namespace not in _PURE_NAMESPACES and func._schema.name not in PURE:
         return "a custom operator; what else it does is unknown"
     if any(isinstance(v, torch.Generator) for v in (*node.args, *node.kwargs.values())):
         return "draws from a generator of its own"

@@ -25,6 +25,7 @@ from .backward_walk import BackwardWalk, Differentiator, Engine, refuse_backward
 from .call_spec import TensorSpec, call_forward, objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
 from .cuda_choices import choices_of_cuda, refuse_recurrent
+from .eager_formulas import take_eager_formulas
 from .errors import CaptureError, NotFittingError
 from .failures import explain_failures
 from .isolation import swap_tensors, undisturbed
@@ -290,6 +291,8 @@ def _trace_with(
             for i, tangent in enumerate(tangents)
         )
         recorder.phase = "backward"
+        if isinstance(differentiator, Engine):
+            take_eager_formulas(tensors[i] for i in differentiated)
         with recorder, without_autocast():
             found = differentiator.grad(
                 [tensors[i] for i in differentiated], [leaf for _, leaf in leaves], tangents

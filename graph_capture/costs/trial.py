@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
+from ..formula_operators import PURE
 from ..recorder import written_arguments
 from .cost_model import Call
 
@@ -61,7 +62,7 @@ _RUN_LENGTH = 64  # of equal values in a mask, as padding and causal masks have 
 
 def is_safe(func: Any) -> bool:
     """Whether a call may run on made-up values."""
-    if func._schema.name in _SAFE_ALL_THE_SAME:
+    if func._schema.name in _SAFE_ALL_THE_SAME or func._schema.name in PURE:
         return True
     if func in (aten.bernoulli.default, aten.bernoulli_.Tensor, aten.bernoulli.out):
         return False  # its argument holds probabilities

@@ -1,0 +1,308 @@
+"""The subjects of the operator sweep: PyTorch's own samples of operators and modules.
+
+Each sample becomes a model whose tensor arguments are activations: parameters
+that hold the sample's own values, twice multiplied by one. What comes out goes
+through a sigmoid, flattened and joined, so that the strides of the result
+matter to what follows.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+import unittest
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+LAYOUTS = ("contiguous", "transposed", "reversed", "channels_last", "in_place")
+
+SIZES = {"XS": 5, "S": 16, "M": 24, "L": 40}
+"""What PyTorch's samples are made of, larger than its own (3, 5, 10, 20): bytes shall matter."""
+
+_LARGEST_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Case:
+    """One step of the sweep, by name.
+
+    Parameters
+    ----------
+    kind
+        ``"operator"`` or ``"module"``.
+    name
+        As PyTorch's database has it, variant included.
+    sample
+        Which of its samples, by rank: 0 is the largest.
+    layout
+        How the arguments lie in memory, or that the operator writes into its argument.
+    """
+
+    kind: str
+    name: str
+    sample: int
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name} #{self.sample} {self.layout}"
+
+
+class NoCase(Exception):
+    """The sample does not train in this layout, with or without a plan."""
+
+
+class Subject(nn.Module):
+    """A call between two layers.
+
+    Parameters
+    ----------
+    call
+        Takes the arguments, nested as the sample has them.
+    tree
+        Arguments; tensors that require grad become activations, the others buffers.
+    layout
+        One of :data:`LAYOUTS`.
+    """
+
+    def __init__(self, call: Any, tree: Any, layout: str) -> None:
+        super().__init__()
+        leaves, self._spec = tree_flatten(tree)
+        self._call = [call] if not isinstance(call, nn.Module) else None  # a list: no submodule
+        self.inner = call if isinstance(call, nn.Module) else None
+        self.values = nn.ParameterList()
+        self._leaves: list[Any] = []
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                self.values.append(nn.Parameter(_laid_out(leaf.detach().clone(), layout)))
+                self._leaves.append(("value", len(self.values) - 1))
+            elif isinstance(leaf, Tensor):
+                self.register_buffer(f"given_{i}", leaf.detach().clone())
+                self._leaves.append(("given", f"given_{i}"))
+            else:
+                self._leaves.append(("plain", leaf))
+        if not len(self.values):
+            raise NoCase("no argument requires grad")
+        self.first = nn.Parameter(torch.ones(()))
+        self.second = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[tuple[int, ...]]]:
+        made = []
+        for kind, what in self._leaves:
+            if kind == "value":
+                made.append(self.values[what] * self.first * (self.second * x))
+            else:
+                made.append(getattr(self, what) if kind == "given" else what)
+        call = self.inner if self._call is None else self._call[0]
+        return _joined(call(*tree_unflatten(made, self._spec)))
+
+
+def _joined(result: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
+    """All that can be differentiated of a result, in one row; and the strides of it all."""
+    parts, strides = [], []
+    for t in tree_leaves(result):
+        if isinstance(t, Tensor):
+            strides.append(t.stride())
+            if t.requires_grad:
+                t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+                parts.append(torch.sigmoid(t).flatten())
+    if not parts:
+        raise NoCase("nothing that it returns can be differentiated")
+    return torch.cat(parts), strides
+
+
+def _laid_out(t: Tensor, layout: str) -> Tensor:
+    if layout == "transposed" and t.dim() >= 2:
+        return t.transpose(-2, -1).contiguous().transpose(-2, -1)
+    if layout == "reversed" and t.dim() >= 3:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "channels_last" and t.dim() in (4, 5):
+        last = torch.channels_last if t.dim() == 4 else torch.channels_last_3d
+        return t.contiguous(memory_format=last)
+    return t.contiguous()
+
+
+def loss_of(output: tuple[Tensor, list[tuple[int, ...]]]) -> Tensor:
+    """What the training loop computes from a subject's output."""
+    return output[0].square().mean()
+
+
+# -- PyTorch's databases ------------------------------------------------------------------
+
+
+@cache
+def _databases() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Operators and modules by name."""
+    if "expecttest" not in sys.modules:
+        # PyTorch's testing code derives a class from this one of a package that nothing here needs.
+        stub: Any = types.ModuleType("expecttest")
+        stub.TestCase = unittest.TestCase
+        sys.modules["expecttest"] = stub
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+        from torch.testing._internal.common_modules import module_db
+    operators = {
+        f"{op.name}{'.' + op.variant_test_name if op.variant_test_name else ''}": op
+        for op in op_db
+        if op.supports_autograd and torch.float32 in op.dtypes
+    }
+    return operators, {info.name: info for info in module_db}
+
+
+@contextmanager
+def _larger_samples() -> Iterator[None]:
+    """While active, samples are made of :data:`SIZES`."""
+    parts = [m for n, m in sys.modules.items() if n.startswith("torch.testing._internal.")]
+    changed: list[tuple[Any, str, Any]] = []
+    for part in parts:
+        for name, size in SIZES.items():
+            if isinstance(vars(part).get(name), int):
+                changed.append((part, name, getattr(part, name)))
+                setattr(part, name, size)
+    try:
+        yield
+    finally:
+        for part, name, size in changed:
+            setattr(part, name, size)
+
+
+def all_cases(num_samples: int) -> list[Case]:
+    """Every operator and module, with so many samples of each in every layout.
+
+    Which of them exist shows when they are made.
+    """
+    operators, modules = _databases()
+    names = [("operator", n) for n in operators] + [("module", n) for n in modules]
+    return [
+        Case(kind=kind, name=name, sample=i, layout=layout)
+        for kind, name in names
+        for i in range(num_samples)
+        for layout in LAYOUTS
+        if kind == "operator" or layout != "in_place"
+    ]
+
+
+def some_cases(num: int, seed: int) -> list[Case]:
+    """A seeded choice, for a test suite."""
+    return sorted(random.Random(seed).sample(all_cases(1), num))
+
+
+def subject_of(case: Case) -> Callable[[], Subject]:
+    """Builds the case's model; the same one each time that it is called.
+
+    Raises
+    ------
+    NoCase
+        When there is no such sample, or it does not differ from the contiguous one.
+    """
+    made = _operator(case) if case.kind == "operator" else _module(case)
+    for larger in (True, False):
+        try:
+            build = made(larger)
+            build()
+            return build
+        except NoCase:
+            raise
+        except Exception as error:  # noqa: BLE001 - sizes that must be PyTorch's own raise anything
+            failure = error
+    raise NoCase(f"its samples cannot be made: {failure}")
+
+
+def _operator(case: Case) -> Callable[[bool], Callable[[], Subject]]:
+    op = _databases()[0][case.name]
+    call = op.op
+    if case.layout == "in_place":
+        if op.inplace_variant is None:
+            raise NoCase("it has no in-place variant")
+        call = op.inplace_variant
+
+    def made(larger: bool) -> Callable[[], Subject]:
+        samples = _ranked(
+            lambda: [
+                s
+                for s in op.sample_inputs("cpu", torch.float32, requires_grad=True)
+                if not (case.layout == "in_place" and s.broadcasts_input)
+            ],
+            lambda s: (s.input, s.args, s.kwargs),
+            larger,
+        )
+        if case.sample >= len(samples):
+            raise NoCase("no such sample")
+        sample = samples[case.sample]
+        tree = ((sample.input, *sample.args), dict(sample.kwargs))
+        if not _matters(tree, case.layout):
+            raise NoCase("no argument lies differently")
+
+        def run(args: Any, kwargs: Any) -> Any:
+            return sample.output_process_fn_grad(call(*args, **kwargs))
+
+        return lambda: Subject(run, tree, case.layout)
+
+    return made
+
+
+def _module(case: Case) -> Callable[[bool], Callable[[], Subject]]:
+    info = _databases()[1][case.name]
+
+    def made(larger: bool) -> Callable[[], Subject]:
+        samples = _ranked(
+            lambda: info.module_inputs_func(
+                info, device="cpu", dtype=torch.float32, requires_grad=True, training=True
+            ),
+            lambda s: (s.forward_input.args, s.forward_input.kwargs),
+            larger,
+        )
+        samples = [s for s in samples if s.forward_input is not None]
+        if case.sample >= len(samples):
+            raise NoCase("no such sample")
+        made_of, given = samples[case.sample].constructor_input, samples[case.sample].forward_input
+        tree = (tuple(given.args), dict(given.kwargs))
+        if not _matters(tree, case.layout):
+            raise NoCase("no argument lies differently")
+
+        class Called(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.subject = info.module_cls(*made_of.args, **made_of.kwargs).train()
+
+            def forward(self, args: Any, kwargs: Any) -> Any:
+                return self.subject(*args, **kwargs)
+
+        return lambda: Subject(Called(), tree, case.layout)
+
+    return made
+
+
+def _ranked(samples: Callable[[], Any], tree_of: Callable[[Any], Any], larger: bool) -> list[Any]:
+    """Samples, the one with the most elements first; of equals, PyTorch's order."""
+    torch.manual_seed(0)
+    random.seed(0)
+    if larger:
+        with _larger_samples():
+            found = list(samples())
+    else:
+        found = list(samples())
+
+    def elements(sample: Any) -> int:
+        tensors = [t for t in tree_leaves(tree_of(sample)) if isinstance(t, Tensor)]
+        num = sum(t.numel() for t in tensors)
+        return num if num <= _LARGEST_ELEMENTS else -num
+
+    return sorted(found, key=elements, reverse=True)
+
+
+def _matters(tree: Any, layout: str) -> bool:
+    """Whether a layout makes a difference to the tensors that are differentiated."""
+    tensors = [t for t in tree_leaves(tree) if isinstance(t, Tensor) and t.requires_grad]
+    if layout in ("contiguous", "in_place"):
+        return True
+    return any(_laid_out(t.detach(), layout).stride() != t.contiguous().stride() for t in tensors)

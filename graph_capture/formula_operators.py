@@ -1,0 +1,165 @@
+"""Gradient formulas that eager PyTorch chooses by values, as operators of one call each.
+
+While a dispatch mode is active PyTorch's own formulas avoid every look at a value
+(``isTensorSubclassLike`` is true of every tensor then), and compute the same
+gradient in another way, with other last bits. These operators do at run time
+what eager does without a mode, the look at the values included. They are pure:
+the same arguments give the same bits.
+
+Source: the derivations in PyTorch's ``FunctionsManual.cpp`` and ``ReduceOps.cpp``
+(``prod_backward``, ``cumprod_backward``, ``evenly_distribute_backward``,
+``masked_fill_backward``), with grad mode off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "remat"
+
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # lives as long as the process
+
+_SCHEMAS = {
+    "prod_backward": "(Tensor grad, Tensor input, Tensor result) -> Tensor",
+    "prod_dim_backward": (
+        "(Tensor grad, Tensor input, Tensor result, int dim, bool keepdim) -> Tensor"
+    ),
+    "cumprod_backward": "(Tensor grad, Tensor input, Tensor output, int dim) -> Tensor",
+    "evenly_distribute_backward": "(Tensor grad, Tensor input, Tensor value) -> Tensor",
+    "masked_fill_value_backward": "(Tensor grad, Tensor mask) -> Tensor",
+}
+
+PURE = frozenset(f"{NAMESPACE}::{name}" for name in _SCHEMAS)
+"""Schema names of the operators; each may be repeated."""
+
+
+def _prod_without_zeros(grad: Tensor, given: Tensor, result: Tensor) -> Tensor:
+    return grad * (result / given).conj()
+
+
+def _prod_with_zeros(grad: Tensor, given: Tensor, dim: int) -> Tensor:
+    """The product of all others, from both ends."""
+    if given.numel() == 0:
+        return grad.expand_as(given).clone()
+    if given.shape[dim] == 1:
+        return grad.clone()
+    shape = list(given.shape)
+    shape[dim] = 1
+    ones = torch.ones(shape, dtype=grad.dtype, device=grad.device)
+    length = given.shape[dim] - 1
+    before = torch.cat([ones, given.narrow(dim, 0, length)], dim).cumprod(dim)
+    after = torch.cat([ones, given.narrow(dim, 1, length).flip(dim)], dim).cumprod(dim).flip(dim)
+    return grad * (before * after).conj()
+
+
+def _laid_out_as(made: Tensor, like: Tensor) -> Tensor:
+    """The same values with the strides that the capture saw, those of the usual branch."""
+    if made.stride() == like.stride():
+        return made
+    return torch.empty_strided(
+        like.shape, like.stride(), dtype=made.dtype, device=made.device
+    ).copy_(made)
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _prod_backward(grad: Tensor, input: Tensor, result: Tensor) -> Tensor:
+    num_zeros = (input == 0).nonzero().shape[0]
+    if num_zeros == 0:
+        return _prod_without_zeros(grad, input, result)
+    if num_zeros > 1:
+        made = torch.zeros_like(input, memory_format=torch.contiguous_format)
+    else:
+        made = _prod_with_zeros(grad, input.contiguous().view(-1), 0).view(input.shape)
+    return _laid_out_as(
+        made, _prod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(result))
+    )
+
+
+def _prod_dim_backward(
+    grad: Tensor, input: Tensor, result: Tensor, dim: int, keepdim: bool
+) -> Tensor:
+    if not keepdim:
+        grad, result = grad.unsqueeze(dim), result.unsqueeze(dim)
+    if (input == 0).sum(dim, keepdim=True).sum().item() == 0:
+        return _prod_without_zeros(grad, input, result)
+    like = _prod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(result))
+    return _laid_out_as(_prod_with_zeros(grad, input, dim), like)
+
+
+def _prod_dim_meta(grad: Tensor, input: Tensor, result: Tensor, dim: int, keepdim: bool) -> Tensor:
+    if not keepdim:
+        grad, result = grad.unsqueeze(dim), result.unsqueeze(dim)
+    return _prod_without_zeros(grad, input, result)
+
+
+def _reversed_cumsum(t: Tensor, dim: int) -> Tensor:
+    return t.flip(dim).cumsum(dim).flip(dim)
+
+
+def _cumprod_without_zeros(grad: Tensor, given: Tensor, output: Tensor, dim: int) -> Tensor:
+    return _reversed_cumsum(output.conj() * grad, dim).div(given.conj())
+
+
+def _cumprod_backward(grad: Tensor, input: Tensor, output: Tensor, dim: int) -> Tensor:
+    """In one pass over the dimension: before its first zero, at it, and nothing after it.
+
+    Between the first zero and the second the gradient of what comes later is zero,
+    and that of the zero itself is the sum over the products that leave it out.
+    """
+    is_zero = input == 0
+    if is_zero.any().item() == 0:
+        return _cumprod_without_zeros(grad, input, output, dim)
+    weighted, given = output.conj() * grad, input.conj()
+    made = torch.zeros(input.shape, dtype=grad.dtype, device=grad.device)
+    num_zeros = is_zero.cumsum(dim)
+    before = num_zeros == 0
+    tail_sums = _reversed_cumsum(weighted.masked_fill(~before, 0.0), dim).div_(given)
+    made.masked_scatter_(before, tail_sums.masked_select(before))
+    between = num_zeros == 1
+    first = between.max(dim, keepdim=True).indices
+    at_first = torch.zeros_like(between).scatter_(dim, first, 1).logical_and_(between)
+    between &= ~at_first
+    left_out = given.masked_fill(~between, 1.0).cumprod(dim)
+    left_out = left_out.mul_(grad.masked_fill(num_zeros != 1, 0.0)).sum(dim, keepdim=True)
+    leading = output.conj().gather(dim, (first - 1).relu_()).masked_fill_(first == 0, 1.0)
+    made.masked_scatter_(at_first, left_out.mul_(leading).masked_select(at_first))
+    like = _cumprod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(output), dim)
+    return _laid_out_as(made, like)
+
+
+def _evenly_distribute_backward(grad: Tensor, input: Tensor, value: Tensor) -> Tensor:
+    mask = input.isnan() if value.isnan().item() else input == value
+    return grad.new_zeros(input.shape).masked_fill_(mask, grad / mask.sum())
+
+
+def _evenly_distribute_meta(grad: Tensor, input: Tensor, value: Tensor) -> Tensor:
+    return grad.new_zeros(input.shape)
+
+
+def _masked_fill_value_backward(grad: Tensor, mask: Tensor) -> Tensor:
+    return grad.masked_select(mask).sum()
+
+
+def _masked_fill_value_meta(grad: Tensor, mask: Tensor) -> Tensor:
+    return grad.sum()
+
+
+_KERNELS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "prod_backward": (_prod_backward, _prod_without_zeros),
+    "prod_dim_backward": (_prod_dim_backward, _prod_dim_meta),
+    "cumprod_backward": (_cumprod_backward, _cumprod_without_zeros),
+    "evenly_distribute_backward": (_evenly_distribute_backward, _evenly_distribute_meta),
+    "masked_fill_value_backward": (_masked_fill_value_backward, _masked_fill_value_meta),
+}
+
+for _name, (_kernel, _fake) in _KERNELS.items():
+    _LIBRARY.define(f"{_name}{_SCHEMAS[_name]}")
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,51 @@
+"""A sample of the operator sweep."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.sweeps.operator_cases import Case, NoCase, all_cases, some_cases, subject_of
+from benchmarks.sweeps.operator_judge import class_of_refusal, judge
+from benchmarks.sweeps.operators import table
+
+ALLOWED = ("green", "refused", "prediction off", "no case")
+
+
+@pytest.mark.parametrize("case", some_cases(3, seed=2), ids=str)
+def test_case_keeps_the_promise(case: Case) -> None:
+    """No case has other bits, other strides or a higher peak than its budget, or raises later."""
+    verdict = judge(case)
+    assert verdict.outcome in ALLOWED, verdict.why
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", some_cases(150, seed=1), ids=str)
+def test_more_cases_keep_the_promise(case: Case) -> None:
+    """The same of more cases."""
+    verdict = judge(case)
+    assert verdict.outcome in ALLOWED, verdict.why
+
+
+def test_layouts_give_other_strides() -> None:
+    """A transposed case hands its operator an activation that is not contiguous."""
+    case = Case(kind="module", name="nn.BatchNorm1d", sample=0, layout="transposed")
+    (values,) = subject_of(case)().values
+    assert values.stride() == (values.shape[1] * values.shape[2], 1, values.shape[1])
+
+
+def test_absent_samples_are_no_cases() -> None:
+    """An operator without an in-place variant has no such case."""
+    with pytest.raises(NoCase, match="no in-place variant"):
+        subject_of(Case(kind="operator", name="prod", sample=0, layout="in_place"))
+
+
+def test_there_are_hundreds_of_operators() -> None:
+    """The databases are all there: far more operators and modules than anyone writes down."""
+    assert len({(c.kind, c.name) for c in all_cases(1)}) > 600
+
+
+def test_table_counts_by_class() -> None:
+    """What is not green stands in the table with its class."""
+    verdict = judge(Case(kind="operator", name="prod", sample=0, layout="in_place"))
+    assert "| refused | 0 |" in table([verdict], 1, 1.0)
+    assert class_of_refusal("x\n  a 'b' 12 c (at d)") == "a … … c"

@@ -1,0 +1,94 @@
+"""Gradient formulas that PyTorch takes differently while a dispatch mode records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graph_capture.captured_step import capture_step
+from planner import optimize
+from tests.bitwise import assert_same_tensors, assert_same_training
+
+
+def _some_zeros(t: Tensor) -> Tensor:
+    return torch.where((torch.arange(t.numel()).view(t.shape) % 7) == 3, 0.0, t)
+
+
+def _one_zero(t: Tensor) -> Tensor:
+    return torch.where(torch.arange(t.numel()).view(t.shape) == 3, 0.0, t)
+
+
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "prod": lambda h: h[:2, 0, :3].prod(),
+    "prod with a zero": lambda h: _one_zero(h[:2, 0, :3]).prod(),
+    "prod with zeros": lambda h: _some_zeros(h[:2, 0]).prod(),
+    "prod(dim)": lambda h: h.prod(1),
+    "prod(dim, keepdim)": lambda h: h.prod(-1, keepdim=True),
+    "prod(dim) with zeros": lambda h: _some_zeros(h).prod(1),
+    "prod(dim) of a transposed tensor": lambda h: _some_zeros(h.transpose(1, 2)).prod(1),
+    "cumprod": lambda h: h.cumprod(-1),
+    "cumprod with zeros": lambda h: _some_zeros(h).cumprod(1),
+    "cumprod with zeros, transposed": lambda h: _some_zeros(h.transpose(0, 2)).cumprod(0),
+    "max": lambda h: -h.max(),
+    "min": lambda h: -h.round(decimals=1).min(),
+    "median": lambda h: -h.median(),
+    "nanmedian": lambda h: -h.nanmedian(),
+    "masked_fill": lambda h: h.masked_fill(h > 0.2, h.mean()),
+    "complex prod": lambda h: torch.complex(h, 2 * h).prod(1).abs(),
+    "masked prod": lambda h: torch.masked.prod(h, 1, mask=h > 0),
+}
+
+
+class _Between(nn.Module):
+    """A formula between two layers."""
+
+    def __init__(self, formula: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self._formula = [formula]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h) * self._formula[0](h).sum()
+
+
+def _loss(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradients_have_eager_bits(name: str) -> None:
+    """What is planned takes the formula that eager takes, whatever the values are."""
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plan = optimize(_Between(FORMULAS[name]), x, budget_gb=1, loss_fn=_loss)
+    assert_same_training(
+        lambda: _Between(FORMULAS[name]), plan.apply, lambda _seed: x, loss_fn=_loss, steps=1
+    )
+
+
+def test_operator_runs_twice_alike() -> None:
+    """A formula's operator may be recomputed: it is pinned by nothing."""
+    x = torch.randn(6, 5, 8)
+    step = capture_step(_Between(FORMULAS["cumprod"]), {"x": x}, loss=_loss)
+    code = [op for op in step.graph.operators if "remat.cumprod_backward" in op.target]
+    assert [op.pinned for op in code] == [None]
+
+
+def test_zeros_leave_the_strides_as_captured() -> None:
+    """The branch with zeros hands out the strides of the one without, with eager's values."""
+    given = torch.randn(5, 3, 4).transpose(0, 2)
+    strides = []
+    for values in (given, torch.where(given > 1, 0.0, given)):
+        values = values.clone().requires_grad_()
+        result = values.prod(1)
+        (expected,) = torch.autograd.grad(result.sum(), values)
+        made = torch.ops.remat.prod_dim_backward(
+            torch.ones_like(result), values.detach(), result.detach(), 1, False
+        )
+        strides.append(made.stride())
+        assert_same_tensors({"gradient": expected}, {"gradient": made})
+    assert strides[0] == strides[1]
