@@ -12,11 +12,13 @@ from torch import nn
 from .errors import PlanError
 from .planned_forward import PlannedForward
 from .recapture import capture_for, on_card_of
-from .unplanned_backward import UnplannedBackward
 from .wrapped import find_wrapped
 
 if TYPE_CHECKING:
     from .plan import OnShapeChange, Plan
+
+# Where a module keeps it: what stands in its ``forward`` may be wrapped or replaced by others.
+_KEPT = "_remat_planned_forward"
 
 _POLICIES = ("error", "unplanned", "replan")
 
@@ -59,7 +61,7 @@ def apply_plan(plan: Plan, model: nn.Module, on_shape_change: OnShapeChange) -> 
     if planned_forward(model) is not None:
         remove_plan(model)
     planned = PlannedForward(model, plan, captured, on_shape_change)
-    model.__dict__["forward"] = planned
+    model.__dict__["forward"] = model.__dict__[_KEPT] = planned
     planned.watch_backward(captured)
     return model
 
@@ -70,6 +72,7 @@ def remove_plan(model: nn.Module) -> nn.Module:
     if planned is None:
         raise PlanError(f"no plan is applied to this {type(model).__name__}")
     planned.stop()
+    del model.__dict__[_KEPT]
     forward: Any = model.__dict__.get("forward")
     if planned in (forward, getattr(forward, "__func__", None)):
         _set_forward(model, planned.own_forward)
@@ -123,11 +126,9 @@ def unplanned(model: nn.Module) -> Iterator[None]:
 
 
 def planned_forward(model: nn.Module) -> PlannedForward | None:
-    """What runs the plan of a module, behind whatever was put around or before it."""
-    found = find_wrapped(model.__dict__.get("forward"), PlannedForward)
-    if found is None or found.model is not model:
-        found = UnplannedBackward.over(model)
-    return None if found is None or found.removed else found
+    """What runs the plan of a module, whatever was put around it or in its place."""
+    found = model.__dict__.get(_KEPT)
+    return found if isinstance(found, PlannedForward) else None
 
 
 def original_forward(model: nn.Module) -> Callable[..., Any]:

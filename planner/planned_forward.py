@@ -22,7 +22,7 @@ from .make_plan import replan
 from .recapture import capture_for
 from .rewrite import rewrite
 from .runtime import PlannedStep
-from .structure import LiveStructure
+from .structure import LiveStructure, Structure
 from .tally import Tally
 from .unplanned_backward import UnplannedBackward
 
@@ -80,7 +80,8 @@ class PlannedForward:
         self.watching = False
         self.tally = Tally()
         self._num_captures = 0
-        self._at_hand = captured
+        self._at_hand: tuple[CapturedStep, Structure] | None
+        self._at_hand = None if captured is None else (captured, Structure.of(model))
         self._begin()
 
     def _begin(self) -> None:
@@ -203,7 +204,11 @@ class PlannedForward:
 
     def _prepare(self) -> Prepared:
         changed = self._prepared[0].changed() if self._prepared else None
-        captured, self._at_hand = self._at_hand, None
+        at_hand, self._at_hand = self._at_hand, None
+        captured = None
+        if at_hand is not None:
+            changed = at_hand[1].difference()
+            captured = at_hand[0] if changed is None else None
         if captured is None:
             try:
                 captured = capture_for(self.plan, self.model, self.unplanned)

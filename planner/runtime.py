@@ -144,8 +144,7 @@ class PlannedStep:
             if outputs[i].numel() > 1:
                 outputs[i] = _HandOver.apply(outputs[i], call.handed_over, place)
         for i in self._detached:
-            anchor = torch.empty((), device="meta", requires_grad=True)
-            outputs[i] = _NotPlanned.apply(outputs[i], anchor, self._layout.template.names[i])
+            outputs[i] = _NotPlanned.apply(outputs[i], _anchor(), self._layout.template.names[i])
         return self._layout.template.build(outputs)
 
     # -- forward -------------------------------------------------------------------
@@ -177,13 +176,6 @@ class PlannedStep:
     ) -> list[torch.Tensor | None]:
         """Gradients of the step's inputs, by the plan where it can give what is asked for."""
         self._tally.num_backward += 1
-        if torch.is_grad_enabled():
-            raise CallMismatchError(
-                "a gradient is asked of a planned model that can be differentiated again "
-                "(create_graph=True), and a plan holds first derivatives only: make this call of "
-                "the model under `with planner.unplanned(model):`, or plan a module whose forward "
-                "takes the derivative and returns the loss"
-            )
         retained = torch._C._autograd._get_current_graph_task_keep_graph()
         outputs = self._layout.differentiated
         given = [
@@ -299,7 +291,12 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        return (None, None, *ctx.step.run_backward(ctx, ctx.call, gradients))
+        again = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad():
+            found = ctx.step.run_backward(ctx, ctx.call, gradients)
+        if again:
+            found = [None if g is None else _FirstDerivative.apply(g, _anchor()) for g in found]
+        return (None, None, *found)
 
 
 class _HandOver(torch.autograd.Function):
@@ -317,10 +314,30 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():  # refused by the step itself, in its own words
-            return gradient, None, None
-        ctx.handed_over[ctx.place] = gradient
+        ctx.handed_over[ctx.place] = gradient.detach()
         return gradient.new_empty(()).expand(gradient.shape), None, None
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that a plan computed: it can be used, not differentiated.
+
+    Eager adds what comes from a loss and what comes from its gradient at each
+    activation; a plan that ran already could only add at the parameters, with other
+    last bits.
+    """
+
+    @staticmethod
+    def forward(_ctx: Any, gradient: torch.Tensor, _anchor: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradient: torch.Tensor) -> Any:
+        raise CallMismatchError(
+            "a gradient of a planned model is differentiated again (create_graph=True), and a "
+            "plan holds first derivatives only: make this call of the model under `with "
+            "planner.unplanned(model):`, or plan a module whose forward takes the derivative and "
+            "returns the loss"
+        )
 
 
 class _NotPlanned(torch.autograd.Function):
@@ -341,6 +358,11 @@ class _NotPlanned(torch.autograd.Function):
             f"output {ctx.name!r} was not planned as differentiated, and a loss was made of it: "
             "plan with loss_fn=, the whole loss that the loop computes, or detach the output"
         )
+
+
+def _anchor() -> torch.Tensor:
+    """Makes what is computed beside it require grad; takes no memory."""
+    return torch.empty((), device="meta", requires_grad=True)
 
 
 def _reads_what_it_writes(captured: CapturedStep) -> bool:

@@ -8,11 +8,11 @@ parameter, so one parameter of a planned model is watched.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from graph_capture.captured_step import CapturedStep
@@ -30,12 +30,13 @@ class UnplannedBackward:
     Parameters
     ----------
     planned
-        Is asked how many training calls it has seen.
+        Is asked how many backward passes it has seen. Not kept alive: the collector does not
+        see through a hook on a tensor.
     parameter
         The one that is watched.
     """
 
-    planned: PlannedForward
+    planned: weakref.ref[PlannedForward]
     parameter: torch.Tensor
     _num_expected: int = 0
     _handle: RemovableHandle | None = field(default=None, repr=False)
@@ -47,19 +48,9 @@ class UnplannedBackward:
         for node, _ in captured.step.gradients:
             parameter = by_name.get(node.meta["target"])
             if node.meta["role"] == "parameter" and parameter is not None:
-                watch = cls(planned=planned, parameter=parameter)
+                watch = cls(planned=weakref.ref(planned), parameter=parameter)
                 watch._handle = parameter.register_post_accumulate_grad_hook(watch._arrived)
                 return watch
-        return None
-
-    @staticmethod
-    def over(model: nn.Module) -> PlannedForward | None:
-        """The planned forward that watches a parameter of ``model`` for it."""
-        for parameter in model.parameters():
-            for hook in (parameter._post_accumulate_grad_hooks or {}).values():
-                watch = getattr(hook, "__self__", None)
-                if isinstance(watch, UnplannedBackward) and watch.planned.model is model:
-                    return watch.planned
         return None
 
     def stop(self) -> None:
@@ -68,8 +59,8 @@ class UnplannedBackward:
             self._handle.remove()
 
     def _arrived(self, _parameter: torch.Tensor) -> None:
-        planned = self.planned
-        if planned.unwatched or planned.removed:
+        planned = self.planned()
+        if planned is None or planned.unwatched or planned.removed:
             return
         tally = planned.tally
         if tally.num_expected > self._num_expected:
