@@ -72,16 +72,20 @@ class Recorder(TorchDispatchMode):
         Says which node of autograd is being differentiated.
     repeated
         Runs the calls; ``None`` leaves each to PyTorch.
+    on_call
+        Is called by each call that is dispatched.
     """
 
     def __init__(
         self,
         current_node: Callable[[], Any] = torch._C._current_autograd_node,
         repeated: RepeatedCalls | None = None,
+        on_call: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self._current_node = current_node
         self._repeated = repeated
+        self._on_call = on_call
         self.graph = Graph()
         self.phase = "forward"
         self.constants: dict[str, torch.Tensor] = {}
@@ -169,6 +173,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             raise CaptureError(f"{func} cannot be recorded ({self._where()})")
+        self._on_call()
         if self._known.answers(func, args):
             return self._known.number(args)
         if torch.Tag.inplace_view in func.tags and func._schema.name != "aten::set_":

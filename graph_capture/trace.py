@@ -8,9 +8,10 @@ Nothing is allocated, and the model is left as it was.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ from .module_state import (
     state_of,
 )
 from .outputs import OutputTemplate, take_apart, tensors_within
+from .reading import Watcher
+from .reads import Reads
 from .recorder import Recorder, storage_id
 from .repeated_calls import RepeatedCalls
 from .stand_ins import StandIns
@@ -97,6 +100,8 @@ class TracedStep:
         Tensors that forward uses beside parameters, buffers and inputs.
     reassigned
         Buffers that forward replaces.
+    reads
+        What forward and backward read beside all these, which must stay as it is.
     """
 
     graph: Graph
@@ -110,6 +115,7 @@ class TracedStep:
     detached: tuple[int, ...]
     how: str
     reassigned: tuple[Reassigned, ...] = ()
+    reads: Reads = field(default_factory=Reads, compare=False)
 
     @property
     def branch_free(self) -> bool:
@@ -155,7 +161,9 @@ def trace_step(
         (COMPILING, _pretend_compiling),
     ]
     failures: list[tuple[str, BaseException]] = []
+    forward = forward or model.forward
     for how, context in attempts:
+        watcher = Watcher(model, forward)
         try:
             with (
                 undisturbed(model, objects_of(arguments)),
@@ -164,7 +172,9 @@ def trace_step(
                 _quiet_fake_tensors(),
                 context(),
             ):
-                return _trace(model, forward or model.forward, arguments, loss, how, target)
+                step = _trace(watcher, model, forward, arguments, loss, how, target)
+            # What was read is what lies there once forward's own changes are undone.
+            return replace(step, reads=watcher.reads())
         except (NotFittingError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # whatever user code raises on stand-ins ends this attempt
@@ -196,6 +206,7 @@ def _pretend_compiling() -> Iterator[None]:
 
 
 def _trace(
+    watcher: Watcher,
     model: nn.Module,
     forward: Callable[..., Any],
     arguments: Mapping[str, Any],
@@ -210,11 +221,24 @@ def _trace(
         differentiator = walk = BackwardWalk()
         watching = walk.watching()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder(differentiator.current_node, RepeatedCalls(fake_mode))
+    recorder = Recorder(
+        differentiator.current_node,
+        RepeatedCalls(fake_mode),
+        lambda: watcher.look_at_stack(sys._getframe(2), __file__),
+    )
     try:
         with watching:
             return _trace_with(
-                recorder, differentiator, fake_mode, model, forward, arguments, loss, how, target
+                recorder,
+                watcher,
+                differentiator,
+                fake_mode,
+                model,
+                forward,
+                arguments,
+                loss,
+                how,
+                target,
             )
     except Exception as error:
         if recorder.failed_at:
@@ -224,6 +248,7 @@ def _trace(
 
 def _trace_with(
     recorder: Recorder,
+    watcher: Watcher,
     differentiator: Differentiator,
     fake_mode: FakeTensorMode,
     model: nn.Module,
@@ -266,7 +291,7 @@ def _trace_with(
         torch.enable_grad(),
         fake_mode,
     ):
-        with recorder, recorder.module_paths(model):
+        with watcher.watching(), recorder, recorder.module_paths(model):
             output = call_forward(forward, fake_arguments)
         if recorder.draws_outside is not None:
             raise NotFittingError(
@@ -293,7 +318,7 @@ def _trace_with(
         recorder.phase = "backward"
         if isinstance(differentiator, Engine):
             take_eager_formulas(tensors[i] for i in differentiated)
-        with recorder, without_autocast():
+        with watcher.watching(), recorder, without_autocast():
             found = differentiator.grad(
                 [tensors[i] for i in differentiated], [leaf for _, leaf in leaves], tangents
             )

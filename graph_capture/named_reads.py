@@ -1,0 +1,94 @@
+"""What a function names outside itself: globals, closure cells, and attributes of those.
+
+``TAU``, ``config.gain``, ``Scale.k`` are found in the bytecode, where a name is
+followed by the attributes that are asked of it. What is fetched by other ways
+(``getattr`` with a computed name, an object that was first put into a local
+variable) is not; attributes of objects are then seen while the function runs, see
+:mod:`~graph_capture.reading`.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_TORCH_ROOT = str(Path(torch.__file__).parent)
+_OWN_ROOTS = tuple(
+    str(Path(__file__).parent.parent / package) for package in ("graph_capture", "planner")
+)
+_LIBRARY_ROOT = sysconfig.get_paths()["purelib"]
+_STANDARD_ROOT = sysconfig.get_paths()["stdlib"]
+_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
+_FREE = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
+_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+
+
+def is_users(code: types.CodeType) -> bool:
+    """Whether a function is neither PyTorch's, nor Python's, nor of this project."""
+    return is_users_file(code.co_filename)
+
+
+def is_library(code: types.CodeType) -> bool:
+    """Whether a function comes from an installed package."""
+    return code.co_filename.startswith(_LIBRARY_ROOT)
+
+
+@lru_cache(maxsize=4096)
+def is_users_file(name: str) -> bool:
+    """Whether a file is neither PyTorch's, nor Python's, nor of this project."""
+    if name.startswith(("<frozen", "<eval_with_key>", "<__array_function__", _TORCH_ROOT)):
+        return False
+    if name.startswith(_OWN_ROOTS):
+        return False
+    return name.startswith(_LIBRARY_ROOT) or not name.startswith(_STANDARD_ROOT)
+
+
+def is_users_class(cls: type) -> bool:
+    """Whether a class is neither PyTorch's nor Python's."""
+    root = (cls.__module__ or "").partition(".")[0]
+    return root == "__main__" or (root != "torch" and root not in sys.stdlib_module_names)
+
+
+@lru_cache(maxsize=4096)
+def names_in(code: types.CodeType) -> tuple[tuple[bool, str, tuple[str, ...]], ...]:
+    """Whether it is a free variable, its name, and the attributes asked of it one after another.
+
+    Those of functions inside the function, too.
+    """
+    found: dict[tuple[bool, str, tuple[str, ...]], None] = {}
+    for function in _with_inner(code):
+        name, free, chain = "", False, []
+        for instruction in dis.get_instructions(function):
+            if name and instruction.opname in _ATTRIBUTE:
+                chain.append(str(instruction.argval))
+                continue
+            if name:
+                found[free, name, tuple(chain)] = None
+            name, chain = "", []
+            if instruction.opname in _GLOBAL:
+                name, free = str(instruction.argval), False
+            elif instruction.opname in _FREE and instruction.argval in code.co_freevars:
+                name, free = str(instruction.argval), True
+        if name:
+            found[free, name, tuple(chain)] = None
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def words_in(code: types.CodeType) -> frozenset[str]:
+    """Every name of a global or an attribute that occurs in a function."""
+    return frozenset(name for function in _with_inner(code) for name in function.co_names)
+
+
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _with_inner(constant)

@@ -1,0 +1,360 @@
+"""See what a step reads beside its arguments, while it is traced.
+
+Attributes of modules are seen because ``nn.Module.__getattribute__`` is exchanged
+for the time of the trace, those of other objects that are met (a configuration, a
+schedule) because their classes' is. Globals, class attributes and closure cells are
+found in the code of the functions that are met: forwards and hooks, the functions
+of a custom ``autograd.Function``, functions that those name, and whatever lies on
+the stack when an operator is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import functools
+import gc
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .named_reads import is_library, is_users, is_users_class, is_users_file, names_in, words_in
+from .reads import Place, Reads, Where
+from .snapshots import ABSENT, ATOMS, BY_VALUE, CONTAINERS, Atom, entries_of, snapshot
+
+_HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8  # Py_TPFLAGS_HEAPTYPE, Py_TPFLAGS_IMMUTABLETYPE
+_TABLES_OF_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks"))
+_IGNORED = frozenset({*vars(nn.Module()), "training"})
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+_MAX_MET = 1000  # items of a container that are looked into
+_RUN_BY_AUTOGRAD = ("forward", "backward", "setup_context", "vjp", "jvp")
+
+
+class Watcher:
+    """Collects what is read while :meth:`watching`.
+
+    Parameters
+    ----------
+    model
+        Gives names to modules; its hooks and its forward are looked into.
+    forward
+        What is called.
+    """
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+        self._root = model
+        self._name_of: dict[int, str] = {id(m): path for path, m in model.named_modules()}
+        self._noted: dict[tuple[int, str], tuple[Any, str]] = {}
+        self._own_before: dict[int, dict[str, Any]] = {}
+        self._named: dict[tuple[int, str], tuple[str, Where, Any, str]] = {}
+        self._tables: dict[type, Any] = {}
+        self._seen: dict[int, Any] = {}  # functions, codes and objects that were met, kept alive
+        self._classes: dict[type, Any] = {}  # exchanged, with what they had themselves
+        self._unresolved: list[types.CodeType] = []
+        self._forward = forward
+        self._active = False
+        self._words: set[str] = set()  # names that occur in the functions that were met
+
+    # -- while the step runs ---------------------------------------------------
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While active, reads are noted."""
+        for module in self._root.modules():
+            self._own_before.setdefault(id(module), dict(vars(module)))
+            for table in _TABLES_OF_HOOKS:
+                self._meet(vars(module).get(table), "")
+        self._meet(self._forward, "")
+        mine = vars(nn.Module).get("__getattribute__", ABSENT)
+        note, ignored = self._note, _IGNORED
+
+        def watched(module: nn.Module, name: str) -> Any:
+            if name not in ignored:
+                note(module, name)
+            return super(nn.Module, module).__getattribute__(name)
+
+        self._active = True
+        for cls in self._classes:
+            self._exchange(cls)
+        nn.Module.__getattribute__ = watched  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            self._active = False
+            _put_back(nn.Module, mine)
+            for cls, own in self._classes.items():
+                _put_back(cls, own)
+
+    def look_at_stack(self, frame: types.FrameType | None, until: str) -> None:
+        """Note the functions that run, from ``frame`` down to those of the file ``until``."""
+        while frame is not None and frame.f_code.co_filename != until:
+            code = frame.f_code
+            if id(code) not in self._seen:
+                self._seen[id(code)] = code
+                if is_users(code):
+                    self._names(code, frame.f_globals, None)
+                    if set(code.co_freevars) - {"__class__"}:
+                        self._unresolved.append(code)
+            frame = frame.f_back
+
+    def _note(self, holder: Any, name: str) -> None:
+        key = (id(holder), name)
+        if key in self._noted or name.startswith("__"):
+            return
+        self._noted[key] = (holder, name)
+        held = _dict_of(holder)
+        if name in held:
+            before = self._own_before.get(id(holder))
+            if before is not None and before.get(name, ABSENT) is not held[name]:
+                self._noted[key] = (None, name)  # forward itself has put it there
+                return
+            self._meet(held[name], self._path(holder, name))
+        else:
+            self._meet(_in_class(type(holder), name)[1], self._path(holder, name))
+
+    def _path(self, holder: Any, name: str) -> str:
+        path = self._name_of.get(id(holder), type(holder).__name__)
+        return f"{path}.{name}" if path else name
+
+    def _meet(self, value: Any, path: str, depth: int = 0) -> None:
+        """Look into what was read: functions may be called, objects may be asked."""
+        if isinstance(value, (torch.Tensor, nn.Module, types.ModuleType)):
+            return
+        if isinstance(value, types.FunctionType):
+            if not depth or not is_library(value.__code__):  # a library's registry names hundreds
+                self._function(value)
+        elif isinstance(value, types.MethodType):
+            self._meet(value.__func__, path)
+            self._meet(value.__self__, path)
+        elif isinstance(value, (staticmethod, classmethod)):
+            self._meet(value.__func__, path)
+        elif isinstance(value, property):
+            self._meet(value.fget, path)
+        elif isinstance(value, functools.cached_property):
+            self._meet(value.func, path)
+        elif isinstance(value, functools.partial):
+            self._meet(value.func, path)
+            self._meet((value.args, value.keywords), path, depth + 1)
+        elif isinstance(value, type):
+            self._class(value)
+        elif isinstance(value, CONTAINERS) and depth < 3:
+            items = value if isinstance(value, (set, frozenset)) else entries_of(value)
+            for key, item in zip(range(_MAX_MET), items, strict=False):
+                at, inner = item if isinstance(item, tuple) and len(item) == 2 else (key, item)
+                self._meet(inner, f"{path}[{at!r}]", depth + 1)
+        if not isinstance(value, ATOMS):
+            self._object(value, path)
+
+    def _function(self, function: types.FunctionType) -> None:
+        if id(function) in self._seen:
+            return
+        self._seen[id(function)] = function
+        self._seen[id(function.__code__)] = function.__code__
+        if is_users(function.__code__):
+            self._names(function.__code__, function.__globals__, function)
+        self._meet(getattr(function, "__wrapped__", None), "")
+
+    def _class(self, cls: type) -> None:
+        if id(cls) in self._seen or not is_users_class(cls):
+            return
+        self._seen[id(cls)] = cls
+        if issubclass(cls, torch.autograd.Function):
+            for name in _RUN_BY_AUTOGRAD:
+                self._meet(_in_class(cls, name)[1], "")
+
+    def _object(self, value: Any, path: str) -> None:
+        cls = type(value)
+        if id(value) in self._seen:
+            return
+        if isinstance(value, _NAMESPACES):
+            self._seen[id(value)] = value
+            self._name_of.setdefault(id(value), path)
+            for name in vars(value):
+                self._note(value, name)
+            return
+        if isinstance(value, enum.Enum) or not is_users_class(cls):
+            return
+        self._seen[id(value)] = value
+        self._name_of.setdefault(id(value), path)
+        self._meet(_in_class(cls, "__call__")[1], "")
+        changeable = cls.__flags__ & _HEAP_TYPE and not cls.__flags__ & _IMMUTABLE_TYPE
+        if changeable and cls not in self._classes:
+            self._classes[cls] = vars(cls).get("__getattribute__", ABSENT)
+            if self._active:
+                self._exchange(cls)
+
+    def _exchange(self, cls: Any) -> None:
+        own, note = self._classes[cls], self._note
+
+        def watched(holder: Any, name: str) -> Any:
+            note(holder, name)
+            if own is ABSENT:
+                return super(cls, holder).__getattribute__(name)
+            return own(holder, name)
+
+        cls.__getattribute__ = watched
+
+    # -- what functions name -----------------------------------------------------
+
+    def _names(
+        self, code: types.CodeType, table: dict[str, Any], function: types.FunctionType | None
+    ) -> None:
+        self._words.update(words_in(code))
+        for free, name, attributes in names_in(code):
+            if not free and name in table:
+                self._follow(f"global {name!r}", Where.TABLE, table, name, attributes, code)
+            elif free and function is not None and function.__closure__ is not None:
+                cell = function.__closure__[code.co_freevars.index(name)]
+                label = f"{name!r} in the closure of {code.co_name}"
+                self._follow(label, Where.ATTRIBUTE, cell, "cell_contents", attributes, code)
+
+    def _follow(
+        self,
+        label: str,
+        where: Where,
+        holder: Any,
+        key: str,
+        attributes: tuple[str, ...],
+        code: types.CodeType,
+    ) -> None:
+        """A name, and the attributes that are asked of what it stands for."""
+        try:
+            value = holder[key] if where is Where.TABLE else getattr(holder, key)
+        except ValueError:  # a cell that is empty as yet
+            return
+        path = label.split("'")[1] if "'" in label else label
+        if isinstance(value, types.ModuleType):
+            if attributes and attributes[0] in vars(value) and _is_users_module(value):
+                inside = f"'{value.__name__}.{attributes[0]}'"
+                rest = attributes[1:]
+                self._follow(inside, Where.TABLE, vars(value), attributes[0], rest, code)
+            return
+        library = is_library(code)
+        if library and not isinstance(value, (*ATOMS, torch.Tensor)):
+            return  # registries, loggers
+        if library and isinstance(value, types.FunctionType) and where is Where.ATTRIBUTE:
+            return  # what a decorator wraps
+        self._named[id(holder), key] = (label, where, holder, key)
+        if isinstance(value, type):
+            self._class(value)
+            cls = _in_class(value, attributes[0])[0] if attributes else None
+            if cls is not None and is_users_class(cls):
+                inside, table = f"'{path}.{attributes[0]}'", self._table(cls)
+                self._follow(inside, Where.TABLE, table, attributes[0], attributes[1:], code)
+        elif isinstance(value, types.FunctionType) and library:
+            return  # an installed package: what else it calls is seen when it runs
+        else:
+            self._meet(value, path)
+
+    def _table(self, cls: type) -> Any:
+        return self._tables.setdefault(cls, vars(cls))
+
+    # -- afterwards ----------------------------------------------------------------
+
+    def reads(self) -> Reads:
+        """What was read, as it is now that the trace has ended."""
+        if self._unresolved:
+            codes = {id(code) for code in self._unresolved}
+            for function in gc.get_referrers(*self._unresolved):
+                if isinstance(function, types.FunctionType) and id(function.__code__) in codes:
+                    self._names(function.__code__, function.__globals__, function)
+        self._class_of_root()
+        self._classes_of_holders()
+        places: list[Place] = []
+        for holder, name in list(self._noted.values()):
+            if holder is None or (holder is self._root and name == "forward"):
+                continue
+            if isinstance(holder, _NAMESPACES) and name not in self._words:
+                continue
+            places += self._places_of(holder, name)
+        for label, where, holder, key in self._named.values():
+            places.append(_place(label, where, holder, key))
+        return Reads(places)
+
+    def _class_of_root(self) -> None:
+        """The forward of the root is called as it is, and the planner puts its own there."""
+        cls = _in_class(type(self._root), "forward")[0]
+        if cls is not None:
+            table = self._table(cls)
+            label = f"'{cls.__name__}.forward'"
+            self._named[id(table), "forward"] = (label, Where.TABLE, table, "forward")
+
+    def _classes_of_holders(self) -> None:
+        """Numbers that a class holds and that are asked for by ``cls`` or ``type(self)``."""
+        classes = {type(holder) for holder, _ in self._noted.values()}
+        classes |= {value for value in self._seen.values() if isinstance(value, type)}
+        for cls in {base for each in classes for base in each.__mro__ if is_users_class(base)}:
+            table = self._table(cls)
+            for name, value in table.items():
+                plain = isinstance(value, (*BY_VALUE, *CONTAINERS))
+                if plain and name in self._words and not name.startswith("__"):
+                    label = f"'{cls.__name__}.{name}'"
+                    self._named[id(table), name] = (label, Where.TABLE, table, name)
+
+    def _places_of(self, holder: Any, name: str) -> Iterable[Place]:
+        label = f"attribute {self._path(holder, name)!r}"
+        reference = _weakly(holder)
+        held = _dict_of(holder)
+        if name in held and reference is not holder:
+            yield _place(label, Where.DICT, reference, name)
+            return
+        cls, value = _in_class(type(holder), name)
+        if reference is not holder and hasattr(holder, "__dict__"):
+            yield Place(
+                label=label, where=Where.SHADOW, holder=reference, key=name, held=snapshot(ABSENT)
+            )
+        if cls is None or isinstance(value, types.MemberDescriptorType):
+            place = _place(label, Where.ATTRIBUTE, reference, name)
+            missing = isinstance(place.held, Atom) and place.held.value is ABSENT
+            if not isinstance(holder, nn.Module) and not missing:
+                yield place
+        elif is_users_class(cls) or name == "forward":
+            key = id(self._table(cls)), name
+            self._named[key] = (f"'{cls.__name__}.{name}'", Where.TABLE, self._table(cls), name)
+
+
+def _place(label: str, where: Where, holder: Any, key: str, *, replaceable: bool = False) -> Place:
+    place = Place(label=label, where=where, holder=holder, key=key, held=snapshot(None))
+    held = snapshot(place.now(), replaceable=replaceable)
+    return Place(label=label, where=where, holder=holder, key=key, held=held)
+
+
+def _put_back(cls: Any, own: Any) -> None:
+    if own is ABSENT:
+        if "__getattribute__" in vars(cls):
+            del cls.__getattribute__
+    else:
+        cls.__getattribute__ = own
+
+
+def _dict_of(holder: Any) -> dict[str, Any]:
+    try:
+        held = object.__getattribute__(holder, "__dict__")
+    except AttributeError:  # slots only
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _in_class(cls: type, name: str) -> tuple[type | None, Any]:
+    """The class that an attribute is found in, and what lies there."""
+    for base in cls.__mro__:
+        if name in vars(base):
+            return base, vars(base)[name]
+    return None, None
+
+
+def _weakly(holder: Any) -> Any:
+    try:
+        return weakref.ref(holder)
+    except TypeError:  # slots without room for one
+        return holder
+
+
+def _is_users_module(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return module.__name__ == "__main__" or (file is not None and is_users_file(file))

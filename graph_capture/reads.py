@@ -1,0 +1,228 @@
+"""What a traced step read beside its arguments, and whether that still is as it was.
+
+A graph holds the numbers that forward and backward read from attributes of modules
+and of other objects, from globals, class attributes and closures: a dropout's
+``p``, a temperature, a LoRA scaling. Whoever changes one changes the step. So each
+place that was read is remembered with what it held, and compared in every step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import chain
+from operator import attrgetter, call, getitem, is_, itemgetter
+from typing import Any
+
+from .snapshots import (
+    ABSENT,
+    Atom,
+    Content,
+    Held,
+    Snapshot,
+    Thing,
+    contents_in,
+    difference,
+    snapshot,
+)
+
+_dict_of = attrgetter("__dict__")
+_facts_of = attrgetter("requires_grad", "dtype", "device", "shape")
+
+
+class Where(Enum):
+    """How to get at a place."""
+
+    DICT = "in the __dict__ of an object, which is known by a weak reference"
+    SHADOW = "not in the __dict__ of an object: its class had it, or nothing had"
+    TABLE = "in a mapping: the globals of a file, the attributes of a class"
+    ATTRIBUTE = "by getattr: a cell, a slot, a property"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Something that was read.
+
+    Parameters
+    ----------
+    label
+        In words: ``"attribute 'drop.p'"``.
+    where, holder, key
+        How to get at it. ``holder`` is a weak reference for ``DICT`` and ``SHADOW``,
+        and for ``ATTRIBUTE`` where the object allows for one.
+    held
+        What it held.
+    """
+
+    label: str
+    where: Where
+    holder: Any
+    key: str
+    held: Snapshot
+
+    def now(self) -> Any:
+        """What it holds now."""
+        holder: Any = self.holder() if isinstance(self.holder, weakref.ref) else self.holder
+        if self.where is Where.TABLE:
+            return holder.get(self.key, ABSENT)
+        if holder is None:
+            return ABSENT
+        if self.where is Where.ATTRIBUTE:
+            try:
+                return getattr(holder, self.key, ABSENT)
+            except ValueError:  # an empty cell
+                return ABSENT
+        return _dict_of(holder).get(self.key, ABSENT)
+
+
+class Reads:
+    """Every place that a step read; its only state is what makes the next comparison cheap."""
+
+    def __init__(self, places: Iterable[Place] = ()) -> None:
+        self._places = tuple(places)
+        self._fast: _Fast | None = None
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """What was read."""
+        return self._places
+
+    def difference(self) -> str | None:
+        """The first place that holds something else than it did, in words, or ``None``."""
+        if self._fast is not None and self._fast.unchanged():
+            return None
+        for place in self._places:
+            found = difference(place.held, place.now(), place.label)
+            if found:
+                return found
+        self._fast = _Fast(self._places)
+        return None
+
+
+class _Fast:
+    """The comparison as a few calls in C: every value is the very object that it was.
+
+    Equal values that are other objects are found to be so the long way, after which
+    these are the ones to be met.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        owned: dict[int, list[Place]] = {}
+        tables: dict[int, list[Place]] = {}
+        self._contents: list[_Items] = []
+        things: list[tuple[Place, Callable[[], Any]]] = []
+        self._tensors: list[tuple[Place, Any, Any]] = []
+        self._others: list[tuple[Place, Any]] = []
+        owners: dict[int, Any] = {}
+        for place in places:
+            if place.where in (Where.DICT, Where.SHADOW):
+                owner = place.holder()
+                if owner is None:
+                    continue
+                owners.setdefault(id(owner), place.holder)
+                if place.where is Where.SHADOW:
+                    continue
+            now = place.now()
+            held = snapshot(now, keep=True)
+            self._contents += [_Items(content) for content in contents_in(held)]
+            if isinstance(held, Held):
+                self._tensors.append((place, _facts_of(now), now.stride()))
+                if isinstance(place.held, Held) and place.held.reference is not None:
+                    things.append((place, place.held.reference))
+            elif isinstance(held, Thing):
+                if held.reference is not None:
+                    things.append((place, held.reference))
+            elif place.where is Where.DICT:
+                owned.setdefault(id(place.holder()), []).append(place)
+            elif place.where is Where.TABLE:
+                tables.setdefault(id(place.holder), []).append(place)
+            else:
+                self._others.append((place, now))
+        self._things = [(p, r) for p, r in things if p.where is not Where.DICT]
+        # Those of which something is read come first: the others are only counted.
+        ids = [*owned, *(i for i in owners if i not in owned)]
+        self._owners = [owners[i] for i in ids]
+        at = {i: n for n, i in enumerate(ids)}
+        placed = [(at[id(p.holder())], p.key, r) for p, r in things if p.where is Where.DICT]
+        self._things_at = [n for n, _, _ in placed]
+        self._thing_names = [key for _, key, _ in placed]
+        self._thing_references = [reference for _, _, reference in placed]
+        self._lengths = [len(_dict_of(owners[i]())) for i in ids]
+        self._tables = [group[0].holder for group in tables.values()]
+        groups = [*owned.values(), *tables.values()]
+        self._getters = [_getter([p.key for p in group]) for group in groups]
+        self._num_owned = len(owned)
+        self._expected = [
+            *chain.from_iterable(
+                getter(_table_of(group[0]))
+                for getter, group in zip(self._getters, groups, strict=True)
+            )
+        ]
+
+    def unchanged(self) -> bool:
+        """Whether nothing is another object than before."""
+        try:
+            dicts = [*map(_dict_of, map(call, self._owners))]
+            if [*map(len, dicts)] != self._lengths:
+                return False
+            things = map(getitem, map(dicts.__getitem__, self._things_at), self._thing_names)
+            if not all(map(is_, things, map(call, self._thing_references))):
+                return False
+            dicts[self._num_owned :] = self._tables
+            values = chain.from_iterable(map(call, self._getters, dicts))
+            return (
+                all(map(is_, values, self._expected))
+                and all(items.unchanged() for items in self._contents)
+                and all(place.now() is thing() for place, thing in self._things)
+                and all(place.now() is value for place, value in self._others)
+                and all(
+                    _facts_of(tensor) == facts and tensor.stride() == stride
+                    for place, facts, stride in self._tensors
+                    for tensor in [place.now()]
+                )
+            )
+        except (AttributeError, KeyError, TypeError):  # an object or a value that is gone
+            return False
+
+
+class _Items:
+    """What a container holds: plain values and containers, tensors and other objects."""
+
+    def __init__(self, content: Content) -> None:
+        self._container = content.container
+        self._count = len(content.container)
+        self._set = frozenset(content.keys) if content.items == () and self._count else None
+        items = [*zip(content.keys, content.items or (), strict=False)]
+        plain = [key for key, item in items if isinstance(item, (Atom, Content))]
+        others = [
+            (key, item.reference)
+            for key, item in items
+            if isinstance(item, (Held, Thing)) and item.reference is not None
+        ]
+        self._plain = _getter(plain) if plain else None
+        self._expected = () if self._plain is None else self._plain(self._container)
+        self._others = _getter([key for key, _ in others]) if others else None
+        self._references = [*(r for _, r in others), *(r for _, r in others[:1])]
+
+    def unchanged(self) -> bool:
+        container = self._container
+        if len(container) != self._count:
+            return False
+        if self._set is not None:
+            return bool(container == self._set)
+        if self._plain is not None and not all(map(is_, self._plain(container), self._expected)):
+            return False
+        return self._others is None or all(
+            map(is_, self._others(container), map(call, self._references))
+        )
+
+
+def _table_of(place: Place) -> Any:
+    return place.holder if place.where is Where.TABLE else _dict_of(place.holder())
+
+
+def _getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """Gets a tuple of values, of one, too."""
+    return itemgetter(*keys, keys[0])

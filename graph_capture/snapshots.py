@@ -1,0 +1,223 @@
+"""What a place held: plain values by value, containers by content, the rest by identity.
+
+A snapshot keeps no tensor and no module alive: it knows those by weak references.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .call_spec import TensorSpec
+
+ABSENT: Any = type("_Absent", (), {"__repr__": lambda _self: "not there"})()
+"""Stands for the value of a place that holds none."""
+
+BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.Size, slice, range)
+_BY_IDENTITY = (
+    type,
+    enum.Enum,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    property,
+    staticmethod,
+    classmethod,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    torch._ops.OpOverload,
+    torch._ops.OpOverloadPacket,
+)
+ATOMS = (*BY_VALUE, *_BY_IDENTITY)
+SEQUENCES = (list, tuple, deque)
+CONTAINERS = (*SEQUENCES, dict, set, frozenset)
+MAX_ITEMS = 10_000
+"""Of containers with more items than this only the number of items is compared."""
+_MAX_DEPTH = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Atom:
+    """A value that cannot change by itself."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A container with what it held.
+
+    Parameters
+    ----------
+    keys
+        Indices for a sequence, elements for a set.
+    items
+        ``None`` when there are too many; ``keys`` then is how many.
+    container
+        Itself, if the snapshot is to keep it alive.
+    """
+
+    type: type
+    keys: tuple[Any, ...]
+    items: tuple[Snapshot, ...] | None
+    container: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor; ``reference`` is ``None`` where another one may take its place."""
+
+    spec: TensorSpec
+    reference: weakref.ref[torch.Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """Some other object, known by its identity; a weak reference by what it is only."""
+
+    type: type
+    reference: Callable[[], Any] | None
+
+
+Snapshot = Atom | Content | Held | Thing
+
+
+def snapshot(
+    value: Any, *, replaceable: bool = False, keep: bool = False, depth: int = 0
+) -> Snapshot:
+    """What a place holds now.
+
+    Parameters
+    ----------
+    replaceable
+        Whether a tensor that lies in it may be replaced by one like it.
+    keep
+        Whether to keep its containers alive.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided:
+            return Thing(type(value), weakref.ref(value))
+        return Held(TensorSpec.of(value), None if replaceable else weakref.ref(value))
+    if isinstance(value, ATOMS) or value is ABSENT:
+        return Atom(value)
+    if isinstance(value, CONTAINERS):
+        return _content(value, keep, depth)
+    return Thing(type(value), _reference(value))
+
+
+def _content(value: Any, keep: bool, depth: int) -> Snapshot:
+    itself = value if keep else None
+    if len(value) > MAX_ITEMS or depth >= _MAX_DEPTH:
+        return Content(type(value), (len(value),), None, itself)
+    if isinstance(value, (set, frozenset)):
+        return Content(type(value), tuple(value), (), itself)
+    items = tuple(snapshot(item, keep=keep, depth=depth + 1) for _, item in entries_of(value))
+    return Content(type(value), tuple(key for key, _ in entries_of(value)), items, itself)
+
+
+def entries_of(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Keys and values of a dict, indices and items of a sequence."""
+    # As a dict, whatever a class of its own makes of it.
+    return dict.items(value) if isinstance(value, dict) else enumerate(value)
+
+
+def _reference(value: Any) -> Callable[[], Any] | None:
+    if isinstance(value, weakref.ref):
+        return None
+    try:
+        return weakref.ref(value)
+    except TypeError:  # a class with slots, say
+        return lambda: value
+
+
+def difference(then: Snapshot, now: Any, label: str) -> str | None:
+    """The first change in words, or ``None``."""
+    if isinstance(then, Atom):
+        return None if same_atom(then.value, now) else f"{label} is {brief(now)}, {was(then.value)}"
+    if isinstance(then, Held):
+        return _tensor_difference(then, now, label)
+    if isinstance(then, Thing):
+        if type(now) is not then.type or (then.reference and then.reference() is not now):
+            return f"{label} is {brief(now)}, was another {then.type.__name__} while planning"
+        return None
+    if type(now) is not then.type or not isinstance(now, CONTAINERS):
+        return f"{label} is {brief(now)}, was a {then.type.__name__} while planning"
+    if then.items is None:
+        (count,) = then.keys
+        return None if len(now) == count else f"{label} has {len(now)} items, {was(count)}"
+    if isinstance(now, (set, frozenset)):
+        return None if now == set(then.keys) else f"{label} is {brief(now)}, {was(then.keys)}"
+    keys = tuple(key for key, _ in entries_of(now))
+    if keys != then.keys:
+        return f"{label} has {_count(keys)}, had {_count(then.keys)} while planning"
+    for (key, value), item in zip(entries_of(now), then.items, strict=True):
+        found = difference(item, value, f"{label}[{key!r}]")
+        if found:
+            return found
+    return None
+
+
+def _tensor_difference(then: Held, now: Any, label: str) -> str | None:
+    if not isinstance(now, torch.Tensor):
+        return f"{label} is {brief(now)}, was a tensor while planning"
+    if now.layout != torch.strided:
+        return f"{label} is a tensor of layout {now.layout}, was a dense one while planning"
+    spec = TensorSpec.of(now)
+    if spec != then.spec:
+        also = "" if str(spec) != str(then.spec) else f" with strides {spec.stride}"
+        return f"{label} is {spec}{also}, was {then.spec} while planning"
+    if then.reference and then.reference() is not now:
+        return f"{label} is another tensor than while planning"
+    return None
+
+
+def same_atom(then: Any, now: Any) -> bool:
+    """Whether two plain values are the same, in type as well: 1 is neither 1.0 nor True."""
+    if then is now:
+        return True
+    if type(then) is not type(now) or not isinstance(then, BY_VALUE):
+        # A bound method is made anew each time that it is asked for.
+        return isinstance(then, types.MethodType) and then == now
+    if isinstance(then, (float, complex)):
+        return repr(then) == repr(now)  # 0.0 is not -0.0, and nan is nan
+    return bool(then == now)
+
+
+def contents_in(value: Snapshot) -> Iterator[Content]:
+    """Every container in a snapshot that keeps them."""
+    if isinstance(value, Content):
+        yield value
+        for item in value.items or ():
+            yield from contents_in(item)
+
+
+def brief(value: Any) -> str:
+    """A value in few words."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor ({TensorSpec.of(value)})" if value.layout == torch.strided else "a tensor"
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+        return str(getattr(value, "__qualname__", value))
+    if value is ABSENT or isinstance(value, (*ATOMS, *CONTAINERS)):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"a {type(value).__name__}"
+
+
+def was(value: Any) -> str:
+    """The end of a sentence on a change."""
+    return f"was {brief(value)} while planning"
+
+
+def _count(keys: tuple[Any, ...]) -> str:
+    named = any(not isinstance(key, int) for key in keys)
+    return f"keys {brief(list(keys))}" if named else f"{len(keys)} items"
