@@ -120,6 +120,9 @@ class Assembly:
             self._add_storage("held by loss_fn", self._step.loss.constant_bytes, None, "input")
         if self._pricing.held_bytes:
             self._add_storage("held by modules", self._pricing.held_bytes, None, "buffer")
+        copied_bytes = self._step.before_checks.num_bytes
+        if copied_bytes:
+            self._add_storage("copies, in case a check fails", copied_bytes, None, "buffer")
         calls = (call.target for code in codes for call in code.calls)
         workspace_bytes = library_workspace_bytes(calls, self._pricing.target.device)
         if workspace_bytes:

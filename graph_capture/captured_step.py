@@ -33,7 +33,7 @@ from .pricing import Pricing
 from .recorder import storage_id
 from .reuse import ReuseFinder
 from .target import Target, target_of
-from .trace import TracedStep, trace_step
+from .trace import TakenPath, TracedStep, trace_step
 
 LONGEST_TRIAL_NS = 2_000_000_000
 """Calls that take longer by the roofline are not run to see how much scratch they take."""
@@ -82,6 +82,7 @@ def capture_step(
     target: Target | None = None,
     cost_model: ChosenCosts = "roofline",
     progress: TimingProgress | None = None,
+    taken: TakenPath | None = None,
 ) -> CapturedStep:
     """Trace a step and fold it into a cost graph.
 
@@ -102,10 +103,12 @@ def capture_step(
         See :func:`~graph_capture.costs.choose.choose_costs`.
     progress
         Is told how far a cost model is that times calls.
+    taken
+        The way of an earlier capture through the model, to be gone again.
     """
     target = target or target_of(model, tensors_of(arguments))
     costs, roofline = choose_costs(cost_model, target), Roofline(target.device)
-    step = trace_step(model, arguments, loss, forward=forward, target=target)
+    step = trace_step(model, arguments, loss, forward=forward, target=target, taken=taken)
     split_dropout(step.graph)
 
     probe = WorkspaceProbe(

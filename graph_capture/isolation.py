@@ -39,17 +39,27 @@ def generators_put_back() -> Iterator[None]:
 
     Those of all CUDA devices, too, if CUDA is in use: ``torch.manual_seed`` seeds them.
     """
-    cpu_state = torch.random.get_rng_state()
+    states = generator_states()
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
-        torch.random.set_rng_state(cpu_state)
+        set_generator_states(states)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def generator_states() -> tuple[torch.Tensor, ...]:
+    """State of PyTorch's own generators: the CPU's, and each CUDA device's if CUDA is in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return (torch.get_rng_state(), *cuda)
+
+
+def set_generator_states(states: tuple[torch.Tensor, ...]) -> None:
+    """Set what :func:`generator_states` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 @contextmanager

@@ -10,14 +10,16 @@ small.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
+
+from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole, made_like, read_like
 
 MAX_ELEMENTS = 1 << 20
 
@@ -71,6 +73,10 @@ class KnownValues:
         with _disable_current_modes():
             return self._value_of[id(args[0])].item()
 
+    def value_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The value of a tensor, if it is known."""
+        return self._value_of[id(tensor)] if self._knows(tensor) else None
+
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         """Compute what a call makes, if everything that it reads is known."""
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -107,18 +113,21 @@ class KnownValues:
         self._in_memory.setdefault(memory, []).append(id(out))
 
 
-class Knowing(TorchDispatchMode):
-    """Answers for known values as a recorder does, and writes nothing down.
+class Knowing(ReadsWhole):
+    """Answers for values as a recorder did, and writes nothing down.
 
     Parameters
     ----------
     known
         What is known when it begins.
+    outcomes
+        What the recorder answered where it asked the sample.
     """
 
-    def __init__(self, known: KnownValues) -> None:
+    def __init__(self, known: KnownValues, outcomes: Sequence[Outcome] = ()) -> None:
         super().__init__()
         self._known = known
+        self._given = GivenOutcomes(outcomes)
         self._keep_alive: list[Any] = []  # known by their identity
 
     def __torch_dispatch__(
@@ -127,10 +136,23 @@ class Knowing(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._known.answers(func, args):
             return self._known.number(args)
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except ASKS:
+            outcome = self._given.of_call(func, "in a second forward")
+            if outcome.made is None:
+                return outcome.number
+            out = made_like(outcome, func, args)
         self._keep_alive.append(out)
         self._known.note(func, args, kwargs, out)
         return out
+
+    def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """All values of a stand-in, as the recorder read them."""
+        known = self._known.value_of(tensor)
+        if known is not None:
+            return known
+        return read_like(self._given.of_reading(tensor, "in a second forward"), tensor)
 
 
 def _is_pure(func: Any) -> bool:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_iter
 
+from .checks import is_check
 from .formula_operators import PURE
 
 aten = torch.ops.aten
@@ -42,6 +44,17 @@ _CHOICES = {
 }
 
 _PURE_NAMESPACES = {"aten", "prims", "torchvision"}
+
+
+def written_arguments(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Tensors that the call writes to, by its schema."""
+    written: list[torch.Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = kwargs.get(argument.name, args[i] if i < len(args) else None)
+        written.extend(t for t in tree_iter(value) if isinstance(t, torch.Tensor))
+    return written
 
 
 def hidden_writes(func: Any, args: tuple) -> tuple[torch.Tensor, ...]:
@@ -89,6 +102,8 @@ def why_pinned(node: Node) -> str | None:
     assert isinstance(func, torch._ops.OpOverload)
     if func._schema.name in _CHOICES:
         return "its choice decides what later calls read"
+    if is_check(func):
+        return "a check of what the plan was made for"
     if func.namespace not in _PURE_NAMESPACES and func._schema.name not in PURE:
         return "a custom operator; what else it does is unknown"
     if any(isinstance(v, torch.Generator) for v in (*node.args, *node.kwargs.values())):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,27 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .errors import CaptureError
+from .kernels_word import kernels_word
 from .known_values import Knowing, KnownValues
+from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
+from .purity import written_arguments
+from .questions import Questions
 from .repeated_calls import RepeatedCalls
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 _OWN_ROOT = str(Path(__file__).parent)
 
+# Their effect is that they raise, which no stand-in does.
+_ASSERTIONS = {torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg}
+
 
 def storage_id(tensor: torch.Tensor) -> int:
     """Identity of the memory behind ``tensor``; views share it."""
     return tensor.untyped_storage()._cdata
-
-
-def written_arguments(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """Tensors that the call writes to, by its schema."""
-    written: list[torch.Tensor] = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = kwargs.get(argument.name, args[i] if i < len(args) else None)
-        written.extend(t for t in tree_iter(value) if isinstance(t, torch.Tensor))
-    return written
 
 
 def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
@@ -60,7 +56,7 @@ def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
     raise CaptureError(f"{func} has no counterpart that returns a view")
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(ReadsWhole):
     """Appends a node to ``graph`` for every call that is dispatched.
 
     ``node.meta`` carries ``val`` (fake outputs), ``phase``, ``module_path``,
@@ -74,6 +70,9 @@ class Recorder(TorchDispatchMode):
         Runs the calls; ``None`` leaves each to PyTorch.
     on_call
         Is called by each call that is dispatched.
+    outcomes
+        What calls that ask for values are answered; ``None`` for what they would be
+        answered on the sample.
     """
 
     def __init__(
@@ -81,6 +80,7 @@ class Recorder(TorchDispatchMode):
         current_node: Callable[[], Any] = torch._C._current_autograd_node,
         repeated: RepeatedCalls | None = None,
         on_call: Callable[[], None] = lambda: None,
+        outcomes: Sequence[Outcome] | None = None,
     ) -> None:
         super().__init__()
         self._current_node = current_node
@@ -98,17 +98,22 @@ class Recorder(TorchDispatchMode):
         self._keep_alive: list[Any] = []
         self._by_storage: dict[int, list[Node]] = {}
         self._known = KnownValues()
+        self.questions = Questions(self, None if outcomes is None else GivenOutcomes(outcomes))
         self._module_stack: list[str] = [""]
         self._module_of_sequence: dict[int, tuple[str, str]] = {}
 
     # -- what enters from outside ------------------------------------------
 
-    def placeholder(self, name: str, tensor: torch.Tensor, **meta: Any) -> Node:
-        """Declare an input of the step."""
+    def placeholder(
+        self, name: str, tensor: torch.Tensor, real: torch.Tensor | None = None, **meta: Any
+    ) -> Node:
+        """Declare an input of the step, and what it really is on the sample, if that is known."""
         node = self.graph.placeholder(name)
         node.meta.update(meta)
         self._bind(node, tensor)
         node.meta["val"] = tensor.detach()  # keeps its memory when ``tensor.data`` is set
+        if real is not None:
+            self.questions.values.give(node, real)
         return node
 
     def node_of(self, tensor: torch.Tensor) -> Node:
@@ -163,7 +168,12 @@ class Recorder(TorchDispatchMode):
 
     def knowing(self) -> Knowing:
         """A mode that knows what was known of values so far, and records nothing."""
-        return Knowing(self._known.copy())
+        return Knowing(self._known.copy(), self.questions.outcomes)
+
+    def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """All values of a stand-in that the code reads outside of PyTorch."""
+        known = self._known.value_of(tensor)
+        return known if known is not None else self.questions.read(tensor)
 
     # -- what is dispatched ------------------------------------------------
 
@@ -185,12 +195,21 @@ class Recorder(TorchDispatchMode):
                 out = _apart(func, func(*args, **kwargs))
             else:
                 out = _apart(func, self._repeated.run(func, args, kwargs))
+        except ASKS as error:
+            self.failed_at = self.origin()[1]
+            return self.questions.answer(func, args, kwargs, error)
+        except (RuntimeError, NotImplementedError):
+            out = kernels_word(func, args, kwargs)
+            if out is None:
+                self.failed_at = self.origin()[1]
+                raise
         except Exception:
             self.failed_at = self.origin()[1]
             raise
-        if any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
-            self._record(func, args, kwargs, out)
-            self._known.note(func, args, kwargs, out)
+        if func in _ASSERTIONS:
+            self.call(func, self.as_nodes(args), self.as_nodes(kwargs)).meta["val"] = None
+        elif any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
+            self.record(func, args, kwargs, out)
         return out
 
     def _check_generator(self, args: tuple, kwargs: dict) -> None:
@@ -216,26 +235,33 @@ class Recorder(TorchDispatchMode):
         frozen = tensor.detach()  # the node keeps the shape that it had
         source.meta["val"] = frozen
         self._keep_alive.append(frozen)
-        node_args = self._as_nodes(args)
+        node_args = self.as_nodes(args)
         out = func(*args, **kwargs)
-        node = self._call(functional_twin(func), node_args, kwargs)
+        node = self.call(functional_twin(func), node_args, kwargs)
         self._bind(node, tensor)
         self._known.note(func, args, kwargs, out)  # its shape is another now
         return out
 
-    def _as_nodes(self, tree: Any) -> Any:
+    def as_nodes(self, tree: Any) -> Any:
+        """Arguments with nodes in the place of tensors."""
         return tree_map(lambda x: self.node_of(x) if isinstance(x, torch.Tensor) else x, tree)
 
-    def _call(self, func: Any, args: Any, kwargs: Any) -> Node:
+    def call(self, func: Any, args: Any, kwargs: Any) -> Node:
+        """Append a call on nodes."""
         node = self.graph.call_function(func, tuple(args), dict(kwargs))
         module_path, source = self.origin()
         node.meta.update(phase=self.phase, module_path=module_path, source=source, writes=())
         return node
 
-    def _record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+    def record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """Append a call that handed ``out`` out."""
+        self._append(func, args, kwargs, out)
+        self._known.note(func, args, kwargs, out)
+
+    def _append(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         if func is torch.ops.aten.lift_fresh.default:  # hands out a constant: give each run its own
             func = torch.ops.aten.clone.default
-        node = self._call(func, self._as_nodes(args), self._as_nodes(kwargs))
+        node = self.call(func, self.as_nodes(args), self.as_nodes(kwargs))
         node.meta["writes"] = tuple(self.node_of(t) for t in written_arguments(func, args, kwargs))
         if isinstance(out, torch.Tensor):
             self._bind_output(node, out)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from torch.fx import Graph, Node
 
 from .absent_cuda import ensure_cuda_guard
 from .backward_walk import BackwardWalk, Differentiator, Engine, refuse_backward_hooks
+from .before_checks import BeforeChecks, before_checks
 from .call_spec import TensorSpec, call_forward, objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
+from .checks import Check
 from .cuda_choices import choices_of_cuda, refuse_recurrent
 from .eager_formulas import take_eager_formulas
 from .errors import CaptureError, NotFittingError
@@ -40,6 +43,7 @@ from .module_state import (
     registered,
     state_of,
 )
+from .outcomes import Outcome, read_as_a_whole
 from .outputs import OutputTemplate, take_apart, tensors_within
 from .reading import Watcher
 from .reads import Reads
@@ -53,6 +57,22 @@ logger = logging.getLogger(__name__)
 
 AS_EAGER = "as eager runs it"
 COMPILING = "with torch.compiler.is_compiling()"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenPath:
+    """Which way an earlier capture went through the model.
+
+    Parameters
+    ----------
+    branch_free
+        As :attr:`TracedStep.branch_free`.
+    outcomes
+        What it was answered when it asked for values.
+    """
+
+    branch_free: bool
+    outcomes: tuple[Outcome, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +118,10 @@ class TracedStep:
         ``(placeholder, gradient node)`` of every leaf that receives one.
     constants
         Tensors that forward uses beside parameters, buffers and inputs.
+    outcomes
+        What forward was answered when it asked for values of tensors.
+    checks
+        What checks in the graph are about; their last argument is an index of it.
     reassigned
         Buffers that forward replaces.
     reads
@@ -114,6 +138,8 @@ class TracedStep:
     loss: LossRegion
     detached: tuple[int, ...]
     how: str
+    outcomes: tuple[Outcome, ...] = ()
+    checks: tuple[Check, ...] = ()
     reassigned: tuple[Reassigned, ...] = ()
     reads: Reads = field(default_factory=Reads, compare=False)
 
@@ -121,6 +147,16 @@ class TracedStep:
     def branch_free(self) -> bool:
         """Whether libraries were told that a compiler is looking."""
         return self.how == COMPILING
+
+    @property
+    def taken(self) -> TakenPath:
+        """The way through the model, for going it again."""
+        return TakenPath(branch_free=self.branch_free, outcomes=self.outcomes)
+
+    @cached_property
+    def before_checks(self) -> BeforeChecks:
+        """What must be put back when a check fails."""
+        return before_checks(self.graph)
 
     @property
     def loss_spec(self) -> LossSpec:
@@ -139,13 +175,19 @@ def trace_step(
     *,
     forward: Callable[..., Any] | None = None,
     target: Target | None = None,
+    taken: TakenPath | None = None,
 ) -> TracedStep:
     """Trace ``model`` on ``arguments`` (bound by name, see ``call_spec.bind_call``).
 
-    First as it stands, which takes the very branches that eager takes; where
-    that stops at a value that decides a branch, once more with
-    ``torch.compiler.is_compiling()`` true, for which many libraries keep a
-    branch-free path.
+    First as it stands, which takes the very branches that eager takes on the
+    sample; where that stops at a value that decides a branch and is not known,
+    once more with ``torch.compiler.is_compiling()`` true, for which many
+    libraries keep a branch-free path.
+
+    Parameters
+    ----------
+    taken
+        The path of an earlier capture, which this one takes, too.
 
     Raises
     ------
@@ -160,6 +202,9 @@ def trace_step(
         (AS_EAGER, taken_for_real),
         (COMPILING, _pretend_compiling),
     ]
+    if taken is not None:
+        attempts = [attempts[1 if taken.branch_free else 0]]
+    outcomes = None if taken is None else taken.outcomes
     failures: list[tuple[str, BaseException]] = []
     forward = forward or model.forward
     for how, context in attempts:
@@ -170,9 +215,10 @@ def trace_step(
                 checkpoints_inlined(),
                 choices_of_cuda(target) if target.imitated else nullcontext(),
                 _quiet_fake_tensors(),
+                read_as_a_whole(),
                 context(),
             ):
-                step = _trace(watcher, model, forward, arguments, loss, how, target)
+                step = _trace(watcher, model, forward, arguments, loss, how, target, outcomes)
             # What was read is what lies there once forward's own changes are undone.
             return replace(step, reads=watcher.reads())
         except (NotFittingError, KeyboardInterrupt, MemoryError):
@@ -213,6 +259,7 @@ def _trace(
     loss: LossFn | LossSpec | None,
     how: str,
     target: Target,
+    outcomes: Sequence[Outcome] | None,
 ) -> TracedStep:
     differentiator: Differentiator = Engine()
     watching: AbstractContextManager[None] = nullcontext()
@@ -225,6 +272,7 @@ def _trace(
         differentiator.current_node,
         RepeatedCalls(fake_mode),
         lambda: watcher.look_at_stack(sys._getframe(2), __file__),
+        outcomes,
     )
     try:
         with watching:
@@ -262,16 +310,18 @@ def _trace_with(
     twins = StandIns(fake_mode, target)
     leaves: list[tuple[Node, torch.Tensor]] = []
 
-    def declare(fake: torch.Tensor, role: str, targets: tuple[str, ...]) -> torch.Tensor:
+    def declare(
+        fake: torch.Tensor, role: str, targets: tuple[str, ...], real: torch.Tensor | None
+    ) -> torch.Tensor:
         node = recorder.placeholder(
-            _identifier(role, targets[0]), fake, role=role, target=targets[0], targets=targets
+            _identifier(role, targets[0]), fake, real, role=role, target=targets[0], targets=targets
         )
         if fake.requires_grad:
             leaves.append((node, fake))
         return fake
 
     stand_ins = {
-        id(tensor): declare(twins.of(tensor), role, names)
+        id(tensor): declare(twins.of(tensor), role, names, tensor)
         for role, tensor, names in state_of(model)
     }
     # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
@@ -280,8 +330,9 @@ def _trace_with(
         raise NotFittingError("an argument is a parameter or buffer of the model itself")
     _refuse_holders(arguments)
     fake_arguments = twins.of_arguments(arguments)
+    real_arguments = tensors_of(arguments)  # none where only their kinds are known
     for i, tensor in enumerate(tensors_of(fake_arguments)):
-        declare(tensor, "input", (str(i),))
+        declare(tensor, "input", (str(i),), real_arguments[i] if real_arguments else None)
     swap_tensors(model, lambda tensor: stand_ins[id(tensor)])
     state_before = registered(model)
     numbers_before = numbers_of(model)
@@ -299,6 +350,7 @@ def _trace_with(
                 f"{recorder.draws_outside!r}): a plan would repeat this one draw for ever. Draw "
                 "with torch, or outside and pass the numbers as an argument"
             )
+        recorder.questions.finish()
         _refuse_holders(fake_arguments)
         template, tensors = take_apart(output)
         reassigned = reassigned_buffers(state_before, registered(model))
@@ -339,6 +391,8 @@ def _trace_with(
             i for i, t in enumerate(tensors) if t.requires_grad and i not in differentiated
         ),
         how=how,
+        outcomes=tuple(recorder.questions.outcomes),
+        checks=tuple(recorder.questions.checks),
         reassigned=tuple(
             Reassigned(target=name, output=len(tensors) + i, keeps_object=keeps)
             for i, (name, _, keeps) in enumerate(reassigned)

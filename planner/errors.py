@@ -45,10 +45,15 @@ class PlanWarning(UserWarning):
     """A training step is right, but not as its plan promised: unplanned, or above the budget."""
 
 
+class OutcomeChangedError(CallMismatchError):
+    """A value that decides a branch or a size is another one than the plan was made for."""
+
+
 __all__ = [
     "CallMismatchError",
     "CaptureError",
     "InfeasibleBudgetError",
+    "OutcomeChangedError",
     "PlanError",
     "PlanMismatchError",
     "PlanWarning",

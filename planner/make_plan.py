@@ -126,6 +126,7 @@ def make_plan(
         costs=captured.costs,
         device_name=_table_name(request.device),
         branch_free=step.branch_free,
+        outcomes=step.outcomes,
         torch_version=torch.__version__,
         _captured=constrained,
         _structure=Structure.of(model),

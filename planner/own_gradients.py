@@ -85,11 +85,11 @@ def _generator_at(state: np.ndarray | None, device: torch.device) -> Iterator[No
         yield
         return
     before = generator_state(device)
-    _set_generator(state, device)
+    set_generator(state, device)
     try:
         yield
     finally:
-        _set_generator(before, device)
+        set_generator(before, device)
 
 
 def generator_state(device: torch.device) -> np.ndarray:
@@ -103,7 +103,8 @@ def generator_state(device: torch.device) -> np.ndarray:
     return torch.get_rng_state().numpy().copy()
 
 
-def _set_generator(state: np.ndarray, device: torch.device) -> None:
+def set_generator(state: np.ndarray, device: torch.device) -> None:
+    """Set what :func:`generator_state` returned."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(torch.from_numpy(state), device)
     else:

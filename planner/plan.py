@@ -15,6 +15,7 @@ from graph_capture.costs.cost_model import CostRecord
 from graph_capture.costs.library_workspace import STORAGE_NAME
 from graph_capture.loss import LossFn, LossSpec
 from graph_capture.optimizer_step import OptimizerStep
+from graph_capture.outcomes import Outcome
 from graph_capture.units import format_bytes, format_us
 from solvers.replay import Replay, replay
 from solvers.result import SolveStatus
@@ -134,6 +135,9 @@ class Plan:
         Whether a value that is not known while planning decides a branch of the
         model, so that the plan follows the path that libraries keep for
         ``torch.compile`` (``torch.compiler.is_compiling()``).
+    outcomes
+        What forward was answered, in order, when it asked for values of tensors; each
+        step checks that it still is so. ``None`` in a plan from a file that is older.
     """
 
     graph: CostGraph
@@ -161,6 +165,7 @@ class Plan:
     device_name: str | None = None
     headroom_bytes: int = 0
     branch_free: bool = False
+    outcomes: tuple[Outcome, ...] | None = ()
     _captured: CapturedStep | None = field(default=None, repr=False, compare=False)
     _structure: Structure | None = field(default=None, repr=False, compare=False)
     _request: Request | None = field(default=None, repr=False, compare=False)

@@ -6,6 +6,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.units import format_bytes
 
-from .errors import CallMismatchError, PlanMismatchError
+from .errors import CallMismatchError, OutcomeChangedError, PlanMismatchError
 from .live_guard import LiveGuard
 from .make_plan import replan
 from .recapture import capture_for
@@ -134,7 +135,12 @@ class PlannedForward:
             return self._otherwise(_mismatch(different), arguments, args, kwargs)
         self.tally.num_planned += 1
         self._say_gradients_held()
-        return prepared.step(arguments)
+        try:
+            return prepared.step(arguments)
+        except OutcomeChangedError as error:
+            changed = error.with_traceback(None)  # which holds what was computed so far
+        self.tally.num_planned -= 1
+        return self._otherwise(changed, arguments, args, kwargs)
 
     def _otherwise(
         self, error: Exception, arguments: Mapping[str, Any], args: tuple, kwargs: dict
@@ -246,15 +252,16 @@ class PlannedForward:
             )
 
     def _replanned(self, arguments: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
-        for other in self._others:
-            if other._is_for(arguments):
-                break
-        else:
-            plan = replan(self.plan, self.model, arguments, self.unplanned)
-            other = PlannedForward(self.model, plan, plan._captured, "error")
-            other.own_forward = self.own_forward
-            other.tally, other._watch = self.tally, self._watch
-        self._others = [other, *(o for o in self._others if o is not other)][:MAX_REPLANS]
+        for other in [o for o in self._others if o._is_for(arguments)]:
+            with suppress(OutcomeChangedError):  # for such a call, but on another way
+                output = other(*args, **kwargs)
+                self._others = [other, *(o for o in self._others if o is not other)]
+                return output
+        plan = replan(self.plan, self.model, arguments, self.unplanned)
+        other = PlannedForward(self.model, plan, plan._captured, "error")
+        other.own_forward = self.own_forward
+        other.tally, other._watch = self.tally, self._watch
+        self._others = [other, *self._others][:MAX_REPLANS]
         return other(*args, **kwargs)
 
     def _is_for(self, arguments: Mapping[str, Any]) -> bool:

@@ -14,7 +14,9 @@ from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import TensorSpec, difference, moved, parse_dtype
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
+from graph_capture.outcomes import OutcomeMismatchError
 from graph_capture.policies import apply_policies
+from graph_capture.trace import TakenPath
 
 from .call_guard import CallGuard
 from .errors import PlanMismatchError
@@ -101,14 +103,21 @@ def _release(version: str) -> str:
 
 
 def _capture_again(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
-    captured = capture_step(
-        model,
-        plan.guard.arguments,
-        loss=plan.loss,
-        optimizer=plan.optimizer,
-        forward=forward,
-        measure_scratch=False,
-    )
+    taken = None  # an older file does not say which way the plan takes
+    if plan.outcomes is not None:
+        taken = TakenPath(branch_free=plan.branch_free, outcomes=plan.outcomes)
+    try:
+        captured = capture_step(
+            model,
+            plan.guard.arguments,
+            loss=plan.loss,
+            optimizer=plan.optimizer,
+            forward=forward,
+            measure_scratch=False,
+            taken=taken,
+        )
+    except OutcomeMismatchError as error:
+        raise _another_model(str(error)) from error
     return apply_policies(captured, plan.never_recompute, plan.always_recompute)
 
 

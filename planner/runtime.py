@@ -14,12 +14,13 @@ from torch.fx import GraphModule, Node
 
 from graph_capture.call_spec import parse_dtype, tensors_of
 from graph_capture.captured_step import CapturedStep
+from graph_capture.checks import Check, OutcomeChanged
 from graph_capture.outputs import OutputTemplate
 from graph_capture.trace import Reassigned
 
-from .errors import CallMismatchError
+from .errors import CallMismatchError, OutcomeChangedError
 from .out_of_memory import explain
-from .own_gradients import generator_state, own_gradients
+from .own_gradients import generator_state, own_gradients, set_generator
 from .rewrite import PlannedGraphs
 from .tally import Tally
 
@@ -41,6 +42,8 @@ class _Layout:
     tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
     template: OutputTemplate
     put_back: tuple[Callable[[list[torch.Tensor]], None], ...]  # buffers that forward replaces
+    checks: tuple[Check, ...]
+    written_at: tuple[int, ...]  # positions of inputs that are written to before a check
 
 
 class StepCall:
@@ -121,6 +124,8 @@ class PlannedStep:
             tangents=tuple(n.meta["val"] for n in step.tangents),
             template=step.template,
             put_back=tuple(_put_back(entry, model) for entry in step.reassigned),
+            checks=step.checks,
+            written_at=tuple(position[n] for n in step.before_checks.written if n in position),
         )
         self._detached = step.detached
         self._waiting: Callable[[], StepCall | None] = lambda: None
@@ -136,7 +141,13 @@ class PlannedStep:
             generator_state=generator_state(self._device) if self._draws else None,
         )
         self._waiting = weakref.ref(call)
-        outputs = list(_Step.apply(self, call, *inputs))
+        try:
+            outputs = list(_Step.apply(self, call, *inputs))
+        except OutcomeChangedError:
+            self._waiting = lambda: None
+            if call.generator_state is not None:
+                set_generator(call.generator_state, self._device)
+            raise
         del inputs
         for put_back in self._layout.put_back:
             put_back(outputs)
@@ -151,6 +162,9 @@ class PlannedStep:
 
     def run_forward(self, ctx: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         # As in eager: below autograd, with grad mode on (some kernels save more when it is).
+        changed: OutcomeChanged | None = None
+        layout = self._layout
+        before = [(inputs[i], inputs[i].detach().clone()) for i in layout.written_at]
         try:
             with (
                 torch.enable_grad(),
@@ -162,6 +176,13 @@ class PlannedStep:
         except (RuntimeError, MemoryError) as error:
             self._explain(error, self._graphs.forward)
             raise
+        except OutcomeChanged as signal:
+            changed = signal.with_traceback(None)  # which holds what was computed so far
+        if changed is not None:
+            for tensor, value in before:
+                _write_below_autograd(tensor, value)
+            raise OutcomeChangedError(_what_changed(changed, layout.checks[changed.place]))
+        del before
         outputs, saved = results[: self._num_outputs], results[self._num_outputs :]
         ctx.save_for_backward(*saved, *(inputs[i] for i in self._layout.saved_at))
         differentiated = set(self._layout.differentiated)
@@ -374,6 +395,22 @@ def _reads_what_it_writes(captured: CapturedStep) -> bool:
             if written.op == "placeholder" and set(written.users) - {node}:
                 return True
     return False
+
+
+def _write_below_autograd(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        tensor.copy_(value)
+
+
+def _what_changed(changed: OutcomeChanged, check: Check) -> str:
+    module = f" in module {check.module_path!r}" if check.module_path else ""
+    return (
+        f"this step takes another way through the model than the planned one: at {check.source}"
+        f"{module} forward asks for {check.what}, which was {changed.planned} when the plan was "
+        f"made and is {changed.got} now. If that line raises for this input, so does the model "
+        "without the plan (Plan.remove). Else apply the plan with on_shape_change='replan', which "
+        "plans for this way, too, or 'unplanned', or make a plan on such an input"
+    )
 
 
 def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

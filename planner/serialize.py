@@ -25,6 +25,7 @@ from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
 from graph_capture.costs.cost_model import CostRecord
 from graph_capture.loss import LossRegion, LossSpec
 from graph_capture.optimizer_step import OptimizerStep
+from graph_capture.outcomes import Outcome
 from solvers.replay import InvalidScheduleError
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule
@@ -35,6 +36,7 @@ from .plan import LIBRARY_WORKSPACE, Plan
 from .whole_file import write_whole
 
 SCHEMA_VERSION = 2
+_ADDED_AFTER_VERSION_2 = {"reorder", "device_name", "outcomes"}
 MAX_FILE_BYTES = 2**30
 
 
@@ -158,6 +160,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         },
         "detached": list(plan.detached),
         "branch_free": plan.branch_free,
+        **({} if plan.outcomes is None else {"outcomes": [o.to_json() for o in plan.outcomes]}),
         "operators": graph["operators"],
         "storages": graph["storages"],
         "schedule": list(plan.schedule.order),
@@ -217,7 +220,7 @@ def _differences(said: Any, found: Any, path: str) -> Iterator[str]:
                 yield f"at {path}: {key!r:.100} is said, which its graph and schedule do not give"
             else:
                 yield from _differences(said[key], found[key], f"{path}.{key}")
-        missing = set(found) - set(said) - {"reorder", "device_name"}  # added after version 2
+        missing = set(found) - set(said) - _ADDED_AFTER_VERSION_2
         if missing:
             yield f"at {path}: {min(missing)!r} is missing"
     elif isinstance(said, list):
@@ -236,7 +239,8 @@ def _build(data: Mapping[str, Any]) -> Plan:
         }
     )
     solver, prediction, call, loss = (data[k] for k in ("solver", "prediction", "call", "loss"))
-    for spec in _tensor_specs((call["arguments"], call["state"], loss["tangents"])):
+    made = data.get("outcomes", ())
+    for spec in _tensor_specs((call["arguments"], call["state"], loss["tangents"], made)):
         if len(spec["shape"]) != len(spec["stride"]):
             raise ValueError(f"shape {spec['shape']} and stride {spec['stride']} do not fit")
     if call["autocast"] is not None:
@@ -291,6 +295,9 @@ def _build(data: Mapping[str, Any]) -> Plan:
         ),
         headroom_bytes=data["headroom_bytes"],
         branch_free=data["branch_free"],
+        outcomes=None
+        if "outcomes" not in data
+        else tuple(Outcome.from_json(o) for o in data["outcomes"]),
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from ..formula_operators import PURE
-from ..recorder import written_arguments
+from ..purity import written_arguments
 from .cost_model import Call
 
 aten = torch.ops.aten

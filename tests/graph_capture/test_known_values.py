@@ -26,7 +26,8 @@ class _Branching(nn.Module):
 
 
 def _targets(decide: Any) -> set[str]:
-    captured = capture_step(_Branching(decide), {"x": torch.ones(3, 4)}, measure_scratch=False)
+    sample = torch.ones(3, 4, device="meta")  # only constants have values
+    captured = capture_step(_Branching(decide), {"x": sample}, measure_scratch=False)
     return {op.target for op in captured.graph.operators}
 
 
@@ -77,29 +78,22 @@ def test_memory_that_was_exchanged_is_not_known() -> None:
         _targets(decide)
 
 
-def test_what_depends_on_an_input_or_a_draw_is_not_known() -> None:
-    """Inputs, parameters, memory that nobody wrote and random numbers decide no branch."""
-    for decide in (
-        lambda x: x.all(),
-        lambda x: torch.zeros_like(x).all(),
-        lambda x: torch.rand(3).all(),
-        lambda x: torch.empty(3).all(),
-        lambda x: torch.empty_like(torch.ones(3)).all(),
-    ):
-        with pytest.raises(CaptureError, match="value"):
+def test_what_depends_on_an_input_without_values_is_not_known() -> None:
+    """An input on meta decides no branch, and the error says that it has no values."""
+    for decide in (lambda x: x.all(), lambda x: torch.zeros_like(x).all()):
+        with pytest.raises(CaptureError, match="on meta"):
             _targets(decide)
 
 
-def test_a_tensor_that_changes_its_shape_in_place_is_forgotten() -> None:
-    """After ``squeeze_`` the remembered value has another shape, so it is not used."""
+def test_a_tensor_that_changes_its_shape_in_place_has_its_value() -> None:
+    """After ``squeeze_`` the remembered value has another shape; the graph still says which."""
 
     def decide(x: torch.Tensor) -> Any:
         flag = torch.ones(1, 1)
         flag.squeeze_()
         return flag
 
-    with pytest.raises(CaptureError, match="value"):
-        _targets(decide)
+    assert any("relu" in t for t in _targets(decide))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

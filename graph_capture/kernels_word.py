@@ -1,0 +1,52 @@
+"""Ask a kernel what it hands out, where PyTorch's stand-in for it refuses what it takes.
+
+``_grouped_mm`` on the CPU multiplies float32, and its stand-in says that it
+takes bfloat16 only. Told so, a library that looks for another way finds one
+with other bits. A call of PyTorch's own is then run once on made-up arguments,
+for the shapes of its results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
+
+from .costs.trial import REFUSALS, as_in_a_step, blank_arguments, is_safe
+
+
+def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Stand-ins of what a call makes; ``None`` if its kernel cannot be asked or refuses, too.
+
+    Must be called where stand-ins are made, under their mode.
+    """
+    if func.namespace != "aten" or func._schema.is_mutable or not is_safe(func):
+        return None
+    if any(r.alias_info is not None for r in func._schema.returns):
+        return None
+    given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+    devices = {t.device for t in given} - {torch.device("cpu")} or {torch.device("cpu")}
+    if not given or len(devices) != 1 or not all(isinstance(t, FakeTensor) for t in given):
+        return None
+    (device,) = devices
+    if device.type != "cpu" and not torch.cuda.is_available():
+        return None
+    with _disable_current_modes(), as_in_a_step(device):
+        try:
+            made_args, made_kwargs = blank_arguments(func, args, kwargs, device)
+            made = func(*made_args, **made_kwargs)
+        except REFUSALS:
+            return None
+    leaves, spec = tree_flatten(made)
+    if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        return None
+    return tree_unflatten(
+        [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in leaves],
+        spec,
+    )
+
+
+__all__ = ["kernels_word"]

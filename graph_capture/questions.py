@@ -1,0 +1,174 @@
+"""What a recorder does when the code that it traces asks for a tensor's value.
+
+The value is the one on the sample, so that the branch is taken that eager takes
+there; and a check goes into the graph at this place, since another step may
+have another value. What is planned for is the answer, not what it was made of:
+that ``labels.max() >= vocab_size`` is false holds for all sensible labels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter
+
+from . import checks
+from .checks import Check
+from .errors import CaptureError
+from .outcomes import GivenOutcomes, Outcome, made_like, read_like
+from .sample_values import Origins, SampleValues, UnknowableError, deciding
+
+if TYPE_CHECKING:
+    from .recorder import Recorder
+
+aten = torch.ops.aten
+
+
+class Questions:
+    """Answers for the calls of one recorder that fake tensors cannot answer.
+
+    Parameters
+    ----------
+    recorder
+        What is asked; gets the checks.
+    given
+        The answers of an earlier capture; ``None`` to ask the sample.
+    """
+
+    def __init__(self, recorder: Recorder, given: GivenOutcomes | None) -> None:
+        self._recorder = recorder
+        self._given = given
+        self.values = SampleValues(recorder.graph, recorder.constants)
+        self.outcomes: list[Outcome] = []
+        self.checks: list[Check] = []
+
+    def finish(self) -> None:
+        """Forward has ended; in backward no value can be asked for.
+
+        Raises
+        ------
+        OutcomeMismatchError
+            When an earlier capture was asked more.
+        """
+        if self._given is not None:
+            self._given.finish()
+
+    def answer(self, func: Any, args: tuple, kwargs: dict, error: Exception) -> Any:
+        """What the call hands out on the sample.
+
+        Raises
+        ------
+        CaptureError
+            When a plan for this answer would be of no use.
+        Exception
+            ``error``, when there is no answer.
+        """
+        recorder = self._recorder
+        if recorder.phase == "backward":
+            raise error
+        node_args, node_kwargs = recorder.as_nodes(args), recorder.as_nodes(kwargs)
+        _, source = recorder.origin()
+        if self._given is not None:
+            outcome = self._given.of_call(func, source)
+        else:
+            try:
+                result = self.values.compute(func, node_args, node_kwargs)
+            except UnknowableError:
+                raise error from None
+            origins = self.values.follows_from(deciding(func, node_args, node_kwargs))
+            self._refuse_useless(result, origins, func, source)
+            outcome = Outcome.of(result)
+        self.outcomes.append(outcome)
+        if outcome.made is None:
+            self._expect_number(func, node_args, outcome.number)
+            return outcome.number
+        out = made_like(outcome, func, args)
+        recorder.record(func, args, kwargs, out)
+        made = next(
+            iter(tree_iter(out))
+        )  # what else a call hands out has sizes that follow from it
+        self._check(checks.expect_shape, (recorder.node_of(made), list(made.shape)), _words(func))
+        return out
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """All values of a stand-in, checked as a whole; ``None`` where nobody knows."""
+        recorder = self._recorder
+        if recorder.phase == "backward":
+            return None
+        node = recorder.node_of(tensor)
+        _, source = recorder.origin()
+        if self._given is not None:
+            value = read_like(self._given.of_reading(tensor, source), tensor)
+        else:
+            try:
+                value = self.values.value(node)
+            except UnknowableError:
+                return None
+            self._refuse_useless(value, self.values.follows_from(node), "reading", source)
+        self.outcomes.append(Outcome.read(value))
+        planned = recorder.node_of(value)
+        self._check(checks.expect_values, (node, planned), "the values of a tensor")
+        with _disable_current_modes():
+            return value.clone()  # the planned one is nobody else's
+
+    def _expect_number(self, func: Any, args: tuple, number: Any) -> None:
+        what = _words(func)
+        if func is aten._local_scalar_dense.default:
+            self._check(checks.expect_number, (args[0], number), what)
+        elif func is aten.equal.default:
+            self._check(checks.expect_equal, (args[0], args[1], number), what)
+        else:
+            raise CaptureError(
+                f"{func} asks for a value in a way that a plan cannot check; ask with .item()"
+            )
+
+    def _check(self, target: Any, args: tuple, what: str) -> None:
+        node = self._recorder.call(target, (*args, len(self.checks)), {})
+        node.meta["val"] = None
+        self.checks.append(
+            Check(what=what, source=node.meta["source"], module_path=node.meta["module_path"])
+        )
+
+    def _refuse_useless(self, result: Any, origins: Origins, func: Any, source: str) -> None:
+        """A plan must hold for more than the step that it was made on."""
+        if isinstance(result, bool) or (
+            isinstance(result, torch.Tensor) and result.dtype == torch.bool and func == "reading"
+        ):
+            return
+        is_shape = not isinstance(result, (int, float, complex)) and func != "reading"
+        counted = origins.counted
+        if counted is not None and not is_shape:
+            raise CaptureError(
+                f"forward reads a number out of buffer {counted!r}, which it changes in each step "
+                f"({source}): a plan would hold for one step. Compute with the tensor itself; for "
+                "batch normalization, give momentum a number instead of None"
+            )
+        if not origins.is_activation:
+            return
+        if is_shape:
+            raise CaptureError(
+                f"a shape depends on values that the model computes or draws ({_words(func)}, "
+                f"{source}), so that each step has other sizes. Keep the sizes (torch.where, "
+                "multiplying by the mask), or plan the blocks around this one, each by itself"
+            )
+        if not isinstance(result, int):
+            raise CaptureError(
+                f"forward reads numbers out of an activation ({source}), which each step has "
+                "others of. Keep the tensor: to decide a branch compare it (if x > 0, not "
+                "x.item() > 0), to choose values take torch.where, to log them return them and "
+                "read them in the training loop"
+            )
+
+
+def _words(func: Any) -> str:
+    name = str(func)
+    if func is aten._local_scalar_dense.default:
+        return "a tensor's value"
+    if func is aten.equal.default:
+        return "whether two tensors are equal"
+    return f"the sizes that {name.removesuffix('.default').removesuffix('.Tensor')} makes"
+
+
+__all__ = ["Questions"]

@@ -1,0 +1,328 @@
+"""Values of a traced step's tensors on the sample that it is traced with.
+
+A graph is traced on stand-ins, and code that asks for a value must get the one
+that eager would get. So the part of the graph that the value follows from is
+run for real: on the sample, on the model's parameters and buffers and on
+constants, each copied where that part writes to it. Random numbers are drawn
+in the step's own sequence, from the state in which the generators are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter
+
+from .costs.trial import REFUSALS, blank_arguments
+from .isolation import generator_states, set_generator_states
+from .purity import draws, hidden_writes
+
+CACHE_BYTES = 256 * 2**20
+"""Values that are kept for the next question, which most often follows from the same ones."""
+
+_TALKS_TO_OTHERS = {"c10d", "_c10d_functional", "_c10d_functional_autograd"}
+_States = tuple[torch.Tensor, ...]
+
+
+class UnknowableError(Exception):
+    """There are no values to compute with."""
+
+
+class SampleValues:
+    """Real values of nodes of one graph, while it is being traced.
+
+    Parameters
+    ----------
+    graph
+        Grows; a value is the one at the moment of the question.
+    constants
+        Real tensors of the placeholders whose role is ``"constant"``.
+    """
+
+    def __init__(self, graph: Graph, constants: Mapping[str, torch.Tensor]) -> None:
+        self._graph = graph
+        self._constants = constants
+        self._given: dict[Node, torch.Tensor] = {}
+        self._device_of: dict[torch.device, torch.device] = {}  # of the step -> of the values
+        self._known: dict[Node, torch.Tensor] = {}
+        self._known_bytes = 0
+        with _disable_current_modes():
+            self._next_states = generator_states()
+        self._state_before: dict[Node, _States] = {}
+
+    def give(self, node: Node, tensor: torch.Tensor) -> None:
+        """Say the value of a placeholder, if the tensor has any."""
+        if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
+            self._given[node] = tensor
+            device = node.meta["val"].device
+            if device != tensor.device:
+                self._device_of[device] = tensor.device
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a call on nodes hands out now; where only its shape matters, of any values.
+
+        Raises
+        ------
+        UnknowableError
+            When there is no value to compute with, or the call does not run.
+        """
+        needed = _nodes_in(deciding(func, args, kwargs))
+        env = self._evaluate(list(needed))
+        with _for_real():
+
+            def value(node: Node) -> Any:
+                return env[node] if node in env else self._blank(node)
+
+            return self._run(func, map_arg(args, value), map_arg(kwargs, value))
+
+    def _blank(self, node: Node) -> torch.Tensor:
+        like = node.meta["val"]
+        device = self._device_of.get(like.device, like.device)
+        made, _ = blank_arguments(torch.ops.aten.clone.default, (like,), {}, device)
+        return made[0]
+
+    def value(self, node: Node) -> torch.Tensor:
+        """The value of a node now, on the CPU and nobody else's."""
+        (value,) = (self._evaluate([node])[node],)
+        with _for_real():
+            return value.detach().cpu().clone()
+
+    def follows_from(self, *trees: Any) -> Origins:
+        """What the nodes in ``trees`` follow from."""
+        return Origins(self._slice(_nodes_in(trees)))
+
+    # -- the part of the graph ---------------------------------------------------
+
+    def _slice(self, asked: Mapping[Node, None], until: Mapping[Node, Any] | None = None) -> set:
+        """The nodes that ``asked`` follow from; does not look behind those in ``until``."""
+        writers: dict[int, list[Node]] = {}
+        for node in self._graph.nodes:
+            for written in _written(node):
+                for memory in _memory(written):
+                    writers.setdefault(memory, []).append(node)
+        needed: set[Node] = set()
+        todo = list(asked)
+        while todo:
+            node = todo.pop()
+            if node in needed:
+                continue
+            needed.add(node)
+            if until is not None and node in until:
+                continue
+            todo.extend(node.all_input_nodes)
+            for memory in _memory(node):
+                todo.extend(writers.get(memory, ()))
+        self._writers = writers
+        return needed
+
+    def _evaluate(self, asked: list[Node]) -> dict[Node, Any]:
+        """The values of nodes; everything else is freed at its last use or kept for later."""
+        self._slice({})  # who writes what by now
+        for node in [n for n in self._known if any(m in self._writers for m in _memory(n))]:
+            self._forget(node)
+        part = self._slice(dict.fromkeys(asked), self._known)
+        order = [n for n in self._graph.nodes if n in part]
+        last = {a: n for n in order if n not in self._known for a in n.all_input_nodes}
+        dies_at: dict[Node, list[Node]] = {}
+        for node, user in last.items():
+            if node not in asked:
+                dies_at.setdefault(user, []).append(node)
+        env: dict[Node, Any] = {}
+        copies: dict[int, torch.UntypedStorage] = {}
+        with _for_real():
+            for node in self._with_draws(order):
+                if node not in part:
+                    self._draw(node, None, None)
+                elif node in self._known:
+                    env[node] = self._known[node]
+                elif node.op == "placeholder":
+                    env[node] = self._placeholder(node, copies)
+                else:
+                    args, kwargs = map_arg(node.args, env.get), map_arg(node.kwargs, env.get)
+                    if draws(node):
+                        env[node] = self._draw(node, args, kwargs)
+                    else:
+                        env[node] = self._run(node.target, args, kwargs)
+                    self._keep(node, env[node])
+                for dead in dies_at.get(node, ()):
+                    env.pop(dead, None)
+        return {n: env[n] for n in asked}
+
+    def _placeholder(self, node: Node, copies: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+        value = self._given.get(node)
+        if value is None and node.meta.get("role") == "constant":
+            value = self._constants[node.meta["target"]]
+        if value is None:
+            raise UnknowableError(node.name)
+        value = value.detach()
+        if not any(memory in self._writers for memory in _memory(node)):
+            return value
+        storage = value.untyped_storage()
+        if storage._cdata not in copies:
+            copies[storage._cdata] = storage.clone()
+        copy = torch.empty(0, dtype=value.dtype, device=value.device)
+        return copy.set_(
+            copies[storage._cdata],
+            value.storage_offset(),
+            value.shape,
+            value.stride(),
+        )
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(func, "namespace", None) in _TALKS_TO_OTHERS:
+            raise UnknowableError(str(func))
+        try:
+            return func(*self._placed(args), **self._placed(kwargs))
+        except REFUSALS as error:  # out of memory, say, or a kernel of a device that is not there
+            raise UnknowableError(f"{func}: {error}") from error
+
+    def _placed(self, tree: Any) -> Any:
+        if not self._device_of:
+            return tree
+        return torch.fx.node.map_aggregate(
+            tree, lambda x: self._device_of.get(x, x) if isinstance(x, torch.device) else x
+        )
+
+    # -- what is kept for the next question ----------------------------------------
+
+    def _keep(self, node: Node, value: Any) -> None:
+        if not isinstance(value, torch.Tensor) or any(m in self._writers for m in _memory(node)):
+            return
+        num_bytes = value.untyped_storage().nbytes()
+        if num_bytes > CACHE_BYTES:
+            return
+        self._known[node] = value
+        self._known_bytes += num_bytes
+        while self._known_bytes > CACHE_BYTES:
+            self._forget(next(iter(self._known)))
+
+    def _forget(self, node: Node) -> None:
+        self._known_bytes -= self._known.pop(node).untyped_storage().nbytes()
+
+    # -- random numbers ------------------------------------------------------------
+
+    def _with_draws(self, order: list[Node]) -> list[Node]:
+        """The nodes, and what draws before them: numbers come in one sequence."""
+        last = next((n for n in reversed(order) if draws(n) and n not in self._known), None)
+        if last is None:
+            return order
+        wanted = set(order)
+        merged = []
+        before = True
+        for node in self._graph.nodes:
+            if node in wanted or (before and node not in self._state_before and draws(node)):
+                merged.append(node)
+            before = before and node is not last
+        return merged
+
+    def _draw(self, node: Node, args: Any, kwargs: Any) -> Any:
+        """Draw in the place that a node has in the step's sequence of draws.
+
+        How many numbers a call takes follows from shapes, so one whose values
+        nobody asks for draws on made-up arguments.
+        """
+        first = node not in self._state_before
+        if first:
+            self._state_before[node] = self._next_states
+        set_generator_states(self._state_before[node])
+        if args is not None:
+            result = self._run(node.target, args, kwargs)
+        else:
+            result = None
+            values = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            devices = (t.device for t in tree_iter(values) if isinstance(t, torch.Tensor))
+            device = next(devices, torch.device("cpu"))
+            device = self._device_of.get(device, device)
+            made = blank_arguments(node.target, *values, device)
+            self._run(node.target, *made)
+        if first:
+            self._next_states = generator_states()
+        return result
+
+
+def deciding(func: Any, args: Any, kwargs: Any) -> Any:
+    """The arguments whose values say what a call that asks for values hands out.
+
+    Of a call that picks elements it is the mask: the shape of what it picks from is known.
+    """
+    picks = _PICKS.get(func)
+    return (args, kwargs) if picks is None else args[picks]
+
+
+_PICKS = {
+    torch.ops.aten.index.Tensor: 1,
+    torch.ops.aten.masked_select.default: 1,
+    torch.ops.aten.bincount.default: slice(0, 1),
+    torch.ops.aten._ctc_loss.Tensor: slice(2, 4),
+}
+
+
+def _nodes_in(tree: Any) -> dict[Node, None]:
+    found: dict[Node, None] = {}
+    map_arg(tree, lambda n: found.setdefault(n))
+    return found
+
+
+class Origins:
+    """What a value follows from."""
+
+    def __init__(self, part: set[Node]) -> None:
+        self._part = part
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether parameters or random numbers have a share in it."""
+        return any(
+            (n.op == "placeholder" and n.meta["role"] in ("parameter", "tangent"))
+            or (n.op != "placeholder" and draws(n))
+            for n in self._part
+        )
+
+    @property
+    def counted(self) -> str | None:
+        """Name of a buffer that the step writes to before it is read here, if there is one."""
+        memory = {m: n for n in self._part if n.op == "placeholder" for m in _memory(n)}
+        for node in self._part:
+            for written in _written(node):
+                for m in _memory(written):
+                    if m in memory and memory[m].meta["role"] == "buffer":
+                        return str(memory[m].meta["target"])
+        return None
+
+
+def _written(node: Node) -> tuple[Node, ...]:
+    if node.op != "call_function" or node.target is operator.getitem:
+        return ()
+    return (*node.meta.get("writes", ()), *hidden_writes(node.target, node.args))
+
+
+def _memory(node: Node) -> list[int]:
+    value = node.meta.get("val")
+    return [value.untyped_storage()._cdata] if isinstance(value, torch.Tensor) else []
+
+
+@contextmanager
+def _for_real() -> Iterator[None]:
+    """As a step's kernels run, below autograd and autocast; generators come back unchanged."""
+    with (
+        _disable_current_modes(),
+        torch._C._AutoDispatchBelowAutograd(),
+        torch._C._DisableAutocast(),
+        torch.no_grad(),
+    ):
+        states = generator_states()
+        try:
+            yield
+        finally:
+            set_generator_states(states)
+
+
+__all__ = ["Origins", "SampleValues", "UnknowableError", "deciding"]

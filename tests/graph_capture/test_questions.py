@@ -1,0 +1,256 @@
+"""Values that forward asks for: answered on the sample, and checked in each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graph_capture.before_checks import before_checks
+from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.checks import OutcomeChanged, expect_number, expect_shape, expect_values
+from graph_capture.errors import CaptureError
+from graph_capture.outcomes import Outcome, OutcomeMismatchError
+from graph_capture.trace import TakenPath
+
+Forward = Callable[[Any, Tensor, Tensor], Tensor]
+IDS = torch.tensor([0, 1, 2, 0, 5, 0])
+
+
+class Asking(nn.Module):
+    """A layer with a buffer and a normalization, and a forward that is given."""
+
+    count: Tensor
+
+    def __init__(self, ask: Forward) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+        self.ask = ask
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.ask(self, x, ids)
+
+
+def capture(ask: Forward, ids: Tensor = IDS, **options: Any) -> CapturedStep:
+    x = torch.linspace(-1, 1, 24).reshape(6, 4)
+    return capture_step(
+        Asking(ask),
+        {"x": x, "ids": ids},
+        loss=lambda output: output.square().sum(),
+        measure_scratch=False,
+        **options,
+    )
+
+
+def checks_of(captured: CapturedStep) -> list[Any]:
+    """Operators and planned values of the checks, in order."""
+    found = []
+    for node in captured.step.graph.nodes:
+        if getattr(node.target, "namespace", "") == "remat":
+            found.append((node.target, node.args[1]))
+    return found
+
+
+def test_an_assertion_about_an_input_is_checked_by_its_outcome() -> None:
+    """What is planned for is that the comparison is false, not what the labels are."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        if ids.max() >= 10:
+            raise ValueError("out of range")
+        return model.layer(x)
+
+    captured = capture(ask)
+    assert checks_of(captured) == [(expect_number, False)]
+    assert not captured.step.branch_free
+    assert "test_questions.py:" in captured.step.checks[0].source
+
+
+def test_the_branch_of_finite_activations_is_eagers() -> None:
+    """A branch on an activation is the one that the sample's activations take."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        h = model.layer(x)
+        return h if torch.isfinite(h).all() else h.clamp(-1, 1)
+
+    captured = capture(ask)
+    assert checks_of(captured) == [(expect_number, True)]
+    assert not any("clamp" in op.target for op in captured.graph.operators)
+
+
+@pytest.mark.parametrize(
+    ("ask", "shape"),
+    [
+        (lambda m, x, ids: m.layer(x)[ids != 0], [3, 4]),
+        (lambda m, x, ids: m.layer(x[ids != 0]), [3, 4]),
+        (lambda m, x, ids: m.layer(x)[ids.nonzero().squeeze(1)], [3, 1]),
+        (lambda m, x, ids: m.layer(x)[torch.unique(ids)], [4]),
+        (lambda m, x, ids: m.layer(x).masked_select(ids[:, None] == 0), [12]),
+        (lambda m, x, ids: m.layer(x).repeat_interleave(ids, 0), [8]),
+        (lambda m, x, ids: m.layer(x)[:, :1] * torch.bincount(ids), [6]),
+    ],
+)
+def test_sizes_that_inputs_decide_are_the_samples(ask: Forward, shape: list[int]) -> None:
+    """Masks, indices and counts of an input make the shapes that they make on the sample."""
+    assert checks_of(capture(ask)) == [(expect_shape, shape)]
+
+
+def test_a_list_is_one_question() -> None:
+    """``.tolist()`` of a tensor is checked as a whole."""
+    captured = capture(lambda m, x, ids: m.layer(x)[[i for i in ids.tolist() if i]])
+    assert [target for target, _ in checks_of(captured)] == [expect_values]
+    assert captured.step.outcomes == (Outcome(values=(0, 1, 2, 0, 5, 0)),)
+
+
+def test_numpy_sees_the_samples_integers() -> None:
+    """``.numpy()`` of an input hands out its values, and one check sees that they stay."""
+    captured = capture(lambda m, x, ids: m.layer(x) * float(ids.cpu().numpy().sum()))
+    assert [target for target, _ in checks_of(captured)] == [expect_values]
+
+
+def test_shapes_that_activations_decide_are_refused() -> None:
+    """A mask made of activations is another one in each step; the error says what works."""
+    with pytest.raises(CaptureError, match="plan the blocks around"):
+        capture(lambda m, x, ids: m.layer(x)[m.layer(x)[:, 0] > 0])
+
+
+def test_shapes_that_are_drawn_are_refused() -> None:
+    """So is a mask of random numbers."""
+    with pytest.raises(CaptureError, match="computes or draws"):
+        capture(lambda m, x, ids: m.layer(x)[torch.rand(6) < 0.5])
+
+
+def test_numbers_read_out_of_activations_are_refused_with_what_works() -> None:
+    """``.item()`` of an activation is refused; the comparison that the error names is planned."""
+    with pytest.raises(CaptureError, match="if x > 0"):
+        capture(lambda m, x, ids: m.layer(x) * 2 if m.layer(x).sum().item() > 0 else m.layer(x))
+    capture(lambda m, x, ids: m.layer(x) * 2 if m.layer(x).sum() > 0 else m.layer(x))
+
+
+def test_a_count_that_forward_increases_is_refused() -> None:
+    """A number of steps read out of a buffer is another one in the next step."""
+    norm = nn.BatchNorm1d(4, momentum=None)
+    sample = {"input": torch.randn(6, 4)}
+    with pytest.raises(CaptureError, match="give momentum a number"):
+        capture_step(norm, sample, loss=lambda y: y.sum(), measure_scratch=False)
+
+
+def test_a_write_before_the_question_is_seen() -> None:
+    """A buffer that forward has written to has its new value, and the model keeps the old."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        model.count.add_(1)
+        return model.layer(x).cos() if model.count >= 1 else model.layer(x)
+
+    model = Asking(ask)
+    arguments = {"x": torch.ones(6, 4), "ids": IDS}
+    captured = capture_step(model, arguments, loss=lambda y: y.sum(), measure_scratch=False)
+    assert any("cos" in op.target for op in captured.graph.operators)
+    assert model.count.item() == 0
+
+
+def test_a_draw_is_the_one_that_eager_makes() -> None:
+    """Random numbers that decide come in the step's own sequence, after those before them."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        h = nn.functional.dropout(model.layer(x), 0.5)
+        return h.cos() if torch.rand(()) < 0.5 else h.sin()
+
+    for seed in range(6):
+        torch.manual_seed(seed)
+        captured = capture(ask)
+        torch.manual_seed(seed)
+        nn.functional.dropout(torch.ones(6, 4), 0.5)
+        expected = "cos" if torch.rand(()) < 0.5 else "sin"
+        assert any(expected in op.target for op in captured.graph.operators if not op.pinned)
+
+
+def test_asking_leaves_the_generator_alone() -> None:
+    """A question that draws numbers to be answered leaves the generator where it was."""
+    model = Asking(lambda m, x, ids: m.layer(x) if torch.rand(()) < 2 else m.layer(x).cos())
+    arguments = {"x": torch.ones(6, 4), "ids": IDS}
+    before = torch.get_rng_state()
+    capture_step(model, arguments, loss=lambda y: y.sum(), measure_scratch=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_same_way_can_be_gone_without_values() -> None:
+    """With the outcomes of an earlier capture a sample on meta gives the same graph."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        if ids.max() >= 10:
+            raise ValueError("out of range")
+        return model.layer(x)[ids != 0]
+
+    first = capture(ask)
+    again = capture(ask, IDS.to("meta"), taken=first.step.taken)
+    assert again.graph.fingerprint == first.graph.fingerprint
+
+
+def test_another_number_of_questions_is_a_mismatch() -> None:
+    """Outcomes that nobody asks for, or too few of them, belong to another model."""
+    one = (Outcome(number=False),)
+    with pytest.raises(OutcomeMismatchError, match="0 times"):
+        capture(lambda m, x, ids: m.layer(x), taken=TakenPath(branch_free=False, outcomes=one))
+    with pytest.raises(OutcomeMismatchError, match="was not asked for"):
+        capture(
+            lambda m, x, ids: m.layer(x) if ids.max() > ids.min() and ids.any() else x,
+            taken=TakenPath(branch_free=False, outcomes=(Outcome(number=True),)),
+        )
+
+
+def test_outcomes_survive_json() -> None:
+    """Numbers, not-a-number among them, and kinds of tensors come back as they were."""
+    captured = capture(lambda m, x, ids: m.layer(x)[ids != 0])
+    for outcome in (
+        Outcome(number=True),
+        Outcome(number=3),
+        Outcome(number=float("-inf")),
+        Outcome(number=1 + 2j),
+        Outcome(values=(1, 2)),
+        *captured.step.outcomes,
+    ):
+        assert Outcome.from_json(outcome.to_json()) == outcome
+    assert Outcome.from_json(Outcome(number=float("nan")).to_json()).number != 0
+
+
+def test_a_check_raises_for_another_value_only() -> None:
+    """Not-a-number is the value that it was planned for when it was planned for."""
+    expect_number(torch.tensor(float("nan")), float("nan"), 0)
+    expect_shape(torch.ones(2, 3), [2, 3], 0)
+    expect_values(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]), 0)
+    with pytest.raises(OutcomeChanged):
+        expect_number(torch.tensor(2), 3, 0)
+    with pytest.raises(OutcomeChanged):
+        expect_shape(torch.ones(2, 3), [2, 4], 0)
+    with pytest.raises(OutcomeChanged):
+        expect_values(torch.tensor([1, 2]), torch.tensor([1, 3]), 0)
+
+
+def test_what_is_written_before_the_last_check_is_known() -> None:
+    """Running statistics that are updated before a check are put back when it fails."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        h = nn.functional.dropout(model.norm(model.layer(x)), 0.5)
+        return h if ids.any() else h.cos()
+
+    before = before_checks(capture(ask).step.graph)
+    names = {node.meta["target"] for node in before.written}
+    assert names == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert before.num_bytes == 4 * 4 + 4 * 4 + 8
+
+
+def test_lengths_of_a_ctc_loss_are_the_samples() -> None:
+    """A connectionist loss has sizes that the lengths of the targets decide."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        scores = model.layer(x)[:, None].log_softmax(-1)
+        lengths = (ids[:4] > 0).sum(0, keepdim=True)
+        targets = torch.tensor([[1, 2, 1]])
+        return nn.functional.ctc_loss(scores, targets, torch.tensor([6]), lengths)
+
+    assert [target for target, _ in checks_of(capture(ask))] == [expect_shape]

@@ -1,0 +1,200 @@
+"""Planned steps whose way through the model hangs on values."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from planner import Plan, optimize
+from planner.errors import OutcomeChangedError, PlanError, PlanMismatchError
+from planner.serialize import plan_from_dict, plan_to_dict
+from tests.bitwise import assert_same_training
+from tests.planner.small import square
+
+WIDTH = 16
+
+
+class Asking(nn.Module):
+    """Draws, counts and normalizes, then goes on as it is given."""
+
+    def __init__(self, ask: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.dropout = nn.Dropout(0.3)
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.ask = ask
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        h = self.dropout(self.norm(self.first(x).relu()))
+        return self.last(self.ask(h, ids))
+
+
+def asserting(h: Tensor, ids: Tensor) -> Tensor:
+    if ids.max() >= 10:
+        raise ValueError("ids out of range")
+    return h
+
+
+def picking(h: Tensor, ids: Tensor) -> Tensor:
+    return h[ids != 0]
+
+
+def finite(h: Tensor, ids: Tensor) -> Tensor:
+    return h if torch.isfinite(h).all() else torch.nan_to_num(h) * 2
+
+
+def splitting(h: Tensor, ids: Tensor) -> Tensor:
+    parts = h.split([*ids.sort(descending=True)[0].tolist()[:2], h.shape[0] - 9])
+    return torch.cat([part.cumsum(0) for part in parts])
+
+
+def drawn(h: Tensor, ids: Tensor) -> Tensor:
+    return h.cos() if torch.rand(()) < 0.5 else h
+
+
+def sample(
+    seed: int, ids: tuple[int, ...] = (0, 1, 2, 0, 5, 4, 0, 3, 1, 2)
+) -> tuple[Tensor, Tensor]:
+    x = torch.randn(len(ids), WIDTH, generator=torch.Generator().manual_seed(seed))
+    return x, torch.tensor(ids)
+
+
+def model_of(ask: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    return Asking(ask).train()
+
+
+def plan_of(model: nn.Module, **options: Any) -> Plan:
+    return optimize(model, sample(0), budget_bytes=10**8, loss_fn=square, time_limit_s=1, **options)
+
+
+def as_file(plan: Plan) -> dict[str, Any]:
+    return json.loads(json.dumps(plan_to_dict(plan)))
+
+
+def state_of(model: nn.Module) -> list[Tensor]:
+    return [torch.get_rng_state(), *(b.clone() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("ask", [asserting, picking, finite, splitting])
+def test_new_data_with_the_same_outcome_trains_to_the_same_bits(ask: Any) -> None:
+    """While the outcome stays, steps on new data are planned ones, with eager's bits."""
+    plan = plan_of(model_of(ask))
+    assert plan.outcomes
+    assert_same_training(
+        lambda: Asking(ask).train(), plan.apply, lambda seed: sample(seed), loss_fn=square
+    )
+
+
+def test_a_draw_takes_both_ways_under_replan() -> None:
+    """A step that skips at random is planned for each way that comes up."""
+    plan = plan_of(model_of(drawn))
+    assert_same_training(
+        lambda: Asking(drawn).train(),
+        lambda model: plan.apply(model, on_shape_change="replan"),
+        lambda seed: sample(seed),
+        loss_fn=square,
+        steps=8,
+    )
+
+
+def test_a_changed_outcome_names_the_line_and_both_values() -> None:
+    """The error says where the value was asked for, what was planned and what it is."""
+    model = model_of(asserting)
+    plan_of(model).apply(model)
+    with pytest.raises(OutcomeChangedError, match=r"test_outcomes\.py:\d+.* was False .* is True"):
+        model(*sample(1, (11,) * 10))
+
+
+def test_a_failed_check_puts_generator_and_buffers_back() -> None:
+    """Numbers drawn and statistics updated before a check that fails are as before the step."""
+    model = model_of(asserting)
+    plan_of(model).apply(model)
+    before = state_of(model)
+    with pytest.raises(OutcomeChangedError):
+        model(*sample(1, (11,) * 10))
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(model), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:a training step of a planned:planner.errors.PlanWarning")
+@pytest.mark.parametrize("policy", ["replan", "unplanned"])
+def test_other_sizes_are_eagers_under_a_policy(policy: Any) -> None:
+    """A mask with more elements is replanned, or run by the model's own forward."""
+    plan = plan_of(model_of(picking))
+    ids = [(0, 1, 2, 0, 5, 4, 0, 3, 1, 2), (1,) * 10, (0,) * 9 + (1,), (1,) * 10]
+    assert_same_training(
+        lambda: Asking(picking).train(),
+        lambda model: plan.apply(model, on_shape_change=policy),
+        lambda seed: sample(seed, ids[seed % 4]),
+        loss_fn=square,
+        steps=4,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:a training step of a planned:planner.errors.PlanWarning")
+def test_an_assertion_raises_its_own_error_unplanned() -> None:
+    """Under ``"unplanned"`` a failing assertion is eager's."""
+    model = model_of(asserting)
+    plan_of(model).apply(model, on_shape_change="unplanned")
+    with pytest.raises(ValueError, match="ids out of range"):
+        model(*sample(1, (11,) * 10))
+
+
+def test_a_plan_from_a_file_goes_the_planned_way(tmp_path: Path) -> None:
+    """The outcomes are in the file, so that the step is captured again without a sample."""
+    plan = plan_of(model_of(picking))
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded.outcomes == plan.outcomes
+    assert_same_training(
+        lambda: Asking(picking).train(), loaded.apply, lambda seed: sample(seed), loss_fn=square
+    )
+
+
+def test_a_file_without_outcomes_still_loads() -> None:
+    """An older file does not say what was asked for; a model that asks is then refused."""
+    model = model_of(picking)
+    data = as_file(plan_of(model))
+    del data["outcomes"]
+    plan = plan_from_dict(data)
+    with pytest.raises(RuntimeError, match="value"):
+        plan.apply(copy.deepcopy(model))
+
+
+def test_outcomes_of_another_model_are_a_mismatch() -> None:
+    """A model that asks something else than the planned one is another model."""
+    model = model_of(picking)
+    data = as_file(plan_of(model))
+    data["outcomes"] = [{"number": True}]
+    with pytest.raises(PlanMismatchError, match="does not hand out"):
+        plan_from_dict(data).apply(copy.deepcopy(model))
+
+
+def test_outcomes_of_a_file_are_checked() -> None:
+    """What is no outcome is refused when the file is read."""
+    data = as_file(plan_of(model_of(picking)))
+    data["outcomes"] = [{"number": "many"}]
+    with pytest.raises(PlanError, match="outcomes"):
+        plan_from_dict(data)
+
+
+def test_a_step_that_asks_nothing_copies_nothing() -> None:
+    """Without checks nothing is kept in case one fails."""
+    plan = plan_of(model_of(lambda h, ids: h))
+    assert plan.outcomes == ()
+    assert not any("in case a check fails" in s.name for s in plan.graph.storages)
+
+
+def test_copies_in_case_a_check_fails_are_counted() -> None:
+    """The statistics that are copied before a step are in the graph, to the byte."""
+    plan = plan_of(model_of(asserting))
+    (copies,) = (s for s in plan.graph.storages if "in case a check fails" in s.name)
+    assert copies.size_bytes == 2 * 4 * WIDTH + 8
