@@ -29,6 +29,8 @@ from graph_capture.recorder import storage_id
 from solvers.replay import InvalidScheduleError
 from solvers.schedule import Schedule
 
+from .fast_calls import fast_call
+
 aten = torch.ops.aten
 
 
@@ -168,7 +170,7 @@ class _Emitter:
         if node not in views:
             args = map_arg(node.args, lambda n: self._lookup(n, k))
             kwargs = map_arg(node.kwargs, lambda n: self._lookup(n, k))
-            views[node] = self._call(node.target, args, kwargs, node.name)
+            views[node] = self._call_like(node, args, kwargs)
         return views[node]
 
     def _set(self, k: int, carrier: Node, value: Node) -> None:
@@ -228,7 +230,7 @@ class _Emitter:
             if node not in views:
                 args = map_arg(node.args, lambda n: own_value(n, k))
                 kwargs = map_arg(node.kwargs, lambda n: own_value(n, k))
-                views[node] = self._call(node.target, args, kwargs, node.name)
+                views[node] = self._call_like(node, args, kwargs)
             return views[node]
 
         def argument(node: Node) -> Node:
@@ -237,19 +239,18 @@ class _Emitter:
 
         replayed = None if first else self._captured.state_of.get(v)
         for call in code.calls:
-            args = map_arg(call.args, argument)
+            given = call.args if first else repeated_arguments(call.target, call.args)
+            args = map_arg(given, argument)
             kwargs = map_arg(call.kwargs, argument)
-            if not first:
-                args = repeated_arguments(call.target, args)
             if replayed is not None and draws(call):
                 swap = _SWAPS[self._captured.device_type]
                 state = self._carrier(*self._state_key(replayed))
                 where = self._generator()
                 before = self._call(swap, (state, *where), {}, "generator_before")
-                result = self._call(call.target, args, kwargs, call.name)
+                result = self._call_like(call, args, kwargs, given)
                 self._call(swap, (before, *where), {}, "generator_after")
             else:
-                result = self._call(call.target, args, kwargs, call.name)
+                result = self._call_like(call, args, kwargs, given)
             fresh.update(self._owned(call, result, own))
         for (k, carrier), value in fresh.items():
             self._set(k, carrier, value)
@@ -286,8 +287,19 @@ class _Emitter:
         device = self._captured.target.torch_device
         return (device,) if device.type == "cuda" else ()
 
+    def _call_like(self, call: Node, args: Any, kwargs: Any, given: tuple | None = None) -> Node:
+        """A call of the traced step with the values that stand for its arguments here.
+
+        ``given`` are its own arguments where a repetition has others.
+        """
+        fast = fast_call(call.target, call.args if given is None else given, call.kwargs)
+        node = self._call(call.target if fast is None else fast, args, kwargs, call.name)
+        node.meta["operator"] = call.target
+        return node
+
     def _call(self, target: Any, args: Any, kwargs: Any, name: str) -> Node:
-        node = self.graph.create_node("call_function", target, tuple(args), dict(kwargs), name)
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(kind, target, tuple(args), dict(kwargs), name)
         node.meta["moment"] = self._moment  # which run of the schedule it belongs to
         if self._first_call is None:
             self._first_call = node

@@ -167,6 +167,7 @@ def test_a_plain_error_of_the_cpu_allocator_gets_the_note(plan):
     assert error.__notes__[0].startswith(HEADER)
 
 
+@pytest.mark.filterwarnings("ignore:.*of gradients are there:planner.PlanWarning")
 def test_gradients_from_before_the_step_are_named(plan):
     """Gradients that were there already are counted and the advice says what to do."""
     model = make()

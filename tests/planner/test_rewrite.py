@@ -66,8 +66,14 @@ def run_call(node: Node, args: Any, kwargs: Any) -> Any:
         return torch.empty(5056, dtype=torch.uint8)
     if node.target is swap_cpu_generator or node.target is torch._C._set_grad_enabled:
         return None
-    assert node.target is operator.getitem or isinstance(node.target, torch._ops.OpOverload)
-    return node.target(*args, **kwargs)
+    target = operator_of(node)
+    assert target is operator.getitem or isinstance(target, torch._ops.OpOverload)
+    return target(*args, **kwargs)
+
+
+def operator_of(node: Node) -> Any:
+    """The operator of the traced step that a node runs, by whatever function it calls it."""
+    return node.meta.get("operator", node.target)
 
 
 def walk(graph: Graph, inputs: list[Any], held: dict[int, int]) -> tuple[list[Any], int]:
@@ -180,12 +186,13 @@ def test_keeping_all_emits_each_call_once(name):
 
     def owning(nodes: Any) -> list[str]:
         return sorted(
-            str(n.target)
+            str(operator_of(n))
             for n in nodes
-            if isinstance(n.target, torch._ops.OpOverload)
-            and not n.target.is_view
-            and n.target is not torch.ops.aten._unsafe_view.default  # a view, whatever it says
-            and not any(a.alias_info is not None for a in n.target._schema.returns)
+            if isinstance(operator_of(n), torch._ops.OpOverload)
+            and not operator_of(n).is_view
+            and operator_of(n)
+            is not torch.ops.aten._unsafe_view.default  # a view, whatever it says
+            and not any(a.alias_info is not None for a in operator_of(n)._schema.returns)
         )
 
     copies = sum(len(code.clones) for code in captured.code)

@@ -1,0 +1,149 @@
+"""Call PyTorch's own Python functions where they come to the very operator of a graph.
+
+``torch.ops.aten.add.Tensor(a, b)`` goes through a generic path that boxes every
+argument; ``torch.add(a, b)`` is the same call at half of its price, which counts
+in models of small kernels. Which overload a Python function comes to depends on
+what it is given, so each kind of call is tried once, on stand-ins, under a mode
+that looks at the first operator dispatched and stops there: only where that is
+the operator of the graph, with the arguments of the graph, is the function taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+_Found = Callable[..., Any] | str | None  # a function, the name of a method of Tensor, neither
+
+_C: Any = torch._C  # its stubs lack some of these
+
+_LIBRARIES: tuple[Any, ...] = (
+    _C._VariableFunctions,
+    _C._nn,
+    _C._linalg,
+    _C._fft,
+    _C._special,
+)
+
+
+def fast_call(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
+    """What to call in the place of an operator, with the same arguments.
+
+    Parameters
+    ----------
+    func
+        An operator of ``torch.ops.aten``; anything else has no such function.
+    args, kwargs
+        Nodes of a traced step where the call has tensors.
+
+    Returns
+    -------
+    Callable, str or None
+        A function of PyTorch, the name of a method of its first argument, or
+        ``None`` where only the operator itself will do.
+    """
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
+        return None
+    nodes = [x for x in tree_flatten((args, dict(kwargs)))[0] if isinstance(x, Node)]
+    if not nodes or not all(isinstance(n.meta["val"], torch.Tensor) for n in nodes):
+        return None  # without a tensor, a default device may have its say
+    kind = _kind(func, args, kwargs)
+    if kind not in _known:
+        _known[kind] = _find(func, args, kwargs)
+    return _known[kind]
+
+
+_known: dict[Any, _Found] = {}  # which function comes to which operator never changes
+
+
+def _kind(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """What the choice of an overload depends on."""
+    leaves, spec = tree_flatten((args, dict(kwargs)))
+    return func, spec, tuple(map(_looks, leaves))
+
+
+def _looks(leaf: Any) -> Any:
+    if isinstance(leaf, Node):
+        value = leaf.meta["val"]
+        return "tensor", value.dim() == 0, value.dtype
+    return type(leaf)
+
+
+class _Seen(Exception):
+    """The first operator was dispatched."""
+
+
+class _First(TorchDispatchMode):
+    """Looks at the first operator that is dispatched, and does not run it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call: tuple[Any, tuple, dict] | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self.call = func, args, kwargs or {}
+        raise _Seen
+
+
+def _find(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
+    def stand_in(x: Any) -> Any:
+        if not isinstance(x, Node):
+            return x
+        value = x.meta["val"]
+        shape = (1,) * value.dim()
+        return torch.empty(shape, dtype=value.dtype, device="meta")
+
+    made: dict[Node, Any] = {}
+
+    def value_of(x: Any) -> Any:
+        if isinstance(x, Node) and x not in made:
+            made[x] = stand_in(x)
+        return made[x] if isinstance(x, Node) else x
+
+    given, named = tree_map(value_of, args), tree_map(value_of, dict(kwargs))
+    name = func._schema.name.removeprefix("aten::")
+    candidates: list[_Found] = []
+    if given and isinstance(given[0], torch.Tensor) and hasattr(torch.Tensor, name):
+        candidates.append(name)
+    candidates += [getattr(library, name) for library in _LIBRARIES if hasattr(library, name)]
+    return next((c for c in candidates if _comes_to(c, func, given, named)), None)
+
+
+def _comes_to(candidate: _Found, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    first = _First()
+    try:
+        with (
+            torch.no_grad(),
+            torch._C._AutoDispatchBelowAutograd(),
+            torch._C._DisableAutocast(),
+            torch._C.DisableTorchFunction(),
+            first,
+        ):
+            if isinstance(candidate, str):
+                getattr(args[0], candidate)(*args[1:], **kwargs)
+            else:
+                assert candidate is not None
+                candidate(*args, **kwargs)
+    except _Seen:
+        pass
+    except (TypeError, RuntimeError, NotImplementedError, ValueError, IndexError):
+        return False  # it takes other arguments
+    return first.call is not None and _same(first.call, (func, args, kwargs))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two calls are one: tensors by identity, lists and tuples of any kind by items."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if a is b:
+        return True
+    return type(a) is type(b) and not isinstance(a, torch.Tensor) and bool(a == b)
