@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .ledger import Ledger
+
 
 @contextmanager
 def undisturbed(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[None]:
@@ -67,55 +69,15 @@ def attributes_put_back(holders: Iterable[Any]) -> Iterator[None]:
     """Afterwards the objects have the attributes that they had.
 
     With the contents of lists, dicts and sets in them, at any depth; what a tensor
-    or another object holds is not looked into.
+    or another object holds is not looked into. What did not change is not written to.
     """
-    undo: list[Callable[[], None]] = []
-    seen: set[int] = set()
+    ledger = Ledger()
     for holder in holders:
-        _remember(vars(holder), undo, seen)
+        ledger.attributes(holder)
     try:
         yield
     finally:
-        for step in undo:
-            step()
-
-
-def _remember(container: Any, undo: list[Callable[[], None]], seen: set[int]) -> None:
-    if id(container) in seen:
-        return
-    seen.add(id(container))
-    children: list[Any]
-    if isinstance(container, dict):
-        saved_dict = dict(container)
-        children = list(saved_dict.values())
-
-        def restore_dict() -> None:
-            container.clear()
-            container.update(saved_dict)
-
-        undo.append(restore_dict)
-    elif isinstance(container, list):
-        saved_list = list(container)
-        children = saved_list
-
-        def restore_list() -> None:
-            container[:] = saved_list
-
-        undo.append(restore_list)
-    elif isinstance(container, set):
-        saved_set = set(container)
-        children = []
-
-        def restore_set() -> None:
-            container.clear()
-            container.update(saved_set)
-
-        undo.append(restore_set)
-    else:
-        return
-    for child in children:
-        if type(child) in (dict, list, set) or isinstance(child, dict):
-            _remember(child, undo, seen)
+        ledger.put_back()
 
 
 def swap_tensors(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -1,17 +1,26 @@
 """Take a model's output apart into tensors, and put it together from others.
 
-Known containers go through torch's pytree. Any other object that holds tensors
-(a key-value cache, say) is copied with the new tensors in the old one's places.
+Known containers go through torch's pytree. Any other object that holds tensors (a
+key-value cache, a dataclass, one with slots) is copied with the new tensors in the
+old one's places; modules that it holds are not copied.
 """
 
 from __future__ import annotations
 
 import copy
+import pickle
+import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from .errors import NotFittingError
+from .ledger import slots_of
+
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,7 @@ class OutputTemplate:
             elif isinstance(slot, int):
                 rebuilt.append(tensors[slot])
             else:
-                memo = {key: tensors[i] for key, i in slot.items()}
-                rebuilt.append(copy.deepcopy(leaf, memo))
+                rebuilt.append(_copied(leaf, {key: tensors[i] for key, i in slot.items()}))
         return tree_unflatten(rebuilt, self.spec)
 
 
@@ -55,40 +63,107 @@ def take_apart(output: Any) -> tuple[OutputTemplate, list[torch.Tensor]]:
             names.append(name)
         return index_of[id(tensor)]
 
-    leaves, spec = tree_flatten_with_path(output)
+    leaves, spec = _flattened(output)
     kept: list[Any] = []
     slots: list[int | dict[int, int] | None] = []
-    for path, leaf in leaves:
-        name = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    for name, leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             slots.append(index(leaf, name or "output"))
             kept.append(None)
-        else:
-            held = tensors_within(leaf)
-            slots.append({id(t): index(t, name or "output") for t in held} if held else None)
-            kept.append(leaf)
+            continue
+        held = tensors_within(leaf)
+        if held:
+            _refuse_uncopied(leaf, held)
+        slots.append({id(t): index(t, name or "output") for t in held} if held else None)
+        kept.append(leaf)
     return OutputTemplate(spec, tuple(kept), tuple(slots), tuple(names)), tensors
+
+
+def _flattened(output: Any) -> tuple[list[tuple[str, Any]], TreeSpec]:
+    try:
+        leaves, spec = tree_flatten_with_path(output)
+    except ValueError:  # a container that was registered without a way to name its places
+        plain, spec = tree_flatten(output)
+        return [(f"output {i}", leaf) for i, leaf in enumerate(plain)], spec
+    return [
+        (".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf)
+        for path, leaf in leaves
+    ], spec
+
+
+def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
+    for item in _within(leaf):
+        if isinstance(item, torch.nn.Module):
+            memo[id(item)] = item
+    return copy.deepcopy(leaf, memo)
+
+
+def _refuse_uncopied(leaf: Any, held: list[torch.Tensor]) -> None:
+    """An object of which no copy with other tensors can be made."""
+    what = f"an output of type {type(leaf).__name__} holds tensors"
+    advice = "return them in a tuple, a dict or a dataclass"
+    others = {id(t): torch.empty(()) for t in held}
+    try:
+        twin = _copied(leaf, dict(others))
+    except (TypeError, AttributeError, ValueError, copy.Error, pickle.PicklingError) as error:
+        raise NotFittingError(f"{what} and cannot be copied ({error}); {advice}") from error
+    if any(id(t) in others for t in tensors_within(twin)):
+        raise NotFittingError(f"{what} that its copies share, in a function, say; {advice}")
 
 
 def tensors_within(value: Any) -> list[torch.Tensor]:
     """Tensors that an object holds, at any depth; modules are not looked into."""
-    found: list[torch.Tensor] = []
-    seen: set[int] = set()
+    return [item for item in _within(value) if isinstance(item, torch.Tensor)]
+
+
+def _within(value: Any) -> Iterator[Any]:
+    """An object and all that it holds, each once."""
+    seen: dict[int, Any] = {}
     todo = [value]
     while todo:
         item = todo.pop()
-        if id(item) in seen or isinstance(item, (type, torch.nn.Module)):
+        if id(item) in seen or isinstance(item, (type, str, int, float, types.ModuleType)):
             continue
-        seen.add(id(item))
-        if isinstance(item, torch.Tensor):
-            found.append(item)
-        elif isinstance(item, dict):
-            todo.extend(item.values())
-        elif isinstance(item, (list, tuple, set)):
-            todo.extend(item)
-        elif hasattr(item, "__dict__"):
-            todo.extend(vars(item).values())
-    return found
+        seen[id(item)] = item
+        yield item
+        if not isinstance(item, (torch.Tensor, torch.nn.Module)):
+            todo.extend(_held_by(item))
+
+
+def _held_by(item: Any) -> Iterator[Any]:
+    if isinstance(item, dict):
+        yield from dict.values(item)
+    elif isinstance(item, Mapping):
+        yield from item.values()
+    elif isinstance(item, (list, tuple, set, frozenset)):
+        yield from item
+    elif isinstance(item, types.FunctionType):
+        yield from (cell.cell_contents for cell in item.__closure__ or () if _filled(cell))
+    elif isinstance(item, types.MethodType):
+        yield item.__self__
+    elif not type(item).__flags__ & _HEAP_TYPE:
+        yield from _state_of(item)
+    if hasattr(item, "__dict__"):
+        yield from vars(item).values()
+    yield from slots_of(item).values()
+
+
+def _state_of(item: Any) -> Iterator[Any]:
+    """What a copy of an object of C would be made from: a deque's items, a partial's arguments."""
+    try:
+        parts = item.__reduce_ex__(4)
+    except (TypeError, AttributeError, pickle.PicklingError):  # of which there are no copies
+        return
+    if isinstance(parts, tuple):
+        yield from (part for part in parts[1:3] if part is not None)
+        yield from (held for part in parts[3:5] if part is not None for held in part)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def find_loss(output: Any) -> torch.Tensor | None:

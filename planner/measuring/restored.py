@@ -27,7 +27,7 @@ def restored(
     and PyTorch.
     """
     parts = [part for part in (model, loss_fn) if isinstance(part, nn.Module)]
-    registered = [(m._buffers, dict(m._buffers)) for part in parts for m in part.modules()]
+    registered = [(m, dict(m._buffers.items())) for part in parts for m in part.modules()]
     inputs = output_tensors(sample_input)
     tensors = [*inputs, *(b for part in parts for b in part.buffers())]
     leaves = [t for t in inputs if t.requires_grad and t.is_leaf]
@@ -55,8 +55,10 @@ def restored(
             with torch.no_grad():
                 for t, copy in copies:
                     t.copy_(copy)
-            for buffers, saved in registered:
-                buffers.update(saved)
+            for module, saved in registered:
+                for name, buffer in saved.items():
+                    if module._buffers[name] is not buffer:
+                        module._buffers[name] = buffer
             if isinstance(optimizer, torch.optim.Optimizer):
                 optimizer.state.clear()
                 optimizer.state.update(states)

@@ -71,3 +71,37 @@ def test_second_references_are_swapped() -> None:
         swap_tensors(lstm, lambda t: nn.Parameter(torch.zeros_like(t)))
         assert all(new is not old for new, old in zip(lstm._flat_weights, before, strict=True))
     assert all(new is old for new, old in zip(lstm._flat_weights, before, strict=True))
+
+
+class _Frozen(dict):
+    """Refuses every write."""
+
+    def update(self, *_args: object, **_more: object) -> None:
+        raise TypeError
+
+    __setitem__ = clear = pop = update  # type: ignore[assignment]
+
+
+def test_a_container_that_refuses_writes_is_left_alone_or_put_back() -> None:
+    """Nothing is written where nothing changed, and what did change is put back all the same."""
+    model = _Keeper()
+    model.config = _Frozen(a=1, b=[1])  # type: ignore[assignment]
+    with undisturbed(model):
+        dict.update(model.config, a=2)  # type: ignore[arg-type]
+        model.config["b"].append(2)  # type: ignore[index]
+    assert model.config == {"a": 1, "b": [1]}
+
+
+def test_slots_of_an_argument_are_put_back() -> None:
+    """An object that keeps its attributes in slots."""
+
+    class Options:
+        __slots__ = ("count",)
+
+        def __init__(self) -> None:
+            self.count = 1
+
+    options = Options()
+    with undisturbed(_Keeper(), [options]):
+        options.count = 2
+    assert options.count == 1

@@ -359,3 +359,15 @@ def test_counters_in_python_are_put_back() -> None:
     model = _Counting()
     measure(model, torch.ones(1, 2), loss_fn=torch.sum, repeats=1)
     assert (model.calls, model.seen, hasattr(model, "last")) == (0, [], False)
+
+
+class _Gate(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.7 * x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_submodule_is_measured() -> None:
+    """Its tables refuse writes, and nothing needs to be written to them."""
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(_Gate()))
+    assert measure(model, torch.randn(2, 4), repeats=0).peak_bytes > 0

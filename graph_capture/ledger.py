@@ -1,0 +1,171 @@
+"""Containers and attributes as they were, to see what changed in them and to undo it.
+
+Nothing is written to a container that did not change: some refuse to be written to
+(a configuration that is frozen, the tables of a TorchScript module).
+"""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+from .snapshots import ABSENT
+
+_LISTS = (list, deque)
+_SETS = (set,)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Another object in a place.
+
+    Parameters
+    ----------
+    label
+        The container in words, or ``"module.attribute"``.
+    holder, key
+        The container, and where in it; an element of a set is its own key.
+    before, now
+        ``ABSENT`` for none.
+    """
+
+    label: str
+    holder: Any
+    key: Any
+    before: Any
+    now: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    label: str
+    container: Any
+    saved: Any
+
+
+class Ledger:
+    """Remembers contents, at any depth; tensors and modules are not looked into."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, _Entry] = {}
+
+    def attributes(self, holder: Any, label: str = "") -> None:
+        """Remember the attributes of an object, in its ``__dict__`` and in slots."""
+        table = getattr(holder, "__dict__", None)
+        if isinstance(table, dict):
+            self.contents(table, label, attributes=True)
+        slots = slots_of(holder)
+        if slots and id(holder) not in self._entries:
+            self._entries[id(holder)] = _Entry(label, holder, slots)
+            for name, value in slots.items():
+                self.contents(value, _joined(label, name))
+
+    def contents(self, value: Any, label: str = "", *, attributes: bool = False) -> None:
+        """Remember a dict, list, deque or set, and what lies in those."""
+        if id(value) in self._entries:
+            return
+        if isinstance(value, dict):
+            saved: Any = dict(dict.items(value))
+            children = saved.items()
+        elif isinstance(value, _LISTS):
+            saved = list(value)
+            children = enumerate(saved)
+        elif isinstance(value, _SETS):
+            saved, children = set(value), ()
+        elif type(value) is tuple:
+            for i, item in enumerate(value):
+                self.contents(item, f"{label}[{i}]")
+            return
+        else:
+            return
+        self._entries[id(value)] = _Entry(label, value, saved)
+        for key, item in children:
+            if isinstance(item, (dict, *_LISTS, *_SETS, tuple)):
+                self.contents(item, _joined(label, key) if attributes else f"{label}[{key!r}]")
+
+    def changes(self) -> Iterator[Change]:
+        """Every place that holds another object than it did."""
+        for entry in self._entries.values():
+            yield from _changes(entry)
+
+    def put_back(self) -> None:
+        """Undo every change."""
+        for entry in self._entries.values():
+            if next(_changes(entry), None) is not None or not _same_order(entry):
+                _write(entry)
+
+
+def slots_of(holder: Any) -> dict[str, Any]:
+    """The attributes of an object that lie in slots."""
+    found = {}
+    for cls in type(holder).__mro__:
+        for name, value in vars(cls).items():
+            if isinstance(value, types.MemberDescriptorType) and cls.__module__ != "builtins":
+                try:
+                    found[name] = value.__get__(holder)
+                except AttributeError:  # empty
+                    continue
+    return found
+
+
+def _joined(label: str, name: Any) -> str:
+    return f"{label}.{name}" if label else str(name)
+
+
+def _changes(entry: _Entry) -> Iterator[Change]:
+    container, saved, label = entry.container, entry.saved, entry.label
+    if isinstance(container, _SETS):
+        if container != saved:
+            yield from (Change(label, container, e, ABSENT, e) for e in container - saved)
+            yield from (Change(label, container, e, e, ABSENT) for e in saved - container)
+        return
+    if isinstance(container, _LISTS):
+        if len(container) == len(saved) and all(map(is_, container, saved)):
+            return
+        before: dict[Any, Any] = dict(enumerate(saved))
+        now: dict[Any, Any] = dict(enumerate(container))
+    elif isinstance(container, dict):
+        table: dict[Any, Any] = container
+        same = len(table) == len(saved) and all(map(is_, dict.values(table), saved.values()))
+        if same and all(map(is_, table, saved)):
+            return
+        before, now = saved, dict(dict.items(table))
+    else:
+        before, now = saved, slots_of(container)
+    for key, value in now.items():
+        if before.get(key, ABSENT) is not value:
+            yield Change(label, container, key, before.get(key, ABSENT), value)
+    for key, value in before.items():
+        if key not in now:
+            yield Change(label, container, key, value, ABSENT)
+
+
+def _same_order(entry: _Entry) -> bool:
+    if not isinstance(entry.container, dict):
+        return True
+    return all(map(is_, entry.container, entry.saved))
+
+
+def _write(entry: _Entry) -> None:
+    """As the base class writes, whatever a class of its own makes of it."""
+    container, saved = entry.container, entry.saved
+    if isinstance(container, dict):
+        base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
+        base.clear(container)
+        for key, value in saved.items():
+            base.__setitem__(container, key, value)
+    elif isinstance(container, list):
+        list.__setitem__(container, slice(None), saved)
+    elif isinstance(container, deque):
+        deque.clear(container)
+        deque.extend(container, saved)
+    elif isinstance(container, set):
+        set.clear(container)
+        set.update(container, saved)
+    else:
+        for name, value in saved.items():
+            object.__setattr__(container, name, value)
