@@ -22,12 +22,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass
+from dataclasses import fields as dataclass_fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import networkx as nx
+
+from .json_text import read_json
 
 Phase = Literal["forward", "loss", "backward", "optimizer"]
 Category = Literal[
@@ -42,6 +45,9 @@ Category = Literal[
 ]
 
 GRAPH_FORMAT = 1
+
+MAX_TOTAL = 2**62
+"""Bytes of all storages, and nanoseconds of all operators: solvers add up in 64 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,19 +191,22 @@ class CostGraph:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostGraph:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises
+        ------
+        ValueError
+            When it is no such graph; names the place.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"not a cost graph but a {type(data).__name__}")
         if data.get("format") != GRAPH_FORMAT:
             raise ValueError(
-                f"cost graph of format {data.get('format')!r}; this version reads {GRAPH_FORMAT}"
+                f"cost graph of format {data.get('format')!r:.100}; this version reads "
+                f"{GRAPH_FORMAT}"
             )
-        try:
-            operators = tuple(
-                Operator(**{**op, "inputs": tuple(op["inputs"]), "outputs": tuple(op["outputs"])})
-                for op in data["operators"]
-            )
-            storages = tuple(Storage(**s) for s in data["storages"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a cost graph: {error}") from error
+        operators = tuple(_operator(*item) for item in _records(data, "operators"))
+        storages = tuple(_storage(*item) for item in _records(data, "storages"))
         return cls(operators, storages)
 
     def to_json(self) -> str:
@@ -205,7 +214,14 @@ class CostGraph:
 
     @classmethod
     def from_json(cls, text: str) -> CostGraph:
-        return cls.from_dict(json.loads(text))
+        """The inverse of :meth:`to_json`.
+
+        Raises
+        ------
+        ValueError
+            When it is no such graph; names the place.
+        """
+        return cls.from_dict(read_json(text))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -237,6 +253,86 @@ class CostGraph:
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:32]
 
 
+def _records(data: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The objects in a list, each with its place."""
+    records = data.get(key)
+    if not isinstance(records, (list, tuple)):
+        raise ValueError(f"not a cost graph: {key!r} must be a list, got {records!r:.100}")
+    for i, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise ValueError(
+                f"not a cost graph: at {key}[{i}]: must be an object, got {record!r:.100}"
+            )
+    return [(f"{key}[{i}]", record) for i, record in enumerate(records)]
+
+
+def _operator(place: str, record: Mapping[str, Any]) -> Operator:
+    _check_fields(place, record, Operator, _OPERATOR_FIELDS)
+    fields = dict(record)
+    for key in ("inputs", "outputs"):
+        if key in fields:
+            fields[key] = tuple(fields[key])
+    return Operator(**fields)
+
+
+def _storage(place: str, record: Mapping[str, Any]) -> Storage:
+    _check_fields(place, record, Storage, _STORAGE_FIELDS)
+    return Storage(**record)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_indices(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_count, value))
+
+
+_OPERATOR_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_is_text, "a text"),
+    "target": (_is_text, "a text"),
+    "inputs": (_is_indices, "a list of indices"),
+    "outputs": (_is_indices, "a list of indices"),
+    "cost_ns": (_is_count, "a whole number from 0 on"),
+    "workspace_bytes": (_is_count, "a whole number from 0 on"),
+    "phase": (lambda value: value in get_args(Phase), f"one of {get_args(Phase)}"),
+    "pinned": (lambda value: value is None or _is_text(value), "a text or null"),
+    "ordered": (lambda value: isinstance(value, bool), "true or false"),
+    "module_path": (_is_text, "a text"),
+    "source": (_is_text, "a text"),
+}
+_STORAGE_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "name": (_is_text, "a text"),
+    "size_bytes": (_is_count, "a whole number from 0 on"),
+    "producer": (lambda value: value is None or _is_count(value), "an index or null"),
+    "category": (lambda value: value in get_args(Category), f"one of {get_args(Category)}"),
+    "kept": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def _check_fields(
+    place: str,
+    record: Mapping[str, Any],
+    kind: type,
+    fields: Mapping[str, tuple[Callable[[Any], bool], str]],
+) -> None:
+    for key, value in record.items():
+        if key not in fields:
+            raise ValueError(f"not a cost graph: at {place}: there is no {key!r:.100} in it")
+        fits, wanted = fields[key]
+        if not fits(value):
+            raise ValueError(
+                f"not a cost graph: at {place}.{key}: must be {wanted}, got {value!r:.100}"
+            )
+    for field in dataclass_fields(kind):
+        if field.default is MISSING and field.name not in record:
+            raise ValueError(f"not a cost graph: at {place}: {field.name!r} is missing")
+
+
 def _validate(graph: CostGraph) -> None:
     num_storages = len(graph.storages)
     produced = {k for k, s in enumerate(graph.storages) if s.producer is None}
@@ -262,3 +358,12 @@ def _validate(graph: CostGraph) -> None:
             if graph.storages[k].producer != v:
                 raise ValueError(f"storage {graph.storages[k].name!r} has two producers")
         produced.update(op.outputs)
+    total_bytes = sum(s.size_bytes for s in graph.storages)
+    total_bytes += max((op.workspace_bytes for op in graph.operators), default=0)
+    total_ns = sum(op.cost_ns for op in graph.operators)
+    for total, unit in ((total_bytes, "bytes"), (total_ns, "ns")):
+        if total > MAX_TOTAL:
+            raise ValueError(
+                f"all sizes or times together are more than {MAX_TOTAL} {unit}, with which solvers "
+                "cannot reckon: are they in the right units?"
+            )

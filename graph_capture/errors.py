@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from .printable import printable
+
 
 class CaptureError(RuntimeError):
     """The model's step cannot be written down as one graph."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, lines=True))
 
 
 class NotFittingError(CaptureError):

@@ -51,7 +51,10 @@ def parse_bytes(quantity: float | str, *, default_unit: str = "b") -> int:
             raise ValueError(f"not an amount of memory: {quantity!r}; write '40GB' or '40GiB'")
         number, unit = float(match[1]), match[2] or default_unit
     else:
-        number = float(quantity)
+        try:
+            number = float(quantity)
+        except OverflowError as error:
+            raise ValueError(f"an amount of memory must be finite, got {quantity!r:.40}") from error
     factor = _BYTE_UNITS.get(unit.lower())
     if factor is None:
         raise ValueError(f"unknown unit {unit!r}; one of {', '.join(_BYTE_UNITS)}")

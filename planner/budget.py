@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from graph_capture.cost_graph import CostGraph
+from graph_capture.cost_graph import MAX_TOTAL, CostGraph
 from graph_capture.costs.devices import Device
 from graph_capture.units import format_bytes, parse_bytes
 from solvers.least_memory import LeastMemory
@@ -95,9 +95,13 @@ def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) 
         )
     try:
         if budget_gb is not None:
-            return parse_bytes(budget_gb, default_unit="gb")
-        assert budget_bytes is not None
-        return parse_bytes(budget_bytes, default_unit="b")
+            budget = parse_bytes(budget_gb, default_unit="gb")
+        else:
+            assert budget_bytes is not None
+            budget = parse_bytes(budget_bytes, default_unit="b")
+        if budget > MAX_TOTAL:
+            raise ValueError(f"a budget has at most {MAX_TOTAL} bytes")
+        return budget
     except ValueError as error:
         asked = "budget_bytes" if budget_gb is None else "budget_gb"
         value = budget_bytes if budget_gb is None else budget_gb

@@ -31,6 +31,7 @@ from scipy.sparse import coo_array
 from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, graph_arrays
+from .checked import checked_budget
 from .expand import find_gaps
 from .highs import OBJECTIVE_SCALE, build_lp, quiet_highs, rounded_bound
 from .replay import replay
@@ -49,6 +50,7 @@ class GapCoverBound:
 
 def gap_cover(graph: CostGraph, budget_bytes: int, *, time_limit_s: float = 10.0) -> GapCoverBound:
     """Bound the time of every schedule within ``budget_bytes`` in this base order."""
+    budget_bytes = checked_budget(budget_bytes)
     g = graph_arrays(graph)
     excess = np.array(replay(graph, Schedule.keep_all(graph)).memory_bytes) - budget_bytes
     moments = _thin(np.flatnonzero(excess > 0), excess)

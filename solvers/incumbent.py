@@ -7,6 +7,7 @@ import time
 
 from graph_capture.cost_graph import CostGraph
 
+from .checked import checked_budget
 from .progress import Progress, ProgressEvent
 from .replay import InvalidScheduleError, replay
 from .result import OPTIMAL_GAP, SolveResult, SolveStatus, relative_gap
@@ -41,7 +42,7 @@ class Incumbent:
     ) -> None:
         self.enough_gap = max(enough_gap, OPTIMAL_GAP)
         self.graph = graph
-        self.budget_bytes = budget_bytes
+        self.budget_bytes = checked_budget(budget_bytes)
         self.begin_s = time.monotonic()
         self.deadline_s = self.begin_s + time_limit_s
         self.progress = progress

@@ -10,6 +10,7 @@ from graph_capture.cost_graph import CostGraph
 from .backward_search import least_memory_bound
 from .beside import Beside
 from .chains.chain_dp import chain_dp, is_plain_chain
+from .checked import check_time_limit, checked_budget
 from .field_schedules import FieldSchedules
 from .gap_cover import gap_cover
 from .incumbent import Incumbent
@@ -89,8 +90,8 @@ def solve(
         raise ValueError(f"unknown solver {solver!r}; known are {', '.join(sorted(SOLVERS))}")
     if not gap >= 0:
         raise ValueError(f"gap must be >= 0, got {gap}")
-    if budget_bytes < 0 or time_limit_s < 0:
-        raise ValueError(f"negative budget or time limit: {budget_bytes}, {time_limit_s}")
+    budget_bytes = checked_budget(budget_bytes)
+    check_time_limit(time_limit_s)
     if hint is not None and list(dict.fromkeys(hint.order)) != sorted(set(hint.order)):
         raise ValueError("the first runs of the hint are not in base order")
     state = Incumbent(graph, budget_bytes, time_limit_s, progress, stop, gap)

@@ -8,6 +8,7 @@ against this one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from graph_capture.cost_graph import CostGraph
 from graph_capture.units import format_bytes, format_us
@@ -66,6 +67,9 @@ def replay(graph: CostGraph, schedule: Schedule) -> Replay:
         never computed, or ordered operators change places.
     """
     order = schedule.order
+    for i, v in enumerate(order):
+        if type(v) is not int and (isinstance(v, bool) or not isinstance(v, Integral)):
+            raise InvalidScheduleError(f"run {i} is no index of an operator: {v!r:.100}")
     num_steps = len(order)
     version: dict[int, int] = {}  # storage -> index into births
     births: list[tuple[int, int]] = []  # (storage, step)

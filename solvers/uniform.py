@@ -20,6 +20,7 @@ import numpy as np
 from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, IntArray, graph_arrays
+from .checked import checked_budget
 from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan
 from .fast_replay import fast_replay
 from .replay import replay
@@ -44,6 +45,7 @@ def uniform(graph: CostGraph, num_segments: int | None = None) -> Schedule | Non
 
 def uniform_under_budget(graph: CostGraph, budget_bytes: int) -> Schedule | None:
     """The cheapest of the uniform schedules of all numbers of segments that fits."""
+    budget_bytes = checked_budget(budget_bytes)
     g = graph_arrays(graph)
     gaps = find_gaps(g)
     turn = turning_point(graph)

@@ -7,6 +7,8 @@ from math import isfinite
 
 from .cost_model import Call, CostModel, CostRecord
 
+MAX_US = 1e14  # three years
+
 GivenTime = Callable[[Call], float | None]
 
 
@@ -40,8 +42,13 @@ class GivenCosts:
             return self._otherwise.time_ns(call)
         if isinstance(given, bool) or not isinstance(given, (int, float)):
             raise ValueError(f"cost_model returned {given!r} for {call.func}, not microseconds")
-        if not isfinite(given) or given < 0:
+        if (isinstance(given, float) and not isfinite(given)) or given < 0:
             raise ValueError(f"cost_model returned {given!r} us for {call.func}")
+        if given > MAX_US:
+            raise ValueError(
+                f"cost_model returned {given!r:.40} us for {call.func}, more than {MAX_US:.0e}: is "
+                "it in microseconds?"
+            )
         self._num_given += 1
         return round(given * 1e3)
 

@@ -24,6 +24,7 @@ import numpy as np
 from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays, graph_arrays
+from ..checked import checked_budget
 from ..highs import quiet_highs, rounded_bound
 from ..replay import replay
 from ..schedule import Schedule
@@ -55,6 +56,7 @@ def order_free_bound(
     First with the fixed operator that has the most memory, then with the next
     ones, too, if time is left.
     """
+    budget_bytes = checked_budget(budget_bytes)
     deadline_s = time.monotonic() + time_limit_s
     memory = np.array(replay(graph, Schedule.keep_all(graph)).memory_bytes)
     over = [v for v in fixed_operators(graph) if memory[v] > budget_bytes]

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 
 from graph_capture.cost_graph import CostGraph
 
+from ..checked import check_time_limit, checked_budget
 from ..portfolio import solve
 from ..progress import Progress
 from ..replay import replay
@@ -88,6 +89,8 @@ def solve_in_any_order(
         order within ``FIRST_SHARE`` of the time. ``status`` speaks of
         ``bound_scope``, but is infeasible only when nothing fits in any order.
     """
+    budget_bytes = checked_budget(budget_bytes)
+    check_time_limit(time_limit_s)
     begin_s = time.monotonic()
     deadline_s = begin_s + time_limit_s
     log: list[str] = []

@@ -30,6 +30,7 @@ from collections.abc import Hashable, Sequence
 from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays, graph_arrays
+from ..checked import checked_budget
 from ..uniform import turning_point
 from .blocks import Block, Held, cut_out
 from .chain import Chain, coarsen, find_chain
@@ -67,6 +68,7 @@ def chain_dp(
     stop
         Ends the search soon when another thread sets it.
     """
+    budget_bytes = checked_budget(budget_bytes)
     deadline_s = time.monotonic() + time_limit_s
     g = graph_arrays(graph)
     finest = find_chain(g, turning_point(graph))

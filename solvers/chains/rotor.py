@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays, graph_arrays
+from ..checked import checked_budget
 from ..uniform import turning_point
 from .chain import Chain, coarsen, find_chain
 from .chain_dp import small_enough
@@ -48,6 +49,7 @@ def rotor(
     time_limit_s
         Sets the number of slots, with :data:`MOST_TABLE_S` at most.
     """
+    budget_bytes = checked_budget(budget_bytes)
     g = graph_arrays(graph)
     finest = find_chain(g, turning_point(graph))
     if finest is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graph_capture.cost_graph import CostGraph
 
+from ..checked import check_time_limit, checked_budget
 from ..incumbent import Incumbent
 from ..keep_all import keep_all
 from ..result import SolveResult
@@ -55,8 +56,8 @@ def trace_slice_refinement(
     >>> str(result.status), rounds
     ('optimal', ())
     """
-    if budget_bytes < 0 or time_limit_s < 0:
-        raise ValueError(f"negative budget or time limit: {budget_bytes}, {time_limit_s}")
+    budget_bytes = checked_budget(budget_bytes)
+    check_time_limit(time_limit_s)
     state = Incumbent(graph, budget_bytes, time_limit_s)
     rounds: list[Round] = []
     state.offer(keep_all(graph), "keep_all")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from graph_capture.cost_graph import CostGraph
 
+from ..checked import check_time_limit, checked_budget
 from ..replay import replay
 from ..schedule import Schedule
 
@@ -156,8 +157,8 @@ def apply_strategy(
     >>> outcome.cost_ns, outcome.peak_bytes, outcome.fits
     (5, 9, False)
     """
-    if budget_bytes is not None and budget_bytes < 0:
-        raise ValueError(f"the budget is {budget_bytes} bytes; it must not be negative")
+    budget_bytes = None if budget_bytes is None else checked_budget(budget_bytes)
+    check_time_limit(time_limit_s)
     if budget_bytes is None and strategy.needs_budget:
         raise StrategyError(f"{strategy.name} needs a budget; give budget_bytes")
     options = StrategyOptions(

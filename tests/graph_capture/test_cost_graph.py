@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
+from tests.hostile import mutated
 
 
 def _graph() -> CostGraph:
@@ -109,3 +110,42 @@ def test_a_graph_that_makes_no_sense_is_refused(field: str, value: object, messa
     broken = replace(graph.operators[0], **{field: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         CostGraph((broken, graph.operators[1]), graph.storages)
+
+
+def test_whatever_is_no_cost_graph_is_a_value_error() -> None:
+    """Of 1,500 damaged texts each is read or refused with a ValueError, never another error."""
+    refusals = []
+    for text in mutated(_graph().to_dict(), 1500, seed=3):
+        try:
+            CostGraph.from_json(text)  # type: ignore[arg-type]
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 1000
+    assert max(map(len, refusals)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", "{}", "[" * 100_000, '{"format": 1e400}', '{"format": 1, "format": 1}', "1"],
+)
+def test_text_that_is_no_object_is_a_value_error(text: str) -> None:
+    """Empty, deeply nested, infinite, doubled."""
+    with pytest.raises(
+        ValueError, match=r"not a cost graph|cost graph of format|nested|too large|twice|Expecting"
+    ):
+        CostGraph.from_json(text)
+
+
+@pytest.mark.parametrize("figure", ["size_bytes", "cost_ns"])
+def test_figures_beyond_64_bits_are_refused(figure: str) -> None:
+    """What solvers cannot add up is no graph."""
+    storage, operator = (
+        Storage(name="x", size_bytes=1, producer=0),
+        Operator(name="a", outputs=(0,)),
+    )
+    if figure == "size_bytes":
+        storage = replace(storage, size_bytes=2**63)
+    else:
+        operator = replace(operator, cost_ns=2**63)
+    with pytest.raises(ValueError, match="solvers cannot reckon"):
+        CostGraph((operator,), (storage,))

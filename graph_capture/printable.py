@@ -1,0 +1,27 @@
+"""Text that a terminal shows and does not obey.
+
+Names come from users' modules and from files. A terminal takes control
+characters in them for commands: a title, a cleared screen, a line gone back.
+"""
+
+from __future__ import annotations
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""``text`` with every character that is not shown written as an escape.
+
+    Parameters
+    ----------
+    lines
+        Whether line breaks stay.
+
+    Examples
+    --------
+    >>> printable("\x1b[2J layer\n")
+    '\\x1b[2J layer\\n'
+    """
+    if text.isprintable():
+        return text
+    if lines:
+        return "\n".join(printable(line) for line in text.split("\n"))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
