@@ -41,6 +41,14 @@ class TensorSpec:
         tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         return tensor.requires_grad_(self.requires_grad)
 
+    @property
+    def extent_bytes(self) -> int:
+        """Bytes from the first element to the last, both included."""
+        if 0 in self.shape:
+            return 0
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         grad = ", requires_grad" if self.requires_grad else ""
@@ -100,6 +108,13 @@ def objects_of(value: Any) -> list[Any]:
         return leaf
 
     _map(value, lambda t: t, on_other=note)
+    return found
+
+
+def specs_of(spec: Any) -> list[TensorSpec]:
+    """Tensors in a specification, in the order of :func:`tensors_of`."""
+    found: list[TensorSpec] = []
+    _map(spec, _same, lambda tensor: found.append(tensor))
     return found
 
 
@@ -202,7 +217,10 @@ def to_json(spec: Any) -> Any:
             }
         }
     if isinstance(spec, Mapping):
-        return {"dict": {str(k): to_json(v) for k, v in spec.items()}}
+        for key in spec:
+            if not isinstance(key, str):
+                raise TypeError(f"a dict with {key!r:.100} as a key cannot be written as JSON")
+        return {"dict": {k: to_json(v) for k, v in spec.items()}}
     if isinstance(spec, tuple):
         return {"tuple": [to_json(v) for v in spec]}
     if isinstance(spec, list):

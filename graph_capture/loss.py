@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,28 @@ class LossRegion:
     calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TangentMemory:
+    """Where the gradient of an output lies.
+
+    Parameters
+    ----------
+    block
+        Number of the block of memory; gradients of one block share it.
+    size_bytes
+        Of the whole block.
+    offset
+        Elements of the block before the gradient's first one.
+    output
+        Index of an output that lies in the block, too; ``None`` where none does.
+    """
+
+    block: int
+    size_bytes: int
+    offset: int
+    output: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
     """A loss as an earlier capture saw it, for capturing again without the code of it.
@@ -62,11 +84,65 @@ class LossSpec:
         Indices of the differentiated output tensors.
     tangents
         What the gradient of each looks like.
+    memory
+        Where each lies; empty where each fills a block of its own.
     """
 
     region: LossRegion
     differentiated: tuple[int, ...]
     tangents: tuple[TensorSpec, ...]
+    memory: tuple[TangentMemory, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        region: LossRegion,
+        differentiated: tuple[int, ...],
+        tangents: list[torch.Tensor],
+        outputs: list[torch.Tensor],
+    ) -> LossSpec:
+        """Describe what :func:`differentiate` found."""
+        specs = tuple(TensorSpec.of(t) for t in tangents)
+        output_of = {storage_id(t): i for i, t in reversed(list(enumerate(outputs)))}
+        blocks: dict[int, int] = {}
+        memory = tuple(
+            TangentMemory(
+                block=blocks.setdefault(storage_id(t), len(blocks)),
+                size_bytes=t.untyped_storage().nbytes(),
+                offset=int(t.storage_offset()),
+                output=output_of.get(storage_id(t)),
+            )
+            for t in tangents
+        )
+        alone = len(blocks) == len(tangents) and all(
+            (place.offset, place.output, place.size_bytes) == (0, None, spec.extent_bytes)
+            for place, spec in zip(memory, specs, strict=True)
+        )
+        return cls(
+            region=replace(region, calls=()),
+            differentiated=differentiated,
+            tangents=specs,
+            memory=() if alone else memory,
+        )
+
+    def stand_ins(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Gradients like these, uninitialized (fake ones under a fake mode)."""
+        if not self.memory:
+            return [spec.empty() for spec in self.tangents]
+        blocks: dict[int, torch.Tensor] = {}
+        made = []
+        for spec, place in zip(self.tangents, self.memory, strict=True):
+            if place.output is not None:
+                same = outputs[place.output].detach().view(spec.dtype)
+                made.append(same.as_strided(spec.shape, spec.stride, place.offset))
+                continue
+            if place.block not in blocks:
+                blocks[place.block] = torch.empty(
+                    place.size_bytes, dtype=torch.uint8, device=spec.device
+                )
+            elements = blocks[place.block].view(spec.dtype)
+            made.append(elements.as_strided(spec.shape, spec.stride, place.offset))
+        return made
 
 
 def differentiate(
@@ -97,7 +173,13 @@ def differentiate(
                 f"outputs {given.differentiated} were differentiated when the plan was made; "
                 f"of this model's outputs {wanting} require grad"
             )
-        return list(given.differentiated), [t.empty() for t in given.tangents], given.region
+        for i, spec in zip(given.differentiated, given.tangents, strict=True):
+            if (spec.shape, spec.dtype) != (tuple(tensors[i].shape), tensors[i].dtype):
+                raise NotFittingError(
+                    f"output {template.names[i]!r} is {TensorSpec.of(tensors[i])}, its gradient "
+                    f"was {spec} when the plan was made"
+                )
+        return list(given.differentiated), given.stand_ins(tensors), given.region
     if given is not None:
         return _through_loss_fn(template, tensors, wanting, given, differentiator, twin)
     loss = find_loss(output)

@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 from .absent_cuda import ensure_cuda_guard
 from .backward_walk import BackwardWalk, Differentiator, Engine, refuse_backward_hooks
 from .before_checks import BeforeChecks, before_checks
-from .call_spec import TensorSpec, call_forward, objects_of, tensors_of
+from .call_spec import call_forward, objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
 from .checks import Check
 from .cuda_choices import choices_of_cuda, refuse_recurrent
@@ -161,11 +161,9 @@ class TracedStep:
     @property
     def loss_spec(self) -> LossSpec:
         """What is needed to capture the same step without ``loss_fn``."""
-        return LossSpec(
-            region=replace(self.loss, calls=()),
-            differentiated=self.differentiated,
-            tangents=tuple(TensorSpec.of(n.meta["val"]) for n in self.tangents),
-        )
+        tangents = [n.meta["val"] for n in self.tangents]
+        outputs = [n.meta["val"] for n in self.outputs]
+        return LossSpec.of(self.loss, self.differentiated, tangents, outputs)
 
 
 def trace_step(

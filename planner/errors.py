@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from graph_capture.errors import CaptureError
+from graph_capture.printable import printable
 
 
 class PlanError(ValueError):
     """A plan cannot be made, read or applied."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, lines=True))  # it may quote a file
 
 
 class InfeasibleBudgetError(PlanError):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
+from graph_capture.printable import printable
 from graph_capture.units import format_bytes, format_us
 
 from .budget import DEFAULT_HEADROOM, beyond_device
@@ -59,7 +60,7 @@ def report(plan: Plan) -> str:
         lines.append(
             f"  outputs   only the loss is differentiated; detached: {', '.join(plan.detached)}"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # names in it may come from a file
 
 
 def _headroom(plan: Plan) -> list[str]:

@@ -12,26 +12,31 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import best_match
 
-from graph_capture.call_spec import TensorSpec, from_json, parse_dtype, to_json
+from graph_capture.call_spec import TensorSpec, from_json, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
 from graph_capture.costs.cost_model import CostRecord
-from graph_capture.loss import LossRegion, LossSpec
+from graph_capture.json_text import read_json
+from graph_capture.loss import LossRegion, LossSpec, TangentMemory
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.outcomes import Outcome
+from graph_capture.printable import printable
+from graph_capture.regular_file import read_regular
 from solvers.replay import InvalidScheduleError
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule
 
 from .call_guard import CallGuard
 from .errors import PlanError
+from .file_checks import check_file_plan
 from .plan import LIBRARY_WORKSPACE, Plan
 from .whole_file import write_whole
 
@@ -62,31 +67,40 @@ def save_plan(plan: Plan, path: Path) -> None:
     ------
     PlanError
         When the planned call has an argument that JSON cannot hold.
+    OSError
+        When the file cannot be written; what was there before still is.
     """
     try:
         text = json.dumps(plan_to_dict(plan), indent=1, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        plan_from_dict(read_json(text))  # what cannot be read again is not written
+    except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"this plan cannot be written to a file: {error}") from error
     write_whole(path, text)
 
 
 def load_plan(path: Path) -> Plan:
     """Read a plan file; see :meth:`planner.Plan.load`."""
-    if not path.exists():
+    try:
+        content = read_regular(path, MAX_FILE_BYTES)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
             errno.ENOENT, "there is no such plan (plan.save(path) writes one)", str(path)
-        )
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise PlanError(f"{path} has {size} bytes; a plan has at most {MAX_FILE_BYTES}")
+        ) from error
+    except ValueError as error:
+        raise _refused(f"{path} is not a plan: {error}") from error
     try:
-        data = json.loads(path.read_text("utf-8"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"{path} is not a plan: it is no JSON ({error})") from error
+        data = read_json(content)
+    except ValueError as error:
+        raise _refused(f"{path} is not a plan: it is no JSON ({error})") from error
     try:
         return plan_from_dict(data)
     except PlanError as error:
-        raise PlanError(f"{path} is not a usable plan: {error}") from error
+        raise _refused(f"{path} is not a usable plan: {error}") from error
+
+
+def _refused(message: str) -> PlanError:
+    """One line, whatever the file says."""
+    return PlanError(printable(message))
 
 
 def plan_to_dict(plan: Plan) -> dict[str, Any]:
@@ -157,6 +171,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             "workspace_bytes": region.workspace_bytes,
             "differentiated": list(plan.loss.differentiated),
             "tangents": [to_json(spec)["tensor"] for spec in plan.loss.tangents],
+            **({"memory": list(map(asdict, plan.loss.memory))} if plan.loss.memory else {}),
         },
         "detached": list(plan.detached),
         "branch_free": plan.branch_free,
@@ -184,9 +199,11 @@ def plan_from_dict(data: Any) -> Plan:
     try:
         problem = best_match(_Validator(schema()).iter_errors(data))
         if problem is not None:
-            raise PlanError(f"at {problem.json_path[:200]}: {problem.message[:200]}")
+            where, what = problem.json_path[:200], problem.message[:200]
+            raise PlanError(printable(f"at {where}: {what}"))
         json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
         plan = _build(data)
+        check_file_plan(plan)
         again = plan_to_dict(plan)
     except PlanError:
         raise
@@ -239,16 +256,13 @@ def _build(data: Mapping[str, Any]) -> Plan:
         }
     )
     solver, prediction, call, loss = (data[k] for k in ("solver", "prediction", "call", "loss"))
-    made = data.get("outcomes", ())
-    for spec in _tensor_specs((call["arguments"], call["state"], loss["tangents"], made)):
-        if len(spec["shape"]) != len(spec["stride"]):
-            raise ValueError(f"shape {spec['shape']} and stride {spec['stride']} do not fit")
-    if call["autocast"] is not None:
-        parse_dtype(call["autocast"])
     if "dict" not in call["arguments"]:
         raise ValueError("call.arguments are no arguments by name")
-    if len(loss["differentiated"]) != len(loss["tangents"]):
-        raise ValueError("loss.differentiated and loss.tangents do not fit")
+    counts = {len(loss["differentiated"]), len(loss["tangents"])}
+    if "memory" in loss:
+        counts.add(len(loss["memory"]))
+    if len(counts) != 1 or len(set(loss["differentiated"])) != len(loss["differentiated"]):
+        raise ValueError("loss.differentiated, loss.tangents and loss.memory do not fit")
     return Plan(
         graph=graph,
         schedule=Schedule(tuple(data["schedule"])),
@@ -280,6 +294,7 @@ def _build(data: Mapping[str, Any]) -> Plan:
             ),
             differentiated=tuple(loss["differentiated"]),
             tangents=tuple(_tensor(spec) for spec in loss["tangents"]),
+            memory=tuple(TangentMemory(**place) for place in loss.get("memory", ())),
         ),
         never_recompute=tuple(data["rules"]["never_recompute"]),
         always_recompute=tuple(data["rules"]["always_recompute"]),
@@ -318,14 +333,6 @@ def _tensor(spec: Mapping[str, Any]) -> TensorSpec:
     return from_json({"tensor": spec})
 
 
-def _tensor_specs(value: Any) -> Iterator[Mapping[str, Any]]:
-    if isinstance(value, Mapping) and "stride" in value and "shape" in value:
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for child in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensor_specs(child)
-
-
 def _without(record: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k != key}
 
@@ -344,10 +351,6 @@ def _decisions(plan: Plan) -> list[str]:
         if born < turn < last:
             decisions[k] = "saved"
     return decisions
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number that a plan may hold")
 
 
 __all__ = ["SCHEMA_VERSION", "load_plan", "plan_from_dict", "plan_to_dict", "save_plan", "schema"]
