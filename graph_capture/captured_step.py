@@ -83,6 +83,7 @@ def capture_step(
     cost_model: ChosenCosts = "roofline",
     progress: TimingProgress | None = None,
     taken: TakenPath | None = None,
+    check: Callable[[CostGraph], None] | None = None,
 ) -> CapturedStep:
     """Trace a step and fold it into a cost graph.
 
@@ -105,6 +106,9 @@ def capture_step(
         Is told how far a cost model is that times calls.
     taken
         The way of an earlier capture through the model, to be gone again.
+    check
+        Called with the graph, without scratch, before any call is run to see how
+        much it takes; raises where that shall not come about.
     """
     target = target or target_of(model, tensors_of(arguments))
     costs, roofline = choose_costs(cost_model, target), Roofline(target.device)
@@ -121,9 +125,10 @@ def capture_step(
     pricing = Pricing(
         target=target, costs=costs, probe=probe, held_bytes=_held(model, step, target)
     )
+    first = pricing if check is None else _unmeasured(pricing)
     try:
-        unplanned = _fold(step, pricing, optimizer, model, progress, reuse=False).graph
-        folded = _fold(step, pricing, optimizer, model, progress, reuse=True)
+        unplanned = _fold(step, first, optimizer, model, progress, reuse=False).graph
+        folded = _fold(step, pricing, optimizer, model, progress, reuse=True, check=check)
     finally:
         if isinstance(costs, PreparedCostModel):
             costs.save()
@@ -140,6 +145,7 @@ def _fold(
     progress: TimingProgress | None,
     *,
     reuse: bool,
+    check: Callable[[CostGraph], None] | None = None,
 ) -> CapturedStep:
     """Operators and storages of a traced step, with or without writing over dead arguments."""
     nodes = list(step.graph.nodes)
@@ -162,11 +168,20 @@ def _fold(
             step, folder.blocks, output_blocks, gradient_blocks, optimizer, pricing
         ).finish(operators, turn, weakref.ref(model))
 
+    if check is not None:
+        check(assembled(_unmeasured(pricing)).graph)
     if isinstance(pricing.costs, PreparedCostModel):
         collected = CollectedCalls()
         assembled(replace(pricing, costs=collected, known={}))
         pricing.costs.prepare(collected.calls, progress)
     return assembled(pricing)
+
+
+def _unmeasured(pricing: Pricing) -> Pricing:
+    """Without a call being run for its scratch."""
+    target = pricing.target
+    probe = WorkspaceProbe(target.torch_device, at_hand=target.at_hand, scratch=False)
+    return replace(pricing, probe=probe, known={})
 
 
 def _held(model: nn.Module, step: TracedStep, target: Target) -> int:

@@ -51,16 +51,14 @@ def parse_bytes(quantity: float | str, *, default_unit: str = "b") -> int:
             raise ValueError(f"not an amount of memory: {quantity!r}; write '40GB' or '40GiB'")
         number, unit = float(match[1]), match[2] or default_unit
     else:
-        try:
-            number = float(quantity)
-        except OverflowError as error:
-            raise ValueError(f"an amount of memory must be finite, got {quantity!r:.40}") from error
+        number = quantity
     factor = _BYTE_UNITS.get(unit.lower())
     if factor is None:
         raise ValueError(f"unknown unit {unit!r}; one of {', '.join(_BYTE_UNITS)}")
-    if not math.isfinite(number) or number * factor < 1:
-        raise ValueError(f"an amount of memory must be positive and finite, got {quantity!r}")
-    return math.floor(number * factor)
+    num_bytes = number * factor  # of an integer exactly, however large
+    if (isinstance(num_bytes, float) and not math.isfinite(num_bytes)) or num_bytes < 1:
+        raise ValueError(f"an amount of memory must be positive and finite, got {quantity!r:.40}")
+    return math.floor(num_bytes)
 
 
 def format_bytes(num_bytes: int) -> str:

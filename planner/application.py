@@ -11,7 +11,7 @@ from torch import nn
 
 from .errors import PlanError
 from .planned_forward import PlannedForward
-from .recapture import capture_for, on_card_of
+from .recapture import as_captured, capture_for, on_card_of
 from .wrapped import find_wrapped
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def apply_plan(plan: Plan, model: nn.Module, on_shape_change: OnShapeChange) -> 
     forward = original_forward(model)
     plan = on_card_of(plan, model)
     captured = capture_for(plan, model, forward)
+    plan = as_captured(plan, captured)
     if planned_forward(model) is not None:
         remove_plan(model)
     planned = PlannedForward(model, plan, captured, on_shape_change)

@@ -20,7 +20,7 @@ from graph_capture.units import format_bytes
 from .errors import CallMismatchError, OutcomeChangedError, PlanMismatchError
 from .live_guard import LiveGuard
 from .make_plan import replan
-from .recapture import capture_for
+from .recapture import as_captured, capture_for
 from .rewrite import rewrite
 from .runtime import PlannedStep
 from .structure import LiveStructure, Structure
@@ -218,6 +218,7 @@ class PlannedForward:
         if captured is None:
             try:
                 captured = capture_for(self.plan, self.model, self.unplanned)
+                self.plan = as_captured(self.plan, captured)
             except PlanMismatchError as error:
                 if changed is None:
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,15 +12,19 @@ import torch
 from torch import nn
 
 from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import TensorSpec, difference, moved, parse_dtype
+from graph_capture.call_spec import TensorSpec, difference, moved, parse_dtype, specs_of
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
+from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
+from graph_capture.errors import CaptureError
 from graph_capture.outcomes import OutcomeMismatchError
 from graph_capture.policies import apply_policies
 from graph_capture.trace import TakenPath
+from solvers.replay import InvalidScheduleError, replay
 
 from .call_guard import CallGuard
 from .errors import PlanMismatchError
+from .structure import Structure
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -51,6 +56,10 @@ def on_card_of(plan: Plan, model: nn.Module) -> Plan:
 def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
     """The captured step of ``model`` for ``plan``, checked to be the one that was planned.
 
+    Of a plan from a file nothing counts but the order of its runs, its times, and what
+    the training loop's own loss and optimizer take: sizes, pins, the order of draws and
+    the kernels' scratch are found here, and the order is judged by them.
+
     Raises
     ------
     PlanMismatchError
@@ -66,18 +75,121 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
     different = difference(plan.guard.state, found, "state")
     if different is not None:
         raise _another_model(different)
+    _refuse_absent_devices(plan)
     captured, structure = plan._captured, plan._structure
+    own = captured is not None and captured.graph is plan.graph
     # What was captured without the device is captured again on it, to see that it holds there.
-    known = captured is not None and not captured.target.elsewhere and captured.model() is model
-    if known and structure and structure.holds():
-        assert captured is not None
-        return captured
-    with _as_planned(model, plan):
-        captured = _capture_again(plan, model, forward)
+    if own and captured is not None and not captured.target.elsewhere:
+        if captured.model() is model and structure and structure.holds():
+            return captured
+        measured = True
+    else:
+        measured = False
+    _refuse_another_call(plan, model, forward)
+    try:
+        with _as_planned(model, plan):
+            captured = _capture_again(plan, model, forward, measure_scratch=not measured)
+    except OutcomeMismatchError as error:
+        raise _another_model(str(error)) from error
+    except CaptureError as error:
+        raise PlanMismatchError(
+            f"the planned step cannot be captured on this model: {error}"
+        ) from error
+    if captured.device_type != plan.device_type:
+        raise PlanMismatchError(
+            f"the plan is for {plan.device_type}, and its step would run on {captured.device_type}"
+        )
     if captured.graph.fingerprint != plan.fingerprint:
-        different = _first_difference(plan.graph, captured.graph)
-        raise _another_model(different)
+        raise _another_model(_first_difference(plan.graph, captured.graph))
+    captured = replace(captured, graph=_priced_as_planned(plan.graph, captured.graph, measured))
+    _judge(plan, captured.graph)
     return captured
+
+
+def as_captured(plan: Plan, captured: CapturedStep) -> Plan:
+    """The plan with the figures of the step that :func:`capture_for` found for it."""
+    if captured.graph == plan.graph:
+        return plan
+    step, model = captured.step, captured.model()
+    return replace(
+        plan,
+        graph=captured.graph,
+        detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
+        branch_free=step.branch_free,
+        outcomes=step.outcomes,
+        _captured=captured,
+        _structure=None if model is None else Structure.of(model),
+    )
+
+
+def _priced_as_planned(planned: CostGraph, found: CostGraph, measured: bool) -> CostGraph:
+    """The graph found here with the plan's times, with its scratch where that was measured.
+
+    What the loop's loss and optimizer take cannot be found here.
+    """
+    operators = []
+    for there, here in zip(planned.operators, found.operators, strict=True):
+        workspace_bytes = here.workspace_bytes
+        if measured or here.phase in ("loss", "optimizer"):
+            workspace_bytes = max(workspace_bytes, there.workspace_bytes)
+        operators.append(replace(here, cost_ns=there.cost_ns, workspace_bytes=workspace_bytes))
+    return CostGraph(tuple(operators), found.storages)
+
+
+def _judge(plan: Plan, graph: CostGraph) -> None:
+    """Whether the plan's order computes this graph within its budget.
+
+    A plan that was made without the device did not count scratch: the headroom is for it.
+    """
+    try:
+        outcome = replay(graph, plan.schedule)
+    except InvalidScheduleError as error:
+        raise PlanMismatchError(
+            f"the plan's order of runs does not compute this model's step: {error}; make the plan "
+            "again with optimize()"
+        ) from error
+    counted = SCRATCH_NOT_COUNTED not in plan.costs.notes
+    headroom_bytes = plan.headroom_bytes if counted else 0
+    if outcome.peak_bytes <= plan.budget_bytes - headroom_bytes:
+        return
+    operator = graph.operators[plan.schedule.order[outcome.peak_step]]
+    less = f" less a headroom of {headroom_bytes}" if headroom_bytes else ""
+    raise PlanMismatchError(
+        f"here the plan peaks at {outcome.peak_bytes} bytes, above its budget of "
+        f"{plan.budget_bytes}{less} (the plan says {plan.predicted_peak_bytes}): at "
+        f"{operator.name!r}, whose kernels take {operator.workspace_bytes} bytes of scratch here; "
+        "make the plan again on this machine with optimize()"
+    )
+
+
+def _refuse_absent_devices(plan: Plan) -> None:
+    """Before a tensor is made of a specification: PyTorch may end the process."""
+    specs = [*specs_of(plan.guard.arguments), *plan.loss.tangents]
+    for device in {plan.device_type, *(spec.device for spec in specs)}:
+        kind, _, index = device.partition(":")
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if kind == "cuda" and int(index or 0) >= there:
+            raise PlanMismatchError(
+                f"the plan is for {device}, and this process sees {there} CUDA devices: apply it "
+                "where the device is, or make a plan for this one"
+            )
+        if kind not in ("cpu", "cuda"):
+            raise PlanMismatchError(
+                f"the plan's call has a tensor on {device!r}, where no step runs; make the plan "
+                "again with optimize()"
+            )
+
+
+def _refuse_another_call(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> None:
+    """A call that this module cannot get, which would never be the planned one."""
+    unknown = set(plan.guard.arguments) - set(inspect.signature(forward).parameters)
+    if unknown:
+        raise _another_model(f"forward has no argument {min(unknown)!r}")
+    planned = plan.guard.evaluating
+    known = tuple(name for name, _ in model.named_modules() if name and name in set(planned))
+    if known != planned:
+        wrong = next((n for n in planned if n not in known), planned[0])
+        raise _another_model(f"module {wrong!r} was in eval mode, which here cannot be")
 
 
 def _another_model(different: str) -> PlanMismatchError:
@@ -102,23 +214,31 @@ def _release(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _capture_again(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
+def _capture_again(
+    plan: Plan, model: nn.Module, forward: Callable[..., Any], *, measure_scratch: bool
+) -> CapturedStep:
+    rules = plan.never_recompute, plan.always_recompute
+
+    def check(graph: CostGraph) -> None:
+        """Nothing is run for a step that is not the planned one; rules change the graph."""
+        if not any(rules) and graph.fingerprint != plan.fingerprint:
+            raise _another_model(_first_difference(plan.graph, graph))
+
     taken = None  # an older file does not say which way the plan takes
     if plan.outcomes is not None:
         taken = TakenPath(branch_free=plan.branch_free, outcomes=plan.outcomes)
-    try:
-        captured = capture_step(
-            model,
-            plan.guard.arguments,
-            loss=plan.loss,
-            optimizer=plan.optimizer,
-            forward=forward,
-            measure_scratch=False,
-            taken=taken,
-        )
-    except OutcomeMismatchError as error:
-        raise _another_model(str(error)) from error
-    return apply_policies(captured, plan.never_recompute, plan.always_recompute)
+    captured = capture_step(
+        model,
+        plan.guard.arguments,
+        # What needs no code of the user's is found again instead of believed.
+        loss=plan.loss if plan.loss.region.label == "loss_fn" else None,
+        optimizer=plan.optimizer,
+        forward=forward,
+        measure_scratch=measure_scratch,
+        taken=taken,
+        check=check if measure_scratch else None,
+    )
+    return apply_policies(captured, *rules)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..application import forward_set, own_forward
 from ..out_of_memory import is_out_of_memory
 from ..plan import LIBRARY_WORKSPACE, Plan
 from ..planned_forward import PlannedForward
-from ..recapture import capture_for, on_card_of
+from ..recapture import as_captured, capture_for, on_card_of
 from ..training_step import (
     LossFn,
     Sample,
@@ -66,7 +66,9 @@ def validate_plan(
     plan = on_card_of(plan, model)
     own = own_forward(model)
     with forward_set(model, own):
-        planned = PlannedForward(model, plan, capture_for(plan, model, model.forward), "error")
+        captured = capture_for(plan, model, model.forward)
+        plan = as_captured(plan, captured)
+        planned = PlannedForward(model, plan, captured, "error")
         planned.check(bind_call(model.forward, *split_sample(sample_input)))
         trial = _Trial(
             model=model,
