@@ -8,7 +8,7 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-seeds sweep-operators calibrate notebooks wheel test-wheel clean
+.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-seeds sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -75,6 +75,12 @@ bench-seeds: $(STAMP)  ## chains, Checkmate's experiments, half of the memory; h
 
 sweep-operators: $(STAMP)  ## plan and run every operator and module of PyTorch's database; an hour
 	$(BIN)/python -m benchmarks.sweeps.operators --record docs/sweeps/operators.md $(ARGS)
+
+sweep-models: $(STAMP)  ## plan every architecture at hand beside eager, half an hour; ARGS="--help"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweeps.models --table docs/sweeps/models.md $(ARGS)
+
+sweep-loops: $(STAMP)  ## random training loops, planned beside eager, half an hour; ARGS="--help"
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sweeps.loops --table docs/sweeps/loops.md $(ARGS)
 
 calibrate: $(STAMP)  ## fit the roofline to the device at hand, some minutes; ARGS="--help" says more
 	$(BIN)/python -m benchmarks.calibrate $(ARGS)

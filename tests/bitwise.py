@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 
 from planner.training_step import LossFn, train_step
 
@@ -133,7 +133,10 @@ def _state(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _named(tree: Any, prefix: str) -> dict[str, Any]:
-    leaves, _ = tree_flatten_with_path(tree)
+    try:
+        leaves, _ = tree_flatten_with_path(tree)
+    except ValueError:  # diffusers' outputs are registered without the names of their parts
+        leaves = [((f"[{i}]",), leaf) for i, leaf in enumerate(tree_leaves(tree))]
     named = {}
     for path, leaf in leaves:
         plain = leaf is None or isinstance(leaf, (Tensor, bool, int, float, str))

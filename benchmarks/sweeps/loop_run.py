@@ -1,0 +1,334 @@
+"""One loop of the sweep, on a planned model and on its twin: the same bits, or a word about it.
+
+A loop is drawn from a seed: a model, a policy, and a few changes with a step after each. Both
+worlds get the same changes and the same seeds. After each step everything that the loop
+could see is compared: losses, gradients, parameters, buffers and the generator.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graph_capture.costs.allocator import peak_extra_bytes
+from planner import CaptureError, InfeasibleBudgetError, Plan, PlanError, make_plan, optimize
+from tests.bitwise import assert_same_tensors
+
+from .loop_models import MODELS
+from .loop_moves import MOVES
+from .loop_steps import STEPS
+from .verdicts import BROKEN
+from .world import Unfit, World
+
+POLICIES = ("error", "unplanned", "replan")
+PART_OF_PEAK = 0.8
+SOLVER_LIMIT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """What a loop does.
+
+    Parameters
+    ----------
+    model, policy
+        Keys of ``MODELS`` and ``POLICIES``.
+    acts
+        Pairs of a move's name (``""`` for none) and a step's name.
+    seed
+        Of the data.
+    """
+
+    model: str
+    policy: str
+    acts: tuple[tuple[str, str], ...]
+    seed: int = 0
+
+    def __str__(self) -> str:
+        acts = "; ".join(f"{move or '-'} / {step}" for move, step in self.acts)
+        return f"{self.model}, {self.policy}: {acts}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Verdict:
+    """How a loop went.
+
+    Parameters
+    ----------
+    verdict
+        The worst of its steps, of ``verdicts.FINE`` and ``verdicts.BROKEN``.
+    at
+        The act that it is about.
+    words
+        What was said: an error, a warning, the first difference.
+    over_budget, over_at, over_said
+        Largest peak of a step as a part of the budget where it was above it, which
+        step that was, and whether a warning had been given by then.
+    """
+
+    verdict: str = "equal"
+    at: int = -1
+    words: str = ""
+    over_budget: float = 0.0
+    over_at: str = ""
+    over_said: bool = False
+
+
+def drawn(seed: int) -> Loop:
+    """The loop of a seed."""
+    rng = random.Random(seed)
+    model, policy = rng.choice(list(MODELS)), rng.choice(POLICIES)
+    acts = []
+    for _ in range(rng.randint(1, 4)):
+        move = rng.choice(list(MOVES)) if rng.random() < 0.75 else ""
+        step = rng.choice(list(STEPS)) if not move or rng.random() < 0.25 else "plain"
+        acts.append((move, step))
+    return Loop(model=model, policy=policy, acts=tuple(acts), seed=seed)
+
+
+def singles(policies: Iterable[str] = POLICIES) -> list[Loop]:
+    """Every model with every single move and every single step."""
+    loops = []
+    for model in MODELS:
+        for policy in policies:
+            loops += [Loop(model=model, policy=policy, acts=((move, "plain"),)) for move in MOVES]
+            loops += [Loop(model=model, policy=policy, acts=(("", step),)) for step in STEPS]
+    return loops
+
+
+@cache
+def plan_for(model: str) -> Plan:
+    """A plan of each model, within its least budget at the worst."""
+    case = MODELS[model]
+    torch.manual_seed(0)
+    twin = case.make().train()
+    make_plan.LEAST_MEMORY_LIMIT_S = 1.0
+
+    def planned(budget_bytes: int) -> Plan:
+        return optimize(
+            twin,
+            case.sample(0, 8),
+            budget_bytes=budget_bytes,
+            loss_fn=case.loss,
+            time_limit_s=SOLVER_LIMIT_S,
+        )
+
+    keep_all = planned(10**12).baseline_peak_bytes
+    try:
+        return planned(int(keep_all * PART_OF_PEAK))
+    except InfeasibleBudgetError as error:
+        return planned(error.min_budget_bytes)
+
+
+def run_loop(loop: Loop) -> Verdict:
+    """Run a loop until it ends or something about it is not as promised."""
+    worlds = [_world(loop, planned=planned) for planned in (False, True)]
+    said: list[str] = []
+    verdict = Verdict()
+    for at, (move, step) in enumerate((("", "plain"), *loop.acts)):
+        found = _act(worlds, move, step, loop.seed + 7 * at + 1, said, verdict)
+        if found == "unfit":
+            continue
+        if found != "equal" and verdict.verdict in ("equal", "said and equal"):
+            verdict.verdict, verdict.at = found, at - 1
+        if found not in ("equal", "said and equal", "eager's error"):
+            break
+    return verdict
+
+
+def _world(loop: Loop, *, planned: bool) -> World:
+    case = MODELS[loop.model]
+    torch.manual_seed(0)
+    model = case.make().train()
+    if planned:
+        plan_for(loop.model).apply(model, on_shape_change=loop.policy)  # type: ignore[arg-type]
+    return World(
+        case=case, model=model, call=model, planned=planned, policy=loop.policy, loss=case.loss
+    )
+
+
+def _act(
+    worlds: list[World], move: str, step: str, seed: int, said: list[str], verdict: Verdict
+) -> str:
+    """Do one change and one step in both worlds, and say how it went."""
+    outcomes = []
+    for world in worlds:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            over_before = verdict.over_budget
+            outcome = _one(world, move, step, seed, verdict if world.planned else None)
+        if world.planned:
+            said += [str(w.message) for w in caught if _is_ours(w)]
+            if verdict.over_budget > over_before:
+                verdict.over_said = bool(said)
+        outcomes.append(outcome)
+    (expected, failed), (actual, broke) = outcomes
+    if isinstance(failed, Unfit) or isinstance(broke, Unfit):
+        return "unfit"
+    if failed is not None:
+        if broke is None:
+            verdict.words = f"eager raises {_brief(failed)}, the planned step nothing"
+            return "no error"
+        if type(broke) is type(failed) or documented(broke):
+            return "eager's error" if type(broke) is type(failed) else "error said"
+        verdict.words = f"eager raises {_brief(failed)}, the planned step {_brief(broke)}"
+        return "another error"
+    if broke is not None:
+        verdict.words = _brief(broke)
+        return "error said" if documented(broke) else "crash"
+    try:
+        assert_same_tensors(expected, actual)
+    except AssertionError as error:
+        verdict.words = str(error)[:300] + (
+            f" (said: {said[-1][:120]})" if said else " (nothing said)"
+        )
+        return "other bits"
+    ran_unplanned = _ran_unplanned(worlds[1], step)
+    if ran_unplanned and not said and worlds[1].policy != "unplanned":
+        verdict.words = "the step ran without the plan and nothing was said"
+        return "silent"
+    if said:
+        verdict.words = said[-1][:300]
+    return "said and equal" if said else "equal"
+
+
+def _one(
+    world: World, move: str, step: str, seed: int, verdict: Verdict | None
+) -> tuple[dict[str, Any], BaseException | None]:
+    seen: list[Any] = []
+
+    def run() -> None:
+        if move:
+            MOVES[move](world)
+        world.counts = _counts(world.model)
+        optimizer = world.build_optimizer(
+            [p for p in world.model.parameters() if p.requires_grad]
+            or [nn.Parameter(torch.ones(1))]
+        )
+        torch.manual_seed(seed)
+        seen.extend(STEPS[step](world, optimizer, seed))
+
+    try:
+        if verdict is not None and not move:
+            _peak(world, run, step, verdict)
+        else:
+            run()
+    except Exception as error:  # noqa: BLE001  # whatever comes out is what is judged
+        return {}, error
+    found: dict[str, Any] = {f"number {i}": value for i, value in enumerate(seen)}
+    for name, p in world.model.named_parameters():
+        found[f"parameter {name}"] = p
+        found[f"gradient of {name}"] = p.grad
+    found |= {f"buffer {name}": b for name, b in world.model.named_buffers()}
+    found["the generator"] = torch.get_rng_state()
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}, None
+
+
+def _peak(world: World, run: Callable[[], None], step: str, verdict: Verdict) -> None:
+    """Run under the allocator's record; notes a peak above the budget."""
+    plan = plan_for(_name_of(world))
+    gc.collect()
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for p in (*world.model.parameters(), *world.model.buffers())
+        for t in (p, p.grad)
+        if t is not None
+    }
+    errors: list[Exception] = []
+
+    def recorded() -> None:
+        try:
+            run()
+        except Exception as error:  # noqa: BLE001  # the record must end first
+            errors.append(error)
+
+    peak = sum(held.values()) + peak_extra_bytes(recorded)
+    if errors:
+        raise errors[0]
+    part = peak / plan.budget_bytes
+    if part > max(1.001, verdict.over_budget):
+        verdict.over_budget, verdict.over_at = round(part, 3), step
+
+
+def _so_far(said: list[str]) -> str:
+    return f" (said: {said[-1][:120]})" if said else " (nothing said)"
+
+
+def _name_of(world: World) -> str:
+    return next(name for name, case in MODELS.items() if case is world.case)
+
+
+def documented(error: BaseException) -> bool:
+    """Whether an error is one of the planner's, or names the plan."""
+    return isinstance(error, (PlanError, CaptureError)) or (
+        isinstance(error, RuntimeError) and "plan" in str(error).lower()
+    )
+
+
+def _is_ours(warning: warnings.WarningMessage) -> bool:
+    import planner
+
+    ours = getattr(planner, "PlanWarning", None)
+    return ours is not None and issubclass(warning.category, ours)
+
+
+def _counts(model: nn.Module) -> tuple[int, int] | None:
+    """Planned and unplanned training steps so far, where the planner counts them."""
+    import planner
+
+    public = getattr(planner, "applied_plan", None)
+    applied = None if public is None else public(model)
+    if applied is None or not hasattr(applied, "planned_steps"):
+        return None
+    return applied.planned_steps, applied.unplanned_steps
+
+
+_NO_TRAINING = (
+    "no_grad",
+    "inference_mode",
+    "torch.func.grad",
+    "forward-mode derivative",
+    "trained in eval mode",
+    "functional_call with other parameters",
+)
+
+
+def _ran_unplanned(world: World, step: str) -> bool:
+    """Whether a training step left the number of planned ones as it was."""
+    after = _counts(world.model)
+    if world.counts is None or after is None or step in _NO_TRAINING:
+        return False
+    return after[0] == world.counts[0]
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:260]}"
+
+
+def shrunk(loop: Loop, verdict: Verdict) -> tuple[Loop, Verdict]:
+    """The last acts of a loop that broke, as few as still break it the same way."""
+    acts = loop.acts[: verdict.at + 1]
+    for begin in range(len(acts) - 1, -1, -1):
+        shorter = Loop(model=loop.model, policy=loop.policy, acts=acts[begin:], seed=loop.seed)
+        found = run_loop(shorter)
+        if found.verdict == verdict.verdict:
+            return shorter, found
+    return loop, verdict
+
+
+def record_of(loop: Loop) -> dict[str, Any]:
+    """A loop and its verdict for one line of JSON; one that broke is shrunk first."""
+    torch.set_num_threads(1)
+    verdict = run_loop(loop)
+    kept = loop
+    if verdict.verdict in BROKEN and len(loop.acts) > 1:
+        kept, verdict = shrunk(loop, verdict)
+    return {"outcome": verdict.verdict, "loop": asdict(kept), "text": str(kept), **asdict(verdict)}

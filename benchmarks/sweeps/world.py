@@ -1,0 +1,90 @@
+"""One of the two runs of a loop, and the register of what loops change in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import loop_models
+from .loop_models import LoopModel
+
+_SGD = functools.partial(torch.optim.SGD, lr=0.05)
+
+
+@dataclass(slots=True, kw_only=True)
+class World:
+    """One of the two runs of a loop: the planned one, or its twin without a plan.
+
+    Parameters
+    ----------
+    case
+        What the model is.
+    model
+        As it is now; a move may put another object here.
+    call
+        What the loop calls; the model itself, or a wrapper of it.
+    planned
+        Whether a plan is applied.
+    policy
+        The plan's ``on_shape_change``.
+    build_optimizer
+        From parameters to an optimizer; the loop builds it again after each move.
+    loss
+        Of the loop.
+    change_sample
+        Applied to each step's keyword arguments.
+    autocast
+        Whether steps run under bfloat16.
+    handles
+        Of hooks, for taking them off.
+    counts
+        Planned and unplanned steps before the step that runs, where they are counted.
+    """
+
+    case: LoopModel
+    model: nn.Module
+    call: Callable[..., Any]
+    planned: bool
+    policy: str
+    build_optimizer: Callable[..., torch.optim.Optimizer] = _SGD
+    loss: Callable[[Any], Tensor] | None = None
+    change_sample: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    batch: int = loop_models.BATCH
+    autocast: bool = False
+    handles: list[Any] = field(default_factory=list)
+    counts: tuple[int, int] | None = None
+
+    def part(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
+
+
+class Unfit(Exception):
+    """A move does not apply to this model; the loop draws another."""
+
+
+Move = Callable[[World], None]
+MOVES: dict[str, Move] = {}
+
+
+def named_move(name: str) -> Callable[[Move], Move]:
+    def register(move: Move) -> Move:
+        MOVES[name] = move
+        return move
+
+    return register
+
+
+def needs(model: nn.Module, name: str) -> None:
+    if not hasattr(model, name):
+        raise Unfit(name)
+
+
+def there(path: str) -> str:
+    if not path:
+        raise Unfit("no such part")
+    return path
