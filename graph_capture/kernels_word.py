@@ -29,7 +29,7 @@ def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
         return None
     given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
     devices = {t.device for t in given} - {torch.device("cpu")} or {torch.device("cpu")}
-    if not given or len(devices) != 1 or not all(isinstance(t, FakeTensor) for t in given):
+    if not given or len(devices) != 1 or not any(isinstance(t, FakeTensor) for t in given):
         return None
     (device,) = devices
     if device.type != "cpu" and not torch.cuda.is_available():
@@ -49,4 +49,18 @@ def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
     )
 
 
-__all__ = ["kernels_word"]
+def laid_out_rightly(func: Any, out: Any) -> Any:
+    """What a call hands out, where its stand-in has other strides than the kernel's result."""
+    if func not in _CONTIGUOUS or out.is_contiguous():
+        return out
+    return torch.empty(out.shape, dtype=out.dtype, device=out.device)
+
+
+# Whatever the strides of their arguments (aten/src/ATen/native/LossCTC.cpp).
+_CONTIGUOUS = {
+    torch.ops.aten._ctc_loss_backward.default,
+    torch.ops.aten._ctc_loss_backward.Tensor,
+}
+
+
+__all__ = ["kernels_word", "laid_out_rightly"]

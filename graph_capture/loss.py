@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from .backward_walk import Differentiator
 from .call_spec import TensorSpec
 from .errors import NotFittingError
+from .loss_values import LossValues, input_derivatives_refused
 from .memory_meter import MemoryMeter
 from .outputs import OutputTemplate, find_loss
 from .recorder import storage_id
@@ -152,6 +154,7 @@ def differentiate(
     given: LossFn | LossSpec | None,
     differentiator: Differentiator,
     twin: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    value_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     """Which outputs are differentiated, with which gradients, and what that takes.
 
@@ -160,6 +163,8 @@ def differentiate(
     twin
         Makes a stand-in for a tensor that ``loss_fn`` brings along (targets) and
         that will lie elsewhere; ``None`` where it lies where it will.
+    value_of
+        Computes an output on the sample; raises ``UnknowableError`` where there is none.
     """
     wanting = [i for i, t in enumerate(tensors) if t.requires_grad]
     if not wanting:
@@ -181,7 +186,7 @@ def differentiate(
                 )
         return list(given.differentiated), given.stand_ins(tensors), given.region
     if given is not None:
-        return _through_loss_fn(template, tensors, wanting, given, differentiator, twin)
+        return _through_loss_fn(template, tensors, wanting, given, differentiator, twin, value_of)
     loss = find_loss(output)
     if loss is not None:
         i = next(i for i, t in enumerate(tensors) if t is loss)
@@ -201,12 +206,17 @@ def _through_loss_fn(
     loss_fn: LossFn,
     differentiator: Differentiator,
     twin: Callable[[torch.Tensor], torch.Tensor] | None,
+    value_of: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
     known = {storage_id(t) for t in tensors}
     first = torch.autograd._get_sequence_nr()
-    meter = MemoryMeter(known=known.__contains__, twin=twin)
-    with meter:
+    values = LossValues()
+    if value_of is not None:
+        for i, tensor in enumerate(tensors):
+            values.give(leaves.get(i, tensor), partial(value_of, tensor))
+    meter = MemoryMeter(known=known.__contains__, twin=twin, values=values)
+    with meter, input_derivatives_refused():
         loss = loss_fn(template.build([leaves.get(i, t) for i, t in enumerate(tensors)]))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise NotFittingError(

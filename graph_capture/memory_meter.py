@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
+from .loss_values import LossValues
+from .outcomes import ASKS, ReadsWhole
 from .recorder import storage_id
 
 
-class MemoryMeter(TorchDispatchMode):
+class MemoryMeter(ReadsWhole):
     """Peak of the memory that calls allocate while it is active, by real lifetimes.
 
     For code that stays eager (the user's loss, the optimizer): storages are
@@ -27,14 +29,18 @@ class MemoryMeter(TorchDispatchMode):
         Whether a storage is counted elsewhere.
     twin
         Makes a stand-in for each real tensor that the code brings along.
+    values
+        Knows what the code asks for.
     """
 
     def __init__(
         self,
         known: Callable[[int], bool] = lambda _sid: False,
         twin: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        values: LossValues | None = None,
     ) -> None:
         super().__init__()
+        self._values = values or LossValues()
         self._twin = twin
         self.current_bytes = 0
         self.peak_bytes = 0
@@ -46,8 +52,14 @@ class MemoryMeter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        args, kwargs = tree_map(self._lent, (args, kwargs or {}))
-        out = func(*args, **kwargs)
+        own_args, own_kwargs = args, kwargs or {}
+        args, kwargs = tree_map(self._lent, (own_args, own_kwargs))
+        try:
+            out = func(*args, **kwargs)
+        except ASKS as error:
+            out = self._values.answer(func, own_args, own_kwargs, error)
+        else:
+            self._values.note(func, own_args, own_kwargs, out)
         if func.namespace != "prim":  # a fake tensor is asked for its device
             with _disable_current_modes():  # a plain meta tensor is made at a tenth of the cost
                 self.calls.append((func, _shapes(args), _shapes(kwargs), _shapes(out)))
@@ -56,6 +68,10 @@ class MemoryMeter(TorchDispatchMode):
                 self._follow(tensor)
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
         return out
+
+    def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """All values of a stand-in that the code reads outside of PyTorch."""
+        return self._values.read(tensor)
 
     def _lent(self, value: Any) -> Any:
         """The value itself, or what stands in for a real tensor."""

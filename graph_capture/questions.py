@@ -8,9 +8,12 @@ that ``labels.max() >= vocab_size`` is false holds for all sensible labels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 
@@ -45,7 +48,7 @@ class Questions:
         self.checks: list[Check] = []
 
     def finish(self) -> None:
-        """Forward has ended; in backward no value can be asked for.
+        """The step has ended.
 
         Raises
         ------
@@ -66,10 +69,11 @@ class Questions:
             ``error``, when there is no answer.
         """
         recorder = self._recorder
-        if recorder.phase == "backward":
-            raise error
         node_args, node_kwargs = recorder.as_nodes(args), recorder.as_nodes(kwargs)
         _, source = recorder.origin()
+        backward = recorder.phase == "backward"
+        if backward and not _of_forward(deciding(func, node_args, node_kwargs)):
+            raise error
         if self._given is not None:
             outcome = self._given.of_call(func, source)
         else:
@@ -82,15 +86,52 @@ class Questions:
             outcome = Outcome.of(result)
         self.outcomes.append(outcome)
         if outcome.made is None:
-            self._expect_number(func, node_args, outcome.number)
+            with self._in_forward():
+                self._expect_number(func, node_args, outcome.number)
             return outcome.number
         out = made_like(outcome, func, args)
         recorder.record(func, args, kwargs, out)
-        made = next(
-            iter(tree_iter(out))
-        )  # what else a call hands out has sizes that follow from it
+        if backward:
+            self._expect_masks(func, node_args, outcome, error)
+            return out
+        made = next(iter(tree_iter(out)))  # the sizes of what else it hands out follow
         self._check(checks.expect_shape, (recorder.node_of(made), list(made.shape)), _words(func))
         return out
+
+    @contextmanager
+    def _in_forward(self) -> Iterator[None]:
+        """Let a check of what backward asks for stand at the end of forward.
+
+        There the step can still be given up; what autograd saves is not written to.
+        """
+        recorder = self._recorder
+        if recorder.phase != "backward":
+            yield
+            return
+        tangents = recorder.graph.find_nodes(op="placeholder")
+        first = next(n for n in tangents if n.meta["role"] == "tangent")
+        recorder.phase = "forward"
+        try:
+            with recorder.graph.inserting_before(first):
+                yield
+        finally:
+            recorder.phase = "backward"
+
+    def _expect_masks(self, func: Any, args: Any, outcome: Outcome, error: Exception) -> None:
+        """Check in forward that masks pick as many elements as backward was planned for."""
+        assert outcome.made is not None
+        asked = deciding(func, args, {})
+        masks = [n for n in tree_iter(asked) if isinstance(n, Node)]
+        if func not in (aten.index.Tensor, aten.masked_select.default) or len(masks) != 1:
+            raise error
+        (mask,) = masks
+        with self._in_forward():
+            value = mask.meta["val"]
+            num_picked = outcome.made[0].shape[_first_picked(args)]
+            places = value.new_empty((num_picked, value.dim()), dtype=torch.long)
+            node = self._recorder.call(aten.nonzero.default, (mask,), {})
+            self._recorder.bind(node, places)
+            self._check(checks.expect_shape, (node, list(places.shape)), _words(func))
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """All values of a stand-in, checked as a whole; ``None`` where nobody knows."""
@@ -160,6 +201,23 @@ class Questions:
                 "x.item() > 0), to choose values take torch.where, to log them return them and "
                 "read them in the training loop"
             )
+
+
+def _of_forward(tree: Any) -> bool:
+    """Whether all nodes are there when forward ends."""
+    return all(
+        n.meta.get("phase", "forward") == "forward" and n.meta.get("role") != "tangent"
+        for n in tree_iter(tree)
+        if isinstance(n, Node)
+    )
+
+
+def _first_picked(args: Any) -> int:
+    """The dimension of ``x[:, mask]`` that the mask makes."""
+    indices = args[1]
+    if isinstance(indices, Node):
+        return 0
+    return next(i for i, index in enumerate(indices) if index is not None)
 
 
 def _words(func: Any) -> str:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .errors import CaptureError
-from .kernels_word import kernels_word
+from .kernels_word import kernels_word, laid_out_rightly
 from .known_values import Knowing, KnownValues
 from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
 from .purity import written_arguments
@@ -110,7 +110,7 @@ class Recorder(ReadsWhole):
         """Declare an input of the step, and what it really is on the sample, if that is known."""
         node = self.graph.placeholder(name)
         node.meta.update(meta)
-        self._bind(node, tensor)
+        self.bind(node, tensor)
         node.meta["val"] = tensor.detach()  # keeps its memory when ``tensor.data`` is set
         if real is not None:
             self.questions.values.give(node, real)
@@ -148,7 +148,7 @@ class Recorder(ReadsWhole):
         self.constants[name] = tensor
         node = self.graph.placeholder(name)
         node.meta.update(role="constant", target=name)
-        self._bind(node, tensor)
+        self.bind(node, tensor)
         return node
 
     def _refuse_sparse(self, tensor: torch.Tensor) -> None:
@@ -158,7 +158,8 @@ class Recorder(ReadsWhole):
                 "tensors can be planned: turn off options such as nn.Embedding(sparse=True)"
             )
 
-    def _bind(self, node: Node, tensor: torch.Tensor) -> None:
+    def bind(self, node: Node, tensor: torch.Tensor) -> None:
+        """Let ``node`` be what makes ``tensor``."""
         self._refuse_sparse(tensor)
         node.meta["val"] = tensor
         self._memory_of[id(tensor)] = storage_id(tensor)
@@ -195,6 +196,7 @@ class Recorder(ReadsWhole):
                 out = _apart(func, func(*args, **kwargs))
             else:
                 out = _apart(func, self._repeated.run(func, args, kwargs))
+            out = laid_out_rightly(func, out)
         except ASKS as error:
             self.failed_at = self.origin()[1]
             return self.questions.answer(func, args, kwargs, error)
@@ -238,7 +240,7 @@ class Recorder(ReadsWhole):
         node_args = self.as_nodes(args)
         out = func(*args, **kwargs)
         node = self.call(functional_twin(func), node_args, kwargs)
-        self._bind(node, tensor)
+        self.bind(node, tensor)
         self._known.note(func, args, kwargs, out)  # its shape is another now
         return out
 
@@ -279,7 +281,7 @@ class Recorder(ReadsWhole):
         node.meta["val"] = out
         if id(out) in self._node_of:  # an in-place call that returns its argument
             return
-        self._bind(node, out)
+        self.bind(node, out)
 
     def _getitem(self, node: Node, i: int) -> Node:
         import operator

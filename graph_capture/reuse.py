@@ -87,7 +87,11 @@ class ReuseFinder:
             return []
         if node.meta["writes"] or draws(node) or hidden_writes(func, node.args):
             return []
-        by_rows = func._schema.name in _BY_ROWS_ON_CPU and value.device.type == "cpu"
+        by_rows = (
+            func._schema.name in _BY_ROWS_ON_CPU
+            and value.device.type == "cpu"
+            and all(a.meta["val"].is_contiguous() for a in node.all_input_nodes)  # rows, then
+        )
         if not by_rows and torch.Tag.pointwise not in func.tags:
             return []
         arguments = [a for a in node.all_input_nodes if self._may_overwrite(node, a)]

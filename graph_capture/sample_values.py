@@ -76,7 +76,7 @@ class SampleValues:
         """
         needed = _nodes_in(deciding(func, args, kwargs))
         env = self._evaluate(list(needed))
-        with _for_real():
+        with for_real():
 
             def value(node: Node) -> Any:
                 return env[node] if node in env else self._blank(node)
@@ -89,11 +89,20 @@ class SampleValues:
         made, _ = blank_arguments(torch.ops.aten.clone.default, (like,), {}, device)
         return made[0]
 
+    def tensor(self, node: Node) -> torch.Tensor:
+        """The value of a node now; not to be written to.
+
+        Raises
+        ------
+        UnknowableError
+            When there is no value to compute with.
+        """
+        return self._evaluate([node])[node]
+
     def value(self, node: Node) -> torch.Tensor:
         """The value of a node now, on the CPU and nobody else's."""
-        (value,) = (self._evaluate([node])[node],)
-        with _for_real():
-            return value.detach().cpu().clone()
+        with for_real():
+            return self.tensor(node).detach().cpu().clone()
 
     def follows_from(self, *trees: Any) -> Origins:
         """What the nodes in ``trees`` follow from."""
@@ -137,7 +146,7 @@ class SampleValues:
                 dies_at.setdefault(user, []).append(node)
         env: dict[Node, Any] = {}
         copies: dict[int, torch.UntypedStorage] = {}
-        with _for_real():
+        with for_real():
             for node in self._with_draws(order):
                 if node not in part:
                     self._draw(node, None, None)
@@ -310,7 +319,7 @@ def _memory(node: Node) -> list[int]:
 
 
 @contextmanager
-def _for_real() -> Iterator[None]:
+def for_real() -> Iterator[None]:
     """As a step's kernels run, below autograd and autocast; generators come back unchanged."""
     with (
         _disable_current_modes(),
@@ -325,4 +334,4 @@ def _for_real() -> Iterator[None]:
             set_generator_states(states)
 
 
-__all__ = ["Origins", "SampleValues", "UnknowableError", "deciding"]
+__all__ = ["Origins", "SampleValues", "UnknowableError", "deciding", "for_real"]

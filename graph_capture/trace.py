@@ -51,6 +51,7 @@ from .recorder import Recorder, storage_id
 from .repeated_calls import RepeatedCalls
 from .stand_ins import StandIns
 from .target import Target, target_of
+from .tensor_of_tensors import tensors_of_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -214,6 +215,7 @@ def trace_step(
                 choices_of_cuda(target) if target.imitated else nullcontext(),
                 _quiet_fake_tensors(),
                 read_as_a_whole(),
+                tensors_of_tensors(),
                 context(),
             ):
                 step = _trace(watcher, model, forward, arguments, loss, how, target, outcomes)
@@ -348,7 +350,6 @@ def _trace_with(
                 f"{recorder.draws_outside!r}): a plan would repeat this one draw for ever. Draw "
                 "with torch, or outside and pass the numbers as an argument"
             )
-        recorder.questions.finish()
         _refuse_holders(fake_arguments)
         template, tensors = take_apart(output)
         reassigned = reassigned_buffers(state_before, registered(model))
@@ -359,7 +360,13 @@ def _trace_with(
                 call_forward(forward, fake_arguments)
             refuse_counters(changed & changed_numbers(numbers_before, numbers_of(model)))
         differentiated, tangents, region = differentiate(
-            output, template, tensors, loss, differentiator, twins.of if target.elsewhere else None
+            output,
+            template,
+            tensors,
+            loss,
+            differentiator,
+            twins.of if target.elsewhere else None,
+            lambda tensor: recorder.questions.values.tensor(recorder.node_of(tensor)),
         )
         tangent_nodes = tuple(
             recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
@@ -373,6 +380,7 @@ def _trace_with(
                 [tensors[i] for i in differentiated], [leaf for _, leaf in leaves], tangents
             )
             gradients = _settle_gradients(leaves, found, tensors, recorder)
+        recorder.questions.finish()
 
     outputs = tuple(recorder.node_of(t) for t in (*tensors, *(new for _, new, _ in reassigned)))
     recorder.graph.output((list(outputs), [g for _, g in gradients]))

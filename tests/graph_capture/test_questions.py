@@ -254,3 +254,51 @@ def test_lengths_of_a_ctc_loss_are_the_samples() -> None:
         return nn.functional.ctc_loss(scores, targets, torch.tensor([6]), lengths)
 
     assert [target for target, _ in checks_of(capture(ask))] == [expect_shape]
+
+
+def test_a_list_of_tensors_becomes_a_tensor() -> None:
+    """``torch.tensor`` of numbers that forward computed stacks them, in the dtype of all."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        rows = torch.tensor([[ids.max() - 4, 2], [ids.min(), ids[1]]])
+        assert rows.dtype == torch.long
+        assert torch.tensor([ids[0], x[0, 0].double()]).dtype == torch.double
+        return model.layer(x)[rows.flatten()]
+
+    captured = capture(ask)
+    assert any("stack" in op.target for op in captured.graph.operators)
+    assert checks_of(captured) == []
+
+
+def test_a_mask_that_backward_picks_by_is_checked_in_forward() -> None:
+    """The gradient of what is written by a mask has the mask's size, which forward checks."""
+
+    def ask(model: Asking, x: Tensor, ids: Tensor) -> Tensor:
+        h = model.layer(x)
+        out = h.clone()
+        out[ids != 0] = h[:3] * 2
+        return out
+
+    captured = capture(ask)
+    checks = [n for n in captured.step.graph.nodes if "expect_shape" in str(n.target)]
+    assert [n.meta["phase"] for n in checks] == ["forward"]
+    assert [n.args[1] for n in checks] == [[3, 1]]
+
+
+def test_a_kernel_is_asked_where_its_stand_in_refuses() -> None:
+    """Grouped products of float32 run on the CPU, which their stand-in denies."""
+    ends = torch.tensor([2, 6], dtype=torch.int32)
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch._grouped_mm(x, self.weight, offs=ends)
+
+    sample = {"x": torch.randn(6, 4)}
+    captured = capture_step(
+        Experts(), sample, loss=lambda y: y.square().sum(), measure_scratch=False
+    )
+    assert any("_grouped_mm" in op.target for op in captured.graph.operators)

@@ -1,0 +1,219 @@
+"""Values that a loss asks for, while it runs on stand-ins.
+
+The targets that a ``loss_fn`` brings along are real, so what is computed of them
+alone is known: a mask of them has the sizes that it will have. What is computed
+of the model's output is known on the sample, which answers a question for a
+number (is the loss finite?) but settles no size: the memory of a loss is
+counted once, for all steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_iter, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .costs.trial import REFUSALS, blank_arguments
+from .errors import NotFittingError
+from .outcomes import Outcome, made_like
+from .sample_values import UnknowableError, deciding, for_real
+
+_ADVICE = (
+    "Keep the sizes (multiply by the mask, torch.where, reduction='none', ignore_index=), or "
+    "compute this part of the loss in the model's forward"
+)
+
+
+class _Value:
+    """What a tensor will be, computed when it is asked for; holds no stand-in."""
+
+    def __init__(self, compute: Callable[[], Any], *, of_output: bool) -> None:
+        self._compute: Callable[[], Any] | None = compute
+        self._result: Any = None
+        self.of_output = of_output
+
+    def get(self) -> Any:
+        if self._compute is not None:
+            self._result, self._compute = self._compute(), None
+        return self._result
+
+
+class LossValues:
+    """Values of the stand-ins that a loss computes with."""
+
+    def __init__(self) -> None:
+        self._values: Any = WeakIdKeyDictionary()
+        self._num_writes: dict[int, int] = {}  # to the memory of a storage
+
+    def give(self, output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> None:
+        """Say how to get at the value of an output of the model on the sample."""
+        self._set(output, _Value(compute, of_output=True))
+
+    def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """Remember how a call made ``out``."""
+        before = self._snapshot(args, kwargs)
+        if func._schema.is_mutable:
+            for tensor in tree_iter((args, kwargs)):
+                if isinstance(tensor, torch.Tensor):
+                    memory = tensor.untyped_storage()._cdata
+                    self._num_writes[memory] = self._num_writes.get(memory, 0) + 1
+        if before is None or torch.Tag.nondeterministic_seeded in func.tags:
+            return
+        if "empty" in func._schema.name or func.namespace != "aten":
+            return
+        value_args, value_kwargs, of_output = before
+        copies = bool(func._schema.is_mutable)
+
+        def compute() -> Any:
+            return _run(func, value_args, value_kwargs, copies=copies)
+
+        whole = _Value(compute, of_output=of_output)
+        if isinstance(out, torch.Tensor):
+            self._set(out, whole)
+        elif isinstance(out, (tuple, list)):
+            for i, tensor in enumerate(out):
+                if isinstance(tensor, torch.Tensor):
+                    self._set(tensor, _Value(partial(_item, whole, i), of_output=of_output))
+
+    def answer(self, func: Any, args: tuple, kwargs: dict, error: Exception) -> Any:
+        """What a call that asks for values hands out.
+
+        Raises
+        ------
+        NotFittingError
+            When that is not known, or would be another size in each step.
+        """
+        asks = deciding(func, args, kwargs)
+        found = self._snapshot(asks, {})
+        makes = any(str(r.type) == "Tensor" for r in func._schema.returns)
+        if makes and (found is None or found[2]):
+            raise NotFittingError(
+                f"loss_fn makes a size out of values of the model's output ({func}), which each "
+                f"step has others of. {_ADVICE}"
+            ) from error
+        if found is None:
+            raise NotFittingError(
+                f"loss_fn asks for a value that is not known while planning ({func}): {_ADVICE}"
+            ) from error
+        result = self._compute(func, args, kwargs)
+        return made_like(Outcome.of(result), func, args) if makes else result
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """All values of a stand-in, on the CPU."""
+        found = self._snapshot((tensor,), {})
+        if found is None:
+            return None
+        ((value,), _, _) = found
+        with for_real():
+            return _get(value).detach().cpu().clone()
+
+    def _compute(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        asked = {id(t) for t in tree_iter(deciding(func, args, kwargs))}
+
+        def value(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            if id(x) not in asked:  # only its shape matters
+                with for_real():
+                    (blank,), _ = blank_arguments(
+                        torch.ops.aten.clone.default, (x,), {}, torch.device("cpu")
+                    )
+                return _Value(lambda: blank, of_output=False)
+            return self._of(x)
+
+        return _run(func, tree_map(value, args), tree_map(value, kwargs), copies=False)
+
+    def _snapshot(self, args: Any, kwargs: Any) -> tuple[Any, Any, bool] | None:
+        """Arguments with values in the place of tensors, and whether the output is among them."""
+        of_output = False
+        for leaf in tree_iter((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                value = self._of(leaf)
+                if value is None:
+                    return None
+                of_output |= value.of_output
+
+        def known(x: Any) -> Any:
+            return self._of(x) if isinstance(x, torch.Tensor) else x
+
+        return tree_map(known, args), tree_map(known, kwargs), of_output
+
+    def _of(self, tensor: torch.Tensor) -> _Value | None:
+        if not isinstance(tensor, FakeTensor):
+            return None if tensor.device.type == "meta" else _Value(lambda: tensor, of_output=False)
+        found = self._values.get(tensor)
+        if found is None:
+            return None
+        value, num_writes = found
+        memory = tensor.untyped_storage()._cdata
+        return value if self._num_writes.get(memory, 0) == num_writes else None
+
+    def _set(self, tensor: torch.Tensor, value: _Value) -> None:
+        memory = tensor.untyped_storage()._cdata
+        self._values[tensor] = (value, self._num_writes.get(memory, 0))
+
+
+def _item(whole: _Value, i: int) -> Any:
+    return whole.get()[i]
+
+
+def _get(x: Any) -> Any:
+    return x.get() if isinstance(x, _Value) else x
+
+
+def _run(func: Any, args: Any, kwargs: Any, *, copies: bool) -> Any:
+    def real(x: Any) -> Any:
+        value = _get(x)
+        return value.clone() if copies and isinstance(value, torch.Tensor) else value
+
+    def placed(x: Any, device: torch.device) -> Any:
+        return device if isinstance(x, torch.device) else x
+
+    with for_real():
+        try:
+            given = tree_map(real, (args, kwargs))
+            devices = (t.device for t in tree_iter(given) if isinstance(t, torch.Tensor))
+            device = next(devices, torch.device("cpu"))
+            real_args, real_kwargs = tree_map(partial(placed, device=device), given)
+            return func(*real_args, **real_kwargs)
+        except UnknowableError as error:
+            raise NotFittingError(
+                "loss_fn asks for a value of the model's output, which is not known where the "
+                f"model or the sample is on meta: pass real ones. {_ADVICE}"
+            ) from error
+        except REFUSALS as error:
+            raise NotFittingError(
+                f"loss_fn asks for a value, and {func} does not run on the targets: {error}"
+            ) from error
+
+
+@contextmanager
+def input_derivatives_refused() -> Iterator[None]:
+    """While active, a loss that differentiates by the model's input is told where that works."""
+    before: Any = torch.autograd.grad
+
+    def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        if any(isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor) for t in wanted):
+            raise NotFittingError(
+                "loss_fn differentiates by a tensor that the model was called with (or another "
+                "that is no output of it), and a planned step has no graph from the output to the "
+                "input. Move torch.autograd.grad(…, create_graph=True) into the model's forward, "
+                "which returns the derivative beside the output: there it is planned"
+            )
+        return before(outputs, inputs, *args, **kwargs)
+
+    torch.autograd.grad = grad
+    try:
+        yield
+    finally:
+        torch.autograd.grad = before
+
+
+__all__ = ["LossValues", "input_derivatives_refused"]
