@@ -165,7 +165,7 @@ def test_a_file_without_outcomes_still_loads() -> None:
     data = as_file(plan_of(model))
     del data["outcomes"]
     plan = plan_from_dict(data)
-    with pytest.raises(RuntimeError, match="value"):
+    with pytest.raises(PlanMismatchError, match="value"):
         plan.apply(copy.deepcopy(model))
 
 
