@@ -59,8 +59,11 @@ class Prepared:
     guard: LiveGuard
 
     def changed(self) -> str | None:
-        """What is another one on the module than when the step was captured, in words."""
-        return self.structure.difference()
+        """What is another one on the module than when the step was captured, in words.
+
+        That is how it is built, or something that its forward or backward read.
+        """
+        return self.structure.difference() or self.captured.step.reads.difference()
 
 
 class PlannedForward:
@@ -213,7 +216,7 @@ class PlannedForward:
         at_hand, self._at_hand = self._at_hand, None
         captured = None
         if at_hand is not None:
-            changed = at_hand[1].difference()
+            changed = at_hand[1].difference() or at_hand[0].step.reads.difference()
             captured = at_hand[0] if changed is None else None
         if captured is None:
             try:

@@ -80,7 +80,8 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
     own = captured is not None and captured.graph is plan.graph
     # What was captured without the device is captured again on it, to see that it holds there.
     if own and captured is not None and not captured.target.elsewhere:
-        if captured.model() is model and structure and structure.holds():
+        unchanged = captured.model() is model and structure is not None and structure.holds()
+        if unchanged and captured.step.reads.difference() is None:
             return captured
         measured = True
     else:
