@@ -46,11 +46,7 @@ class LiveGuard:
     def __init__(
         self, guard: CallGuard, model: nn.Module, device_type: str, signature: inspect.Signature
     ) -> None:
-        self._defaults = {
-            name: describe(parameter.default)
-            for name, parameter in signature.parameters.items()
-            if parameter.default is not parameter.empty
-        }
+        self._defaults = described_defaults(signature)
         self._guard = replace(guard, arguments={**self._defaults, **guard.arguments})
         self._model = model
         self._device_type = device_type
@@ -109,6 +105,19 @@ class LiveGuard:
         tensors = list(chain.from_iterable(map(dict.values, self._tables)))
         self._tensors = [_nothing if t is None else weakref.ref(t) for t in tensors]
         self._places = _places(tensors)
+
+
+def described_defaults(signature: inspect.Signature) -> dict[str, Any]:
+    """What an argument is that a call leaves out, by its name."""
+    of_kind: dict[Any, Any] = {
+        inspect.Parameter.VAR_POSITIONAL: (),
+        inspect.Parameter.VAR_KEYWORD: {},
+    }
+    return {
+        name: describe(of_kind.get(parameter.kind, parameter.default))
+        for name, parameter in signature.parameters.items()
+        if parameter.kind in of_kind or parameter.default is not parameter.empty
+    }
 
 
 def _nothing() -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from graph_capture.call_spec import describe, difference
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.units import format_bytes
 
 from .errors import CallMismatchError, OutcomeChangedError, PlanMismatchError
-from .live_guard import LiveGuard
+from .live_guard import LiveGuard, described_defaults
 from .make_plan import replan
 from .recapture import as_captured, capture_for
 from .rewrite import rewrite
@@ -129,9 +130,9 @@ class PlannedForward:
         try:
             prepared = self._current()
         except (PlanMismatchError, CaptureError) as error:
-            if self.on_shape_change == "error":
-                self.tally.last_mismatch = str(error)
-                raise
+            different = self._another_call(arguments)
+            if different is not None:
+                error = type(error)(f"{error}. This call differs, too: {different}")
             return self._otherwise(error, arguments, args, kwargs)
         different = prepared.guard.difference(arguments)
         if different is not None:
@@ -144,6 +145,15 @@ class PlannedForward:
             changed = error.with_traceback(None)  # which holds what was computed so far
         self.tally.num_planned -= 1
         return self._otherwise(changed, arguments, args, kwargs)
+
+    def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
+        """How a call differs from the planned one, for a model that is another one already."""
+        assert self._signature is not None
+        defaults = described_defaults(self._signature)
+        found = difference(
+            {**defaults, **self.plan.guard.arguments}, describe({**defaults, **arguments})
+        )
+        return None if found is None else found + _hint(found)
 
     def _otherwise(
         self, error: Exception, arguments: Mapping[str, Any], args: tuple, kwargs: dict
@@ -313,8 +323,23 @@ class PlannedForward:
         self._begin()
 
 
+# What trainers add to a batch, by the name that a difference says.
+_ADDED = {
+    "num_items_in_batch": "Transformers' Trainer adds num_items_in_batch to every batch",
+    "use_cache": "trainers pass use_cache=False",
+    "fused_lm_head": "TRL's trainers add fused_lm_head=True",
+}
+
+
 def _mismatch(different: str) -> CallMismatchError:
     return CallMismatchError(
-        f"this call is not the planned one: {different}. Make a plan for it, or apply the "
-        "plan with on_shape_change='unplanned' or 'replan'"
+        f"this call is not the planned one: {different}{_hint(different)}. Make a plan for it, or "
+        "apply the plan with on_shape_change='unplanned' or 'replan'"
     )
+
+
+def _hint(different: str) -> str:
+    """Where an argument that the sample lacks comes from, for those that trainers add."""
+    place = different.partition(" is ")[0]
+    who = _ADDED.get(place.rpartition(".")[2])
+    return "" if who is None else f" ({who}: have it in the sample, too)"

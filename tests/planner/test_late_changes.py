@@ -269,3 +269,23 @@ def test_a_lazy_conjugate_is_another_call(lazy):
         x = plain.conj()
     with pytest.raises(CallMismatchError, match=rf"lazy {lazy}.*resolve_{lazy}\(\)"):
         model(x)
+
+
+def test_an_argument_that_a_trainer_adds_is_explained():
+    """The difference says who adds it, and what to do, also where the model changed as well."""
+
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.doubled = Net(), False
+
+        def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+            return self.net(x) * (2 if self.doubled else 1)
+
+    model = planned(Language)
+    extra = {"num_items_in_batch": torch.tensor(4)}
+    with pytest.raises(CallMismatchError, match=r"Transformers' Trainer adds.*in the sample, too"):
+        model(sample(), **extra)
+    model.doubled = True
+    with pytest.raises(PlanMismatchError, match=r"'doubled' is True.*differs, too.*Trainer adds"):
+        model(sample(), **extra)
