@@ -277,15 +277,15 @@ def test_an_argument_that_a_trainer_adds_is_explained():
     class Language(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.doubled = Net(), False
+            self.net, self.rectified = Net(), False
 
         def forward(self, x: Tensor, **kwargs: object) -> Tensor:
-            return self.net(x) * (2 if self.doubled else 1)
+            return self.net(x).relu() if self.rectified else self.net(x)
 
     model = planned(Language)
     extra = {"num_items_in_batch": torch.tensor(4)}
     with pytest.raises(CallMismatchError, match=r"Transformers' Trainer adds.*in the sample, too"):
         model(sample(), **extra)
-    model.doubled = True
-    with pytest.raises(PlanMismatchError, match=r"'doubled' is True.*differs, too.*Trainer adds"):
+    model.rectified = True
+    with pytest.raises(PlanMismatchError, match=r"'rectified' is True.*differs, too.*Trainer adds"):
         model(sample(), **extra)
