@@ -31,6 +31,7 @@ _IMPOSSIBLE = (
     "SELECT 1 FROM measured WHERE typeof(value) != 'integer' OR value NOT BETWEEN 0 AND 1e16"
     " OR typeof(call) != 'text' OR typeof(kind) != 'text' LIMIT 1"
 )
+_ROLLBACK = b"\x01\x01"  # how the file is written and read, https://sqlite.org/fileformat.html
 _WAIT_S = 10.0
 
 Kind = Literal["time_ns", "scratch_bytes"]
@@ -150,6 +151,8 @@ def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
         try:
             connection.execute("PRAGMA trusted_schema = OFF")
             tables = _tables(connection)
+            if tables and _header(path)[18:20] != _ROLLBACK:
+                raise _Damaged("its header is not ours")
             if tables and tables != [("table", "measured", _SCHEMA)]:
                 raise _Damaged("its tables are not ours")
             if connection.execute("PRAGMA quick_check(1)").fetchall() != [("ok",)]:
@@ -157,10 +160,19 @@ def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
             if tables and connection.execute(_IMPOSSIBLE).fetchone() is not None:
                 raise _Damaged("it has values that nobody measured")
             yield connection
-        except sqlite3.OperationalError:
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:  # "unsupported file format"
+                raise _Damaged(str(error)) from error
             raise
         except sqlite3.DatabaseError as error:
             raise _Damaged(str(error)) from error
+        except UnicodeDecodeError as error:  # in SQLite's own message, which quotes the file
+            raise _Damaged("its text is no UTF-8") from error
+
+
+def _header(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(100)
 
 
 def _tables(connection: sqlite3.Connection) -> list[tuple[str, str, str]]:

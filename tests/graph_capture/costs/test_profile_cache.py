@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,37 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_dir() is None
     with pytest.warns(ProfileCacheWarning, match="no home directory"):
         ProfileCache(None, "here").save()
+
+
+def _flipped(tmp_path: Path, places: range) -> None:
+    with_entry = ProfileCache(tmp_path, "e")
+    with_entry.put("time_ns", "x", 5)
+    with_entry.save()
+    path = tmp_path / "profile-1.sqlite3"
+    good = path.read_bytes()
+    damaged = 0
+    for place in places:
+        for value in (good[place] ^ 0xFF, good[place] ^ 1, 0xAC):
+            path.write_bytes(good[:place] + bytes([value]) + good[place + 1 :])
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                cache = ProfileCache(tmp_path, "e")
+                cache.put("time_ns", "y", 7)
+                cache.save()
+            assert all(w.category is ProfileCacheWarning for w in said), place
+            assert all("begun again" in str(w.message) for w in said), (place, said)
+            assert len(said) <= 1, place
+            assert ProfileCache(tmp_path, "e").get("time_ns", "y") == 7, place
+            damaged += len(said)
+    assert damaged > 0
+
+
+def test_any_damaged_byte_of_the_header_is_begun_again(tmp_path: Path) -> None:
+    """Or does no harm; no byte ends in another error or in a cache that is never used again."""
+    _flipped(tmp_path, range(0, 110, 2))
+
+
+@pytest.mark.slow
+def test_any_damaged_byte_is_begun_again(tmp_path: Path) -> None:
+    """Whatever it belongs to: text that is no UTF-8, pages, the schema, values."""
+    _flipped(tmp_path, range(1, 8192, 3))
