@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.graph import CodeGen
@@ -30,6 +28,7 @@ from solvers.replay import InvalidScheduleError
 from solvers.schedule import Schedule
 
 from .fast_calls import fast_call
+from .generators import READS, RESUMES, REWINDS
 
 aten = torch.ops.aten
 
@@ -243,12 +242,12 @@ class _Emitter:
             args = map_arg(given, argument)
             kwargs = map_arg(call.kwargs, argument)
             if replayed is not None and draws(call):
-                swap = _SWAPS[self._captured.device_type]
+                kind = self._captured.device_type
                 state = self._carrier(*self._state_key(replayed))
                 where = self._generator()
-                before = self._call(swap, (state, *where), {}, "generator_before")
+                before = self._call(REWINDS[kind], (state, *where), {}, "generator_before")
                 result = self._call_like(call, args, kwargs, given)
-                self._call(swap, (before, *where), {}, "generator_after")
+                self._call(RESUMES[kind], (before, *where), {}, "generator_after")
             else:
                 result = self._call_like(call, args, kwargs, given)
             fresh.update(self._owned(call, result, own))
@@ -278,7 +277,7 @@ class _Emitter:
         return k, self._captured.state_node
 
     def _record_state(self, v: int) -> None:
-        read = _READS[self._captured.device_type]
+        read = READS[self._captured.device_type]
         state = self._call(read, self._generator(), {}, "generator_state")
         self._values[self._state_key(v)] = state
 
@@ -304,41 +303,6 @@ class _Emitter:
         if self._first_call is None:
             self._first_call = node
         return node
-
-
-# -- random generators -----------------------------------------------------------
-
-
-def read_cpu_generator() -> torch.Tensor:
-    """State of the default CPU generator, uint8[5056]."""
-    return torch.get_rng_state()
-
-
-def swap_cpu_generator(state: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Set the state of the default CPU generator; returns the one that it had.
-
-    The state in between, 5 kB, lies in NumPy's memory: a tensor would stand
-    beside the call's outputs in the device's memory, which is what is planned.
-    """
-    before = torch.get_rng_state().numpy().copy()
-    torch.set_rng_state(torch.from_numpy(state) if isinstance(state, np.ndarray) else state)
-    return before
-
-
-def read_cuda_generator(device: torch.device) -> torch.Tensor:
-    """State of a device's default generator, uint8[16] in host memory."""
-    return torch.cuda.get_rng_state(device)
-
-
-def swap_cuda_generator(state: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Set the state of a device's default generator; returns the one that it had."""
-    before = torch.cuda.get_rng_state(device)
-    torch.cuda.set_rng_state(state, device)
-    return before
-
-
-_READS: dict[str, Callable] = {"cpu": read_cpu_generator, "cuda": read_cuda_generator}
-_SWAPS: dict[str, Callable] = {"cpu": swap_cpu_generator, "cuda": swap_cuda_generator}
 
 
 # -- generated code ----------------------------------------------------------------

@@ -19,6 +19,7 @@ from graph_capture.outputs import OutputTemplate
 from graph_capture.trace import Reassigned
 
 from .errors import CallMismatchError, OutcomeChangedError
+from .generators import PutRightOnError
 from .out_of_memory import explain
 from .own_gradients import generator_state, own_gradients, set_generator
 from .rewrite import PlannedGraphs
@@ -167,6 +168,7 @@ class PlannedStep:
         before = [(inputs[i], inputs[i].detach().clone()) for i in layout.written_at]
         try:
             with (
+                PutRightOnError(),
                 torch.enable_grad(),
                 torch._C._AutoDispatchBelowAutograd(),
                 torch._C._DisableAutocast(),
@@ -234,6 +236,7 @@ class PlannedStep:
         ctx.maybe_clear_saved_tensors()
         try:
             with (
+                PutRightOnError(),
                 torch._C._AutoDispatchBelowAutograd(),
                 torch._C._DisableAutocast(),
                 torch._C.DisableTorchFunction(),

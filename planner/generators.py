@@ -1,0 +1,96 @@
+"""Random generators in generated code: read, set back for a repeated draw, and put right again.
+
+A repeated draw runs on the state that the first one found. Between the two
+settings an error may come from the kernel, or Ctrl-C at any moment; generated
+code has no ``finally``. So each rewinding is noted before it is done, and
+:class:`PutRightOnError` undoes what is noted when an error passes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+import numpy as np
+import torch
+
+
+class _Rewound(threading.local):
+    """What undoes the rewindings that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.undo: list[Callable[[], object]] = []
+
+
+_REWOUND = _Rewound()
+
+
+class PutRightOnError:
+    """When an error leaves it, generators and grad mode are as without the interrupted draw."""
+
+    __slots__ = ("_depth", "_grad_enabled")
+
+    def __enter__(self) -> None:
+        self._depth = len(_REWOUND.undo)
+        self._grad_enabled = torch.is_grad_enabled()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            return
+        torch._C._set_grad_enabled(self._grad_enabled)
+        while len(_REWOUND.undo) > self._depth:
+            _REWOUND.undo[-1]()
+            _REWOUND.undo.pop()
+
+
+def read_cpu_generator() -> torch.Tensor:
+    """State of the default CPU generator, uint8[5056]."""
+    return torch.get_rng_state()
+
+
+def rewind_cpu_generator(state: torch.Tensor) -> np.ndarray:
+    """Set the state of the default CPU generator; returns the one that it had.
+
+    The state in between, 5 kB, lies in NumPy's memory: a tensor would stand
+    beside the call's outputs in the device's memory, which is what is planned.
+    """
+    before = torch.get_rng_state().numpy().copy()
+    _REWOUND.undo.append(lambda: torch.set_rng_state(torch.from_numpy(before)))
+    torch.set_rng_state(state)
+    return before
+
+
+def resume_cpu_generator(before: np.ndarray) -> None:
+    """Go on from the state that :func:`rewind_cpu_generator` returned."""
+    torch.set_rng_state(torch.from_numpy(before))
+    _REWOUND.undo.pop()
+
+
+def read_cuda_generator(device: torch.device) -> torch.Tensor:
+    """State of a device's default generator, uint8[16] in host memory."""
+    return torch.cuda.get_rng_state(device)
+
+
+def rewind_cuda_generator(state: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Set the state of a device's default generator; returns the one that it had."""
+    before = torch.cuda.get_rng_state(device)
+    _REWOUND.undo.append(lambda: torch.cuda.set_rng_state(before, device))
+    torch.cuda.set_rng_state(state, device)
+    return before
+
+
+def resume_cuda_generator(before: torch.Tensor, device: torch.device) -> None:
+    """Go on from the state that :func:`rewind_cuda_generator` returned."""
+    torch.cuda.set_rng_state(before, device)
+    _REWOUND.undo.pop()
+
+
+READS: dict[str, Callable] = {"cpu": read_cpu_generator, "cuda": read_cuda_generator}
+REWINDS: dict[str, Callable] = {"cpu": rewind_cpu_generator, "cuda": rewind_cuda_generator}
+RESUMES: dict[str, Callable] = {"cpu": resume_cpu_generator, "cuda": resume_cuda_generator}
