@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.call_spec import TensorSpec, describe, difference, moved
+from graph_capture.call_spec import TensorSpec, describe, difference, moved, tensors_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,3 +74,19 @@ def autocast_dtype(device_type: str) -> str | None:
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
+
+
+def lazy_input(arguments: Mapping[str, Any]) -> str | None:
+    """Names a tensor whose conjugation or negation has not been carried out yet.
+
+    Kernels see to that themselves, each in its own way; a plan holds the calls for
+    plain tensors.
+    """
+    for tensor in tensors_of(arguments):
+        if tensor.is_conj() or tensor.is_neg():
+            what = "conj" if tensor.is_conj() else "neg"
+            return (
+                f"an input, {TensorSpec.of(tensor)}, is a lazy {what} of another tensor, which a "
+                f"plan is not made for; pass tensor.resolve_{what}()"
+            )
+    return None

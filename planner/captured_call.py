@@ -21,6 +21,7 @@ from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.target import target_of
 
 from .application import original_forward
+from .call_guard import lazy_input
 from .progress import ShowProgress, showing_timing
 
 
@@ -71,6 +72,9 @@ def captured_call(
         raise TypeError(f"optimizer must be an instance or a name, got {optimizer!r}")
     forward = original_forward(model)
     arguments = bind_call(forward, *split_sample(sample_input))
+    lazy = lazy_input(arguments)
+    if lazy is not None:
+        raise ValueError(lazy)
     target = target_of(model, tensors_of(arguments), device)
     with autocast_as(target.torch_type, autocast) if autocast else nullcontext():
         with showing_timing(progress) as timing:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.call_spec import TensorSpec, describe, difference, tensors_of
+from graph_capture.call_spec import describe, difference
 
-from .call_guard import CallGuard, autocast_dtype
+from .call_guard import CallGuard, autocast_dtype, lazy_input
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _NUM_REMEMBERED = 64
@@ -72,7 +72,7 @@ class LiveGuard:
         if looks is not None and looks in self._known_calls:
             return None
         arguments = {**self._defaults, **arguments}
-        found = difference(self._guard.arguments, describe(arguments)) or _lazy(arguments)
+        found = difference(self._guard.arguments, describe(arguments)) or lazy_input(arguments)
         if found is None and looks is not None and len(self._known_calls) < _NUM_REMEMBERED:
             self._known_calls.add(looks)
         return found
@@ -160,19 +160,3 @@ def _looks_of(value: Any) -> Any:
             return None
         looks.append((key, found))
     return tuple(looks)
-
-
-def _lazy(arguments: Mapping[str, Any]) -> str | None:
-    """A tensor whose conjugation or negation has not been carried out yet.
-
-    Kernels see to that themselves, each in its own way; a plan holds the calls for
-    plain tensors.
-    """
-    for tensor in tensors_of(arguments):
-        if tensor.is_conj() or tensor.is_neg():
-            what = "conj" if tensor.is_conj() else "neg"
-            return (
-                f"an input, {TensorSpec.of(tensor)}, is a lazy {what} of another tensor, planned "
-                f"was a plain one; pass tensor.resolve_{what}()"
-            )
-    return None

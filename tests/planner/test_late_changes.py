@@ -269,6 +269,8 @@ def test_a_lazy_conjugate_is_another_call(lazy):
         x = plain.conj()
     with pytest.raises(CallMismatchError, match=rf"lazy {lazy}.*resolve_{lazy}\(\)"):
         model(x)
+    with pytest.raises(ValueError, match=rf"lazy {lazy}.*resolve_{lazy}\(\)"):
+        optimize(model, x, budget_gb=1, loss_fn=square)
 
 
 def test_an_argument_that_a_trainer_adds_is_explained():
