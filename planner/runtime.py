@@ -395,7 +395,9 @@ def _reads_what_it_writes(captured: CapturedStep) -> bool:
         return True
     for node in captured.step.graph.nodes:
         for written in node.meta.get("writes", ()):
-            if written.op == "placeholder" and set(written.users) - {node}:
+            if written.op != "placeholder":
+                continue
+            if written.meta["role"] == "attribute" or set(written.users) - {node}:
                 return True
     return False
 

@@ -154,7 +154,7 @@ class LiveStructure:
         )
 
 
-_TABLES = itemgetter("_modules", "_parameters", "_buffers", *_HOOKS)
+_TABLES = itemgetter("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
 _HOOK_TABLES = itemgetter(*_HOOKS)
 _FORWARD = methodcaller("get", "forward")
 
