@@ -14,7 +14,9 @@ import typer
 from torch import nn
 
 from graph_capture.costs.devices import DEVICES
+from graph_capture.printable import printable
 
+from ..errors import PlanError
 from ..plan import Plan
 
 Target = Annotated[
@@ -57,7 +59,7 @@ def load_object(target: str, wanted: str = "give module:function") -> Any:
     sys.path.insert(0, str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # "" and "." as modules
         fail(f"{target}: {error}; {wanted}")
     finally:
         sys.path.pop(0)
@@ -126,7 +128,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     """Write ``plan`` to a file."""
     try:
         plan.save(path)
-    except OSError as error:
+    except (OSError, PlanError) as error:
         fail(str(error))
     typer.echo(f"written to {path}")
 
@@ -138,5 +140,5 @@ def say_error(error: BaseException) -> NoReturn:
 
 def fail(message: str) -> NoReturn:
     """End the command with a message and exit status 1."""
-    typer.echo(f"remat: {message}", err=True)
+    typer.echo(f"remat: {printable(message, lines=True)}", err=True)
     raise typer.Exit(1)

@@ -273,7 +273,7 @@ def _post_mortem(listener: _Listener, stderr: IO[bytes], time_limit_s: float) ->
         name = signal.Signals(-code).name
         reason = f"was ended by {name}"
         if name == "SIGKILL":
-            reason += " (out of memory, most often)"
+            reason += " (out of memory, most often; solver='auto' needs no such process)"
     else:
         reason = f"ended with code {code}"
     if words:

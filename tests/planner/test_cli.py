@@ -1,6 +1,7 @@
 """The command ``remat``."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,22 @@ def test_schema_is_printed() -> None:
     """`remat schema` prints the published JSON Schema."""
     printed = json.loads(CliRunner().invoke(app, ["schema"]).stdout)
     assert printed["$schema"].endswith("2020-12/schema")
+
+
+@pytest.mark.parametrize("target", [":x", ".:x", "..:x", "no.such:x"])
+def test_a_module_that_cannot_be_named_is_said(target: str) -> None:
+    """In one line, without a traceback."""
+    result = CliRunner().invoke(app, ["plan", target, "--budget", "1"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("remat: ")
+
+
+def test_show_refuses_a_pipe_and_shows_control_characters(tmp_path: Path) -> None:
+    """A pipe is not waited for; what a file says is not obeyed by the terminal."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "plan.json").write_text('{"schema_version": "\\u001b[2J"}')
+    for name, said in (("pipe", "no regular file"), ("plan.json", r"\x1b[2J")):
+        result = CliRunner().invoke(app, ["show", str(tmp_path / name)])
+        assert result.exit_code == 1
+        assert said in result.stderr
+        assert "\x1b" not in result.stderr
