@@ -125,7 +125,7 @@ def test_a_killed_child_is_an_outcome() -> None:
 
     outcome = run_ortools(knapsack(), time_limit_s=20, on_start=kill)
     assert outcome.status is RunStatus.DIED
-    assert "SIGKILL (out of memory, most often)" in outcome.message
+    assert "SIGKILL (out of memory, most often; solver='auto'" in outcome.message
     assert is_gone(pids[0])
 
 
