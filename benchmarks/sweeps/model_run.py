@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import gc
+import random
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from planner import CaptureError, InfeasibleBudgetError, Plan, make_plan, measure, optimize
+from planner import (
+    CaptureError,
+    InfeasibleBudgetError,
+    Plan,
+    PlanError,
+    make_plan,
+    measure,
+    optimize,
+)
 from tests.bitwise import assert_same_training
 
 from .subject import NotInstalled, Subject
@@ -25,7 +36,16 @@ LEAST_MEMORY_LIMIT_S = 1.5
 """A sweep asks whether plans hold, not whether they are the best: short searches do."""
 TOLERANCE = 0.01
 
-OUTCOMES = ("green", "refused", "crash", "other bits", "above budget", "mispredicted", "died")
+OUTCOMES = (
+    "green",
+    "refused",
+    "step refused",
+    "crash",
+    "other bits",
+    "above budget",
+    "mispredicted",
+    "died",
+)
 """What can become of a model that trains in eager, the best first."""
 
 
@@ -70,7 +90,7 @@ def _run(find: Callable[[], Subject], record: dict[str, Any]) -> None:
     with subject.context():
         model = _made(subject)
         try:
-            eager = measure(model, subject.sample(1), loss_fn=subject.loss_fn, repeats=0)
+            eager = measure(model, _sample(subject, 1), loss_fn=subject.loss_fn, repeats=0)
         except Exception as error:
             raise _Ended("crash", "measure(): " + words_of(error)) from error
         record["eager_peak_bytes"] = eager.peak_bytes
@@ -89,11 +109,13 @@ def _run(find: Callable[[], Subject], record: dict[str, Any]) -> None:
         _train_same(subject, lambda fresh: plan.apply(model))
     except AssertionError as error:
         raise _Ended("other bits", words_of(error)) from error
+    except (PlanError, CaptureError) as error:
+        raise _Ended("step refused", words_of(error, whole=True)) from error
     except Exception as error:
         raise _Ended("crash", "planned step: " + words_of(error)) from error
     with subject.context():
         try:
-            found = measure(model, subject.sample(1), loss_fn=subject.loss_fn, repeats=0)
+            found = measure(model, _sample(subject, 1), loss_fn=subject.loss_fn, repeats=0)
         except Exception as error:
             raise _Ended("crash", "measure() of the planned: " + words_of(error)) from error
     record["planned_peak_bytes"] = found.peak_bytes
@@ -109,7 +131,7 @@ def _planned(subject: Subject, model: nn.Module, budget_bytes: int, record: dict
     def plan(budget_bytes: int) -> Plan:
         return optimize(
             model,
-            subject.sample(1),
+            _sample(subject, 1),
             budget_bytes=budget_bytes,
             loss_fn=subject.loss_fn,
             time_limit_s=SOLVER_LIMIT_S,
@@ -134,6 +156,13 @@ def _planned(subject: Subject, model: nn.Module, budget_bytes: int, record: dict
     return made
 
 
+def _sample(subject: Subject, seed: int) -> Any:
+    """An input; what draws by Python's and NumPy's generators is seeded with it."""
+    random.seed(seed)
+    np.random.seed(seed)
+    return subject.sample(seed)
+
+
 def _made(subject: Subject) -> nn.Module:
     torch.manual_seed(0)
     return subject.make()
@@ -143,7 +172,7 @@ def _train(subject: Subject) -> None:
     from planner.training_step import train_step
 
     with subject.context():
-        train_step(_made(subject), subject.sample(1), subject.loss_fn)
+        train_step(_made(subject), _sample(subject, 1), subject.loss_fn)
 
 
 def _train_same(subject: Subject, planned_apply: Callable[[nn.Module], nn.Module]) -> None:
@@ -151,7 +180,7 @@ def _train_same(subject: Subject, planned_apply: Callable[[nn.Module], nn.Module
     assert_same_training(
         subject.make,
         planned_apply,
-        subject.sample,
+        partial(_sample, subject),
         loss_fn=subject.loss_fn,
         steps=STEPS,
         context=subject.context,

@@ -12,6 +12,7 @@ _NOT_TRAINED = ("skipped", "no eager", "not repeatable")
 _ORDER = (
     "green",
     "refused",
+    "step refused",
     "crash",
     "other bits",
     "above budget",

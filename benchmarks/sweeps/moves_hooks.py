@@ -96,7 +96,7 @@ def _accumulate_hook(world: World) -> None:
 
 @named_move("a hook on all modules")
 def _global_hook(world: World) -> None:
-    if not world.planned:  # one registration is seen by both
+    if world.planned:  # the twin goes first; its registration is seen by both
         return
     nn.modules.module.register_module_forward_hook(
         lambda m, a, out: out * 1.5 if isinstance(m, nn.Linear) else None

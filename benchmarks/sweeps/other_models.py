@@ -15,7 +15,8 @@ from .subject import Subject, mean_square
 
 
 def _graph(seed: int) -> tuple[Tensor, Tensor]:
-    return normal(seed, 60, 16), whole(seed, 60, 2, 240)
+    # One graph, new features: what a plan learns of a graph it guards.
+    return normal(seed, 60, 16), whole(0, 60, 2, 240)
 
 
 def _points(seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,8 +90,46 @@ _KEEP_LISTS = (
     "offset",
 )
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
-"""By model type."""
+_RESNET: dict[str, Any] = {
+    "model_type": "resnet",
+    "embedding_size": 16,
+    "hidden_sizes": [16, 16, 32, 32],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+_OWN_BACKBONE: dict[str, Any] = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_config": {**_RESNET, "out_features": ["stage4"]},
+}
+
+_THREE_AXES: dict[str, Any] = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [2, 3, 3],
+}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "detr": _OWN_BACKBONE,
+    "conditional_detr": _OWN_BACKBONE,
+    "dab-detr": _OWN_BACKBONE,
+    "table-transformer": _OWN_BACKBONE,
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "use_mamba_kernels": False,
+    },
+    "bamba": {"attn_layer_indices": [1]},
+    "qwen2_vl_text": {"rope_parameters": _THREE_AXES},
+    "qwen2_5_vl_text": {"rope_parameters": _THREE_AXES},
+    "qwen3_vl_text": {"rope_parameters": _THREE_AXES},
+    "qwen3_vl_moe_text": {"rope_parameters": _THREE_AXES},
+    "deformable_detr": {**_OWN_BACKBONE, "backbone_config": _RESNET},
+}
+"""By model type: what the rules would leave to a library that need not be there."""
 
 
 def tiny_config(config_class: type, **overrides: Any) -> Any:
@@ -122,6 +160,11 @@ def tiny_config(config_class: type, **overrides: Any) -> Any:
         if small is not None:
             options[name] = small
     _token_ids(default, options, signature)
+    if "qk_rope_head_dim" in options:
+        # Keys are made per query head, and a head's width follows from its two parts.
+        options.pop("head_dim", None)
+        if "num_key_value_heads" in options:
+            options["num_key_value_heads"] = HEADS
     options.update(overrides)
     return config_class(**options)
 

@@ -180,7 +180,8 @@ def _label_makers(head: str, names: set[str], config: Any) -> Iterator[Any]:
     if head in ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT"):
         yield lambda seed, inputs: {"labels": _tokens(seed + 9, 12)}
     if head in ("CTC", "RNNT", "TDT"):
-        yield lambda seed, inputs: {"labels": _tokens(seed + 9, 4)}
+        few = min(VOCABULARY, int(getattr(config, "vocab_size", VOCABULARY))) - 4
+        yield lambda seed, inputs: {"labels": _tokens(seed + 9, 4) % few + 1}
     if head in ("SEMANTIC_SEGMENTATION",):
         yield lambda seed, inputs: {
             "labels": torch.randint(
