@@ -192,7 +192,7 @@ def read_as_a_whole() -> Iterator[None]:
     would be a hundred questions.
     """
     cls: Any = FakeTensor
-    names = ("tolist", "numpy", "__array__")
+    names = ("tolist", "numpy", "__array__", "__bool__")
     before = {name: cls.__dict__.get(name) for name in names}
 
     def whole(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -218,7 +218,13 @@ def read_as_a_whole() -> Iterator[None]:
         values = as_array(tensor)
         return values if dtype is None else values.astype(dtype, copy=False)
 
-    cls.tolist, cls.numpy, cls.__array__ = tolist, as_array, array
+    def truth(tensor: torch.Tensor) -> bool:
+        """Asks for no more than was asked: not which number it is, but whether it is zero."""
+        if tensor.dtype == torch.bool or tensor.numel() != 1 or reader_of(tensor) is None:
+            return torch.Tensor.__bool__(tensor)
+        return torch.Tensor.__bool__(tensor != 0)
+
+    cls.tolist, cls.numpy, cls.__array__, cls.__bool__ = tolist, as_array, array, truth
     try:
         yield
     finally:

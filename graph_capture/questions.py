@@ -87,7 +87,7 @@ class Questions:
         self.outcomes.append(outcome)
         if outcome.made is None:
             with self._in_forward():
-                self._expect_number(func, node_args, outcome.number)
+                self._expect_number(func, node_args, node_kwargs, outcome.number)
             return outcome.number
         out = made_like(outcome, func, args)
         recorder.record(func, args, kwargs, out)
@@ -154,12 +154,19 @@ class Questions:
         with _disable_current_modes():
             return value.clone()  # the planned one is nobody else's
 
-    def _expect_number(self, func: Any, args: tuple, number: Any) -> None:
+    def _expect_number(self, func: Any, args: tuple, kwargs: dict, number: Any) -> None:
         what = _words(func)
         if func is aten._local_scalar_dense.default:
             self._check(checks.expect_number, (args[0], number), what)
         elif func is aten.equal.default:
             self._check(checks.expect_equal, (args[0], args[1], number), what)
+        elif func is aten.allclose.default:
+            value = args[0].meta["val"]
+            close = self._recorder.call(aten.isclose.default, args, kwargs)
+            self._recorder.bind(close, value.new_empty(value.shape, dtype=torch.bool))
+            same = self._recorder.call(aten.all.default, (close,), {})
+            self._recorder.bind(same, value.new_empty((), dtype=torch.bool))
+            self._check(checks.expect_number, (same, number), what)
         else:
             raise CaptureError(
                 f"{func} asks for a value in a way that a plan cannot check; ask with .item()"
@@ -224,7 +231,7 @@ def _words(func: Any) -> str:
     name = str(func)
     if func is aten._local_scalar_dense.default:
         return "a tensor's value"
-    if func is aten.equal.default:
+    if func in (aten.equal.default, aten.allclose.default):
         return "whether two tensors are equal"
     return f"the sizes that {name.removesuffix('.default').removesuffix('.Tensor')} makes"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
@@ -26,6 +26,7 @@ from .errors import CaptureError
 from .kernels_word import kernels_word, laid_out_rightly
 from .known_values import Knowing, KnownValues
 from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
+from .packed_sequences import PACK, packed
 from .purity import written_arguments
 from .questions import Questions
 from .repeated_calls import RepeatedCalls
@@ -191,6 +192,13 @@ class Recorder(ReadsWhole):
             return self._inplace_view(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._check_generator(args, kwargs)
+        if func is PACK and isinstance(args[1], FakeTensor):
+            lengths = self.read_whole(args[1])
+            if lengths is not None:
+                out = packed(args[0], lengths, args[2])
+                self.record(func, args, kwargs, out)
+                self._look_at_stand_in(out[1], args[0].fake_mode)
+                return out
         try:
             if self._repeated is None:
                 out = _apart(func, func(*args, **kwargs))
@@ -213,6 +221,13 @@ class Recorder(ReadsWhole):
         elif any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
             self.record(func, args, kwargs, out)
         return out
+
+    def _look_at_stand_in(self, real: torch.Tensor, fake_mode: FakeTensorMode) -> None:
+        """Let views of a real tensor be views: PyTorch makes them of its one stand-in."""
+        node = self.node_of(real)
+        with _disable_current_modes():
+            stand_in = fake_mode.fake_tensor_converter.from_real_tensor(fake_mode, real)
+        self.bind(node, stand_in)
 
     def _check_generator(self, args: tuple, kwargs: dict) -> None:
         """Numbers come from the default generator, in one sequence that starts with the step."""

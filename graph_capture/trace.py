@@ -45,6 +45,7 @@ from .module_state import (
 )
 from .outcomes import Outcome, read_as_a_whole
 from .outputs import OutputTemplate, take_apart, tensors_within
+from .packed_sequences import sequences_padded
 from .reading import Watcher
 from .reads import Reads
 from .recorder import Recorder, storage_id
@@ -216,6 +217,7 @@ def trace_step(
                 _quiet_fake_tensors(),
                 read_as_a_whole(),
                 tensors_of_tensors(),
+                sequences_padded(),
                 context(),
             ):
                 step = _trace(watcher, model, forward, arguments, loss, how, target, outcomes)

@@ -302,3 +302,17 @@ def test_a_kernel_is_asked_where_its_stand_in_refuses() -> None:
         Experts(), sample, loss=lambda y: y.square().sum(), measure_scratch=False
     )
     assert any("_grouped_mm" in op.target for op in captured.graph.operators)
+
+
+def test_the_truth_of_a_number_is_no_more_than_that() -> None:
+    """``if tensor:`` of a number is planned for its being other than zero."""
+    captured = capture(lambda m, x, ids: m.layer(x) if ids.sum() else m.layer(x).cos())
+    assert checks_of(captured) == [(expect_number, True)]
+    captured = capture(lambda m, x, ids: m.layer(x).cos() if m.layer(x).sum() else m.layer(x))
+    assert checks_of(captured) == [(expect_number, True)]
+
+
+def test_closeness_of_two_tensors_is_a_question() -> None:
+    """``torch.allclose`` is answered and checked."""
+    captured = capture(lambda m, x, ids: m.layer(x) if torch.allclose(x, x) else m.layer(x).cos())
+    assert checks_of(captured) == [(expect_number, True)]

@@ -198,3 +198,147 @@ def test_copies_in_case_a_check_fails_are_counted() -> None:
     plan = plan_of(model_of(asserting))
     (copies,) = (s for s in plan.graph.storages if "in case a check fails" in s.name)
     assert copies.size_bytes == 2 * 4 * WIDTH + 8
+
+
+class Packed(nn.Module):
+    """A recurrent layer over sequences of several lengths."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, 4)
+        self.layer = kind(4, 8, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.first(x), lengths, batch_first=True, enforce_sorted=False
+        )
+        return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0]
+
+
+def sequences(seed: int, lengths: tuple[int, ...] = (3, 6, 1, 3)) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(lengths), 6, WIDTH, generator=generator), torch.tensor(lengths)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_packed_sequences_train_to_the_same_bits(kind: type[nn.RNNBase]) -> None:
+    """Lengths of sequences are part of what is planned for, and replanned when they change."""
+
+    def make() -> nn.Module:
+        return Packed(kind).train()
+
+    plan = optimize(make(), sequences(0), budget_bytes=10**8, loss_fn=square, time_limit_s=1)
+    lengths = [(3, 6, 1, 3), (3, 6, 1, 3), (2, 2, 6, 5)]
+    assert_same_training(
+        make,
+        lambda model: plan.apply(model, on_shape_change="replan"),
+        lambda seed: sequences(seed, lengths[seed % 3]),
+        loss_fn=square,
+    )
+
+
+CTC = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "conv_dim": (16, 16),
+    "conv_stride": (4, 4),
+    "conv_kernel": (8, 8),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "vocab_size": 32,
+    "mask_time_prob": 0.0,
+    "layerdrop": 0.0,
+    "feat_extract_norm": "layer",
+    "ctc_zero_infinity": True,
+}
+
+
+@pytest.mark.slow
+def test_a_ctc_model_trains_to_the_same_bits() -> None:
+    """Its check of labels, their mask and their lengths hold for other labels, too."""
+    transformers = pytest.importorskip("transformers")
+
+    def make() -> nn.Module:
+        return transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**CTC)).train()
+
+    def speech(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "input_values": torch.randn(2, 512, generator=generator),
+            "labels": torch.randint(1, 31, (2, 4), generator=generator),
+        }
+
+    plan = optimize(make(), speech(0), budget_bytes=10**9, time_limit_s=1)
+    assert not plan.branch_free
+    assert_same_training(make, plan.apply, speech, loss_fn=lambda output: output.loss)
+
+
+@pytest.mark.slow
+def test_an_image_text_model_trains_to_the_same_bits() -> None:
+    """The number of image tokens is checked in each step, as eager checks it."""
+    transformers = pytest.importorskip("transformers")
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    text = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=100,
+        pad_token_id=0,
+    )
+
+    def make() -> nn.Module:
+        config = transformers.LlavaConfig(
+            vision_config=vision, text_config=text, image_token_index=99, vision_feature_layer=-1
+        )
+        return transformers.LlavaForConditionalGeneration(config).train()
+
+    def pairs(seed: int, num_images: int = 4) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, 98, (2, 12), generator=generator)
+        ids[:, 1 : 1 + num_images] = 99
+        pixels = torch.randn(2, 3, 16, 16, generator=generator)
+        return {"input_ids": ids, "pixel_values": pixels, "labels": ids.clone()}
+
+    plan = optimize(make(), pairs(0), budget_bytes=10**9, time_limit_s=1)
+    assert not plan.branch_free
+    assert_same_training(make, plan.apply, pairs, loss_fn=lambda output: output.loss)
+    model = plan.apply(make())
+    with pytest.raises(OutcomeChangedError, match="import_utils"):
+        model(**pairs(1, num_images=3))
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_takes_eagers_path() -> None:
+    """Grouped products on the CPU are eager's, so that the plan is none for compilers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        vocab_size=99,
+    )
+
+    def make() -> nn.Module:
+        return transformers.MixtralForCausalLM(config).train()
+
+    def tokens(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, 98, (2, 12), generator=generator)
+        return {"input_ids": ids, "labels": ids}
+
+    plan = optimize(make(), tokens(0), budget_bytes=10**9, time_limit_s=1)
+    assert not plan.branch_free
+    assert_same_training(make, plan.apply, tokens, loss_fn=lambda output: output.loss)

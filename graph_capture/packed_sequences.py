@@ -1,0 +1,93 @@
+"""Packed sequences of stand-ins: PyTorch reads their lengths out of memory.
+
+``pack_padded_sequence`` and what follows it walk over batch sizes in C++, which
+a stand-in has none of. Lengths are read on the sample and checked, as any list
+of numbers is; batch sizes are then a real tensor, and padding again is written
+with calls that can be traced: those that PyTorch makes itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+PACK = torch.ops.aten._pack_padded_sequence.default
+
+
+def packed(data: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
+    """What packing hands out: stand-ins of the elements, and real batch sizes.
+
+    Parameters
+    ----------
+    data
+        A stand-in; only its shape matters.
+    lengths
+        Real ones, longest first.
+    """
+    with _disable_current_modes():
+        blank = torch.empty(data.shape[:2])
+        elements, batch_sizes = PACK(blank, lengths, batch_first)
+        num_elements = elements.shape[0]
+    return data.new_empty((num_elements, *data.shape[2:])), batch_sizes
+
+
+@contextmanager
+def sequences_padded() -> Iterator[None]:
+    """While active, padding a packed sequence of stand-ins is traced."""
+    functions: Any = torch._VF
+    own = functions._pad_packed_sequence
+
+    def pad(
+        data: torch.Tensor,
+        batch_sizes: torch.Tensor,
+        batch_first: bool,
+        padding_value: float,
+        total_length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(data, FakeTensor) or isinstance(batch_sizes, FakeTensor):
+            return own(data, batch_sizes, batch_first, padding_value, total_length)
+        with _disable_current_modes():
+            sizes = batch_sizes.tolist()
+        if 0 < total_length < len(sizes):
+            raise ValueError(
+                f"total_length={total_length} is less than the longest of {len(sizes)} steps"
+            )
+        length = total_length if total_length > 0 else len(sizes)
+        output = torch.full(
+            (length, sizes[0], *data.shape[1:]),
+            padding_value,
+            dtype=data.dtype,
+            device=data.device,
+        )
+        for begin, end, start in _stretches(sizes):
+            count = sizes[begin]
+            part = data[start : start + count * (end - begin)]
+            output[begin:end, :count].copy_(part.view(end - begin, count, *data.shape[1:]))
+        lengths = [sum(size > i for size in sizes) for i in range(sizes[0])]
+        with _disable_current_modes():
+            made = torch.tensor(lengths)
+        return (output.transpose(0, 1) if batch_first else output), made
+
+    functions._pad_packed_sequence = pad
+    try:
+        yield
+    finally:
+        del functions.__dict__["_pad_packed_sequence"]
+
+
+def _stretches(sizes: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Begin, end and first element of each run of steps with one batch size."""
+    begin = start = 0
+    for i in range(1, len(sizes) + 1):
+        if i == len(sizes) or sizes[i] != sizes[begin]:
+            yield begin, i, start
+            start += sizes[begin] * (i - begin)
+            begin = i
+
+
+__all__ = ["PACK", "packed", "sequences_padded"]
