@@ -354,7 +354,7 @@ class Assembly:
         block = self._blocks[k]
         if block.producer is None:
             role = block.carriers[0].meta["role"]
-            return "buffer" if role == "constant" else role
+            return "buffer" if role in ("constant", "attribute") else role
         if k in self._gradients:
             return "gradient"
         if k in self._outputs:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .assembly import Assembly, CapturedStep
 from .call_spec import bind_call, split_sample, tensors_of
@@ -188,6 +188,7 @@ def _held(model: nn.Module, step: TracedStep, target: Target) -> int:
     """Bytes of tensors that lie in modules as plain attributes and take no part in the step."""
     counted = {storage_id(t) for t in (*model.parameters(), *model.buffers())}
     counted |= {storage_id(t) for t in step.constants.values()}
+    counted |= {storage_id(t) for t in _attributes(model, step)}
     held = {
         storage_id(value): value.untyped_storage().nbytes()
         for module in model.modules()
@@ -196,7 +197,24 @@ def _held(model: nn.Module, step: TracedStep, target: Target) -> int:
         and value.layout == torch.strided
         and target.place(value.device).type == target.torch_type
     }
-    return sum(num_bytes for sid, num_bytes in held.items() if sid not in counted)
+    first = (
+        step.outputs[entry.output].meta["val"].untyped_storage().nbytes()
+        for entry in step.reassigned
+        if entry.role == "attribute" and not isinstance(_attribute(model, entry.target), Tensor)
+    )  # from the second step on, those of the step before lie there
+    return sum(first) + sum(num_bytes for sid, num_bytes in held.items() if sid not in counted)
+
+
+def _attributes(model: nn.Module, step: TracedStep) -> Iterator[torch.Tensor]:
+    """Tensors in plain attributes that the step takes as inputs."""
+    for node in step.graph.find_nodes(op="placeholder"):
+        if node.meta["role"] == "attribute":
+            yield _attribute(model, node.meta["target"])
+
+
+def _attribute(model: nn.Module, target: str) -> Any:
+    path, _, name = target.rpartition(".")
+    return vars(model.get_submodule(path)).get(name)
 
 
 __all__ = ["CapturedStep", "capture", "capture_step"]

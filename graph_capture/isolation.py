@@ -81,7 +81,7 @@ def attributes_put_back(holders: Iterable[Any]) -> Iterator[None]:
 
 
 def swap_tensors(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put stand-ins in the place of every parameter and buffer (undone by ``undisturbed``).
+    """Put stand-ins in the place of every tensor of a module (undone by ``undisturbed``).
 
     Goes through ``setattr`` so that modules which keep second references, as
     ``nn.LSTM`` does in ``_flat_weights``, notice.
@@ -93,3 +93,6 @@ def swap_tensors(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tens
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 setattr(module, name, stand_in(buffer))
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor):
+                vars(module)[name] = stand_in(value)

@@ -47,6 +47,31 @@ class _Entry:
     saved: Any
 
 
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A name among globals, or ``cell_contents`` of a cell."""
+
+    holder: Any
+    key: str
+
+    def get(self) -> Any:
+        if isinstance(self.holder, dict):
+            return self.holder.get(self.key, ABSENT)
+        try:
+            return self.holder.cell_contents
+        except ValueError:  # empty
+            return ABSENT
+
+    def set(self, value: Any) -> None:
+        if isinstance(self.holder, dict):
+            if value is ABSENT:
+                self.holder.pop(self.key, None)
+            else:
+                self.holder[self.key] = value
+        elif value is not ABSENT:
+            self.holder.cell_contents = value
+
+
 class Ledger:
     """Remembers contents, at any depth; tensors and modules are not looked into."""
 
@@ -87,6 +112,24 @@ class Ledger:
             if isinstance(item, (dict, *_LISTS, *_SETS, tuple)):
                 self.contents(item, _joined(label, key) if attributes else f"{label}[{key!r}]")
 
+    def slot(self, holder: Any, key: str, label: str) -> None:
+        """Remember what a global name or a closure cell stands for."""
+        place = _Slot(holder, key)
+        number = hash((id(holder), key))
+        self._entries.setdefault(number, _Entry(label, place, place.get()))
+
+    def as_now(self) -> Ledger:
+        """The same places, as they are now."""
+        later = Ledger()
+        for entry in self._entries.values():
+            if isinstance(entry.container, _Slot):
+                later.slot(entry.container.holder, entry.container.key, entry.label)
+            elif isinstance(entry.container, (dict, *_LISTS, *_SETS)):
+                later.contents(entry.container, entry.label)
+            else:
+                later.attributes(entry.container, entry.label)
+        return later
+
     def changes(self) -> Iterator[Change]:
         """Every place that holds another object than it did."""
         for entry in self._entries.values():
@@ -97,6 +140,16 @@ class Ledger:
         for entry in self._entries.values():
             if next(_changes(entry), None) is not None or not _same_order(entry):
                 _write(entry)
+
+
+def make_again(change: Change) -> None:
+    """Change a dict again as it was changed; what lies elsewhere is left alone."""
+    if not isinstance(change.holder, dict):
+        return
+    if change.now is ABSENT:
+        dict.pop(change.holder, change.key, None)
+    else:
+        dict.__setitem__(change.holder, change.key, change.now)
 
 
 def slots_of(holder: Any) -> dict[str, Any]:
@@ -118,6 +171,10 @@ def _joined(label: str, name: Any) -> str:
 
 def _changes(entry: _Entry) -> Iterator[Change]:
     container, saved, label = entry.container, entry.saved, entry.label
+    if isinstance(container, _Slot):
+        if container.get() is not saved:
+            yield Change(label, container.holder, container.key, saved, container.get())
+        return
     if isinstance(container, _SETS):
         if container != saved:
             yield from (Change(label, container, e, ABSENT, e) for e in container - saved)
@@ -153,7 +210,9 @@ def _same_order(entry: _Entry) -> bool:
 def _write(entry: _Entry) -> None:
     """As the base class writes, whatever a class of its own makes of it."""
     container, saved = entry.container, entry.saved
-    if isinstance(container, dict):
+    if isinstance(container, _Slot):
+        container.set(saved)
+    elif isinstance(container, dict):
         base: Any = OrderedDict if isinstance(container, OrderedDict) else dict
         base.clear(container)
         for key, value in saved.items():

@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
 from .call_spec import TensorSpec
 from .errors import NotFittingError
 from .recorder import storage_id
-
-
-def numbers_of(model: nn.Module) -> dict[str, float]:
-    """Plain numbers among the attributes of modules."""
-    return {
-        f"{path}.{key}" if path else key: value
-        for path, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
-def changed_numbers(before: Mapping[str, float], after: Mapping[str, float]) -> set[str]:
-    return {name for name in before if name in after and before[name] != after[name]}
-
-
-def refuse_counters(names: set[str]) -> None:
-    """A number that is another one after each forward, which a planned step would not be."""
-    if names:
-        raise NotFittingError(
-            f"forward counts in attribute {min(names)!r}, and a plan would repeat what it computed "
-            "from one count for ever; keep it in a buffer, or count in the training loop"
-        )
-
 
 Registered = dict[str, tuple[str, torch.Tensor, int]]
 
@@ -92,3 +66,23 @@ def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]
             first.setdefault(id(tensor), (role, tensor))
             names.setdefault(id(tensor), []).append(name)
     return [(role, tensor, tuple(names[key])) for key, (role, tensor) in first.items()]
+
+
+def loose_tensors(model: nn.Module) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
+    """Tensors that lie in modules as plain attributes, each once with all its names.
+
+    Without parameters and buffers that lie there a second time, and without those
+    that no plan takes as an input: tensors that require grad, subclasses, sparse ones.
+    """
+    registered_ids = {id(tensor) for _, tensor, _ in state_of(model)}
+    names: dict[int, list[str]] = {}
+    found: dict[int, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if type(value) not in (torch.Tensor, nn.Parameter) or id(value) in registered_ids:
+                continue
+            if value.requires_grad or value.layout != torch.strided or value.is_quantized:
+                continue
+            found[id(value)] = value
+            names.setdefault(id(value), []).append(f"{path}.{key}" if path else key)
+    return [(tensor, tuple(names[key])) for key, tensor in found.items()]

@@ -78,7 +78,21 @@ def names_in(code: types.CodeType) -> tuple[tuple[bool, str, tuple[str, ...]], .
                 name, free = str(instruction.argval), True
         if name:
             found[free, name, tuple(chain)] = None
+    for name in stored_in(code):
+        found.setdefault((name in code.co_freevars, name, ()))
     return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def stored_in(code: types.CodeType) -> frozenset[str]:
+    """Globals and free variables that a function assigns to."""
+    return frozenset(
+        str(instruction.argval)
+        for function in _with_inner(code)
+        for instruction in dis.get_instructions(function)
+        if instruction.opname == "STORE_GLOBAL"
+        or (instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars)
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -23,7 +23,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .named_reads import is_library, is_users, is_users_class, is_users_file, names_in, words_in
+from .ledger import Change, Ledger
+from .named_reads import (
+    is_library,
+    is_users,
+    is_users_class,
+    is_users_file,
+    names_in,
+    stored_in,
+    words_in,
+)
 from .reads import Place, Reads, Where
 from .snapshots import ABSENT, ATOMS, BY_VALUE, CONTAINERS, Atom, entries_of, snapshot
 
@@ -44,9 +53,13 @@ class Watcher:
         Gives names to modules; its hooks and its forward are looked into.
     forward
         What is called.
+    objects
+        Arguments that are objects with attributes.
     """
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any]) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any], objects: Iterable[Any] = ()
+    ) -> None:
         self._root = model
         self._name_of: dict[int, str] = {id(m): path for path, m in model.named_modules()}
         self._noted: dict[tuple[int, str], tuple[Any, str]] = {}
@@ -58,6 +71,11 @@ class Watcher:
         self._unresolved: list[types.CodeType] = []
         self._forward = forward
         self._active = False
+        self._objects = list(objects)
+        self._written: set[tuple[int, str]] = set()
+        self.outside = Ledger()  # what closures, globals and objects that were met held
+        self.settled: list[Change] = []  # what forward changes once, of what it reads
+        self.replaceable: set[str] = set()  # attributes whose tensors are inputs of the step
         self._words: set[str] = set()  # names that occur in the functions that were met
 
     # -- while the step runs ---------------------------------------------------
@@ -70,8 +88,15 @@ class Watcher:
             for table in _TABLES_OF_HOOKS:
                 self._meet(vars(module).get(table), "")
         self._meet(self._forward, "")
+        for value in self._objects:
+            self._meet(value, type(value).__name__)
         mine = vars(nn.Module).get("__getattribute__", ABSENT)
-        note, ignored = self._note, _IGNORED
+        setter = nn.Module.__setattr__
+        note, ignored, written = self._note, _IGNORED, self._written
+
+        def setting(module: nn.Module, name: str, value: Any) -> None:
+            written.add((id(module), name))
+            setter(module, name, value)
 
         def watched(module: nn.Module, name: str) -> Any:
             if name not in ignored:
@@ -82,13 +107,27 @@ class Watcher:
         for cls in self._classes:
             self._exchange(cls)
         nn.Module.__getattribute__ = watched  # type: ignore[method-assign, assignment]
+        nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
             self._active = False
             _put_back(nn.Module, mine)
+            nn.Module.__setattr__ = setter  # type: ignore[method-assign]
             for cls, own in self._classes.items():
                 _put_back(cls, own)
+
+    def was_read(self, module: nn.Module, name: str) -> bool:
+        """Whether a module was asked for what it held in an attribute before the step."""
+        return self._noted.get((id(module), name), (None, ""))[0] is not None
+
+    def was_used(self, module: nn.Module, name: str) -> bool:
+        """Whether the step asked for what it had put into an attribute itself."""
+        return self._noted.get((id(module), name), (module, ""))[0] is None
+
+    def was_written(self, module: nn.Module, name: str) -> bool:
+        """Whether the step put anything into an attribute, be it what lay there."""
+        return (id(module), name) in self._written
 
     def look_at_stack(self, frame: types.FrameType | None, until: str) -> None:
         """Note the functions that run, from ``frame`` down to those of the file ``until``."""
@@ -181,6 +220,7 @@ class Watcher:
             return
         self._seen[id(value)] = value
         self._name_of.setdefault(id(value), path)
+        self.outside.attributes(value, path)
         self._meet(_in_class(cls, "__call__")[1], "")
         changeable = cls.__flags__ & _HEAP_TYPE and not cls.__flags__ & _IMMUTABLE_TYPE
         if changeable and cls not in self._classes:
@@ -240,6 +280,10 @@ class Watcher:
         if library and isinstance(value, types.FunctionType) and where is Where.ATTRIBUTE:
             return  # what a decorator wraps
         self._named[id(holder), key] = (label, where, holder, key)
+        if not library:
+            self.outside.contents(value, path)
+            if path in stored_in(code) and isinstance(holder, (dict, types.CellType)):
+                self.outside.slot(holder, key, path)
         if isinstance(value, type):
             self._class(value)
             cls = _in_class(value, attributes[0])[0] if attributes else None
@@ -301,7 +345,8 @@ class Watcher:
         reference = _weakly(holder)
         held = _dict_of(holder)
         if name in held and reference is not holder:
-            yield _place(label, Where.DICT, reference, name)
+            replaceable = self._path(holder, name) in self.replaceable
+            yield _place(label, Where.DICT, reference, name, replaceable=replaceable)
             return
         cls, value = _in_class(type(holder), name)
         if reference is not holder and hasattr(holder, "__dict__"):

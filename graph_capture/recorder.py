@@ -12,6 +12,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,17 @@ def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
     raise CaptureError(f"{func} has no counterpart that returns a view")
 
 
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """An input that may be read: arguments of :meth:`Recorder.placeholder`, and its memory."""
+
+    name: str
+    tensor: torch.Tensor
+    real: torch.Tensor
+    meta: dict[str, Any]
+    memory: int
+
+
 class Recorder(ReadsWhole):
     """Appends a node to ``graph`` for every call that is dispatched.
 
@@ -74,6 +86,8 @@ class Recorder(ReadsWhole):
     outcomes
         What calls that ask for values are answered; ``None`` for what they would be
         answered on the sample.
+    twin
+        Makes a stand-in for a tensor that the code brings along.
     """
 
     def __init__(
@@ -82,11 +96,15 @@ class Recorder(ReadsWhole):
         repeated: RepeatedCalls | None = None,
         on_call: Callable[[], None] = lambda: None,
         outcomes: Sequence[Outcome] | None = None,
+        twin: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ) -> None:
         super().__init__()
         self._current_node = current_node
         self._repeated = repeated
         self._on_call = on_call
+        self._twin = twin
+        self._twin_of: dict[int, torch.Tensor] = {}  # id of a constant -> its stand-in
+        self._expected: dict[int, _Expected] = {}
         self.graph = Graph()
         self.phase = "forward"
         self.constants: dict[str, torch.Tensor] = {}
@@ -117,6 +135,10 @@ class Recorder(ReadsWhole):
             self.questions.values.give(node, real)
         return node
 
+    def expect(self, name: str, tensor: torch.Tensor, real: torch.Tensor, **meta: Any) -> None:
+        """Declare an input of the step if anything reads it."""
+        self._expected[id(tensor)] = _Expected(name, tensor, real, meta, storage_id(tensor))
+
     def node_of(self, tensor: torch.Tensor) -> Node:
         """The node whose value ``tensor`` is.
 
@@ -130,7 +152,10 @@ class Recorder(ReadsWhole):
         if node is not None and self._memory_of[id(tensor)] == storage_id(tensor):
             return node
         if node is None and not isinstance(tensor, FakeTensor):
-            return self._constant(tensor)
+            return self._node_of[id(self._constant(tensor))]
+        expected = self._expected.get(id(tensor))
+        if node is None and expected is not None and expected.memory == storage_id(tensor):
+            return self.placeholder(expected.name, tensor, expected.real, **expected.meta)
         for candidate in self._by_storage.get(storage_id(tensor), ()):
             if _same_view(candidate.meta["val"], tensor):
                 return candidate
@@ -139,18 +164,37 @@ class Recorder(ReadsWhole):
             f"({self._where()}); it may come from a tensor subclass or a cached value"
         )
 
-    def _constant(self, tensor: torch.Tensor) -> Node:
+    def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The stand-in of a tensor that the code brings along."""
+        if id(tensor) in self._twin_of:
+            return self._twin_of[id(tensor)]
         if tensor.requires_grad:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} that requires grad is used in forward "
                 f"({self._where()}) but is no parameter of the model; register it as one"
             )
+        self._refuse_sparse(tensor)
         name = f"constant_{len(self.constants)}"
         self.constants[name] = tensor
         node = self.graph.placeholder(name)
         node.meta.update(role="constant", target=name)
-        self.bind(node, tensor)
-        return node
+        twin = self._twin_of[id(tensor)] = self._twin(tensor)
+        self.bind(node, twin)
+        return twin
+
+    def _with_twins(self, func: Any, tree: Any) -> Any:
+        """Arguments with stand-ins in the place of real tensors, whose views then share memory."""
+        if func is torch.ops.aten.lift_fresh.default:  # of which PyTorch keeps the value
+            return tree
+        given = [x for x in tree_iter(tree) if isinstance(x, torch.Tensor)]
+        if all(isinstance(x, FakeTensor) for x in given):
+            return tree
+
+        def twin(x: Any) -> Any:
+            real = isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
+            return self._constant(x) if real else x
+
+        return tree_map(twin, tree)
 
     def _refuse_sparse(self, tensor: torch.Tensor) -> None:
         if tensor.layout != torch.strided:
@@ -167,6 +211,15 @@ class Recorder(ReadsWhole):
         self._keep_alive.append(tensor)
         self._node_of[id(tensor)] = node
         self._by_storage.setdefault(storage_id(tensor), []).append(node)
+
+    def source_of(self, tensor: torch.Tensor) -> str:
+        """The line that made a tensor of the step."""
+        node = self._node_of.get(id(tensor))
+        return str(node.meta.get("source", node.name)) if node is not None else "unknown line"
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is made of nothing but constants: every step makes it alike."""
+        return self._known.value_of(tensor) is not None
 
     def knowing(self) -> Knowing:
         """A mode that knows what was known of values so far, and records nothing."""
@@ -186,6 +239,7 @@ class Recorder(ReadsWhole):
         if not isinstance(func, torch._ops.OpOverload):
             raise CaptureError(f"{func} cannot be recorded ({self._where()})")
         self._on_call()
+        args, kwargs = self._with_twins(func, (args, kwargs))
         if self._known.answers(func, args):
             return self._known.number(args)
         if torch.Tag.inplace_view in func.tags and func._schema.name != "aten::set_":

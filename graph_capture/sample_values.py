@@ -302,7 +302,7 @@ class Origins:
         for node in self._part:
             for written in _written(node):
                 for m in _memory(written):
-                    if m in memory and memory[m].meta["role"] == "buffer":
+                    if m in memory and memory[m].meta["role"] in ("buffer", "attribute"):
                         return str(memory[m].meta["target"])
         return None
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,16 +31,16 @@ from .checkpointing import checkpoints_inlined
 from .checks import Check
 from .cuda_choices import choices_of_cuda, refuse_recurrent
 from .eager_formulas import take_eager_formulas
+from .effects import Effects, LeftValue
 from .errors import CaptureError, NotFittingError
 from .failures import explain_failures
 from .isolation import swap_tensors, undisturbed
 from .known_values import taken_for_real
+from .ledger import Change, make_again
 from .loss import LossFn, LossRegion, LossSpec, differentiate, without_autocast
 from .module_state import (
-    changed_numbers,
-    numbers_of,
+    loose_tensors,
     reassigned_buffers,
-    refuse_counters,
     registered,
     state_of,
 )
@@ -50,6 +51,7 @@ from .reading import Watcher
 from .reads import Reads
 from .recorder import Recorder, storage_id
 from .repeated_calls import RepeatedCalls
+from .snapshots import brief
 from .stand_ins import StandIns
 from .target import Target, target_of
 from .tensor_of_tensors import tensors_of_tensors
@@ -79,7 +81,7 @@ class TakenPath:
 
 @dataclass(frozen=True, kw_only=True)
 class Reassigned:
-    """A buffer that forward replaces by another tensor, ``self.mean = 0.9 * self.mean + …``.
+    """A buffer or attribute that forward replaces, ``self.mean = 0.9 * self.mean + …``.
 
     Parameters
     ----------
@@ -90,11 +92,17 @@ class Reassigned:
     keeps_object
         Whether the tensor object stays and only its memory is exchanged
         (``self.mean.data = …``).
+    role
+        ``"buffer"`` or ``"attribute"``.
+    requires_grad
+        Whether eager's tensor does, which no plan can differentiate through.
     """
 
     target: str
     output: int
     keeps_object: bool
+    role: str = "buffer"
+    requires_grad: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +112,8 @@ class TracedStep:
     Parameters
     ----------
     graph
-        Placeholders carry ``meta["role"]`` (parameter, buffer, input, constant,
-        tangent) and ``meta["target"]``; calls carry ``val``, ``phase``,
+        Placeholders carry ``meta["role"]`` (parameter, buffer, attribute, input,
+        constant, tangent) and ``meta["target"]``; calls carry ``val``, ``phase``,
         ``writes``, ``module_path`` and ``source``. The output is
         ``(outputs, gradients)``.
     outputs
@@ -125,7 +133,11 @@ class TracedStep:
     checks
         What checks in the graph are about; their last argument is an index of it.
     reassigned
-        Buffers that forward replaces.
+        Buffers and attributes that forward replaces.
+    left
+        Plain values that forward puts into attributes.
+    made_to_require
+        Which tensors of the call forward makes require grad.
     reads
         What forward and backward read beside all these, which must stay as it is.
     """
@@ -143,6 +155,8 @@ class TracedStep:
     outcomes: tuple[Outcome, ...] = ()
     checks: tuple[Check, ...] = ()
     reassigned: tuple[Reassigned, ...] = ()
+    left: tuple[LeftValue, ...] = ()
+    made_to_require: tuple[int, ...] = ()
     reads: Reads = field(default_factory=Reads, compare=False)
 
     @property
@@ -195,6 +209,39 @@ def trace_step(
         When neither works; names the line of the model that stopped it.
     """
     target = target or target_of(model, tensors_of(arguments))
+    forward = forward or model.forward
+
+    def traced() -> tuple[TracedStep, list[Change]]:
+        return _first_that_works(model, arguments, loss, forward, target, taken)
+
+    step, settled = traced()
+    if settled:
+        with undisturbed(model, objects_of(arguments)):
+            for change in settled:
+                make_again(change)
+            second, _ = traced()
+        if _calls_of(second) != _calls_of(step):
+            name = f"{settled[0].label}.{settled[0].key}".lstrip(".")
+            raise NotFittingError(
+                f"the second call of forward does something else than the first, which sets "
+                f"attribute {name!r} to {brief(settled[0].now)}; run the model once before planning"
+            )
+    return step
+
+
+def _calls_of(step: TracedStep) -> list[str]:
+    return [f"{n.name} {n.target} {n.args} {n.kwargs}" for n in step.graph.nodes]
+
+
+def _first_that_works(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    loss: LossFn | LossSpec | None,
+    forward: Callable[..., Any],
+    target: Target,
+    taken: TakenPath | None,
+) -> tuple[TracedStep, list[Change]]:
+    """The step, and what forward changes once of what it reads."""
     if target.imitated:
         refuse_recurrent(model)
         ensure_cuda_guard()
@@ -206,9 +253,8 @@ def trace_step(
         attempts = [attempts[1 if taken.branch_free else 0]]
     outcomes = None if taken is None else taken.outcomes
     failures: list[tuple[str, BaseException]] = []
-    forward = forward or model.forward
     for how, context in attempts:
-        watcher = Watcher(model, forward)
+        watcher = Watcher(model, forward, objects_of(arguments))
         try:
             with (
                 undisturbed(model, objects_of(arguments)),
@@ -220,9 +266,12 @@ def trace_step(
                 sequences_padded(),
                 context(),
             ):
-                step = _trace(watcher, model, forward, arguments, loss, how, target, outcomes)
+                try:
+                    step = _trace(watcher, model, forward, arguments, loss, how, target, outcomes)
+                finally:
+                    watcher.outside.put_back()
             # What was read is what lies there once forward's own changes are undone.
-            return replace(step, reads=watcher.reads())
+            return replace(step, reads=watcher.reads()), watcher.settled
         except (NotFittingError, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # whatever user code raises on stand-ins ends this attempt
@@ -270,11 +319,13 @@ def _trace(
         differentiator = walk = BackwardWalk()
         watching = walk.watching()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twins = StandIns(fake_mode, target)
     recorder = Recorder(
         differentiator.current_node,
         RepeatedCalls(fake_mode),
         lambda: watcher.look_at_stack(sys._getframe(2), __file__),
         outcomes,
+        twins.of,
     )
     try:
         with watching:
@@ -283,6 +334,7 @@ def _trace(
                 watcher,
                 differentiator,
                 fake_mode,
+                twins,
                 model,
                 forward,
                 arguments,
@@ -301,6 +353,7 @@ def _trace_with(
     watcher: Watcher,
     differentiator: Differentiator,
     fake_mode: FakeTensorMode,
+    twins: StandIns,
     model: nn.Module,
     forward: Callable[..., Any],
     arguments: Mapping[str, Any],
@@ -309,35 +362,48 @@ def _trace_with(
     target: Target,
 ) -> TracedStep:
     _refuse_scripts(model)
-    twins = StandIns(fake_mode, target)
     leaves: list[tuple[Node, torch.Tensor]] = []
 
-    def declare(
+    def declare_node(
         fake: torch.Tensor, role: str, targets: tuple[str, ...], real: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> Node:
         node = recorder.placeholder(
             _identifier(role, targets[0]), fake, real, role=role, target=targets[0], targets=targets
         )
         if fake.requires_grad:
             leaves.append((node, fake))
-        return fake
+        return node
 
-    stand_ins = {
-        id(tensor): declare(twins.of(tensor), role, names, tensor)
-        for role, tensor, names in state_of(model)
-    }
+    stand_ins: dict[int, torch.Tensor] = {}
+    for role, tensor, names in state_of(model):
+        stand_ins[id(tensor)] = twins.of(tensor)
+        declare_node(stand_ins[id(tensor)], role, names, tensor)
     # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
     # need not be one in the next call.
     if any(id(t) in stand_ins for t in tensors_of(arguments)):
         raise NotFittingError("an argument is a parameter or buffer of the model itself")
+    loose = loose_tensors(model)
+    memory = Counter(
+        map(storage_id, [*model.parameters(), *model.buffers(), *(t for t, _ in loose)])
+    )
+    for tensor, names in loose:
+        if len(names) == 1 and memory[storage_id(tensor)] == 1:
+            watcher.replaceable.add(names[0])
+        fake = stand_ins[id(tensor)] = twins.of(tensor)
+        name = _identifier("attribute", names[0])
+        recorder.expect(name, fake, tensor, role="attribute", target=names[0], targets=names)
     _refuse_holders(arguments)
     fake_arguments = twins.of_arguments(arguments)
     real_arguments = tensors_of(arguments)  # none where only their kinds are known
-    for i, tensor in enumerate(tensors_of(fake_arguments)):
-        declare(tensor, "input", (str(i),), real_arguments[i] if real_arguments else None)
-    swap_tensors(model, lambda tensor: stand_ins[id(tensor)])
+    given = tensors_of(fake_arguments)
+    nodes = [
+        declare_node(tensor, "input", (str(i),), real_arguments[i] if real_arguments else None)
+        for i, tensor in enumerate(given)
+    ]
+    wanted = [tensor.requires_grad for tensor in given]
+    swap_tensors(model, lambda tensor: stand_ins.get(id(tensor), tensor))
     state_before = registered(model)
-    numbers_before = numbers_of(model)
+    effects = Effects(model, fake_arguments, objects_of(fake_arguments), watcher, recorder)
 
     with (
         torch.autograd.set_multithreading_enabled(False),
@@ -355,12 +421,17 @@ def _trace_with(
         _refuse_holders(fake_arguments)
         template, tensors = take_apart(output)
         reassigned = reassigned_buffers(state_before, registered(model))
-        changed = changed_numbers(numbers_before, numbers_of(model))
-        if changed:
-            numbers_before = numbers_of(model)
+        made_to_require = [i for i, t in enumerate(given) if t.requires_grad and not wanted[i]]
+        leaves += [(nodes[i], given[i]) for i in made_to_require]
+        _refuse_graphs(stand_ins.values(), [given[i] for i in made_to_require])
+        attributes = effects.left_tensors()
+
+        def call_again() -> None:
             with recorder.knowing():  # it takes the branches that the recorded one took
                 call_forward(forward, fake_arguments)
-            refuse_counters(changed & changed_numbers(numbers_before, numbers_of(model)))
+
+        left, watcher.settled = effects.settle(call_again)
+        before_backward = effects.remembered()
         differentiated, tangents, region = differentiate(
             output,
             template,
@@ -383,8 +454,11 @@ def _trace_with(
             )
             gradients = _settle_gradients(leaves, found, tensors, recorder)
         recorder.questions.finish()
+        effects.refuse_in_backward(before_backward)
 
-    outputs = tuple(recorder.node_of(t) for t in (*tensors, *(new for _, new, _ in reassigned)))
+    replaced = [(name, new, keeps, "buffer") for name, new, keeps in reassigned]
+    replaced += [(entry.target, entry.tensor, False, "attribute") for entry in attributes]
+    outputs = tuple(recorder.node_of(t) for t in (*tensors, *(new for _, new, *_ in replaced)))
     recorder.graph.output((list(outputs), [g for _, g in gradients]))
     return TracedStep(
         graph=recorder.graph,
@@ -402,9 +476,17 @@ def _trace_with(
         outcomes=tuple(recorder.questions.outcomes),
         checks=tuple(recorder.questions.checks),
         reassigned=tuple(
-            Reassigned(target=name, output=len(tensors) + i, keeps_object=keeps)
-            for i, (name, _, keeps) in enumerate(reassigned)
+            Reassigned(
+                target=name,
+                output=len(tensors) + i,
+                keeps_object=keeps,
+                role=role,
+                requires_grad=new.requires_grad,
+            )
+            for i, (name, new, keeps, role) in enumerate(replaced)
         ),
+        left=tuple(left),
+        made_to_require=tuple(made_to_require),
     )
 
 
@@ -415,6 +497,16 @@ def _refuse_scripts(model: nn.Module) -> None:
                 f"module {name!r} is a TorchScript module, whose parameters cannot be exchanged "
                 "for stand-ins; plan the Python module that it was made from"
             )
+
+
+def _refuse_graphs(state: Iterable[torch.Tensor], arguments: Iterable[torch.Tensor]) -> None:
+    """What forward writes to in place must not become a result of this step's graph."""
+    if any(not t.is_leaf for t in (*state, *arguments)):
+        raise NotFittingError(
+            "forward writes values that require grad into a buffer or into one of its arguments, "
+            "which would carry the graph of one step into the next; write detached values, or "
+            "into a copy"
+        )
 
 
 def _refuse_holders(arguments: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.fx import GraphModule, Node
 from graph_capture.call_spec import parse_dtype, tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import Check, OutcomeChanged
+from graph_capture.effects import LeftValue
 from graph_capture.outputs import OutputTemplate
 from graph_capture.trace import Reassigned
 
@@ -42,7 +44,9 @@ class _Layout:
     differentiated: tuple[int, ...]
     tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
     template: OutputTemplate
-    put_back: tuple[Callable[[list[torch.Tensor]], None], ...]  # buffers that forward replaces
+    put_back: tuple[Callable[[list[torch.Tensor]], None], ...]  # what forward replaces
+    leave: tuple[Callable[[], None], ...]  # plain values that forward puts into attributes
+    require: tuple[int, ...]  # tensors of the call that forward makes require grad
     checks: tuple[Check, ...]
     written_at: tuple[int, ...]  # positions of inputs that are written to before a check
 
@@ -125,6 +129,8 @@ class PlannedStep:
             tangents=tuple(n.meta["val"] for n in step.tangents),
             template=step.template,
             put_back=tuple(_put_back(entry, model) for entry in step.reassigned),
+            leave=tuple(_leave(entry, model) for entry in step.left),
+            require=step.made_to_require,
             checks=step.checks,
             written_at=tuple(position[n] for n in step.before_checks.written if n in position),
         )
@@ -135,6 +141,8 @@ class PlannedStep:
         if self._waiting() is not None:
             self._say_waiting()
         given = tensors_of(arguments)
+        for i in self._layout.require:
+            given[i].requires_grad_()
         inputs = [fetch(given) for fetch in self._layout.fetch]
         call = StepCall(
             arguments,
@@ -152,6 +160,8 @@ class PlannedStep:
         del inputs
         for put_back in self._layout.put_back:
             put_back(outputs)
+        for leave in self._layout.leave:
+            leave()
         for place, i in enumerate(self._layout.differentiated):
             if outputs[i].numel() > 1:
                 outputs[i] = _HandOver.apply(outputs[i], call.handed_over, place)
@@ -391,7 +401,9 @@ def _anchor() -> torch.Tensor:
 
 def _reads_what_it_writes(captured: CapturedStep) -> bool:
     """Whether a second forward would begin from other buffers than the first."""
-    if captured.step.reassigned:
+    nodes = captured.step.graph.find_nodes(op="placeholder")
+    read = {node.meta["target"] for node in nodes if node.meta["role"] == "attribute"}
+    if any(e.role == "buffer" or e.target in read for e in captured.step.reassigned):
         return True
     for node in captured.step.graph.nodes:
         for written in node.meta.get("writes", ()):
@@ -439,19 +451,36 @@ def _fetch(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor]) 
 
 
 def _put_back(entry: Reassigned, model: nn.Module) -> Callable[[list[torch.Tensor]], None]:
-    """Lets a buffer be what forward made it."""
-    table, name = _place(entry.target, "buffer", model)
+    """Lets a buffer or an attribute be what forward made it."""
+    table, name = _place(entry.target, entry.role, model)
 
     def replace(outputs: list[torch.Tensor]) -> None:
         table[name] = outputs[entry.output]
 
+    def replace_in_graph(outputs: list[torch.Tensor]) -> None:
+        table[name] = _NotPlanned.apply(outputs[entry.output], _anchor(), entry.target)
+
     def exchange(outputs: list[torch.Tensor]) -> None:
         table[name].data = outputs[entry.output]
 
+    if entry.requires_grad:
+        return replace_in_graph
     return exchange if entry.keeps_object else replace
+
+
+def _leave(entry: LeftValue, model: nn.Module) -> Callable[[], None]:
+    """Puts into an attribute what forward puts there."""
+    table, name = _place(entry.target, "attribute", model)
+
+    def leave() -> None:
+        table[name] = copy.deepcopy(entry.value)
+
+    return leave
 
 
 def _place(target: str, role: str, model: nn.Module) -> tuple[_Table, str]:
     path, _, name = target.rpartition(".")
     owner = model.get_submodule(path)
+    if role == "attribute":
+        return vars(owner), name
     return (owner._parameters if role == "parameter" else owner._buffers), name

@@ -34,7 +34,7 @@ from graph_capture.recorder import storage_id
 
 aten = torch.ops.aten
 
-STATIC_ROLES = ("parameter", "buffer", "constant")
+STATIC_ROLES = ("parameter", "buffer", "attribute", "constant")
 """Roles of placeholders whose memory is there before and after every step."""
 
 

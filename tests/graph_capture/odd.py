@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -155,6 +156,28 @@ class KeepsUnread(Three):
         self.kept = weight  # nothing reads it
 
 
+class AttributeReplaced(Three):
+    """Keeps an average in a plain attribute, a vector that no buffer is, and what it saw last."""
+
+    def prepare(self) -> None:
+        self.mean, self.scale = torch.zeros(WIDTH), torch.ones(())
+        self.last = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) * self.scale[None].clone()
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        self.scale.mul_(0.5)
+        self.last = h.detach()
+        return self.c(F.relu(self.b(h - self.mean)))
+
+
+class Pruned(Three):
+    """A hook makes the weight before each forward and keeps it in a plain attribute."""
+
+    def prepare(self) -> None:
+        prune.l1_unstructured(self.b, "weight", 0.3)
+
+
 class Bags(nn.Module):
     """Embedding bags of each mode."""
 
@@ -269,6 +292,8 @@ ODD: dict[str, Callable[[], nn.Module]] = {
         KeysInAnyOrder,
         ManyDropouts,
         KeepsUnread,
+        AttributeReplaced,
+        Pruned,
         Bags,
         Factorized,
         Aliases,

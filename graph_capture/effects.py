@@ -1,0 +1,283 @@
+"""What forward leaves behind beside its output, and what becomes of it.
+
+A planned step runs a graph, not the code of forward. So what forward puts into
+attributes, lists, dicts, closures and globals is either carried out after each
+planned step (a tensor or a plain value in an attribute of a module), or refused by
+its line while planning.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .call_spec import TensorSpec
+from .errors import NotFittingError
+from .ledger import Change, Ledger
+from .outputs import tensors_within
+from .reading import Watcher
+from .recorder import Recorder
+from .snapshots import (
+    ABSENT,
+    ATOMS,
+    BY_VALUE,
+    CONTAINERS,
+    Atom,
+    Content,
+    Snapshot,
+    brief,
+    difference,
+    snapshot,
+)
+
+_TABLES = tuple(vars(nn.Module()))
+
+
+@dataclass(frozen=True, slots=True)
+class LeftTensor:
+    """A tensor that forward puts into an attribute of a module.
+
+    Parameters
+    ----------
+    target
+        Name of the attribute.
+    tensor
+        Its stand-in; requires grad only where forward has used it from there, as old
+        reparametrizations (``nn.utils.weight_norm``, pruning) do.
+    """
+
+    target: str
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LeftValue:
+    """A plain value that forward puts into an attribute of a module in every call.
+
+    Parameters
+    ----------
+    target
+        Name of the attribute.
+    value
+        The same in every call like the planned one.
+    """
+
+    target: str
+    value: Any
+
+
+class Effects:
+    """Compares what modules, arguments and whatever else forward met hold with what they held.
+
+    Parameters
+    ----------
+    model
+        Holds its stand-ins already.
+    arguments
+        Containers and objects that forward is called with.
+    watcher
+        Has seen what forward read.
+    recorder
+        Has seen what it computed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: Any,
+        objects: Iterable[Any],
+        watcher: Watcher,
+        recorder: Recorder,
+    ) -> None:
+        self._model = model
+        self._modules = {id(vars(m)): (path, m) for path, m in model.named_modules()}
+        self._tables = {id(vars(m).get(n)) for m in model.modules() for n in _TABLES} - {id(None)}
+        self._arguments, self._objects = arguments, list(objects)
+        self._watcher, self._recorder = watcher, recorder
+        self._ledger = self._remember()
+
+    def _remember(self) -> Ledger:
+        ledger = Ledger()
+        for path, module in self._modules.values():
+            ledger.attributes(module, path)
+        ledger.contents(self._arguments, "arguments")
+        for argument in self._objects:
+            ledger.attributes(argument, type(argument).__name__)
+        return ledger
+
+    def _changes(self, ledger: Ledger) -> list[Change]:
+        found = [c for c in ledger.changes() if id(c.holder) not in self._tables]
+        return [c for c in found if not (id(c.holder) in self._modules and c.key in _TABLES)]
+
+    def left_tensors(self) -> list[LeftTensor]:
+        """Tensors to be put into attributes after each step.
+
+        Raises
+        ------
+        NotFittingError
+            Names the first thing that a planned step would not do, and its line.
+        """
+        found = []
+        for change in [*self._changes(self._ledger), *self._watcher.outside.changes()]:
+            held = [t for t in tensors_within(change.now) if isinstance(t, FakeTensor)]
+            path, module = self._modules.get(id(change.holder), (None, None))
+            if held and module is not None and isinstance(change.now, torch.Tensor):
+                target = f"{path}.{change.key}" if path else str(change.key)
+                if self._is_carried_out(change, module, target):
+                    found.append(LeftTensor(target, change.now))
+            elif held and not all(map(self._recorder.is_known, held)):
+                raise NotFittingError(
+                    f"forward leaves a tensor in {self._name(change)!r} "
+                    f"({self._recorder.source_of(held[0])}), which a planned step would not do: "
+                    "return it from forward and keep it in the training loop, or in a buffer"
+                )
+            elif change.label.startswith("arguments"):
+                raise NotFittingError(
+                    f"forward changes its argument: {self._name(change)!r} is {brief(change.now)} "
+                    f"afterwards, was {brief(change.before)}, and a planned step would not do "
+                    "that; change a copy"
+                )
+        return found
+
+    def _is_carried_out(self, change: Change, module: nn.Module, target: str) -> bool:
+        new, old = change.now, change.before
+        line = self._recorder.source_of(new)
+        if new.requires_grad and not self._watcher.was_used(module, change.key):
+            raise NotFittingError(
+                f"forward leaves a tensor that requires grad in attribute {target!r} ({line}), "
+                "through which a later step or a loss would reach into this one; return it from "
+                "forward, or detach it"
+            )
+        if not self._watcher.was_read(module, change.key):
+            return True  # whatever lay there does not matter
+        if not isinstance(old, torch.Tensor):
+            if self._recorder.is_known(new):
+                return False  # a cache of constants: made again in each planned step
+            raise NotFittingError(
+                f"forward finds {brief(old)} in attribute {target!r} and leaves a tensor there "
+                f"({line}), so that its second call does something else than its first; run the "
+                "model once before planning, or return the tensor from forward"
+            )
+        if (new.shape, new.dtype, new.stride()) != (old.shape, old.dtype, old.stride()):
+            raise NotFittingError(
+                f"forward replaces attribute {target!r}, a {TensorSpec.of(old)}, by a "
+                f"{TensorSpec.of(new)} ({line}); each step would need a plan of its own"
+            )
+        return True
+
+    def _name(self, change: Change) -> str:
+        holder, key, label = change.holder, change.key, change.label
+        if id(holder) in self._modules:
+            return f"{label}.{key}" if label else str(key)
+        if key == label or isinstance(holder, (list, deque, set, types.CellType)):
+            return label
+        return f"{label}[{key!r}]" if isinstance(holder, dict) else f"{label}.{key}"
+
+    # -- plain values ------------------------------------------------------------
+
+    def plain_changes(self) -> list[Change]:
+        """Changes that no tensor takes part in and that leave another value than before."""
+        return [
+            c for c in [*self._changes(self._ledger), *self._watcher.outside.changes()] if _plain(c)
+        ]
+
+    def settle(self, call_again: Callable[[], None]) -> tuple[list[LeftValue], list[Change]]:
+        """Plain values to be put into attributes after each step, and those that forward reads.
+
+        Parameters
+        ----------
+        call_again
+            Runs forward once more.
+
+        Raises
+        ------
+        NotFittingError
+            When a second call changes them again.
+        """
+        first = self.plain_changes()
+        rewritten = self._rewritten({(id(c.holder), c.key) for c in first})
+        if not first:
+            return rewritten, []
+        between = self._remember()
+        outside = self._watcher.outside.as_now()
+        call_again()
+        again = {
+            (id(c.holder), c.key if isinstance(c.holder, dict) else None)
+            for c in [*self._changes(between), *outside.changes()]
+            if _plain(c)
+        }
+        left, read = rewritten, []
+        for change in first:
+            key = change.key if isinstance(change.holder, dict) else None
+            if (id(change.holder), key) in again:
+                name = self._name(change)
+                raise NotFittingError(
+                    f"forward counts in attribute {name!r}, or changes it otherwise in every call, "
+                    "and a plan would repeat what it computed from one value for ever; keep it in "
+                    "a buffer, or change it in the training loop"
+                )
+            path, module = self._modules.get(id(change.holder), ("", None))
+            if module is None or self._watcher.was_read(module, str(change.key)):
+                read.append(change)
+            elif change.now is not ABSENT and _is_plain(snapshot(change.now)):
+                target = f"{path}.{change.key}" if path else str(change.key)
+                left.append(LeftValue(target, copy.deepcopy(change.now)))
+        return left, read
+
+    def _rewritten(self, changed: set[tuple[int, Any]]) -> list[LeftValue]:
+        """Attributes into which forward puts what lies there already."""
+        return [
+            LeftValue(f"{path}.{name}" if path else name, copy.deepcopy(value))
+            for path, module in self._modules.values()
+            for name, value in vars(module).items()
+            if self._watcher.was_written(module, name)
+            and not self._watcher.was_read(module, name)
+            and (id(vars(module)), name) not in changed
+            and name not in _TABLES
+            and _is_plain(snapshot(value))
+        ]
+
+    def refuse_in_backward(self, before: Ledger) -> None:
+        """Backward leaves nothing that forward had not left.
+
+        Raises
+        ------
+        NotFittingError
+            Names the first thing that it does leave, and its line.
+        """
+        for change in self._changes(before):
+            held = [t for t in tensors_within(change.now) if isinstance(t, FakeTensor)]
+            if held or _plain(change):
+                line = f" ({self._recorder.source_of(held[0])})" if held else ""
+                raise NotFittingError(
+                    f"backward changes {self._name(change)!r}{line}, in a hook or in a custom "
+                    "autograd.Function, and a planned step would not do that; do it in the "
+                    "training loop"
+                )
+
+    def remembered(self) -> Ledger:
+        """What is there now."""
+        return self._remember()
+
+
+def _plain(change: Change) -> bool:
+    """Whether a value is another one; two objects of one class may be the same to forward."""
+    if tensors_within(change.now):
+        return False
+    if not isinstance(change.now, (*ATOMS, *CONTAINERS)) and change.now is not ABSENT:
+        return type(change.now) is not type(change.before)
+    return difference(snapshot(change.before), change.now, "") is not None
+
+
+def _is_plain(held: Snapshot) -> bool:
+    if isinstance(held, Content):
+        return held.items is not None and all(map(_is_plain, held.items))
+    return isinstance(held, Atom) and isinstance(held.value, (*BY_VALUE, torch.dtype, torch.device))
