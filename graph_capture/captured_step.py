@@ -18,7 +18,7 @@ from .costs.collected import CollectedCalls
 from .costs.cost_model import PreparedCostModel, TimingProgress
 from .costs.devices import Device
 from .costs.profile import ProfiledCosts
-from .costs.roofline import Roofline
+from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .loss import LossFn, LossSpec
@@ -34,9 +34,6 @@ from .recorder import storage_id
 from .reuse import ReuseFinder
 from .target import Target, target_of
 from .trace import TakenPath, TracedStep, trace_step
-
-LONGEST_TRIAL_NS = 2_000_000_000
-"""Calls that take longer by the roofline are not run to see how much scratch they take."""
 
 
 def capture(
@@ -122,6 +119,7 @@ def capture_step(
         cache=costs.cache if isinstance(costs, ProfiledCosts) else None,
         too_long=lambda call: roofline.time_ns(call) > LONGEST_TRIAL_NS,
     )
+    step = replace(step, loss=step.loss.with_scratch(probe.bytes_of))
     pricing = Pricing(
         target=target, costs=costs, probe=probe, held_bytes=_held(model, step, target)
     )

@@ -16,10 +16,12 @@ import torch
 
 from .backward_walk import Differentiator
 from .call_spec import TensorSpec
+from .costs.cost_model import Call
 from .errors import NotFittingError
 from .loss_values import LossValues, input_derivatives_refused
-from .memory_meter import MemoryMeter
+from .memory_meter import MemoryMeter, Moment
 from .outputs import OutputTemplate, find_loss
+from .real_results import RealResults
 from .recorder import storage_id
 
 LossFn = Callable[[Any], torch.Tensor]
@@ -43,6 +45,9 @@ class LossRegion:
         Bytes held only while it runs.
     calls
         ``(func, args, kwargs, out)`` with meta tensors, for costing.
+    moments
+        For each call what is allocated when it has its results, beside ``held_bytes``
+        and the tangents; may be negative.
     """
 
     label: str
@@ -50,6 +55,23 @@ class LossRegion:
     constant_bytes: int = 0
     workspace_bytes: int = 0
     calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
+    moments: tuple[Moment, ...] = ()
+
+    def with_scratch(self, scratch_bytes: Callable[[Call], int]) -> LossRegion:
+        """The same with the memory that its kernels take for themselves.
+
+        Parameters
+        ----------
+        scratch_bytes
+            What a call allocates and frees again beside its results.
+        """
+        workspace_bytes = self.workspace_bytes
+        for (func, args, kwargs, out), moment in zip(self.calls, self.moments, strict=True):
+            call = Call(
+                func=func, args=args, kwargs=kwargs, out=out, grad_enabled=moment.grad_enabled
+            )
+            workspace_bytes = max(workspace_bytes, moment.live_bytes + scratch_bytes(call))
+        return replace(self, workspace_bytes=workspace_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +143,7 @@ class LossSpec:
             for place, spec in zip(memory, specs, strict=True)
         )
         return cls(
-            region=replace(region, calls=()),
+            region=replace(region, calls=(), moments=()),
             differentiated=differentiated,
             tangents=specs,
             memory=() if alone else memory,
@@ -155,6 +177,7 @@ def differentiate(
     differentiator: Differentiator,
     twin: Callable[[torch.Tensor], torch.Tensor] | None = None,
     value_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    real: RealResults | None = None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     """Which outputs are differentiated, with which gradients, and what that takes.
 
@@ -165,6 +188,8 @@ def differentiate(
         that will lie elsewhere; ``None`` where it lies where it will.
     value_of
         Computes an output on the sample; raises ``UnknowableError`` where there is none.
+    real
+        Knows how results of real kernels lie.
     """
     wanting = [i for i, t in enumerate(tensors) if t.requires_grad]
     if not wanting:
@@ -186,7 +211,9 @@ def differentiate(
                 )
         return list(given.differentiated), given.stand_ins(tensors), given.region
     if given is not None:
-        return _through_loss_fn(template, tensors, wanting, given, differentiator, twin, value_of)
+        return _through_loss_fn(
+            template, tensors, wanting, given, differentiator, twin, value_of, real
+        )
     loss = find_loss(output)
     if loss is not None:
         i = next(i for i, t in enumerate(tensors) if t is loss)
@@ -207,6 +234,7 @@ def _through_loss_fn(
     differentiator: Differentiator,
     twin: Callable[[torch.Tensor], torch.Tensor] | None,
     value_of: Callable[[torch.Tensor], torch.Tensor] | None,
+    real: RealResults | None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
     known = {storage_id(t) for t in tensors}
@@ -215,7 +243,7 @@ def _through_loss_fn(
     if value_of is not None:
         for i, tensor in enumerate(tensors):
             values.give(leaves.get(i, tensor), partial(value_of, tensor))
-    meter = MemoryMeter(known=known.__contains__, twin=twin, values=values)
+    meter = MemoryMeter(known=known.__contains__, twin=twin, values=values, real=real)
     with meter, input_derivatives_refused():
         loss = loss_fn(template.build([leaves.get(i, t) for i, t in enumerate(tensors)]))
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -241,6 +269,10 @@ def _through_loss_fn(
         constant_bytes=sum(meter.constants.values()),
         workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - loss_bytes),
         calls=tuple(meter.calls),
+        moments=tuple(
+            moment._replace(live_bytes=moment.live_bytes - tangent_bytes - loss_bytes)
+            for moment in meter.moments
+        ),
     )
     return [i for i, _ in pairs], [g for _, g in pairs], region
 

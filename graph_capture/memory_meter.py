@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from .loss_values import LossValues
 from .outcomes import ASKS, ReadsWhole
+from .real_results import RealResults
 from .recorder import storage_id
+
+
+class Moment(NamedTuple):
+    """What is allocated once a call has its results, and the grad mode that it ran in."""
+
+    live_bytes: int
+    grad_enabled: bool
 
 
 class MemoryMeter(ReadsWhole):
@@ -31,6 +39,8 @@ class MemoryMeter(ReadsWhole):
         Makes a stand-in for each real tensor that the code brings along.
     values
         Knows what the code asks for.
+    real
+        Knows how results of real kernels lie; ``None`` leaves it to PyTorch.
     """
 
     def __init__(
@@ -38,15 +48,18 @@ class MemoryMeter(ReadsWhole):
         known: Callable[[int], bool] = lambda _sid: False,
         twin: Callable[[torch.Tensor], torch.Tensor] | None = None,
         values: LossValues | None = None,
+        real: RealResults | None = None,
     ) -> None:
         super().__init__()
         self._values = values or LossValues()
+        self._real = real
         self._twin = twin
         self.current_bytes = 0
         self.peak_bytes = 0
         self._known = known
         self._seen: set[int] = set()
         self.calls: list[tuple[Any, tuple, dict, Any]] = []
+        self.moments: list[Moment] = []  # one for each call
         self.constants: dict[int, int] = {}  # real tensors that the code brings along, in bytes
 
     def __torch_dispatch__(
@@ -59,6 +72,8 @@ class MemoryMeter(ReadsWhole):
         except ASKS as error:
             out = self._values.answer(func, own_args, own_kwargs, error)
         else:
+            if self._real is not None:
+                out = self._real.corrected(func, args, kwargs, out)
             self._values.note(func, own_args, own_kwargs, out)
         if func.namespace != "prim":  # a fake tensor is asked for its device
             with _disable_current_modes():  # a plain meta tensor is made at a tenth of the cost
@@ -66,6 +81,8 @@ class MemoryMeter(ReadsWhole):
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor)
+        if func.namespace != "prim":
+            self.moments.append(Moment(self.current_bytes, torch.is_grad_enabled()))
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
         return out
 
@@ -97,12 +114,14 @@ class MemoryMeter(ReadsWhole):
 
 
 def _shapes(tree: Any) -> Any:
-    """Tensors replaced by meta stand-ins, so that no storage is held."""
-    return tree_map(
-        lambda x: (
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-            if isinstance(x, torch.Tensor)
-            else x
-        ),
-        tree,
-    )
+    """Tensors replaced by meta stand-ins of as much memory, so that no storage is held."""
+    return tree_map(lambda x: _shape(x) if isinstance(x, torch.Tensor) else x, tree)
+
+
+def _shape(tensor: torch.Tensor) -> torch.Tensor:
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if tensor.layout is torch.strided:
+        num_bytes = tensor.untyped_storage().nbytes()
+        if num_bytes > made.untyped_storage().nbytes():
+            made.untyped_storage().resize_(num_bytes)
+    return made

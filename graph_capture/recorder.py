@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from .packed_sequences import PACK, packed
 from .purity import written_arguments
 from .questions import Questions
 from .repeated_calls import RepeatedCalls
+
+if TYPE_CHECKING:
+    from .real_results import RealResults
 
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 _OWN_ROOT = str(Path(__file__).parent)
@@ -88,6 +91,8 @@ class Recorder(ReadsWhole):
         answered on the sample.
     twin
         Makes a stand-in for a tensor that the code brings along.
+    real
+        Knows how results of real kernels lie, for whoever else runs calls of the step.
     """
 
     def __init__(
@@ -97,8 +102,10 @@ class Recorder(ReadsWhole):
         on_call: Callable[[], None] = lambda: None,
         outcomes: Sequence[Outcome] | None = None,
         twin: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+        real: RealResults | None = None,
     ) -> None:
         super().__init__()
+        self.real = real
         self._current_node = current_node
         self._repeated = repeated
         self._on_call = on_call

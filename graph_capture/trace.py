@@ -29,6 +29,7 @@ from .before_checks import BeforeChecks, before_checks
 from .call_spec import call_forward, objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
 from .checks import Check
+from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .cuda_choices import choices_of_cuda, refuse_recurrent
 from .eager_formulas import take_eager_formulas
 from .effects import Effects, LeftValue
@@ -49,6 +50,7 @@ from .outputs import OutputTemplate, take_apart, tensors_within
 from .packed_sequences import sequences_padded
 from .reading import Watcher
 from .reads import Reads
+from .real_results import RealResults
 from .recorder import Recorder, storage_id
 from .repeated_calls import RepeatedCalls
 from .snapshots import brief
@@ -320,12 +322,14 @@ def _trace(
         watching = walk.watching()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     twins = StandIns(fake_mode, target)
+    real = _real_results(fake_mode, target)
     recorder = Recorder(
         differentiator.current_node,
-        RepeatedCalls(fake_mode),
+        RepeatedCalls(fake_mode, real),
         lambda: watcher.look_at_stack(sys._getframe(2), __file__),
         outcomes,
         twins.of,
+        real,
     )
     try:
         with watching:
@@ -346,6 +350,19 @@ def _trace(
         if recorder.failed_at:
             error.add_note(recorder.failed_at)
         raise
+
+
+def _real_results(fake_mode: FakeTensorMode, target: Target) -> RealResults | None:
+    """Where the step's device is at hand: how results of its kernels lie."""
+    here = target.torch_type == "cpu" or torch.cuda.is_available()
+    if not (target.at_hand and here):
+        return None
+    roofline = Roofline(target.device)
+    return RealResults(
+        fake_mode,
+        target.torch_device,
+        too_long=lambda call: roofline.time_ns(call) > LONGEST_TRIAL_NS,
+    )
 
 
 def _trace_with(
@@ -440,6 +457,7 @@ def _trace_with(
             differentiator,
             twins.of if target.elsewhere else None,
             lambda tensor: recorder.questions.values.tensor(recorder.node_of(tensor)),
+            recorder.real,
         )
         tangent_nodes = tuple(
             recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))

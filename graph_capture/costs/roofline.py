@@ -24,6 +24,9 @@ from .device import Device
 from .flops import count_flops, product_dtype
 from .operator_classes import CONVOLUTION, DEPTHWISE, INDEXING, MATMUL, operator_class
 
+LONGEST_TRIAL_NS = 2_000_000_000
+"""Calls that take longer by the roofline are not run to see what they take or how they lie."""
+
 
 class Roofline:
     """Times from a device's data sheet; nothing runs.

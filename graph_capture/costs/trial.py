@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
-from ..formula_operators import PURE
 from ..purity import written_arguments
+from .blank_values import fills_of
 from .cost_model import Call
 
 aten = torch.ops.aten
@@ -61,8 +61,8 @@ _RUN_LENGTH = 64  # of equal values in a mask, as padding and causal masks have 
 
 
 def is_safe(func: Any) -> bool:
-    """Whether a call may run on made-up values."""
-    if func._schema.name in _SAFE_ALL_THE_SAME or func._schema.name in PURE:
+    """Whether a call may run on made-up values, normal numbers among them."""
+    if func._schema.name in _SAFE_ALL_THE_SAME:
         return True
     if func in (aten.bernoulli.default, aten.bernoulli_.Tensor, aten.bernoulli.out):
         return False  # its argument holds probabilities
@@ -148,13 +148,22 @@ def as_in_a_step(device: torch.device) -> Iterator[None]:
 def blank_arguments(
     func: Any, args: tuple, kwargs: dict, device: torch.device
 ) -> tuple[tuple, dict]:
-    """Arguments of zeros, or regular matrices where the operator wants them: what scratch needs."""
+    """Arguments of zeros, or of what the operator wants in their place: what scratch needs."""
     regular = _WANTS_REGULAR.fullmatch(func._schema.name) is not None
     written = {id(t) for t in written_arguments(func, args, kwargs)}  # these may be resized
+    fills = fills_of(func, args, kwargs)
 
     def make(x: Any) -> Any:
         if not _is(x):
             return x
+        if id(x) in fills:
+            flat, real = _memory(x, device)
+            fill = fills[id(x)]
+            if isinstance(fill, tuple):
+                real.copy_(torch.tensor(fill))
+            else:
+                flat.fill_(fill)
+            return real
         if not regular and device.type == "cpu" and id(x) not in written:
             return _zeros_on_cpu(x)
         flat, real = _memory(x, device)

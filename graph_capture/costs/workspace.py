@@ -15,12 +15,14 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_iter
 
 from .allocator import CUDA_BLOCK_BYTES, peak_extra_bytes, peak_extra_bytes_on_card
+from .blank_values import runs_on_blanks
 from .cost_model import Call
 from .free_memory import free_bytes
 from .profile_cache import ProfileCache
@@ -30,7 +32,6 @@ from .trial import (
     as_in_a_step,
     blank_arguments,
     call_key,
-    is_safe,
     output_bytes,
 )
 
@@ -109,14 +110,14 @@ class WorkspaceProbe:
         if not self._measures or not self._scratch:
             return 0
         name = func._schema.name
-        if torch.Tag.pointwise in func.tags:
+        if torch.Tag.pointwise in func.tags and _is_one_loop(func) and not _reduced(call):
             # TensorIterator copies what it must cast first (aten/src/ATen/TensorIterator.cpp).
             if len({t.dtype for t in tree_iter((args, kwargs, out)) if _is(t)}) <= 1:
                 has_number = any(isinstance(x, (int, float)) for x in args)
                 return _SCALAR_BYTES if has_number and self._on_cpu else 0
-        elif _TAKES_NONE.fullmatch(name) or not is_safe(func):
+        elif _TAKES_NONE.fullmatch(name) or not runs_on_blanks(func):
             return 0
-        if self._on_cpu and name in _PRODUCTS and args[0].dtype in (torch.float32, torch.float64):
+        if self._on_cpu and name in _PRODUCTS and _plain_product(call):
             return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
         if self._on_cpu and name in _BY_ROWS and _plain_rows(call):
             return 0
@@ -159,6 +160,30 @@ class WorkspaceProbe:
         with as_in_a_step(self._device), torch.enable_grad():
             results = func(*args, **kwargs)
         return tuple(t.untyped_storage().nbytes() for t in results)
+
+
+@cache
+def _is_one_loop(func: Any) -> bool:
+    """Whether an elementwise call is a kernel of its own, not made of other calls.
+
+    With a number in the place of a tensor it is: the number becomes a tensor first.
+    """
+    if func._overloadname.startswith("Scalar"):
+        return True
+    name = func._schema.name + (f".{func._overloadname}" if func._overloadname != "default" else "")
+    return not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+
+
+def _plain_product(call: Call) -> bool:
+    tensors = [t for t in call.args if _is(t)]
+    return tensors[0].dtype in (torch.float32, torch.float64) and all(t.numel() for t in tensors)
+
+
+def _reduced(call: Call) -> bool:
+    """Whether a call hands out less than it reads, as a loss does that takes the mean of it all."""
+    given = [t.numel() for t in tree_iter((call.args, call.kwargs)) if _is(t)]
+    made = [t.numel() for t in tree_iter(call.out) if _is(t)]
+    return bool(given) and bool(made) and max(made) < max(given)
 
 
 def _plain_rows(call: Call) -> bool:
@@ -219,7 +244,21 @@ def _measure(call: Call, device: torch.device) -> int | None:
         for t in tree_iter(results)
         if _is(t) and t.device.type == device.type
     }
-    return max(0, peak - sum(size for sid, size in produced.items() if sid not in given))
+    handed_out = sum(size for sid, size in produced.items() if sid not in given)
+    if call.func._schema.name not in _OPAQUE_OUTPUTS and any(_is(t) for t in tree_iter(call.out)):
+        handed_out = min(handed_out, _said_bytes(call, block))
+    return max(0, peak - handed_out)
+
+
+def _said_bytes(call: Call, block: int) -> int:
+    """Bytes behind the stand-ins of what a call hands out; real ones may hold more unsaid."""
+    given = {t.untyped_storage()._cdata for t in tree_iter((call.args, call.kwargs)) if _is(t)}
+    said = {
+        t.untyped_storage()._cdata: -(-t.untyped_storage().nbytes() // block) * block
+        for t in tree_iter(call.out)
+        if _is(t)
+    }
+    return sum(size for sid, size in said.items() if sid not in given)
 
 
 def _peak_on_cpu(run: Callable[[], Any], results: list[Any], _device: torch.device) -> int:

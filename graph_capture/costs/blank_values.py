@@ -1,0 +1,100 @@
+"""Values with which a call takes all the scratch that it may take, where zeros do not do.
+
+Most kernels take the same memory whatever the values are. Of the others some
+refuse zeros (pivots count from one, probabilities must sum to something, the
+lengths of sequences are those of real ones), and some take memory for what a
+mask selects: there the mask selects everything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_Named = dict[str, Any]
+_Fill = int | tuple[int, ...]
+
+# Kernels that read memory at places that their arguments name, or another library's packed state.
+_NEVER = re.compile(
+    r"aten::(.*(quantize|fbgemm|sparse|packed|cudnn|miopen|_rnn|_lstm|_gru|lstm_|gru_).*)"
+)
+_ALL_THE_SAME = {
+    "aten::mkldnn_rnn_layer",
+    "aten::mkldnn_rnn_layer_backward",
+    "aten::cudnn_batch_norm",
+}
+
+
+def runs_on_blanks(func: Any) -> bool:
+    """Whether a call may run on the values that are made here."""
+    from ..formula_operators import PURE
+
+    name = func._schema.name
+    if name in _ALL_THE_SAME or name in PURE:
+        return True
+    return func.namespace == "aten" and _NEVER.fullmatch(name) is None
+
+
+def fills_of(func: Any, args: tuple, kwargs: dict) -> dict[int, _Fill]:
+    """By ``id`` the tensors that are not filled with zeros: with a number, or with these."""
+    names = [a.name for a in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    chosen = _FILLS.get(func._schema.name.split("::")[1].rstrip("_"))
+    found = {} if chosen is None else chosen(given)
+    return {
+        id(given[name]): fill
+        for name, fill in found.items()
+        if isinstance(given.get(name), torch.Tensor)
+    }
+
+
+def _pivots(_given: _Named) -> dict[str, _Fill]:
+    return {"pivots": 1, "LU_pivots": 1}
+
+
+def _probabilities(_given: _Named) -> dict[str, _Fill]:
+    return {"self": 1}
+
+
+def _whole_mask(given: _Named) -> dict[str, _Fill]:
+    source, mask = given.get("source"), given["mask"]
+    if source is None:
+        return {"mask": 1}
+    selected = torch.broadcast_shapes(given["self"].shape, mask.shape).numel()
+    return {"mask": int(selected <= source.numel())}
+
+
+def _ctc_lengths(given: _Named) -> dict[str, _Fill]:
+    """Every sequence as long as it can be."""
+    log_probs, targets = given["log_probs"], given["targets"]
+    batch = log_probs.shape[1] if log_probs.dim() == 3 else 1
+    longest = targets.shape[1] if targets.dim() == 2 else targets.numel() // max(1, batch)
+    return {"input_lengths": log_probs.shape[0], "target_lengths": longest, "targets": 1}
+
+
+def _segments(given: _Named) -> dict[str, _Fill]:
+    """One segment that has everything, and empty ones."""
+    data, lengths = given["data"], given.get("lengths")
+    if lengths is None or lengths.dim() != 1:
+        return {}
+    length = data.shape[given.get("axis", 0)]
+    return {"lengths": (length, *(0 for _ in range(lengths.numel() - 1)))}
+
+
+_FILLS: dict[str, Callable[[_Named], dict[str, _Fill]]] = {
+    "lu_unpack": _pivots,
+    "linalg_lu_solve": _pivots,
+    "linalg_ldl_solve": _pivots,
+    "multinomial": _probabilities,
+    "masked_scatter": _whole_mask,
+    "masked_scatter_backward": _whole_mask,
+    "masked_select": _whole_mask,
+    "masked_fill_value_backward": _whole_mask,
+    "_ctc_loss": _ctc_lengths,
+    "_ctc_loss_backward": _ctc_lengths,
+    "segment_reduce": _segments,
+    "_segment_reduce_backward": _segments,
+}

@@ -1,0 +1,184 @@
+"""How the results of real kernels lie in memory, where stand-ins know it wrongly.
+
+What PyTorch says of a call on fake tensors is written by hand for each operator,
+and for arguments that are not contiguous it is now and then not what the kernel
+does: batch normalization over a transposed input hands out a contiguous tensor
+on the CPU and is said to hand out a transposed one. What follows in the graph
+would then be the wrong call. So each distinct call of that kind runs once for
+real, on blank arguments, and the stand-in of its result is made anew where
+strides or memory differ.
+
+A few kernels hand out tensors whose memory is larger than they are, whatever their
+arguments are like; they run, too.
+
+Calls that only move or view memory, elementwise ones and matrix products are
+left out: their results lie as they are said to. So are calls that cannot be run
+on made-up values, and those that would take too long.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_leaves
+
+from .costs.blank_values import runs_on_blanks
+from .costs.cost_model import Call
+from .costs.free_memory import free_bytes
+from .costs.trial import (
+    REFUSALS,
+    argument_bytes,
+    as_in_a_step,
+    blank_arguments,
+    call_key,
+    output_bytes,
+)
+
+logger = logging.getLogger(__name__)
+
+_LIES_AS_SAID = re.compile(
+    r"aten::(mm|addmm|bmm|baddbmm|empty.*|new_.*|.*_like|clone|_to_copy|_unsafe_view|_reshape_alias"
+    r"|_reshape_copy|contiguous|detach|alias|lift_fresh.*|_efficientzerotensor|sum|mean|cat|stack)"
+)
+
+# Kernels that compute parts into their result and then resize it, a loss to one number: the memory
+# stays as large as it was (aten/src/ATen/native/Loss.cpp, Col2Im.cpp).
+_HOLDS_MORE = re.compile(r"aten::(.*_loss|binary_cross_entropy|col2im)")
+
+# What was seen of calls in this process, by device and number of threads: a step is traced again
+# for each model that a plan is applied to.
+_SEEN: dict[tuple[str, int], dict[str, Any]] = {}
+
+_Found = tuple[tuple[int, ...], int, int]  # strides, offset, elements of the memory behind it
+
+
+class RealResults:
+    """Makes stand-ins of results lie as real ones do.
+
+    Parameters
+    ----------
+    fake_mode
+        The mode that all stand-ins belong to.
+    device
+        Where calls run.
+    too_long
+        Whether a call would take too long to be run for this.
+    """
+
+    def __init__(
+        self,
+        fake_mode: FakeTensorMode,
+        device: torch.device,
+        too_long: Callable[[Call], bool] = lambda _call: False,
+    ) -> None:
+        self._fake_mode = fake_mode
+        self._device = device
+        self._too_long = too_long
+        where = (str(device), torch.get_num_threads())
+        self._known: dict[str, tuple[_Found | None, ...] | None] = _SEEN.setdefault(where, {})
+
+    def corrected(self, func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
+        """``out``, or the like of it as the kernel makes it."""
+        if not _may_differ(func, args, kwargs, out):
+            return out
+        with _disable_current_modes():
+            call = Call(
+                func=func, args=args, kwargs=kwargs, out=out, grad_enabled=torch.is_grad_enabled()
+            )
+            key = call_key(call, self._device.type)
+            if key not in self._known:
+                self._known[key] = self._look(call)
+        found = self._known[key]
+        if found is None:
+            return out
+        if isinstance(out, torch.Tensor):
+            return self._like(out, found[0])
+        return type(out)(
+            self._like(o, f) if isinstance(o, torch.Tensor) else o
+            for o, f in zip(out, found, strict=True)
+        )
+
+    def _look(self, call: Call) -> tuple[_Found | None, ...] | None:
+        """How each result lies; ``None`` where all is as said or nothing is known."""
+        free = free_bytes(self._device)
+        too_large = free is not None and argument_bytes(call) + 2 * output_bytes(call) > free
+        if too_large or self._too_long(call):
+            return None
+        try:
+            with as_in_a_step(self._device), torch.set_grad_enabled(call.grad_enabled):
+                args, kwargs = blank_arguments(call.func, call.args, call.kwargs, self._device)
+                made = call.func(*args, **kwargs)
+        except REFUSALS as error:
+            logger.debug("%s does not run on zeros, its result is as said: %s", call.func, error)
+            return None
+        said, real = _as_list(call.out), _as_list(made)
+        if len(said) != len(real):
+            return None
+        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _is(t)}
+        found = tuple(_found(s, r, given) for s, r in zip(said, real, strict=True))
+        return found if any(found) else None
+
+    def _like(self, said: torch.Tensor, found: _Found | None) -> torch.Tensor:
+        if found is None:
+            return said
+        strides, offset, num_elements = found
+        device = said.fake_device if isinstance(said, FakeTensor) else said.device
+        with torch._C._DisableTorchDispatch():
+            memory = torch.empty(num_elements, dtype=said.dtype, device="meta")
+            element = memory.as_strided(said.shape, strides, offset)
+        return FakeTensor(self._fake_mode, element, device)
+
+
+def _may_differ(func: Any, args: tuple, kwargs: dict, out: Any) -> bool:
+    if func.namespace != "aten" or torch.Tag.pointwise in func.tags:
+        return False
+    if any(r.alias_info is not None for r in func._schema.returns):
+        return False
+    given = [t for t in tree_leaves((args, kwargs)) if _is(t)]
+    as_usual = all(t.is_contiguous() for t in given if t.layout is torch.strided)
+    if as_usual and _HOLDS_MORE.fullmatch(func._schema.name) is None:
+        return False
+    if any(t.layout is not torch.strided or t.dtype.is_complex for t in given):
+        return False
+    if _LIES_AS_SAID.fullmatch(func._schema.name) is not None or not runs_on_blanks(func):
+        return False
+    if not isinstance(out, (torch.Tensor, tuple, list)):
+        return False
+    return all(o is None or isinstance(o, FakeTensor) for o in _as_list(out))
+
+
+def _found(said: torch.Tensor, real: Any, given: set[int]) -> _Found | None:
+    """How a result lies if that is not as said; of another shape or an argument's own nothing is
+    said here."""
+    if not _is(said) or not _is(real):
+        return None
+    if (said.shape, said.dtype) != (real.shape, real.dtype) or said.numel() == 0:
+        return None
+    memory = real.untyped_storage()
+    if memory._cdata in given:
+        return None
+    num_elements = math.ceil(memory.nbytes() / real.element_size())
+    same_memory = said.untyped_storage().nbytes() == memory.nbytes()
+    if _strides(said) == _strides(real) and same_memory:
+        return None
+    return real.stride(), real.storage_offset(), num_elements
+
+
+def _strides(t: torch.Tensor) -> tuple[int, ...]:
+    """Without those of dimensions of one element, which no kernel looks at."""
+    return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _is(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)

@@ -1,0 +1,116 @@
+"""Stand-ins of results lie in memory as the kernels' own results do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graph_capture.real_results import RealResults
+from graph_capture.repeated_calls import RepeatedCalls
+from planner import optimize
+from tests.bitwise import assert_same_training
+
+aten = torch.ops.aten
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch_norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "layer_norm": lambda h: F.layer_norm(h, (h.shape[-1],)),
+    "group_norm": lambda h: F.group_norm(h, 4),
+    "instance_norm": F.instance_norm,
+}
+
+
+class _Transposed(nn.Module):
+    """A normalization over a transposed activation."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 16)
+        self._norm = [norm]
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = self._norm[0](self.first(x).transpose(1, 2)).transpose(1, 2)
+        return self.last(torch.tanh(normal))
+
+
+def _loss(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_normalization_over_a_transposed_input(name: str) -> None:
+    """The planned step runs, with eager's bits."""
+    x = torch.randn(8, 32, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plan = optimize(_Transposed(NORMS[name]), x, budget_gb=1, loss_fn=_loss)
+    assert_same_training(
+        lambda: _Transposed(NORMS[name]), plan.apply, lambda _seed: x, loss_fn=_loss, steps=1
+    )
+
+
+def test_strides_are_the_kernels_own() -> None:
+    """Batch normalization of a transposed tensor is contiguous on the CPU, in each capture call."""
+    x = torch.randn(8, 32, 16)
+    fake_mode = FakeTensorMode()
+    repeated = RepeatedCalls(fake_mode, RealResults(fake_mode, torch.device("cpu")))
+    real = aten.native_batch_norm.default(
+        x.transpose(1, 2), None, None, None, None, True, 0.1, 1e-5
+    )
+    with fake_mode:
+        given = fake_mode.from_tensor(x).transpose(1, 2)
+        for _ in range(2):
+            said = repeated.run(
+                aten.native_batch_norm.default, (given, None, None, None, None, True, 0.1, 1e-5), {}
+            )
+            assert [t.stride() for t in said] == [t.stride() for t in real]
+
+
+def test_nothing_runs_for_contiguous_arguments() -> None:
+    """A model whose activations are contiguous costs no run of a kernel while it is traced."""
+    fake_mode = FakeTensorMode()
+    real = RealResults(fake_mode, torch.device("cpu"), too_long=lambda _call: 1 / 0)  # type: ignore[arg-type,return-value]
+    repeated = RepeatedCalls(fake_mode, real)
+    with fake_mode:
+        given = torch.empty(4, 8)
+        repeated.run(aten._softmax.default, (given, 1, False), {})
+        with pytest.raises(ZeroDivisionError):
+            repeated.run(aten._softmax.default, (given.t(), 1, False), {})
+
+
+def test_calls_that_take_too_long_are_left() -> None:
+    """Such a call keeps the strides that PyTorch says."""
+    fake_mode = FakeTensorMode()
+    repeated = RepeatedCalls(
+        fake_mode, RealResults(fake_mode, torch.device("cpu"), too_long=lambda _call: True)
+    )
+    with fake_mode:
+        given = torch.empty(7, 31, 15).transpose(1, 2)
+        said = repeated.run(
+            aten.native_batch_norm.default, (given, None, None, None, None, True, 0.1, 1e-5), {}
+        )
+    assert said[0].stride() == given.stride()
+
+
+@pytest.mark.parametrize(
+    ("func", "args"),
+    [
+        (aten.mse_loss.default, (torch.rand(32, 8), torch.rand(32, 8))),
+        (aten.binary_cross_entropy.default, (torch.rand(32, 8), torch.rand(32, 8))),
+        (aten.col2im.default, (torch.rand(1, 9, 64), [8, 8], [3, 3], [1, 1], [1, 1], [1, 1])),
+    ],
+    ids=str,
+)
+def test_memory_is_as_large_as_the_kernels_own(func: object, args: tuple) -> None:
+    """A result that was resized keeps its memory, and so does its stand-in."""
+    real = func(*args).untyped_storage().nbytes()  # type: ignore[operator]
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    repeated = RepeatedCalls(fake_mode, RealResults(fake_mode, torch.device("cpu")))
+    with fake_mode:
+        given = tuple(fake_mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
+        for _ in range(2):
+            assert repeated.run(func, given, {}).untyped_storage().nbytes() == real
