@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
 from graph_capture.printable import printable
+from graph_capture.recorder import storage_id
 from graph_capture.units import format_bytes, format_us
 
 from .budget import DEFAULT_HEADROOM, beyond_device
@@ -60,7 +61,39 @@ def report(plan: Plan) -> str:
         lines.append(
             f"  outputs   only the loss is differentiated; detached: {', '.join(plan.detached)}"
         )
+    lines += _held_outputs(plan)
     return "\n".join(map(printable, lines))  # names in it may come from a file
+
+
+def _held_outputs(plan: Plan) -> list[str]:
+    """What outputs that are not differentiated hold at the peak; nothing for a plan from a file."""
+    captured = plan._captured
+    if captured is None:
+        return []
+    step, outcome = captured.step, plan._replay
+    live = set(outcome.live_at(outcome.peak_step))
+    storage_of = {
+        storage_id(node.meta["val"]): k
+        for k, carriers in enumerate(captured.carriers)
+        for node in carriers
+        if plan.graph.storages[k].category == "output"
+    }
+    counted = {storage_of.get(storage_id(step.outputs[i].meta["val"])) for i in step.differentiated}
+    held: Counter[str] = Counter()
+    for name, node in zip(step.template.names, step.outputs, strict=False):
+        k = storage_of.get(storage_id(node.meta["val"]))
+        if k is not None and k in live and k not in counted:
+            counted.add(k)
+            held[name] += plan.graph.storages[k].size_bytes
+    if not sum(held.values()):
+        return []
+    names = ", ".join(f"{name} {format_bytes(size)}" for name, size in held.most_common(4) if size)
+    more = f", {len(held) - 4} more" if len(held) > 4 else ""
+    return [
+        f"  held      {format_bytes(sum(held.values()))} of the peak by outputs that are not "
+        f"differentiated: {names}{more};",
+        "            return less where nobody reads them (use_cache=False, say)",
+    ]
 
 
 def _headroom(plan: Plan) -> list[str]:
