@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
+
+from .errors import NotFittingError
 
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -151,6 +154,11 @@ def _map(
     if isinstance(value, Mapping):  # visited by key, whatever the order in which they are written
         mapped = {k: _map(value[k], on_tensor, spec_leaf, on_other) for k in sorted(value, key=str)}
         return {k: mapped[k] for k in value}
+    if isinstance(value, PackedSequence):
+        raise NotFittingError(
+            "an argument is a PackedSequence, whose sizes are values of a tensor: pass the padded "
+            "tensor and the lengths as arguments, and pack them in forward"
+        )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(v, on_tensor, spec_leaf, on_other) for v in value))
     if isinstance(value, (tuple, list)):

@@ -127,7 +127,7 @@ class Effects:
         """
         found = []
         for change in [*self._changes(self._ledger), *self._watcher.outside.changes()]:
-            held = [t for t in tensors_within(change.now) if isinstance(t, FakeTensor)]
+            held = self._results_in(change.now)
             path, module = self._modules.get(id(change.holder), (None, None))
             if held and module is not None and isinstance(change.now, torch.Tensor):
                 target = f"{path}.{change.key}" if path else str(change.key)
@@ -146,6 +146,14 @@ class Effects:
                     "that; change a copy"
                 )
         return found
+
+    def _results_in(self, value: Any) -> list[torch.Tensor]:
+        """Tensors that the step has made; a list of weights, as ``nn.LSTM`` keeps, holds none."""
+        return [
+            t
+            for t in tensors_within(value)
+            if isinstance(t, FakeTensor) and not self._recorder.is_state(t)
+        ]
 
     def _is_carried_out(self, change: Change, module: nn.Module, target: str) -> bool:
         new, old = change.now, change.before
@@ -254,7 +262,7 @@ class Effects:
             Names the first thing that it does leave, and its line.
         """
         for change in self._changes(before):
-            held = [t for t in tensors_within(change.now) if isinstance(t, FakeTensor)]
+            held = self._results_in(change.now)
             if held or _plain(change):
                 line = f" ({self._recorder.source_of(held[0])})" if held else ""
                 raise NotFittingError(

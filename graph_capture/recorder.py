@@ -224,6 +224,13 @@ class Recorder(ReadsWhole):
         node = self._node_of.get(id(tensor))
         return str(node.meta.get("source", node.name)) if node is not None else "unknown line"
 
+    def is_state(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter, a buffer or an attribute, and no result of the step."""
+        node = self._node_of.get(id(tensor))
+        if node is None:
+            return id(tensor) in self._expected
+        return node.op == "placeholder" and node.meta["role"] != "input"
+
     def is_known(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is made of nothing but constants: every step makes it alike."""
         return self._known.value_of(tensor) is not None
@@ -297,13 +304,32 @@ class Recorder(ReadsWhole):
                 f"random numbers are drawn from a generator of the model's own ({self._where()}); "
                 "use the default generator, or draw outside and pass the numbers as an argument"
             )
+        self.check_generators()
+        with _disable_current_modes():  # so that a state that is put back later is another one
+            torch.rand(())
+            if torch.cuda.is_initialized():
+                for generator in torch.cuda.default_generators:
+                    generator.set_offset(generator.get_offset() + 4)
+            self._generator_states = _own_generators()
+
+    def check_generators(self) -> None:
+        """Nobody sets the state of torch's generators, be it to what it was before.
+
+        Raises
+        ------
+        CaptureError
+            When they are not where the last draw has left them.
+        """
         with _disable_current_modes():
             pairs = zip(_own_generators(), self._generator_states, strict=True)
             untouched = all(torch.equal(now, then) for now, then in pairs)
         if not untouched:
             raise CaptureError(
-                f"forward seeds the random generator and then draws from it ({self._where()}); "
-                "seed outside, or draw outside and pass the numbers as an argument"
+                f"{self.phase} seeds the random generator and then draws from it, or puts back an "
+                f"earlier state ({self._where()}): seed outside, or draw outside and pass the "
+                "numbers as an argument. A checkpoint of the model's own does so: switch it off, "
+                "since the plan decides what is recomputed, or use torch.utils.checkpoint, which "
+                "is looked through"
             )
 
     def _inplace_view(self, func: Any, args: tuple, kwargs: dict) -> Any:

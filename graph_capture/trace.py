@@ -210,6 +210,7 @@ def trace_step(
     CaptureError
         When neither works; names the line of the model that stopped it.
     """
+    _refuse_layouts(tensors_of(arguments))
     target = target or target_of(model, tensors_of(arguments))
     forward = forward or model.forward
 
@@ -229,6 +230,22 @@ def trace_step(
                 f"attribute {name!r} to {brief(settled[0].now)}; run the model once before planning"
             )
     return step
+
+
+def _refuse_layouts(arguments: Iterable[torch.Tensor]) -> None:
+    for tensor in arguments:
+        if tensor.is_nested:
+            raise NotFittingError(
+                "an argument is a nested tensor; only dense tensors can be planned: pad it "
+                "(torch.nested.to_padded_tensor) and pass the lengths or a mask, or plan the part "
+                "of the model behind it"
+            )
+        if tensor.layout != torch.strided:
+            raise NotFittingError(
+                f"an argument is a tensor of layout {tensor.layout}; only dense tensors can be "
+                "planned: pass it dense (to_dense()), pass indices and values and multiply with "
+                "index_select and index_add, or plan the dense part of the model"
+            )
 
 
 def _calls_of(step: TracedStep) -> list[str]:
@@ -262,6 +279,7 @@ def _first_that_works(
                 undisturbed(model, objects_of(arguments)),
                 checkpoints_inlined(),
                 choices_of_cuda(target) if target.imitated else nullcontext(),
+                torch.autograd.set_detect_anomaly(False),  # which asks for values of gradients
                 _quiet_fake_tensors(),
                 read_as_a_whole(),
                 tensors_of_tensors(),
@@ -429,6 +447,7 @@ def _trace_with(
     ):
         with watcher.watching(), recorder, recorder.module_paths(model):
             output = call_forward(forward, fake_arguments)
+        recorder.check_generators()
         if recorder.draws_outside is not None:
             raise NotFittingError(
                 f"forward draws from Python's or NumPy's random generator (in module "
@@ -472,6 +491,7 @@ def _trace_with(
             )
             gradients = _settle_gradients(leaves, found, tensors, recorder)
         recorder.questions.finish()
+        recorder.check_generators()
         effects.refuse_in_backward(before_backward)
 
     replaced = [(name, new, keeps, "buffer") for name, new, keeps in reassigned]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from graph_capture.errors import CaptureError
 from planner import optimize
@@ -292,3 +293,93 @@ def test_an_argument_that_forward_makes_require_grad_gets_its_gradient() -> None
         assert positions.requires_grad
         gradients.append(positions.grad)
     assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """Runs again in backward, with the generator as it was."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, x: Tensor, *_parameters: Tensor) -> Tensor:
+        ctx.function, ctx.state = function, torch.get_rng_state()
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        now = torch.get_rng_state()
+        torch.set_rng_state(ctx.state)
+        with torch.enable_grad():
+            y = ctx.function(x)
+        torch.set_rng_state(now)
+        return None, *torch.autograd.grad(y, x, gradients), None, None
+
+
+class ChecksPoints(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        def part(t: Tensor) -> Tensor:
+            return nn.functional.dropout(self.b(t), 0.5)
+
+        return self.c(OwnCheckpoint.apply(part, self.a(x), *self.b.parameters()))
+
+
+class Forks(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            noise = torch.randn_like(x)
+        return self.c(self.a(x + noise))
+
+
+@pytest.mark.parametrize("make", [ChecksPoints, Forks])
+def test_a_generator_that_is_put_back_is_refused(make: Callable[[], nn.Module]) -> None:
+    """A checkpoint of the model's own draws its mask again; a graph would draw another."""
+    model = make()
+    state = torch.get_rng_state()
+    with pytest.raises(CaptureError, match=r"puts back an earlier state .*torch.utils.checkpoint"):
+        _plan(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+def test_a_step_is_captured_under_anomaly_detection() -> None:
+    """What it asks of gradients is no question of the model."""
+    with torch.autograd.detect_anomaly():
+        assert _plan(Three()).baseline_peak_bytes > 0
+        assert torch.is_anomaly_enabled()
+
+
+class Graph(Three):
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return self.c(torch.sparse.mm(adjacency, self.a(x)))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("convert", ["to_sparse_coo", "to_sparse_csr"])
+def test_a_sparse_argument_is_refused(convert: str) -> None:
+    """Before anything is traced, with what to do."""
+    adjacency = getattr(torch.eye(16), convert)()
+    with pytest.raises(CaptureError, match=r"tensor of layout torch.sparse.*to_dense\(\)"):
+        _plan(Graph(), (normal(0, 16, WIDTH), adjacency))
+    _plan(Graph(), (normal(0, 16, WIDTH), adjacency.to_dense()))
+
+
+class Recurrent(nn.Module):
+    """Packs what it is given padded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        packed = x if lengths is None else pack_padded_sequence(x, lengths, batch_first=True)
+        return self.layer(packed)[0].data
+
+
+def test_a_packed_argument_is_refused_and_the_advice_works() -> None:
+    """Packed in forward it is planned."""
+    x, lengths = normal(0, 2, 4, WIDTH), torch.tensor([4, 2])
+    packed = pack_padded_sequence(x, lengths, batch_first=True)
+    with pytest.raises(CaptureError, match=r"PackedSequence.*pack them in forward"):
+        _plan(Recurrent(), (packed,))
+    _plan(Recurrent(), (x, lengths))
