@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import CodeType, FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner import Plan, optimize
+from planner import Plan, PlanWarning, optimize
 from planner import generators as random_generators
 from tests.planner.small import ROWS, make, plan_for, sample, square
 
@@ -171,3 +176,69 @@ def test_an_error_in_a_repeated_draw_puts_the_generator_right(
     assert torch.equal(torch.get_rng_state(), state)
     for found, right in zip(_gradients(model), expected, strict=True):
         assert torch.equal(found, right)
+
+
+class _Breaking(TorchDispatchMode):
+    """Breaks off at the n-th operator that is dispatched."""
+
+    def __init__(self, n: int, how: Callable[[], None]) -> None:
+        super().__init__()
+        self.left, self._how = n, how
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        self.left -= 1
+        if self.left == -1:
+            self._how()
+        return func(*args, **(kwargs or {}))
+
+
+def _raises() -> None:
+    raise _Stop
+
+
+def _signals() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # as Ctrl-C is delivered
+    raise _Stop
+
+
+@pytest.mark.parametrize("how", [_raises, _signals])
+def test_an_error_in_any_operator_leaves_everything_right(plan, how):
+    """Whichever kernel fails, the generator is where eager's draws had left it."""
+    model = plan.apply(make(_Dropouts))
+    expected = [g.clone() for g in _gradients(make(_Dropouts))]
+    _gradients(model)
+
+    def interrupt(n: int) -> Callable[[], bool]:
+        mode = _Breaking(n, how)
+        mode.__enter__()
+
+        def reached() -> bool:
+            mode.__exit__(None, None, None)
+            return mode.left < 0
+
+        return reached
+
+    assert _interrupted_at_each(model, interrupt, expected) > 40
+
+
+def test_the_first_calls_of_a_module_from_several_threads():
+    """Each thread gets the output and the gradients of its own call; the step is prepared once."""
+    kind = lambda: nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 1))  # noqa: E731
+    plan = optimize(make(kind), sample(), budget_gb=1, loss_fn=square)
+    model, eager = plan.apply(make(kind)), make(kind)
+    together = threading.Barrier(4)
+
+    def step(i: int) -> list[torch.Tensor]:
+        together.wait()
+        return list(torch.autograd.grad(square(model(sample(i))), list(model.parameters())))
+
+    with ThreadPoolExecutor(4) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlanWarning)  # two forwards before a backward, rightly
+        found = list(pool.map(step, range(4)))
+    for i, gradients in enumerate(found):
+        expected = torch.autograd.grad(square(eager(sample(i))), list(eager.parameters()))
+        assert all(map(torch.equal, gradients, expected)), i
+    assert len(model.forward._prepared) == 1
