@@ -100,6 +100,8 @@ class Effects:
         self._model = model
         self._modules = {id(vars(m)): (path, m) for path, m in model.named_modules()}
         self._tables = {id(vars(m).get(n)) for m in model.modules() for n in _TABLES} - {id(None)}
+        hooks = [n for n in _TABLES if n.endswith("hooks")]
+        self._hooks = {id(vars(m).get(n)) for m in model.modules() for n in hooks} - {id(None)}
         self._arguments, self._objects = arguments, list(objects)
         self._watcher, self._recorder = watcher, recorder
         self._ledger = self._remember()
@@ -223,6 +225,9 @@ class Effects:
             if _plain(c)
         }
         left, read = rewritten, []
+        hooked = any(
+            id(c.holder) in self._hooks for c in self._ledger.changes()
+        )  # what a flag stands for that says so cannot be made again
         for change in first:
             key = change.key if isinstance(change.holder, dict) else None
             if (id(change.holder), key) in again:
@@ -234,7 +239,8 @@ class Effects:
                 )
             path, module = self._modules.get(id(change.holder), ("", None))
             if module is None or self._watcher.was_read(module, str(change.key)):
-                read.append(change)
+                if not hooked:
+                    read.append(change)
             elif change.now is not ABSENT and _is_plain(snapshot(change.now)):
                 target = f"{path}.{change.key}" if path else str(change.key)
                 left.append(LeftValue(target, copy.deepcopy(change.now)))
