@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from graph_capture.call_spec import parse_dtype, tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import Check, OutcomeChanged
-from graph_capture.effects import LeftValue
 from graph_capture.outputs import OutputTemplate
-from graph_capture.trace import Reassigned
 
+from .autograd_nodes import FirstDerivative, HandOver, NotPlanned, anchor
+from .bindings import Fetch, fetch_of, leave_of, put_back_of
 from .errors import CallMismatchError, OutcomeChangedError
 from .generators import PutRightOnError
 from .out_of_memory import explain
@@ -30,15 +29,12 @@ from .tally import Tally
 if TYPE_CHECKING:
     from .plan import Plan
 
-_Table = dict[str, Any]
-_Fetch = Callable[[list[torch.Tensor]], torch.Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
     """Where arguments come from and results go, by position."""
 
-    fetch: tuple[_Fetch, ...]  # inputs of the forward graph, from the call's tensors
+    fetch: tuple[Fetch, ...]  # inputs of the forward graph, from the call's tensors
     saved_at: tuple[int, ...]  # positions of saved inputs among them
     gradient_at: tuple[int | None, ...]  # for each input the index of its gradient
     differentiated: tuple[int, ...]
@@ -59,7 +55,7 @@ class StepCall:
     arguments
         By name, as they were given; they are held for as long as the autograd graph is.
     handed_over
-        Gradients of the outputs, see :class:`_HandOver`.
+        Gradients of the outputs, see :class:`HandOver`.
     generator_state
         Of the default generator when the call began, where the step draws.
     """
@@ -122,14 +118,14 @@ class PlannedStep:
         self._backward = graphs.backward.forward
         self._num_outputs = graphs.num_outputs
         self._layout = _Layout(
-            fetch=tuple(_fetch(node, model, step.constants) for node in inputs),
+            fetch=tuple(fetch_of(node, model, step.constants) for node in inputs),
             saved_at=tuple(position[n] for n in graphs.saved_inputs),
             gradient_at=tuple(gradient_of.get(n) for n in inputs),
             differentiated=step.differentiated,
             tangents=tuple(n.meta["val"] for n in step.tangents),
             template=step.template,
-            put_back=tuple(_put_back(entry, model) for entry in step.reassigned),
-            leave=tuple(_leave(entry, model) for entry in step.left),
+            put_back=tuple(put_back_of(entry, model) for entry in step.reassigned),
+            leave=tuple(leave_of(entry, model) for entry in step.left),
             require=step.made_to_require,
             checks=step.checks,
             written_at=tuple(position[n] for n in step.before_checks.written if n in position),
@@ -164,9 +160,9 @@ class PlannedStep:
             leave()
         for place, i in enumerate(self._layout.differentiated):
             if outputs[i].numel() > 1:
-                outputs[i] = _HandOver.apply(outputs[i], call.handed_over, place)
+                outputs[i] = HandOver.apply(outputs[i], call.handed_over, place)
         for i in self._detached:
-            outputs[i] = _NotPlanned.apply(outputs[i], _anchor(), self._layout.template.names[i])
+            outputs[i] = NotPlanned.apply(outputs[i], anchor(), self._layout.template.names[i])
         return self._layout.template.build(outputs)
 
     # -- forward -------------------------------------------------------------------
@@ -329,74 +325,8 @@ class _Step(torch.autograd.Function):
         with torch.no_grad():
             found = ctx.step.run_backward(ctx, ctx.call, gradients)
         if again:
-            found = [None if g is None else _FirstDerivative.apply(g, _anchor()) for g in found]
+            found = [None if g is None else FirstDerivative.apply(g, anchor()) for g in found]
         return (None, None, *found)
-
-
-class _HandOver(torch.autograd.Function):
-    """Passes an output's gradient on in a list instead of as an argument.
-
-    The engine holds a node's arguments until the node has finished; for the one
-    node of a planned step that is the whole backward pass. Handed over in a
-    list, the gradient of the logits, say, is freed at its last use.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, handed_over: list, place: int) -> torch.Tensor:
-        ctx.handed_over, ctx.place = handed_over, place
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        ctx.handed_over[ctx.place] = gradient.detach()
-        return gradient.new_empty(()).expand(gradient.shape), None, None
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """A gradient that a plan computed: it can be used, not differentiated.
-
-    Eager adds what comes from a loss and what comes from its gradient at each
-    activation; a plan that ran already could only add at the parameters, with other
-    last bits.
-    """
-
-    @staticmethod
-    def forward(_ctx: Any, gradient: torch.Tensor, _anchor: torch.Tensor) -> torch.Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(_ctx: Any, *_gradient: torch.Tensor) -> Any:
-        raise CallMismatchError(
-            "a gradient of a planned model is differentiated again (create_graph=True), and a "
-            "plan holds first derivatives only: make this call of the model under `with "
-            "planner.unplanned(model):`, or plan a module whose forward takes the derivative and "
-            "returns the loss"
-        )
-
-
-class _NotPlanned(torch.autograd.Function):
-    """An output that requires grad in eager, and that the plan has no gradient for.
-
-    Who uses it for a loss would get none, and would train something else without a
-    word.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, _anchor: torch.Tensor, name: str) -> torch.Tensor:
-        ctx.name = name
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
-        raise CallMismatchError(
-            f"output {ctx.name!r} was not planned as differentiated, and a loss was made of it: "
-            "plan with loss_fn=, the whole loss that the loop computes, or detach the output"
-        )
-
-
-def _anchor() -> torch.Tensor:
-    """Makes what is computed beside it require grad; takes no memory."""
-    return torch.empty((), device="meta", requires_grad=True)
 
 
 def _reads_what_it_writes(captured: CapturedStep) -> bool:
@@ -435,52 +365,3 @@ def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     if tangent.stride() == expected.stride() or tangent.is_contiguous():
         return tangent
     return tangent.contiguous()
-
-
-def _fetch(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor]) -> _Fetch:
-    """How to get at an input of the step when it is called."""
-    role, target = node.meta["role"], node.meta["target"]
-    if role == "input":
-        place = int(target)
-        return lambda given: given[place]
-    if role == "constant":
-        tensor = constants[target]
-        return lambda _given: tensor
-    table, name = _place(target, role, model)
-    return lambda _given: table[name]
-
-
-def _put_back(entry: Reassigned, model: nn.Module) -> Callable[[list[torch.Tensor]], None]:
-    """Lets a buffer or an attribute be what forward made it."""
-    table, name = _place(entry.target, entry.role, model)
-
-    def replace(outputs: list[torch.Tensor]) -> None:
-        table[name] = outputs[entry.output]
-
-    def replace_in_graph(outputs: list[torch.Tensor]) -> None:
-        table[name] = _NotPlanned.apply(outputs[entry.output], _anchor(), entry.target)
-
-    def exchange(outputs: list[torch.Tensor]) -> None:
-        table[name].data = outputs[entry.output]
-
-    if entry.requires_grad:
-        return replace_in_graph
-    return exchange if entry.keeps_object else replace
-
-
-def _leave(entry: LeftValue, model: nn.Module) -> Callable[[], None]:
-    """Puts into an attribute what forward puts there."""
-    table, name = _place(entry.target, "attribute", model)
-
-    def leave() -> None:
-        table[name] = copy.deepcopy(entry.value)
-
-    return leave
-
-
-def _place(target: str, role: str, model: nn.Module) -> tuple[_Table, str]:
-    path, _, name = target.rpartition(".")
-    owner = model.get_submodule(path)
-    if role == "attribute":
-        return vars(owner), name
-    return (owner._parameters if role == "parameter" else owner._buffers), name
