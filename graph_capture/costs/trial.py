@@ -87,6 +87,8 @@ def call_key(call: Call, torch_type: str) -> str:
         else:
             parts.append(repr(leaf))
     grad = "grad" if call.grad_enabled else "no_grad"
+    if torch.Tag.dynamic_output_shape in call.func.tags and _is(call.out):
+        parts.append(f"picks {list(call.out.shape)}")
     return f"{call.func} {grad} ({', '.join(parts)}) {spec}"
 
 
@@ -174,6 +176,33 @@ def blank_arguments(
         return real
 
     return tree_map(make, args), tree_map(make, kwargs)
+
+
+def fill_mask(call: Call, args: tuple) -> None:
+    """Let the one mask among made-up arguments pick as many elements as the call's own picks.
+
+    What it picks is listed in scratch memory, 8 bytes for each place and dimension.
+    """
+    name = call.func._schema.name.split("::")[1].strip("_").removesuffix("_impl")
+    if name not in ("index", "index_put", "unsafe_index", "masked_select", "nonzero"):
+        return
+    position = 0 if name == "nonzero" else 1
+    masks = [t for t in tree_iter(args[position]) if _is(t) and t.dtype == torch.bool]
+    picked = args[2] if name == "index_put" else call.out
+    if len(masks) != 1 or not _is(picked) or picked.dim() == 0:
+        return
+    (mask,) = masks
+    before = 0 if name in ("masked_select", "nonzero") else _place_of_mask(args[1])
+    repeated = [d for d in range(mask.dim()) if mask.stride(d) == 0 and mask.shape[d] > 1]
+    own = mask
+    for d in repeated:  # of an expanded mask each element picks several times
+        own = own.narrow(d, 0, 1)
+    if picked.dim() > before and own.is_contiguous() and own.numel():
+        own.view(-1)[: picked.shape[before] * own.numel() // mask.numel()] = True
+
+
+def _place_of_mask(indices: Any) -> int:
+    return next(i for i, index in enumerate(indices) if index is not None)
 
 
 def _zeros_on_cpu(like: torch.Tensor) -> torch.Tensor:

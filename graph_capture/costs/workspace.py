@@ -32,6 +32,7 @@ from .trial import (
     as_in_a_step,
     blank_arguments,
     call_key,
+    fill_mask,
     output_bytes,
 )
 
@@ -230,6 +231,7 @@ def _measure(call: Call, device: torch.device) -> int | None:
     try:
         with as_in_a_step(device), torch.set_grad_enabled(call.grad_enabled):
             args, kwargs = blank_arguments(call.func, call.args, call.kwargs, device)
+            fill_mask(call, args)
             peak = measure(lambda: call.func(*args, **kwargs), results, device)
     except (torch.OutOfMemoryError, MemoryError):
         logger.debug("%s runs out of memory: no scratch known", call.func)

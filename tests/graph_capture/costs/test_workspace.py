@@ -194,3 +194,18 @@ def test_calls_along_columns_are_measured() -> None:
         Call(func=aten._softmax.default, args=(x, 0, False), kwargs={}, out=x)
     )
     assert _scratch(aten._softmax.default, x, 0, False) == _real(aten._softmax.default, x, 0, False)
+
+
+def test_a_mask_takes_scratch_for_what_it_picks() -> None:
+    """Places that a boolean index picks are listed in scratch, 8 bytes a place and dimension."""
+    x, mask = torch.empty(100, 8), torch.empty(100, dtype=torch.bool)
+    sizes = []
+    for num_picked in (10, 50):
+        call = Call(
+            func=torch.ops.aten.index.Tensor,
+            args=(x, [mask]),
+            kwargs={},
+            out=torch.empty(num_picked, 8),
+        )
+        sizes.append(WorkspaceProbe("cpu", at_hand=True).bytes_of(call))
+    assert sizes[1] - sizes[0] == 40 * 8
