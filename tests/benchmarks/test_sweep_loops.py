@@ -86,6 +86,10 @@ HOLDING: list[tuple[str, str, str, str]] = [
     ("two heads", "error", "outputs that were not planned as differentiated", "plain"),
     ("two heads", "error", "", "a gradient penalty"),
     ("configured", "error", "", "an exception in the backward pass"),
+    ("perceptron", "error", "a number", "plain"),
+    ("perceptron", "unplanned", "a list's element", "plain"),
+    ("configured", "replan", "a configuration's nested number", "plain"),
+    ("convolutions", "unplanned", "batch norm's momentum", "plain"),
 ]
 
 
