@@ -147,6 +147,8 @@ def _may_differ(func: Any, args: tuple, kwargs: dict, out: Any) -> bool:
         return False
     if any(t.layout is not torch.strided or t.dtype.is_complex for t in given):
         return False
+    if func._schema.name == "aten::mkldnn_rnn_layer_backward":
+        return False  # reads a workspace whose size only the kernel of the forward pass knows
     if _LIES_AS_SAID.fullmatch(func._schema.name) is not None or not runs_on_blanks(func):
         return False
     if not isinstance(out, (torch.Tensor, tuple, list)):

@@ -175,3 +175,11 @@ def test_a_handful_of_models_is_green(name: str) -> None:
 
     record = run_subject(lambda: find(name))
     assert record["outcome"] == "green", record
+
+
+def test_a_recurrent_backward_pass_is_not_tried_on_made_up_memory() -> None:
+    """Planning an LSTM over two layers runs in a process of its own and comes back."""
+    from benchmarks.sweeps.setups import SETUPS
+
+    record = run_isolated(lambda: run_subject(SETUPS["LSTM"]), Limits(time_s=100))
+    assert record["outcome"] == "green", record
