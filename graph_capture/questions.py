@@ -149,7 +149,8 @@ class Questions:
                 return None
             self._refuse_useless(value, self.values.follows_from(node), "reading", source)
         self.outcomes.append(Outcome.read(value))
-        planned = recorder.node_of(value)
+        with _disable_current_modes():  # to make a stand-in is no call of the step
+            planned = recorder.node_of(value)
         self._check(checks.expect_values, (node, planned), "the values of a tensor")
         with _disable_current_modes():
             return value.clone()  # the planned one is nobody else's

@@ -107,16 +107,14 @@ def keep_all_peak_bytes(graph: CostGraph) -> int:
 def budget_of(graph: CostGraph, fraction: float) -> int:
     """``fraction`` of the keep-all peak, rounded down.
 
-        Examples
-        --------
-        >>> from graph_capture.cost_graph import CostGraph, Operator, Storage
-    from graph_capture.json_text import read_json
-    from graph_capture.regular_file import read_regular
-        >>> one = CostGraph(
-        ...     (Operator(name="a", outputs=(0,)),),
-        ...     (Storage(name="x", size_bytes=9, producer=0),),
-        ... )
-        >>> budget_of(one, 0.5)
-        4
+    Examples
+    --------
+    >>> from graph_capture.cost_graph import CostGraph, Operator, Storage
+    >>> one = CostGraph(
+    ...     (Operator(name="a", outputs=(0,)),),
+    ...     (Storage(name="x", size_bytes=9, producer=0),),
+    ... )
+    >>> budget_of(one, 0.5)
+    4
     """
     return int(fraction * keep_all_peak_bytes(graph))
