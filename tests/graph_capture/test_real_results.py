@@ -104,7 +104,6 @@ def test_calls_that_take_too_long_are_left() -> None:
         (aten.col2im.default, (torch.rand(1, 9, 64), [8, 8], [3, 3], [1, 1], [1, 1], [1, 1])),
     ],
     ids=["mse_loss", "binary_cross_entropy", "col2im"],
-    ids=str,
 )
 def test_memory_is_as_large_as_the_kernels_own(func: object, args: tuple) -> None:
     """A result that was resized keeps its memory, and so does its stand-in."""
