@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graph_capture.costs.devices import Device, device_for
 from planner import InfeasibleBudgetError, Plan, optimize
-from planner.application import original_forward
+from planner.application import unplanned
 from planner.training_step import train_step
 
 from .subjects import Subject
@@ -153,7 +153,7 @@ class Bench:
             model.zero_grad(set_to_none=True)
             torch.manual_seed(self.seed)
             with self.context():
-                return train_step(model if planned else original_forward(model), inputs)
+                return train_step(model if planned else without_plan(model), inputs)
 
         return step
 
@@ -165,3 +165,13 @@ def release(device: torch.device) -> None:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def without_plan(model: nn.Module) -> Callable[..., Any]:
+    """Calls a planned module as if no plan were applied."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with unplanned(model):
+            return model(*args, **kwargs)
+
+    return call

@@ -14,11 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 from graph_capture.units import format_bytes
 from planner import Plan, optimize
-from planner.application import original_forward
 from planner.training_step import train_step
 from tests.bitwise import assert_same_tensors
 
-from .bench import Bench, Where
+from .bench import Bench, Where, without_plan
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _LEARNING_RATE = 0.05
@@ -151,7 +150,7 @@ def _differs(bench: Bench, plan: Plan | None, num_steps: int) -> str:
                 seed = bench.seed + 1 + i
                 sample = bench.sample(seed)
                 buffers = _buffers(model)
-                expected = _step(bench, original_forward(model), sample, seed)
+                expected = _step(bench, without_plan(model), sample, seed)
                 _put_back(model, buffers)
                 actual = _step(bench, model, sample, seed)
                 try:
