@@ -62,6 +62,10 @@ class Place:
     key: str
     held: Snapshot
 
+    def is_gone(self) -> bool:
+        """Whether the object that was read of is no more."""
+        return isinstance(self.holder, weakref.ref) and self.holder() is None
+
     def now(self) -> Any:
         """What it holds now."""
         holder: Any = self.holder() if isinstance(self.holder, weakref.ref) else self.holder
@@ -93,7 +97,13 @@ class Reads:
         """The first place that holds something else than it did, in words, or ``None``."""
         if self._fast is not None and self._fast.unchanged():
             return None
+        if self._places and all(place.is_gone() for place in self._places):
+            return "what was read while planning is gone"
         for place in self._places:
+            if (
+                place.is_gone()
+            ):  # made by forward itself; what replaces a part is seen at its holder
+                continue
             found = difference(place.held, place.now(), place.label)
             if found:
                 return found

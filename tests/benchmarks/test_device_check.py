@@ -108,7 +108,7 @@ def test_other_bits_are_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
         del self.model.__dict__["forward"]
 
     monkeypatch.setattr(Bench, "applied", applied)
-    monkeypatch.setattr(bits, "original_forward", lambda model: type(model).forward.__get__(model))
+    monkeypatch.setattr(bits, "without_plan", lambda model: type(model).forward.__get__(model))
     (row,) = check_bits(bench, 0.6)
     assert row.eager_differs == ""
     assert row.planned_differs is not None
