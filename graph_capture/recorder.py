@@ -235,6 +235,10 @@ class Recorder(ReadsWhole):
         """Whether a tensor is made of nothing but constants: every step makes it alike."""
         return self._known.value_of(tensor) is not None
 
+    def let_go(self) -> None:
+        """Forget who listens: what was recorded may outlive the model."""
+        self._on_call = lambda: None
+
     def knowing(self) -> Knowing:
         """A mode that knows what was known of values so far, and records nothing."""
         return Knowing(self._known.copy(), self.questions.outcomes)

@@ -372,6 +372,8 @@ def _trace(
         if recorder.failed_at:
             error.add_note(recorder.failed_at)
         raise
+    finally:
+        recorder.let_go()
 
 
 def _real_results(fake_mode: FakeTensorMode, target: Target) -> RealResults | None:

