@@ -68,5 +68,5 @@ def test_a_budget_below_every_schedule_has_no_rounds():
 
 def test_a_negative_budget_is_refused():
     """As by ``solve``."""
-    with pytest.raises(ValueError, match="negative budget"):
+    with pytest.raises(ValueError, match="not negative, got -1"):
         trace_slice_refinement(training_chain(2), -1)
