@@ -106,11 +106,19 @@ class MemoryMeter(ReadsWhole):
         self._seen.add(sid)
         self.current_bytes += num_bytes
 
-        def freed() -> None:
-            self.current_bytes -= num_bytes
-            self._seen.discard(sid)
+        # Finalizers are held by the interpreter: one that held the meter would keep all that
+        # the meter knows, up to the model, for as long as a storage that the meter knows lives.
+        weakref.finalize(storage, _freed, weakref.ref(self), sid, num_bytes).atexit = False
 
-        weakref.finalize(storage, freed)
+    def _forget(self, sid: int, num_bytes: int) -> None:
+        self.current_bytes -= num_bytes
+        self._seen.discard(sid)
+
+
+def _freed(meter: weakref.ref[MemoryMeter], sid: int, num_bytes: int) -> None:
+    listening = meter()
+    if listening is not None:
+        listening._forget(sid, num_bytes)
 
 
 def _shapes(tree: Any) -> Any:
