@@ -22,7 +22,7 @@ from .optimizer_step import OptimizerStep
 from .pricing import Pricing
 from .recorder import storage_id
 from .target import Target
-from .trace import TracedStep
+from .traced_step import TracedStep
 
 
 @dataclass(frozen=True, kw_only=True)

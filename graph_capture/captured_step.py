@@ -33,7 +33,8 @@ from .pricing import Pricing
 from .recorder import storage_id
 from .reuse import ReuseFinder
 from .target import Target, target_of
-from .trace import TakenPath, TracedStep, trace_step
+from .trace import trace_step
+from .traced_step import TakenPath, TracedStep
 
 
 def capture(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from graph_capture.effects import LeftValue
-from graph_capture.trace import Reassigned
+from graph_capture.traced_step import Reassigned
 
 from .autograd_nodes import NotPlanned, anchor
 

@@ -19,7 +19,7 @@ from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
 from graph_capture.errors import CaptureError
 from graph_capture.outcomes import OutcomeMismatchError
 from graph_capture.policies import apply_policies
-from graph_capture.trace import TakenPath
+from graph_capture.traced_step import TakenPath
 from solvers.replay import InvalidScheduleError, replay
 
 from .call_guard import CallGuard

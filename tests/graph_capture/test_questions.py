@@ -14,7 +14,7 @@ from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.checks import OutcomeChanged, expect_number, expect_shape, expect_values
 from graph_capture.errors import CaptureError
 from graph_capture.outcomes import Outcome, OutcomeMismatchError
-from graph_capture.trace import TakenPath
+from graph_capture.traced_step import TakenPath
 
 Forward = Callable[[Any, Tensor, Tensor], Tensor]
 IDS = torch.tensor([0, 1, 2, 0, 5, 0])

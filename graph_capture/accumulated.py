@@ -1,0 +1,52 @@
+"""Gradients as ``AccumulateGrad`` takes them over: as they are, or copied."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from .recorder import Recorder, storage_id
+
+
+def settle_gradients(
+    leaves: list[tuple[Node, torch.Tensor]],
+    found: tuple[torch.Tensor | None, ...],
+    outputs: list[torch.Tensor],
+    recorder: Recorder,
+) -> list[tuple[Node, Node]]:
+    """Copy the gradients that autograd would copy, so that the copies are in the graph.
+
+    ``AccumulateGrad`` takes a gradient over as it is when nothing else holds
+    its memory and its layout is the parameter's; it clones it otherwise
+    (torch/csrc/autograd/functions/accumulate_grad.h).
+    """
+    taken = {storage_id(t) for t in outputs}
+    taken |= {storage_id(node.meta["val"]) for node in recorder.graph.find_nodes(op="placeholder")}
+    settled = []
+    for (node, leaf), gradient in zip(leaves, found, strict=True):
+        if gradient is None:
+            continue
+        if node.meta["role"] == "parameter":
+            fits = gradient.stride() == leaf.stride() if _dense(leaf) else gradient.is_contiguous()
+            if storage_id(gradient) in taken or not fits or not _owns_all(gradient):
+                copy = torch.empty_like(leaf, memory_format=torch.preserve_format)
+                gradient = copy.copy_(gradient)
+            taken.add(storage_id(gradient))
+        settled.append((node, recorder.node_of(gradient)))
+    return settled
+
+
+def _owns_all(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill one block of memory without gap or overlap."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,312 @@
+"""Record one training step: state and arguments as inputs, forward, loss, backward.
+
+The order of the stages is that of eager; each leaves behind what the next one needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from .accumulated import settle_gradients
+from .backward_walk import BackwardWalk, Differentiator, Engine, refuse_backward_hooks
+from .call_spec import call_forward, objects_of, tensors_of
+from .costs.roofline import LONGEST_TRIAL_NS, Roofline
+from .eager_formulas import take_eager_formulas
+from .effects import Effects
+from .errors import NotFittingError
+from .isolation import swap_tensors
+from .loss import LossFn, LossSpec, differentiate, without_autocast
+from .module_state import loose_tensors, reassigned_buffers, registered, state_of
+from .outcomes import Outcome
+from .outputs import take_apart, tensors_within
+from .reading import Watcher
+from .real_results import RealResults
+from .recorder import Recorder, storage_id
+from .repeated_calls import RepeatedCalls
+from .stand_ins import StandIns
+from .target import Target
+from .traced_step import Reassigned, TracedStep
+
+
+def record_step(
+    watcher: Watcher,
+    model: nn.Module,
+    forward: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    loss: LossFn | LossSpec | None,
+    how: str,
+    target: Target,
+    outcomes: Sequence[Outcome] | None,
+) -> TracedStep:
+    """One step of ``model`` on stand-ins, as a graph.
+
+    Parameters
+    ----------
+    watcher
+        Notes what forward and backward read beside their arguments.
+    how
+        Goes into the step: under which circumstances forward runs.
+    outcomes
+        As for :class:`~.recorder.Recorder`.
+    """
+    differentiator: Differentiator = Engine()
+    watching: AbstractContextManager[None] = nullcontext()
+    if target.absent:
+        refuse_backward_hooks(model)
+        differentiator = walk = BackwardWalk()
+        watching = walk.watching()
+    recording = _Recording(watcher, model, arguments, differentiator, target, outcomes)
+    try:
+        with watching:
+            return recording.run(forward, loss, how)
+    except Exception as error:
+        if recording.recorder.failed_at:
+            error.add_note(recording.recorder.failed_at)
+        raise
+    finally:
+        recording.recorder.let_go()
+
+
+class _Recording:
+    """The stages of :func:`record_step`, with what they share."""
+
+    def __init__(
+        self,
+        watcher: Watcher,
+        model: nn.Module,
+        arguments: Mapping[str, Any],
+        differentiator: Differentiator,
+        target: Target,
+        outcomes: Sequence[Outcome] | None,
+    ) -> None:
+        self.watcher = watcher
+        self.model = model
+        self.arguments = arguments
+        self.differentiator = differentiator
+        self.target = target
+        self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.twins = StandIns(self.fake_mode, target)
+        real = _real_results(self.fake_mode, target)
+        self.recorder = Recorder(
+            differentiator.current_node,
+            RepeatedCalls(self.fake_mode, real),
+            lambda: watcher.look_at_stack(sys._getframe(2), __file__),
+            outcomes,
+            self.twins.of,
+            real,
+        )
+        self.leaves: list[tuple[Node, torch.Tensor]] = []  # what gradients are asked for
+        self.stand_ins: dict[int, torch.Tensor] = {}  # id of a tensor of the model -> its twin
+
+    def run(
+        self, forward: Callable[..., Any], loss: LossFn | LossSpec | None, how: str
+    ) -> TracedStep:
+        model, recorder, watcher = self.model, self.recorder, self.watcher
+        _refuse_scripts(model)
+        self._declare_state()
+        fake_arguments, given, nodes = self._declare_arguments()
+        wanted = [tensor.requires_grad for tensor in given]
+        swap_tensors(model, lambda tensor: self.stand_ins.get(id(tensor), tensor))
+        state_before = registered(model)
+        effects = Effects(model, fake_arguments, objects_of(fake_arguments), watcher, recorder)
+
+        with (
+            torch.autograd.set_multithreading_enabled(False),
+            torch.enable_grad(),
+            self.fake_mode,
+        ):
+            with watcher.watching(), recorder, recorder.module_paths(model):
+                output = call_forward(forward, fake_arguments)
+            self._refuse_random_numbers()
+            _refuse_holders(fake_arguments)
+            template, tensors = take_apart(output)
+            reassigned = reassigned_buffers(state_before, registered(model))
+            made_to_require = [i for i, t in enumerate(given) if t.requires_grad and not wanted[i]]
+            self.leaves += [(nodes[i], given[i]) for i in made_to_require]
+            _refuse_graphs(self.stand_ins.values(), [given[i] for i in made_to_require])
+            attributes = effects.left_tensors()
+
+            def call_again() -> None:
+                with recorder.knowing():  # it takes the branches that the recorded one took
+                    call_forward(forward, fake_arguments)
+
+            left, watcher.settled = effects.settle(call_again)
+            before_backward = effects.remembered()
+            differentiated, tangents, region = differentiate(
+                output,
+                template,
+                tensors,
+                loss,
+                self.differentiator,
+                self.twins.of if self.target.elsewhere else None,
+                lambda tensor: recorder.questions.values.tensor(recorder.node_of(tensor)),
+                recorder.real,
+            )
+            tangent_nodes = tuple(
+                recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
+                for i, tangent in enumerate(tangents)
+            )
+            gradients = self._backward([tensors[i] for i in differentiated], tangents, tensors)
+            recorder.questions.finish()
+            recorder.check_generators()
+            effects.refuse_in_backward(before_backward)
+
+        replaced = [(name, new, keeps, "buffer") for name, new, keeps in reassigned]
+        replaced += [(entry.target, entry.tensor, False, "attribute") for entry in attributes]
+        outputs = tuple(recorder.node_of(t) for t in (*tensors, *(new for _, new, *_ in replaced)))
+        recorder.graph.output((list(outputs), [g for _, g in gradients]))
+        return TracedStep(
+            graph=recorder.graph,
+            outputs=outputs,
+            template=template,
+            differentiated=tuple(differentiated),
+            tangents=tangent_nodes,
+            gradients=tuple(gradients),
+            constants=recorder.constants,
+            loss=region,
+            detached=tuple(
+                i for i, t in enumerate(tensors) if t.requires_grad and i not in differentiated
+            ),
+            how=how,
+            outcomes=tuple(recorder.questions.outcomes),
+            checks=tuple(recorder.questions.checks),
+            reassigned=tuple(
+                Reassigned(
+                    target=name,
+                    output=len(tensors) + i,
+                    keeps_object=keeps,
+                    role=role,
+                    requires_grad=new.requires_grad,
+                )
+                for i, (name, new, keeps, role) in enumerate(replaced)
+            ),
+            left=tuple(left),
+            made_to_require=tuple(made_to_require),
+        )
+
+    def _declare(
+        self, fake: torch.Tensor, role: str, targets: tuple[str, ...], real: torch.Tensor | None
+    ) -> Node:
+        node = self.recorder.placeholder(
+            _identifier(role, targets[0]), fake, real, role=role, target=targets[0], targets=targets
+        )
+        if fake.requires_grad:
+            self.leaves.append((node, fake))
+        return node
+
+    def _declare_state(self) -> None:
+        """Parameters and buffers are inputs, other tensors of the model once they are read."""
+        for role, tensor, names in state_of(self.model):
+            self.stand_ins[id(tensor)] = self.twins.of(tensor)
+            self._declare(self.stand_ins[id(tensor)], role, names, tensor)
+        # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
+        # need not be one in the next call.
+        if any(id(t) in self.stand_ins for t in tensors_of(self.arguments)):
+            raise NotFittingError("an argument is a parameter or buffer of the model itself")
+        loose = loose_tensors(self.model)
+        state = (*self.model.parameters(), *self.model.buffers(), *(t for t, _ in loose))
+        memory = Counter(map(storage_id, state))
+        for tensor, names in loose:
+            if len(names) == 1 and memory[storage_id(tensor)] == 1:
+                self.watcher.replaceable.add(names[0])
+            fake = self.stand_ins[id(tensor)] = self.twins.of(tensor)
+            self.recorder.expect(
+                _identifier("attribute", names[0]),
+                fake,
+                tensor,
+                role="attribute",
+                target=names[0],
+                targets=names,
+            )
+
+    def _declare_arguments(self) -> tuple[Mapping[str, Any], list[torch.Tensor], list[Node]]:
+        """The call on stand-ins, its tensors, and their nodes."""
+        _refuse_holders(self.arguments)
+        fake_arguments = self.twins.of_arguments(self.arguments)
+        real = tensors_of(self.arguments)  # none where only their kinds are known
+        given = tensors_of(fake_arguments)
+        nodes = [
+            self._declare(tensor, "input", (str(i),), real[i] if real else None)
+            for i, tensor in enumerate(given)
+        ]
+        return fake_arguments, given, nodes
+
+    def _backward(
+        self,
+        differentiated: list[torch.Tensor],
+        tangents: list[torch.Tensor],
+        tensors: list[torch.Tensor],
+    ) -> list[tuple[Node, Node]]:
+        """Gradients of all leaves, as autograd leaves them behind."""
+        self.recorder.phase = "backward"
+        if isinstance(self.differentiator, Engine):
+            take_eager_formulas(differentiated)
+        with self.watcher.watching(), self.recorder, without_autocast():
+            found = self.differentiator.grad(
+                differentiated, [leaf for _, leaf in self.leaves], tangents
+            )
+            return settle_gradients(self.leaves, found, tensors, self.recorder)
+
+    def _refuse_random_numbers(self) -> None:
+        self.recorder.check_generators()
+        if self.recorder.draws_outside is not None:
+            raise NotFittingError(
+                f"forward draws from Python's or NumPy's random generator (in module "
+                f"{self.recorder.draws_outside!r}): a plan would repeat this one draw for ever. "
+                "Draw with torch, or outside and pass the numbers as an argument"
+            )
+
+
+def _real_results(fake_mode: FakeTensorMode, target: Target) -> RealResults | None:
+    """Where the step's device is at hand: how results of its kernels lie."""
+    here = target.torch_type == "cpu" or torch.cuda.is_available()
+    if not (target.at_hand and here):
+        return None
+    roofline = Roofline(target.device)
+    return RealResults(
+        fake_mode,
+        target.torch_device,
+        too_long=lambda call: roofline.time_ns(call) > LONGEST_TRIAL_NS,
+    )
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotFittingError(
+                f"module {name!r} is a TorchScript module, whose parameters cannot be exchanged "
+                "for stand-ins; plan the Python module that it was made from"
+            )
+
+
+def _refuse_graphs(state: Iterable[torch.Tensor], arguments: Iterable[torch.Tensor]) -> None:
+    """What forward writes to in place must not become a result of this step's graph."""
+    if any(not t.is_leaf for t in (*state, *arguments)):
+        raise NotFittingError(
+            "forward writes values that require grad into a buffer or into one of its arguments, "
+            "which would carry the graph of one step into the next; write detached values, or "
+            "into a copy"
+        )
+
+
+def _refuse_holders(arguments: Mapping[str, Any]) -> None:
+    """An argument that hides tensors, such as a key-value cache, would freeze them."""
+    for argument in objects_of(arguments):
+        if tensors_within(argument):
+            raise NotFittingError(
+                f"an argument of type {type(argument).__name__} holds tensors, or forward puts "
+                "some into it; pass the tensors themselves, or none of it (use_cache=False)"
+            )
+
+
+def _identifier(role: str, target: str) -> str:
+    return f"{role}_{target}".replace(".", "_")

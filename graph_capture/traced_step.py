@@ -1,0 +1,140 @@
+"""What tracing hands over: one training step as a torch.fx graph, and what it says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch.fx import Graph, Node
+
+from .before_checks import BeforeChecks, before_checks
+from .checks import Check
+from .effects import LeftValue
+from .loss import LossRegion, LossSpec
+from .outcomes import Outcome
+from .outputs import OutputTemplate
+from .reads import Reads
+
+AS_EAGER = "as eager runs it"
+COMPILING = "with torch.compiler.is_compiling()"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakenPath:
+    """Which way an earlier capture went through the model.
+
+    Parameters
+    ----------
+    branch_free
+        As :attr:`TracedStep.branch_free`.
+    outcomes
+        What it was answered when it asked for values.
+    """
+
+    branch_free: bool
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reassigned:
+    """A buffer or attribute that forward replaces, ``self.mean = 0.9 * self.mean + …``.
+
+    Parameters
+    ----------
+    target
+        Its name in the model.
+    output
+        Index into ``TracedStep.outputs`` of the new value.
+    keeps_object
+        Whether the tensor object stays and only its memory is exchanged
+        (``self.mean.data = …``).
+    role
+        ``"buffer"`` or ``"attribute"``.
+    requires_grad
+        Whether eager's tensor does, which no plan can differentiate through.
+    """
+
+    target: str
+    output: int
+    keeps_object: bool
+    role: str = "buffer"
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedStep:
+    """One training step as a torch.fx graph.
+
+    Parameters
+    ----------
+    graph
+        Placeholders carry ``meta["role"]`` (parameter, buffer, attribute, input,
+        constant, tangent) and ``meta["target"]``; calls carry ``val``, ``phase``,
+        ``writes``, ``module_path`` and ``source``. The output is
+        ``(outputs, gradients)``.
+    outputs
+        Nodes of the tensors that forward returns, then of ``reassigned``.
+    template
+        Rebuilds the model's own output structure from them.
+    differentiated
+        Indices into ``outputs`` whose gradient the backward expects.
+    tangents
+        Placeholders of those gradients, in the same order.
+    gradients
+        ``(placeholder, gradient node)`` of every leaf that receives one.
+    constants
+        Tensors that forward uses beside parameters, buffers and inputs.
+    outcomes
+        What forward was answered when it asked for values of tensors.
+    checks
+        What checks in the graph are about; their last argument is an index of it.
+    reassigned
+        Buffers and attributes that forward replaces.
+    left
+        Plain values that forward puts into attributes.
+    made_to_require
+        Which tensors of the call forward makes require grad.
+    reads
+        What forward and backward read beside all these, which must stay as it is.
+    """
+
+    graph: Graph
+    outputs: tuple[Node, ...]
+    template: OutputTemplate
+    differentiated: tuple[int, ...]
+    tangents: tuple[Node, ...]
+    gradients: tuple[tuple[Node, Node], ...]
+    constants: Mapping[str, torch.Tensor]
+    loss: LossRegion
+    detached: tuple[int, ...]
+    how: str
+    outcomes: tuple[Outcome, ...] = ()
+    checks: tuple[Check, ...] = ()
+    reassigned: tuple[Reassigned, ...] = ()
+    left: tuple[LeftValue, ...] = ()
+    made_to_require: tuple[int, ...] = ()
+    reads: Reads = field(default_factory=Reads, compare=False)
+
+    @property
+    def branch_free(self) -> bool:
+        """Whether libraries were told that a compiler is looking."""
+        return self.how == COMPILING
+
+    @property
+    def taken(self) -> TakenPath:
+        """The way through the model, for going it again."""
+        return TakenPath(branch_free=self.branch_free, outcomes=self.outcomes)
+
+    @cached_property
+    def before_checks(self) -> BeforeChecks:
+        """What must be put back when a check fails."""
+        return before_checks(self.graph)
+
+    @property
+    def loss_spec(self) -> LossSpec:
+        """What is needed to capture the same step without ``loss_fn``."""
+        tangents = [n.meta["val"] for n in self.tangents]
+        outputs = [n.meta["val"] for n in self.outputs]
+        return LossSpec.of(self.loss, self.differentiated, tangents, outputs)
