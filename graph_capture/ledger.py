@@ -156,8 +156,10 @@ def slots_of(holder: Any) -> dict[str, Any]:
     """The attributes of an object that lie in slots."""
     found = {}
     for cls in type(holder).__mro__:
+        if "__slots__" not in vars(cls):
+            continue  # members of a class that is written in C may be read-only
         for name, value in vars(cls).items():
-            if isinstance(value, types.MemberDescriptorType) and cls.__module__ != "builtins":
+            if isinstance(value, types.MemberDescriptorType):
                 try:
                     found[name] = value.__get__(holder)
                 except AttributeError:  # empty

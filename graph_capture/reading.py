@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .foreign_generators import ForeignGenerators
 from .ledger import Change, Ledger
 from .named_reads import (
     is_library,
@@ -74,6 +75,7 @@ class Watcher:
         self._objects = list(objects)
         self._written: set[tuple[int, str]] = set()
         self.outside = Ledger()  # what closures, globals and objects that were met held
+        self.generators = ForeignGenerators()
         self.settled: list[Change] = []  # what forward changes once, of what it reads
         self.replaceable: set[str] = set()  # attributes whose tensors are inputs of the step
         self._words: set[str] = set()  # names that occur in the functions that were met
@@ -164,6 +166,7 @@ class Watcher:
         """Look into what was read: functions may be called, objects may be asked."""
         if isinstance(value, (torch.Tensor, nn.Module, types.ModuleType)):
             return
+        self.generators.meet(value, path)
         if isinstance(value, types.FunctionType):
             if not depth or not is_library(value.__code__):  # a library's registry names hundreds
                 self._function(value)

@@ -264,6 +264,7 @@ class _Recording:
                 f"{self.recorder.draws_outside!r}): a plan would repeat this one draw for ever. "
                 "Draw with torch, or outside and pass the numbers as an argument"
             )
+        self.watcher.generators.refuse_draws()
 
 
 def _real_results(fake_mode: FakeTensorMode, target: Target) -> RealResults | None:

@@ -150,6 +150,7 @@ def _first_that_works(
                     )
                 finally:
                     watcher.outside.put_back()
+                    watcher.generators.put_back()
             # What was read is what lies there once forward's own changes are undone.
             return replace(step, reads=watcher.reads()), watcher.settled
         except (NotFittingError, KeyboardInterrupt, MemoryError):

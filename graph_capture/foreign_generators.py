@@ -1,0 +1,89 @@
+"""Random generators that are not PyTorch's own, held by a model or named in its code.
+
+Their numbers are no part of a traced step: it would repeat what they gave while it
+was captured. Python's and NumPy's global ones are looked at by the recorder, which
+knows the module that draws.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import NotFittingError
+
+_KINDS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+
+
+@dataclass(frozen=True, slots=True)
+class _Met:
+    path: str
+    generator: Any
+    state: Any
+
+
+class ForeignGenerators:
+    """Those that a step has met, in the state in which it met them."""
+
+    def __init__(self) -> None:
+        self._met: dict[int, _Met] = {}
+
+    def meet(self, value: Any, path: str) -> None:
+        """Remember a value's state if it is a generator."""
+        if isinstance(value, _KINDS) and id(value) not in self._met:
+            self._met[id(value)] = _Met(path, value, _state_of(value))
+
+    def refuse_draws(self) -> None:
+        """Nobody has drawn from them.
+
+        Raises
+        ------
+        NotFittingError
+            Names the first one that is in another state.
+        """
+        for met in self._met.values():
+            if not _same(met.state, _state_of(met.generator)):
+                raise NotFittingError(
+                    f"forward draws from {met.path!r}, a random generator of "
+                    f"{type(met.generator).__module__.partition('.')[0]}'s: a plan would repeat "
+                    "this one draw for ever. Draw with torch, or outside and pass the numbers as "
+                    "an argument"
+                )
+
+    def put_back(self) -> None:
+        """Undo every draw."""
+        for met in self._met.values():
+            if _same(met.state, _state_of(met.generator)):
+                continue
+            if isinstance(met.generator, random.Random):
+                met.generator.setstate(met.state)
+            elif isinstance(met.generator, np.random.RandomState):
+                met.generator.set_state(met.state)
+            else:
+                _bits_of(met.generator).state = met.state
+
+
+def _bits_of(generator: Any) -> Any:
+    return generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, random.SystemRandom):
+        return None  # has none, and no two runs of eager draw alike
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return _bits_of(generator).state
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return all(_same(value, b[key]) for key, value in a.items())
+    return bool(np.array_equal(a, b)) if isinstance(a, np.ndarray) else bool(a == b)
+
+
+__all__ = ["ForeignGenerators"]
