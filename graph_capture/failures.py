@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from .errors import CaptureError
-from .recorder import _OWN_ROOT, _TORCH_ROOT
+from .lines import is_machinery
 
 _DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -43,7 +43,7 @@ def _user_frame(error: BaseException) -> str | None:
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if not name.startswith((_TORCH_ROOT, _OWN_ROOT, "<")):
+        if not is_machinery(name):
             place = f"{name}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}"
         trace = trace.tb_next
     return place

@@ -15,14 +15,9 @@ import sysconfig
 import types
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 
-import torch
+from .lines import OWN_ROOTS, TORCH_ROOT
 
-_TORCH_ROOT = str(Path(torch.__file__).parent)
-_OWN_ROOTS = tuple(
-    str(Path(__file__).parent.parent / package) for package in ("graph_capture", "planner")
-)
 _LIBRARY_ROOT = sysconfig.get_paths()["purelib"]
 _STANDARD_ROOT = sysconfig.get_paths()["stdlib"]
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
@@ -43,9 +38,9 @@ def is_library(code: types.CodeType) -> bool:
 @lru_cache(maxsize=4096)
 def is_users_file(name: str) -> bool:
     """Whether a file is neither PyTorch's, nor Python's, nor of this project."""
-    if name.startswith(("<frozen", "<eval_with_key>", "<__array_function__", _TORCH_ROOT)):
+    if name.startswith(("<frozen", "<eval_with_key>", "<__array_function__", TORCH_ROOT)):
         return False
-    if name.startswith(_OWN_ROOTS):
+    if name.startswith(OWN_ROOTS):
         return False
     return name.startswith(_LIBRARY_ROOT) or not name.startswith(_STANDARD_ROOT)
 

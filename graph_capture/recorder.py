@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 from .errors import CaptureError
 from .kernels_word import kernels_word, laid_out_rightly
 from .known_values import Knowing, KnownValues
+from .lines import is_machinery
 from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
 from .packed_sequences import PACK, packed
 from .purity import written_arguments
@@ -34,9 +35,6 @@ from .repeated_calls import RepeatedCalls
 
 if TYPE_CHECKING:
     from .real_results import RealResults
-
-_TORCH_ROOT = str(Path(torch.__file__).parent)
-_OWN_ROOT = str(Path(__file__).parent)
 
 # Their effect is that they raise, which no stand-in does.
 _ASSERTIONS = {torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg}
@@ -412,7 +410,7 @@ class Recorder(ReadsWhole):
         frame = sys._getframe(1)
         while frame is not None:
             name = frame.f_code.co_filename
-            if not name.startswith((_TORCH_ROOT, _OWN_ROOT, "<")):
+            if not is_machinery(name):
                 return f"{Path(name).name}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
         return "unknown line"

@@ -1,0 +1,24 @@
+"""Whose code a file holds: lines in messages are the user's or a library's, not the machinery's."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+# With a separator: torchvision and torch_geometric lie beside torch.
+TORCH_ROOT = str(Path(torch.__file__).parent) + os.sep
+OWN_ROOTS = tuple(
+    str(Path(__file__).parent.parent / package) + os.sep for package in ("graph_capture", "planner")
+)
+
+
+@lru_cache(maxsize=4096)
+def is_machinery(file_name: str) -> bool:
+    """Whether a file is PyTorch's, this project's, or none at all (generated code)."""
+    return file_name.startswith((TORCH_ROOT, *OWN_ROOTS, "<"))
+
+
+__all__ = ["OWN_ROOTS", "TORCH_ROOT", "is_machinery"]
