@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -271,7 +272,12 @@ class PlannedForward:
                 output = other(*args, **kwargs)
                 self._others = [other, *(o for o in self._others if o is not other)]
                 return output
-        plan = replan(self.plan, self.model, arguments, self.unplanned)
+        try:
+            plan = replan(self.plan, self.model, arguments, self.unplanned)
+        except CaptureError as error:
+            if not isinstance(error.__cause__, (CaptureError, NoneType)):
+                self.unplanned(*args, **kwargs)  # an assertion fails: raise as eager does
+            raise
         other = PlannedForward(self.model, plan, plan._captured, "error")
         other.own_forward = self.own_forward
         other.tally, other._watch = self.tally, self._watch

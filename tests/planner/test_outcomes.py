@@ -140,10 +140,11 @@ def test_other_sizes_are_eagers_under_a_policy(policy: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:a training step of a planned:planner.errors.PlanWarning")
-def test_an_assertion_raises_its_own_error_unplanned() -> None:
-    """Under ``"unplanned"`` a failing assertion is eager's."""
+@pytest.mark.parametrize("policy", ["replan", "unplanned"])
+def test_an_assertion_raises_its_own_error_under_a_policy(policy: Any) -> None:
+    """A failing assertion is eager's where the call is not the planned one anyway."""
     model = model_of(asserting)
-    plan_of(model).apply(model, on_shape_change="unplanned")
+    plan_of(model).apply(model, on_shape_change=policy)
     with pytest.raises(ValueError, match="ids out of range"):
         model(*sample(1, (11,) * 10))
 
