@@ -100,10 +100,8 @@ class Reads:
         if self._places and all(place.is_gone() for place in self._places):
             return "what was read while planning is gone"
         for place in self._places:
-            if (
-                place.is_gone()
-            ):  # made by forward itself; what replaces a part is seen at its holder
-                continue
+            if place.is_gone():
+                continue  # forward itself made it; what replaces a part is seen at its holder
             found = difference(place.held, place.now(), place.label)
             if found:
                 return found

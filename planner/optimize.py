@@ -53,8 +53,9 @@ def optimize(
         In training mode, on the device where it will train.
     sample_input
         A tensor, a tuple of positional arguments or a dict of keyword
-        arguments. Only shapes, dtypes and devices matter. Under autocast, call
-        this under the same autocast.
+        arguments. Shapes, dtypes and devices matter; values where forward asks
+        for them (``mask.all()``, ``.item()``, ``x[mask]``): each step is checked
+        for the sample's answers. Under autocast, call this under the same autocast.
     budget_gb, budget_bytes
         One of them. 1 GB = 10^9 bytes; ``budget_gb`` also takes ``"40GiB"``.
     loss_fn

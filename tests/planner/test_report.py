@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graph_capture.units import format_bytes, format_us
-from planner import Plan, optimize
+from planner import Plan, PlanError, optimize
 from solvers.any_order.order_free_bound import ANY_ORDER_SCOPE
 from solvers.any_order.solve import OWN_ORDER
 from solvers.incumbent import GLOBAL_SCOPE
@@ -77,7 +77,7 @@ def test_the_report_fits_a_terminal(plan):
 
 
 def test_detached_outputs_are_named():
-    """Where only output.loss is differentiated, the report names what comes back detached."""
+    """Where only output.loss is differentiated, the report names what cannot be, as does its use."""
     from transformers.modeling_outputs import CausalLMOutput
 
     class WithLoss(nn.Module):
@@ -93,7 +93,9 @@ def test_detached_outputs_are_named():
     assert plan.detached == ("logits",)
     assert "detached: logits" in str(plan)
     output = plan.apply(WithLoss().train())(sample())
-    assert output.loss.requires_grad
+    assert output.loss.requires_grad and output.logits.requires_grad
+    with pytest.raises(PlanError, match="logits"):
+        output.logits.sum().backward()
 
 
 def test_the_short_form_is_one_line(plan):
