@@ -77,7 +77,7 @@ def test_the_report_fits_a_terminal(plan):
 
 
 def test_detached_outputs_are_named():
-    """Where only output.loss is differentiated, the report names what cannot be, as does its use."""
+    """Where only output.loss is differentiated, report and use name what is not."""
     from transformers.modeling_outputs import CausalLMOutput
 
     class WithLoss(nn.Module):
@@ -93,7 +93,8 @@ def test_detached_outputs_are_named():
     assert plan.detached == ("logits",)
     assert "detached: logits" in str(plan)
     output = plan.apply(WithLoss().train())(sample())
-    assert output.loss.requires_grad and output.logits.requires_grad
+    assert output.loss.requires_grad
+    assert output.logits.requires_grad
     with pytest.raises(PlanError, match="logits"):
         output.logits.sum().backward()
 
