@@ -106,6 +106,20 @@ def test_a_list_is_one_question() -> None:
     assert captured.step.outcomes == (Outcome(values=(0, 1, 2, 0, 5, 0)),)
 
 
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda h, places: torch.tensor_split(h, places),
+        lambda h, places: h.tensor_split(places, dim=0),
+        lambda h, places: h.tensor_split(tensor_indices_or_sections=places),
+    ],
+)
+def test_places_of_a_split_are_one_question(split: Any) -> None:
+    """``tensor_split`` by a tensor reads it as a whole."""
+    captured = capture(lambda m, x, ids: split(m.layer(x), ids[1:3])[1])
+    assert [target for target, _ in checks_of(captured)] == [expect_values]
+
+
 def test_numpy_sees_the_samples_integers() -> None:
     """``.numpy()`` of an input hands out its values, and one check sees that they stay."""
     captured = capture(lambda m, x, ids: m.layer(x) * float(ids.cpu().numpy().sum()))
