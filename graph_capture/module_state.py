@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -52,6 +55,58 @@ def reassigned_buffers(
             )
         found.append((name, new, new is old))
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A stand-in of what a step is given, and how it lay before forward ran.
+
+    Parameters
+    ----------
+    tensor
+        The stand-in.
+    name
+        In words.
+    spec, offset
+        Its kind and its place in its memory, before forward ran.
+    """
+
+    tensor: torch.Tensor
+    name: str
+    spec: TensorSpec
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, name: str) -> LaidOut:
+        """As it is now."""
+        return cls(tensor, name, TensorSpec.of(tensor), int(tensor.storage_offset()))
+
+    @property
+    def is_so_still(self) -> bool:
+        """Whether it lies as it did; ``requires_grad_()`` is no change of that."""
+        now, then = LaidOut.of(self.tensor, self.name), self
+        return (now.spec.shape, now.spec.stride, now.offset) == (
+            then.spec.shape,
+            then.spec.stride,
+            then.offset,
+        )
+
+
+def refuse_laid_out_anew(state: Iterable[LaidOut]) -> None:
+    """Nothing that a step is given gets another shape in place (``resize_``, ``squeeze_``).
+
+    Raises
+    ------
+    NotFittingError
+        A planned step would leave the shape as it was.
+    """
+    for held in state:
+        if not held.is_so_still:
+            raise NotFittingError(
+                f"forward gives {held.name}, a {held.spec}, another shape or layout in place "
+                f"(now {TensorSpec.of(held.tensor)}), which a planned step would not do. If only "
+                "the first call does so, run the model once before; else work on a view or a copy"
+            )
 
 
 def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]]:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 from .errors import CaptureError
 from .kernels_word import kernels_word, laid_out_rightly
 from .known_values import Knowing, KnownValues
+from .layouts import refuse_nesting, refuse_result
 from .lines import is_machinery
 from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
 from .packed_sequences import PACK, packed
@@ -36,6 +37,8 @@ from .repeated_calls import RepeatedCalls
 if TYPE_CHECKING:
     from .real_results import RealResults
 
+_RESIZES = {"aten::resize_", "aten::resize_as_"}
+_EXCHANGES = {getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads()}
 # Their effect is that they raise, which no stand-in does.
 _ASSERTIONS = {torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg}
 
@@ -152,7 +155,7 @@ class Recorder(ReadsWhole):
         CaptureError
             When the tensor came from nowhere that was seen.
         """
-        self._refuse_sparse(tensor)
+        self._refuse_undense(tensor)
         node = self._node_of.get(id(tensor))
         if node is not None and self._memory_of[id(tensor)] == storage_id(tensor):
             return node
@@ -178,7 +181,7 @@ class Recorder(ReadsWhole):
                 f"a tensor of shape {tuple(tensor.shape)} that requires grad is used in forward "
                 f"({self._where()}) but is no parameter of the model; register it as one"
             )
-        self._refuse_sparse(tensor)
+        self._refuse_undense(tensor)
         name = f"constant_{len(self.constants)}"
         self.constants[name] = tensor
         node = self.graph.placeholder(name)
@@ -201,16 +204,13 @@ class Recorder(ReadsWhole):
 
         return tree_map(twin, tree)
 
-    def _refuse_sparse(self, tensor: torch.Tensor) -> None:
-        if tensor.layout != torch.strided:
-            raise CaptureError(
-                f"a tensor of layout {tensor.layout} occurs ({self.origin()[1]}); only dense "
-                "tensors can be planned: turn off options such as nn.Embedding(sparse=True)"
-            )
+    def _refuse_undense(self, tensor: torch.Tensor) -> None:
+        if tensor.layout != torch.strided or tensor.is_nested:
+            refuse_result(tensor, self.origin()[1], self.phase)
 
     def bind(self, node: Node, tensor: torch.Tensor) -> None:
         """Let ``node`` be what makes ``tensor``."""
-        self._refuse_sparse(tensor)
+        self._refuse_undense(tensor)
         node.meta["val"] = tensor
         self._memory_of[id(tensor)] = storage_id(tensor)
         self._keep_alive.append(tensor)
@@ -254,6 +254,7 @@ class Recorder(ReadsWhole):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             raise CaptureError(f"{func} cannot be recorded ({self._where()})")
+        refuse_nesting(func, self._where)
         self._on_call()
         args, kwargs = self._with_twins(func, (args, kwargs))
         if self._known.answers(func, args):
@@ -269,6 +270,8 @@ class Recorder(ReadsWhole):
                 self.record(func, args, kwargs, out)
                 self._look_at_stand_in(out[1], args[0].fake_mode)
                 return out
+        outs = [] if func in _EXCHANGES else written_arguments(func, args, kwargs)
+        sizes = [tensor.shape for tensor in outs]
         try:
             if self._repeated is None:
                 out = _apart(func, func(*args, **kwargs))
@@ -286,6 +289,8 @@ class Recorder(ReadsWhole):
         except Exception:
             self.failed_at = self.origin()[1]
             raise
+        for tensor, size in zip(outs, sizes, strict=True):
+            self._refuse_resized(tensor, size)
         if func in _ASSERTIONS:
             self.call(func, self.as_nodes(args), self.as_nodes(kwargs)).meta["val"] = None
         elif any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
@@ -338,15 +343,28 @@ class Recorder(ReadsWhole):
         """``x.squeeze_()`` changes what ``x`` is: record ``y = x.squeeze()``, go on with y."""
         tensor = args[0]
         source = self.node_of(tensor)
+        size = tensor.shape
         frozen = tensor.detach()  # the node keeps the shape that it had
         source.meta["val"] = frozen
         self._keep_alive.append(frozen)
         node_args = self.as_nodes(args)
         out = func(*args, **kwargs)
+        if func._schema.name in _RESIZES and source.op != "placeholder":
+            self._refuse_resized(tensor, size)
+            return out
         node = self.call(functional_twin(func), node_args, kwargs)
         self.bind(node, tensor)
         self._known.note(func, args, kwargs, out)  # its shape is another now
         return out
+
+    def _refuse_resized(self, tensor: torch.Tensor, before: torch.Size) -> None:
+        """Memory that grows under a tensor is not the memory that a plan counts."""
+        if tensor.shape != before:
+            raise CaptureError(
+                f"a tensor of shape {tuple(before)} is resized in place to {tuple(tensor.shape)} "
+                f"({self._where()}), by resize_ or as out= of a call; make it in its size at once, "
+                "or leave out= away"
+            )
 
     def as_nodes(self, tree: Any) -> Any:
         """Arguments with nodes in the place of tensors."""

@@ -24,8 +24,16 @@ from .eager_formulas import take_eager_formulas
 from .effects import Effects
 from .errors import NotFittingError
 from .isolation import swap_tensors
+from .layouts import refuse_state
 from .loss import LossFn, LossSpec, differentiate, without_autocast
-from .module_state import loose_tensors, reassigned_buffers, registered, state_of
+from .module_state import (
+    LaidOut,
+    loose_tensors,
+    reassigned_buffers,
+    refuse_laid_out_anew,
+    registered,
+    state_of,
+)
 from .outcomes import Outcome
 from .outputs import take_apart, tensors_within
 from .reading import Watcher
@@ -106,6 +114,7 @@ class _Recording:
         )
         self.leaves: list[tuple[Node, torch.Tensor]] = []  # what gradients are asked for
         self.stand_ins: dict[int, torch.Tensor] = {}  # id of a tensor of the model -> its twin
+        self.laid_out: list[LaidOut] = []  # parameters, buffers, attributes and arguments
 
     def run(
         self, forward: Callable[..., Any], loss: LossFn | LossSpec | None, how: str
@@ -127,6 +136,7 @@ class _Recording:
             with watcher.watching(), recorder, recorder.module_paths(model):
                 output = call_forward(forward, fake_arguments)
             self._refuse_random_numbers()
+            refuse_laid_out_anew(self.laid_out)
             _refuse_holders(fake_arguments)
             template, tensors = take_apart(output)
             reassigned = reassigned_buffers(state_before, registered(model))
@@ -199,6 +209,7 @@ class _Recording:
         node = self.recorder.placeholder(
             _identifier(role, targets[0]), fake, real, role=role, target=targets[0], targets=targets
         )
+        self.laid_out.append(LaidOut.of(fake, f"{role} {targets[0]!r}"))
         if fake.requires_grad:
             self.leaves.append((node, fake))
         return node
@@ -206,6 +217,7 @@ class _Recording:
     def _declare_state(self) -> None:
         """Parameters and buffers are inputs, other tensors of the model once they are read."""
         for role, tensor, names in state_of(self.model):
+            refuse_state(tensor, f"{role} {names[0]!r}")
             self.stand_ins[id(tensor)] = self.twins.of(tensor)
             self._declare(self.stand_ins[id(tensor)], role, names, tensor)
         # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
@@ -219,6 +231,7 @@ class _Recording:
             if len(names) == 1 and memory[storage_id(tensor)] == 1:
                 self.watcher.replaceable.add(names[0])
             fake = self.stand_ins[id(tensor)] = self.twins.of(tensor)
+            self.laid_out.append(LaidOut.of(fake, f"attribute {names[0]!r}"))
             self.recorder.expect(
                 _identifier("attribute", names[0]),
                 fake,

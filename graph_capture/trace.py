@@ -8,7 +8,7 @@ Nothing is allocated, and the model is left as it was.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -24,12 +24,14 @@ from .errors import CaptureError, NotFittingError
 from .failures import explain_failures
 from .isolation import undisturbed
 from .known_values import taken_for_real
+from .layouts import refuse_argument
 from .ledger import Change, make_again
 from .loss import LossFn, LossSpec
 from .outcomes import read_as_a_whole
 from .packed_sequences import sequences_padded
 from .reading import Watcher
 from .snapshots import brief
+from .split_places import split_places_read
 from .step_recording import record_step
 from .target import Target, target_of
 from .tensor_of_tensors import tensors_of_tensors
@@ -64,7 +66,8 @@ def trace_step(
     CaptureError
         When neither works; names the line of the model that stopped it.
     """
-    _refuse_layouts(tensors_of(arguments))
+    for tensor in tensors_of(arguments):
+        refuse_argument(tensor)
     target = target or target_of(model, tensors_of(arguments))
     forward = forward or model.forward
 
@@ -88,22 +91,6 @@ def trace_step(
                 f"attribute {name!r} to {brief(settled[0].now)}; run the model once before planning"
             )
     return step
-
-
-def _refuse_layouts(arguments: Iterable[torch.Tensor]) -> None:
-    for tensor in arguments:
-        if tensor.is_nested:
-            raise NotFittingError(
-                "an argument is a nested tensor; only dense tensors can be planned: pad it "
-                "(torch.nested.to_padded_tensor) and pass the lengths or a mask, or plan the part "
-                "of the model behind it"
-            )
-        if tensor.layout != torch.strided:
-            raise NotFittingError(
-                f"an argument is a tensor of layout {tensor.layout}; only dense tensors can be "
-                "planned: pass it dense (to_dense()), pass indices and values and multiply with "
-                "index_select and index_add, or plan the dense part of the model"
-            )
 
 
 def _calls_of(step: TracedStep) -> list[str]:
@@ -142,6 +129,7 @@ def _first_that_works(
                 read_as_a_whole(),
                 tensors_of_tensors(),
                 sequences_padded(),
+                split_places_read(),
                 context(),
             ):
                 try:

@@ -210,16 +210,80 @@ class RegistersLater(Three):
         return self.c(self.a(x) * self.scale)
 
 
+class ResizesBuffer(Three):
+    def prepare(self) -> None:
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale.shape != (WIDTH,):
+            self.scale.resize_(WIDTH).fill_(2.0)
+        return self.c(self.a(x) * self.scale)
+
+
+class ReshapesArgument(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x.unsqueeze_(0)))
+
+
+class SparseBuffer(Three):
+    def prepare(self) -> None:
+        self.register_buffer("graph", torch.eye(16).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.graph, self.c(self.a(x)))
+
+
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
+        (ResizesBuffer, "'scale', a float32[1] on cpu, another shape or layout in place"),
+        (ReshapesArgument, "work on a view"),
+        (SparseBuffer, "buffer 'graph' is a tensor of layout torch.sparse_coo"),
         (Grows, "a plan of its own"),
         (CarriesGraph, "detach it"),
         (RegistersLater, "run the model once before"),
     ],
 )
-def test_a_buffer_that_no_plan_can_follow_is_refused(cls: type[nn.Module], reason: str) -> None:
-    """A buffer that grows, carries a graph or appears in forward is refused with the way out."""
+def test_state_that_no_plan_can_follow_is_refused(cls: type[nn.Module], reason: str) -> None:
+    """One that grows, is resized, is sparse, carries a graph or appears late: with the way out."""
+    assert reason in _refused(cls())
+
+
+class ResizesResult(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.empty(0).resize_(16, WIDTH).copy_(self.a(x)))
+
+
+class OutOfAnotherSize(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = torch.empty(0)
+        torch.mul(x, 2, out=doubled)
+        return self.c(self.a(doubled))
+
+
+class Nests(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.nested.nested_tensor([x[:4], x[4:]]).to_padded_tensor(0.0))
+
+
+class MultipliesSparse(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(16).expand(2, 16)
+        return torch.sparse_coo_tensor(places, x[:, 0], (16, 16)) @ self.c(self.a(x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (ResizesResult, "is resized in place to (16, 32)"),
+        (OutOfAnotherSize, "leave out= away"),
+        (Nests, "pad instead"),
+        (MultipliesSparse, "make it dense"),
+    ],
+)
+def test_tensors_that_no_graph_holds_are_refused(cls: type[nn.Module], reason: str) -> None:
+    """Resized, nested and sparse ones are refused with what to do instead."""
     assert reason in _refused(cls())
 
 
