@@ -2,19 +2,25 @@
 
 ``make sweep-operators``, or ``python -m benchmarks.sweeps.operators``. Each case
 is one operator or module between two layers, with contiguous and with other
-inputs, planned at the least budget and half-way to the unplanned peak. A worker
-process judges them in turn; one that dies or hangs loses one case and is
-started again.
+inputs, planned at the least budget and half-way to the unplanned peak. Worker
+processes judge them in turn; one that dies or hangs loses one case and is
+started again. Verdicts are written one a line as they come, and a sweep that
+was interrupted goes on where it stopped. The first samples of all operators come
+first, in a shuffled order: what has been judged at any time is a fair sample.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
+import queue
+import random
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,9 +35,10 @@ from .operator_cases import Case, all_cases
 from .operator_judge import OUTCOMES, Verdict, judge
 
 RECORD = Path("docs/sweeps/operators.md")
-LONGEST_S = 90.0
+LONGEST_S = 240.0
 _EXAMPLES = 6
 _ANSWER = "verdict: "
+_CASES_OF_A_WORKER = 400  # a process that lives for ever gathers what PyTorch caches
 
 
 def main() -> None:
@@ -39,49 +46,94 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2, help="of each operator (2)")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--layout", action="append", help="only this one (all)")
+    parser.add_argument("--cases", type=Path, help="only those named in this file, one a line")
     parser.add_argument("--every", type=int, default=1, help="only every n-th case")
-    parser.add_argument("--out", type=Path, default=Path("build/sweeps/operators.json"))
+    parser.add_argument("--jobs", type=int, default=1, help="worker processes (1)")
+    parser.add_argument("--out", type=Path, default=Path("build/sweeps/operators.jsonl"))
+    parser.add_argument("--resume", action="store_true", help="keep what is in --out already")
     parser.add_argument("--record", type=Path, default=None, help=f"write the table, {RECORD} say")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         _work()
         return
-    cases = [c for c in all_cases(options.samples) if options.only in str(c)]
-    cases = [c for c in cases if not options.layout or c.layout in options.layout][:: options.every]
-    began = time.perf_counter()
-    verdicts = []
-    for verdict in verdicts_of(cases):
-        verdicts.append(verdict)
-        if verdict.outcome not in ("green", "no case") or options.only:
-            _say(f"{verdict.outcome:17} {verdict.case}: {verdict.why}")
-    took_s = time.perf_counter() - began
+    cases = _chosen(options)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps([v.as_dict() for v in verdicts], indent=1), encoding="utf-8")
-    text = table(verdicts, options.samples, took_s)
+    verdicts = _read(options.out) if options.resume else []
+    known = {v.case for v in verdicts}
+    began = time.perf_counter()
+    with options.out.open("a" if options.resume else "w", encoding="utf-8") as lines:
+        for verdict in verdicts_of([c for c in cases if str(c) not in known], options.jobs):
+            verdicts.append(verdict)
+            lines.write(json.dumps(verdict.as_dict()) + "\n")
+            lines.flush()
+            if verdict.outcome not in ("green", "no case") or options.only:
+                _say(f"{verdict.outcome:17} {verdict.case}: {verdict.why}")
+    text = table(verdicts, options.samples, time.perf_counter() - began)
     if options.record is not None:
         options.record.parent.mkdir(parents=True, exist_ok=True)
         options.record.write_text(text, encoding="utf-8")
     _say(text)
 
 
-def verdicts_of(cases: list[Case]) -> Iterator[Verdict]:
-    """Judge cases in a process of their own, which is started again when one ends it."""
-    worker = None
+def _chosen(options: argparse.Namespace) -> list[Case]:
+    cases = [c for c in all_cases(options.samples) if options.only in str(c)]
+    cases = [c for c in cases if not options.layout or c.layout in options.layout]
+    if options.cases is not None:
+        named = set(options.cases.read_text(encoding="utf-8").splitlines())
+        cases = [c for c in cases if str(c) in named]
+    random.Random(0).shuffle(cases)
+    return sorted(cases, key=lambda c: c.sample)[:: options.every]
+
+
+def _read(path: Path) -> list[Verdict]:
+    if not path.exists():
+        return []
+    return [Verdict(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def verdicts_of(cases: list[Case], num_jobs: int = 1) -> Iterator[Verdict]:
+    """Judge cases in so many processes, as they come."""
+    todo: queue.SimpleQueue[Case] = queue.SimpleQueue()
     for case in cases:
-        if worker is None or worker.poll() is not None:
-            worker = _started()
+        todo.put(case)
+    done: queue.SimpleQueue[Verdict] = queue.SimpleQueue()
+    for _ in range(num_jobs):
+        threading.Thread(target=_judge_in_a_worker, args=(todo, done), daemon=True).start()
+    for _ in cases:
+        yield done.get()
+
+
+def _judge_in_a_worker(todo: queue.SimpleQueue[Case], done: queue.SimpleQueue[Verdict]) -> None:
+    """Empty a queue through a process, which is started again when a case ends it."""
+    worker, num_judged = None, 0
+    while True:
+        try:
+            case = todo.get_nowait()
+        except queue.Empty:
+            break
+        if worker is None:
+            worker, num_judged = _started(), 0
         answer = _asked(worker, case)
+        num_judged += 1
         if answer is None:
-            worker.kill()
-            status = worker.wait()
-            yield Verdict(case=str(case), outcome="crashed", why=f"the process ended ({status})")
+            _ended(worker)
+            why = f"the process ended or took over {LONGEST_S:.0f} s ({worker.returncode})"
+            done.put(Verdict(case=str(case), outcome="crashed", why=why))
             worker = None
-        else:
-            yield Verdict(**answer)
+            continue
+        done.put(Verdict(**answer))
+        if num_judged == _CASES_OF_A_WORKER:
+            _ended(worker)
+            worker = None
     if worker is not None:
+        _ended(worker)
+
+
+def _ended(worker: subprocess.Popen[str]) -> None:
+    if worker.poll() is None:
         worker.kill()
-        worker.wait()
+    worker.wait()
 
 
 def _started() -> subprocess.Popen[str]:
@@ -118,6 +170,9 @@ def _asked(worker: subprocess.Popen[str], case: Case) -> dict[str, Any] | None:
 
 def _work() -> None:
     torch.set_num_threads(1)
+    all_cases(1)  # reads the databases
+    gc.collect()
+    gc.freeze()  # a peak is recorded after a collection, which need not look at all of PyTorch
     for line in sys.stdin:
         verdict = judge(Case(**json.loads(line)))
         _say(_ANSWER + json.dumps(verdict.as_dict()))
