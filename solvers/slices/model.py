@@ -40,7 +40,10 @@ from ..highs import OBJECTIVE_SCALE, build_lp
 from ..sparse_rows import ABSENT, ALWAYS, ColumnArray, Rows
 from ..usefulness import Usefulness, usefulness
 from .slicing import Interval, Slicing
-from .transients import Crossing, Stage, TransientRows
+from .transients import TINY, Crossing, Stage, TransientRows
+
+BUDGET = 1e3
+"""The budget in rows of memory: HiGHS' tolerance (1e-6) is a billionth of it then, some bytes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def build_slice_model(
     columns = _Columns(g, intervals, usefulness(g), candidates)
     rows = Rows()
     room = budget_bytes - g.resident_bytes
-    scale = 1.0 / max(1, budget_bytes)
+    scale = BUDGET / max(1, budget_bytes)
     infeasible = False
     interval_of = {x: t for t, i in enumerate(intervals) for x in range(i.begin, i.end)}
     for t, interval in enumerate(intervals):
@@ -203,6 +206,6 @@ def _add_memory(
     cols = columns.l_col[t].copy()
     cols[touched] = ABSENT
     left -= int(g.size[cols == ALWAYS].sum())
-    ks = np.flatnonzero((cols >= 0) & (g.size > 0))
+    ks = np.flatnonzero((cols >= 0) & (g.size * scale > TINY))
     rows.add_one(cols[ks], (g.size[ks] * scale).astype(np.float64), left * scale)
     return left < 0

@@ -34,6 +34,13 @@ from ..arrays import GraphArrays
 from ..sparse_rows import ABSENT, ALWAYS, ColumnArray, Rows
 from .slicing import Interval
 
+TINY = 1e-6
+"""What is less in a row of memory is left out, which bounds all the same.
+
+HiGHS takes a coefficient below its tolerance off the room as if the column were one: of a
+budget of 4,128,798 bytes 2 are left over by the best schedule, and a scalar cost it 15 %.
+"""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -177,6 +184,7 @@ class TransientRows:
 
     def _limit(self, parts: list[tuple[int, int]]) -> None:
         """``Σ size column ≤ room``."""
+        parts = [(col, size) for col, size in parts if col == ALWAYS or size * self.scale > TINY]
         cols = np.array([col for col, _ in parts], dtype=np.int32)
         factors = np.array([size for _, size in parts]) * self.scale
         self.rows.add_one(cols, factors, self.room_bytes * self.scale)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graph_capture.cost_graph import CostGraph
+from graph_capture.cost_graph import CostGraph, Operator, Storage
 from solvers.arrays import graph_arrays
 from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
@@ -95,3 +95,33 @@ def test_rows_of_slices_end_with_the_operators() -> None:
     assert _ahead(frozenset({7, 8}), 9, 10) == set()
     assert _ahead(frozenset({6, 7}), 8, 10) == {9}
     assert _ahead(frozenset({2, 3}), 1, 10) == {0}
+
+
+def test_scalars_count_against_large_budgets() -> None:
+    """What is smaller than the MIP solver's tolerance is not taken off the room of all others."""
+    mb = 589_824
+    sizes = [mb, 4, mb, mb, mb, 12, mb, mb, mb, mb, 4, mb, mb, 4]
+    producers = [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10, 11]
+    kept = {3, 5, 13}
+    reads = [(), (), (0, 1), (2,), (3,), (2, 4), (0, 6), (1, 6), (7,), (8,), (8,), (11,)]
+    costs = [50, 19, 212, 103, 363, 75, 75, 50, 94, 75, 50, 75]
+    graph = CostGraph(
+        tuple(
+            Operator(
+                name=f"o{v}",
+                inputs=reads[v],
+                outputs=tuple(k for k, p in enumerate(producers) if p == v),
+                cost_ns=1000 * costs[v],
+                workspace_bytes=3 * mb if v == 4 else 0,
+                pinned="loss" if v == 4 else None,
+            )
+            for v in range(12)
+        ),
+        tuple(
+            Storage(name=f"s{k}", size_bytes=sizes[k], producer=producers[k], kept=k in kept)
+            for k in range(14)
+        ),
+    )
+    budget_bytes = 6 * mb + 12 + 2  # at the loss: its own 5 and the activation that it came from
+    result = solve(graph, budget_bytes, solver="slice_refinement", time_limit_s=5, gap=0.0001)
+    assert result.cost_ns == graph.base_cost_ns + 69_000  # and not 262,000
