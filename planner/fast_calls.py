@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.node import _get_qualified_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -112,8 +113,21 @@ def _find(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
     candidates: list[_Found] = []
     if given and isinstance(given[0], torch.Tensor) and hasattr(torch.Tensor, name):
         candidates.append(name)
-    candidates += [getattr(library, name) for library in _LIBRARIES if hasattr(library, name)]
+    functions = [getattr(library, name) for library in _LIBRARIES if hasattr(library, name)]
+    candidates += [f for f in functions if _is_found_by_name(f)]
     return next((c for c in candidates if _comes_to(c, func, given, named)), None)
+
+
+def _is_found_by_name(function: Any) -> bool:
+    """Whether generated code, which writes a function by name, would call this one.
+
+    Of ``block_diag`` and a few others PyTorch has a wrapper of the same name, which
+    takes its arguments otherwise.
+    """
+    found: Any = torch
+    for part in _get_qualified_name(function).split(".")[1:]:
+        found = getattr(found, part, None)
+    return bool(found == function)
 
 
 def _comes_to(candidate: _Found, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -65,6 +65,13 @@ def test_only_the_operator_itself_will_do(func, args):
     assert found(func, *args) is None
 
 
+def test_a_function_is_what_its_name_stands_for() -> None:
+    """``torch.block_diag`` is a wrapper that takes its tensors one by one, not a list of them."""
+    node = Graph().placeholder("x")
+    node.meta["val"] = X
+    assert fast_call(aten.block_diag.default, ([node, node],), {}) is None
+
+
 def test_every_function_comes_to_its_operator():
     """The planned graphs of a model dispatch, call for call, the operators of the traced step."""
     model = make(Net)
