@@ -70,6 +70,26 @@ def test_strides_are_the_kernels_own() -> None:
             assert [t.stride() for t in said] == [t.stride() for t in real]
 
 
+@pytest.mark.parametrize(
+    ("func", "args"),
+    [
+        (aten.pow.Scalar, (2, torch.rand(16, 24).t())),
+        (aten.xlogy.Tensor, (torch.rand(16, 24).t(), torch.rand(24, 16))),
+        (aten.copysign.Tensor, (torch.rand(16, 24).t(), torch.rand(24, 16))),
+        (aten.mul.Tensor, (torch.rand(16, 24).t(), torch.rand(24, 16))),
+    ],
+    ids=["pow", "xlogy", "copysign", "mul"],
+)
+def test_elementwise_results_lie_as_the_kernels_own(func: object, args: tuple) -> None:
+    """PyTorch's formulas for stand-ins know the strides of some such calls wrongly."""
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    repeated = RepeatedCalls(fake_mode, RealResults(fake_mode, torch.device("cpu")))
+    with fake_mode:
+        given = tuple(fake_mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
+        said = repeated.run(func, given, {})
+    assert said.stride() == func(*args).stride()  # type: ignore[operator]
+
+
 def test_nothing_runs_for_contiguous_arguments() -> None:
     """A model whose activations are contiguous costs no run of a kernel while it is traced."""
     fake_mode = FakeTensorMode()
