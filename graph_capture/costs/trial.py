@@ -83,7 +83,9 @@ def call_key(call: Call, torch_type: str) -> str:
             same = first.setdefault(id(leaf), i)
             shape, strides = list(leaf.shape), list(leaf.stride())
             place = "@cpu" if leaf.device.type == "cpu" != torch_type else ""
-            parts.append(f"={same}" if same != i else f"{leaf.dtype}{shape}{strides}{place}")
+            bits = ("conj" if leaf.is_conj() else "") + ("neg" if leaf.is_neg() else "")
+            said = f"{leaf.dtype}{shape}{strides}{bits}{place}"
+            parts.append(f"={same}" if same != i else said)
         else:
             parts.append(repr(leaf))
     grad = "grad" if call.grad_enabled else "no_grad"
@@ -175,7 +177,14 @@ def blank_arguments(
             flat.fill_(0)
         return real
 
-    return tree_map(make, args), tree_map(make, kwargs)
+    def with_bits(x: Any) -> Any:
+        """A kernel that knows nothing of a lazy conjugation or negation copies its argument."""
+        made = make(x)
+        if _is(x) and x.is_conj():
+            made = made.conj()
+        return torch._neg_view(made) if _is(x) and x.is_neg() else made
+
+    return tree_map(with_bits, args), tree_map(with_bits, kwargs)
 
 
 def fill_mask(call: Call, args: tuple) -> None:

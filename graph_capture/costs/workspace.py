@@ -41,6 +41,7 @@ aten = torch.ops.aten
 
 # A number where a kernel takes a tensor becomes one: in double, then in the kernel's dtype.
 _SCALAR_BYTES = 16
+_COMPLEX_DOUBLE_BYTES = 16
 
 # The largest calls of a language model. Their CPU kernels keep what they need on the stack
 # (aten/src/ATen/native/SoftMax.cpp, LossNLL.cpp) where nothing must be copied first.
@@ -111,11 +112,13 @@ class WorkspaceProbe:
         if not self._measures or not self._scratch:
             return 0
         name = func._schema.name
-        if torch.Tag.pointwise in func.tags and _is_one_loop(func) and not _reduced(call):
+        given = [t for t in tree_iter((args, kwargs)) if _is(t)]
+        lazy = any(t.is_conj() or t.is_neg() for t in given)  # a kernel may copy it first
+        pointwise = torch.Tag.pointwise in func.tags and not lazy
+        if pointwise and _is_one_loop(func) and not _reduced(call):
             # TensorIterator copies what it must cast first (aten/src/ATen/TensorIterator.cpp).
-            if len({t.dtype for t in tree_iter((args, kwargs, out)) if _is(t)}) <= 1:
-                has_number = any(isinstance(x, (int, float)) for x in args)
-                return _SCALAR_BYTES if has_number and self._on_cpu else 0
+            if len({t.dtype for t in (*given, *filter(_is, tree_iter(out)))}) <= 1:
+                return _number_bytes(args, given) if self._on_cpu else 0
         elif _TAKES_NONE.fullmatch(name) or not runs_on_blanks(func):
             return 0
         if self._on_cpu and name in _PRODUCTS and _plain_product(call):
@@ -173,6 +176,12 @@ def _is_one_loop(func: Any) -> bool:
         return True
     name = func._schema.name + (f".{func._overloadname}" if func._overloadname != "default" else "")
     return not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+
+
+def _number_bytes(args: tuple, given: list[torch.Tensor]) -> int:
+    if any(isinstance(x, complex) for x in args):
+        return _COMPLEX_DOUBLE_BYTES + max((t.element_size() for t in given), default=0)
+    return _SCALAR_BYTES if any(isinstance(x, (int, float)) for x in args) else 0
 
 
 def _plain_product(call: Call) -> bool:

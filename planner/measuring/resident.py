@@ -72,7 +72,8 @@ def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
     """Bytes of the distinct storages of the tensors that lie on the device."""
     sizes: dict[int, int] = {}
     for t in tensors:
-        if t.device == device and t.layout == torch.strided:
+        # A tensor that is known to be zero, as some gradients are, has no memory to ask for.
+        if t.device == device and t.layout == torch.strided and not t._is_zerotensor():
             storage = t.untyped_storage()
             sizes[storage.data_ptr()] = max(storage.nbytes(), sizes.get(storage.data_ptr(), 0))
     if device.type == "cuda":

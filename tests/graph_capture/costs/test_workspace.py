@@ -41,6 +41,9 @@ def _real(func: Any, *args: Any) -> int:
         (aten.cumsum.default, (torch.randn(64, 64), 0)),
         (aten._trilinear.default, (*(torch.randn(8, 1, 8) for _ in range(3)), [], [], [], [2])),
         (aten.mul.Tensor, (torch.randn(64, dtype=torch.cfloat), torch.randn(64))),
+        (aten.mul.Tensor, (torch.randn(64, dtype=torch.cfloat), 2j)),
+        (aten.sigmoid.default, (torch.randn(64, dtype=torch.cfloat).conj(),)),
+        (aten.linalg_qr.default, (torch.randn(8, 8, dtype=torch.cfloat).conj(),)),
     ],
     ids=lambda value: str(value) if not isinstance(value, tuple) else "",
 )
@@ -50,7 +53,9 @@ def test_scratch_is_that_of_a_real_call(func: Any, args: tuple) -> None:
 
 
 def _as_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.conj().to("meta").conj() if value.is_conj() else value.to("meta")
 
 
 def test_a_product_copies_what_is_not_dense() -> None:
