@@ -6,14 +6,14 @@ come out, the node's own result is replaced by that of one operator that does
 what eager does (:mod:`~.formula_operators`); what the node has recorded is read
 by nobody then and is dropped.
 
-Which formulas ask (PyTorch 2.11 to 2.14): of those that decide bits, products
-(``prod``, ``cumprod``), the even split of a full ``max``, ``min`` or ``median``,
-and the value of ``masked_fill``: they are here. Those that only choose between
-an in-place call and its functional twin (``gather``, ``index_select``, ``take``,
-``max`` along a dimension, ``clamp`` between tensors, ``BCEWithLogitsLoss``) have
-the same bits and need no more than one buffer more; those of forward-mode
-derivatives do not run in a training step; checks that can only raise change no
-bits.
+Which formulas ask was found by running the gradients of every operator of PyTorch's
+own database (2.13, on the CPU, real and complex, three layouts) with and without a
+mode; tests/graph_capture/test_eager_formulas.py does so again. Other bits come out
+of products (``prod``, ``cumprod``) and of the value of ``masked_fill``; another
+layout, and so other bits of what is summed up from there, of the even split of a
+full ``max``, ``min`` or ``median``, of ``masked_select`` and of products of
+Householder reflections: they are here. Not here are ``linalg.lstsq``, which is refused
+since its sizes depend on values, and ``linalg.pinv`` of complex matrices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from .formula_operators import NAMESPACE
 
 _Gradients = Sequence[torch.Tensor | None]
-_Formula = Callable[[Any, torch.Tensor], torch.Tensor]
+_Formula = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 _SIGNED = 1 << 63  # saved dimensions come back as unsigned numbers
 
@@ -37,13 +37,13 @@ def _dim_of(node: Any) -> int:
     return dim % node._saved_self.dim()
 
 
-def _prod(node: Any, grad: torch.Tensor) -> torch.Tensor | None:
+def _prod(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
     if node._saved_self.dim() == 0:
         return None
     return _own("prod_backward")(grad, node._saved_self, node._saved_result)
 
 
-def _prod_dim(node: Any, grad: torch.Tensor) -> torch.Tensor | None:
+def _prod_dim(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
     given = node._saved_self
     if given.dim() == 0:
         return None
@@ -52,45 +52,64 @@ def _prod_dim(node: Any, grad: torch.Tensor) -> torch.Tensor | None:
     )
 
 
-def _cumprod(node: Any, grad: torch.Tensor) -> torch.Tensor | None:
+def _cumprod(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
     given = node._saved_self
     if given.numel() <= 1 or given.shape[_dim_of(node)] == 1:
         return None
     return _own("cumprod_backward")(grad, given, node._saved_result, _dim_of(node))
 
 
-def _evenly(node: Any, grad: torch.Tensor) -> torch.Tensor | None:
+def _evenly(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
     given = node._saved_self
     if given.device.type == "cuda":
         return None  # there eager's formula is the one that is taken under a mode
     return _own("evenly_distribute_backward")(grad, given, node._saved_result)
 
 
-def _masked_fill(node: Any, grad: torch.Tensor) -> torch.Tensor:
+def _masked_fill(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor:
     return _own("masked_fill_value_backward")(grad, node._saved_mask)
 
 
-# Name of the node -> which of its gradients is replaced, and by what.
-_FORMULAS: dict[str, tuple[int, Callable[[Any, torch.Tensor], torch.Tensor | None]]] = {
-    "ProdBackward0": (0, _prod),
-    "ProdBackward1": (0, _prod_dim),
-    "CumprodBackward0": (0, _cumprod),
-    "MaxBackward1": (0, _evenly),
-    "MinBackward1": (0, _evenly),
-    "MedianBackward0": (0, _evenly),
-    "NanmedianBackward0": (0, _evenly),
-    "MaskedFillBackward1": (1, _masked_fill),
+def _laid_out_as(saved: str) -> _Formula:
+    """Eager writes parts into zeros like the argument; under a mode they are joined or copied."""
+
+    def laid_out(node: Any, _grad: torch.Tensor, made: torch.Tensor) -> torch.Tensor | None:
+        argument = getattr(node, saved)
+        if argument.shape != made.shape:
+            return None  # was summed, since it was broadcast
+        like = torch.empty_like(argument)
+        return None if like.stride() == made.stride() else like.copy_(made)
+
+    return laid_out
+
+
+# Name of the node -> which of its gradients are replaced, and by what.
+_FORMULAS: dict[str, dict[int, _Formula]] = {
+    "ProdBackward0": {0: _prod},
+    "ProdBackward1": {0: _prod_dim},
+    "CumprodBackward0": {0: _cumprod},
+    "MaxBackward1": {0: _evenly},
+    "MinBackward1": {0: _evenly},
+    "MedianBackward0": {0: _evenly},
+    "NanmedianBackward0": {0: _evenly},
+    "MaskedFillBackward1": {1: _masked_fill},
+    "MaskedSelectBackward0": {0: _laid_out_as("_saved_self")},
+    "OrmqrBackward0": {0: _laid_out_as("_saved_self"), 1: _laid_out_as("_saved_input2")},
+    "LinalgHouseholderProductBackward0": {
+        0: _laid_out_as("_saved_input"),
+        1: _laid_out_as("_saved_tau"),
+    },
 }
 
 
 def as_eager(node: Any, made: _Gradients, given: _Gradients) -> tuple[torch.Tensor | None, ...]:
     """The gradients that eager would have made of ``given`` where the node made ``made``."""
     found = list(made)
-    formula = _FORMULAS.get(node.name())
-    if formula is not None and given[0] is not None and found[formula[0]] is not None:
-        replaced = formula[1](node, given[0])
-        if replaced is not None:
-            found[formula[0]] = replaced
+    if given[0] is not None:
+        for i, formula in _FORMULAS.get(node.name(), {}).items():
+            gradient = found[i]
+            replaced = None if gradient is None else formula(node, given[0], gradient)
+            found[i] = gradient if replaced is None else replaced
     return tuple(found)
 
 

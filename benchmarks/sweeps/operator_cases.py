@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 LAYOUTS = ("contiguous", "transposed", "reversed", "channels_last", "in_place")
@@ -95,14 +96,18 @@ class Subject(nn.Module):
         self.second = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[tuple[int, ...]]]:
+        return _joined(self.called(*(v * self.first * (self.second * x) for v in self.values)))
+
+    def called(self, *values: Tensor) -> Any:
+        """What the call makes of ``values`` in the place of the parameters."""
         made = []
         for kind, what in self._leaves:
             if kind == "value":
-                made.append(self.values[what] * self.first * (self.second * x))
+                made.append(values[what])
             else:
                 made.append(getattr(self, what) if kind == "given" else what)
         call = self.inner if self._call is None else self._call[0]
-        return _joined(call(*tree_unflatten(made, self._spec)))
+        return call(*tree_unflatten(made, self._spec))
 
 
 def _joined(result: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
@@ -110,13 +115,18 @@ def _joined(result: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
     parts, strides = [], []
     for t in tree_leaves(result):
         if isinstance(t, Tensor):
-            strides.append(t.stride())
+            strides.append(strides_of(t))
             if t.requires_grad:
                 t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
                 parts.append(torch.sigmoid(t).flatten())
     if not parts:
         raise NoCase("nothing that it returns can be differentiated")
     return torch.cat(parts), strides
+
+
+def strides_of(t: Tensor) -> tuple[int, ...]:
+    """Without those of dimensions of one element, which no kernel looks at."""
+    return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1)
 
 
 def _laid_out(t: Tensor, layout: str) -> Tensor:
@@ -148,11 +158,13 @@ def _databases() -> tuple[dict[str, Any], dict[str, Any]]:
         sys.modules["expecttest"] = stub
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torch.testing._internal.common_methods_invocations import op_db
+        from torch.testing._internal import common_methods_invocations as invocations
         from torch.testing._internal.common_modules import module_db
+    # Of operators that draw numbers PyTorch's tests seed the generator in each call.
+    invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
     operators = {
         f"{op.name}{'.' + op.variant_test_name if op.variant_test_name else ''}": op
-        for op in op_db
+        for op in invocations.op_db
         if op.supports_autograd and torch.float32 in op.dtypes
     }
     return operators, {info.name: info for info in module_db}
@@ -217,6 +229,18 @@ def subject_of(case: Case) -> Callable[[], Subject]:
     raise NoCase(f"its samples cannot be made: {failure}")
 
 
+def arguments_of(case: Case) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+    """The bare call of an operator's case, and those of its arguments that it is differentiated by.
+
+    Raises
+    ------
+    NoCase
+        As :func:`subject_of`.
+    """
+    subject = subject_of(case)()
+    return subject.called, tuple(subject.values)
+
+
 def _operator(case: Case) -> Callable[[bool], Callable[[], Subject]]:
     op = _databases()[0][case.name]
     call = op.op
@@ -273,6 +297,9 @@ def _module(case: Case) -> Callable[[bool], Callable[[], Subject]]:
             def __init__(self) -> None:
                 super().__init__()
                 self.subject = info.module_cls(*made_of.args, **made_of.kwargs).train()
+                if any(map(is_lazy, self.subject.parameters())):
+                    with torch.no_grad():  # its first call makes the parameters
+                        self.subject(*given.args, **given.kwargs)
 
             def forward(self, args: Any, kwargs: Any) -> Any:
                 return self.subject(*args, **kwargs)

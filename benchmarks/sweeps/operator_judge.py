@@ -16,7 +16,7 @@ from graph_capture.errors import CaptureError
 from planner import InfeasibleBudgetError, Plan, optimize
 from planner.training_step import train_step
 
-from .operator_cases import Case, NoCase, loss_of, subject_of
+from .operator_cases import Case, NoCase, loss_of, strides_of, subject_of
 
 OUTCOMES = (
     "green",
@@ -214,7 +214,7 @@ def _train(model: nn.Module, x: Tensor) -> dict[str, Any]:
         seen[f"output {i}"], seen[f"loss {i}"] = output.detach().clone(), loss.detach().clone()
         for name, p in model.named_parameters():
             seen[f"gradient {i} of {name}"] = None if p.grad is None else p.grad.detach().clone()
-            seen[f"strides {i} of {name}"] = None if p.grad is None else p.grad.stride()
+            seen[f"strides {i} of {name}"] = None if p.grad is None else strides_of(p.grad)
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
