@@ -70,10 +70,10 @@ def test_the_peak_is_the_one_that_optimize_knows(case: Case):
         for row in found.rows:
             call, loss_fn = real_call(case, model, row.batch)
             plan = optimize(model, call, budget_gb=100, loss_fn=loss_fn, optimizer="adamw")
-            assert (row.peak_bytes, row.step_us) == (
-                plan.baseline_peak_bytes,
-                plan.baseline_step_us,
-            )
+            assert row.peak_bytes == plan.baseline_peak_bytes
+            # No values are known of a batch that nobody has: BERT's question whether its mask
+            # is all true is answered by the path that the model keeps for compilers.
+            assert row.step_us == pytest.approx(plan.baseline_step_us, rel=0.03)
 
 
 @pytest.mark.parametrize(
