@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .asked_numbers import AskedNumber
 from .call_spec import TensorSpec
 from .errors import NotFittingError
 from .ledger import Change, Ledger
@@ -52,10 +53,13 @@ class LeftTensor:
     tensor
         Its stand-in; requires grad only where forward has used it from there, as old
         reparametrizations (``nn.utils.weight_norm``, pruning) do.
+    is_number
+        Whether it is the number in the tensor that is put there.
     """
 
     target: str
     tensor: torch.Tensor
+    is_number: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +135,9 @@ class Effects:
         for change in [*self._changes(self._ledger), *self._watcher.outside.changes()]:
             held = self._results_in(change.now)
             path, module = self._modules.get(id(change.holder), (None, None))
-            if held and module is not None and isinstance(change.now, torch.Tensor):
+            if isinstance(change.now, AskedNumber) and module is not None:
+                found.append(self._left_number(change, module, path or ""))
+            elif held and module is not None and isinstance(change.now, torch.Tensor):
                 target = f"{path}.{change.key}" if path else str(change.key)
                 if self._is_carried_out(change, module, target):
                     found.append(LeftTensor(target, change.now))
@@ -148,6 +154,23 @@ class Effects:
                     "that; change a copy"
                 )
         return found
+
+    def settle_numbers(self) -> None:
+        """Keep numbers that forward has put into attributes for the end of the step."""
+        for change in self._changes(self._ledger):
+            if isinstance(change.now, AskedNumber):
+                change.now.settle()
+
+    def _left_number(self, change: Change, module: nn.Module, path: str) -> LeftTensor:
+        number, target = change.now, f"{path}.{change.key}".lstrip(".")
+        if self._watcher.was_read(module, change.key):
+            raise NotFittingError(
+                f"forward finds {brief(change.before)} in attribute {target!r} and leaves a number "
+                "of the step there, so that its next call does something else; keep it in a "
+                "buffer, as a tensor"
+            )
+        assert number.copy is not None
+        return LeftTensor(target, number.copy, is_number=True)
 
     def _results_in(self, value: Any) -> list[torch.Tensor]:
         """Tensors that the step has made; a list of weights, as ``nn.LSTM`` keeps, holds none."""

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
+from .asked_numbers import AskedNumber
 from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole, made_like, read_like
 
 MAX_ELEMENTS = 1 << 20
@@ -122,10 +123,15 @@ class Knowing(ReadsWhole):
         What is known when it begins.
     outcomes
         What the recorder answered where it asked the sample.
+    unknown
+        Of the numbers that it handed out, which have another value in each step.
     """
 
-    def __init__(self, known: KnownValues, outcomes: Sequence[Outcome] = ()) -> None:
+    def __init__(
+        self, known: KnownValues, outcomes: Sequence[Outcome] = (), unknown: Sequence[bool] = ()
+    ) -> None:
         super().__init__()
+        self._unknown = iter(unknown)
         self._known = known
         self._given = GivenOutcomes(outcomes)
         self._keep_alive: list[Any] = []  # known by their identity
@@ -146,6 +152,15 @@ class Knowing(ReadsWhole):
         self._keep_alive.append(out)
         self._known.note(func, args, kwargs, out)
         return out
+
+    def asked_number(self, tensor: torch.Tensor) -> AskedNumber | None:
+        """A number as the recorder handed it out."""
+        if tensor.dtype == torch.bool or tensor.is_complex() or self._knows(tensor):
+            return None
+        return AskedNumber(tensor, unknown=next(self._unknown, False))
+
+    def _knows(self, tensor: torch.Tensor) -> bool:
+        return self._known.value_of(tensor) is not None
 
     def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """All values of a stand-in, as the recorder read them."""

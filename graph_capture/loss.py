@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .asked_numbers import AskedNumber
 from .backward_walk import Differentiator
 from .call_spec import TensorSpec
 from .costs.cost_model import Call
@@ -245,7 +246,9 @@ def _through_loss_fn(
             values.give(leaves.get(i, tensor), partial(value_of, tensor))
     meter = MemoryMeter(known=known.__contains__, twin=twin, values=values, real=real)
     with meter, input_derivatives_refused():
-        loss = loss_fn(template.build([leaves.get(i, t) for i, t in enumerate(tensors)]))
+        given = [leaves.get(i, t) for i, t in enumerate(tensors)]
+        loss = loss_fn(template.build(given, number=partial(AskedNumber, at_once=True)))
+        del given
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise NotFittingError(
                 f"loss_fn must return a scalar tensor, got {getattr(loss, 'shape', loss)!r}"

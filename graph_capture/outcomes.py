@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_iter
 
+from .asked_numbers import AskedNumber
 from .call_spec import TensorSpec, from_json, to_json
 from .errors import NotFittingError
 
@@ -173,6 +174,10 @@ class ReadsWhole(TorchDispatchMode):
         """The values on the CPU, ``None`` if this mode leaves the question to PyTorch."""
         raise NotImplementedError
 
+    def asked_number(self, tensor: torch.Tensor) -> AskedNumber | None:
+        """What ``.item()`` hands out, ``None`` if that is the number itself."""
+        return None
+
 
 def reader_of(tensor: torch.Tensor) -> ReadsWhole | None:
     """The innermost active mode that answers for fake tensors."""
@@ -184,15 +189,28 @@ def reader_of(tensor: torch.Tensor) -> ReadsWhole | None:
     return None
 
 
+@dataclass(slots=True)
+class Handed:
+    """How many numbers were handed out whose values nobody has asked for yet."""
+
+    num_numbers: int = 0
+
+
 @contextmanager
-def read_as_a_whole() -> Iterator[None]:
+def read_as_a_whole(handed: Handed | None = None) -> Iterator[None]:
     """While active, fake tensors hand their values out as NumPy arrays and as lists.
 
     Where a mode answers for them: element by element a list of a hundred numbers
     would be a hundred questions.
+
+    Parameters
+    ----------
+    handed
+        Counts what ``.item()`` hands out that is an
+        :class:`~graph_capture.asked_numbers.AskedNumber`; ``None`` for numbers at once.
     """
     cls: Any = FakeTensor
-    names = ("tolist", "numpy", "__array__", "__bool__")
+    names = ("tolist", "numpy", "item", "__array__", "__bool__", "__format__")
     before = {name: cls.__dict__.get(name) for name in names}
 
     def whole(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -224,7 +242,22 @@ def read_as_a_whole() -> Iterator[None]:
             return torch.Tensor.__bool__(tensor)
         return torch.Tensor.__bool__(tensor != 0)
 
+    def item(tensor: torch.Tensor) -> Any:
+        reader = None if handed is None else reader_of(tensor)
+        number = None if reader is None or tensor.numel() != 1 else reader.asked_number(tensor)
+        if handed is None or number is None:
+            return torch.Tensor.item(tensor)
+        handed.num_numbers += 1
+        return number
+
+    def text(tensor: torch.Tensor, spec: str) -> str:
+        """As PyTorch writes a number; it asks whether the class is its own."""
+        if tensor.dim() or reader_of(tensor) is None:
+            return object.__format__(tensor, spec)
+        return format(item(tensor), spec)
+
     cls.tolist, cls.numpy, cls.__array__, cls.__bool__ = tolist, as_array, array, truth
+    cls.item, cls.__format__ = item, text
     try:
         yield
     finally:
@@ -258,6 +291,7 @@ def _number_from_json(x: Any) -> Number:
 __all__ = [
     "ASKS",
     "GivenOutcomes",
+    "Handed",
     "Number",
     "Outcome",
     "OutcomeMismatchError",

@@ -10,17 +10,25 @@ from __future__ import annotations
 import copy
 import pickle
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from .asked_numbers import AskedNumber
 from .errors import NotFittingError
 from .ledger import slots_of
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A leaf that is the number which a tensor holds."""
+
+    index: int
 
 
 @dataclass(frozen=True)
@@ -28,16 +36,20 @@ class OutputTemplate:
     """How to rebuild an output from its tensors.
 
     ``leaves`` are pytree leaves; ``slots[i]`` is the index of leaf ``i``'s
-    tensor, a dict from ids to indices for an opaque object, or ``None`` for a
-    constant. ``names`` are the tensors' places in the output, for messages.
+    tensor, a dict from ids to indices for an opaque object, a :class:`Number`,
+    or ``None`` for a constant. ``names`` are the tensors' places in the output, for messages.
     """
 
     spec: TreeSpec
     leaves: tuple[Any, ...]
-    slots: tuple[int | dict[int, int] | None, ...]
+    slots: tuple[int | dict[int, int] | Number | None, ...]
     names: tuple[str, ...]
 
-    def build(self, tensors: list[torch.Tensor]) -> Any:
+    def build(
+        self,
+        tensors: list[torch.Tensor],
+        number: Callable[[torch.Tensor], Any] = torch.Tensor.item,
+    ) -> Any:
         """The output with ``tensors`` in place of the ones it was made from."""
         rebuilt = []
         for leaf, slot in zip(self.leaves, self.slots, strict=True):
@@ -45,6 +57,8 @@ class OutputTemplate:
                 rebuilt.append(leaf)
             elif isinstance(slot, int):
                 rebuilt.append(tensors[slot])
+            elif isinstance(slot, Number):
+                rebuilt.append(number(tensors[slot.index]))
             else:
                 rebuilt.append(_copied(leaf, {key: tensors[i] for key, i in slot.items()}))
         return tree_unflatten(rebuilt, self.spec)
@@ -65,17 +79,26 @@ def take_apart(output: Any) -> tuple[OutputTemplate, list[torch.Tensor]]:
 
     leaves, spec = _flattened(output)
     kept: list[Any] = []
-    slots: list[int | dict[int, int] | None] = []
+    slots: list[int | dict[int, int] | Number | None] = []
     for name, leaf in leaves:
+        if isinstance(leaf, AskedNumber):
+            slots.append(None)
+            kept.append(leaf)
+            continue
         if isinstance(leaf, torch.Tensor):
             slots.append(index(leaf, name or "output"))
             kept.append(None)
             continue
         held = tensors_within(leaf)
         if held:
+            _refuse_numbers(leaf)
             _refuse_uncopied(leaf, held)
         slots.append({id(t): index(t, name or "output") for t in held} if held else None)
         kept.append(leaf)
+    for i, (name, leaf) in enumerate(leaves):
+        if isinstance(leaf, AskedNumber):  # last, so that tensors have the same indices in eager
+            assert leaf.copy is not None
+            slots[i], kept[i] = Number(index(leaf.copy, name or "output")), None
     return OutputTemplate(spec, tuple(kept), tuple(slots), tuple(names)), tensors
 
 
@@ -96,6 +119,21 @@ def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
         if isinstance(item, torch.nn.Module):
             memo[id(item)] = item
     return copy.deepcopy(leaf, memo)
+
+
+def settle_numbers(output: Any) -> None:
+    """Keep the numbers in an output for the end of the step."""
+    for _, leaf in _flattened(output)[0]:
+        if isinstance(leaf, AskedNumber):
+            leaf.settle()
+
+
+def _refuse_numbers(leaf: Any) -> None:
+    if any(isinstance(item, AskedNumber) for item in _within(leaf)):
+        raise NotFittingError(
+            f"an output of type {type(leaf).__name__} holds a number that forward reads out of a "
+            "tensor; return it in a tuple or a dict"
+        )
 
 
 def _refuse_uncopied(leaf: Any, held: list[torch.Tensor]) -> None:

@@ -18,10 +18,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from . import checks
+from .asked_numbers import AskedNumber
 from .checks import Check
 from .errors import CaptureError
 from .outcomes import GivenOutcomes, Outcome, made_like, read_like
-from .sample_values import Origins, SampleValues, UnknowableError, deciding
+from .sample_values import Origins, SampleValues, UnknowableError, deciding, written_after
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -46,6 +47,20 @@ class Questions:
         self.values = SampleValues(recorder.graph, recorder.constants)
         self.outcomes: list[Outcome] = []
         self.checks: list[Check] = []
+        self.unknown: list[bool] = []  # of the numbers handed out by ``.item()``
+
+    def asked_number(self, tensor: torch.Tensor) -> AskedNumber:
+        """The number that a tensor holds now, whose value may never be asked for."""
+        node = self._recorder.node_of(tensor)
+        last = next(iter(reversed(self._recorder.graph.nodes)))
+        unknown = self.values.follows_from(node).is_activation
+        self.unknown.append(unknown)
+        number = AskedNumber(
+            tensor, is_fresh=lambda: not written_after(last, node), unknown=unknown
+        )
+        if self._recorder.lies_in_state(tensor):  # a counter, say, that is written to next
+            number.settle()
+        return number
 
     def finish(self) -> None:
         """The step has ended.
@@ -206,8 +221,10 @@ class Questions:
             raise CaptureError(
                 f"forward reads numbers out of an activation ({source}), which each step has "
                 "others of. Keep the tensor: to decide a branch compare it (if x > 0, not "
-                "x.item() > 0), to choose values take torch.where, to log them return them and "
-                "read them in the training loop"
+                "float(x) > 0; torch.isfinite(x), not math.isfinite(x)), to choose values take "
+                "torch.where, to log them return them (x or x.item()) and read them in the "
+                "training loop. For what must leave PyTorch, such as a matching, plan the part of "
+                "the model before it"
             )
 
 

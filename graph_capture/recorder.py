@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
+from .asked_numbers import AskedNumber
 from .errors import CaptureError
 from .kernels_word import kernels_word, laid_out_rightly
 from .known_values import Knowing, KnownValues
@@ -229,6 +230,13 @@ class Recorder(ReadsWhole):
             return id(tensor) in self._expected
         return node.op == "placeholder" and node.meta["role"] != "input"
 
+    def lies_in_state(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is a buffer's or an attribute's."""
+        return any(
+            node.op == "placeholder" and node.meta["role"] in ("buffer", "attribute")
+            for node in self._by_storage.get(storage_id(tensor), ())
+        )
+
     def is_known(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is made of nothing but constants: every step makes it alike."""
         return self._known.value_of(tensor) is not None
@@ -239,12 +247,20 @@ class Recorder(ReadsWhole):
 
     def knowing(self) -> Knowing:
         """A mode that knows what was known of values so far, and records nothing."""
-        return Knowing(self._known.copy(), self.questions.outcomes)
+        return Knowing(self._known.copy(), self.questions.outcomes, self.questions.unknown)
 
     def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """All values of a stand-in that the code reads outside of PyTorch."""
         known = self._known.value_of(tensor)
         return known if known is not None else self.questions.read(tensor)
+
+    def asked_number(self, tensor: torch.Tensor) -> AskedNumber | None:
+        """A number that is asked for when it matters, where nobody knows it anyway."""
+        if self.phase != "forward" or tensor.dtype == torch.bool or tensor.is_complex():
+            return None
+        if self._known.value_of(tensor) is not None:
+            return None
+        return self.questions.asked_number(tensor)
 
     # -- what is dispatched ------------------------------------------------
 

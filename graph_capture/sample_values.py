@@ -257,6 +257,17 @@ class SampleValues:
         return result
 
 
+def written_after(last: Node, node: Node) -> bool:
+    """Whether a call after ``last`` writes to the memory of ``node``."""
+    memory = set(_memory(node))
+    later = last.next
+    while later.op != "root":
+        if any(not memory.isdisjoint(_memory(written)) for written in _written(later)):
+            return True
+        later = later.next
+    return False
+
+
 def deciding(func: Any, args: Any, kwargs: Any) -> Any:
     """The arguments whose values say what a call that asks for values hands out.
 
@@ -334,4 +345,4 @@ def for_real() -> Iterator[None]:
             set_generator_states(states)
 
 
-__all__ = ["Origins", "SampleValues", "UnknowableError", "deciding", "for_real"]
+__all__ = ["Origins", "SampleValues", "UnknowableError", "deciding", "for_real", "written_after"]

@@ -35,7 +35,7 @@ from .module_state import (
     state_of,
 )
 from .outcomes import Outcome
-from .outputs import take_apart, tensors_within
+from .outputs import settle_numbers, take_apart, tensors_within
 from .reading import Watcher
 from .real_results import RealResults
 from .recorder import Recorder, storage_id
@@ -135,6 +135,8 @@ class _Recording:
         ):
             with watcher.watching(), recorder, recorder.module_paths(model):
                 output = call_forward(forward, fake_arguments)
+                settle_numbers(output)
+                effects.settle_numbers()
             self._refuse_random_numbers()
             refuse_laid_out_anew(self.laid_out)
             _refuse_holders(fake_arguments)
@@ -172,6 +174,7 @@ class _Recording:
 
         replaced = [(name, new, keeps, "buffer") for name, new, keeps in reassigned]
         replaced += [(entry.target, entry.tensor, False, "attribute") for entry in attributes]
+        numbers = {entry.target for entry in attributes if entry.is_number}
         outputs = tuple(recorder.node_of(t) for t in (*tensors, *(new for _, new, *_ in replaced)))
         recorder.graph.output((list(outputs), [g for _, g in gradients]))
         return TracedStep(
@@ -196,6 +199,7 @@ class _Recording:
                     keeps_object=keeps,
                     role=role,
                     requires_grad=new.requires_grad,
+                    is_number=name in numbers,
                 )
                 for i, (name, new, keeps, role) in enumerate(replaced)
             ),

@@ -27,7 +27,7 @@ from .known_values import taken_for_real
 from .layouts import refuse_argument
 from .ledger import Change, make_again
 from .loss import LossFn, LossSpec
-from .outcomes import read_as_a_whole
+from .outcomes import Handed, read_as_a_whole
 from .packed_sequences import sequences_padded
 from .reading import Watcher
 from .snapshots import brief
@@ -109,15 +109,21 @@ def _first_that_works(
     if target.imitated:
         refuse_recurrent(model)
         ensure_cuda_guard()
-    attempts: list[tuple[str, Any]] = [
-        (AS_EAGER, taken_for_real),
-        (COMPILING, _pretend_compiling),
+    # Where the code does with a number what only a number can do, it gets the number itself.
+    attempts: list[tuple[str, Any, bool]] = [
+        (AS_EAGER, taken_for_real, True),
+        (AS_EAGER, taken_for_real, False),
+        (COMPILING, _pretend_compiling, False),
     ]
     if taken is not None:
-        attempts = [attempts[1 if taken.branch_free else 0]]
+        attempts = attempts[2:] if taken.branch_free else attempts[:2]
     outcomes = None if taken is None else taken.outcomes
     failures: list[tuple[str, BaseException]] = []
-    for how, context in attempts:
+    num_handed = 1
+    for how, context, numbers in attempts:
+        if how == AS_EAGER and not numbers and not num_handed:
+            continue
+        handed = Handed()
         watcher = Watcher(model, forward, objects_of(arguments))
         try:
             with (
@@ -126,7 +132,7 @@ def _first_that_works(
                 choices_of_cuda(target) if target.imitated else nullcontext(),
                 torch.autograd.set_detect_anomaly(False),  # which asks for values of gradients
                 _quiet_fake_tensors(),
-                read_as_a_whole(),
+                read_as_a_whole(handed if numbers else None),
                 tensors_of_tensors(),
                 sequences_padded(),
                 split_places_read(),
@@ -141,10 +147,15 @@ def _first_that_works(
                     watcher.generators.put_back()
             # What was read is what lies there once forward's own changes are undone.
             return replace(step, reads=watcher.reads()), watcher.settled
-        except (NotFittingError, KeyboardInterrupt, MemoryError):
+        except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # whatever user code raises on stand-ins ends this attempt
             logger.debug("capture %s failed", how, exc_info=True)
+            num_handed = handed.num_numbers
+            if num_handed:
+                continue  # the next attempt says why
+            if isinstance(error, NotFittingError):
+                raise
             failures.append((how, error))
     raise CaptureError(explain_failures(failures)) from failures[-1][1]
 

@@ -54,6 +54,8 @@ class Reassigned:
         ``"buffer"`` or ``"attribute"``.
     requires_grad
         Whether eager's tensor does, which no plan can differentiate through.
+    is_number
+        Whether forward leaves not the tensor there but the number that it holds.
     """
 
     target: str
@@ -61,6 +63,7 @@ class Reassigned:
     keeps_object: bool
     role: str = "buffer"
     requires_grad: bool = False
+    is_number: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,11 @@ def put_back_of(entry: Reassigned, model: nn.Module) -> Callable[[list[torch.Ten
     def exchange(outputs: list[torch.Tensor]) -> None:
         table[name].data = outputs[entry.output]
 
+    def replace_by_number(outputs: list[torch.Tensor]) -> None:
+        table[name] = outputs[entry.output].item()
+
+    if entry.is_number:
+        return replace_by_number
     if entry.requires_grad:
         return replace_in_graph
     return exchange if entry.keeps_object else replace
