@@ -24,6 +24,7 @@ class HandOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        refuse_batched(gradient)
         ctx.handed_over[ctx.place] = gradient.detach()
         return gradient.new_empty(()).expand(gradient.shape), None, None
 
@@ -33,11 +34,14 @@ class FirstDerivative(torch.autograd.Function):
 
     Eager adds what comes from a loss and what comes from its gradient at each
     activation; a plan that ran already could only add at the parameters, with other
-    last bits.
+    last bits. It hangs on the step's inputs, so that whoever asks for second derivatives
+    by one of them comes here.
     """
 
     @staticmethod
-    def forward(_ctx: Any, gradient: torch.Tensor, _anchor: torch.Tensor) -> torch.Tensor:
+    def forward(
+        _ctx: Any, gradient: torch.Tensor, _anchor: torch.Tensor, *_inputs: torch.Tensor
+    ) -> torch.Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
@@ -67,6 +71,25 @@ class NotPlanned(torch.autograd.Function):
         raise CallMismatchError(
             f"output {ctx.name!r} was not planned as differentiated, and a loss was made of it: "
             "plan with loss_fn=, the whole loss that the loop computes, or detach the output"
+        )
+
+
+def refuse_batched(gradient: torch.Tensor | None) -> None:
+    """Many backward passes at once, in one batched tensor.
+
+    Raises
+    ------
+    CallMismatchError
+        Says how to get them.
+    """
+    functorch = torch._C._functorch
+    if gradient is not None and (
+        functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
+    ):
+        raise CallMismatchError(
+            "many backward passes at once (is_grads_batched=True, jacobian(vectorize=True)) are "
+            "asked of a planned model, and a plan holds one: make this call of the model under "
+            "`with planner.unplanned(model):`, or ask for the gradients one after another"
         )
 
 

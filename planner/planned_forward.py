@@ -26,6 +26,7 @@ from .recapture import as_captured, capture_for
 from .rewrite import rewrite
 from .runtime import PlannedStep
 from .structure import LiveStructure, Structure
+from .surroundings import foreign_surroundings
 from .tally import Tally
 from .unplanned_backward import UnplannedBackward
 
@@ -39,6 +40,7 @@ MAX_REPLANS = 16
 """Plans for other calls that are kept, the ones used last."""
 
 _MANY_CAPTURES = 3
+_NUM_REMEMBERED = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,8 @@ class PlannedForward:
         """What no copy and no pickle takes along."""
         self._prepared: list[Prepared] = []  # the one used last comes first
         self._others: list[PlannedForward] = []
+        self._used_other = False  # by the last call
+        self._not_planned: dict[str, str] = {}  # changes that were captured in vain
         self._signature: inspect.Signature | None = None
         self._watch: UnplannedBackward | None = None
         self._lock = threading.RLock()
@@ -110,6 +114,10 @@ class PlannedForward:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.unplanned)
 
+    @property
+    def __code__(self) -> Any:  # torch.export looks for it
+        return self.unplanned.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.model:  # bound to it as a method, by accelerate for one
             args = args[1:]
@@ -121,13 +129,15 @@ class PlannedForward:
         if self.suspended:
             self.tally.num_unplanned += 1
             return self.unplanned(*args, **kwargs)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return self._by_own_forward(
-                "it is called under a transform of torch.func", args, kwargs
-            )
+        foreign = foreign_surroundings()
+        if foreign is not None:
+            return self._by_own_forward(foreign, args, kwargs)
         if self._signature is None:
             self._signature = self.__signature__
         arguments = self._signature.bind(*args, **kwargs).arguments
+        if self._used_other and self._others and self._others[0]._still_is_for(arguments):
+            return self._replanned(arguments, args, kwargs)
+        self._used_other = False
         try:
             prepared = self._current()
         except (PlanMismatchError, CaptureError) as error:
@@ -230,13 +240,19 @@ class PlannedForward:
             changed = at_hand[1].difference() or at_hand[0].step.reads.difference()
             captured = at_hand[0] if changed is None else None
         if captured is None:
+            known = None if changed is None else self._not_planned.get(changed)
+            if known is not None and self.on_shape_change != "error":
+                raise PlanMismatchError(known)  # a capture in each step would be slow
             try:
                 captured = capture_for(self.plan, self.model, self.unplanned)
                 self.plan = as_captured(self.plan, captured)
             except PlanMismatchError as error:
                 if changed is None:
                     raise
-                raise PlanMismatchError(f"{changed}; {error}") from error
+                words = f"{changed}; {error}"
+                if len(self._not_planned) < _NUM_REMEMBERED:
+                    self._not_planned[changed] = words
+                raise PlanMismatchError(words) from error
             if changed is not None:
                 self._say_captured_again(changed)
         graphs = rewrite(captured, self.plan.schedule)
@@ -271,6 +287,7 @@ class PlannedForward:
             with suppress(OutcomeChangedError):  # for such a call, but on another way
                 output = other(*args, **kwargs)
                 self._others = [other, *(o for o in self._others if o is not other)]
+                self._used_other = True
                 return output
         try:
             plan = replan(self.plan, self.model, arguments, self.unplanned)
@@ -282,7 +299,17 @@ class PlannedForward:
         other.own_forward = self.own_forward
         other.tally, other._watch = self.tally, self._watch
         self._others = [other, *self._others][:MAX_REPLANS]
+        self._used_other = True
         return other(*args, **kwargs)
+
+    def _still_is_for(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the step that ran last is the one for a call; nothing is captured."""
+        prepared = self._prepared[0] if self._prepared else None
+        return (
+            prepared is not None
+            and prepared.changed() is None
+            and prepared.guard.difference(arguments) is None
+        )
 
     def _is_for(self, arguments: Mapping[str, Any]) -> bool:
         try:
@@ -320,7 +347,8 @@ class PlannedForward:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle keeps: the graphs are made again on the first call."""
-        made = ("_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand")
+        made = {"_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand"}
+        made |= {"_used_other", "_not_planned"}
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

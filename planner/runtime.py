@@ -17,7 +17,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import Check, OutcomeChanged
 from graph_capture.outputs import OutputTemplate
 
-from .autograd_nodes import FirstDerivative, HandOver, NotPlanned, anchor
+from .autograd_nodes import FirstDerivative, HandOver, NotPlanned, anchor, refuse_batched
 from .bindings import Fetch, fetch_of, leave_of, put_back_of
 from .errors import CallMismatchError, OutcomeChangedError
 from .generators import PutRightOnError
@@ -200,10 +200,13 @@ class PlannedStep:
 
     # -- backward ------------------------------------------------------------------
 
+    @torch.compiler.disable
     def run_backward(
         self, ctx: Any, call: StepCall, gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
         """Gradients of the step's inputs, by the plan where it can give what is asked for."""
+        for gradient in gradients:
+            refuse_batched(gradient)
         self._tally.num_backward += 1
         retained = torch._C._autograd._get_current_graph_task_keep_graph()
         outputs = self._layout.differentiated
@@ -293,6 +296,13 @@ class PlannedStep:
             autocast=None if dtype is None else parse_dtype(dtype),
         )
 
+    def differentiated_inputs(self, call: StepCall) -> list[torch.Tensor]:
+        """Parameters and tensors of a call that require grad, while the call is held."""
+        if not call.arguments:
+            return []
+        given = tensors_of(call.arguments)
+        return [t for t in (fetch(given) for fetch in self._layout.fetch) if t.requires_grad]
+
     def _let_go(self, call: StepCall) -> None:
         """After the last backward pass; the autograd graph may outlive it by a whole step."""
         call.arguments = {}
@@ -325,7 +335,10 @@ class _Step(torch.autograd.Function):
         with torch.no_grad():
             found = ctx.step.run_backward(ctx, ctx.call, gradients)
         if again:
-            found = [None if g is None else FirstDerivative.apply(g, anchor()) for g in found]
+            inputs = ctx.step.differentiated_inputs(ctx.call)
+            found = [
+                None if g is None else FirstDerivative.apply(g, anchor(), *inputs) for g in found
+            ]
         return (None, None, *found)
 
 

@@ -122,6 +122,7 @@ class LiveStructure:
     def __init__(self, model: nn.Module) -> None:
         self._structure = Structure.of(model)
         modules = list(model.modules())
+        self._modules, self._kinds = modules, list(map(type, modules))
         below = modules[1:]
         self._attributes = [vars(module) for module in below]
         self._tables = list(map(_TABLES, self._attributes))
@@ -146,6 +147,7 @@ class LiveStructure:
         return (
             not any(self._without_hooks)
             and not any(self._leaves)
+            and all(map(is_, map(type, self._modules), self._kinds))
             and all(map(eq, map(tuple, map(dict.values, self._parents)), self._children))
             and all(map(eq, map(_TABLES, self._attributes), self._tables))
             and all(map(is_, map(_FORWARD, self._attributes), self._forwards))

@@ -69,7 +69,9 @@ class UnplannedBackward:
         tally.num_unplanned += 1
         self._num_expected = tally.num_expected
         name = type(planned.model).__name__
-        if is_reached(planned.model, planned):
+        if not planned.model.training:
+            why = "the model is in eval mode, in which it runs its own forward"
+        elif is_reached(planned.model, planned):
             why = (
                 f"the loop did not call this {name}, but a part of it, or another module with its "
                 "parameters; plan the module that the loop calls"

@@ -12,9 +12,18 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
-from planner import CallMismatchError, Plan, PlanMismatchError, PlanWarning, applied_plan, optimize
+from planner import (
+    CallMismatchError,
+    Plan,
+    PlanMismatchError,
+    PlanWarning,
+    applied_plan,
+    optimize,
+    planned_forward,
+)
 from tests.bitwise import assert_same_tensors
 from tests.planner.small import Net, make, sample, square
 
@@ -194,6 +203,97 @@ def test_transforms_of_torch_func_run_the_own_forward():
         {"tangent": torch.func.jvp(eager, (sample(),), (torch.ones(256, 32),))[1]},
         {"tangent": tangent},
     )
+
+
+def _traced(model: nn.Module) -> nn.Module:
+    return torch.jit.trace(model, sample(), check_trace=False)
+
+
+def _exported(model: nn.Module) -> nn.Module:
+    return torch.export.export(model, (sample(),)).module()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
+@pytest.mark.parametrize("transform", [_traced, _exported])
+def test_tracers_see_the_own_forward(transform):
+    """torch.jit.trace and torch.export record the model's operators, and it is said once."""
+    model = planned()
+    with pytest.warns(PlanWarning, match=r"it is called by torch\.(jit\.trace|export)"):
+        traced = transform(model)
+    torch.manual_seed(1)
+    found = square(traced(sample()))
+    torch.manual_seed(1)
+    assert torch.equal(found, square(make()(sample())))
+
+
+def test_saved_tensors_hooks_see_what_the_model_saves():
+    """Hooks that round what is saved change gradients as in eager, and it is said once."""
+
+    def rounded(model: nn.Module) -> dict[str, Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t.bfloat16() if t.dtype == torch.float32 else t,
+            lambda t: t.float() if t.dtype == torch.bfloat16 else t,
+        ):
+            return trained(model)
+
+    model = planned()
+    with pytest.warns(PlanWarning, match="saved_tensors_hooks"):
+        found = rounded(model)
+    assert_same_tensors(rounded(make()), found)
+    assert applied_plan(model).unplanned_steps == 1
+
+
+def test_forward_mode_derivatives_are_the_models_own():
+    """Dual numbers go through the model's own forward, and it is said once."""
+    kind = lambda: nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 1))  # noqa: E731
+    tangents = []
+    for model in (make(kind), planned(kind, loss_fn=torch.mean)):
+        with warnings.catch_warnings(record=True) as said, forward_ad.dual_level():
+            warnings.simplefilter("always")
+            output = model(forward_ad.make_dual(sample(), sample(1)))
+            tangents.append(forward_ad.unpack_dual(output).tangent.detach())
+    assert torch.equal(*tangents)
+    assert ["dual_level" in str(w.message) for w in said if w.category is PlanWarning] == [True]
+
+
+def test_another_class_is_seen():
+    """A module whose class is exchanged, as FSDP2 and parametrizations do, is another one."""
+
+    class Doubled(Net):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return super().forward(x, scale) * 2
+
+    model = planned()
+    trained(model)
+    model.__class__ = Doubled
+    with pytest.raises(PlanMismatchError, match="module '' is a Doubled, was a Net"):
+        model(sample())
+
+
+def test_training_in_eval_mode_is_named_so():
+    """A training step in eval mode, which is the own forward's, is said to be that."""
+    model = planned()
+    trained(model)
+    model.eval()
+    with pytest.warns(PlanWarning, match="is in eval mode, in which it runs its own forward"):
+        trained(model)
+
+
+@pytest.mark.filterwarnings("ignore:a training step of a planned Net:planner.PlanWarning")
+@pytest.mark.parametrize("policy", ["unplanned", "replan"])
+def test_a_model_that_stays_changed_is_captured_once(policy, monkeypatch):
+    """Later steps of a changed model do not capture anew, nor does one that is changed back."""
+    captures = []
+    own = planned_forward.capture_for
+    monkeypatch.setattr(
+        planned_forward, "capture_for", lambda *args: captures.append(1) or own(*args)
+    )
+    eager, model = make(), planned(policy=policy)
+    for p in (0.2, 0.0, 0.0, 0.0, 0.2):
+        eager.dropout.p = model.dropout.p = p
+        assert_same_tensors(trained(eager), trained(model))
+    assert len(captures) == 1
 
 
 # -- bound, wrapped and unwrapped ---------------------------------------------------------

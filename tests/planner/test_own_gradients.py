@@ -35,6 +35,25 @@ def test_a_gradient_that_can_be_differentiated_again_is_refused(input_grad):
         found[0].square().sum().backward()
 
 
+def test_a_second_derivative_by_the_parameters_is_refused_in_words_of_the_plan():
+    """Autograd's own error would say that a parameter was not used in the graph."""
+    model = planned(critic, sample(width=16), loss_fn=torch.mean)
+    parameters = list(model.parameters())
+    with pytest.warns(PlanWarning, match="retain_graph"):
+        first = torch.autograd.grad(model(sample(width=16)).sum(), parameters, create_graph=True)
+    with pytest.raises(CallMismatchError, match=r"create_graph=True.*planner\.unplanned\(model\)"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+
+
+def test_many_backward_passes_at_once_are_refused():
+    """A vmap over backward has no rule for a plan; the error says what to do."""
+    model = planned(critic, sample(width=16), loss_fn=torch.mean)
+    output = model(sample(width=16))
+    many = torch.ones(3, *output.shape)
+    with pytest.raises(CallMismatchError, match="many backward passes at once"):
+        torch.autograd.grad(output, list(model.parameters()), many, is_grads_batched=True)
+
+
 def test_a_gradient_penalty_beside_planned_calls():
     """A critic's loss by the plan, the penalty on its gradient under unplanned(): eager's bits."""
     x = sample(width=16).requires_grad_()
