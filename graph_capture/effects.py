@@ -282,15 +282,21 @@ class Effects:
             and _is_plain(snapshot(value))
         ]
 
-    def refuse_in_backward(self, before: Ledger) -> None:
+    def refuse_in_backward(self, before: tuple[Ledger, Ledger]) -> None:
         """Backward leaves nothing that forward had not left.
+
+        Parameters
+        ----------
+        before
+            What was :meth:`remembered` after forward.
 
         Raises
         ------
         NotFittingError
             Names the first thing that it does leave, and its line.
         """
-        for change in self._changes(before):
+        inside, outside = before
+        for change in [*self._changes(inside), *outside.changes()]:
             held = self._results_in(change.now)
             if held or _plain(change):
                 line = f" ({self._recorder.source_of(held[0])})" if held else ""
@@ -300,9 +306,9 @@ class Effects:
                     "training loop"
                 )
 
-    def remembered(self) -> Ledger:
-        """What is there now."""
-        return self._remember()
+    def remembered(self) -> tuple[Ledger, Ledger]:
+        """What is there now, in the modules and arguments and elsewhere."""
+        return self._remember(), self._watcher.outside.as_now()
 
 
 def _plain(change: Change) -> bool:

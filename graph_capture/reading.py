@@ -14,8 +14,10 @@ import argparse
 import enum
 import functools
 import gc
+import os
+import sys
 import types
-import weakref
+from collections import ChainMap, UserDict, UserList
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,23 +26,31 @@ import torch
 from torch import nn
 
 from .foreign_generators import ForeignGenerators
+from .holders import dict_of, in_class, may_change, weakly
 from .ledger import Change, Ledger
 from .named_reads import (
     is_library,
     is_users,
     is_users_class,
-    is_users_file,
     names_in,
     stored_in,
     words_in,
 )
-from .reads import Place, Reads, Where
+from .reads import Place, Reads, Where, place_of
 from .snapshots import ABSENT, ATOMS, BY_VALUE, CONTAINERS, Atom, entries_of, snapshot
 
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8  # Py_TPFLAGS_HEAPTYPE, Py_TPFLAGS_IMMUTABLETYPE
 _TABLES_OF_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks"))
+_TABLES_FOR_ALL = tuple(
+    table
+    for name, table in vars(nn.modules.module).items()
+    if name.startswith("_global_") and isinstance(table, dict)
+)
 _IGNORED = frozenset({*vars(nn.Module()), "training"})
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+_ENVIRONMENT = ("environ", "getenv")
+_LIKE_USERS = (ChainMap, UserDict, UserList)  # Python's own, written in Python
+_PARTS_OF_FUNCTIONS = (("__code__", "code"), ("__defaults__", "defaults"))
 _MAX_MET = 1000  # items of a container that are looked into
 _RUN_BY_AUTOGRAD = ("forward", "backward", "setup_context", "vjp", "jvp")
 
@@ -78,6 +88,8 @@ class Watcher:
         self.generators = ForeignGenerators()
         self.settled: list[Change] = []  # what forward changes once, of what it reads
         self.replaceable: set[str] = set()  # attributes whose tensors are inputs of the step
+        # Modules whose attributes were asked for by vars() or ``__dict__``, and by which code.
+        self._asked_for_all: dict[tuple[int, int], tuple[nn.Module, types.CodeType]] = {}
         self._words: set[str] = set()  # names that occur in the functions that were met
 
     # -- while the step runs ---------------------------------------------------
@@ -89,6 +101,8 @@ class Watcher:
             self._own_before.setdefault(id(module), dict(vars(module)))
             for table in _TABLES_OF_HOOKS:
                 self._meet(vars(module).get(table), "")
+        for hooks in _TABLES_FOR_ALL:
+            self._meet(hooks, "")
         self._meet(self._forward, "")
         for value in self._objects:
             self._meet(value, type(value).__name__)
@@ -103,6 +117,8 @@ class Watcher:
         def watched(module: nn.Module, name: str) -> Any:
             if name not in ignored:
                 note(module, name)
+            if name == "__dict__" and is_users(code := sys._getframe(1).f_code):
+                self._asked_for_all[id(module), id(code)] = (module, code)
             return super(nn.Module, module).__getattribute__(name)
 
         self._active = True
@@ -148,7 +164,7 @@ class Watcher:
         if key in self._noted or name.startswith("__"):
             return
         self._noted[key] = (holder, name)
-        held = _dict_of(holder)
+        held = dict_of(holder)
         if name in held:
             before = self._own_before.get(id(holder))
             if before is not None and before.get(name, ABSENT) is not held[name]:
@@ -156,7 +172,7 @@ class Watcher:
                 return
             self._meet(held[name], self._path(holder, name))
         else:
-            self._meet(_in_class(type(holder), name)[1], self._path(holder, name))
+            self._meet(in_class(type(holder), name)[1], self._path(holder, name))
 
     def _path(self, holder: Any, name: str) -> str:
         path = self._name_of.get(id(holder), type(holder).__name__)
@@ -199,6 +215,10 @@ class Watcher:
         self._seen[id(function.__code__)] = function.__code__
         if is_users(function.__code__):
             self._names(function.__code__, function.__globals__, function)
+            if not is_library(function.__code__):  # others are not edited while they run
+                for part, words in _PARTS_OF_FUNCTIONS:
+                    label = f"the {words} of {function.__qualname__}"
+                    self._named[id(function), part] = (label, Where.ATTRIBUTE, function, part)
         self._meet(getattr(function, "__wrapped__", None), "")
 
     def _class(self, cls: type) -> None:
@@ -207,7 +227,7 @@ class Watcher:
         self._seen[id(cls)] = cls
         if issubclass(cls, torch.autograd.Function):
             for name in _RUN_BY_AUTOGRAD:
-                self._meet(_in_class(cls, name)[1], "")
+                self._meet(in_class(cls, name)[1], "")
 
     def _object(self, value: Any, path: str) -> None:
         cls = type(value)
@@ -219,12 +239,12 @@ class Watcher:
             for name in vars(value):
                 self._note(value, name)
             return
-        if isinstance(value, enum.Enum) or not is_users_class(cls):
+        if isinstance(value, enum.Enum) or not (is_users_class(cls) or cls in _LIKE_USERS):
             return
         self._seen[id(value)] = value
         self._name_of.setdefault(id(value), path)
         self.outside.attributes(value, path)
-        self._meet(_in_class(cls, "__call__")[1], "")
+        self._meet(in_class(cls, "__call__")[1], "")
         changeable = cls.__flags__ & _HEAP_TYPE and not cls.__flags__ & _IMMUTABLE_TYPE
         if changeable and cls not in self._classes:
             self._classes[cls] = vars(cls).get("__getattribute__", ABSENT)
@@ -272,7 +292,15 @@ class Watcher:
             return
         path = label.split("'")[1] if "'" in label else label
         if isinstance(value, types.ModuleType):
-            if attributes and attributes[0] in vars(value) and _is_users_module(value):
+            if (
+                value is os
+                and attributes
+                and attributes[0] in _ENVIRONMENT
+                and not is_library(code)
+            ):
+                label, where = "an environment variable", Where.ATTRIBUTE
+                self._named[id(os.environ), "_data"] = (label, where, os.environ, "_data")
+            if attributes and attributes[0] in vars(value) and may_change(value, attributes[0]):
                 inside = f"'{value.__name__}.{attributes[0]}'"
                 rest = attributes[1:]
                 self._follow(inside, Where.TABLE, vars(value), attributes[0], rest, code)
@@ -289,7 +317,7 @@ class Watcher:
                 self.outside.slot(holder, key, path)
         if isinstance(value, type):
             self._class(value)
-            cls = _in_class(value, attributes[0])[0] if attributes else None
+            cls = in_class(value, attributes[0])[0] if attributes else None
             if cls is not None and is_users_class(cls):
                 inside, table = f"'{path}.{attributes[0]}'", self._table(cls)
                 self._follow(inside, Where.TABLE, table, attributes[0], attributes[1:], code)
@@ -313,19 +341,28 @@ class Watcher:
         self._class_of_root()
         self._classes_of_holders()
         places: list[Place] = []
+        noted = set(self._noted)
         for holder, name in list(self._noted.values()):
             if holder is None or (holder is self._root and name == "forward"):
                 continue
             if isinstance(holder, _NAMESPACES) and name not in self._words:
                 continue
             places += self._places_of(holder, name)
+        for module, code in self._asked_for_all.values():
+            named = {value for value in code.co_consts if isinstance(value, str)} & set(
+                vars(module)
+            )
+            for name in (named or set(vars(module))) - _IGNORED:
+                before = self._own_before.get(id(module), {}).get(name, ABSENT)
+                if vars(module)[name] is before and (id(module), name) not in noted:
+                    places += self._places_of(module, name)
         for label, where, holder, key in self._named.values():
-            places.append(_place(label, where, holder, key))
+            places.append(place_of(label, where, holder, key))
         return Reads(places)
 
     def _class_of_root(self) -> None:
         """The forward of the root is called as it is, and the planner puts its own there."""
-        cls = _in_class(type(self._root), "forward")[0]
+        cls = in_class(type(self._root), "forward")[0]
         if cls is not None:
             table = self._table(cls)
             label = f"'{cls.__name__}.forward'"
@@ -345,19 +382,19 @@ class Watcher:
 
     def _places_of(self, holder: Any, name: str) -> Iterable[Place]:
         label = f"attribute {self._path(holder, name)!r}"
-        reference = _weakly(holder)
-        held = _dict_of(holder)
+        reference = weakly(holder)
+        held = dict_of(holder)
         if name in held and reference is not holder:
             replaceable = self._path(holder, name) in self.replaceable
-            yield _place(label, Where.DICT, reference, name, replaceable=replaceable)
+            yield place_of(label, Where.DICT, reference, name, replaceable=replaceable)
             return
-        cls, value = _in_class(type(holder), name)
+        cls, value = in_class(type(holder), name)
         if reference is not holder and hasattr(holder, "__dict__"):
             yield Place(
                 label=label, where=Where.SHADOW, holder=reference, key=name, held=snapshot(ABSENT)
             )
         if cls is None or isinstance(value, types.MemberDescriptorType):
-            place = _place(label, Where.ATTRIBUTE, reference, name)
+            place = place_of(label, Where.ATTRIBUTE, reference, name)
             missing = isinstance(place.held, Atom) and place.held.value is ABSENT
             if not isinstance(holder, nn.Module) and not missing:
                 yield place
@@ -366,43 +403,9 @@ class Watcher:
             self._named[key] = (f"'{cls.__name__}.{name}'", Where.TABLE, self._table(cls), name)
 
 
-def _place(label: str, where: Where, holder: Any, key: str, *, replaceable: bool = False) -> Place:
-    place = Place(label=label, where=where, holder=holder, key=key, held=snapshot(None))
-    held = snapshot(place.now(), replaceable=replaceable)
-    return Place(label=label, where=where, holder=holder, key=key, held=held)
-
-
 def _put_back(cls: Any, own: Any) -> None:
     if own is ABSENT:
         if "__getattribute__" in vars(cls):
             del cls.__getattribute__
     else:
         cls.__getattribute__ = own
-
-
-def _dict_of(holder: Any) -> dict[str, Any]:
-    try:
-        held = object.__getattribute__(holder, "__dict__")
-    except AttributeError:  # slots only
-        return {}
-    return held if isinstance(held, dict) else {}
-
-
-def _in_class(cls: type, name: str) -> tuple[type | None, Any]:
-    """The class that an attribute is found in, and what lies there."""
-    for base in cls.__mro__:
-        if name in vars(base):
-            return base, vars(base)[name]
-    return None, None
-
-
-def _weakly(holder: Any) -> Any:
-    try:
-        return weakref.ref(holder)
-    except TypeError:  # slots without room for one
-        return holder
-
-
-def _is_users_module(module: types.ModuleType) -> bool:
-    file = getattr(module, "__file__", None)
-    return module.__name__ == "__main__" or (file is not None and is_users_file(file))

@@ -8,6 +8,7 @@ place that was read is remembered with what it held, and compared in every step.
 
 from __future__ import annotations
 
+import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,17 @@ from .snapshots import (
     Atom,
     Content,
     Held,
+    Numbers,
     Snapshot,
     Thing,
     contents_in,
     difference,
+    numbers_in,
     snapshot,
 )
 
 _dict_of = attrgetter("__dict__")
+_code_of = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _facts_of = attrgetter("requires_grad", "dtype", "device", "shape")
 
 
@@ -81,6 +85,15 @@ class Place:
         return _dict_of(holder).get(self.key, ABSENT)
 
 
+def place_of(
+    label: str, where: Where, holder: Any, key: str, *, replaceable: bool = False
+) -> Place:
+    """A place with what it holds now; ``replaceable`` is as for a snapshot."""
+    place = Place(label=label, where=where, holder=holder, key=key, held=snapshot(None))
+    held = snapshot(place.now(), replaceable=replaceable)
+    return Place(label=label, where=where, holder=holder, key=key, held=held)
+
+
 class Reads:
     """Every place that a step read; its only state is what makes the next comparison cheap."""
 
@@ -120,6 +133,8 @@ class _Fast:
         owned: dict[int, list[Place]] = {}
         tables: dict[int, list[Place]] = {}
         self._contents: list[_Items] = []
+        self._numbers: list[Numbers] = []
+        functions: dict[types.FunctionType, None] = {}
         things: list[tuple[Place, Callable[[], Any]]] = []
         self._tensors: list[tuple[Place, Any, Any]] = []
         self._others: list[tuple[Place, Any]] = []
@@ -132,14 +147,18 @@ class _Fast:
                 owners.setdefault(id(owner), place.holder)
                 if place.where is Where.SHADOW:
                     continue
+            if isinstance(place.holder, types.FunctionType):
+                functions[place.holder] = None
+                continue
             now = place.now()
             held = snapshot(now, keep=True)
             self._contents += [_Items(content) for content in contents_in(held)]
+            self._numbers += numbers_in(held)
             if isinstance(held, Held):
                 self._tensors.append((place, _facts_of(now), now.stride()))
                 if isinstance(place.held, Held) and place.held.reference is not None:
                     things.append((place, place.held.reference))
-            elif isinstance(held, Thing):
+            elif isinstance(held, (Thing, Numbers)):
                 if held.reference is not None:
                     things.append((place, held.reference))
             elif place.where is Where.DICT:
@@ -148,6 +167,8 @@ class _Fast:
                 tables.setdefault(id(place.holder), []).append(place)
             else:
                 self._others.append((place, now))
+        self._functions = list(functions)
+        self._code = list(map(_code_of, self._functions))
         self._things = [(p, r) for p, r in things if p.where is not Where.DICT]
         # Those of which something is read come first: the others are only counted.
         ids = [*owned, *(i for i in owners if i not in owned)]
@@ -183,6 +204,8 @@ class _Fast:
             return (
                 all(map(is_, values, self._expected))
                 and all(items.unchanged() for items in self._contents)
+                and all(numbers.unchanged() for numbers in self._numbers)
+                and all(map(_same_code, map(_code_of, self._functions), self._code))
                 and all(place.now() is thing() for place, thing in self._things)
                 and all(place.now() is value for place, value in self._others)
                 and all(
@@ -229,6 +252,10 @@ class _Items:
 
 def _table_of(place: Place) -> Any:
     return place.holder if place.where is Where.TABLE else _dict_of(place.holder())
+
+
+def _same_code(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:
+    return all(map(is_, now, then))
 
 
 def _getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:

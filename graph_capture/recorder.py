@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .asked_numbers import AskedNumber
 from .errors import CaptureError
+from .isolation import generator_states
 from .kernels_word import kernels_word, laid_out_rightly
 from .known_values import Knowing, KnownValues
 from .layouts import refuse_nesting, refuse_result
@@ -119,7 +120,7 @@ class Recorder(ReadsWhole):
         self.constants: dict[str, torch.Tensor] = {}
         self.failed_at = ""
         self.draws_outside: str | None = None
-        self._generator_states = _own_generators()
+        self._generator_states = generator_states()
         self._outside_state = _outside_generators()
         self._node_of: dict[int, Node] = {}
         self._memory_of: dict[int, int] = {}  # id of a tensor -> storage that it had when bound
@@ -333,7 +334,7 @@ class Recorder(ReadsWhole):
             if torch.cuda.is_initialized():
                 for generator in torch.cuda.default_generators:
                     generator.set_offset(generator.get_offset() + 4)
-            self._generator_states = _own_generators()
+            self._generator_states = generator_states()
 
     def check_generators(self) -> None:
         """Nobody sets the state of torch's generators, be it to what it was before.
@@ -344,8 +345,8 @@ class Recorder(ReadsWhole):
             When they are not where the last draw has left them.
         """
         with _disable_current_modes():
-            pairs = zip(_own_generators(), self._generator_states, strict=True)
-            untouched = all(torch.equal(now, then) for now, then in pairs)
+            pairs = zip(generator_states(), self._generator_states, strict=True)
+            untouched = all(np.array_equal(now, then) for now, then in pairs)
         if not untouched:
             raise CaptureError(
                 f"{self.phase} seeds the random generator and then draws from it, or puts back an "
@@ -476,12 +477,6 @@ class Recorder(ReadsWhole):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _own_generators() -> list[torch.Tensor]:
-    """State of torch's default generators, one for the CPU and one for each CUDA device."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
 
 
 def _outside_generators() -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
@@ -29,7 +30,7 @@ CACHE_BYTES = 256 * 2**20
 """Values that are kept for the next question, which most often follows from the same ones."""
 
 _TALKS_TO_OTHERS = {"c10d", "_c10d_functional", "_c10d_functional_autograd"}
-_States = tuple[torch.Tensor, ...]
+_States = tuple[np.ndarray, ...]
 
 
 class UnknowableError(Exception):

@@ -5,6 +5,7 @@ A snapshot keeps no tensor and no module alive: it knows those by weak reference
 
 from __future__ import annotations
 
+import array
 import enum
 import types
 import weakref
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from .call_spec import TensorSpec
@@ -43,6 +45,9 @@ SEQUENCES = (list, tuple, deque)
 CONTAINERS = (*SEQUENCES, dict, set, frozenset)
 MAX_ITEMS = 10_000
 """Of containers with more items than this only the number of items is compared."""
+MAX_ARRAY_BYTES = 2**20
+"""Of larger arrays only the identity is compared: reading them takes time in every step."""
+_ARRAYS = (np.ndarray, bytearray, array.array)
 _MAX_DEPTH = 6
 
 
@@ -89,7 +94,34 @@ class Thing:
     reference: Callable[[], Any] | None
 
 
-Snapshot = Atom | Content | Held | Thing
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """An array or a buffer of bytes with what it held.
+
+    Parameters
+    ----------
+    looks
+        Its shape and dtype, for a NumPy array.
+    held
+        Its bytes; ``None`` where there are more than :data:`MAX_ARRAY_BYTES`.
+    array
+        Itself, if the snapshot is to keep it alive.
+    """
+
+    type: type
+    reference: Callable[[], Any] | None
+    looks: Any
+    held: bytes | None
+    array: Any = None
+
+    def unchanged(self) -> bool:
+        """Whether the array that the snapshot keeps holds what it held."""
+        return _looks_of_array(self.array) == self.looks and (
+            self.held is None or _bytes_of(self.array) == self.held
+        )
+
+
+Snapshot = Atom | Content | Held | Thing | Numbers
 
 
 def snapshot(
@@ -110,9 +142,35 @@ def snapshot(
         return Held(TensorSpec.of(value), None if replaceable else weakref.ref(value))
     if isinstance(value, ATOMS) or value is ABSENT:
         return Atom(value)
+    if isinstance(value, _ARRAYS):
+        few = _num_bytes(value) <= MAX_ARRAY_BYTES
+        return Numbers(
+            type(value),
+            _reference(value),
+            _looks_of_array(value),
+            _bytes_of(value) if few else None,
+            value if keep else None,
+        )
     if isinstance(value, CONTAINERS):
         return _content(value, keep, depth)
     return Thing(type(value), _reference(value))
+
+
+def _looks_of_array(value: Any) -> Any:
+    return (value.shape, value.dtype) if isinstance(value, np.ndarray) else len(value)
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, bytearray):
+        return len(value)
+    return value.nbytes if isinstance(value, np.ndarray) else len(value) * value.itemsize
+
+
+def _bytes_of(value: Any) -> bytes | None:
+    """What an array holds; ``None`` for one of Python objects, whose bytes are addresses."""
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        return None
+    return bytes(value) if isinstance(value, bytearray) else value.tobytes()
 
 
 def _content(value: Any, keep: bool, depth: int) -> Snapshot:
@@ -150,6 +208,14 @@ def difference(then: Snapshot, now: Any, label: str) -> str | None:
         if type(now) is not then.type or (then.reference and then.reference() is not now):
             return f"{label} is {brief(now)}, was another {then.type.__name__} while planning"
         return None
+    if isinstance(then, Numbers):
+        if type(now) is not then.type or _looks_of_array(now) != then.looks:
+            return f"{label} is {brief(now)}, was another {then.type.__name__} while planning"
+        if then.held is None:
+            same = then.reference is None or then.reference() is now
+        else:
+            same = _bytes_of(now) == then.held
+        return None if same else f"{label} holds other numbers than while planning"
     if type(now) is not then.type or not isinstance(now, CONTAINERS):
         return f"{label} is {brief(now)}, was a {then.type.__name__} while planning"
     if then.items is None:
@@ -191,6 +257,15 @@ def same_atom(then: Any, now: Any) -> bool:
     if isinstance(then, (float, complex)):
         return repr(then) == repr(now)  # 0.0 is not -0.0, and nan is nan
     return bool(then == now)
+
+
+def numbers_in(value: Snapshot) -> Iterator[Numbers]:
+    """Every array in a snapshot that keeps them."""
+    if isinstance(value, Numbers):
+        yield value
+    elif isinstance(value, Content):
+        for item in value.items or ():
+            yield from numbers_in(item)
 
 
 def contents_in(value: Snapshot) -> Iterator[Content]:

@@ -173,6 +173,20 @@ class ReportsInBackward(Three):
         return self.c(Reported.apply(self.a(x), self))
 
 
+def hooked_in_backward() -> nn.Module:
+    model = Three()
+    norms: list[Tensor] = []
+    model.b.register_full_backward_hook(lambda _m, _grads, out: norms.append(out[0].norm()))
+    return model
+
+
+def counted_in_backward() -> nn.Module:
+    model = Three()
+    calls: list[int] = []
+    model.b.register_full_backward_hook(lambda *_: calls.append(1))
+    return model
+
+
 class WritesGraph(Three):
     def prepare(self) -> None:
         self.register_buffer("state", torch.zeros(WIDTH))
@@ -196,6 +210,8 @@ class WritesGraph(Three):
         (FirstCall, r"second call of forward.*'initialized' to True; run the model once"),
         (hooked, r"leaves a tensor in 'features'"),
         (ReportsInBackward, r"backward changes 'norm'"),
+        (hooked_in_backward, r"backward changes 'norms'"),
+        (counted_in_backward, r"backward changes 'calls'"),
         (WritesGraph, r"writes values that require grad"),
     ],
 )
@@ -207,6 +223,17 @@ def test_what_a_plan_would_lose_is_refused(make: Callable[[], nn.Module], reason
         _plan(model)
     assert vars(model).keys() == before.keys()
     assert (len(FEATURES), CALLS) == (0, 0)
+
+
+def test_hooks_on_all_modules_are_refused_for_what_they_leave() -> None:
+    """Forward hooks of every module collect outputs, which a planned step would not do."""
+    outputs: list[Tensor] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda _module, _args, out: outputs.append(out)
+    )
+    with handle, pytest.raises(CaptureError, match="leaves a tensor in 'outputs'"):
+        _plan(Three())
+    assert outputs == []
 
 
 @pytest.mark.parametrize("make", [Accumulates, FirstCall])

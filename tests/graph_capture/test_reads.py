@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import types
 import weakref
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,9 +80,14 @@ class Pair(NamedTuple):
     second: list[int]
 
 
-def helper(x: Tensor) -> Tensor:
+def helper(x: Tensor, by: float = 1.0) -> Tensor:
     """Reads globals for a forward that calls it."""
-    return x * GAIN * TABLE["low"][0] * SETTINGS.gain
+    return x * GAIN * TABLE["low"][0] * SETTINGS.gain * by
+
+
+def twice(x: Tensor, by: float = 1.0) -> Tensor:
+    """Another body for :func:`helper`."""
+    return x * 2
 
 
 def bound(factor: float) -> tuple[Callable[[Tensor], Tensor], Callable[[float], None]]:
@@ -113,8 +121,14 @@ class Reader(Three):
         self.unread = 1
         self.scale_it, self.rescale = bound(1.0)
         self.adapter = None
+        self.curve = np.array([1.0, 2.0])
+        self.codes = bytearray(b"\x01")
+        self.layers = ChainMap({"depth": 1.0}, {})
+        self.secret = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x * float(self.curve.sum()) * self.codes[0] * self.layers["depth"]
+        x = F.tanh(x) * vars(self)["secret"] * float(os.environ.get("READERS_GAIN", "1"))
         h = self.drop(self.act(self.a(x))) * self.scaling["default"]
         h = self.scale_it(helper(h)) * self.config.amplification + self.config.shift
         h = Shifted.apply(Scaled.apply(h)) * self.slotted.gain * self.pair.second[0]
@@ -159,6 +173,14 @@ CHANGES: dict[str, Callable[[Reader, pytest.MonkeyPatch], Any]] = {
     "TABLE": lambda model, patch: patch.setitem(TABLE, "low", [0.5, 3]),
     "SETTINGS.gain": lambda model, patch: patch.setattr(SETTINGS, "gain", 2.0),
     "inplace": lambda model, patch: setattr(model.drop, "inplace", 0),  # of another type
+    "curve": lambda model, patch: model.curve.__setitem__(0, 3.0),
+    "codes": lambda model, patch: model.codes.__setitem__(0, 2),
+    "maps": lambda model, patch: model.layers.__setitem__("depth", 2.0),
+    "secret": lambda model, patch: setattr(model, "secret", 2.0),
+    "environment": lambda model, patch: patch.setenv("READERS_GAIN", "2"),
+    "functional.tanh": lambda model, patch: patch.setattr(F, "tanh", torch.sin),
+    "defaults of helper": lambda model, patch: patch.setattr(helper, "__defaults__", (2.0,)),
+    "code of helper": lambda model, patch: patch.setattr(helper, "__code__", twice.__code__),
     "a.forward": lambda model, patch: setattr(model.a, "forward", lambda x: x),
 }
 

@@ -1,0 +1,49 @@
+"""Get at what an object holds without asking the object itself."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from typing import Any
+
+from .named_reads import is_users_file
+
+
+def dict_of(holder: Any) -> dict[str, Any]:
+    """Its ``__dict__``, empty where it has none."""
+    try:
+        held = object.__getattribute__(holder, "__dict__")
+    except AttributeError:  # slots only
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def in_class(cls: type, name: str) -> tuple[type | None, Any]:
+    """The class that an attribute is found in, and what lies there."""
+    for base in cls.__mro__:
+        if name in vars(base):
+            return base, vars(base)[name]
+    return None, None
+
+
+def weakly(holder: Any) -> Any:
+    """A weak reference to it, or itself."""
+    try:
+        return weakref.ref(holder)
+    except TypeError:  # slots without room for one
+        return holder
+
+
+def may_change(module: types.ModuleType, name: str) -> bool:
+    """A name in a module of the user's, or a function of PyTorch's, which some replace."""
+    if _is_users_module(module):
+        return True
+    inside = module.__name__ == "torch" or module.__name__.startswith("torch.")
+    return inside and isinstance(
+        vars(module)[name], (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+    )
+
+
+def _is_users_module(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None)
+    return module.__name__ == "__main__" or (file is not None and is_users_file(file))
