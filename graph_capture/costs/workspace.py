@@ -43,6 +43,8 @@ aten = torch.ops.aten
 _SCALAR_BYTES = 16
 _COMPLEX_DOUBLE_BYTES = 16
 
+_LEAST_BY_BLOCKS = 60 * 60  # elements
+
 # The largest calls of a language model. Their CPU kernels keep what they need on the stack
 # (aten/src/ATen/native/SoftMax.cpp, LossNLL.cpp) where nothing must be copied first.
 _BY_ROWS = {
@@ -119,7 +121,7 @@ class WorkspaceProbe:
             # TensorIterator copies what it must cast first (aten/src/ATen/TensorIterator.cpp).
             if len({t.dtype for t in (*given, *filter(_is, tree_iter(out)))}) <= 1:
                 return _number_bytes(args, given) if self._on_cpu else 0
-        elif _TAKES_NONE.fullmatch(name) or not runs_on_blanks(func):
+        elif not runs_on_blanks(func) or _only_moves(name, given):
             return 0
         if self._on_cpu and name in _PRODUCTS and _plain_product(call):
             return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
@@ -176,6 +178,16 @@ def _is_one_loop(func: Any) -> bool:
         return True
     name = func._schema.name + (f".{func._overloadname}" if func._overloadname != "default" else "")
     return not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+
+
+def _only_moves(name: str, given: list[torch.Tensor]) -> bool:
+    return bool(_TAKES_NONE.fullmatch(name)) and not any(map(_is_copied_by_blocks, given))
+
+
+def _is_copied_by_blocks(t: torch.Tensor) -> bool:
+    """Whether a copy goes through a block, as of larger columns (aten/src/ATen/native/Copy.cpp)."""
+    by_columns = t.dim() == 2 and t.stride() == (1, t.shape[0])
+    return by_columns and t.numel() >= _LEAST_BY_BLOCKS and not t.is_contiguous()
 
 
 def _number_bytes(args: tuple, given: list[torch.Tensor]) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 
 from benchmarks.sweeps.operator_cases import Case, NoCase, all_cases, some_cases, subject_of
@@ -9,6 +12,26 @@ from benchmarks.sweeps.operator_judge import class_of_refusal, judge
 from benchmarks.sweeps.operators import table
 
 ALLOWED = ("green", "refused", "prediction off", "no case")
+
+MENDED = (
+    ("operator", "block_diag", "transposed"),  # a wrapper of the same name was called
+    ("operator", "linalg.eig", "contiguous"),  # scratch of conjugated arguments
+    ("operator", "logaddexp2", "transposed"),  # strides of pow
+    ("operator", "mT", "transposed"),  # a scalar in a bound's rows
+    ("operator", "ormqr", "transposed"),  # strides of a gradient
+    ("operator", "polar", "contiguous"),  # scratch of a complex number
+    ("operator", "reshape", "transposed"),  # a block that copies go through
+    ("operator", "sgn", "contiguous"),  # a gradient without memory
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _young_objects_alone() -> Iterator[None]:
+    """Each peak is recorded after a collection, which would look at all of PyTorch otherwise."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("case", some_cases(3, seed=2), ids=str)
@@ -19,9 +42,16 @@ def test_case_keeps_the_promise(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", some_cases(150, seed=1), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(kind=kind, name=name, sample=0, layout=layout) for kind, name, layout in MENDED),
+        *some_cases(100, seed=1),
+    ],
+    ids=str,
+)
 def test_more_cases_keep_the_promise(case: Case) -> None:
-    """The same of more cases."""
+    """The same of more cases, those among them that did not once."""
     verdict = judge(case)
     assert verdict.outcome in ALLOWED, verdict.why
 

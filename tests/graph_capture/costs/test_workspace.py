@@ -43,6 +43,7 @@ def _real(func: Any, *args: Any) -> int:
         (aten.mul.Tensor, (torch.randn(64, dtype=torch.cfloat), torch.randn(64))),
         (aten.mul.Tensor, (torch.randn(64, dtype=torch.cfloat), 2j)),
         (aten.sigmoid.default, (torch.randn(64, dtype=torch.cfloat).conj(),)),
+        (aten.add.Tensor, (torch.randn(64, 80), torch.randn(80, 64).t())),
         (aten.linalg_qr.default, (torch.randn(8, 8, dtype=torch.cfloat).conj(),)),
     ],
     ids=lambda value: str(value) if not isinstance(value, tuple) else "",
@@ -64,6 +65,13 @@ def test_a_product_copies_what_is_not_dense() -> None:
     y = torch.empty(8, 8, device="meta")
     assert _scratch(aten.mm.default, x, y) == 4 * 8 * 4
     assert _scratch(aten.mm.default, y.t(), y) == 0
+
+
+def test_a_copy_of_columns_goes_through_a_block() -> None:
+    """Copying a larger transposed matrix takes a block of 60 times 60 elements on the way."""
+    to, columns = torch.randn(64, 80), torch.randn(80, 64).t()
+    expected = peak_extra_bytes(lambda: to.copy_(columns))
+    assert _scratch(aten.copy_.default, to.to("meta"), columns.to("meta")) == expected == 14_400
 
 
 def test_kernels_that_move_memory_take_none() -> None:
