@@ -36,11 +36,14 @@ class Check:
         The line that asked.
     module_path
         Of the module that it belongs to.
+    state
+        A buffer or attribute that it follows from, if there is one.
     """
 
     what: str
     source: str
     module_path: str
+    state: str | None = None
 
 
 class OutcomeChanged(Exception):  # a signal, which never reaches users

@@ -192,7 +192,12 @@ class Questions:
         node = self._recorder.call(target, (*args, len(self.checks)), {})
         node.meta["val"] = None
         self.checks.append(
-            Check(what=what, source=node.meta["source"], module_path=node.meta["module_path"])
+            Check(
+                what=what,
+                source=node.meta["source"],
+                module_path=node.meta["module_path"],
+                state=self.values.follows_from(args).state,
+            )
         )
 
     def _refuse_useless(self, result: Any, origins: Origins, func: Any, source: str) -> None:

@@ -308,6 +308,13 @@ class Origins:
         )
 
     @property
+    def state(self) -> str | None:
+        """Name of a buffer or attribute that has a share in it."""
+        held = (n for n in self._part if n.op == "placeholder")
+        names = (n.meta["target"] for n in held if n.meta["role"] in ("buffer", "attribute"))
+        return min(map(str, names), default=None)
+
+    @property
     def counted(self) -> str | None:
         """Name of a buffer that the step writes to before it is read here, if there is one."""
         memory = {m: n for n in self._part if n.op == "placeholder" for m in _memory(n)}

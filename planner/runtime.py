@@ -251,6 +251,7 @@ class PlannedStep:
                 torch._C.DisableTorchFunction(),
             ):
                 found = self._backward(boxed)
+            self._say_nan(found)
         except (RuntimeError, MemoryError) as error:
             self._explain(error, self._graphs.backward)
             raise
@@ -316,6 +317,18 @@ class PlannedStep:
             "them planned together, plan a module whose forward makes both calls",
         )
 
+    def _say_nan(self, gradients: list[torch.Tensor]) -> None:
+        """What autograd's anomaly mode finds next, and where it would find the operator."""
+        if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
+            return
+        if any(bool(torch.isnan(g).any()) for g in gradients if isinstance(g, torch.Tensor)):
+            self._tally.say(
+                "anomaly",
+                "a gradient of a planned step is nan, and anomaly mode sees the step as one "
+                "function: make the call under `with planner.unplanned(model):` to see the "
+                "operator and its line",
+            )
+
     def _explain(self, error: BaseException, graph: GraphModule) -> None:
         if self._plan is not None:
             explain(error, self._plan, self._model, graph)
@@ -364,12 +377,17 @@ def _write_below_autograd(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 def _what_changed(changed: OutcomeChanged, check: Check) -> str:
     module = f" in module {check.module_path!r}" if check.module_path else ""
+    state = (
+        f" It follows from {check.state!r}, which the model holds: where a first step sets that "
+        "up, run the model once before planning."
+    )
     return (
         f"this step takes another way through the model than the planned one: at {check.source}"
         f"{module} forward asks for {check.what}, which was {changed.planned} when the plan was "
-        f"made and is {changed.got} now. If that line raises for this input, so does the model "
-        "without the plan (Plan.remove). Else apply the plan with on_shape_change='replan', which "
-        "plans for this way, too, or 'unplanned', or make a plan on such an input"
+        f"made and is {changed.got} now.{'' if check.state is None else state} If that line raises "
+        "for this input, so does the model without the plan (Plan.remove). Else apply the plan "
+        "with on_shape_change='replan', which plans for this way, too, or 'unplanned', or make a "
+        "plan on such an input"
     )
 
 

@@ -734,6 +734,19 @@ def test_nothing_is_left_after_a_step(plan):
     assert first.peak_bytes == second.peak_bytes <= plan.budget_bytes
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
+def test_a_nan_under_anomaly_detection_is_said_to_be_in_the_planned_step(plan):
+    """Autograd's own error names one function for the whole step."""
+    model = plan.apply(make())
+    with (
+        torch.autograd.detect_anomaly(),
+        pytest.warns(PlanWarning, match=r"unplanned\(model\)"),
+        pytest.raises(RuntimeError, match="nan values"),
+    ):
+        model(sample() * float("nan")).sum().backward()
+
+
 def test_anomaly_detection(plan):
     """Under detect_anomaly, as in eager."""
 

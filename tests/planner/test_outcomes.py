@@ -114,6 +114,41 @@ def test_a_changed_outcome_names_the_line_and_both_values() -> None:
         model(*sample(1, (11,) * 10))
 
 
+class SetsUp(nn.Module):
+    """Begins its average with the first batch."""
+
+    mean: Tensor
+    ready: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.register_buffer("ready", torch.tensor(0))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        found = x.mean(0)
+        if self.ready.item() == 0:
+            self.mean.copy_(found)
+            self.ready.fill_(1)
+        else:
+            self.mean.lerp_(found, 0.1)
+        return self.layer(x - self.mean)
+
+
+def test_what_a_first_step_sets_up_is_named_with_the_way_out() -> None:
+    """A plan of the first step fails in the second; one of a model that has run once holds."""
+    model = SetsUp().train()
+    plan_of(model).apply(model)
+    model(*sample(0))
+    with pytest.raises(OutcomeChangedError, match=r"'ready'.* run the model once before planning"):
+        model(*sample(1))
+    model = SetsUp().train()
+    model(*sample(0))
+    plan_of(model).apply(model)
+    model(*sample(1))
+
+
 def test_a_failed_check_puts_generator_and_buffers_back() -> None:
     """Numbers drawn and statistics updated before a check that fails are as before the step."""
     model = model_of(asserting)
