@@ -97,7 +97,8 @@ class Questions:
             except UnknowableError:
                 raise error from None
             origins = self.values.follows_from(deciding(func, node_args, node_kwargs))
-            self._refuse_useless(result, origins, func, source)
+            if not _fills_least_length(func, node_args, node_kwargs, result):
+                self._refuse_useless(result, origins, func, source)
             outcome = Outcome.of(result)
         self.outcomes.append(outcome)
         if outcome.made is None:
@@ -248,6 +249,14 @@ def _first_picked(args: Any) -> int:
     if isinstance(indices, Node):
         return 0
     return next(i for i, index in enumerate(indices) if index is not None)
+
+
+def _fills_least_length(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+    """Whether ``bincount(x, minlength=n)`` makes n counts, as it does for all x below n."""
+    if func is not aten.bincount.default:
+        return False
+    least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+    return bool(result.numel() == least)
 
 
 def _words(func: Any) -> str:

@@ -132,6 +132,18 @@ def test_shapes_that_activations_decide_are_refused() -> None:
         capture(lambda m, x, ids: m.layer(x)[m.layer(x)[:, 0] > 0])
 
 
+def test_counts_of_activations_are_planned_where_their_number_is_given() -> None:
+    """``bincount`` with ``minlength`` makes so many counts unless an index is out of range."""
+
+    def ask(m: Any, x: Tensor, ids: Tensor) -> Tensor:
+        hidden = m.layer(x)
+        return hidden * torch.bincount(hidden.argmax(-1), minlength=4)
+
+    assert checks_of(capture(ask)) == [(expect_shape, [4])]
+    with pytest.raises(CaptureError, match="a shape depends on values"):
+        capture(lambda m, x, ids: m.layer(x).sum() * torch.bincount(m.layer(x).argmax(-1)))
+
+
 def test_shapes_that_are_drawn_are_refused() -> None:
     """So is a mask of random numbers."""
     with pytest.raises(CaptureError, match="computes or draws"):
