@@ -72,7 +72,14 @@ def _looks(leaf: Any) -> Any:
     if isinstance(leaf, Node):
         value = leaf.meta["val"]
         return "tensor", value.dim() == 0, value.dtype
-    return type(leaf)
+    return leaf if isinstance(leaf, torch.dtype) else type(leaf)
+
+
+# Composites of another operator with the number as a tensor, which the function comes to at once.
+_WITH_NUMBER = {
+    getattr(torch.ops.aten, name).Scalar: getattr(torch.ops.aten, name).Tensor
+    for name in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
+}
 
 
 class _Seen(Exception):
@@ -110,6 +117,8 @@ def _find(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
 
     given, named = tree_map(value_of, args), tree_map(value_of, dict(kwargs))
     name = func._schema.name.removeprefix("aten::")
+    if func is torch.ops.aten._to_copy.default and named.keys() == {"dtype"}:
+        return "to" if named["dtype"] != given[0].dtype else None  # else it copies nothing
     candidates: list[_Found] = []
     if given and isinstance(given[0], torch.Tensor) and hasattr(torch.Tensor, name):
         candidates.append(name)
@@ -149,7 +158,13 @@ def _comes_to(candidate: _Found, func: Any, args: tuple, kwargs: dict[str, Any])
         pass
     except (TypeError, RuntimeError, NotImplementedError, ValueError, IndexError):
         return False  # it takes other arguments
-    return first.call is not None and _same(first.call, (func, args, kwargs))
+    if first.call is None:
+        return False
+    called, its_args, its_kwargs = first.call
+    if not kwargs.get("pin_memory"):  # which functions say and operators leave out
+        its_kwargs = {k: v for k, v in its_kwargs.items() if k != "pin_memory" or v}
+    wanted = (_WITH_NUMBER.get(func, func), func)
+    return called in wanted and _same((its_args, its_kwargs), (args, kwargs))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +43,17 @@ class PlannedGraphs:
     forward, backward
         Each takes one list of tensors, which it empties, and returns a list.
         ``forward``: the values of ``forward_inputs`` to the outputs, then the
-        saved tensors. ``backward``: the tangents, the saved tensors and the
-        values of ``saved_inputs`` to the gradients.
+        saved tensors. ``backward``: the tangents, the exposed saved tensors, the
+        values of ``saved_inputs`` and the other saved tensors to the gradients.
     forward_inputs
         Placeholders of the traced step that forward takes.
     saved_inputs
         Placeholders that backward reads, passed on beside the saved tensors.
     num_outputs
         How many of forward's results are outputs of the model.
+    num_exposed
+        How many of the saved tensors, which come first, share memory with an output
+        or an input of the step, so that others may write to them.
     """
 
     forward: GraphModule
@@ -57,6 +61,7 @@ class PlannedGraphs:
     forward_inputs: tuple[Node, ...]
     saved_inputs: tuple[Node, ...]
     num_outputs: int
+    num_exposed: int
 
 
 def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
@@ -73,10 +78,13 @@ def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
     backward.run(schedule.order[at_loss + 1 :], at_loss + 1)
     gradients = [backward.value(node) for _, node in captured.step.gradients]
     backward.graph.output(gradients)
-    backward.order_placeholders()
+    exposed = {forward.storage_of(node) for node in (*captured.step.outputs, *forward.inputs)}
+    public = [key for key in backward.taken_over if key[0] in exposed]
+    private = [key for key in backward.taken_over if key[0] not in exposed]
+    backward.order_placeholders(public, private)
     forward.order_placeholders()
 
-    saved = list(backward.taken_over)
+    saved = [*public, *private]
     forward.graph.output([*outputs, *(forward.value_at(key) for key in saved)])
     return PlannedGraphs(
         forward=_compile(forward.graph, "PlannedForward"),
@@ -84,6 +92,7 @@ def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
         forward_inputs=tuple(forward.inputs),
         saved_inputs=tuple(backward.inputs),
         num_outputs=len(outputs),
+        num_exposed=len(public),
     )
 
 
@@ -124,19 +133,28 @@ class _Emitter:
 
     def declare(self, node: Node) -> None:
         """A tangent: an input of the backward graph, in this place."""
-        k = self._storage_by_id[storage_id(node.meta["val"])]
+        k = self.storage_of(node)
         self._values[k, node] = self._placeholder(node.name)
         self._declared.append(self._values[k, node])
 
-    def order_placeholders(self) -> None:
-        """Tangents first, then what forward saved, then inputs of the step."""
-        ordered = [*self._declared, *self.taken_over.values(), *self.inputs.values()]
+    def order_placeholders(self, public: Iterable[_Key] = (), private: Iterable[_Key] = ()) -> None:
+        """Tangents, saved tensors that are exposed, inputs of the step, other saved tensors."""
+        ordered = [
+            *self._declared,
+            *(self.taken_over[key] for key in public),
+            *self.inputs.values(),
+            *(self.taken_over[key] for key in private),
+        ]
         for before, after in itertools.pairwise(ordered):
             before.append(after)
 
     def value(self, node: Node) -> Node:
         """The value of a node of the traced step, as it is at the end."""
-        return self._lookup(node, self._storage_by_id[storage_id(node.meta["val"])])
+        return self._lookup(node, self.storage_of(node))
+
+    def storage_of(self, node: Node) -> int:
+        """Which storage a node of the traced step lies in."""
+        return self._storage_by_id[storage_id(node.meta["val"])]
 
     def value_at(self, key: _Key) -> Node:
         """The latest value that carries a storage."""
@@ -171,6 +189,13 @@ class _Emitter:
             kwargs = map_arg(node.kwargs, lambda n: self._lookup(n, k))
             views[node] = self._call_like(node, args, kwargs)
         return views[node]
+
+    def _read(self, node: Node, k: int) -> Node:
+        """As :meth:`_lookup`, for a call that cares for elements, not for tensor objects.
+
+        ``w.t().t()``, which backward formulas ask for, is ``w``.
+        """
+        return self._lookup(_first_alike(node, self._captured.carriers[k]), k)
 
     def _set(self, k: int, carrier: Node, value: Node) -> None:
         if self._captured.graph.storages[k].kept and self._exists(k, carrier):
@@ -234,7 +259,7 @@ class _Emitter:
 
         def argument(node: Node) -> Node:
             k = own.get(storage_id(node.meta["val"]))
-            return self._lookup(node, code.reads[node]) if k is None else own_value(node, k)
+            return self._read(node, code.reads[node]) if k is None else own_value(node, k)
 
         replayed = None if first else self._captured.state_of.get(v)
         for call in code.calls:
@@ -303,6 +328,30 @@ class _Emitter:
         if self._first_call is None:
             self._first_call = node
         return node
+
+
+def _first_alike(node: Node, carriers: Collection[Node]) -> Node:
+    """The first of the views that lead from a carrier to ``node`` with its place and layout."""
+    wanted, first = _layout(node), node
+    while node not in carriers and isinstance(source := node.args[0], Node):
+        node = source
+        if _layout(node) == wanted:
+            first = node
+    return first
+
+
+def _layout(node: Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):  # of several results at once
+        return None
+    return (
+        value.shape,
+        value.stride(),
+        value.storage_offset(),
+        value.dtype,
+        value.is_conj(),
+        value.is_neg(),
+    )
 
 
 # -- generated code ----------------------------------------------------------------

@@ -58,9 +58,22 @@ class StepCall:
         Gradients of the outputs, see :class:`HandOver`.
     generator_state
         Of the default generator when the call began, where the step draws.
+
+    Attributes
+    ----------
+    saved
+        Saved tensors that nobody else has. Autograd's own way of saving looks at each
+        for writes by others, which costs as much as a small kernel.
     """
 
-    __slots__ = ("__weakref__", "arguments", "by_own_forward", "generator_state", "handed_over")
+    __slots__ = (
+        "__weakref__",
+        "arguments",
+        "by_own_forward",
+        "generator_state",
+        "handed_over",
+        "saved",
+    )
 
     def __init__(
         self,
@@ -72,6 +85,7 @@ class StepCall:
         self.handed_over = handed_over
         self.generator_state = generator_state
         self.by_own_forward = False
+        self.saved: list[torch.Tensor] = []
 
 
 class PlannedStep:
@@ -167,7 +181,10 @@ class PlannedStep:
 
     # -- forward -------------------------------------------------------------------
 
-    def run_forward(self, ctx: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def run_forward(
+        self, ctx: Any, call: StepCall, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Outputs of the step; what backward needs is kept in ``ctx`` and ``call``."""
         # As in eager: below autograd, with grad mode on (some kernels save more when it is).
         changed: OutcomeChanged | None = None
         layout = self._layout
@@ -191,8 +208,14 @@ class PlannedStep:
                 _write_below_autograd(tensor, value)
             raise OutcomeChangedError(_what_changed(changed, layout.checks[changed.place]))
         del before
-        outputs, saved = results[: self._num_outputs], results[self._num_outputs :]
-        ctx.save_for_backward(*saved, *(inputs[i] for i in self._layout.saved_at))
+        exposed = self._num_outputs + self._graphs.num_exposed
+        outputs, saved = results[: self._num_outputs], results[self._num_outputs : exposed]
+        saved += [inputs[i] for i in self._layout.saved_at]
+        if _saved_tensors_are_hooked():
+            ctx.save_for_backward(*saved, *results[exposed:])
+        else:
+            ctx.save_for_backward(*saved)
+            call.saved = results[exposed:]
         differentiated = set(self._layout.differentiated)
         ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in differentiated))
         ctx.set_materialize_grads(False)
@@ -225,7 +248,9 @@ class PlannedStep:
                 "computes, so that only what it uses is differentiated; where each output has a "
                 "backward pass of its own, call all but the last with retain_graph=True"
             )
+        private = call.saved
         if retained:
+            private = list(private)
             self._tally.say(
                 "retained",
                 "backward(retain_graph=True) through a planned model: what the plan saved stays "
@@ -242,6 +267,8 @@ class PlannedStep:
             del tangent
         del gradients
         boxed.extend(ctx.saved_tensors)
+        boxed.extend(private)
+        private.clear()  # so that the generated code holds the only references
         ctx.maybe_clear_saved_tensors()
         try:
             with (
@@ -306,7 +333,7 @@ class PlannedStep:
 
     def _let_go(self, call: StepCall) -> None:
         """After the last backward pass; the autograd graph may outlive it by a whole step."""
-        call.arguments = {}
+        call.arguments, call.saved = {}, []
         self._waiting = lambda: None
 
     def _say_waiting(self) -> None:
@@ -340,7 +367,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: PlannedStep, call: StepCall, *inputs: torch.Tensor) -> Any:
         ctx.step, ctx.call = step, call
-        return step.run_forward(ctx, inputs)
+        return step.run_forward(ctx, call, inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
@@ -368,6 +395,11 @@ def _reads_what_it_writes(captured: CapturedStep) -> bool:
             if written.meta["role"] == "attribute" or set(written.users) - {node}:
                 return True
     return False
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether the caller moves saved tensors elsewhere (``save_on_cpu``) or looks at them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _write_below_autograd(tensor: torch.Tensor, value: torch.Tensor) -> None:

@@ -45,6 +45,9 @@ X = torch.ones(2, 3)
         (aten.gelu.default, (X,), {"approximate": "tanh"}),
         (aten.mul.out, (X, X), {"out": X}),
         (aten.add_.Tensor, (X, X), {}),
+        (aten.add.Scalar, (X, 2), {}),  # a composite of what the function comes to at once
+        (aten.empty_like.default, (X,), {"dtype": torch.bool}),
+        (aten._to_copy.default, (X,), {"dtype": torch.float64}),
     ],
 )
 def test_a_function_of_pytorch_is_found(func, args, kwargs):
@@ -57,12 +60,16 @@ def test_a_function_of_pytorch_is_found(func, args, kwargs):
     [
         (aten._to_copy.default, (X,)),  # no function of that name
         (aten.empty.memory_format, ([2, 3],)),  # no tensor: a default device may have its say
-        (aten.add.Scalar, (X, 2)),  # torch.add comes to another overload
     ],
 )
 def test_only_the_operator_itself_will_do(func, args):
     """Where no function comes to the very operator, there is none."""
     assert found(func, *args) is None
+
+
+def test_a_copy_is_a_copy():
+    """``x.to(dtype)`` of that very dtype is no copy."""
+    assert found(aten._to_copy.default, X, dtype=X.dtype) is None
 
 
 def test_a_function_is_what_its_name_stands_for() -> None:
@@ -92,4 +99,6 @@ def test_every_function_comes_to_its_operator():
     inputs = [fetch([sample()]) for fetch in step._layout.fetch]
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), Watch():
         step._forward(inputs[: step._num_forward])
-    assert [f for f in seen if f in set(expected)] == expected
+    composites = {aten.to.dtype: aten._to_copy.default, aten.div_.Tensor: aten.div_.Scalar}
+    named = [composites.get(f, f) for f in seen]
+    assert [f for f in named if f in set(expected)] == expected

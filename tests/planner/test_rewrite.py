@@ -128,8 +128,9 @@ def counted_peak_bytes(captured: CapturedStep, graphs: PlannedGraphs) -> int:
         held[-1] = step.loss.held_bytes
         held |= storages([t for t in tangents if t.numel() <= 1])
         at_loss = sum((held | storages([tangents, saved])).values())
-        boxed = [*tangents, *saved, *(given[n] for n in graphs.saved_inputs)]
-        tangents = saved = results = []
+        exposed, private = saved[: graphs.num_exposed], saved[graphs.num_exposed :]
+        boxed = [*tangents, *exposed, *(given[n] for n in graphs.saved_inputs), *private]
+        tangents = saved = exposed = private = results = []
         _, backward_peak = walk(graphs.backward.graph, boxed, held)
     assert mode is not None
     return max(forward_peak, at_loss, backward_peak) + step.loss.constant_bytes
@@ -216,3 +217,13 @@ def test_a_schedule_that_reads_too_early_is_refused():
     with pytest.raises(InvalidScheduleError):
         rewrite(captured, Schedule(tuple(order)))
     assert model.training
+
+
+def test_a_view_that_leads_back_is_not_made():
+    """The weight that backward multiplies with is the weight, not its transpose transposed."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).train()
+    plan = optimize(model, torch.zeros(4, 8), budget_gb=1, loss_fn=torch.sum)
+    graphs = rewrite(plan._captured, plan.schedule)
+    weights = [n for n in graphs.backward.graph.nodes if n.name.startswith("parameter_1_weight")]
+    users = [user.target for weight in weights for user in weight.users]
+    assert users == ["mm"]
