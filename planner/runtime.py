@@ -211,11 +211,8 @@ class PlannedStep:
         exposed = self._num_outputs + self._graphs.num_exposed
         outputs, saved = results[: self._num_outputs], results[self._num_outputs : exposed]
         saved += [inputs[i] for i in self._layout.saved_at]
-        if _saved_tensors_are_hooked():
-            ctx.save_for_backward(*saved, *results[exposed:])
-        else:
-            ctx.save_for_backward(*saved)
-            call.saved = results[exposed:]
+        ctx.save_for_backward(*saved)
+        call.saved = results[exposed:]
         differentiated = set(self._layout.differentiated)
         ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in differentiated))
         ctx.set_materialize_grads(False)
@@ -395,11 +392,6 @@ def _reads_what_it_writes(captured: CapturedStep) -> bool:
             if written.meta["role"] == "attribute" or set(written.users) - {node}:
                 return True
     return False
-
-
-def _saved_tensors_are_hooked() -> bool:
-    """Whether the caller moves saved tensors elsewhere (``save_on_cpu``) or looks at them."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _write_below_autograd(tensor: torch.Tensor, value: torch.Tensor) -> None:

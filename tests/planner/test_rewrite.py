@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
+from planner import optimize
 from planner.generators import read_cpu_generator, resume_cpu_generator, rewind_cpu_generator
 from planner.rewrite import PlannedGraphs, rewrite
 from planner.runtime import PlannedStep
