@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
@@ -53,8 +54,8 @@ class OutputTemplate:
         """The output with ``tensors`` in place of the ones it was made from."""
         rebuilt = []
         for leaf, slot in zip(self.leaves, self.slots, strict=True):
-            if slot is None:
-                rebuilt.append(leaf)
+            if slot is None:  # an array is the caller's to change
+                rebuilt.append(leaf.copy() if isinstance(leaf, np.ndarray) else leaf)
             elif isinstance(slot, int):
                 rebuilt.append(tensors[slot])
             elif isinstance(slot, Number):
@@ -104,14 +105,19 @@ def take_apart(output: Any) -> tuple[OutputTemplate, list[torch.Tensor]]:
 
 def _flattened(output: Any) -> tuple[list[tuple[str, Any]], TreeSpec]:
     try:
-        leaves, spec = tree_flatten_with_path(output)
+        leaves, spec = tree_flatten_with_path(output, is_leaf=_is_size)
     except ValueError:  # a container that was registered without a way to name its places
-        plain, spec = tree_flatten(output)
+        plain, spec = tree_flatten(output, is_leaf=_is_size)
         return [(f"output {i}", leaf) for i, leaf in enumerate(plain)], spec
     return [
         (".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), leaf)
         for path, leaf in leaves
     ], spec
+
+
+def _is_size(value: Any) -> bool:
+    """A shape, which pytree would put together again as a plain tuple."""
+    return isinstance(value, torch.Size)
 
 
 def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
@@ -149,6 +155,10 @@ def _refuse_uncopied(leaf: Any, held: list[torch.Tensor]) -> None:
         raise NotFittingError(f"{what} that its copies share, in a function, say; {advice}")
 
 
+# Bytes and arrays make new ones of themselves whenever they are asked what a copy is made from.
+_HOLD_NOTHING = (type, str, int, float, complex, bytes, bytearray, types.ModuleType, np.generic)
+
+
 def tensors_within(value: Any) -> list[torch.Tensor]:
     """Tensors that an object holds, at any depth; modules are not looked into."""
     return [item for item in _within(value) if isinstance(item, torch.Tensor)]
@@ -160,7 +170,7 @@ def _within(value: Any) -> Iterator[Any]:
     todo = [value]
     while todo:
         item = todo.pop()
-        if id(item) in seen or isinstance(item, (type, str, int, float, types.ModuleType)):
+        if id(item) in seen or isinstance(item, _HOLD_NOTHING):
             continue
         seen[id(item)] = item
         yield item
@@ -179,6 +189,8 @@ def _held_by(item: Any) -> Iterator[Any]:
         yield from (cell.cell_contents for cell in item.__closure__ or () if _filled(cell))
     elif isinstance(item, types.MethodType):
         yield item.__self__
+    elif isinstance(item, np.ndarray):
+        yield from item.ravel().tolist() if item.dtype.hasobject else ()
     elif not type(item).__flags__ & _HEAP_TYPE:
         yield from _state_of(item)
     if hasattr(item, "__dict__"):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -169,3 +170,13 @@ def test_a_container_without_named_places_is_taken_apart() -> None:
     built = template.build([torch.ones(1)])
     assert type(built) is Plain
     assert len(tensors) == 1
+
+
+def test_shapes_arrays_and_bytes_come_out_as_they_are() -> None:
+    """Also where such an object makes a new one of itself when it is asked what it holds."""
+    output = (torch.zeros(2), torch.Size([2]), np.ones(2), b"ab", bytearray(b"cd"), 1j)
+    template, tensors = take_apart(output)
+    first, second = template.build(tensors), template.build(tensors)
+    assert [type(value) for value in first] == [type(value) for value in output]
+    first[2][0] = 5.0
+    assert second[2].tolist() == [1.0, 1.0]
