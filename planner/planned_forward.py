@@ -150,6 +150,13 @@ class PlannedForward:
             return self._otherwise(_mismatch(different), arguments, args, kwargs)
         self.tally.num_planned += 1
         self._say_gradients_held()
+        if prepared.guard.replaced_bytes:
+            self._say_held(
+                "parameters replaced",
+                prepared.guard.replaced_bytes,
+                "parameters and buffers are still in memory that others took the place of",
+                "Let go of them",
+            )
         try:
             return prepared.step(arguments)
         except OutcomeChangedError as error:
@@ -326,14 +333,22 @@ class PlannedForward:
         held = sum(
             p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None
         )
-        peak = self.plan.predicted_peak_bytes + held
+        self._say_held(
+            "gradients held",
+            held,
+            "gradients are there when a planned step begins",
+            "Call zero_grad(set_to_none=True) before forward",
+        )
+
+    def _say_held(self, kind: str, held_bytes: int, what: str, advice: str) -> None:
+        peak = self.plan.predicted_peak_bytes + held_bytes
         if peak > self.plan.budget_bytes:
             self.tally.say(
-                "gradients held",
-                f"{format_bytes(held)} of gradients are there when a planned step begins, which "
-                f"its plan does not count: its peak may be {format_bytes(peak)}, the budget is "
-                f"{format_bytes(self.plan.budget_bytes)}. Call zero_grad(set_to_none=True) before "
-                "forward, or plan with a budget that is lower by these bytes",
+                kind,
+                f"{format_bytes(held_bytes)} of {what}, which the plan does not count: its peak "
+                f"may be {format_bytes(peak)}, the budget is "
+                f"{format_bytes(self.plan.budget_bytes)}. {advice}, or plan with a budget that is "
+                "lower by these bytes",
             )
 
     # -- copies -----------------------------------------------------------------------

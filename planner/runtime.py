@@ -337,8 +337,10 @@ class PlannedStep:
         self._tally.say(
             "two forwards",
             "a planned model is called again before the backward pass of its last call: the saved "
-            "tensors of both lie in memory side by side, which the budget does not count. To have "
-            "them planned together, plan a module whose forward makes both calls",
+            "tensors of both lie in memory side by side, which the budget does not count. Where "
+            "one backward pass goes through both, gradients of weights that a call uses more than "
+            "once (tied ones) are added in another order than eager's, with other last bits. To "
+            "have them planned together, plan a module whose forward makes both calls",
         )
 
     def _say_nan(self, gradients: list[torch.Tensor]) -> None:

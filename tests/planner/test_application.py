@@ -555,7 +555,7 @@ def test_gradients_that_fit_beside_a_step_are_not_mentioned():
 
 def test_two_forwards_before_one_backward(plan):
     """The saved tensors of two steps live side by side, which is said."""
-    with pytest.warns(PlanWarning, match="called again before the backward pass of its last call"):
+    with pytest.warns(PlanWarning, match="called again before the backward pass.*other last bits"):
         assert_same_after(lambda m: (square(m(sample(1))) + square(m(sample(2)))).backward(), plan)
 
 
@@ -797,3 +797,12 @@ def test_functional_call(plan):
         square(torch.func.functional_call(model, weights, (sample(1),))).backward()
         found.append({name: t.grad for name, t in weights.items()})
     assert_same_tensors(*found)
+
+
+def test_parameters_that_lie_in_memory_beside_others_are_said(plan):
+    """functional_call with a second set of parameters holds both, which the budget cannot."""
+    model = plan.apply(make())
+    square(model(sample())).backward()
+    others = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    with pytest.warns(PlanWarning, match="still in memory that others took the place of"):
+        square(torch.func.functional_call(model, others, (sample(),))).backward()
