@@ -1,6 +1,6 @@
 """What can be said of a step of a planned loop."""
 
-FINE = ("equal", "said and equal", "error said", "eager's error")
+FINE = ("equal", "said and equal", "said, other last bits", "error said", "eager's error")
 """Verdicts that keep the promise."""
 BROKEN = ("other bits", "silent", "crash", "no error", "another error")
 """Verdicts that do not."""
