@@ -73,7 +73,7 @@ def _refused(model: nn.Module, *, loss_fn: Any = mean_square) -> str:
 class BranchOnValue(Three):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        if h.sum().item() > 0:
+        if float(h.sum()) > 0:
             h = h * 2
         return self.c(h)
 
