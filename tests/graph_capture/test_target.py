@@ -149,6 +149,15 @@ def test_stand_ins_share_memory_as_the_tensors_do(device: str | None) -> None:
         assert row.device == target.torch_device
 
 
+@pytest.mark.parametrize("device", [None, "h100"])
+def test_stand_ins_are_as_large_as_the_memory_behind(device: str | None) -> None:
+    """A buffer that is a part of what was made for it counts whole, as a periodic window is."""
+    layer = nn.Linear(4, 4)
+    layer.register_buffer("window", torch.ones(33)[:-1])
+    twin = StandIns(FakeTensorMode(), target_of(layer, [], device)).of(layer.window)
+    assert twin.untyped_storage().nbytes() == 33 * 4
+
+
 def _on(make: Any, device: str) -> nn.Module:
     with torch.device(device):
         return make()

@@ -45,6 +45,7 @@ def _real(func: Any, *args: Any) -> int:
         (aten.sigmoid.default, (torch.randn(64, dtype=torch.cfloat).conj(),)),
         (aten.add.Tensor, (torch.randn(64, 80), torch.randn(80, 64).t())),
         (aten.linalg_qr.default, (torch.randn(8, 8, dtype=torch.cfloat).conj(),)),
+        (aten.bmm.default, (*(torch.randn(2, 8, 8, dtype=torch.cfloat).mT.conj() for _ in "ab"),)),
     ],
     ids=lambda value: str(value) if not isinstance(value, tuple) else "",
 )
