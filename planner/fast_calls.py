@@ -11,6 +11,7 @@ the operator of the graph, with the arguments of the graph, is the function take
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MethodDescriptorType
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def _find(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
     if func is torch.ops.aten._to_copy.default and named.keys() == {"dtype"}:
         return "to" if named["dtype"] != given[0].dtype else None  # else it copies nothing
     candidates: list[_Found] = []
-    if given and isinstance(given[0], torch.Tensor) and hasattr(torch.Tensor, name):
+    if given and isinstance(given[0], torch.Tensor) and _is_compiled(name):
         candidates.append(name)
     functions = [getattr(library, name) for library in _LIBRARIES if hasattr(library, name)]
     candidates += [f for f in functions if _is_found_by_name(f)]
@@ -133,10 +134,23 @@ def _is_found_by_name(function: Any) -> bool:
     Of ``block_diag`` and a few others PyTorch has a wrapper of the same name, which
     takes its arguments otherwise.
     """
+    try:
+        parts = _get_qualified_name(function).split(".")
+    except RuntimeError:  # it has none, as unique_dim
+        return False
     found: Any = torch
-    for part in _get_qualified_name(function).split(".")[1:]:
+    for part in parts[1:]:
         found = getattr(found, part, None)
     return bool(found == function)
+
+
+def _is_compiled(name: str) -> bool:
+    """Whether a method is the binding of an operator, which hands out what the operator does.
+
+    A method written in Python may hand out something else: of the three tensors that
+    the operator ``unique_consecutive`` makes, ``Tensor.unique_consecutive`` returns one.
+    """
+    return isinstance(getattr(torch.Tensor, name, None), MethodDescriptorType)
 
 
 def _comes_to(candidate: _Found, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:

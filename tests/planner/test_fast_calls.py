@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from planner import optimize
 from planner.fast_calls import fast_call
 from planner.rewrite import rewrite
 from tests.planner.small import Net, make, plan_for, sample, square
@@ -28,6 +29,13 @@ def found(func: Any, *args: Any, **kwargs: Any) -> Any:
         return node
 
     return fast_call(func, tuple(map(as_node, args)), {k: as_node(v) for k, v in kwargs.items()})
+
+
+class Runs(Net):
+    """Reads how many runs of equal numbers there are, and which."""
+
+    def forward(self, x, given):
+        return super().forward(x) * torch.unique_consecutive(given).sum()
 
 
 X = torch.ones(2, 3)
@@ -77,6 +85,18 @@ def test_a_function_is_what_its_name_stands_for() -> None:
     node = Graph().placeholder("x")
     node.meta["val"] = X
     assert fast_call(aten.block_diag.default, ([node, node],), {}) is None
+
+
+def test_what_is_called_hands_out_what_the_operator_does():
+    """No function written in Python is taken, which may return a part of the results."""
+    model = make(Runs)
+    runs = torch.tensor([1.0, 1.0, 2.0])
+    plan = optimize(model, (sample(), runs), budget_gb=1, loss_fn=square)
+    outputs = []
+    for made in (plan.apply(model), make(Runs)):
+        torch.manual_seed(0)
+        outputs.append(made(sample(), runs))
+    assert torch.equal(*outputs)
 
 
 def test_every_function_comes_to_its_operator():
