@@ -13,11 +13,12 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
+from .blocks import Block, OperatorCode
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.allocator import block_bytes
 from .costs.cost_model import Call, CostRecord
 from .costs.library_workspace import STORAGE_NAME, library_workspace_bytes
-from .operators import Block, OperatorCode, item_index
+from .operators import item_index
 from .optimizer_step import OptimizerStep
 from .pricing import Pricing
 from .recorder import storage_id
@@ -268,6 +269,7 @@ class Assembly:
                 reads={node: at[k] for node, k in code.reads.items()},
                 outputs=[at[k] for k in code.outputs],
                 clones=[(at[old], at[new]) for old, new in code.clones],
+                blanks=[at[k] for k in code.blanks],
             )
         )
         self.operators.append(operator)

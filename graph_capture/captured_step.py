@@ -21,6 +21,7 @@ from .costs.profile import ProfiledCosts
 from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
+from .last_readings import LastReadings
 from .loss import LossFn, LossSpec
 from .one_at_a_time import one_at_a_time
 from .operators import (
@@ -151,7 +152,7 @@ def _fold(
     inputs = [n for n in nodes if n.op == "placeholder" and n.meta["role"] != "tangent"]
     kept = [*step.outputs, *(n for _, n in step.gradients)]
     finder = ReuseFinder(nodes, {storage_id(n.meta["val"]) for n in kept}) if reuse else None
-    folder = Folder(inputs, finder)
+    folder = Folder(inputs, LastReadings(nodes, kept), finder)
     folder.fold(n for n in nodes if n.meta.get("phase") == "forward")
     turn = folder.produce_outside(step.tangents)
     turn.reads = {n: folder.block_of(n) for i in step.differentiated for n in [step.outputs[i]]}

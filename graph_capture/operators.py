@@ -13,76 +13,39 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_iter
 
+from .blocks import Block, OperatorCode
 from .errors import CaptureError
+from .last_readings import LastReadings
 from .purity import draws, hidden_writes, repeats_without_writing, why_pinned
 from .recorder import storage_id
-from .reuse import ReuseFinder
+from .reuse import ReuseFinder, fills_its_storage
 
 aten = torch.ops.aten
 
 
-@dataclass(kw_only=True, eq=False)
-class OperatorCode:
-    """The fx nodes of one operator, while it is being put together; equal only to itself.
+class Folder:
+    """Turns the calls of a traced graph into operators, in order.
 
     Parameters
     ----------
-    calls
-        Call nodes in order; tuple getters of theirs are in ``carriers``.
-    reads
-        External argument nodes and the storage that each looks at.
-    outputs
-        Storages that it allocates.
-    clones
-        ``(old, new)`` storages: it starts by cloning the old one into the new
-        one, because the call that follows overwrites what others still read.
-    draws
-        Whether it takes numbers from the default generator.
-    pinned, ordered
-        As in :class:`~graph_capture.cost_graph.Operator`.
-    repeats
-        Whether it stands for a repetition of another operator: even its first
-        run draws from the recorded state and writes no statistics.
-    place
-        Grows along the base order while the step is folded.
+    placeholders
+        What comes from outside.
+    last
+        Knows what of a memory is read after a call.
+    reuse
+        Finds dead arguments to write over; ``None`` for the step as eager runs it,
+        in which nothing is repeated and calls in place are just that.
     """
 
-    calls: list[Node]
-    reads: dict[Node, int] = field(default_factory=dict)
-    outputs: list[int] = field(default_factory=list)
-    clones: list[tuple[int, int]] = field(default_factory=list)
-    draws: bool = False
-    pinned: str | None = None
-    ordered: bool = False
-    repeats: bool = False
-    place: int = -1
-
-
-@dataclass(kw_only=True, eq=False)
-class Block:
-    """One storage, while the step is being folded."""
-
-    name: str
-    size_bytes: int
-    carriers: list[Node]  # nodes whose value owns the memory: everything else is a view of one
-    producer: OperatorCode | None = None
-    readers: set[OperatorCode] = field(default_factory=set)
-    overwritten: set[Node] = field(default_factory=set)  # carriers whose value is gone
-    device_type: str = "cpu"
-
-
-class Folder:
-    """Turns the calls of a traced graph into operators, in order."""
-
-    def __init__(self, placeholders: Iterable[Node], reuse: ReuseFinder | None = None) -> None:
+    def __init__(
+        self, placeholders: Iterable[Node], last: LastReadings, reuse: ReuseFinder | None = None
+    ) -> None:
         self._reuse = reuse
+        self._last = last
         self.operators: list[OperatorCode] = []
         self.blocks: list[Block] = []
         self.current: dict[int, int] = {}  # storage id of the fake value -> block
@@ -129,6 +92,7 @@ class Folder:
             return  # a view, or a call that hands its argument back
         code = OperatorCode(calls=[node], draws=draws(node), pinned=why_pinned(node))
         code.reads = {argument: self.block_of(argument) for argument in node.all_input_nodes}
+        code.hungriest_bytes = self._moving_bytes(set(code.reads.values()))
         code.ordered = code.draws
         if not results:
             code.pinned, code.ordered = code.pinned or "it has an effect and no output", True
@@ -137,9 +101,10 @@ class Folder:
             return
 
         inner = [k for k in written if self.blocks[k].producer is not None]
-        host = self._host(code, inner)
+        apart = self._better_in_place(code, inner)
+        host = None if apart else self._host(code, inner)
         if host is None:
-            self._clone_first(code, inner)
+            self._write(code, inner, apart)
             self._place_last(code)
             host = code
         self._note_reads(host)
@@ -240,6 +205,73 @@ class Folder:
         self._place_last(host)
         return host
 
+    def _better_in_place(self, code: OperatorCode, inner: list[int]) -> bool:
+        """Whether a call that could join an allocation is better kept apart from it.
+
+        A joined operator reads at once what eager reads one after the other: of a
+        sum over chunks all summands. Where the call writes in place instead, what it
+        writes to is made once and never again; in the backward pass that is no loss.
+        """
+        if len(inner) != 1:
+            return False
+        (k,) = inner
+        host = self.blocks[k].producer
+        assert host is not None
+        if self.blocks[k].last_writer is not None:
+            return True
+        if not host.calls:
+            return False
+        together = self._moving_bytes(
+            {*host.reads.values(), *code.reads.values()} - set(host.outputs)
+        )
+        alone = self._moving_bytes(set(code.reads.values()) - set(host.outputs))
+        excess_bytes = together - max(host.hungriest_bytes, alone)
+        least = 0 if self._never_repeated(host) else self.blocks[k].size_bytes // 2
+        return excess_bytes > least
+
+    def _never_repeated(self, host: OperatorCode) -> bool:
+        """Whether nothing is lost where an operator cannot run again."""
+        return self._reuse is None or host.calls[0].meta["phase"] == "backward"
+
+    def _write(self, code: OperatorCode, inner: list[int], apart: bool) -> None:
+        """Let a call that joins no other write: over what is dead, in place, or to a copy."""
+        (node,) = code.calls
+        if len(inner) == 1 and self._last.leaves_nothing(node) and self._renew(code, inner[0]):
+            return
+        hosts = [self.blocks[k].producer for k in inner]
+        written_before = any(self.blocks[k].last_writer is not None for k in inner)
+        no_loss = bool(hosts) and all(
+            host is not None and host.calls and self._never_repeated(host) for host in hosts
+        )
+        if apart or written_before or no_loss:
+            self._write_in_place(code, inner)
+        else:
+            self._clone_first(code, inner)
+
+    def _write_in_place(self, code: OperatorCode, inner: list[int]) -> None:
+        """As eager does; what is written to, and what reads it before that, is not made again."""
+        for k in inner:
+            block = self.blocks[k]
+            assert block.producer is not None
+            block.last_writer = code
+            block.producer.pinned = block.producer.pinned or "what it makes is written to later"
+            code.ordered = True
+            code.pinned = code.pinned or f"writes to {block.name}"
+            self.written_resident[k] = code.calls[0].name
+
+    def _renew(self, code: OperatorCode, k: int) -> bool:
+        """Let a call that leaves nothing of a block write to another one, if that can be made."""
+        old = self.blocks[k]
+        carriers = [c for c in old.carriers if c not in old.overwritten]
+        if len(carriers) != 1 or not fills_its_storage(carriers[0].meta["val"]):
+            return False
+        if old.last_writer is not None:
+            return False
+        code.blanks.append(self._new_version(code, k, carriers))
+        for argument in [a for a, block in code.reads.items() if block == k]:
+            del code.reads[argument]
+        return True
+
     def _place_last(self, code: OperatorCode) -> None:
         """Append an operator to the base order."""
         code.place = self._num_placed
@@ -257,6 +289,7 @@ class Folder:
         for argument, k in code.reads.items():
             if k not in host.outputs:
                 host.reads[argument] = k
+        host.hungriest_bytes = max(host.hungriest_bytes, code.hungriest_bytes)
         host.draws |= code.draws
         host.ordered |= code.ordered
         if host.ordered:
@@ -272,20 +305,24 @@ class Folder:
                 raise CaptureError(
                     f"{code.calls[0].target} writes to memory that two outputs of one call share"
                 )
-            new = len(self.blocks)
-            self.blocks.append(
-                Block(
-                    name=f"{old.name}_rewritten_{new}",
-                    size_bytes=old.size_bytes,
-                    carriers=carriers,
-                    producer=code,
-                    device_type=old.device_type,
-                )
+            code.clones.append((k, self._new_version(code, k, carriers)))
+
+    def _new_version(self, code: OperatorCode, k: int, carriers: list[Node]) -> int:
+        """Another block for what a memory holds from now on."""
+        old, new = self.blocks[k], len(self.blocks)
+        self.blocks.append(
+            Block(
+                name=f"{old.name}_rewritten_{new}",
+                size_bytes=old.size_bytes,
+                carriers=carriers,
+                producer=code,
+                device_type=old.device_type,
             )
-            code.outputs.append(new)
-            code.clones.append((k, new))
-            for carrier in old.carriers:
-                self.current[storage_id(carrier.meta["val"])] = new
+        )
+        code.outputs.append(new)
+        for carrier in old.carriers:
+            self.current[storage_id(carrier.meta["val"])] = new
+        return new
 
     def _produce(self, code: OperatorCode, result: Node) -> None:
         sid = storage_id(result.meta["val"])
@@ -317,6 +354,9 @@ def pin_readers_of_written(folder: Folder) -> None:
             if k not in folder.written_resident:
                 continue
             code.ordered = True
+            last = folder.blocks[k].last_writer
+            if last is not None and last.place < code.place:
+                continue
             if not all(
                 repeats_without_writing(call.target, call.args)
                 for call in code.calls
@@ -355,8 +395,3 @@ def _getitems(node: Node) -> list[Node]:
         (u for u in node.users if u.target is operator.getitem and u.args[0] is node),
         key=item_index,
     )
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """Tensors of a nested value."""
-    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor)]

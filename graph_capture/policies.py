@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from .blocks import OperatorCode
 from .captured_step import CapturedStep
 from .cost_graph import CostGraph, Operator, Storage
 from .errors import CaptureError
-from .operators import OperatorCode
 
 
 def apply_policies(
@@ -150,6 +150,7 @@ class _Repeater:
                 reads={node: moved.get(k, k) for node, k in code.reads.items()},
                 outputs=[moved.get(k, k) for k in code.outputs],
                 clones=[(moved.get(a, a), moved.get(b, b)) for a, b in code.clones],
+                blanks=[moved.get(k, k) for k in code.blanks],
                 repeats=repeats,
             )
         )

@@ -73,7 +73,7 @@ class ReuseFinder:
             if node.op == "placeholder":
                 seen.add(storage_id(node.meta["val"]))
             elif node.op == "call_function" and node.target is not operator.getitem:
-                results = _results(node)
+                results = results_of(node)
                 fresh = {storage_id(r) for r in results} - seen
                 if fresh or node.meta["writes"] or not results:
                     for argument in node.all_input_nodes:
@@ -114,18 +114,20 @@ class ReuseFinder:
             and self._readers.get(sid) == {node}
             and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device)
             and old.stride() == value.stride()
-            and _fills_its_storage(old)
-            and _fills_its_storage(value)
+            and fills_its_storage(old)
+            and fills_its_storage(value)
         )
 
 
-def _results(node: Node) -> list[torch.Tensor]:
+def results_of(node: Node) -> list[torch.Tensor]:
+    """The tensors that a call hands out."""
     if isinstance(node.meta["val"], torch.Tensor):
         return [node.meta["val"]]
     return [u.meta["val"] for u in node.users if u.target is operator.getitem]
 
 
-def _fills_its_storage(tensor: torch.Tensor) -> bool:
+def fills_its_storage(tensor: torch.Tensor) -> bool:
+    """Whether the memory behind a tensor has no byte that is not the tensor's."""
     num_bytes = tensor.numel() * tensor.element_size()
     return num_bytes > 0 and tensor.untyped_storage().nbytes() == num_bytes
 

@@ -21,8 +21,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.graph import CodeGen
 
+from graph_capture.blocks import OperatorCode
 from graph_capture.captured_step import CapturedStep
-from graph_capture.operators import OperatorCode
 from graph_capture.purity import draws, repeated_arguments
 from graph_capture.recorder import storage_id
 from solvers.replay import InvalidScheduleError
@@ -247,6 +247,9 @@ class _Emitter:
                 source = self._lookup(carrier, old)
                 clone = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
                 fresh[new, carrier] = clone
+        for k in code.blanks:
+            for carrier in self._captured.carriers[k]:
+                fresh[k, carrier] = self._blank(carrier)
 
         def own_value(node: Node, k: int) -> Node:
             if node in self._captured.carriers[k]:
@@ -278,6 +281,13 @@ class _Emitter:
             fresh.update(self._owned(call, result, own))
         for (k, carrier), value in fresh.items():
             self._set(k, carrier, value)
+
+    def _blank(self, carrier: Node) -> Node:
+        """Memory like that of a carrier, which a call writes to before anybody reads it."""
+        like = carrier.meta["val"]
+        args = (list(like.shape), list(like.stride()))
+        kwargs = {"dtype": like.dtype, "device": like.device}
+        return self._call(aten.empty_strided.default, args, kwargs, f"{carrier.name}_again")
 
     def _owned(self, call: Node, result: Node, own: dict[int, int]) -> dict[_Key, Node]:
         """The results of a call that own memory."""

@@ -317,6 +317,7 @@ class _StorageOf:
 
     def __init__(self, captured: CapturedStep) -> None:
         copies = {new for code in captured.code for _, new in code.clones}
+        copies |= {new for code in captured.code for new in code.blanks}
         self._owned = {
             node: k
             for k, carriers in enumerate(captured.carriers)
@@ -324,9 +325,13 @@ class _StorageOf:
             for node in carriers
         }
         self._copied: dict[Node, list[tuple[Node, int]]] = {
-            code.calls[0]: [(n, new) for old, new in code.clones for n in captured.carriers[old]]
+            code.calls[0]: [
+                (n, new)
+                for new in (*(new for _, new in code.clones), *code.blanks)
+                for n in captured.carriers[new]
+            ]
             for code in captured.code
-            if code.clones
+            if code.clones or code.blanks
         }
         self._current: dict[int, int] = {}
 
