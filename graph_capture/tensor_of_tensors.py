@@ -59,7 +59,9 @@ def _dtype_of(data: Any, own: Any) -> torch.dtype:
 def _stacked(data: Any, own: Any, dtype: torch.dtype, device: Any) -> torch.Tensor:
     where = torch.get_default_device() if device is None else device
     if isinstance(data, torch.Tensor):
-        return data.detach().to(device=where, dtype=dtype)
+        if data.numel() != 1:
+            raise ValueError("only one element tensors can be converted to Python scalars")
+        return data.detach().reshape(()).to(device=where, dtype=dtype)
     if isinstance(data, (list, tuple)):
         return torch.stack([_stacked(x, own, dtype, where) for x in data])
     return own(data, dtype=dtype, device=where)
