@@ -36,7 +36,7 @@ def weakly(holder: Any) -> Any:
 
 def may_change(module: types.ModuleType, name: str) -> bool:
     """A name in a module of the user's, or a function of PyTorch's, which some replace."""
-    if _is_users_module(module):
+    if is_users_module(module):
         return True
     inside = module.__name__ == "torch" or module.__name__.startswith("torch.")
     return inside and isinstance(
@@ -44,6 +44,7 @@ def may_change(module: types.ModuleType, name: str) -> bool:
     )
 
 
-def _is_users_module(module: types.ModuleType) -> bool:
+def is_users_module(module: types.ModuleType) -> bool:
+    """Whether a module is neither PyTorch's nor Python's."""
     file = getattr(module, "__file__", None)
     return module.__name__ == "__main__" or (file is not None and is_users_file(file))

@@ -32,7 +32,12 @@ def is_users(code: types.CodeType) -> bool:
 
 def is_library(code: types.CodeType) -> bool:
     """Whether a function comes from an installed package."""
-    return code.co_filename.startswith(_LIBRARY_ROOT)
+    return is_library_file(code.co_filename)
+
+
+def is_library_file(name: str) -> bool:
+    """Whether a file is one of an installed package."""
+    return name.startswith(_LIBRARY_ROOT)
 
 
 @lru_cache(maxsize=4096)
@@ -58,7 +63,7 @@ def names_in(code: types.CodeType) -> tuple[tuple[bool, str, tuple[str, ...]], .
     Those of functions inside the function, too.
     """
     found: dict[tuple[bool, str, tuple[str, ...]], None] = {}
-    for function in _with_inner(code):
+    for function in with_inner(code):
         name, free, chain = "", False, []
         for instruction in dis.get_instructions(function):
             if name and instruction.opname in _ATTRIBUTE:
@@ -83,7 +88,7 @@ def stored_in(code: types.CodeType) -> frozenset[str]:
     """Globals and free variables that a function assigns to."""
     return frozenset(
         str(instruction.argval)
-        for function in _with_inner(code)
+        for function in with_inner(code)
         for instruction in dis.get_instructions(function)
         if instruction.opname == "STORE_GLOBAL"
         or (instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars)
@@ -93,11 +98,23 @@ def stored_in(code: types.CodeType) -> frozenset[str]:
 @lru_cache(maxsize=4096)
 def words_in(code: types.CodeType) -> frozenset[str]:
     """Every name of a global or an attribute that occurs in a function."""
-    return frozenset(name for function in _with_inner(code) for name in function.co_names)
+    return frozenset(name for function in with_inner(code) for name in function.co_names)
 
 
-def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+@lru_cache(maxsize=4096)
+def strings_in(code: types.CodeType) -> frozenset[str]:
+    """Identifiers that occur in a function as strings, as ``getattr(x, "gain")`` has them."""
+    return frozenset(
+        word
+        for function in with_inner(code)
+        for word in function.co_consts
+        if isinstance(word, str) and word.isidentifier()
+    )
+
+
+def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A function's code and that of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _with_inner(constant)
+            yield from with_inner(constant)

@@ -14,12 +14,14 @@ import argparse
 import enum
 import functools
 import gc
+import logging
 import os
 import sys
+import threading
 import types
 from collections import ChainMap, UserDict, UserList
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -27,17 +29,31 @@ from torch import nn
 
 from .foreign_generators import ForeignGenerators
 from .holders import dict_of, in_class, may_change, weakly
-from .ledger import Change, Ledger
+from .ledger import Change, Ledger, slots_of
+from .modules_met import ModulesMet
 from .named_reads import (
     is_library,
     is_users,
     is_users_class,
     names_in,
     stored_in,
+    strings_in,
     words_in,
 )
 from .reads import Place, Reads, Where, place_of
-from .snapshots import ABSENT, ATOMS, BY_VALUE, CONTAINERS, Atom, entries_of, snapshot
+from .snapshots import (
+    ABSENT,
+    ATOMS,
+    BY_VALUE,
+    CONTAINERS,
+    WRAPPERS,
+    Atom,
+    entries_of,
+    parts_of,
+    snapshot,
+)
+
+logger = logging.getLogger(__name__)
 
 _HEAP_TYPE, _IMMUTABLE_TYPE = 1 << 9, 1 << 8  # Py_TPFLAGS_HEAPTYPE, Py_TPFLAGS_IMMUTABLETYPE
 _TABLES_OF_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("hooks"))
@@ -50,7 +66,11 @@ _IGNORED = frozenset({*vars(nn.Module()), "training"})
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _ENVIRONMENT = ("environ", "getenv")
 _LIKE_USERS = (ChainMap, UserDict, UserList)  # Python's own, written in Python
-_PARTS_OF_FUNCTIONS = (("__code__", "code"), ("__defaults__", "defaults"))
+_PARTS_OF_FUNCTIONS = (
+    ("__code__", "code"),
+    ("__defaults__", "defaults"),
+    ("__kwdefaults__", "keyword defaults"),
+)
 _MAX_MET = 1000  # items of a container that are looked into
 _RUN_BY_AUTOGRAD = ("forward", "backward", "setup_context", "vjp", "jvp")
 
@@ -88,9 +108,13 @@ class Watcher:
         self.generators = ForeignGenerators()
         self.settled: list[Change] = []  # what forward changes once, of what it reads
         self.replaceable: set[str] = set()  # attributes whose tensors are inputs of the step
-        # Modules whose attributes were asked for by vars() or ``__dict__``, and by which code.
-        self._asked_for_all: dict[tuple[int, int], tuple[nn.Module, types.CodeType]] = {}
+        # What was asked for its attributes by vars() or ``__dict__``, and by which code.
+        self._asked_for_all: dict[tuple[int, int], tuple[Any, types.CodeType]] = {}
+        self._modules = ModulesMet()
+        self._thread = threading.get_ident()  # others train models of their own
+        self._unwatchable: set[type] = set()  # classes that refuse to be exchanged
         self._words: set[str] = set()  # names that occur in the functions that were met
+        self._strings: set[str] = set()  # identifiers that occur in them as strings
 
     # -- while the step runs ---------------------------------------------------
 
@@ -109,31 +133,35 @@ class Watcher:
         mine = vars(nn.Module).get("__getattribute__", ABSENT)
         setter = nn.Module.__setattr__
         note, ignored, written = self._note, _IGNORED, self._written
+        guarded = {id(module) for module in self._root.modules()}  # whose modes the call guard sees
 
         def setting(module: nn.Module, name: str, value: Any) -> None:
             written.add((id(module), name))
             setter(module, name, value)
 
         def watched(module: nn.Module, name: str) -> Any:
-            if name not in ignored:
+            if name not in ignored or (name == "training" and id(module) not in guarded):
                 note(module, name)
             if name == "__dict__" and is_users(code := sys._getframe(1).f_code):
                 self._asked_for_all[id(module), id(code)] = (module, code)
             return super(nn.Module, module).__getattribute__(name)
 
-        self._active = True
-        for cls in self._classes:
-            self._exchange(cls)
-        nn.Module.__getattribute__ = watched  # type: ignore[method-assign, assignment]
-        nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
-        try:
+        self._thread = threading.get_ident()
+        with ExitStack() as undo:  # what was exchanged before an error is put back, too
+            undo.callback(self._put_back_classes)
+            self._active = True
+            for cls in list(self._classes):
+                self._exchange(cls)
+            undo.callback(_put_back, nn.Module, mine)
+            undo.callback(setattr, nn.Module, "__setattr__", setter)
+            nn.Module.__getattribute__ = watched  # type: ignore[method-assign, assignment]
+            nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
             yield
-        finally:
-            self._active = False
-            _put_back(nn.Module, mine)
-            nn.Module.__setattr__ = setter  # type: ignore[method-assign]
-            for cls, own in self._classes.items():
-                _put_back(cls, own)
+
+    def _put_back_classes(self) -> None:
+        self._active = False
+        for cls, own in self._classes.items():
+            _put_back(cls, own)
 
     def was_read(self, module: nn.Module, name: str) -> bool:
         """Whether a module was asked for what it held in an attribute before the step."""
@@ -161,7 +189,7 @@ class Watcher:
 
     def _note(self, holder: Any, name: str) -> None:
         key = (id(holder), name)
-        if key in self._noted or name.startswith("__"):
+        if key in self._noted or name.startswith("__") or threading.get_ident() != self._thread:
             return
         self._noted[key] = (holder, name)
         held = dict_of(holder)
@@ -180,7 +208,10 @@ class Watcher:
 
     def _meet(self, value: Any, path: str, depth: int = 0) -> None:
         """Look into what was read: functions may be called, objects may be asked."""
-        if isinstance(value, (torch.Tensor, nn.Module, types.ModuleType)):
+        if isinstance(value, types.ModuleType):
+            self._modules.meet(value)
+            return
+        if isinstance(value, (torch.Tensor, nn.Module)):
             return
         self.generators.meet(value, path)
         if isinstance(value, types.FunctionType):
@@ -198,6 +229,8 @@ class Watcher:
         elif isinstance(value, functools.partial):
             self._meet(value.func, path)
             self._meet((value.args, value.keywords), path, depth + 1)
+        elif isinstance(value, WRAPPERS):
+            self._meet(parts_of(value), path, depth + 1)
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, CONTAINERS) and depth < 3:
@@ -236,8 +269,7 @@ class Watcher:
         if isinstance(value, _NAMESPACES):
             self._seen[id(value)] = value
             self._name_of.setdefault(id(value), path)
-            for name in vars(value):
-                self._note(value, name)
+            self._note_all(value)
             return
         if isinstance(value, enum.Enum) or not (is_users_class(cls) or cls in _LIKE_USERS):
             return
@@ -250,17 +282,35 @@ class Watcher:
             self._classes[cls] = vars(cls).get("__getattribute__", ABSENT)
             if self._active:
                 self._exchange(cls)
+        if cls in self._unwatchable:
+            self._note_all(value)
+
+    def _note_all(self, value: Any) -> None:
+        """Of an object that cannot be watched every attribute counts that is named anywhere."""
+        for name in (*dict_of(value), *slots_of(value)):
+            self._note(value, name)
 
     def _exchange(self, cls: Any) -> None:
         own, note = self._classes[cls], self._note
 
         def watched(holder: Any, name: str) -> Any:
             note(holder, name)
+            if name == "__dict__":
+                code = sys._getframe(1).f_code
+                if is_users(code) and not is_library(code):
+                    self._asked_for_all[id(holder), id(code)] = (holder, code)
             if own is ABSENT:
                 return super(cls, holder).__getattribute__(name)
             return own(holder, name)
 
-        cls.__getattribute__ = watched
+        try:
+            cls.__getattribute__ = watched
+        except Exception:  # whatever a metaclass raises that lets nobody change its classes
+            logger.debug("%s cannot be watched", cls, exc_info=True)
+            del self._classes[cls]
+            self._unwatchable.add(cls)
+            for value in [value for value in self._seen.values() if type(value) is cls]:
+                self._note_all(value)
 
     # -- what functions name -----------------------------------------------------
 
@@ -268,6 +318,12 @@ class Watcher:
         self, code: types.CodeType, table: dict[str, Any], function: types.FunctionType | None
     ) -> None:
         self._words.update(words_in(code))
+        self._strings.update(strings_in(code))
+        if not is_library(code):
+            self._modules.imports_of(code, table.get("__package__"))
+            if "globals" in code.co_names:
+                for name in strings_in(code) & table.keys():
+                    self._follow(f"global {name!r}", Where.TABLE, table, name, (), code)
         for free, name, attributes in names_in(code):
             if not free and name in table:
                 self._follow(f"global {name!r}", Where.TABLE, table, name, attributes, code)
@@ -304,6 +360,8 @@ class Watcher:
                 inside = f"'{value.__name__}.{attributes[0]}'"
                 rest = attributes[1:]
                 self._follow(inside, Where.TABLE, vars(value), attributes[0], rest, code)
+            elif not attributes and not is_library(code):
+                self._modules.meet(value)
             return
         library = is_library(code)
         if library and not isinstance(value, (*ATOMS, torch.Tensor)):
@@ -345,17 +403,21 @@ class Watcher:
         for holder, name in list(self._noted.values()):
             if holder is None or (holder is self._root and name == "forward"):
                 continue
-            if isinstance(holder, _NAMESPACES) and name not in self._words:
+            unwatched = isinstance(holder, _NAMESPACES) or type(holder) in self._unwatchable
+            if unwatched and name not in self._words | self._strings:
                 continue
             places += self._places_of(holder, name)
-        for module, code in self._asked_for_all.values():
-            named = {value for value in code.co_consts if isinstance(value, str)} & set(
-                vars(module)
-            )
-            for name in (named or set(vars(module))) - _IGNORED:
-                before = self._own_before.get(id(module), {}).get(name, ABSENT)
-                if vars(module)[name] is before and (id(module), name) not in noted:
-                    places += self._places_of(module, name)
+        for holder, code in self._asked_for_all.values():
+            held = dict_of(holder)
+            named = {value for value in code.co_consts if isinstance(value, str)} & set(held)
+            for name in (named or set(held)) - _IGNORED:
+                before = self._own_before.get(id(holder), held).get(name, ABSENT)
+                if held[name] is before and (id(holder), name) not in noted:
+                    places += self._places_of(holder, name)
+        for module, name in self._modules.names(self._words | self._strings):
+            label = f"'{module.__name__}.{name}'"
+            at = id(vars(module)), name
+            self._named.setdefault(at, (label, Where.TABLE, vars(module), name))
         for label, where, holder, key in self._named.values():
             places.append(place_of(label, where, holder, key))
         return Reads(places)
@@ -399,8 +461,11 @@ class Watcher:
             if not isinstance(holder, nn.Module) and not missing:
                 yield place
         elif is_users_class(cls) or name == "forward":
-            key = id(self._table(cls)), name
-            self._named[key] = (f"'{cls.__name__}.{name}'", Where.TABLE, self._table(cls), name)
+            before = type(holder).__mro__[: type(holder).__mro__.index(cls)]
+            for base in (*filter(is_users_class, before), cls):  # where another may come to lie
+                key = id(self._table(base)), name
+                label = f"'{base.__name__}.{name}'"
+                self._named.setdefault(key, (label, Where.TABLE, self._table(base), name))
 
 
 def _put_back(cls: Any, own: Any) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
-from operator import attrgetter, call, getitem, is_, itemgetter
+from operator import attrgetter, call, contains, getitem, is_, itemgetter
 from typing import Any
 
 from .snapshots import (
@@ -25,9 +25,10 @@ from .snapshots import (
     Numbers,
     Snapshot,
     Thing,
+    Wrapped,
     contents_in,
     difference,
-    numbers_in,
+    looked_at_in,
     snapshot,
 )
 
@@ -133,7 +134,8 @@ class _Fast:
         owned: dict[int, list[Place]] = {}
         tables: dict[int, list[Place]] = {}
         self._contents: list[_Items] = []
-        self._numbers: list[Numbers] = []
+        self._looked_at: list[Numbers | Wrapped] = []
+        absent: list[tuple[Any, str]] = []
         functions: dict[types.FunctionType, None] = {}
         things: list[tuple[Place, Callable[[], Any]]] = []
         self._tensors: list[tuple[Place, Any, Any]] = []
@@ -147,18 +149,21 @@ class _Fast:
                 owners.setdefault(id(owner), place.holder)
                 if place.where is Where.SHADOW:
                     continue
+            now = place.now()
+            if now is ABSENT and place.where is Where.TABLE:
+                absent.append((place.holder, place.key))
+                continue
+            held = snapshot(now, keep=True)
+            self._contents += [_Items(content) for content in contents_in(held)]
+            self._looked_at += looked_at_in(held)
             if isinstance(place.holder, types.FunctionType):
                 functions[place.holder] = None
                 continue
-            now = place.now()
-            held = snapshot(now, keep=True)
-            self._contents += [_Items(content) for content in contents_in(held)]
-            self._numbers += numbers_in(held)
             if isinstance(held, Held):
                 self._tensors.append((place, _facts_of(now), now.stride()))
                 if isinstance(place.held, Held) and place.held.reference is not None:
                     things.append((place, place.held.reference))
-            elif isinstance(held, (Thing, Numbers)):
+            elif isinstance(held, (Thing, Numbers, Wrapped)):
                 if held.reference is not None:
                     things.append((place, held.reference))
             elif place.where is Where.DICT:
@@ -167,6 +172,8 @@ class _Fast:
                 tables.setdefault(id(place.holder), []).append(place)
             else:
                 self._others.append((place, now))
+        self._absent_from = [holder for holder, _ in absent]
+        self._absent = [key for _, key in absent]
         self._functions = list(functions)
         self._code = list(map(_code_of, self._functions))
         self._things = [(p, r) for p, r in things if p.where is not Where.DICT]
@@ -204,7 +211,8 @@ class _Fast:
             return (
                 all(map(is_, values, self._expected))
                 and all(items.unchanged() for items in self._contents)
-                and all(numbers.unchanged() for numbers in self._numbers)
+                and not any(map(contains, self._absent_from, self._absent))
+                and all(each.unchanged() for each in self._looked_at)
                 and all(map(_same_code, map(_code_of, self._functions), self._code))
                 and all(place.now() is thing() for place, thing in self._things)
                 and all(place.now() is value for place, value in self._others)
@@ -225,12 +233,15 @@ class _Items:
         self._container = content.container
         self._count = len(content.container)
         self._set = frozenset(content.keys) if content.items == () and self._count else None
+        # Keys in their order, which forward may go by.
+        ordered = isinstance(content.container, dict) and content.items is not None
+        self._keys = content.keys if ordered else None
         items = [*zip(content.keys, content.items or (), strict=False)]
         plain = [key for key, item in items if isinstance(item, (Atom, Content))]
         others = [
             (key, item.reference)
             for key, item in items
-            if isinstance(item, (Held, Thing)) and item.reference is not None
+            if isinstance(item, (Held, Thing, Numbers, Wrapped)) and item.reference is not None
         ]
         self._plain = _getter(plain) if plain else None
         self._expected = () if self._plain is None else self._plain(self._container)
@@ -243,6 +254,8 @@ class _Items:
             return False
         if self._set is not None:
             return bool(container == self._set)
+        if self._keys is not None and not all(map(is_, container, self._keys)):
+            return False
         if self._plain is not None and not all(map(is_, self._plain(container), self._expected)):
             return False
         return self._others is None or all(

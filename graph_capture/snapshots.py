@@ -6,12 +6,20 @@ A snapshot keeps no tensor and no module alive: it knows those by weak reference
 from __future__ import annotations
 
 import array
+import contextvars
 import enum
+import functools
+import gc
+import threading
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from operator import is_
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -22,7 +30,22 @@ from .call_spec import TensorSpec
 ABSENT: Any = type("_Absent", (), {"__repr__": lambda _self: "not there"})()
 """Stands for the value of a place that holds none."""
 
-BY_VALUE = (bool, int, float, complex, str, bytes, type(None), torch.Size, slice, range)
+BY_VALUE = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.Size,
+    slice,
+    range,
+    np.generic,
+    Fraction,
+    Decimal,
+    PurePath,
+)
 _BY_IDENTITY = (
     type,
     enum.Enum,
@@ -48,6 +71,15 @@ MAX_ITEMS = 10_000
 MAX_ARRAY_BYTES = 2**20
 """Of larger arrays only the identity is compared: reading them takes time in every step."""
 _ARRAYS = (np.ndarray, bytearray, array.array)
+WRAPPERS = (
+    functools.partial,
+    types.MappingProxyType,
+    contextvars.ContextVar,
+    threading.local,
+    weakref.WeakKeyDictionary,
+    weakref.WeakValueDictionary,
+)
+"""What is known by what it holds, see :func:`parts_of`."""
 _MAX_DEPTH = 6
 
 
@@ -121,7 +153,44 @@ class Numbers:
         )
 
 
-Snapshot = Atom | Content | Held | Thing | Numbers
+@dataclass(frozen=True, slots=True)
+class Wrapped:
+    """An object that stands for others: a partial function, a view of a dict.
+
+    Parameters
+    ----------
+    inner
+        Its parts.
+    wrapper, parts
+        Itself and its parts, if the snapshot is to keep them alive.
+    """
+
+    type: type
+    reference: Callable[[], Any] | None
+    inner: Snapshot
+    wrapper: Any = None
+    parts: tuple[Any, ...] = ()
+
+    def unchanged(self) -> bool:
+        """Whether the wrapper that the snapshot keeps has the parts that it had."""
+        now = parts_of(self.wrapper)
+        return len(now) == len(self.parts) and all(map(is_, now, self.parts))
+
+
+Snapshot = Atom | Content | Held | Thing | Numbers | Wrapped
+
+
+def parts_of(wrapper: Any) -> tuple[Any, ...]:
+    """What one of :data:`WRAPPERS` holds."""
+    if isinstance(wrapper, functools.partial):
+        return wrapper.func, wrapper.args, wrapper.keywords
+    if isinstance(wrapper, contextvars.ContextVar):
+        return (wrapper.get(ABSENT),)
+    if isinstance(wrapper, threading.local):
+        return (wrapper.__dict__,)
+    if isinstance(wrapper, types.MappingProxyType):
+        return tuple(gc.get_referents(wrapper))  # it has no attribute for what it is a view of
+    return (wrapper.data,)
 
 
 def snapshot(
@@ -150,6 +219,15 @@ def snapshot(
             _looks_of_array(value),
             _bytes_of(value) if few else None,
             value if keep else None,
+        )
+    if isinstance(value, WRAPPERS) and depth < _MAX_DEPTH:
+        parts = parts_of(value)
+        return Wrapped(
+            type(value),
+            _reference(value),
+            snapshot(parts, keep=keep, depth=depth + 1),
+            value if keep else None,
+            parts if keep else (),
         )
     if isinstance(value, CONTAINERS):
         return _content(value, keep, depth)
@@ -216,6 +294,10 @@ def difference(then: Snapshot, now: Any, label: str) -> str | None:
         else:
             same = _bytes_of(now) == then.held
         return None if same else f"{label} holds other numbers than while planning"
+    if isinstance(then, Wrapped):
+        if type(now) is not then.type:
+            return f"{label} is {brief(now)}, was a {then.type.__name__} while planning"
+        return difference(then.inner, parts_of(now), f"{label} (its parts)")
     if type(now) is not then.type or not isinstance(now, CONTAINERS):
         return f"{label} is {brief(now)}, was a {then.type.__name__} while planning"
     if then.items is None:
@@ -254,23 +336,28 @@ def same_atom(then: Any, now: Any) -> bool:
     if type(then) is not type(now) or not isinstance(then, BY_VALUE):
         # A bound method is made anew each time that it is asked for.
         return isinstance(then, types.MethodType) and then == now
-    if isinstance(then, (float, complex)):
+    if isinstance(then, (float, complex, np.generic, Decimal)):
         return repr(then) == repr(now)  # 0.0 is not -0.0, and nan is nan
     return bool(then == now)
 
 
-def numbers_in(value: Snapshot) -> Iterator[Numbers]:
-    """Every array in a snapshot that keeps them."""
+def looked_at_in(value: Snapshot) -> Iterator[Numbers | Wrapped]:
+    """Every array and wrapper in a snapshot that keeps them."""
     if isinstance(value, Numbers):
         yield value
+    elif isinstance(value, Wrapped):
+        yield value
+        yield from looked_at_in(value.inner)
     elif isinstance(value, Content):
         for item in value.items or ():
-            yield from numbers_in(item)
+            yield from looked_at_in(item)
 
 
 def contents_in(value: Snapshot) -> Iterator[Content]:
     """Every container in a snapshot that keeps them."""
-    if isinstance(value, Content):
+    if isinstance(value, Wrapped):
+        yield from contents_in(value.inner)
+    elif isinstance(value, Content):
         yield value
         for item in value.items or ():
             yield from contents_in(item)

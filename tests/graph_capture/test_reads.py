@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
+import functools
 import gc
 import os
+import threading
 import types
 import weakref
 from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +26,7 @@ from graph_capture.call_spec import bind_call
 from graph_capture.reads import Reads
 from graph_capture.trace import trace_step
 
+from . import settings
 from .odd import WIDTH, Three, mean_square, normal
 
 GAIN = 1.5
@@ -274,3 +279,137 @@ def test_a_module_with_a_getattribute_of_its_own() -> None:
     reads = reads_of(model)
     model.gain = 3.0
     assert reads.difference() == "attribute 'gain' is 3.0, was 2.0 while planning"
+
+
+LEVEL: contextvars.ContextVar[float] = contextvars.ContextVar("LEVEL", default=2.0)
+OF_THREAD = threading.local()
+OF_THREAD.gain = 2.0
+REACH = 2.0
+DEFAULTS = {"gain": 2.0}
+
+
+def scaled(x: Tensor, by: dict[str, float], gain: float = 1.0, more: Any = DEFAULTS) -> Tensor:
+    return x * by["k"] * gain * more["gain"]
+
+
+def times(x: Tensor, *, factor: float) -> Tensor:
+    return x * factor
+
+
+class Above(Three):
+    factor = 2.0
+
+
+class Odd(Above):
+    """Reads numbers by ways that leave no name of an attribute in the code."""
+
+    def prepare(self) -> None:
+        self.by = {"k": 2.0}
+        self.options = Config()
+        self.act = functools.partial(scaled, by=self.by, gain=2.0)
+        self.view = types.MappingProxyType(self.by)
+        self.file = settings
+        self.order = {"a": 2.0, "b": 0.5}
+        self.others = [nn.Dropout(1.0).eval()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        from . import settings as here
+
+        held = settings
+        h = self.act(self.a(x)) * self.view["k"] * self.factor * LEVEL.get() * OF_THREAD.gain
+        h = h * here.GAIN + self.file.SHIFT + getattr(held, "SLOPE") + globals()["REACH"]  # noqa: B009
+        h = times(h, factor=vars(self.options)["gain"])
+        for value in self.order.values():
+            h = h.clamp(max=1.0) * value
+        return self.c(self.others[0](h))
+
+
+WAYS: dict[str, Callable[[Odd, pytest.MonkeyPatch], Any]] = {
+    "by": lambda model, patch: model.by.update(k=3.0),
+    "act": lambda model, patch: model.act.keywords.update(gain=3.0),
+    "Odd.factor": lambda model, patch: patch.setattr(Odd, "factor", 3.0, raising=False),
+    "LEVEL": lambda model, patch: LEVEL.set(3.0),
+    "OF_THREAD": lambda model, patch: patch.setattr(OF_THREAD, "gain", 3.0),
+    "settings.GAIN": lambda model, patch: patch.setattr(settings, "GAIN", 3.0),
+    "settings.SHIFT": lambda model, patch: patch.setattr(settings, "SHIFT", 3.0),
+    "settings.SLOPE": lambda model, patch: patch.setattr(settings, "SLOPE", 3.0),
+    "REACH": lambda model, patch: patch.setitem(globals(), "REACH", 3.0),
+    "gain": lambda model, patch: setattr(model.options, "gain", 3.0),
+    "defaults": lambda model, patch: patch.setitem(DEFAULTS, "gain", 3.0),
+    "order": lambda model, patch: model.order.update(a=model.order.pop("a")),
+    "training": lambda model, patch: model.others[0].train(),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_change_is_found_whatever_the_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, views, partial functions, contexts, the order of a dict, a class between."""
+    reads = contextvars.copy_context().run(_found_after, WAYS[name], monkeypatch)
+    assert reads is not None
+    assert name in reads or name in ("by", "training")
+
+
+def _found_after(
+    change: Callable[[Odd, pytest.MonkeyPatch], Any], monkeypatch: pytest.MonkeyPatch
+) -> str | None:
+    model = Odd().train()
+    reads = reads_of(model)
+    assert reads.difference() is None
+    assert reads.difference() is None  # as found by the quick comparison
+    change(model, monkeypatch)
+    return reads.difference()
+
+
+@pytest.mark.parametrize("value", [np.float32(0.1), np.int64(0), Fraction(0), np.float64("nan")])
+def test_numbers_of_other_kinds_are_compared_by_value(value: Any) -> None:
+    """Set anew in each step they are no change."""
+    model = Reader().train()
+    model.unread = model.drop.p = 0.1
+    model.scaling["other"] = value
+    reads = reads_of(model)
+    model.scaling["other"] = copy.deepcopy(value)
+    assert reads.difference() is None
+    model.scaling["other"] = value + 1 if value == value else 1.0
+    assert reads.difference() is not None
+
+
+class Closed(type):
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise TypeError("closed")
+
+
+class Unwatchable(metaclass=Closed):
+    def __init__(self) -> None:
+        self.gain = 2.0
+
+
+class ReadsUnwatchable(Three):
+    def prepare(self) -> None:
+        self.config, self.closed = Config(), Unwatchable()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x) * self.config.gain * self.closed.gain)
+
+
+def test_a_class_that_refuses_attributes() -> None:
+    """Its objects are looked at as a whole, and no other class stays exchanged."""
+    model = ReadsUnwatchable().train()
+    reads = reads_of(model)
+    model.closed.gain = 3.0
+    assert reads.difference() == "attribute 'closed.gain' is 3.0, was 2.0 while planning"
+    assert vars(Config)["__getattribute__"].__qualname__ == "Config.__getattribute__"
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+class Stacks(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.c(self.a(x))
+        return h * torch.tensor([x[0, :1].sum(0, keepdim=True), h.detach()[0, 0]])[:, None]
+
+
+def test_a_tensor_of_one_element_tensors_has_the_shape_of_eager() -> None:
+    """Each gives one number, whatever its own shape."""
+    arguments = bind_call(Stacks.forward, (Stacks(), normal(0, 2, WIDTH)), {})
+    del arguments["self"]
+    step = trace_step(Stacks().train(), arguments, mean_square)
+    assert step.outputs[0].meta["val"].shape == Stacks()(normal(0, 2, WIDTH)).shape

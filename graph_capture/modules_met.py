@@ -1,0 +1,79 @@
+"""Files of the user's that a function gets at by another way than by a global of its own.
+
+``import settings`` inside forward, ``self.settings.GAIN``, ``getattr(settings, "GAIN")``:
+what such a module is asked for is not seen, since modules answer for themselves. So
+of each one that was met all names count that occur in the functions that were met.
+"""
+
+from __future__ import annotations
+
+import dis
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .holders import is_users_module
+from .named_reads import is_library_file, with_inner
+from .snapshots import BY_VALUE, CONTAINERS
+
+_FOLLOWED = (*BY_VALUE, *CONTAINERS, types.FunctionType, type, torch.Tensor)
+
+
+class ModulesMet:
+    """Modules that functions have got hold of."""
+
+    def __init__(self) -> None:
+        self._met: dict[int, types.ModuleType] = {}
+        self._imports: dict[int, tuple[types.CodeType, str | None]] = {}
+
+    def meet(self, module: types.ModuleType) -> None:
+        """Remember a module if it is of the user's."""
+        if is_users_module(module):
+            self._met[id(module)] = module
+
+    def imports_of(self, code: types.CodeType, package: str | None) -> None:
+        """Remember what a function imports while it runs."""
+        self._imports[id(code)] = (code, package)
+
+    def names(self, words: set[str]) -> Iterator[tuple[types.ModuleType, str]]:
+        """Each module with what may have been asked of it, a word for a word."""
+        for code, package in self._imports.values():
+            for name in _imported_in(code, package):
+                if name in sys.modules:
+                    self.meet(sys.modules[name])
+        todo = list(self._met.values())
+        while todo:
+            module = todo.pop()
+            library = is_library_file(getattr(module, "__file__", None) or "")
+            for name in words & vars(module).keys():
+                value = vars(module)[name]
+                if isinstance(value, types.ModuleType):
+                    if id(value) not in self._met and is_users_module(value):
+                        self._met[id(value)] = value
+                        todo.append(value)
+                elif isinstance(value, BY_VALUE if library else _FOLLOWED):
+                    yield module, name
+
+
+def _imported_in(code: types.CodeType, package: str | None) -> Iterator[str]:
+    """Full names of the modules that a function imports, and of those that it may name."""
+    for function in with_inner(code):
+        loaded: list[Any] = []
+        for instruction in dis.get_instructions(function):
+            if instruction.opname != "IMPORT_NAME":
+                loaded = [*loaded[-1:], instruction.argval]
+                continue
+            level, names = loaded if len(loaded) == 2 else (0, None)
+            name = str(instruction.argval)
+            if level and package:
+                name = importlib.util.resolve_name("." * level + name, package)
+            yield name
+            yield from (f"{name}.{each}" for each in names or ())
+        yield from (word for word in function.co_consts if isinstance(word, str))
+
+
+__all__ = ["ModulesMet"]
