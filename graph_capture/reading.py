@@ -40,7 +40,8 @@ from .named_reads import (
     strings_in,
     words_in,
 )
-from .reads import Place, Reads, Where, place_of
+from .process_wide import PROCESS_WIDE
+from .reads import SETTINGS, Place, Reads, Where, place_of
 from .snapshots import (
     ABSENT,
     ATOMS,
@@ -420,6 +421,7 @@ class Watcher:
             self._named.setdefault(at, (label, Where.TABLE, vars(module), name))
         for label, where, holder, key in self._named.values():
             places.append(place_of(label, where, holder, key))
+        places.append(place_of(SETTINGS, Where.ATTRIBUTE, weakly(PROCESS_WIDE), "settings"))
         return Reads(places)
 
     def _class_of_root(self) -> None:

@@ -33,6 +33,8 @@ from .snapshots import (
 )
 
 _dict_of = attrgetter("__dict__")
+SETTINGS = "PyTorch's settings"
+"""Label of the place that holds what is set for the whole process."""
 _code_of = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _facts_of = attrgetter("requires_grad", "dtype", "device", "shape")
 
@@ -111,7 +113,8 @@ class Reads:
         """The first place that holds something else than it did, in words, or ``None``."""
         if self._fast is not None and self._fast.unchanged():
             return None
-        if self._places and all(place.is_gone() for place in self._places):
+        of_the_model = [place for place in self._places if place.label != SETTINGS]
+        if of_the_model and all(place.is_gone() for place in of_the_model):
             return "what was read while planning is gone"
         for place in self._places:
             if place.is_gone():

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graph_capture import process_wide
 from graph_capture.call_spec import bind_call
 from graph_capture.reads import Reads
 from graph_capture.trace import trace_step
@@ -202,6 +203,18 @@ def test_a_change_is_found_by_its_name(
     found = reads.difference()
     assert found is not None
     assert name in found
+
+
+@pytest.mark.parametrize(("name", "value"), [("default dtype", torch.float64), ("oneDNN", False)])
+def test_a_setting_of_the_process_is_compared(
+    name: str, value: Any, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What decides which operators PyTorch runs is a change like an attribute's."""
+    reads = reads_of(reader)
+    for _ in range(2):  # the second time by the quick comparison
+        assert reads.difference() is None
+    monkeypatch.setitem(process_wide._SETTINGS, name, lambda: value)
+    assert name in (reads.difference() or "")
 
 
 def test_the_message_names_both_values(reader: Reader) -> None:
