@@ -29,6 +29,13 @@ _ADVICE = (
     "compute this part of the loss in the model's forward"
 )
 
+_BY_NO_OUTPUT = (
+    "loss_fn differentiates by a tensor that the model was called with (or another that is no "
+    "output of it), and a planned step has no graph from the output to the input. Move "
+    "torch.autograd.grad(…, create_graph=True) into the model's forward, which returns the "
+    "derivative beside the output: there it is planned"
+)
+
 
 class _Value:
     """What a tensor will be, computed when it is asked for; holds no stand-in."""
@@ -201,13 +208,13 @@ def input_derivatives_refused() -> Iterator[None]:
     def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         wanted = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
         if any(isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor) for t in wanted):
-            raise NotFittingError(
-                "loss_fn differentiates by a tensor that the model was called with (or another "
-                "that is no output of it), and a planned step has no graph from the output to the "
-                "input. Move torch.autograd.grad(…, create_graph=True) into the model's forward, "
-                "which returns the derivative beside the output: there it is planned"
-            )
-        return before(outputs, inputs, *args, **kwargs)
+            raise NotFittingError(_BY_NO_OUTPUT)
+        try:
+            return before(outputs, inputs, *args, **kwargs)
+        except RuntimeError as error:
+            if "allow_unused" in str(error):  # a parameter, or an input that forward hands back
+                raise NotFittingError(_BY_NO_OUTPUT) from error
+            raise
 
     torch.autograd.grad = grad
     try:

@@ -123,3 +123,23 @@ def test_a_loss_that_differentiates_by_the_input_is_told_to_move_into_forward() 
         loss=lambda o: o[1].square().mean() + o[0].square().mean(),
         measure_scratch=False,
     )
+
+
+class HandsBack(nn.Sequential):
+    """Returns its input beside its output."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def test_a_loss_that_differentiates_by_the_input_is_told_where_that_works() -> None:
+    """Also where forward hands the input back."""
+
+    def loss(output: Any) -> Tensor:
+        (found,) = torch.autograd.grad(output[0].sum(), output[1], create_graph=True)
+        return found.square().sum()
+
+    model = HandsBack(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    given = {"x": sample(0).requires_grad_()}
+    with pytest.raises(CaptureError, match="into the model's forward"):
+        capture_step(model, given, loss=loss, measure_scratch=False)
