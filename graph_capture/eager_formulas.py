@@ -13,7 +13,8 @@ of products (``prod``, ``cumprod``) and of the value of ``masked_fill``; another
 layout, and so other bits of what is summed up from there, of the even split of a
 full ``max``, ``min`` or ``median``, of ``masked_select`` and of products of
 Householder reflections: they are here. Not here are ``linalg.lstsq``, which is refused
-since its sizes depend on values, and ``linalg.pinv`` of complex matrices.
+since its sizes depend on values, and ``linalg.pinv`` of complex matrices, whose bits
+differ while the mode runs and not in a planned step.
 """
 
 from __future__ import annotations

@@ -94,6 +94,10 @@ class ReuseFinder:
         )
         if not by_rows and torch.Tag.pointwise not in func.tags:
             return []
+        if value.dtype.is_complex and not all(
+            a.meta["val"].is_contiguous() for a in node.all_input_nodes
+        ):
+            return []  # the strided loop of complex products rounds otherwise when it overwrites
         arguments = [a for a in node.all_input_nodes if self._may_overwrite(node, a)]
         found = []
         for argument in sorted(arguments, reverse=True):

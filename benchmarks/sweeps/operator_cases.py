@@ -244,6 +244,8 @@ def arguments_of(case: Case) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
 def _operator(case: Case) -> Callable[[bool], Callable[[], Subject]]:
     op = _databases()[0][case.name]
     call = op.op
+    if getattr(torch, case.name, None) is call:  # by its name, as users call it
+        call = lambda *args, **kwargs: getattr(torch, case.name)(*args, **kwargs)  # noqa: E731
     if case.layout == "in_place":
         if op.inplace_variant is None:
             raise NoCase("it has no in-place variant")

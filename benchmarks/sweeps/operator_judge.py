@@ -41,7 +41,10 @@ _SEED = 1
 _STEPS = 2
 
 _CLASSES = (
-    ("value decides a branch or shape", r"DataDependent|DynamicOutputShape|depends on a tensor's"),
+    (
+        "value decides a branch or shape",
+        r"DataDependent|DynamicOutputShape|depends on (a tensor's|values)",
+    ),
     ("sparse or nested", r"layout torch\.(sparse|jagged|mkldnn)"),
     ("unseen tensor", r"entered the step unseen"),
     ("requires grad, no parameter", r"requires grad is used in forward"),

@@ -20,6 +20,7 @@ MENDED = (
     ("operator", "mT", "transposed"),  # a scalar in a bound's rows
     ("operator", "ormqr", "transposed"),  # strides of a gradient
     ("operator", "polar", "contiguous"),  # scratch of a complex number
+    ("operator", "polar", "reversed"),  # a complex product in place of its argument
     ("operator", "reshape", "transposed"),  # a block that copies go through
     ("operator", "sgn", "contiguous"),  # a gradient without memory
 )
