@@ -208,6 +208,8 @@ class Effects:
 
     def _name(self, change: Change) -> str:
         holder, key, label = change.holder, change.key, change.label
+        if (not key or label.endswith(f".{key}")) and id(holder) not in self._modules:
+            return label
         if id(holder) in self._modules:
             return f"{label}.{key}" if label else str(key)
         if key == label or isinstance(holder, (list, deque, set, types.CellType)):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .errors import NotFittingError
+from .written_in_place import WrittenInPlace
 
 _KINDS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 
@@ -30,11 +31,13 @@ class ForeignGenerators:
 
     def __init__(self) -> None:
         self._met: dict[int, _Met] = {}
+        self._in_place = WrittenInPlace()
 
     def meet(self, value: Any, path: str) -> None:
-        """Remember a value's state if it is a generator."""
+        """Remember a value's state if it is a generator, an array or an iterator."""
         if isinstance(value, _KINDS) and id(value) not in self._met:
             self._met[id(value)] = _Met(path, value, _state_of(value))
+        self._in_place.meet(value, path)
 
     def refuse_draws(self) -> None:
         """Nobody has drawn from them.
@@ -42,8 +45,9 @@ class ForeignGenerators:
         Raises
         ------
         NotFittingError
-            Names the first one that is in another state.
+            Names the first one that is in another state, be it an array or an iterator.
         """
+        self._in_place.refuse_changes()
         for met in self._met.values():
             if not _same(met.state, _state_of(met.generator)):
                 raise NotFittingError(
@@ -55,6 +59,7 @@ class ForeignGenerators:
 
     def put_back(self) -> None:
         """Undo every draw."""
+        self._in_place.put_back()
         for met in self._met.values():
             if _same(met.state, _state_of(met.generator)):
                 continue

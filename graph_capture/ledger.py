@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
@@ -49,7 +50,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A name among globals, or ``cell_contents`` of a cell."""
+    """A name among globals, ``cell_contents`` of a cell, or what a context has in a variable."""
 
     holder: Any
     key: str
@@ -57,6 +58,8 @@ class _Slot:
     def get(self) -> Any:
         if isinstance(self.holder, dict):
             return self.holder.get(self.key, ABSENT)
+        if isinstance(self.holder, ContextVar):
+            return self.holder.get(ABSENT)
         try:
             return self.holder.cell_contents
         except ValueError:  # empty
@@ -68,8 +71,39 @@ class _Slot:
                 self.holder.pop(self.key, None)
             else:
                 self.holder[self.key] = value
+        elif isinstance(self.holder, ContextVar):
+            self.holder.set(None if value is ABSENT else value)
         elif value is not ABSENT:
             self.holder.cell_contents = value
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """The names of a class or of a file, each of which is put back by itself."""
+
+    holder: Any
+
+    def get(self) -> dict[str, Any]:
+        table = vars(self.holder) if isinstance(self.holder, type) else self.holder
+        # A file that is imported meanwhile stays in the package that it belongs to.
+        return {
+            name: value
+            for name, value in table.items()
+            if not name.startswith("__") and not isinstance(value, types.ModuleType)
+        }
+
+    def set(self, saved: dict[str, Any]) -> None:
+        now = self.get()
+        for name in now.keys() | saved.keys():
+            before = saved.get(name, ABSENT)
+            if before is now.get(name, ABSENT):
+                continue
+            if isinstance(self.holder, dict):
+                _Slot(self.holder, name).set(before)
+            elif before is ABSENT:
+                delattr(self.holder, name)
+            else:
+                setattr(self.holder, name, before)
 
 
 class Ledger:
@@ -118,12 +152,20 @@ class Ledger:
         number = hash((id(holder), key))
         self._entries.setdefault(number, _Entry(label, place, place.get()))
 
+    def names(self, holder: Any, label: str) -> None:
+        """Remember what lies in a class, or in the globals of a file, but not what that holds."""
+        if id(holder) not in self._entries:
+            place = _Names(holder)
+            self._entries[id(holder)] = _Entry(label, place, place.get())
+
     def as_now(self) -> Ledger:
         """The same places, as they are now."""
         later = Ledger()
         for entry in self._entries.values():
             if isinstance(entry.container, _Slot):
                 later.slot(entry.container.holder, entry.container.key, entry.label)
+            elif isinstance(entry.container, _Names):
+                later.names(entry.container.holder, entry.label)
             elif isinstance(entry.container, (dict, *_LISTS, *_SETS)):
                 later.contents(entry.container, entry.label)
             else:
@@ -177,6 +219,13 @@ def _changes(entry: _Entry) -> Iterator[Change]:
         if container.get() is not saved:
             yield Change(label, container.holder, container.key, saved, container.get())
         return
+    if isinstance(container, _Names):
+        names = container.get()
+        for name in [*saved, *(n for n in names if n not in saved)]:
+            then, value = saved.get(name, ABSENT), names.get(name, ABSENT)
+            if then is not value:
+                yield Change(f"{label}.{name}", container.holder, name, then, value)
+        return
     if isinstance(container, _SETS):
         if container != saved:
             yield from (Change(label, container, e, ABSENT, e) for e in container - saved)
@@ -212,7 +261,7 @@ def _same_order(entry: _Entry) -> bool:
 def _write(entry: _Entry) -> None:
     """As the base class writes, whatever a class of its own makes of it."""
     container, saved = entry.container, entry.saved
-    if isinstance(container, _Slot):
+    if isinstance(container, (_Slot, _Names)):
         container.set(saved)
     elif isinstance(container, dict):
         base: Any = OrderedDict if isinstance(container, OrderedDict) else dict

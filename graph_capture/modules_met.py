@@ -11,7 +11,7 @@ import dis
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +24,16 @@ _FOLLOWED = (*BY_VALUE, *CONTAINERS, types.FunctionType, type, torch.Tensor)
 
 
 class ModulesMet:
-    """Modules that functions have got hold of."""
+    """Modules that functions have got hold of.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    remember
+        Called with the globals of each before anything is written to them, and its name.
+    """
+
+    def __init__(self, remember: Callable[[Any, str], None]) -> None:
+        self._remember = remember
         self._met: dict[int, types.ModuleType] = {}
         self._imports: dict[int, tuple[types.CodeType, str | None]] = {}
 
@@ -34,17 +41,18 @@ class ModulesMet:
         """Remember a module if it is of the user's."""
         if is_users_module(module):
             self._met[id(module)] = module
+            if not is_library_file(getattr(module, "__file__", None) or ""):
+                self._remember(vars(module), module.__name__)
 
     def imports_of(self, code: types.CodeType, package: str | None) -> None:
         """Remember what a function imports while it runs."""
         self._imports[id(code)] = (code, package)
+        self._meet_imported(code, package)
 
     def names(self, words: set[str]) -> Iterator[tuple[types.ModuleType, str]]:
         """Each module with what may have been asked of it, a word for a word."""
         for code, package in self._imports.values():
-            for name in _imported_in(code, package):
-                if name in sys.modules:
-                    self.meet(sys.modules[name])
+            self._meet_imported(code, package)
         todo = list(self._met.values())
         while todo:
             module = todo.pop()
@@ -57,6 +65,11 @@ class ModulesMet:
                         todo.append(value)
                 elif isinstance(value, BY_VALUE if library else _FOLLOWED):
                     yield module, name
+
+    def _meet_imported(self, code: types.CodeType, package: str | None) -> None:
+        for name in _imported_in(code, package):
+            if name in sys.modules:
+                self.meet(sys.modules[name])
 
 
 def _imported_in(code: types.CodeType, package: str | None) -> Iterator[str]:

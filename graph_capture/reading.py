@@ -16,12 +16,14 @@ import functools
 import gc
 import logging
 import os
+import queue
 import sys
 import threading
 import types
 from collections import ChainMap, UserDict, UserList
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from .ledger import Change, Ledger, slots_of
 from .modules_met import ModulesMet
 from .named_reads import (
     is_library,
+    is_library_file,
     is_users,
     is_users_class,
     names_in,
@@ -106,12 +109,12 @@ class Watcher:
         self._objects = list(objects)
         self._written: set[tuple[int, str]] = set()
         self.outside = Ledger()  # what closures, globals and objects that were met held
+        self._modules = ModulesMet(self.outside.names)
         self.generators = ForeignGenerators()
         self.settled: list[Change] = []  # what forward changes once, of what it reads
         self.replaceable: set[str] = set()  # attributes whose tensors are inputs of the step
         # What was asked for its attributes by vars() or ``__dict__``, and by which code.
         self._asked_for_all: dict[tuple[int, int], tuple[Any, types.CodeType]] = {}
-        self._modules = ModulesMet()
         self._thread = threading.get_ident()  # others train models of their own
         self._unwatchable: set[type] = set()  # classes that refuse to be exchanged
         self._words: set[str] = set()  # names that occur in the functions that were met
@@ -124,6 +127,7 @@ class Watcher:
         """While active, reads are noted."""
         for module in self._root.modules():
             self._own_before.setdefault(id(module), dict(vars(module)))
+            self._remember_classes(type(module))
             for table in _TABLES_OF_HOOKS:
                 self._meet(vars(module).get(table), "")
         for hooks in _TABLES_FOR_ALL:
@@ -231,6 +235,10 @@ class Watcher:
             self._meet(value.func, path)
             self._meet((value.args, value.keywords), path, depth + 1)
         elif isinstance(value, WRAPPERS):
+            if isinstance(value, ContextVar):
+                self.outside.slot(value, "", value.name)
+            for part in parts_of(value):
+                self.outside.contents(part, path)
             self._meet(parts_of(value), path, depth + 1)
         elif isinstance(value, type):
             self._class(value)
@@ -253,12 +261,14 @@ class Watcher:
                 for part, words in _PARTS_OF_FUNCTIONS:
                     label = f"the {words} of {function.__qualname__}"
                     self._named[id(function), part] = (label, Where.ATTRIBUTE, function, part)
+                self.outside.contents(vars(function), function.__qualname__, attributes=True)
         self._meet(getattr(function, "__wrapped__", None), "")
 
     def _class(self, cls: type) -> None:
         if id(cls) in self._seen or not is_users_class(cls):
             return
         self._seen[id(cls)] = cls
+        self._remember_classes(cls)
         if issubclass(cls, torch.autograd.Function):
             for name in _RUN_BY_AUTOGRAD:
                 self._meet(in_class(cls, name)[1], "")
@@ -270,13 +280,17 @@ class Watcher:
         if isinstance(value, _NAMESPACES):
             self._seen[id(value)] = value
             self._name_of.setdefault(id(value), path)
+            self.outside.attributes(value, path)
             self._note_all(value)
             return
+        if isinstance(value, queue.Queue):
+            self.outside.attributes(value, path)
         if isinstance(value, enum.Enum) or not (is_users_class(cls) or cls in _LIKE_USERS):
             return
         self._seen[id(value)] = value
         self._name_of.setdefault(id(value), path)
         self.outside.attributes(value, path)
+        self._remember_classes(cls)
         self._meet(in_class(cls, "__call__")[1], "")
         changeable = cls.__flags__ & _HEAP_TYPE and not cls.__flags__ & _IMMUTABLE_TYPE
         if changeable and cls not in self._classes:
@@ -285,6 +299,13 @@ class Watcher:
                 self._exchange(cls)
         if cls in self._unwatchable:
             self._note_all(value)
+
+    def _remember_classes(self, cls: type) -> None:
+        """What lies in a class and its bases, unless they belong to an installed package."""
+        for base in filter(is_users_class, cls.__mro__):
+            module = sys.modules.get(base.__module__)
+            if not is_library_file(getattr(module, "__file__", None) or ""):
+                self.outside.names(base, base.__name__)
 
     def _note_all(self, value: Any) -> None:
         """Of an object that cannot be watched every attribute counts that is named anywhere."""

@@ -152,7 +152,6 @@ class _Recording:
                     call_forward(forward, fake_arguments)
 
             left, watcher.settled = effects.settle(call_again)
-            before_backward = effects.remembered()
             differentiated, tangents, region = differentiate(
                 output,
                 template,
@@ -163,6 +162,7 @@ class _Recording:
                 lambda tensor: recorder.questions.values.tensor(recorder.node_of(tensor)),
                 recorder.real,
             )
+            before_backward = effects.remembered()  # a loop calls its loss itself
             tangent_nodes = tuple(
                 recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
                 for i, tangent in enumerate(tangents)

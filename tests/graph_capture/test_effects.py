@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
+import itertools
+import queue
+import threading
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from graph_capture.errors import CaptureError
 from planner import optimize
 
+from . import settings
 from .odd import WIDTH, Three, mean_square, normal
 
 FEATURES: list[Tensor] = []
@@ -195,6 +203,114 @@ class WritesGraph(Three):
         h = self.a(x)
         self.state.add_(h.mean(0))
         return self.c(h + self.state)
+
+
+SPACE = types.SimpleNamespace(last=None)
+QUEUE: queue.Queue[Any] = queue.Queue()
+OF_THREAD = threading.local()
+CONTEXT: contextvars.ContextVar[Any] = contextvars.ContextVar("CONTEXT", default=None)
+WEAKLY: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def noted(x: Tensor) -> Tensor:
+    return x
+
+
+class FillsOther(Three):
+    """Leaves what it computes in an object that is no module."""
+
+    last: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(noted(x))
+        self.fill(h.detach())
+        return self.c(h)
+
+    def fill(self, h: Tensor) -> None:
+        raise NotImplementedError
+
+
+def filling(fill: Callable[[Any, Any], Any]) -> Callable[[], nn.Module]:
+    return type("Fills", (FillsOther,), {"fill": fill})
+
+
+def set_in_file(_model: Any, h: Tensor) -> None:
+    settings.LAST = h  # type: ignore[attr-defined]
+
+
+FILLED = {
+    "SPACE": filling(lambda _model, h: setattr(SPACE, "last", h)),
+    "Fills.last": filling(lambda model, h: setattr(type(model), "last", h)),
+    "settings.LAST": filling(set_in_file),
+    "QUEUE": filling(lambda _model, h: QUEUE.put(h)),
+    "noted": filling(lambda _model, h: setattr(noted, "last", h)),
+    "OF_THREAD": filling(lambda _model, h: setattr(OF_THREAD, "last", h)),
+    "CONTEXT": filling(lambda _model, h: CONTEXT.set(h)),
+    "WEAKLY": filling(lambda model, h: WEAKLY.__setitem__(model, h)),
+}
+
+
+@pytest.mark.parametrize("place", FILLED)
+def test_a_tensor_in_any_other_object_is_refused(place: str) -> None:
+    """By its place; and nothing of the attempt stays behind."""
+    make: Any = FILLED[place]
+    with pytest.raises(CaptureError, match=f"leaves a tensor in .*{place}"):
+        _plan(make())
+    assert SPACE.last is CONTEXT.get() is make.last is None
+    assert not hasattr(settings, "LAST")
+    assert QUEUE.empty()
+    assert not vars(noted)
+    assert not vars(OF_THREAD)
+    assert not WEAKLY
+
+
+class CountsInArray(Three):
+    def prepare(self) -> None:
+        self.calls = np.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls[0] += 1
+        return self.c(self.a(x))
+
+
+class Advances(Three):
+    def prepare(self) -> None:
+        self.gains: Any = self.numbers()
+
+    def numbers(self) -> Any:
+        return itertools.count(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x)) * next(self.gains)
+
+
+class AdvancesGenerator(Advances):
+    def numbers(self) -> Any:
+        return (2.0 * i for i in range(100))
+
+
+class AdvancesCycle(Advances):
+    def numbers(self) -> Any:
+        return itertools.cycle([1.0, 2.0])
+
+
+class AdvancesList(Advances):
+    def numbers(self) -> Any:
+        return enumerate([1.0, 2.0, 3.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x)) * next(self.gains)[1]
+
+
+@pytest.mark.parametrize(
+    "make", [CountsInArray, Advances, AdvancesGenerator, AdvancesCycle, AdvancesList]
+)
+def test_what_is_written_or_advanced_in_place_is_refused(make: Callable[[], nn.Module]) -> None:
+    """Numbers of an array and places of iterators, by name; the array is as before."""
+    model = make()
+    with pytest.raises(CaptureError, match=r"writes to 'calls'|advances 'gains'"):
+        _plan(model)
+    assert not np.any(getattr(model, "calls", 0))
 
 
 @pytest.mark.parametrize(
