@@ -52,6 +52,7 @@ from .snapshots import (
     CONTAINERS,
     WRAPPERS,
     Atom,
+    difference,
     entries_of,
     parts_of,
     snapshot,
@@ -141,7 +142,8 @@ class Watcher:
         guarded = {id(module) for module in self._root.modules()}  # whose modes the call guard sees
 
         def setting(module: nn.Module, name: str, value: Any) -> None:
-            written.add((id(module), name))
+            if threading.get_ident() == self._thread:
+                written.add((id(module), name))
             setter(module, name, value)
 
         def watched(module: nn.Module, name: str) -> Any:
@@ -481,7 +483,9 @@ class Watcher:
         if cls is None or isinstance(value, types.MemberDescriptorType):
             place = place_of(label, Where.ATTRIBUTE, reference, name)
             missing = isinstance(place.held, Atom) and place.held.value is ABSENT
-            if not isinstance(holder, nn.Module) and not missing:
+            # Wrappers that are made anew for each question have no identity to go by.
+            alike = missing or difference(place.held, place.now(), label) is None
+            if not isinstance(holder, nn.Module) and not missing and alike:
                 yield place
         elif is_users_class(cls) or name == "forward":
             before = type(holder).__mro__[: type(holder).__mro__.index(cls)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -454,16 +455,21 @@ class Recorder(ReadsWhole):
     def module_paths(self, model: torch.nn.Module) -> Iterator[None]:
         """While active, calls know the submodule that they run in."""
         path_of = {id(m): name for name, m in model.named_modules()}
+        mine = threading.get_ident()  # modules of other threads run as well meanwhile
 
         def look_outside() -> None:
             if self.draws_outside is None and _outside_generators() != self._outside_state:
                 self.draws_outside = self._module_stack[-1]
 
         def enter(module: torch.nn.Module, _args: Any) -> None:
+            if threading.get_ident() != mine:
+                return
             look_outside()
             self._module_stack.append(path_of.get(id(module), self._module_stack[-1]))
 
         def leave(_module: torch.nn.Module, _args: Any, _out: Any) -> None:
+            if threading.get_ident() != mine:
+                return
             look_outside()
             self._module_stack.pop()
 

@@ -414,6 +414,56 @@ def test_a_class_that_refuses_attributes() -> None:
     assert "__getattribute__" not in vars(nn.Module)
 
 
+class Wrapping:
+    """Makes a wrapper of each dict that it is asked for."""
+
+    def __init__(self, held: dict[str, Any]) -> None:
+        self.__dict__["_held"] = held
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._held[name]
+        return Wrapping(value) if isinstance(value, dict) else value
+
+
+class Wraps(Three):
+    def prepare(self) -> None:
+        self.held = {"inner": {"gain": 2.0}}
+        self.config = Wrapping(self.held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x)) * self.config.inner.gain
+
+
+def test_objects_that_are_made_anew_for_each_question_are_no_change() -> None:
+    """What they are made of is compared."""
+    model = Wraps().train()
+    reads = reads_of(model)
+    assert reads.difference() is None
+    model.held["inner"]["gain"] = 3.0
+    assert reads.difference() is not None
+
+
+class ReadsInThread(Three):
+    """Another thread asks a model of its own meanwhile."""
+
+    def prepare(self) -> None:
+        self.others = [Guarded()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: self.others[0].power)
+        thread.start()
+        thread.join()
+        return self.c(self.a(x))
+
+
+def test_what_another_thread_reads_is_no_part_of_the_step() -> None:
+    """It may change."""
+    model = ReadsInThread().train()
+    reads = reads_of(model)
+    model.others[0].gain = 3.0
+    assert reads.difference() is None
+
+
 class Stacks(Three):
     def forward(self, x: Tensor) -> Tensor:
         h = self.c(self.a(x))
