@@ -49,12 +49,30 @@ def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
     )
 
 
-def laid_out_rightly(func: Any, out: Any) -> Any:
+def laid_out_rightly(func: Any, args: tuple, out: Any) -> Any:
     """What a call hands out, where its stand-in has other strides than the kernel's result."""
+    if func in _VIEWS and 1 in out.shape:
+        return _as_meta_views(args[0], out)
     if func not in _CONTIGUOUS or out.is_contiguous():
         return out
     return torch.empty(out.shape, dtype=out.dtype, device=out.device)
 
+
+def _as_meta_views(tensor: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """``view`` with the strides that PyTorch gives a dimension of one element.
+
+    They move nothing, but kernels ask them for the memory format of their result.
+    """
+    with _disable_current_modes():
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        stride = like.view(view.shape).stride()
+    if stride == view.stride():
+        return view
+    return tensor.as_strided(view.shape, stride, view.storage_offset())
+
+
+# Stand-ins of these are computed in Python, by another rule.
+_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
 
 # Whatever the strides of their arguments (aten/src/ATen/native/LossCTC.cpp).
 _CONTIGUOUS = {

@@ -295,7 +295,7 @@ class Recorder(ReadsWhole):
                 out = _apart(func, func(*args, **kwargs))
             else:
                 out = _apart(func, self._repeated.run(func, args, kwargs))
-            out = laid_out_rightly(func, out)
+            out = laid_out_rightly(func, args, out)
         except ASKS as error:
             self.failed_at = self.origin()[1]
             return self.questions.answer(func, args, kwargs, error)

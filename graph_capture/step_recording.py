@@ -125,7 +125,7 @@ class _Recording:
         fake_arguments, given, nodes = self._declare_arguments()
         wanted = [tensor.requires_grad for tensor in given]
         swap_tensors(model, lambda tensor: self.stand_ins.get(id(tensor), tensor))
-        state_before = registered(model)
+        state_before, modules_before = registered(model), dict(model.named_modules())
         effects = Effects(model, fake_arguments, objects_of(fake_arguments), watcher, recorder)
 
         with (
@@ -140,6 +140,7 @@ class _Recording:
             self._refuse_random_numbers()
             refuse_laid_out_anew(self.laid_out)
             _refuse_holders(fake_arguments)
+            _refuse_new_modules(modules_before, dict(model.named_modules()))
             template, tensors = take_apart(output)
             reassigned = reassigned_buffers(state_before, registered(model))
             made_to_require = [i for i, t in enumerate(given) if t.requires_grad and not wanted[i]]
@@ -303,6 +304,17 @@ def _refuse_scripts(model: nn.Module) -> None:
             raise NotFittingError(
                 f"module {name!r} is a TorchScript module, whose parameters cannot be exchanged "
                 "for stand-ins; plan the Python module that it was made from"
+            )
+
+
+def _refuse_new_modules(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> None:
+    """A planned step has the modules that it was captured with."""
+    for name in (*before, *after):
+        if before.get(name) is not after.get(name):
+            raise NotFittingError(
+                f"forward puts another module in the place of {name!r}, or adds or removes it, "
+                "which a planned step would not do; where only the first call does so, run the "
+                "model once before planning"
             )
 
 

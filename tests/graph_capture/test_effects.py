@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from graph_capture import capture
 from graph_capture.errors import CaptureError
 from planner import optimize
 
@@ -526,3 +527,27 @@ def test_a_packed_argument_is_refused_and_the_advice_works() -> None:
     with pytest.raises(CaptureError, match=r"PackedSequence.*pack them in forward"):
         _plan(Recurrent(), (packed,))
     _plan(Recurrent(), (x, lengths))
+
+
+class Settles(nn.Module):
+    """Puts another module in the place of one of its own in its first call, as BigBird does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.drop, nn.Identity):
+            self.drop = nn.Identity()  # type: ignore[assignment]
+        return self.drop(self.first(x))
+
+
+def test_a_forward_that_exchanges_a_module_is_refused() -> None:
+    """The first call is another one than all that follow; after it the model can be planned."""
+    model = Settles().train()
+    with pytest.raises(CaptureError, match=r"another module in the place of 'drop'.*run the model"):
+        capture(model, normal(0, 16, WIDTH), loss_fn=mean_square)
+    assert isinstance(model.drop, nn.Dropout)
+    model(normal(0, 16, WIDTH))
+    capture(model, normal(0, 16, WIDTH), loss_fn=mean_square)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graph_capture.real_results import RealResults
 from graph_capture.repeated_calls import RepeatedCalls
-from planner import optimize
+from planner import measure, optimize
 from tests.bitwise import assert_same_training
 
 aten = torch.ops.aten
@@ -134,3 +134,26 @@ def test_memory_is_as_large_as_the_kernels_own(func: object, args: tuple) -> Non
         given = tuple(fake_mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
         for _ in range(2):
             assert repeated.run(func, given, {}).untyped_storage().nbytes() == real
+
+
+class Enlarged(nn.Module):
+    """A position embedding that is brought to the size of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 256, 8))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grid = self.table.reshape(1, 16, 16, 8).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(4, 4), mode="bilinear")
+        return self.last(x + grid.flatten(2).permute(0, 2, 1))
+
+
+def test_views_have_the_strides_of_real_ones_where_a_size_is_one() -> None:
+    """A kernel that asks them for its memory format copies, or does not."""
+    model = Enlarged().train()
+    x = torch.randn(2, 16, 8)
+    plan = optimize(model, x, budget_gb=1, loss_fn=torch.sum)
+    measured = measure(plan.apply(model), x, loss_fn=torch.sum, repeats=0).peak_bytes
+    assert abs(plan.predicted_peak_bytes - measured) <= 64
