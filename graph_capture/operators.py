@@ -210,7 +210,8 @@ class Folder:
 
         A joined operator reads at once what eager reads one after the other: of a
         sum over chunks all summands. Where the call writes in place instead, what it
-        writes to is made once and never again; in the backward pass that is no loss.
+        writes to is made once and never again; in the backward pass that is no loss, in
+        forward one more tensor of that size is worth it (``out += residual``).
         """
         if len(inner) != 1:
             return False
@@ -226,7 +227,7 @@ class Folder:
         )
         alone = self._moving_bytes(set(code.reads.values()) - set(host.outputs))
         excess_bytes = together - max(host.hungriest_bytes, alone)
-        least = 0 if self._never_repeated(host) else self.blocks[k].size_bytes // 2
+        least = 0 if self._never_repeated(host) else self.blocks[k].size_bytes
         return excess_bytes > least
 
     def _never_repeated(self, host: OperatorCode) -> bool:

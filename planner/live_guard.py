@@ -61,7 +61,7 @@ class LiveGuard:
         self._tensors: list[Callable[[], torch.Tensor | None]] = []
         self._places: tuple[list[bool], list[int]] = ([], [])
         self.replaced_bytes = 0
-        """Of parameters and buffers that others took the place of, while they are in memory."""
+        """Of parameters that others took the place of, while they are in memory."""
 
     def difference(self, arguments: Mapping[str, Any]) -> str | None:
         """The first thing in which a call differs from the planned one, in words."""
@@ -106,7 +106,8 @@ class LiveGuard:
     def _see(self) -> None:
         tensors = list(chain.from_iterable(map(dict.values, self._tables)))
         there = {t.data_ptr() for t in tensors if t is not None}
-        before = [t for t in map(call, self._tensors) if t is not None]
+        # Forward itself may replace buffers, which the plan counts.
+        before = [t for t in map(call, self._tensors) if isinstance(t, nn.Parameter)]
         left = {t.data_ptr(): t.untyped_storage().nbytes() for t in before}
         self.replaced_bytes = sum(left[at] for at in left.keys() - there)
         self._tensors = [_nothing if t is None else weakref.ref(t) for t in tensors]

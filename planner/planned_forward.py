@@ -154,7 +154,7 @@ class PlannedForward:
             self._say_held(
                 "parameters replaced",
                 prepared.guard.replaced_bytes,
-                "parameters and buffers are still in memory that others took the place of",
+                "parameters are still in memory that others took the place of",
                 "Let go of them",
             )
         try:
