@@ -201,6 +201,8 @@ def _raises() -> None:
 def _signals() -> None:
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # as Ctrl-C is delivered
+        for _ in range(1_000_000):  # until the interpreter looks whether a signal has arrived
+            pass
     raise _Stop
 
 
