@@ -8,7 +8,7 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-seeds sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
+.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-seeds bench-small sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -72,6 +72,9 @@ bench-seeds: $(STAMP)  ## chains, Checkmate's experiments, half of the memory; h
 	$(BIN)/python -m benchmarks.seeds chains
 	$(BIN)/python -m benchmarks.seeds checkmate
 	$(BIN)/python -m benchmarks.seeds half
+
+bench-small: $(STAMP)  ## planned steps of the smallest kernels beside eager, a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.small_kernels
 
 sweep-operators: $(STAMP)  ## plan and run every operator and module of PyTorch's database; an hour
 	$(BIN)/python -m benchmarks.sweeps.operators --record docs/sweeps/operators.md $(ARGS)

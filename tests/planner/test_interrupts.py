@@ -198,11 +198,15 @@ def _raises() -> None:
     raise _Stop
 
 
+def _press() -> None:
+    signal.raise_signal(signal.SIGINT)  # as Ctrl-C is delivered
+    for _ in range(1_000_000):  # until the interpreter looks whether a signal has arrived
+        pass
+
+
 def _signals() -> None:
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)  # as Ctrl-C is delivered
-        for _ in range(1_000_000):  # until the interpreter looks whether a signal has arrived
-            pass
+        _press()
     raise _Stop
 
 
