@@ -206,7 +206,9 @@ def input_derivatives_refused() -> Iterator[None]:
     before: Any = torch.autograd.grad
 
     def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        wanted = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+        if not isinstance(inputs, torch.Tensor):
+            inputs = tuple(inputs)
+        wanted = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
         if any(isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor) for t in wanted):
             raise NotFittingError(_BY_NO_OUTPUT)
         try:

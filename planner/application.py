@@ -12,7 +12,7 @@ from torch import nn
 from .errors import PlanError
 from .planned_forward import PlannedForward
 from .recapture import as_captured, capture_for, on_card_of
-from .wrapped import find_wrapped
+from .wrapped import find_wrapped, is_reached
 
 if TYPE_CHECKING:
     from .plan import OnShapeChange, Plan
@@ -59,12 +59,23 @@ def apply_plan(plan: Plan, model: nn.Module, on_shape_change: OnShapeChange) -> 
     plan = on_card_of(plan, model)
     captured = capture_for(plan, model, forward)
     plan = as_captured(plan, captured)
-    if planned_forward(model) is not None:
-        remove_plan(model)
-    planned = PlannedForward(model, plan, captured, on_shape_change)
-    model.__dict__["forward"] = model.__dict__[_KEPT] = planned
+    planned = planned_forward(model)
+    if planned is not None and _is_wrapped(model, planned):
+        planned.renew(plan, captured, on_shape_change)  # whoever put something around it keeps it
+    else:
+        if planned is not None:
+            remove_plan(model)
+        planned = PlannedForward(model, plan, captured, on_shape_change)
+        model.__dict__["forward"] = model.__dict__[_KEPT] = planned
     planned.watch_backward(captured)
     return model
+
+
+def _is_wrapped(model: nn.Module, planned: PlannedForward) -> bool:
+    """Whether calls come to a planned forward through a function that somebody put around it."""
+    forward: Any = model.__dict__.get("forward")
+    bare = planned in (forward, getattr(forward, "__func__", None))
+    return not bare and is_reached(model, planned)
 
 
 def remove_plan(model: nn.Module) -> nn.Module:

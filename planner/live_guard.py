@@ -67,6 +67,13 @@ class LiveGuard:
         """The first thing in which a call differs from the planned one, in words."""
         return self._another_call(arguments) or self._another_state()
 
+    def difference_now(self) -> str | None:
+        """As :meth:`difference`, of training flags, parameters and buffers alone.
+
+        The autocast that is on does not count: a backward pass runs outside of it.
+        """
+        return None if self._is_as_seen() else self._state_difference(self._guard.autocast)
+
     # -- the call ----------------------------------------------------------------
 
     def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
@@ -85,7 +92,10 @@ class LiveGuard:
         autocast = autocast_dtype(self._device_type)
         if autocast == self._guard.autocast and self._is_as_seen():
             return None
-        now = CallGuard.of(self._model, {}, self._device_type)
+        return self._state_difference(autocast)
+
+    def _state_difference(self, autocast: str | None) -> str | None:
+        now = replace(CallGuard.of(self._model, {}, self._device_type), autocast=autocast)
         planned = self._guard.state
         known = {name: spec for name, spec in now.state.items() if name in planned}
         found = replace(self._guard, arguments={}).difference_to(replace(now, state=known))

@@ -11,6 +11,7 @@ Gradients that are differentiated again are not given this way: eager adds what
 comes from the loss and what comes from its gradient at each activation, here
 they would meet at the parameters, with other last bits.
 
+A model that was changed between forward and backward is refused by the caller.
 What is imperfect: plain Python effects of forward happen a second time, and
 parameters that the loop changed in place between forward and backward are
 noticed only where the plan saved them.

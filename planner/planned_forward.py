@@ -80,9 +80,13 @@ class PlannedForward:
         self, model: nn.Module, plan: Plan, captured: CapturedStep | None, on_shape_change: str
     ) -> None:
         self.model = model
+        self.own_forward = model.__dict__.get("forward")
+        self._start(plan, captured, on_shape_change)
+
+    def _start(self, plan: Plan, captured: CapturedStep | None, on_shape_change: str) -> None:
+        model = self.model
         self.plan = plan
         self.on_shape_change = on_shape_change
-        self.own_forward = model.__dict__.get("forward")
         self.removed = False
         self.suspended = self.unwatched = 0
         self.watching = False
@@ -205,6 +209,11 @@ class PlannedForward:
         if self._watch is not None:
             self._watch.stop()
 
+    def renew(self, plan: Plan, captured: CapturedStep, on_shape_change: str) -> None:
+        """Go on with another plan, in the place where this one is called."""
+        self.stop()
+        self._start(plan, captured, on_shape_change)
+
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Make the graphs if they are not made yet, and see whether a call is the planned one.
 
@@ -265,6 +274,14 @@ class PlannedForward:
         graphs = rewrite(captured, self.plan.schedule)
         if self.watching and self._watch is None:
             self._watch = UnplannedBackward.of(self, captured)
+        structure = LiveStructure(self.model)
+        guard = LiveGuard(self.plan.guard, self.model, self.plan.device_type, self.__signature__)
+
+        def changed_now() -> str | None:
+            return (
+                structure.difference() or captured.step.reads.difference() or guard.difference_now()
+            )
+
         return Prepared(
             captured=captured,
             step=PlannedStep(
@@ -273,10 +290,11 @@ class PlannedForward:
                 graphs,
                 self.plan,
                 forward=self.unplanned,
+                changed=changed_now,
                 tally=self.tally,
             ),
-            structure=LiveStructure(self.model),
-            guard=LiveGuard(self.plan.guard, self.model, self.plan.device_type, self.__signature__),
+            structure=structure,
+            guard=guard,
         )
 
     def _say_captured_again(self, changed: str) -> None:
@@ -328,7 +346,12 @@ class PlannedForward:
 
     def _say_gradients_held(self) -> None:
         """Gradients of an earlier step that are still there when a forward pass begins."""
-        if self._watch is None or self._watch.parameter.grad is None:
+        if self._watch is None:
+            return
+        watched = self._watch.parameter()
+        if watched is None:  # another parameter has its place
+            self._watch = UnplannedBackward.of(self, self._prepared[0].captured)
+        if watched is None or watched.grad is None:
             return
         held = sum(
             p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None

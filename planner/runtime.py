@@ -99,6 +99,8 @@ class PlannedStep:
     forward
         The model's own, for gradients that the plan cannot give; without it they
         are an error.
+    changed
+        How the model is another one than while planning, in words.
     plan
         What an out-of-memory error is explained by; without it, it is not.
     tally
@@ -113,11 +115,12 @@ class PlannedStep:
         plan: Plan | None = None,
         *,
         forward: Callable[..., Any] | None = None,
+        changed: Callable[[], str | None] = lambda: None,
         tally: Tally | None = None,
     ) -> None:
         step = captured.step
         self._model, self._graphs, self._plan = model, graphs, plan
-        self._own_forward, self._tally = forward, tally or Tally()
+        self._own_forward, self._changed, self._tally = forward, changed, tally or Tally()
         self._device = captured.target.torch_device
         self._draws = bool(captured.state_of) or any(code.draws for code in captured.code)
         self._rewrites_state = _reads_what_it_writes(captured)
@@ -291,6 +294,14 @@ class PlannedStep:
                 "plan does not hold that, and the model's own forward cannot be run again for it, "
                 "since it reads buffers that it has written to: make the call under `with "
                 "planner.unplanned(model):`, or let one loss differentiate all outputs"
+            )
+        changed = self._changed()
+        if changed is not None:
+            raise CallMismatchError(
+                "a backward pass from some of the outputs alone is asked of a planned model, for "
+                "which its own forward runs again, and the model has changed since the call: "
+                f"{changed}. Change it after the last backward pass, or make the call under `with "
+                "planner.unplanned(model):`"
             )
         self._tally.say(
             "own forward",

@@ -9,6 +9,7 @@ parameter, so one parameter of a planned model is watched.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from .planned_forward import PlannedForward
 
 
+def _nothing() -> None:
+    """No gradient has arrived."""
+
+
 @dataclass(kw_only=True)
 class UnplannedBackward:
     """Watches one parameter of a planned model.
@@ -33,12 +38,13 @@ class UnplannedBackward:
         Is asked how many backward passes it has seen. Not kept alive: the collector does not
         see through a hook on a tensor.
     parameter
-        The one that is watched.
+        The one that is watched; the hook on it is not to keep it alive either.
     """
 
     planned: weakref.ref[PlannedForward]
-    parameter: torch.Tensor
+    parameter: weakref.ref[torch.Tensor]
     _num_expected: int = 0
+    _gradient: Callable[[], torch.Tensor | None] = field(default=_nothing, repr=False)
     _handle: RemovableHandle | None = field(default=None, repr=False)
 
     @classmethod
@@ -48,8 +54,8 @@ class UnplannedBackward:
         for node, _ in captured.step.gradients:
             parameter = by_name.get(node.meta["target"])
             if node.meta["role"] == "parameter" and parameter is not None:
-                watch = cls(planned=weakref.ref(planned), parameter=parameter)
-                watch._handle = parameter.register_post_accumulate_grad_hook(watch._arrived)
+                watch = cls(planned=weakref.ref(planned), parameter=weakref.ref(parameter))
+                watch._handle = parameter.register_post_accumulate_grad_hook(_listening(watch))
                 return watch
         return None
 
@@ -58,17 +64,30 @@ class UnplannedBackward:
         if self._handle is not None:
             self._handle.remove()
 
-    def _arrived(self, _parameter: torch.Tensor) -> None:
+    def arrived(self) -> None:
+        """A gradient has come to the parameter."""
         planned = self.planned()
         if planned is None or planned.unwatched or planned.removed:
             return
         tally = planned.tally
+        parameter = self.parameter()
+        gradient = None if parameter is None else parameter.grad
+        added = gradient is not None and gradient is self._gradient()  # to that of this step
+        self._gradient = _nothing if gradient is None else weakref.ref(gradient)
         if tally.num_expected > self._num_expected:
             self._num_expected = tally.num_expected
             return
+        name = type(planned.model).__name__
+        if added and tally.num_planned:
+            tally.say(
+                "gradient from elsewhere",
+                f"a gradient came to the parameters of a planned {name} from elsewhere than a call "
+                "of it: from a term of the loss that is made of parameters, say, or from a part of "
+                "the module. What that takes is not in the plan",
+            )
+            return
         tally.num_unplanned += 1
         self._num_expected = tally.num_expected
-        name = type(planned.model).__name__
         if not planned.model.training:
             why = "the model is in eval mode, in which it runs its own forward"
         elif is_reached(planned.model, planned):
@@ -90,3 +109,14 @@ class UnplannedBackward:
             f"a training step of a planned {name} was not run by its plan, and its budget is not "
             f"kept: {why}",
         )
+
+
+def _listening(watch: UnplannedBackward) -> Callable[[torch.Tensor], None]:
+    known = weakref.ref(watch)
+
+    def arrived(_parameter: torch.Tensor) -> None:
+        listener = known()
+        if listener is not None:
+            listener.arrived()
+
+    return arrived

@@ -108,22 +108,22 @@ def _clear_partials(target: Path) -> None:
 def _unlink_unlocked(partial: Path) -> None:
     handle = os.open(partial, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
-        if _lock(handle) and _still_there(handle, partial):
+        if _lock(handle, without_locks=False) and _still_there(handle, partial):
             os.unlink(partial)
     finally:
         os.close(handle)
 
 
-def _lock(handle: int) -> bool:
-    """Hold a file until it is closed; where there are no locks, as if it were held."""
+def _lock(handle: int, *, without_locks: bool = True) -> bool:
+    """Hold a file until it is closed; ``without_locks`` is the answer where there are none."""
     if fcntl is None:
-        return True
+        return without_locks
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True  # a file system without locks
+        return without_locks  # of this file system
     return True
 
 

@@ -200,7 +200,7 @@ def _raises() -> None:
 
 def _press() -> None:
     signal.raise_signal(signal.SIGINT)  # as Ctrl-C is delivered
-    for _ in range(1_000_000):  # until the interpreter looks whether a signal has arrived
+    for _ in range(1_000):  # until the interpreter looks whether a signal has arrived
         pass
 
 

@@ -8,6 +8,7 @@ import gc
 import types
 import warnings
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from planner import (
     planned_forward,
 )
 from tests.bitwise import assert_same_tensors
-from tests.planner.small import Net, make, sample, square
+from tests.planner.small import Net, make, plan_for, sample, square
 
 
 def planned(kind=Net, policy="error", **options) -> nn.Module:
@@ -348,7 +349,7 @@ def test_a_copy_is_watched_on_its_own():
     trained(model)
     twin = copy.deepcopy(model)
     trained(twin)
-    with pytest.warns(PlanWarning, match="a part of it"):
+    with pytest.warns(PlanWarning, match="a part of"):
         twin.blocks[0](sample()).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -391,3 +392,43 @@ def test_an_argument_that_a_trainer_adds_is_explained():
     model.rectified = True
     with pytest.raises(PlanMismatchError, match=r"'rectified' is True.*differs, too.*Trainer adds"):
         model(sample(), **extra)
+
+
+def test_a_wrapper_stays_when_another_plan_is_applied() -> None:
+    """What somebody has put around a planned forward goes on around the next plan."""
+    model = make()
+    plan = plan_for(make(), sample(), loss_fn=square)
+    plan.apply(model).eval()
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def doubled(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs) * 2
+
+    model.forward = doubled
+    model.train()
+    optimize(model, sample(), budget_gb=1, loss_fn=square).apply(model)
+    torch.manual_seed(1)
+    twice = model(sample())
+    torch.manual_seed(1)
+    assert torch.equal(twice, make()(sample()) * 2)
+    assert applied_plan(model).planned_steps == 1
+
+
+def test_the_watched_parameter_is_not_kept() -> None:
+    """A hook on a tensor is not seen by the collector: it holds nothing."""
+    model = plan_for(make(), sample(), loss_fn=square).apply(make())
+    square(model(sample())).backward()
+    gone = [weakref.ref(p) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * len(gone)
+
+
+def test_a_term_of_parameters_is_no_unplanned_step() -> None:
+    """A regularizer with a backward pass of its own is said to be outside of the plan."""
+    model = plan_for(make(), sample(), loss_fn=square).apply(make())
+    square(model(sample())).backward()
+    with pytest.warns(PlanWarning, match="a term of the loss that is made of parameters"):
+        sum(p.square().sum() for p in model.parameters()).backward()
+    assert applied_plan(model).unplanned_steps == 0

@@ -164,3 +164,15 @@ def test_an_output_that_was_not_planned_may_be_looked_at():
     assert output["logits"].detach().argmax(1).shape == (256,)
     output["loss"].backward()
     assert applied_plan(model).planned_steps == 1
+
+
+def test_a_model_that_changed_since_is_refused() -> None:
+    """The own forward would be another one than the planned one."""
+    plan = plan_for(make(Heads), sample(), share=0.8)
+    model = plan.apply(make(Heads))
+    left, right = model(sample())
+    with pytest.warns(PlanWarning):
+        left.sum().backward(retain_graph=True)
+    model.trunk.eval()
+    with pytest.raises(CallMismatchError, match="the model has changed since the call"):
+        right.sum().backward()
