@@ -8,6 +8,8 @@ knows the module that draws.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,29 @@ import numpy as np
 
 from .errors import NotFittingError
 from .written_in_place import WrittenInPlace
+
+
+@contextmanager
+def new_generators_refused() -> Iterator[None]:
+    """While active, nobody makes a generator of NumPy's without a seed: its first number is another
+    one each time."""
+    before: Any = np.random.default_rng
+
+    def default_rng(seed: Any = None) -> Any:
+        if seed is None:
+            raise NotFittingError(
+                "forward makes a random generator of NumPy's, np.random.default_rng(), whose "
+                "numbers a plan would repeat for ever. Draw with torch, or outside and pass the "
+                "numbers as an argument"
+            )
+        return before(seed)
+
+    np.random.default_rng = default_rng
+    try:
+        yield
+    finally:
+        np.random.default_rng = before
+
 
 _KINDS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 

@@ -23,6 +23,7 @@ from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .eager_formulas import take_eager_formulas
 from .effects import Effects
 from .errors import NotFittingError
+from .foreign_generators import new_generators_refused
 from .isolation import swap_tensors
 from .layouts import refuse_state
 from .loss import LossFn, LossSpec, differentiate, without_autocast
@@ -133,7 +134,12 @@ class _Recording:
             torch.enable_grad(),
             self.fake_mode,
         ):
-            with watcher.watching(), recorder, recorder.module_paths(model):
+            with (
+                watcher.watching(),
+                recorder,
+                recorder.module_paths(model),
+                new_generators_refused(),
+            ):
                 output = call_forward(forward, fake_arguments)
                 settle_numbers(output)
                 effects.settle_numbers()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from pathlib import Path
+
+import torch
 
 from .errors import PlanWarning
+
+_NOT_THE_LOOP = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<")
 
 
 class Tally:
@@ -34,4 +40,12 @@ class Tally:
         """Warn with ``text``, unless a warning of this kind was given before."""
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(text, PlanWarning, stacklevel=2)
+            warnings.warn(text, PlanWarning, stacklevel=_levels_to_the_loop())
+
+
+def _levels_to_the_loop() -> int:
+    """How far up the first caller is that is neither this package nor PyTorch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_LOOP):
+        frame, level = frame.f_back, level + 1
+    return level

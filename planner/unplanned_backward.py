@@ -44,6 +44,7 @@ class UnplannedBackward:
     planned: weakref.ref[PlannedForward]
     parameter: weakref.ref[torch.Tensor]
     _num_expected: int = 0
+    _num_accompanied: int = 0  # planned backward passes beside which others came
     _gradient: Callable[[], torch.Tensor | None] = field(default=_nothing, repr=False)
     _handle: RemovableHandle | None = field(default=None, repr=False)
 
@@ -78,7 +79,9 @@ class UnplannedBackward:
             self._num_expected = tally.num_expected
             return
         name = type(planned.model).__name__
-        if added and tally.num_planned:
+        is_called = planned.model.training and is_reached(planned.model, planned)
+        if added and is_called and tally.num_backward > self._num_accompanied:
+            self._num_accompanied = tally.num_backward
             tally.say(
                 "gradient from elsewhere",
                 f"a gradient came to the parameters of a planned {name} from elsewhere than a call "

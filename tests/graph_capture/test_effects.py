@@ -551,3 +551,17 @@ def test_a_forward_that_exchanges_a_module_is_refused() -> None:
     assert isinstance(model.drop, nn.Dropout)
     model(normal(0, 16, WIDTH))
     capture(model, normal(0, 16, WIDTH), loss_fn=mean_square)
+
+
+class MakesGenerator(Three):
+    """Draws from a generator that it makes itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * float(np.random.default_rng().random())
+
+
+def test_a_generator_made_in_forward_is_refused() -> None:
+    """A plan would repeat its first number."""
+    with pytest.raises(CaptureError, match=r"np.random.default_rng\(\)"):
+        capture(MakesGenerator().train(), normal(0, 16, WIDTH), loss_fn=mean_square)
+    assert np.random.default_rng(0).random() == np.random.default_rng(0).random()

@@ -432,3 +432,18 @@ def test_a_term_of_parameters_is_no_unplanned_step() -> None:
     with pytest.warns(PlanWarning, match="a term of the loss that is made of parameters"):
         sum(p.square().sum() for p in model.parameters()).backward()
     assert applied_plan(model).unplanned_steps == 0
+
+
+def test_a_forward_replaced_after_planned_steps_is_counted() -> None:
+    """Whatever the loop does with the gradients of the step before."""
+    model = plan_for(make(), sample(), loss_fn=square).apply(make())
+    square(model(sample())).backward()
+    model.zero_grad(set_to_none=False)
+    model.forward = functools.partial(type(model).forward, model)
+    with pytest.warns(PlanWarning, match="forward was replaced") as said:
+        square(model(sample())).backward()
+    for _ in range(2):
+        model.zero_grad(set_to_none=False)
+        square(model(sample())).backward()
+    assert applied_plan(model).unplanned_steps == 3
+    assert said[0].filename == __file__
