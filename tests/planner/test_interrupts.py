@@ -199,9 +199,13 @@ def _raises() -> None:
 
 
 def _press() -> None:
-    signal.raise_signal(signal.SIGINT)  # as Ctrl-C is delivered
-    for _ in range(1_000):  # until the interpreter looks whether a signal has arrived
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
+    try:
+        signal.raise_signal(signal.SIGINT)  # as Ctrl-C is delivered
+        for _ in range(1_000):  # until the interpreter looks whether a signal has arrived
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _signals() -> None:
