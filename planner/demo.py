@@ -64,10 +64,10 @@ def train(plain: nn.Module, planned: nn.Module, num_steps: int, size: int, lengt
             losses = []
             for model, optimizer in zip((plain, planned), optimizers, strict=True):
                 torch.manual_seed(step)
+                optimizer.zero_grad()
                 loss = model(**batch(step, size, length)).loss
                 loss.backward()
                 optimizer.step()
-                optimizer.zero_grad()
                 losses.append(loss.detach())
             same = "equal" if torch.equal(*losses) else "DIFFERENT"
             table.add_row(str(step), f"{losses[0]:.6f}", f"{losses[1]:.6f}", same)
