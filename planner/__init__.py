@@ -20,6 +20,7 @@ from .optimize import optimize
 from .plan import Plan
 from .sizing.estimate import Estimate, EstimateRow, estimate
 from .sizing.max_batch import MaxBatch, max_batch
+from .versions import show_versions
 
 __all__ = [
     "AppliedPlan",
@@ -45,5 +46,6 @@ __all__ = [
     "max_batch",
     "measure",
     "optimize",
+    "show_versions",
     "unplanned",
 ]

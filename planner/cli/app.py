@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..comparing.machine import version_of
 from ..errors import CaptureError, PlanError
 from ..optimize import optimize
 from ..plan import Plan
@@ -28,8 +29,16 @@ from .arguments import (
     say_error,
 )
 from .compare import compare_command
+from .doctor import doctor_command
 from .drawing import draw_plan
 from .shapes import estimate_command, max_batch_command
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"remat-planner {version_of('remat-planner') or 'of a checkout'}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     help="Train a PyTorch model under a byte budget: plan what to recompute.",
@@ -37,6 +46,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def remat(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself; ``--version`` is answered by its callback."""
 
 
 @app.command()
@@ -86,6 +107,7 @@ def plan(
 
 
 app.command("compare")(compare_command)
+app.command("doctor")(doctor_command)
 app.command("estimate")(estimate_command)
 app.command("max-batch")(max_batch_command)
 
