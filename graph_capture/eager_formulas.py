@@ -19,17 +19,19 @@ differ while the mode runs and not in a planned step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from .formula_operators import NAMESPACE
+from .formula_operators import NAMESPACE, cumprod_without_zeros, prod_without_zeros
 
 _Gradients = Sequence[torch.Tensor | None]
 _Formula = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 _SIGNED = 1 << 63  # saved dimensions come back as unsigned numbers
+_HOOKED = "remat takes eager's formula"  # in the metadata of a node
 
 
 def _dim_of(node: Any) -> int:
@@ -84,6 +86,67 @@ def _laid_out_as(saved: str) -> _Formula:
     return laid_out
 
 
+# -- gradients that are differentiated again: eager's calls, one by one -------------
+
+
+def _has_zeros(given: torch.Tensor) -> bool:
+    with torch.no_grad():
+        return bool((given == 0).any())
+
+
+def _prod_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
+    given = node._saved_self
+    if given.dim() == 0 or _has_zeros(given):
+        return None  # with a zero in it eager takes what is taken under a mode
+    return prod_without_zeros(grad, given, node._saved_result)
+
+
+def _prod_dim_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
+    given, result = node._saved_self, node._saved_result
+    if given.dim() == 0 or _has_zeros(given):
+        return None
+    if not node._saved_keepdim:
+        grad, result = grad.unsqueeze(_dim_of(node)), result.unsqueeze(_dim_of(node))
+    return prod_without_zeros(grad, given, result)
+
+
+def _cumprod_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
+    given = node._saved_self
+    if given.numel() <= 1 or given.shape[_dim_of(node)] == 1 or _has_zeros(given):
+        return None
+    return cumprod_without_zeros(grad, given, node._saved_result, _dim_of(node))
+
+
+def _evenly_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
+    given, value = node._saved_self, node._saved_result
+    if given.device.type == "cuda":
+        return None
+    mask = (given == value) | (given.isnan() & value.isnan())
+    return grad.new_zeros(given.shape).masked_fill_(mask, grad / mask.sum())
+
+
+class _MaskedSum(torch.autograd.Function):
+    """Sum of the elements under a mask, in the order in which eager adds them up."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(mask)
+        ctx.shape = grad.shape
+        return _own("masked_fill_value_backward")(grad, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        zero = gradients[0].new_zeros(())
+        return torch.where(mask, gradients[0], zero).expand(ctx.shape), None
+
+
+def _masked_fill_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor:
+    made = _MaskedSum.apply(grad, node._saved_mask)
+    assert isinstance(made, torch.Tensor)
+    return made
+
+
 # Name of the node -> which of its gradients are replaced, and by what.
 _FORMULAS: dict[str, dict[int, _Formula]] = {
     "ProdBackward0": {0: _prod},
@@ -102,25 +165,70 @@ _FORMULAS: dict[str, dict[int, _Formula]] = {
     },
 }
 
+# The same where the gradient is differentiated again.
+_FORMULAS_AGAIN: dict[str, dict[int, _Formula]] = {
+    **_FORMULAS,
+    "ProdBackward0": {0: _prod_again},
+    "ProdBackward1": {0: _prod_dim_again},
+    "CumprodBackward0": {0: _cumprod_again},
+    "MaxBackward1": {0: _evenly_again},
+    "MinBackward1": {0: _evenly_again},
+    "MedianBackward0": {0: _evenly_again},
+    "NanmedianBackward0": {0: _evenly_again},
+    "MaskedFillBackward1": {1: _masked_fill_again},
+}
+
 
 def as_eager(node: Any, made: _Gradients, given: _Gradients) -> tuple[torch.Tensor | None, ...]:
     """The gradients that eager would have made of ``given`` where the node made ``made``."""
     found = list(made)
-    if given[0] is not None:
-        for i, formula in _FORMULAS.get(node.name(), {}).items():
+    formulas = _FORMULAS_AGAIN if torch.is_grad_enabled() else _FORMULAS
+    if given[0] is not None and not _is_wrapped(given[0]):
+        for i, formula in formulas.get(node.name(), {}).items():
             gradient = found[i]
             replaced = None if gradient is None else formula(node, given[0], gradient)
             found[i] = gradient if replaced is None else replaced
     return tuple(found)
 
 
-def take_eager_formulas(tensors: Iterable[torch.Tensor]) -> None:
-    """Hook the nodes that ``tensors`` depend on and whose formula is another without a mode."""
-    todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
+def _is_wrapped(gradient: torch.Tensor) -> bool:
+    """Whether it is one of ``torch.func``'s: of those eager asks for no values either."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(gradient))
+
+
+@contextmanager
+def eager_formulas_taken() -> Iterator[None]:
+    """While active, whoever differentiates takes eager's formulas, forward itself included."""
+    autograd: Any = torch.autograd  # grad() and backward() look the engine up there
+    before = autograd._engine_run_backward
+
+    def run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        take_eager_formulas(outputs)
+        return before(outputs, *args, **kwargs)
+
+    autograd._engine_run_backward = run
+    try:
+        yield
+    finally:
+        autograd._engine_run_backward = before
+
+
+def take_eager_formulas(outputs: Iterable[Any]) -> None:
+    """Hook the nodes behind ``outputs`` whose formula is another without a mode.
+
+    Parameters
+    ----------
+    outputs
+        Tensors, or edges of the graph.
+    """
+    roots: Iterable[Any]
+    roots = (t.grad_fn if isinstance(t, torch.Tensor) else t.node for t in outputs)
+    todo = [node for node in roots if node is not None]
     seen = set(todo)
     while todo:
         node = todo.pop()
-        if node.name() in _FORMULAS:
+        if node.name() in _FORMULAS and _HOOKED not in node.metadata:
+            node.metadata[_HOOKED] = True
             _hook(node)
         for following, _ in node.next_functions:
             if following is not None and following not in seen:

@@ -36,7 +36,8 @@ PURE = frozenset(f"{NAMESPACE}::{name}" for name in _SCHEMAS)
 """Schema names of the operators; each may be repeated."""
 
 
-def _prod_without_zeros(grad: Tensor, given: Tensor, result: Tensor) -> Tensor:
+def prod_without_zeros(grad: Tensor, given: Tensor, result: Tensor) -> Tensor:
+    """Gradient of a product none of whose factors is zero."""
     return grad * (result / given).conj()
 
 
@@ -71,14 +72,12 @@ def _on_meta(t: Tensor) -> Tensor:
 def _prod_backward(grad: Tensor, input: Tensor, result: Tensor) -> Tensor:
     num_zeros = (input == 0).nonzero().shape[0]
     if num_zeros == 0:
-        return _prod_without_zeros(grad, input, result)
+        return prod_without_zeros(grad, input, result)
     if num_zeros > 1:
         made = torch.zeros_like(input, memory_format=torch.contiguous_format)
     else:
         made = _prod_with_zeros(grad, input.contiguous().view(-1), 0).view(input.shape)
-    return _laid_out_as(
-        made, _prod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(result))
-    )
+    return _laid_out_as(made, prod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(result)))
 
 
 def _prod_dim_backward(
@@ -87,22 +86,23 @@ def _prod_dim_backward(
     if not keepdim:
         grad, result = grad.unsqueeze(dim), result.unsqueeze(dim)
     if (input == 0).sum(dim, keepdim=True).sum().item() == 0:
-        return _prod_without_zeros(grad, input, result)
-    like = _prod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(result))
+        return prod_without_zeros(grad, input, result)
+    like = prod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(result))
     return _laid_out_as(_prod_with_zeros(grad, input, dim), like)
 
 
 def _prod_dim_meta(grad: Tensor, input: Tensor, result: Tensor, dim: int, keepdim: bool) -> Tensor:
     if not keepdim:
         grad, result = grad.unsqueeze(dim), result.unsqueeze(dim)
-    return _prod_without_zeros(grad, input, result)
+    return prod_without_zeros(grad, input, result)
 
 
 def _reversed_cumsum(t: Tensor, dim: int) -> Tensor:
     return t.flip(dim).cumsum(dim).flip(dim)
 
 
-def _cumprod_without_zeros(grad: Tensor, given: Tensor, output: Tensor, dim: int) -> Tensor:
+def cumprod_without_zeros(grad: Tensor, given: Tensor, output: Tensor, dim: int) -> Tensor:
+    """Gradient of a running product none of whose factors is zero."""
     return _reversed_cumsum(output.conj() * grad, dim).div(given.conj())
 
 
@@ -114,7 +114,7 @@ def _cumprod_backward(grad: Tensor, input: Tensor, output: Tensor, dim: int) -> 
     """
     is_zero = input == 0
     if is_zero.any().item() == 0:
-        return _cumprod_without_zeros(grad, input, output, dim)
+        return cumprod_without_zeros(grad, input, output, dim)
     weighted, given = output.conj() * grad, input.conj()
     made = torch.zeros(input.shape, dtype=grad.dtype, device=grad.device)
     num_zeros = is_zero.cumsum(dim)
@@ -129,7 +129,7 @@ def _cumprod_backward(grad: Tensor, input: Tensor, output: Tensor, dim: int) -> 
     left_out = left_out.mul_(grad.masked_fill(num_zeros != 1, 0.0)).sum(dim, keepdim=True)
     leading = output.conj().gather(dim, (first - 1).relu_()).masked_fill_(first == 0, 1.0)
     made.masked_scatter_(at_first, left_out.mul_(leading).masked_select(at_first))
-    like = _cumprod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(output), dim)
+    like = cumprod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(output), dim)
     return _laid_out_as(made, like)
 
 
@@ -151,9 +151,9 @@ def _masked_fill_value_meta(grad: Tensor, mask: Tensor) -> Tensor:
 
 
 _KERNELS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "prod_backward": (_prod_backward, _prod_without_zeros),
+    "prod_backward": (_prod_backward, prod_without_zeros),
     "prod_dim_backward": (_prod_dim_backward, _prod_dim_meta),
-    "cumprod_backward": (_cumprod_backward, _cumprod_without_zeros),
+    "cumprod_backward": (_cumprod_backward, cumprod_without_zeros),
     "evenly_distribute_backward": (_evenly_distribute_backward, _evenly_distribute_meta),
     "masked_fill_value_backward": (_masked_fill_value_backward, _masked_fill_value_meta),
 }

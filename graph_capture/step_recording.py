@@ -20,7 +20,7 @@ from .accumulated import settle_gradients
 from .backward_walk import BackwardWalk, Differentiator, Engine, refuse_backward_hooks
 from .call_spec import call_forward, objects_of, tensors_of
 from .costs.roofline import LONGEST_TRIAL_NS, Roofline
-from .eager_formulas import take_eager_formulas
+from .eager_formulas import eager_formulas_taken
 from .effects import Effects
 from .errors import NotFittingError
 from .foreign_generators import new_generators_refused
@@ -139,6 +139,7 @@ class _Recording:
                 recorder,
                 recorder.module_paths(model),
                 new_generators_refused(),
+                self._eager_formulas(),
             ):
                 output = call_forward(forward, fake_arguments)
                 settle_numbers(output)
@@ -272,13 +273,21 @@ class _Recording:
     ) -> list[tuple[Node, Node]]:
         """Gradients of all leaves, as autograd leaves them behind."""
         self.recorder.phase = "backward"
-        if isinstance(self.differentiator, Engine):
-            take_eager_formulas(differentiated)
-        with self.watcher.watching(), self.recorder, without_autocast():
+        with (
+            self.watcher.watching(),
+            self.recorder,
+            without_autocast(),
+            self._eager_formulas(),
+        ):
             found = self.differentiator.grad(
                 differentiated, [leaf for _, leaf in self.leaves], tangents
             )
             return settle_gradients(self.leaves, found, tensors, self.recorder)
+
+    def _eager_formulas(self) -> AbstractContextManager[None]:
+        """The walk in the engine's place takes them by itself."""
+        engine = isinstance(self.differentiator, Engine)
+        return eager_formulas_taken() if engine else nullcontext()
 
     def _refuse_random_numbers(self) -> None:
         self.recorder.check_generators()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import grad as gradient_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -80,6 +81,35 @@ def test_gradients_have_eager_bits(name: str) -> None:
     assert_same_training(
         lambda: _Between(FORMULAS[name]), plan.apply, lambda _seed: x, loss_fn=_loss, steps=1
     )
+
+
+class _InForward(nn.Module):
+    """A formula whose gradient is taken in forward, for another backward pass or as it is."""
+
+    def __init__(self, formula: Callable[[Tensor], Tensor], again: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+        self._formula, self._again = [formula], again
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        made = self._formula[0](h).square().sum()
+        (gradient,) = gradient_of(made, h, create_graph=self._again)
+        return self.last(h) * gradient.sin()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
+@pytest.mark.parametrize("name", [name for name in FORMULAS if "transposed" not in name])
+def test_gradients_taken_in_forward_have_eager_bits(name: str, again: bool) -> None:
+    """Forward's own gradients are made as eager makes them, and differentiated again likewise."""
+    x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+
+    def make() -> nn.Module:
+        return _InForward(FORMULAS[name], again)
+
+    torch.manual_seed(0)
+    plan = optimize(make(), x, budget_gb=1, loss_fn=_loss)
+    assert_same_training(make, plan.apply, lambda _seed: x, loss_fn=_loss, steps=1)
 
 
 class _Silent(TorchDispatchMode):
