@@ -9,9 +9,12 @@ real, on blank arguments, and the stand-in of its result is made anew where
 strides or memory differ.
 
 A few kernels hand out tensors whose memory is larger than they are, whatever their
-arguments are like; they run, too.
+arguments are like; they run, too. So do elementwise calls where a dimension of one
+element has a stride that no contiguous tensor has: such a tensor is contiguous and in
+another memory format at once, real kernels and stand-ins take it for different ones,
+and the next normalization or convolution chooses its kernel by that stride.
 
-Calls that only move or view memory, most elementwise ones and matrix products are
+Calls that only move or view memory, all other elementwise ones and matrix products are
 left out: their results lie as they are said to. So are calls that cannot be run
 on made-up values, and those that would take too long.
 """
@@ -150,12 +153,14 @@ class RealResults:
 def _may_differ(func: Any, args: tuple, kwargs: dict, out: Any) -> bool:
     if func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
         return False
-    if _ELEMENTWISE_AS_SAID.fullmatch(func._schema.name) is not None:
-        return False
     if any(r.alias_info is not None for r in func._schema.returns):
         return False
     given = [t for t in tree_leaves((args, kwargs)) if _is(t)]
-    as_usual = all(t.is_contiguous() for t in given if t.layout is torch.strided)
+    strided = [t for t in given if t.layout is torch.strided]
+    two_formats = any(_in_two_formats(t) for t in strided)
+    if _ELEMENTWISE_AS_SAID.fullmatch(func._schema.name) is not None and not two_formats:
+        return False
+    as_usual = all(t.is_contiguous() for t in strided) and not two_formats
     if as_usual and _HOLDS_MORE.fullmatch(func._schema.name) is None:
         return False
     if any(t.layout is not torch.strided or t.dtype.is_complex for t in given):
@@ -181,14 +186,21 @@ def _found(said: torch.Tensor, real: Any, given: set[int]) -> _Found | None:
         return None
     num_elements = math.ceil(memory.nbytes() / real.element_size())
     same_memory = said.untyped_storage().nbytes() == memory.nbytes()
-    if _strides(said) == _strides(real) and same_memory:
+    if said.stride() == real.stride() and same_memory:
         return None
     return real.stride(), real.storage_offset(), num_elements
 
 
-def _strides(t: torch.Tensor) -> tuple[int, ...]:
-    """Without those of dimensions of one element, which no kernel looks at."""
-    return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1)
+def _in_two_formats(t: torch.Tensor) -> bool:
+    """Whether a tensor is contiguous, with another stride in a dimension of one element."""
+    if 1 not in t.shape or not t.is_contiguous():
+        return False
+    step = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if size == 1 and stride != step:
+            return True
+        step *= size
+    return False
 
 
 def _as_list(value: Any) -> list[Any]:

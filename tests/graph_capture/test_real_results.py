@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph_capture.real_results import RealResults
 from graph_capture.repeated_calls import RepeatedCalls
@@ -16,6 +18,9 @@ from planner import measure, optimize
 from tests.bitwise import assert_same_training
 
 aten = torch.ops.aten
+
+# Contiguous, and channels last as well: what a permutation makes of one picture element.
+TWO_FORMATS = torch.rand(2, 1, 1, 8).permute(0, 3, 1, 2)
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "batch_norm": lambda h: F.batch_norm(h, None, None, training=True),
@@ -77,8 +82,11 @@ def test_strides_are_the_kernels_own() -> None:
         (aten.xlogy.Tensor, (torch.rand(16, 24).t(), torch.rand(24, 16))),
         (aten.copysign.Tensor, (torch.rand(16, 24).t(), torch.rand(24, 16))),
         (aten.mul.Tensor, (torch.rand(16, 24).t(), torch.rand(24, 16))),
+        (aten.add.Tensor, (torch.rand(2, 8, 1, 1), TWO_FORMATS)),
+        (aten.gelu.default, (TWO_FORMATS,)),
+        (aten.add.Scalar, (TWO_FORMATS, 1)),
     ],
-    ids=["pow", "xlogy", "copysign", "mul"],
+    ids=["pow", "xlogy", "copysign", "mul", "add", "gelu", "add_number"],
 )
 def test_elementwise_results_lie_as_the_kernels_own(func: object, args: tuple) -> None:
     """PyTorch's formulas for stand-ins know the strides of some such calls wrongly."""
@@ -157,3 +165,48 @@ def test_views_have_the_strides_of_real_ones_where_a_size_is_one() -> None:
     plan = optimize(model, x, budget_gb=1, loss_fn=torch.sum)
     measured = measure(plan.apply(model), x, loss_fn=torch.sum, repeats=0).peak_bytes
     assert abs(plan.predicted_peak_bytes - measured) <= 64
+
+
+class OnePixel(nn.Module):
+    """Attention's layout and a convolution's meet where a picture has become one element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 64, 4), nn.Conv2d(64, 8, 1)
+        self.mix, self.norm = nn.Linear(64, 64), nn.BatchNorm2d(64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        mixed = self.mix(h.permute(0, 2, 3, 1).reshape(-1, 64)).reshape(-1, 1, 1, 64)
+        return self.last(self.norm(h + mixed.permute(0, 3, 1, 2)))
+
+
+class _Strides(TorchDispatchMode):
+    """Notes the strides of what normalizations of batches are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if "batch_norm" in str(func):
+            self.met += [a.stride() for a in args if isinstance(a, Tensor) and a.dim() == 4]
+        return func(*args, **(kwargs or {}))
+
+
+def test_normalizations_of_one_pixel_are_given_eagers_strides() -> None:
+    """By them a normalization chooses its kernel, whose last bits are its own."""
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    met = []
+    for planned in (False, True):
+        torch.manual_seed(0)
+        model = OnePixel().train()
+        if planned:
+            optimize(model, x, budget_gb=1, loss_fn=_loss).apply(model)
+        with _Strides() as strides:
+            _loss(model(x)).backward()
+        met.append(strides.met)
+    assert met[0]
+    assert met[0] == met[1]
