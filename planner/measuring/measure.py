@@ -32,7 +32,9 @@ Known imperfections
   counted without that.
 - On CUDA one step is recorded; over many, fragmentation may reserve more.
 - On CPU, a block that was there before the step and is freed inside it counts
-  as if it stayed: its free is not reported.
+  as if it stayed: its free is not reported, or by the size of an earlier block
+  of the same address that a record saw being made. Resident tensors are
+  therefore kept until the record has ended.
 - On CPU, allocations made by other threads than the caller's are not reported.
 - Tensors that only a Python closure nested in another object holds are not
   found as resident.
@@ -207,8 +209,7 @@ def measure(
         clear_gradients(model, sample_input, loss_fn)
         held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)
         resident_bytes = storage_bytes(held, device)
-        del held
-        extra_bytes, reserved_bytes = record_peak(step, device)
+        extra_bytes, reserved_bytes = record_peak(step, device, held)
         step_us_all = tuple(timed_us(step, device) for _ in range(repeats))
     return Measurement(
         peak_bytes=resident_bytes + extra_bytes,
@@ -287,11 +288,25 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device | str = "cpu"
 
     What the call returns stays alive until the record has ended.
     """
-    return record_peak(call, torch.device(device))[0]
+    return record_peak(call, torch.device(device), [])[0]
 
 
-def record_peak(call: Callable[[], Any], device: torch.device) -> tuple[int, int | None]:
-    """Most bytes that a call holds beyond what was there, and on CUDA the most reserved."""
+def record_peak(
+    call: Callable[[], Any], device: torch.device, resident: list[torch.Tensor]
+) -> tuple[int, int | None]:
+    """Most bytes that a call holds beyond what was there, and on CUDA the most reserved.
+
+    Parameters
+    ----------
+    resident
+        What is there before; the list is emptied. On CPU their memory, not the
+        tensors, is held during the call, so that nobody frees what the record has
+        not seen being made.
+    """
+    dense = [t for t in resident if t.layout == torch.strided and not t._is_zerotensor()]
+    kept = [t.untyped_storage() for t in dense] if device.type == "cpu" else []
+    resident.clear()
+    del dense
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
@@ -300,6 +315,7 @@ def record_peak(call: Callable[[], Any], device: torch.device) -> tuple[int, int
             return _record_cuda(call, device)
         return _record_cpu(call), None
     finally:
+        kept.clear()
         if was_enabled:
             gc.enable()
 

@@ -38,7 +38,12 @@ from ..training_step import (
 from .as_planned import loss_of, optimizer_for
 from .bit_comparison import Results, compare_bits, step_results
 from .measure import measure_pair, quartiles, record_peak, timed_us
-from .resident import resident_bytes_by_category, single_device, storage_bytes
+from .resident import (
+    resident_bytes_by_category,
+    resident_tensors,
+    single_device,
+    storage_bytes,
+)
 from .restored import restored
 from .validation import Bits, Figure, Validation
 
@@ -155,7 +160,8 @@ def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer |
         resident = resident_bytes_by_category(
             model, sample_input, trial.device, loss_fn=loss_fn, optimizer=optimizer
         )
-        extra_bytes, reserved_bytes = record_peak(recorded, trial.device)
+        held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)
+        extra_bytes, reserved_bytes = record_peak(recorded, trial.device, held)
         clear_gradients(model, sample_input, loss_fn)
     return _Taken(
         resident_bytes=resident,

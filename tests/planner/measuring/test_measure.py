@@ -371,3 +371,28 @@ def test_a_scripted_submodule_is_measured() -> None:
     """Its tables refuse writes, and nothing needs to be written to them."""
     model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(_Gate()))
     assert measure(model, torch.randn(2, 4), repeats=0).peak_bytes > 0
+
+
+class _KeepsLast(nn.Module):
+    """Keeps what it saw last in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 32)
+        self.last = torch.zeros(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        self.last = h.detach() * 2
+        return h
+
+
+def test_what_earlier_records_saw_changes_no_figure():
+    """A tensor that a step lets go of lies where a recorded block lay, and its free counts not."""
+    model, x = _KeepsLast(), torch.ones(16, 16)
+    before = measure(model, x, repeats=0)
+    kept: list[Tensor] = []
+    peak_extra_bytes(lambda: kept.extend(torch.zeros(16, 32) for _ in range(2000)))
+    kept.clear()  # the allocator gives these addresses out again
+    again = [measure(model, x, repeats=0) for _ in range(3)]
+    assert [m.peak_bytes for m in again] == [before.peak_bytes] * 3
