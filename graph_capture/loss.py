@@ -19,7 +19,7 @@ from .backward_walk import Differentiator
 from .call_spec import TensorSpec
 from .costs.cost_model import Call
 from .errors import NotFittingError
-from .loss_values import LossValues, input_derivatives_refused
+from .loss_values import LossValues, derivatives_through_model_refused
 from .memory_meter import MemoryMeter, Moment
 from .outputs import OutputTemplate, find_loss
 from .real_results import RealResults
@@ -179,6 +179,7 @@ def differentiate(
     twin: Callable[[torch.Tensor], torch.Tensor] | None = None,
     value_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
     real: RealResults | None = None,
+    named: Callable[[torch.Tensor], str | None] = lambda _tensor: None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     """Which outputs are differentiated, with which gradients, and what that takes.
 
@@ -191,6 +192,8 @@ def differentiate(
         Computes an output on the sample; raises ``UnknowableError`` where there is none.
     real
         Knows how results of real kernels lie.
+    named
+        What a tensor is of the model or its call, in words; ``None`` for another one.
     """
     wanting = [i for i, t in enumerate(tensors) if t.requires_grad]
     if not wanting:
@@ -213,7 +216,7 @@ def differentiate(
         return list(given.differentiated), given.stand_ins(tensors), given.region
     if given is not None:
         return _through_loss_fn(
-            template, tensors, wanting, given, differentiator, twin, value_of, real
+            template, tensors, wanting, given, differentiator, twin, value_of, real, named
         )
     loss = find_loss(output)
     if loss is not None:
@@ -236,6 +239,7 @@ def _through_loss_fn(
     twin: Callable[[torch.Tensor], torch.Tensor] | None,
     value_of: Callable[[torch.Tensor], torch.Tensor] | None,
     real: RealResults | None,
+    named: Callable[[torch.Tensor], str | None],
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
     known = {storage_id(t) for t in tensors}
@@ -245,7 +249,7 @@ def _through_loss_fn(
         for i, tensor in enumerate(tensors):
             values.give(leaves.get(i, tensor), partial(value_of, tensor))
     meter = MemoryMeter(known=known.__contains__, twin=twin, values=values, real=real)
-    with meter, input_derivatives_refused():
+    with meter, derivatives_through_model_refused(named):
         given = [leaves.get(i, t) for i, t in enumerate(tensors)]
         loss = loss_fn(template.build(given, number=partial(AskedNumber, at_once=True)))
         del given

@@ -29,11 +29,10 @@ _ADVICE = (
     "compute this part of the loss in the model's forward"
 )
 
-_BY_NO_OUTPUT = (
-    "loss_fn differentiates by a tensor that the model was called with (or another that is no "
-    "output of it), and a planned step has no graph from the output to the input. Move "
-    "torch.autograd.grad(…, create_graph=True) into the model's forward, which returns the "
-    "derivative beside the output: there it is planned"
+_INTO_FORWARD = (
+    "A planned step is one function, through which a loss cannot differentiate again. Move this "
+    "part of the loss with its torch.autograd.grad into the model's forward, which returns what "
+    "comes out: there it is planned"
 )
 
 
@@ -201,22 +200,37 @@ def _run(func: Any, args: Any, kwargs: Any, *, copies: bool) -> Any:
 
 
 @contextmanager
-def input_derivatives_refused() -> Iterator[None]:
-    """While active, a loss that differentiates by the model's input is told where that works."""
+def derivatives_through_model_refused(
+    named: Callable[[torch.Tensor], str | None],
+) -> Iterator[None]:
+    """While active, a loss that differentiates through the model is told where that works.
+
+    By its own weights it may: no part of the planned step lies between them and the loss.
+
+    Parameters
+    ----------
+    named
+        What a tensor is of the model or its call, in words; ``None`` for another one.
+    """
     before: Any = torch.autograd.grad
 
     def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(inputs, torch.Tensor):
             inputs = tuple(inputs)
-        wanted = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
-        if any(isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor) for t in wanted):
-            raise NotFittingError(_BY_NO_OUTPUT)
+        for tensor in (inputs,) if isinstance(inputs, torch.Tensor) else inputs:
+            name = named(tensor) if isinstance(tensor, torch.Tensor) else None
+            if name is not None:
+                raise NotFittingError(f"loss_fn differentiates by {name}. {_INTO_FORWARD}")
         try:
             return before(outputs, inputs, *args, **kwargs)
         except RuntimeError as error:
-            if "allow_unused" in str(error):  # a parameter, or an input that forward hands back
-                raise NotFittingError(_BY_NO_OUTPUT) from error
-            raise
+            if "allow_unused" not in str(error):
+                raise
+            # An input that forward hands back, or something that the input was made of.
+            raise NotFittingError(
+                "loss_fn differentiates by a tensor that what it differentiates depends on through "
+                f"the model alone, if at all. {_INTO_FORWARD}"
+            ) from error
 
     torch.autograd.grad = grad
     try:
@@ -225,4 +239,4 @@ def input_derivatives_refused() -> Iterator[None]:
         torch.autograd.grad = before
 
 
-__all__ = ["LossValues", "input_derivatives_refused"]
+__all__ = ["LossValues", "derivatives_through_model_refused"]

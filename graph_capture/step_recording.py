@@ -169,6 +169,7 @@ class _Recording:
                 self.twins.of if self.target.elsewhere else None,
                 lambda tensor: recorder.questions.values.tensor(recorder.node_of(tensor)),
                 recorder.real,
+                self._named,
             )
             before_backward = effects.remembered()  # a loop calls its loss itself
             tangent_nodes = tuple(
@@ -283,6 +284,16 @@ class _Recording:
                 differentiated, [leaf for _, leaf in self.leaves], tangents
             )
             return settle_gradients(self.leaves, found, tensors, self.recorder)
+
+    def _named(self, tensor: torch.Tensor) -> str | None:
+        """What a tensor is of the model or its call."""
+        if any(tensor is argument for argument in tensors_of(self.arguments)):
+            return "a tensor that the model is called with"
+        stand_in = self.stand_ins.get(id(tensor), tensor)
+        for node, leaf in self.leaves:
+            if stand_in is leaf:
+                return f"{node.meta['role']} {node.meta['target']!r} of the model"
+        return None
 
     def _eager_formulas(self) -> AbstractContextManager[None]:
         """The walk in the engine's place takes them by itself."""

@@ -143,3 +143,58 @@ def test_a_loss_that_differentiates_by_the_input_is_told_where_that_works() -> N
     given = {"x": sample(0).requires_grad_()}
     with pytest.raises(CaptureError, match="into the model's forward"):
         capture_step(model, given, loss=loss, measure_scratch=False)
+
+
+class _Weighs(nn.Module):
+    """A loss with weights of its own, which it differentiates by."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.weights, self.again = nn.Parameter(torch.ones(5)), again
+
+    def forward(self, output: Tensor) -> Tensor:
+        loss = (self.weights * output.square()).mean()
+        (found,) = torch.autograd.grad(
+            loss, self.weights, create_graph=self.again, retain_graph=True
+        )
+        return loss + found.square().sum()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_loss_may_differentiate_by_weights_of_its_own(again: bool) -> None:
+    """Between those and the loss lies nothing of the planned step."""
+    loss = _Weighs(again)
+    plan = optimize(make(), sample(0), budget_bytes=10**8, loss_fn=loss, time_limit_s=1)
+    assert_same_training(make, plan.apply, sample, loss_fn=loss, steps=2)
+
+
+class _BalancesInside(nn.Module):
+    """Weighs two losses by their gradients at the last layer, in forward or outside."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.body, self.last, self.inside = nn.Linear(8, 8), nn.Linear(8, 5), inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.last(torch.tanh(self.body(x)))
+        return self.balance(output) if self.inside else output
+
+    def balance(self, output: Tensor) -> Tensor:
+        both = output.square().mean(), output.abs().mean()
+        first, second = (
+            torch.autograd.grad(loss, self.last.weight, retain_graph=True)[0] for loss in both
+        )
+        return both[0] + (first.norm() / second.norm()).detach() * both[1]
+
+
+def test_a_loss_that_differentiates_by_a_parameter_is_told_where_that_works() -> None:
+    """The parameter is named, and what the error says works: the same in forward."""
+    model = _BalancesInside(inside=False)
+    with pytest.raises(CaptureError, match=r"by parameter 'last\.weight' of the model.*forward"):
+        capture_step(model, {"x": sample(0)}, loss=model.balance, measure_scratch=False)
+
+    def inside() -> nn.Module:
+        return _BalancesInside(inside=True)
+
+    plan = optimize(inside(), sample(0), budget_bytes=10**8, time_limit_s=1)
+    assert_same_training(inside, plan.apply, sample, steps=2)
