@@ -19,6 +19,7 @@ differ while the mode runs and not in a planned step.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -201,9 +202,11 @@ def eager_formulas_taken() -> Iterator[None]:
     """While active, whoever differentiates takes eager's formulas, forward itself included."""
     autograd: Any = torch.autograd  # grad() and backward() look the engine up there
     before = autograd._engine_run_backward
+    mine = threading.get_ident()  # others train models of their own
 
     def run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        take_eager_formulas(outputs)
+        if threading.get_ident() == mine:
+            take_eager_formulas(outputs)
         return before(outputs, *args, **kwargs)
 
     autograd._engine_run_backward = run

@@ -9,6 +9,7 @@ counted once, for all steps.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -213,8 +214,11 @@ def derivatives_through_model_refused(
         What a tensor is of the model or its call, in words; ``None`` for another one.
     """
     before: Any = torch.autograd.grad
+    mine = threading.get_ident()  # others train models of their own
 
     def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != mine:
+            return before(outputs, inputs, *args, **kwargs)
         if not isinstance(inputs, torch.Tensor):
             inputs = tuple(inputs)
         for tensor in (inputs,) if isinstance(inputs, torch.Tensor) else inputs:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .asked_numbers import AskedNumber
+from .drawn_ahead import is_ahead
 from .errors import CaptureError
 from .isolation import generator_states
 from .kernels_word import kernels_word, laid_out_rightly
@@ -346,9 +347,19 @@ class Recorder(ReadsWhole):
             When they are not where the last draw has left them.
         """
         with _disable_current_modes():
-            pairs = zip(generator_states(), self._generator_states, strict=True)
-            untouched = all(np.array_equal(now, then) for now, then in pairs)
-        if not untouched:
+            pairs = [*zip(generator_states(), self._generator_states, strict=True)]
+            moved = [(now, then) for now, then in pairs if not np.array_equal(now, then)]
+            ahead = bool(moved) and all(is_ahead(now, then) for now, then in moved)
+        if ahead:
+            raise CaptureError(
+                f"random numbers were drawn from PyTorch's global generator while the model was "
+                f"captured ({self.phase}, {self._where()}), and by no call of the model in this "
+                "thread: another thread draws (a data loader, a second training loop), or code "
+                "that is not PyTorch's. A plan cannot draw as eager does then, and planning puts "
+                "the generator back: wait for that thread while planning, or let it draw from a "
+                "torch.Generator of its own"
+            )
+        if moved:
             raise CaptureError(
                 f"{self.phase} seeds the random generator and then draws from it, or puts back an "
                 f"earlier state ({self._where()}): seed outside, or draw outside and pass the "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graph_capture.errors import CaptureError
@@ -117,9 +119,26 @@ class NumpyDraws(Three):
         return self.c(self.a(x) * float(np.random.rand()))
 
 
+class AnotherThreadDraws(Three):
+    num_drawn = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.a(x))
+        other = threading.Thread(target=torch.rand, args=(self.num_drawn,))
+        other.start()
+        other.join()
+        return self.c(h)
+
+
+class AnotherThreadDrawsMuch(AnotherThreadDraws):
+    num_drawn = 100_000
+
+
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
+        (AnotherThreadDraws, "another thread draws"),
+        (AnotherThreadDrawsMuch, "another thread draws"),
         (OwnGenerator, "generator of the model's own"),
         (SeedsItself, "seeds the random generator"),
         (PythonDraws, "Python's or NumPy's"),
