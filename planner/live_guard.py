@@ -65,7 +65,7 @@ class LiveGuard:
 
     def difference(self, arguments: Mapping[str, Any]) -> str | None:
         """The first thing in which a call differs from the planned one, in words."""
-        return self._another_call(arguments) or self._another_state()
+        return self.another_call(arguments) or self._another_state()
 
     def difference_now(self) -> str | None:
         """As :meth:`difference`, of training flags, parameters and buffers alone.
@@ -76,7 +76,8 @@ class LiveGuard:
 
     # -- the call ----------------------------------------------------------------
 
-    def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
+    def another_call(self, arguments: Mapping[str, Any]) -> str | None:
+        """How the arguments of a call differ from the planned ones, in words."""
         looks = _looks_of(arguments)
         if looks is not None and looks in self._known_calls:
             return None

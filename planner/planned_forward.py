@@ -19,7 +19,8 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.units import format_bytes
 
-from .errors import CallMismatchError, OutcomeChangedError, PlanMismatchError
+from .another_call import hint_at, mismatch
+from .errors import OutcomeChangedError, PlanError, PlanMismatchError
 from .live_guard import LiveGuard, described_defaults
 from .make_plan import replan
 from .recapture import as_captured, capture_for
@@ -102,6 +103,8 @@ class PlannedForward:
         self._others: list[PlannedForward] = []
         self._used_other = False  # by the last call
         self._not_planned: dict[str, str] = {}  # changes that were captured in vain
+        self._not_replanned: dict[str, Exception] = {}  # calls that were captured in vain
+        self._main: PlannedForward | None = None  # of a plan for another call: where it belongs
         self._signature: inspect.Signature | None = None
         self._watch: UnplannedBackward | None = None
         self._lock = threading.RLock()
@@ -142,16 +145,21 @@ class PlannedForward:
         if self._used_other and self._others and self._others[0]._still_is_for(arguments):
             return self._replanned(arguments, args, kwargs)
         self._used_other = False
+        if self.on_shape_change != "error":  # nothing is captured for a call that is another one
+            different = self._another_call(arguments)
+            if different is not None:
+                return self._otherwise(mismatch(different), arguments, args, kwargs)
         try:
             prepared = self._current()
         except (PlanMismatchError, CaptureError) as error:
             different = self._another_call(arguments)
             if different is not None:
+                different += hint_at(different)
                 error = type(error)(f"{error}. This call differs, too: {different}")
             return self._otherwise(error, arguments, args, kwargs)
         different = prepared.guard.difference(arguments)
         if different is not None:
-            return self._otherwise(_mismatch(different), arguments, args, kwargs)
+            return self._otherwise(mismatch(different), arguments, args, kwargs)
         self.tally.num_planned += 1
         self._say_gradients_held()
         if prepared.guard.replaced_bytes:
@@ -169,13 +177,16 @@ class PlannedForward:
         return self._otherwise(changed, arguments, args, kwargs)
 
     def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
-        """How a call differs from the planned one, for a model that is another one already."""
-        assert self._signature is not None
+        """How a call differs from the planned one, however the model is built by now."""
+        if self._prepared:
+            return self._prepared[0].guard.another_call(arguments)
+        if self._signature is None:
+            self._signature = self.__signature__
         defaults = described_defaults(self._signature)
         found = difference(
             {**defaults, **self.plan.guard.arguments}, describe({**defaults, **arguments})
         )
-        return None if found is None else found + _hint(found)
+        return found
 
     def _otherwise(
         self, error: Exception, arguments: Mapping[str, Any], args: tuple, kwargs: dict
@@ -224,7 +235,7 @@ class PlannedForward:
         """
         different = self._current().guard.difference(arguments)
         if different is not None:
-            raise _mismatch(different)
+            raise mismatch(different)
 
     # -- the step of the model as it is now ----------------------------------------
 
@@ -257,7 +268,7 @@ class PlannedForward:
             captured = at_hand[0] if changed is None else None
         if captured is None:
             known = None if changed is None else self._not_planned.get(changed)
-            if known is not None and self.on_shape_change != "error":
+            if known is not None and (self.on_shape_change != "error" or self._main is not None):
                 raise PlanMismatchError(known)  # a capture in each step would be slow
             try:
                 captured = capture_for(self.plan, self.model, self.unplanned)
@@ -308,24 +319,35 @@ class PlannedForward:
             )
 
     def _replanned(self, arguments: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
-        for other in [o for o in self._others if o._is_for(arguments)]:
+        for other in tuple(self._others):
+            if not other._is_for(arguments):
+                continue
             with suppress(OutcomeChangedError):  # for such a call, but on another way
                 output = other(*args, **kwargs)
                 self._others = [other, *(o for o in self._others if o is not other)]
                 self._used_other = True
                 return output
+        kind = f"{describe(arguments)}, {self._changed() or ''}"
+        if kind in self._not_replanned:
+            raise _anew(self._not_replanned[kind])  # a capture in each step would be slow
         try:
             plan = replan(self.plan, self.model, arguments, self.unplanned)
-        except CaptureError as error:
-            if not isinstance(error.__cause__, (CaptureError, NoneType)):
+        except (CaptureError, PlanError) as error:
+            cause = error.__cause__
+            if isinstance(error, CaptureError) and not isinstance(cause, (CaptureError, NoneType)):
                 self.unplanned(*args, **kwargs)  # an assertion fails: raise as eager does
+            if len(self._not_replanned) < _NUM_REMEMBERED:
+                self._not_replanned[kind] = _anew(error)
             raise
         other = PlannedForward(self.model, plan, plan._captured, "error")
-        other.own_forward = self.own_forward
-        other.tally, other._watch = self.tally, self._watch
+        other.own_forward, other.tally, other._main = self.own_forward, self.tally, self
         self._others = [other, *self._others][:MAX_REPLANS]
         self._used_other = True
         return other(*args, **kwargs)
+
+    def _changed(self) -> str | None:
+        """How the model is another one than for the plan that ran last."""
+        return self._prepared[0].changed() if self._prepared else None
 
     def _still_is_for(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the step that ran last is the one for a call; nothing is captured."""
@@ -337,6 +359,8 @@ class PlannedForward:
         )
 
     def _is_for(self, arguments: Mapping[str, Any]) -> bool:
+        if self._another_call(arguments) is not None:
+            return False
         try:
             return self._current().guard.difference(arguments) is None
         except (PlanMismatchError, CaptureError):
@@ -346,11 +370,13 @@ class PlannedForward:
 
     def _say_gradients_held(self) -> None:
         """Gradients of an earlier step that are still there when a forward pass begins."""
-        if self._watch is None:
+        main = self if self._main is None else self._main
+        if main._watch is None:
             return
-        watched = self._watch.parameter()
-        if watched is None:  # another parameter has its place
-            self._watch = UnplannedBackward.of(self, self._prepared[0].captured)
+        if not main._watch.is_in_place():
+            main._watch.stop()
+            main._watch = UnplannedBackward.of(main, self._prepared[0].captured)
+        watched = None if main._watch is None else main._watch.parameter()
         if watched is None or watched.grad is None:
             return
         held = sum(
@@ -386,7 +412,7 @@ class PlannedForward:
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle keeps: the graphs are made again on the first call."""
         made = {"_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand"}
-        made |= {"_used_other", "_not_planned"}
+        made |= {"_used_other", "_not_planned", "_not_replanned", "_main"}
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -395,23 +421,8 @@ class PlannedForward:
         self._begin()
 
 
-# What trainers add to a batch, by the name that a difference says.
-_ADDED = {
-    "num_items_in_batch": "Transformers' Trainer adds num_items_in_batch to every batch",
-    "use_cache": "trainers pass use_cache=False",
-    "fused_lm_head": "TRL's trainers add fused_lm_head=True",
-}
-
-
-def _mismatch(different: str) -> CallMismatchError:
-    return CallMismatchError(
-        f"this call is not the planned one: {different}{_hint(different)}. Make a plan for it, or "
-        "apply the plan with on_shape_change='unplanned' or 'replan'"
-    )
-
-
-def _hint(different: str) -> str:
-    """Where an argument that the sample lacks comes from, for those that trainers add."""
-    place = different.partition(" is ")[0]
-    who = _ADDED.get(place.rpartition(".")[2])
-    return "" if who is None else f" ({who}: have it in the sample, too)"
+def _anew(error: Exception) -> Exception:
+    """The same error, without what led to it: that holds frames, and they hold tensors."""
+    twin = type(error).__new__(type(error), *error.args)
+    twin.__dict__.update(error.__dict__)
+    return twin

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from graph_capture.captured_step import CapturedStep
@@ -39,10 +40,14 @@ class UnplannedBackward:
         see through a hook on a tensor.
     parameter
         The one that is watched; the hook on it is not to keep it alive either.
+    module, name
+        Where it lies.
     """
 
     planned: weakref.ref[PlannedForward]
     parameter: weakref.ref[torch.Tensor]
+    module: weakref.ref[nn.Module]
+    name: str
     _num_expected: int = 0
     _num_accompanied: int = 0  # planned backward passes beside which others came
     _gradient: Callable[[], torch.Tensor | None] = field(default=_nothing, repr=False)
@@ -51,14 +56,30 @@ class UnplannedBackward:
     @classmethod
     def of(cls, planned: PlannedForward, captured: CapturedStep) -> UnplannedBackward | None:
         """Watch the first parameter that a step differentiates; ``None`` where there is none."""
-        by_name = dict(planned.model.named_parameters(remove_duplicate=False))
+        modules = dict(planned.model.named_modules(remove_duplicate=False))
         for node, _ in captured.step.gradients:
-            parameter = by_name.get(node.meta["target"])
-            if node.meta["role"] == "parameter" and parameter is not None:
-                watch = cls(planned=weakref.ref(planned), parameter=weakref.ref(parameter))
+            path, _, name = node.meta["target"].rpartition(".")
+            module = modules.get(path)
+            parameter = None if module is None else module._parameters.get(name)
+            if node.meta["role"] == "parameter" and module is not None and parameter is not None:
+                watch = cls(
+                    planned=weakref.ref(planned),
+                    parameter=weakref.ref(parameter),
+                    module=weakref.ref(module),
+                    name=name,
+                )
                 watch._handle = parameter.register_post_accumulate_grad_hook(_listening(watch))
                 return watch
         return None
+
+    def is_in_place(self) -> bool:
+        """Whether the parameter that is watched still is the model's."""
+        module, parameter = self.module(), self.parameter()
+        return (
+            module is not None
+            and parameter is not None
+            and module._parameters.get(self.name) is parameter
+        )
 
     def stop(self) -> None:
         """Take the hook off."""
