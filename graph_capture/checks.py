@@ -38,12 +38,16 @@ class Check:
         Of the module that it belongs to.
     state
         A buffer or attribute that it follows from, if there is one.
+    next_step
+        Why other steps find something else though nothing changes, in words; empty
+        if that is not known.
     """
 
     what: str
     source: str
     module_path: str
     state: str | None = None
+    next_step: str = ""
 
 
 class OutcomeChanged(Exception):  # a signal, which never reaches users

@@ -22,8 +22,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .costs.trial import REFUSALS, blank_arguments
 from .errors import NotFittingError
+from .origins import deciding
 from .outcomes import Outcome, made_like
-from .sample_values import UnknowableError, deciding, for_real
+from .sample_values import UnknowableError, for_real
 
 _ADVICE = (
     "Keep the sizes (multiply by the mask, torch.where, reduction='none', ignore_index=), or "

@@ -8,8 +8,9 @@ that ``labels.max() >= vocab_size`` is false holds for all sensible labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,10 @@ from . import checks
 from .asked_numbers import AskedNumber
 from .checks import Check
 from .errors import CaptureError
+from .next_step import Asked, by_chance, prepared
+from .origins import Origins, deciding, written_after
 from .outcomes import GivenOutcomes, Outcome, made_like, read_like
-from .sample_values import Origins, SampleValues, UnknowableError, deciding, written_after
+from .sample_values import SampleValues, UnknowableError
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -48,6 +51,7 @@ class Questions:
         self.outcomes: list[Outcome] = []
         self.checks: list[Check] = []
         self.unknown: list[bool] = []  # of the numbers handed out by ``.item()``
+        self._of_state: list[Asked] = []
 
     def asked_number(self, tensor: torch.Tensor) -> AskedNumber:
         """The number that a tensor holds now, whose value may never be asked for."""
@@ -72,6 +76,22 @@ class Questions:
         """
         if self._given is not None:
             self._given.finish()
+
+    def look_ahead(self, reassigned: Mapping[str, torch.Tensor]) -> None:
+        """Note what the next step would be answered otherwise, forward having run once.
+
+        Parameters
+        ----------
+        reassigned
+            By name: what forward puts in the place of buffers and attributes.
+        """
+        if self._given is not None or not self._of_state:
+            return
+        after = {name: self._recorder.node_of(new) for name, new in reassigned.items()}
+        for name, node in self.values.written_state().items():
+            after.setdefault(name, node)
+        for place, words in prepared(self.values, self._of_state, after).items():
+            self.checks[place] = replace(self.checks[place], next_step=words)
 
     def answer(self, func: Any, args: tuple, kwargs: dict, error: Exception) -> Any:
         """What the call hands out on the sample.
@@ -104,6 +124,7 @@ class Questions:
         if outcome.made is None:
             with self._in_forward():
                 self._expect_number(func, node_args, node_kwargs, outcome.number)
+            self._look_at_chance(func, node_args, node_kwargs, outcome)
             return outcome.number
         out = made_like(outcome, func, args)
         recorder.record(func, args, kwargs, out)
@@ -168,6 +189,7 @@ class Questions:
         with _disable_current_modes():  # to make a stand-in is no call of the step
             planned = recorder.node_of(value)
         self._check(checks.expect_values, (node, planned), "the values of a tensor")
+        self._look_at_chance(None, (node,), {}, self.outcomes[-1])
         with _disable_current_modes():
             return value.clone()  # the planned one is nobody else's
 
@@ -188,6 +210,23 @@ class Questions:
             raise CaptureError(
                 f"{func} asks for a value in a way that a plan cannot check; ask with .item()"
             )
+
+    def _look_at_chance(self, func: Any, args: tuple, kwargs: Any, outcome: Outcome) -> None:
+        """Of the check made last: see whether another step finds something else."""
+        origins = self.values.follows_from(args, kwargs)
+        question = Asked(
+            func=func,
+            args=args,
+            kwargs=kwargs,
+            part=origins.part,
+            outcome=outcome,
+            place=len(self.checks) - 1,
+        )
+        if origins.state is not None:
+            self._of_state.append(question)
+        if origins.is_drawn and not any(check.next_step for check in self.checks):
+            words = by_chance(self.values, question)
+            self.checks[-1] = replace(self.checks[-1], next_step=words)
 
     def _check(self, target: Any, args: tuple, what: str) -> None:
         node = self._recorder.call(target, (*args, len(self.checks)), {})

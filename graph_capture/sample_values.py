@@ -9,9 +9,9 @@ in the step's own sequence, from the state in which the generators are.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,30 @@ from torch.utils._pytree import tree_iter
 
 from .costs.trial import REFUSALS, blank_arguments
 from .isolation import generator_states, set_generator_states
-from .purity import draws, hidden_writes
+from .origins import Origins, deciding, memory_of, written_by
+from .purity import draws
 
 CACHE_BYTES = 256 * 2**20
 """Values that are kept for the next question, which most often follows from the same ones."""
 
 _TALKS_TO_OTHERS = {"c10d", "_c10d_functional", "_c10d_functional_autograd"}
 _States = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Other:
+    """How another step differs from the sample's.
+
+    Parameters
+    ----------
+    state
+        Values of buffers and attributes.
+    seed
+        Of all that is drawn; ``None`` for the sample's own numbers.
+    """
+
+    state: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    seed: int | None = None
 
 
 class UnknowableError(Exception):
@@ -100,6 +117,46 @@ class SampleValues:
         """
         return self._evaluate([node])[node]
 
+    def tensors(self, nodes: list[Node]) -> dict[Node, torch.Tensor]:
+        """The values of nodes now, as :meth:`tensor` has them."""
+        return self._evaluate(nodes)
+
+    def again(
+        self, part: frozenset[Node], call: tuple[Any, Any, Any], others: Iterable[Other]
+    ) -> Iterator[Any]:
+        """What a call hands out with other state or other random numbers, for each of ``others``.
+
+        Parameters
+        ----------
+        part
+            All that it follows from.
+        call
+            Operator, arguments and keyword arguments; without operator the value of its
+            argument is wanted.
+        """
+        self._slice({})  # who writes what by now
+        order = [n for n in self._graph.nodes if n in part]
+        func, args, kwargs = call
+        for other in others:
+            env: dict[Node, Any] = {}
+            copies: dict[int, torch.UntypedStorage] = {}
+            with for_real():
+                if other.seed is not None:
+                    torch.manual_seed(other.seed)
+                for node in order:
+                    if node in other.state:
+                        env[node] = other.state[node].clone()
+                    elif node.op == "placeholder":
+                        env[node] = self._placeholder(node, copies)
+                    else:
+                        given = map_arg(node.args, env.get), map_arg(node.kwargs, env.get)
+                        own = draws(node) and other.seed is None
+                        env[node] = (
+                            self._draw(node, *given) if own else self._run(node.target, *given)
+                        )
+                given = map_arg(args, env.get), map_arg(kwargs, env.get)
+                yield given[0][0] if func is None else self._run(func, *given)
+
     def value(self, node: Node) -> torch.Tensor:
         """The value of a node now, on the CPU and nobody else's."""
         with for_real():
@@ -109,14 +166,25 @@ class SampleValues:
         """What the nodes in ``trees`` follow from."""
         return Origins(self._slice(_nodes_in(trees)))
 
+    def written_state(self) -> dict[str, Node]:
+        """By name the buffers and attributes that calls so far write to."""
+        self._slice({})
+        return {
+            str(n.meta["target"]): n
+            for n in self._graph.nodes
+            if n.op == "placeholder"
+            and n.meta["role"] in ("buffer", "attribute")
+            and any(memory in self._writers for memory in memory_of(n))
+        }
+
     # -- the part of the graph ---------------------------------------------------
 
     def _slice(self, asked: Mapping[Node, None], until: Mapping[Node, Any] | None = None) -> set:
         """The nodes that ``asked`` follow from; does not look behind those in ``until``."""
         writers: dict[int, list[Node]] = {}
         for node in self._graph.nodes:
-            for written in _written(node):
-                for memory in _memory(written):
+            for written in written_by(node):
+                for memory in memory_of(written):
                     writers.setdefault(memory, []).append(node)
         needed: set[Node] = set()
         todo = list(asked)
@@ -128,7 +196,7 @@ class SampleValues:
             if until is not None and node in until:
                 continue
             todo.extend(node.all_input_nodes)
-            for memory in _memory(node):
+            for memory in memory_of(node):
                 todo.extend(writers.get(memory, ()))
         self._writers = writers
         return needed
@@ -136,7 +204,7 @@ class SampleValues:
     def _evaluate(self, asked: list[Node]) -> dict[Node, Any]:
         """The values of nodes; everything else is freed at its last use or kept for later."""
         self._slice({})  # who writes what by now
-        for node in [n for n in self._known if any(m in self._writers for m in _memory(n))]:
+        for node in [n for n in self._known if any(m in self._writers for m in memory_of(n))]:
             self._forget(node)
         part = self._slice(dict.fromkeys(asked), self._known)
         order = [n for n in self._graph.nodes if n in part]
@@ -173,7 +241,7 @@ class SampleValues:
         if value is None:
             raise UnknowableError(node.name)
         value = value.detach()
-        if not any(memory in self._writers for memory in _memory(node)):
+        if not any(memory in self._writers for memory in memory_of(node)):
             return value
         storage = value.untyped_storage()
         if storage._cdata not in copies:
@@ -204,7 +272,7 @@ class SampleValues:
     # -- what is kept for the next question ----------------------------------------
 
     def _keep(self, node: Node, value: Any) -> None:
-        if not isinstance(value, torch.Tensor) or any(m in self._writers for m in _memory(node)):
+        if not isinstance(value, torch.Tensor) or any(m in self._writers for m in memory_of(node)):
             return
         num_bytes = value.untyped_storage().nbytes()
         if num_bytes > CACHE_BYTES:
@@ -258,83 +326,10 @@ class SampleValues:
         return result
 
 
-def written_after(last: Node, node: Node) -> bool:
-    """Whether a call after ``last`` writes to the memory of ``node``."""
-    memory = set(_memory(node))
-    later = last.next
-    while later.op != "root":
-        if any(not memory.isdisjoint(_memory(written)) for written in _written(later)):
-            return True
-        later = later.next
-    return False
-
-
-def deciding(func: Any, args: Any, kwargs: Any) -> Any:
-    """The arguments whose values say what a call that asks for values hands out.
-
-    Of a call that picks elements it is the mask: the shape of what it picks from is known.
-    """
-    picks = _PICKS.get(func)
-    return (args, kwargs) if picks is None else args[picks]
-
-
-_PICKS = {
-    torch.ops.aten.index.Tensor: 1,
-    torch.ops.aten.masked_select.default: 1,
-    torch.ops.aten.bincount.default: slice(0, 1),
-    torch.ops.aten._ctc_loss.Tensor: slice(2, 4),
-}
-
-
 def _nodes_in(tree: Any) -> dict[Node, None]:
     found: dict[Node, None] = {}
     map_arg(tree, lambda n: found.setdefault(n))
     return found
-
-
-class Origins:
-    """What a value follows from."""
-
-    def __init__(self, part: set[Node]) -> None:
-        self._part = part
-
-    @property
-    def is_activation(self) -> bool:
-        """Whether parameters or random numbers have a share in it."""
-        return any(
-            (n.op == "placeholder" and n.meta["role"] in ("parameter", "tangent"))
-            or (n.op != "placeholder" and draws(n))
-            for n in self._part
-        )
-
-    @property
-    def state(self) -> str | None:
-        """Name of a buffer or attribute that has a share in it."""
-        held = (n for n in self._part if n.op == "placeholder")
-        names = (n.meta["target"] for n in held if n.meta["role"] in ("buffer", "attribute"))
-        return min(map(str, names), default=None)
-
-    @property
-    def counted(self) -> str | None:
-        """Name of a buffer that the step writes to before it is read here, if there is one."""
-        memory = {m: n for n in self._part if n.op == "placeholder" for m in _memory(n)}
-        for node in self._part:
-            for written in _written(node):
-                for m in _memory(written):
-                    if m in memory and memory[m].meta["role"] in ("buffer", "attribute"):
-                        return str(memory[m].meta["target"])
-        return None
-
-
-def _written(node: Node) -> tuple[Node, ...]:
-    if node.op != "call_function" or node.target is operator.getitem:
-        return ()
-    return (*node.meta.get("writes", ()), *hidden_writes(node.target, node.args))
-
-
-def _memory(node: Node) -> list[int]:
-    value = node.meta.get("val")
-    return [value.untyped_storage()._cdata] if isinstance(value, torch.Tensor) else []
 
 
 @contextmanager
@@ -353,4 +348,9 @@ def for_real() -> Iterator[None]:
             set_generator_states(states)
 
 
-__all__ = ["Origins", "SampleValues", "UnknowableError", "deciding", "for_real", "written_after"]
+__all__ = [
+    "Other",
+    "SampleValues",
+    "UnknowableError",
+    "for_real",
+]

@@ -160,6 +160,10 @@ class _Recording:
                     call_forward(forward, fake_arguments)
 
             left, watcher.settled = effects.settle(call_again)
+            recorder.questions.look_ahead(
+                {name: new for name, new, _ in reassigned}
+                | {entry.target: entry.tensor for entry in attributes}
+            )
             differentiated, tangents, region = differentiate(
                 output,
                 template,

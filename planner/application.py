@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from graph_capture.captured_step import CapturedStep
+
 from .errors import PlanError
 from .planned_forward import PlannedForward
 from .recapture import as_captured, capture_for, on_card_of
@@ -59,6 +61,8 @@ def apply_plan(plan: Plan, model: nn.Module, on_shape_change: OnShapeChange) -> 
     plan = on_card_of(plan, model)
     captured = capture_for(plan, model, forward)
     plan = as_captured(plan, captured)
+    if on_shape_change == "error":
+        _refuse_passing_way(captured)
     planned = planned_forward(model)
     if planned is not None and _is_wrapped(model, planned):
         planned.renew(plan, captured, on_shape_change)  # whoever put something around it keeps it
@@ -69,6 +73,19 @@ def apply_plan(plan: Plan, model: nn.Module, on_shape_change: OnShapeChange) -> 
         model.__dict__["forward"] = model.__dict__[_KEPT] = planned
     planned.watch_backward(captured)
     return model
+
+
+def _refuse_passing_way(captured: CapturedStep) -> None:
+    """A step that is known to take another way should not be the first to say so."""
+    for check in captured.step.checks:
+        if check.next_step:
+            module = f" in module {check.module_path!r}" if check.module_path else ""
+            raise PlanError(
+                f"the next steps take another way through the model than the planned one: at "
+                f"{check.source}{module} forward asks for {check.what}; {check.next_step}. Or "
+                "apply the plan with on_shape_change='replan', which plans for each way that "
+                "comes up, or 'unplanned'"
+            )
 
 
 def _is_wrapped(model: nn.Module, planned: PlannedForward) -> bool:

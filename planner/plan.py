@@ -234,6 +234,9 @@ class Plan:
         ------
         PlanMismatchError
             When the plan was made for another model, input, version or device.
+        PlanError
+            When it is known by now that other steps take another way through the
+            model, and ``on_shape_change`` is ``"error"``.
         """
         from .application import apply_plan
 

@@ -38,6 +38,7 @@ LEAST_MEMORY_LIMIT_S = 1.5
 """A sweep asks whether plans hold, not whether they are the best: short searches do."""
 TOLERANCE = 0.01
 _RUN_ONCE = "run the model once before"
+_REFUSALS = (CaptureError, PlanError)
 
 OUTCOMES = (
     "green",
@@ -114,7 +115,7 @@ def _run(find: Callable[[], Subject], record: dict[str, Any]) -> None:
         _train_same(subject, lambda fresh: plan.apply(model))
     except AssertionError as error:
         raise _Ended("other bits", words_of(error)) from error
-    except (PlanError, CaptureError) as error:
+    except _REFUSALS as error:
         raise _Ended("step refused", words_of(error, whole=True)) from error
     except Exception as error:
         raise _Ended("crash", "planned step: " + words_of(error)) from error
@@ -148,17 +149,21 @@ def _planned(subject: Subject, model: nn.Module, budget_bytes: int, record: dict
     begin_s = time.perf_counter()
     try:
         try:
-            made = plan(budget_bytes)
-        except InfeasibleBudgetError as error:
-            record["least_budget"] = True
-            made = plan(error.min_budget_bytes)
-        except CaptureError as error:
+            try:
+                made = plan(budget_bytes)
+            except InfeasibleBudgetError as error:
+                record["least_budget"] = True
+                made = plan(error.min_budget_bytes)
+            Plan.remove(made.apply(model))  # what cannot train by it says so here
+        except _REFUSALS as error:
             if ran_once or _RUN_ONCE not in str(error):
                 raise
             record["ran_once"] = True
             _run_once(subject, model)
             return _planned(subject, model, budget_bytes, record)
-    except CaptureError as error:
+    except _Ended:
+        raise
+    except _REFUSALS as error:
         raise _Ended("refused", words_of(error, whole=True)) from error
     except Exception as error:
         raise _Ended("crash", "optimize(): " + words_of(error)) from error
@@ -170,12 +175,9 @@ def _planned(subject: Subject, model: nn.Module, budget_bytes: int, record: dict
 
 def _run_once(subject: Subject, model: nn.Module) -> None:
     """What the planner's error advises where only the first call prepares something."""
-    before = _facts(model)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # its twins draw the same, and have the same buffers from then on
         call_model(model, _sample(subject, 1))
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name in before:  # running averages, as the twin that did not run has them
-                tensor.copy_(before[name])
 
 
 def _that_ran_once(subject: Subject) -> Subject:

@@ -137,16 +137,99 @@ class SetsUp(nn.Module):
 
 
 def test_what_a_first_step_sets_up_is_named_with_the_way_out() -> None:
-    """A plan of the first step fails in the second; one of a model that has run once holds."""
+    """A plan of the first step is refused; one of a model that has run once holds."""
     model = SetsUp().train()
-    plan_of(model).apply(model)
-    model(*sample(0))
-    with pytest.raises(OutcomeChangedError, match=r"'ready'.* run the model once before planning"):
-        model(*sample(1))
-    model = SetsUp().train()
+    with pytest.raises(PlanError, match=r"test_outcomes.*'ready'.* run the model once before plan"):
+        plan_of(model).apply(model)
     model(*sample(0))
     plan_of(model).apply(model)
     model(*sample(1))
+
+
+class Starts(SetsUp):
+    """Puts another buffer in the place of the one that it looks at."""
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        if self.mean.abs().max() < 1e-5:
+            self.mean = self.mean + x.mean(0)
+        else:
+            self.mean = self.mean * 0.9 + x.mean(0) * 0.1
+        return self.layer(x - self.mean)
+
+
+def test_a_buffer_that_is_replaced_is_looked_at_anew() -> None:
+    """Quantization's first range, say; of a model that has run once the plan holds."""
+    model = Starts().train()
+    with pytest.raises(PlanError, match=r"'mean'.* run the model once before planning"):
+        plan_of(model).apply(model)
+    model(*sample(0))
+    plan = plan_of(model)
+    assert plan.outcomes
+    plan.apply(model)
+    model(*sample(1))
+
+
+def test_a_way_that_chance_decides_is_refused_before_any_step() -> None:
+    """The error says how often draws go otherwise, of a plan from a file as well."""
+    model = model_of(drawn)
+    plan = plan_of(model)
+    for one in (plan, plan_from_dict(as_file(plan))):
+        with pytest.raises(PlanError, match=r"test_outcomes.* random numbers .* 1\d\d of 256"):
+            one.apply(model)
+
+
+def test_draws_that_never_decide_otherwise_are_no_chance() -> None:
+    """That numbers drawn from 0 to 1 lie there is checked in each step, and planned."""
+
+    def bounded(h: Tensor, ids: Tensor) -> Tensor:
+        noise = torch.rand(WIDTH)
+        if noise.max() > 1:
+            raise ValueError("no such number")
+        return h * noise
+
+    plan = plan_of(model_of(bounded))
+    assert plan.outcomes
+    assert_same_training(
+        lambda: Asking(bounded).train(), plan.apply, lambda seed: sample(seed), loss_fn=square
+    )
+
+
+class DropsLayers(nn.Module):
+    """Leaves layers out at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not torch.rand([]) < 0.3:
+                x = layer(x)
+        return x
+
+
+def test_layers_that_are_dropped_can_be_planned_by_themselves() -> None:
+    """As the error advises: the model leaves planned layers out as its own."""
+    x = sample(0)[0]
+
+    def planned_by_layer(model: nn.Module) -> nn.Module:
+        for layer in model.get_submodule("layers").children():
+            optimize(layer, x.requires_grad_(), budget_bytes=10**8, time_limit_s=1).apply(layer)
+        return model
+
+    model = DropsLayers().train()
+    whole = optimize(model, x, budget_bytes=10**8, loss_fn=square, time_limit_s=1)
+    with pytest.raises(PlanError, match="plan each such layer by itself"):
+        whole.apply(model)
+    assert_same_training(
+        lambda: DropsLayers().train(),
+        planned_by_layer,
+        lambda seed: sample(seed)[0].requires_grad_(),
+        loss_fn=square,
+        steps=4,
+    )
 
 
 def test_a_failed_check_puts_generator_and_buffers_back() -> None:

@@ -1,0 +1,100 @@
+"""What a value of a traced step follows from: parameters, buffers, inputs, random numbers."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .purity import draws, hidden_writes
+
+
+class Origins:
+    """What a value follows from."""
+
+    def __init__(self, part: set[Node]) -> None:
+        self._part = part
+
+    @property
+    def part(self) -> frozenset[Node]:
+        """All nodes that have a share in it."""
+        return frozenset(self._part)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether random numbers have a share in it, and parameters have none."""
+        learned = any(n.op == "placeholder" and n.meta["role"] == "parameter" for n in self._part)
+        return not learned and any(n.op != "placeholder" and draws(n) for n in self._part)
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether parameters or random numbers have a share in it."""
+        return any(
+            (n.op == "placeholder" and n.meta["role"] in ("parameter", "tangent"))
+            or (n.op != "placeholder" and draws(n))
+            for n in self._part
+        )
+
+    @property
+    def state(self) -> str | None:
+        """Name of a buffer or attribute that has a share in it."""
+        held = (n for n in self._part if n.op == "placeholder")
+        names = (n.meta["target"] for n in held if n.meta["role"] in ("buffer", "attribute"))
+        return min(map(str, names), default=None)
+
+    @property
+    def counted(self) -> str | None:
+        """Name of a buffer that the step writes to before it is read here, if there is one."""
+        memory = {m: n for n in self._part if n.op == "placeholder" for m in memory_of(n)}
+        for node in self._part:
+            for written in written_by(node):
+                for m in memory_of(written):
+                    if m in memory and memory[m].meta["role"] in ("buffer", "attribute"):
+                        return str(memory[m].meta["target"])
+        return None
+
+
+def written_by(node: Node) -> tuple[Node, ...]:
+    """The nodes whose memory a call writes to."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return ()
+    return (*node.meta.get("writes", ()), *hidden_writes(node.target, node.args))
+
+
+def memory_of(node: Node) -> list[int]:
+    """Identity of the memory behind a node's tensor, if it has one."""
+    value = node.meta.get("val")
+    return [value.untyped_storage()._cdata] if isinstance(value, torch.Tensor) else []
+
+
+def written_after(last: Node, node: Node) -> bool:
+    """Whether a call after ``last`` writes to the memory of ``node``."""
+    memory = set(memory_of(node))
+    later = last.next
+    while later.op != "root":
+        if any(not memory.isdisjoint(memory_of(written)) for written in written_by(later)):
+            return True
+        later = later.next
+    return False
+
+
+def deciding(func: Any, args: Any, kwargs: Any) -> Any:
+    """The arguments whose values say what a call that asks for values hands out.
+
+    Of a call that picks elements it is the mask: the shape of what it picks from is known.
+    """
+    picks = _PICKS.get(func)
+    return (args, kwargs) if picks is None else args[picks]
+
+
+_PICKS = {
+    torch.ops.aten.index.Tensor: 1,
+    torch.ops.aten.masked_select.default: 1,
+    torch.ops.aten.bincount.default: slice(0, 1),
+    torch.ops.aten._ctc_loss.Tensor: slice(2, 4),
+}
+
+
+__all__ = ["Origins", "deciding", "memory_of", "written_after", "written_by"]
