@@ -32,6 +32,7 @@ from .packed_sequences import sequences_padded
 from .reading import Watcher
 from .snapshots import brief
 from .split_places import split_places_read
+from .spread_out import refuse_spread_out
 from .step_recording import record_step
 from .target import Target, target_of
 from .tensor_of_tensors import tensors_of_tensors
@@ -66,6 +67,7 @@ def trace_step(
     CaptureError
         When neither works; names the line of the model that stopped it.
     """
+    refuse_spread_out(model)
     for tensor in tensors_of(arguments):
         refuse_argument(tensor)
     target = target or target_of(model, tensors_of(arguments))

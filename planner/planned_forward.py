@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from graph_capture.call_spec import describe, difference
 from graph_capture.captured_step import CapturedStep
@@ -104,6 +105,7 @@ class PlannedForward:
         self._used_other = False  # by the last call
         self._not_planned: dict[str, str] = {}  # changes that were captured in vain
         self._not_replanned: dict[str, Exception] = {}  # calls that were captured in vain
+        self._buckets_said = False
         self._main: PlannedForward | None = None  # of a plan for another call: where it belongs
         self._signature: inspect.Signature | None = None
         self._watch: UnplannedBackward | None = None
@@ -162,12 +164,13 @@ class PlannedForward:
             return self._otherwise(mismatch(different), arguments, args, kwargs)
         self.tally.num_planned += 1
         self._say_gradients_held()
+        self._say_buckets()
         if prepared.guard.replaced_bytes:
             self._say_held(
                 "parameters replaced",
                 prepared.guard.replaced_bytes,
                 "parameters are still in memory that others took the place of",
-                "Let go of them",
+                "Let go of them, or plan with a budget that is lower by these bytes",
             )
         try:
             return prepared.step(arguments)
@@ -386,7 +389,21 @@ class PlannedForward:
             "gradients held",
             held,
             "gradients are there when a planned step begins",
-            "Call zero_grad(set_to_none=True) before forward",
+            "Call zero_grad(set_to_none=True) before forward, or plan with a budget that is lower "
+            "by these bytes",
+        )
+
+    def _say_buckets(self) -> None:
+        """Under ``DistributedDataParallel``: gradients are added up in memory of its own."""
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is None or self._buckets_said:
+            return
+        self._buckets_said = True
+        self._say_held(
+            "buckets",
+            sum(p.numel() * p.element_size() for p in wrapper._module_parameters),
+            "gradients lie in the buckets of a DistributedDataParallel",
+            "Plan with a budget that is lower by these bytes",
         )
 
     def _say_held(self, kind: str, held_bytes: int, what: str, advice: str) -> None:
@@ -396,8 +413,7 @@ class PlannedForward:
                 kind,
                 f"{format_bytes(held_bytes)} of {what}, which the plan does not count: its peak "
                 f"may be {format_bytes(peak)}, the budget is "
-                f"{format_bytes(self.plan.budget_bytes)}. {advice}, or plan with a budget that is "
-                "lower by these bytes",
+                f"{format_bytes(self.plan.budget_bytes)}. {advice}",
             )
 
     # -- copies -----------------------------------------------------------------------
@@ -412,7 +428,7 @@ class PlannedForward:
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle keeps: the graphs are made again on the first call."""
         made = {"_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand"}
-        made |= {"_used_other", "_not_planned", "_not_replanned", "_main"}
+        made |= {"_used_other", "_not_planned", "_not_replanned", "_main", "_buckets_said"}
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

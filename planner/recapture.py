@@ -16,9 +16,10 @@ from graph_capture.call_spec import TensorSpec, difference, moved, parse_dtype, 
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
-from graph_capture.errors import CaptureError
+from graph_capture.errors import CaptureError, NotFittingError
 from graph_capture.outcomes import OutcomeMismatchError
 from graph_capture.policies import apply_policies
+from graph_capture.spread_out import refuse_spread_out
 from graph_capture.traced_step import TakenPath
 from solvers.replay import InvalidScheduleError, replay
 
@@ -70,6 +71,10 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
             f"the plan was made with torch {plan.torch_version}, this is {torch.__version__}: "
             "what a model dispatches may differ; make the plan again"
         )
+    try:
+        refuse_spread_out(model)
+    except NotFittingError as error:
+        raise PlanMismatchError(f"no plan can be applied here: {error}") from error
     found = CallGuard.of(model, {}, plan.device_type).state
     _refuse_elsewhere(plan.guard.state, found)
     different = difference(plan.guard.state, found, "state")
