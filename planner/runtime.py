@@ -17,6 +17,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import Check, OutcomeChanged
 from graph_capture.outputs import OutputTemplate
 
+from .autocast_region import AutocastRegion
 from .autograd_nodes import FirstDerivative, HandOver, NotPlanned, anchor, refuse_batched
 from .bindings import Fetch, fetch_of, leave_of, put_back_of
 from .errors import CallMismatchError, OutcomeChangedError
@@ -149,10 +150,13 @@ class PlannedStep:
         )
         self._detached = step.detached
         self._waiting: Callable[[], StepCall | None] = lambda: None
+        self._region = AutocastRegion()
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
         if self._waiting() is not None:
             self._say_waiting()
+        if self._region.has_casts_of_old(self._model):
+            self._say_casts()
         given = tensors_of(arguments)
         for i in self._layout.require:
             given[i].requires_grad_()
@@ -231,6 +235,7 @@ class PlannedStep:
         for gradient in gradients:
             refuse_batched(gradient)
         self._tally.num_backward += 1
+        self._region.ran_in(self._model, self._device)
         retained = torch._C._autograd._get_current_graph_task_keep_graph()
         outputs = self._layout.differentiated
         given = [
@@ -352,6 +357,15 @@ class PlannedStep:
             "one backward pass goes through both, gradients of weights that a call uses more than "
             "once (tied ones) are added in another order than eager's, with other last bits. To "
             "have them planned together, plan a module whose forward makes both calls",
+        )
+
+    def _say_casts(self) -> None:
+        self._tally.say(
+            "casts of old parameters",
+            "a planned step begins within the autocast region that its last one ran in, and "
+            "parameters were changed meanwhile: without the plan PyTorch would go on with casts "
+            "of the old ones, which autocast keeps until its region ends; the plan casts those "
+            "that are there. Leave the region before optimizer.step(), which makes both alike",
         )
 
     def _say_nan(self, gradients: list[torch.Tensor]) -> None:
