@@ -179,6 +179,11 @@ class PlannedForward:
         self.tally.num_planned -= 1
         return self._otherwise(changed, arguments, args, kwargs)
 
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        """Tensors that are not the model's and that its planned steps carry along."""
+        return [t for p in self._prepared for t in p.captured.step.constants.values()]
+
     def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
         """How a call differs from the planned one, however the model is built by now."""
         if self._prepared:

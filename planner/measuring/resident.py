@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training_step import LossFn, Sample, output_tensors
+from ..wrapped import find_wrapped
 
 _CUDA_BLOCK_BYTES = 512
 
@@ -26,8 +27,9 @@ def resident_tensors(
 
     Parameters, buffers, other tensors that are attributes of a module, the
     inputs, the optimizer's state, and what ``loss_fn`` carries with it (a
-    module's own tensors, a closure's or a partial's). Gradients are not: a step
-    begins with none.
+    module's own tensors, a closure's or a partial's). Of a planned module also
+    tensors that lie elsewhere, in a global or a cache, and that its plan knows of.
+    Gradients are not: a step begins with none.
     """
     tensors = [*_module_tensors(model), *output_tensors(sample_input)]
     if loss_fn is not None:
@@ -101,9 +103,14 @@ def single_device(model: nn.Module, sample_input: Sample) -> torch.device:
 
 
 def _module_tensors(module: nn.Module) -> list[Tensor]:
+    from ..planned_forward import PlannedForward  # which sizes optimizers by this file
+
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     for part in module.modules():
         tensors += [value for value in vars(part).values() if isinstance(value, Tensor)]
+        planned = find_wrapped(vars(part).get("forward"), PlannedForward)
+        if planned is not None:
+            tensors += planned.constants
     return tensors
 
 
