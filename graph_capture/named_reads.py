@@ -25,6 +25,10 @@ _FREE = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 
 
+PAST_CLASSES = frozenset({"__getattribute__", "getattr_static"})
+"""Names of functions that get at attributes past the ``__getattribute__`` of a class."""
+
+
 def is_users(code: types.CodeType) -> bool:
     """Whether a function is neither PyTorch's, nor Python's, nor of this project."""
     return is_users_file(code.co_filename)
@@ -110,6 +114,16 @@ def strings_in(code: types.CodeType) -> frozenset[str]:
         for word in function.co_consts
         if isinstance(word, str) and word.isidentifier()
     )
+
+
+@lru_cache(maxsize=4096)
+def asks_past_classes(code: types.CodeType) -> bool:
+    """Whether a function asks for attributes as ``object.__getattribute__(x, "gain")`` does.
+
+    What a class defines under these names asks so for what it was asked for itself.
+    """
+    answers = code.co_name in ("__getattribute__", "__getattr__")
+    return not answers and bool(PAST_CLASSES & words_in(code))
 
 
 def with_inner(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -34,6 +34,8 @@ from .holders import dict_of, in_class, may_change, weakly
 from .ledger import Change, Ledger, slots_of
 from .modules_met import ModulesMet
 from .named_reads import (
+    PAST_CLASSES,
+    asks_past_classes,
     is_library,
     is_library_file,
     is_users,
@@ -44,7 +46,7 @@ from .named_reads import (
     words_in,
 )
 from .process_wide import PROCESS_WIDE
-from .reads import SETTINGS, Place, Reads, Where, place_of
+from .reads import SETTINGS, Place, Reads, Where, place_of, refuse_too_large
 from .snapshots import (
     ABSENT,
     ATOMS,
@@ -76,6 +78,7 @@ _PARTS_OF_FUNCTIONS = (
     ("__defaults__", "defaults"),
     ("__kwdefaults__", "keyword defaults"),
 )
+_PLAIN_CALLS = (types.FunctionType, types.WrapperDescriptorType)
 _MAX_MET = 1000  # items of a container that are looked into
 _RUN_BY_AUTOGRAD = ("forward", "backward", "setup_context", "vjp", "jvp")
 
@@ -117,6 +120,7 @@ class Watcher:
         # What was asked for its attributes by vars() or ``__dict__``, and by which code.
         self._asked_for_all: dict[tuple[int, int], tuple[Any, types.CodeType]] = {}
         self._thread = threading.get_ident()  # others train models of their own
+        self._past_watching: dict[int, types.CodeType] = {}  # asks by object.__getattribute__
         self._unwatchable: set[type] = set()  # classes that refuse to be exchanged
         self._words: set[str] = set()  # names that occur in the functions that were met
         self._strings: set[str] = set()  # identifiers that occur in them as strings
@@ -343,6 +347,8 @@ class Watcher:
     ) -> None:
         self._words.update(words_in(code))
         self._strings.update(strings_in(code))
+        if asks_past_classes(code):
+            self._asks_past_classes(code)
         if not is_library(code):
             self._modules.imports_of(code, table.get("__package__"))
             if "globals" in code.co_names:
@@ -350,11 +356,18 @@ class Watcher:
                     self._follow(f"global {name!r}", Where.TABLE, table, name, (), code)
         for free, name, attributes in names_in(code):
             if not free and name in table:
+                value = table[name]
+                if isinstance(value, _PLAIN_CALLS) and value.__name__ in PAST_CLASSES:
+                    self._asks_past_classes(code)
                 self._follow(f"global {name!r}", Where.TABLE, table, name, attributes, code)
             elif free and function is not None and function.__closure__ is not None:
                 cell = function.__closure__[code.co_freevars.index(name)]
                 label = f"{name!r} in the closure of {code.co_name}"
                 self._follow(label, Where.ATTRIBUTE, cell, "cell_contents", attributes, code)
+
+    def _asks_past_classes(self, code: types.CodeType) -> None:
+        self._past_watching[id(code)] = code
+        self._words.update(strings_in(code))
 
     def _follow(
         self,
@@ -431,7 +444,7 @@ class Watcher:
             if unwatched and name not in self._words | self._strings:
                 continue
             places += self._places_of(holder, name)
-        for holder, code in self._asked_for_all.values():
+        for holder, code in [*self._asked_for_all.values(), *self._asked_past_watching()]:
             held = dict_of(holder)
             named = {value for value in code.co_consts if isinstance(value, str)} & set(held)
             for name in (named or set(held)) - _IGNORED:
@@ -445,7 +458,23 @@ class Watcher:
         for label, where, holder, key in self._named.values():
             places.append(place_of(label, where, holder, key))
         places.append(place_of(SETTINGS, Where.ATTRIBUTE, weakly(PROCESS_WIDE), "settings"))
+        refuse_too_large(places)
         return Reads(places)
+
+    def _asked_past_watching(self) -> list[tuple[Any, types.CodeType]]:
+        """Whom a function may have asked that leaves out what the classes say.
+
+        Its strings are the names, wherever they are found; a function that computes
+        the names may have asked for any.
+        """
+        met = [value for value in self._seen.values() if is_users_class(type(value))]
+        holders = [*self._root.modules(), *met]
+        asked = []
+        for code in self._past_watching.values():
+            known = strings_in(code)
+            found = [holder for holder in holders if known & dict_of(holder).keys()]
+            asked += [(holder, code) for holder in found or ([] if is_library(code) else holders)]
+        return asked
 
     def _class_of_root(self) -> None:
         """The forward of the root is called as it is, and the planner puts its own there."""
@@ -459,6 +488,8 @@ class Watcher:
         """Numbers that a class holds and that are asked for by ``cls`` or ``type(self)``."""
         classes = {type(holder) for holder, _ in self._noted.values()}
         classes |= {value for value in self._seen.values() if isinstance(value, type)}
+        if self._past_watching:
+            classes |= {type(value) for value in self._seen.values()}
         for cls in {base for each in classes for base in each.__mro__ if is_users_class(base)}:
             table = self._table(cls)
             for name, value in table.items():

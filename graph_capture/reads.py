@@ -17,8 +17,10 @@ from itertools import chain
 from operator import attrgetter, call, contains, getitem, is_, itemgetter
 from typing import Any
 
+from .errors import NotFittingError
 from .snapshots import (
     ABSENT,
+    MAX_ARRAY_BYTES,
     Atom,
     Content,
     Held,
@@ -95,6 +97,25 @@ def place_of(
     place = Place(label=label, where=where, holder=holder, key=key, held=snapshot(None))
     held = snapshot(place.now(), replaceable=replaceable)
     return Place(label=label, where=where, holder=holder, key=key, held=held)
+
+
+def refuse_too_large(places: Iterable[Place]) -> None:
+    """No array was read that is too large to be compared in each step.
+
+    Raises
+    ------
+    NotFittingError
+        Names the first one.
+    """
+    for place in places:
+        for held in looked_at_in(place.held):
+            if isinstance(held, Numbers) and held.is_too_large():
+                raise NotFittingError(
+                    f"forward reads {place.label}, which holds an array of more than "
+                    f"{MAX_ARRAY_BYTES / 1e6:.0f} MB, whose numbers would have to be compared in "
+                    "each step: keep them in a buffer (register_buffer), or pass them as an "
+                    "argument"
+                )
 
 
 class Reads:

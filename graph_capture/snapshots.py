@@ -68,8 +68,9 @@ SEQUENCES = (list, tuple, deque)
 CONTAINERS = (*SEQUENCES, dict, set, frozenset)
 MAX_ITEMS = 10_000
 """Of containers with more items than this only the number of items is compared."""
-MAX_ARRAY_BYTES = 2**20
-"""Of larger arrays only the identity is compared: reading them takes time in every step."""
+MAX_ARRAY_BYTES = 2**26
+"""Larger arrays are not read in every step, which would take more than some ten milliseconds."""
+_CHUNK_BYTES = 2**20  # fits into a cache
 _ARRAYS = (np.ndarray, bytearray, array.array)
 WRAPPERS = (
     functools.partial,
@@ -149,8 +150,12 @@ class Numbers:
     def unchanged(self) -> bool:
         """Whether the array that the snapshot keeps holds what it held."""
         return _looks_of_array(self.array) == self.looks and (
-            self.held is None or _bytes_of(self.array) == self.held
+            self.held is None or _holds(self.array, self.held)
         )
+
+    def is_too_large(self) -> bool:
+        """Whether it is not compared for its size alone."""
+        return self.held is None and not _has_objects(self.looks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +256,25 @@ def _bytes_of(value: Any) -> bytes | None:
     return bytes(value) if isinstance(value, bytearray) else value.tobytes()
 
 
+def _has_objects(looks: Any) -> bool:
+    return isinstance(looks, tuple) and bool(looks[1].hasobject)
+
+
+def _holds(value: Any, then: bytes) -> bool:
+    """Whether an array holds these bytes; all of them are compared, and no copy is made."""
+    if not isinstance(value, np.ndarray) or not value.flags.c_contiguous or not then:
+        return _bytes_of(value) == then
+    now, before = value.reshape(-1).view(np.uint8), np.frombuffer(then, np.uint8)
+    if now.nbytes != before.nbytes:
+        return False
+    if now.nbytes % 8 == 0 and value.flags.aligned:
+        now, before = now.view(np.uint64), before.view(np.uint64)
+    step = _CHUNK_BYTES // now.itemsize
+    return all(
+        np.array_equal(now[i : i + step], before[i : i + step]) for i in range(0, len(now), step)
+    )
+
+
 def _content(value: Any, keep: bool, depth: int) -> Snapshot:
     itself = value if keep else None
     if len(value) > MAX_ITEMS or depth >= _MAX_DEPTH:
@@ -292,7 +316,7 @@ def difference(then: Snapshot, now: Any, label: str) -> str | None:
         if then.held is None:
             same = then.reference is None or then.reference() is now
         else:
-            same = _bytes_of(now) == then.held
+            same = _holds(now, then.held)
         return None if same else f"{label} holds other numbers than while planning"
     if isinstance(then, Wrapped):
         if type(now) is not then.type:
