@@ -168,7 +168,7 @@ class Assembly:
         for call in code.calls:
             self._correct_outputs(call, code)
         last = code.calls[-1]
-        clone_ns = sum(self._clone_ns(old) for old, _ in code.clones)
+        rewrites, copies_ns = self._rewrites(code)
         self._push(
             code,
             Operator(
@@ -176,15 +176,35 @@ class Assembly:
                 target="+".join(str(call.target) for call in code.calls),
                 inputs=tuple(sorted(inputs)),
                 outputs=outputs,
-                cost_ns=sum(cost for cost, _ in costs) + clone_ns,
+                cost_ns=sum(cost for cost, _ in costs) + copies_ns,
                 workspace_bytes=max(workspace for _, workspace in costs),
                 phase=phase,
                 pinned=code.pinned,
                 ordered=code.ordered,
                 module_path=last.meta["module_path"],
                 source=last.meta["source"],
+                rewrites=rewrites,
             ),
         )
+
+    def _rewrites(self, code: OperatorCode) -> tuple[tuple[tuple[int, int, int], ...], int]:
+        """What an operator may write over instead of to a copy, and the time of other copies.
+
+        What comes from the loop, or in backward from forward, is not its own: a backward
+        pass may be repeated.
+        """
+        rewrites: list[tuple[int, int, int]] = []
+        copies_ns = 0
+        for old, new in code.clones:
+            copy_ns, producer = self._clone_ns(old), self._blocks[old].producer
+            k, into = self._storage_of[old], self._storage_of[new]
+            own = producer is not None and producer.calls and producer.calls[0].meta["phase"]
+            same = self.storages[k].size_bytes == self.storages[into].size_bytes
+            if own == code.calls[0].meta["phase"] and same and not self.storages[k].kept:
+                rewrites.append((k, into, copy_ns))
+            else:
+                copies_ns += copy_ns
+        return tuple(rewrites), copies_ns
 
     def _add_generator_state(self, code: OperatorCode, phase: Phase) -> int:
         """The state before a draw, with which it can be repeated; it lies in host memory."""

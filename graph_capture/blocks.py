@@ -21,7 +21,9 @@ class OperatorCode:
         Storages that it allocates.
     clones
         ``(old, new)`` storages: it starts by cloning the old one into the new
-        one, because the call that follows overwrites what others still read.
+        one, because the call that follows overwrites what others have read, who may have to
+        read it again. A run after which nobody does writes in place
+        (``Operator.rewrites``).
     blanks
         Storages of ``outputs`` that it allocates without a value: the call that follows
         overwrites all of them that is ever read.

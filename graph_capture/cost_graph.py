@@ -90,7 +90,8 @@ class Operator:
     inputs, outputs
         Indices of the storages that it reads and that it allocates.
     cost_ns
-        Time of one run, in nanoseconds (or in an instance's own unit).
+        Time of one run, in nanoseconds (or in an instance's own unit), without the
+        copies that ``rewrites`` may need.
     workspace_bytes
         Scratch memory that it holds only while it runs.
     phase
@@ -102,6 +103,10 @@ class Operator:
         operators (random draws, effects).
     module_path, source
         Where in the user's model it comes from.
+    rewrites
+        ``(input, output, nanoseconds)``: what it writes the output over, as eager does. A
+        run of which the input's value is read again later writes to a copy instead,
+        which takes that long and another block.
     """
 
     name: str
@@ -115,6 +120,7 @@ class Operator:
     ordered: bool = False
     module_path: str = ""
     source: str = ""
+    rewrites: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,11 @@ class CostGraph:
         return tuple(tuple(r) for r in readers)
 
     def working_set_bytes(self, v: int) -> int:
-        """Bytes that operator ``v`` alone needs beside the resident ones."""
+        """Bytes that operator ``v`` alone needs at least beside the resident ones."""
         op = self.operators[v]
         touched = {k for k in (*op.inputs, *op.outputs) if self.storages[k].producer is not None}
-        return sum(self.storages[k].size_bytes for k in touched) + op.workspace_bytes
+        over_bytes = sum(self.storages[old].size_bytes for old, _, _ in op.rewrites)
+        return sum(self.storages[k].size_bytes for k in touched) + op.workspace_bytes - over_bytes
 
     def to_networkx(self) -> nx.DiGraph:
         """A ``DiGraph`` of operators; an edge carries the storages that flow along it."""
@@ -185,7 +192,7 @@ class CostGraph:
         """Plain lists and numbers, ready for JSON."""
         return {
             "format": GRAPH_FORMAT,
-            "operators": [asdict(op) for op in self.operators],
+            "operators": [_record_of(op) for op in self.operators],
             "storages": [asdict(s) for s in self.storages],
         }
 
@@ -253,6 +260,14 @@ class CostGraph:
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:32]
 
 
+def _record_of(op: Operator) -> dict[str, Any]:
+    """An operator as plain data; ``rewrites``, which hardly any has, only where there are."""
+    record = asdict(op)
+    if not op.rewrites:
+        del record["rewrites"]
+    return record
+
+
 def _records(data: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
     """The objects in a list, each with its place."""
     records = data.get(key)
@@ -272,6 +287,8 @@ def _operator(place: str, record: Mapping[str, Any]) -> Operator:
     for key in ("inputs", "outputs"):
         if key in fields:
             fields[key] = tuple(fields[key])
+    if "rewrites" in fields:
+        fields["rewrites"] = tuple(map(tuple, fields["rewrites"]))
     return Operator(**fields)
 
 
@@ -292,6 +309,10 @@ def _is_indices(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(map(_is_count, value))
 
 
+def _is_rewrites(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_indices(x) and len(x) == 3 for x in value)
+
+
 _OPERATOR_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_text, "a text"),
     "target": (_is_text, "a text"),
@@ -304,6 +325,7 @@ _OPERATOR_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "ordered": (lambda value: isinstance(value, bool), "true or false"),
     "module_path": (_is_text, "a text"),
     "source": (_is_text, "a text"),
+    "rewrites": (_is_rewrites, "a list of (input, output, nanoseconds)"),
 }
 _STORAGE_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_is_text, "a text"),
@@ -357,13 +379,27 @@ def _validate(graph: CostGraph) -> None:
         for k in op.outputs:
             if graph.storages[k].producer != v:
                 raise ValueError(f"storage {graph.storages[k].name!r} has two producers")
+        _validate_rewrites(graph, op)
         produced.update(op.outputs)
     total_bytes = sum(s.size_bytes for s in graph.storages)
     total_bytes += max((op.workspace_bytes for op in graph.operators), default=0)
-    total_ns = sum(op.cost_ns for op in graph.operators)
+    total_ns = sum(op.cost_ns + sum(ns for _, _, ns in op.rewrites) for op in graph.operators)
     for total, unit in ((total_bytes, "bytes"), (total_ns, "ns")):
         if total > MAX_TOTAL:
             raise ValueError(
                 f"all sizes or times together are more than {MAX_TOTAL} {unit}, with which solvers "
                 "cannot reckon: are they in the right units?"
             )
+
+
+def _validate_rewrites(graph: CostGraph, op: Operator) -> None:
+    for old, new, copy_ns in op.rewrites:
+        if old not in op.inputs or new not in op.outputs:
+            raise ValueError(f"operator {op.name!r} writes over what it does not read or allocate")
+        before, after = graph.storages[old], graph.storages[new]
+        own = before.producer is not None and not before.kept
+        if not own or before.size_bytes != after.size_bytes or copy_ns < 0:
+            raise ValueError(f"operator {op.name!r} cannot write {after.name!r} to {before.name!r}")
+    for place in (0, 1):
+        if len({rewrite[place] for rewrite in op.rewrites}) < len(op.rewrites):
+            raise ValueError(f"operator {op.name!r} writes over one storage twice")

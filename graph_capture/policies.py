@@ -141,6 +141,7 @@ class _Repeater:
             if repeats and self._graph.storages[k].kept
         )
         moved = {k: new for k, new in at.items() if k not in own}
+        copied = [r for r in op.rewrites if repeats and self._graph.storages[r[1]].kept]
         new = len(self._operators)
         if v in self._captured.state_of:
             self._state_of[new] = self._index[self._captured.state_of[v]]
@@ -162,9 +163,15 @@ class _Repeater:
                 outputs=tuple(
                     moved.get(k, k) for k in op.outputs if not (repeats and k not in moved)
                 ),
+                cost_ns=op.cost_ns + sum(ns for _, _, ns in copied),
                 workspace_bytes=op.workspace_bytes + copies_bytes,
                 phase="backward" if repeats else op.phase,
                 ordered=op.ordered and not repeats,
+                rewrites=tuple(
+                    (moved.get(old, old), moved.get(new, new), ns)
+                    for old, new, ns in op.rewrites
+                    if (old, new, ns) not in copied
+                ),
             )
         )
         if not repeats:

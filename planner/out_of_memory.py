@@ -220,7 +220,8 @@ def _live(plan: Plan, moment: int) -> list[int]:
 def _taken_bytes(plan: Plan, moment: int) -> int:
     """What a run takes beside what is there: its outputs and its scratch."""
     operator = plan.graph.operators[plan.schedule.order[moment]]
-    outputs = sum(plan.graph.storages[k].size_bytes for k in operator.outputs)
+    over = {new for run, _, new in plan._replay.in_place if run == moment}
+    outputs = sum(plan.graph.storages[k].size_bytes for k in operator.outputs if k not in over)
     return outputs + operator.workspace_bytes
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import TensorSpec, difference, moved, parse_dtype, specs_of
 from graph_capture.captured_step import CapturedStep, capture_step
-from graph_capture.cost_graph import CostGraph
+from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
 from graph_capture.errors import CaptureError, NotFittingError
 from graph_capture.outcomes import OutcomeMismatchError
@@ -138,8 +138,21 @@ def _priced_as_planned(planned: CostGraph, found: CostGraph, measured: bool) -> 
         workspace_bytes = here.workspace_bytes
         if measured or here.phase in ("loss", "optimizer"):
             workspace_bytes = max(workspace_bytes, there.workspace_bytes)
-        operators.append(replace(here, cost_ns=there.cost_ns, workspace_bytes=workspace_bytes))
+        operators.append(
+            replace(
+                here,
+                cost_ns=there.cost_ns,
+                workspace_bytes=workspace_bytes,
+                rewrites=_priced_rewrites(there, here),
+            )
+        )
     return CostGraph(tuple(operators), found.storages)
+
+
+def _priced_rewrites(there: Operator, here: Operator) -> tuple[tuple[int, int, int], ...]:
+    """Copies at the plan's times; an older plan has them in the operator's own."""
+    known = {new: ns for _, new, ns in there.rewrites}
+    return tuple((old, new, known.get(new, 0)) for old, new, _ in here.rewrites)
 
 
 def _judge(plan: Plan, graph: CostGraph) -> None:

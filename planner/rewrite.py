@@ -25,7 +25,7 @@ from graph_capture.blocks import OperatorCode
 from graph_capture.captured_step import CapturedStep
 from graph_capture.purity import draws, repeated_arguments
 from graph_capture.recorder import storage_id
-from solvers.replay import InvalidScheduleError
+from solvers.replay import InvalidScheduleError, replay
 from solvers.schedule import Schedule
 
 from .fast_calls import fast_call
@@ -68,11 +68,12 @@ def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
     """Build the graphs that run ``schedule``, which must have passed replay."""
     at_loss = schedule.order.index(captured.loss)
     repeated = set(schedule.recomputed())
-    forward = _Emitter(captured, repeated, earlier=None)
+    in_place = replay(captured.graph, schedule).in_place
+    forward = _Emitter(captured, repeated, in_place, earlier=None)
     forward.run(schedule.order[:at_loss])
     outputs = [forward.value(node) for node in captured.step.outputs]
 
-    backward = _Emitter(captured, repeated, earlier=forward)
+    backward = _Emitter(captured, repeated, in_place, earlier=forward)
     for tangent in captured.step.tangents:
         backward.declare(tangent)
     backward.run(schedule.order[at_loss + 1 :], at_loss + 1)
@@ -103,10 +104,15 @@ class _Emitter:
     """Emits operators into one graph and knows where every storage's value is."""
 
     def __init__(
-        self, captured: CapturedStep, repeated: set[int], earlier: _Emitter | None
+        self,
+        captured: CapturedStep,
+        repeated: set[int],
+        in_place: Collection[tuple[int, int, int]],
+        earlier: _Emitter | None,
     ) -> None:
         self._captured = captured
         self._repeated = repeated
+        self._in_place = in_place  # which runs of the schedule write which output over what
         self._earlier = earlier
         self._has_run: set[int] = set() if earlier is None else set(earlier._has_run)
         self.graph = Graph()
@@ -245,8 +251,9 @@ class _Emitter:
         for old, new in code.clones:
             for carrier in self._captured.carriers[new]:
                 source = self._lookup(carrier, old)
-                clone = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
-                fresh[new, carrier] = clone
+                if (self._moment, old, new) not in self._in_place:
+                    source = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
+                fresh[new, carrier] = source
         for k in code.blanks:
             for carrier in self._captured.carriers[k]:
                 fresh[k, carrier] = self._blank(carrier)

@@ -40,9 +40,17 @@ class GraphArrays(NamedTuple):
     kept: ByteArray
     cost: IntArray
     workspace: IntArray
+    """Less what is written over: no less than this is needed beside inputs and outputs."""
+    over_ptr: IntArray
+    over_idx: IntArray
+    """Inputs of each operator that it writes over where their value is not read again."""
+    over_ns: IntArray
+    """Time of a copy of each of them, where it is."""
     pinned: ByteArray
     ordered: ByteArray
     resident_bytes: int
+    loss: int
+    """Index of the operator between forward and backward; -1 when there is none."""
 
     @property
     def num_operators(self) -> int:
@@ -57,6 +65,9 @@ class GraphArrays(NamedTuple):
 
     def outputs(self, v: int) -> IntArray:
         return self.out_idx[self.out_ptr[v] : self.out_ptr[v + 1]]
+
+    def written_over(self, v: int) -> IntArray:
+        return self.over_idx[self.over_ptr[v] : self.over_ptr[v + 1]]
 
     def positions(self, k: int) -> IntArray:
         return self.pos_idx[self.pos_ptr[k] : self.pos_ptr[k + 1]]
@@ -77,6 +88,8 @@ def graph_arrays(graph: CostGraph) -> GraphArrays:
     in_ptr, in_idx = _csr(inputs)
     out_ptr, out_idx = _csr([op.outputs for op in graph.operators])
     pos_ptr, pos_idx = _csr(positions)
+    over = [[old for old, _, _ in op.rewrites] for op in graph.operators]
+    over_ptr, over_idx = _csr(over)
     return GraphArrays(
         in_ptr=in_ptr,
         in_idx=in_idx,
@@ -88,10 +101,17 @@ def graph_arrays(graph: CostGraph) -> GraphArrays:
         producer=_ints(-1 if s.producer is None else s.producer for s in graph.storages),
         kept=_ints(s.kept for s in graph.storages).astype(np.uint8),
         cost=_ints(op.cost_ns for op in graph.operators),
-        workspace=_ints(op.workspace_bytes for op in graph.operators),
+        workspace=_ints(
+            op.workspace_bytes - sum(graph.storages[k].size_bytes for k in ks)
+            for op, ks in zip(graph.operators, over, strict=True)
+        ),
+        over_ptr=over_ptr,
+        over_idx=over_idx,
+        over_ns=_ints(ns for op in graph.operators for _, _, ns in op.rewrites),
         pinned=_ints(op.pinned is not None for op in graph.operators).astype(np.uint8),
         ordered=_ints(op.ordered for op in graph.operators).astype(np.uint8),
         resident_bytes=graph.resident_bytes,
+        loss=next((v for v, op in enumerate(graph.operators) if op.phase == "loss"), -1),
     )
 
 

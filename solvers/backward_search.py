@@ -9,7 +9,8 @@ run its inputs were there in place of its outputs:
     (x, S) → (x,     S \\ out(u) ∪ in(u))          u runs again; u not pinned, out(u) ∩ S ≠ ∅
 
 The run needs what is in S after the step, what it allocates, its workspace, what
-is resident, and every kept storage made before x. Kept storages are in no S.
+is resident, and every kept storage made before x, but what it writes over, unless
+that is in S before the step, too. Kept storages are in no S.
 This is the black pebble game (Sethi, 1975) with weights, whose moves are read
 backward; a schedule whose first runs keep the base order is a path from (n, ∅)
 to (0, ∅), and its peak is the highest run of the path.
@@ -29,7 +30,8 @@ path is an optimal schedule. Integers all along: nothing is rounded.
 Imperfections: the states are many where a bound is far above what each operator
 needs by itself, and then the search is cut (in states first, so that results do
 not depend on the machine, and by the clock). An optimal schedule may run
-operators very often.
+operators very often. That nothing saved in forward is written over in backward
+(``Operator.rewrites``) the search does not know.
 """
 
 from __future__ import annotations
@@ -128,6 +130,10 @@ def least_memory_bound(
         left = again
         limit = min(MORE_STATES * limit, search.most_states)
     schedule = search.schedule()
+    if any(op.rewrites for op in graph.operators):
+        # The bound holds, the path may need more.
+        reached = replay(graph, schedule).peak_bytes <= max(search.bound, graph.resident_bytes)
+        return LeastBound(search.bound, schedule if reached else None, reached)
     if replay(graph, schedule).peak_bytes != max(search.bound, graph.resident_bytes):
         raise RuntimeError("the path of the backward search has another peak than its bound")
     return LeastBound(search.bound, schedule, True)
@@ -140,6 +146,8 @@ class _Moves(NamedTuple):
     in_idx: IntArray
     out_ptr: IntArray
     out_idx: IntArray
+    over_ptr: IntArray
+    over_idx: IntArray
     size: IntArray
     producer: IntArray
     pinned: ByteArray
@@ -249,6 +257,7 @@ def _moves_of(g: GraphArrays) -> tuple[_Moves, list[list[int]]]:
     there_bytes = np.full(n + 1, g.resident_bytes, dtype=np.int64)
     ins: list[IntArray] = []
     outs: list[IntArray] = []
+    over: list[IntArray] = []
     for v in range(n):
         made = g.outputs(v)
         again_bytes[v] = g.size[made].sum() + g.workspace[v]
@@ -256,6 +265,7 @@ def _moves_of(g: GraphArrays) -> tuple[_Moves, list[list[int]]]:
         there_bytes[v + 1] = there_bytes[v] + g.size[made[g.kept[made] > 0]].sum()
         ins.append(np.sort(number[g.inputs(v)][number[g.inputs(v)] >= 0]))
         outs.append(np.sort(number[made][number[made] >= 0]))
+        over.append(number[g.written_over(v)])
     forced: list[list[int]] = [[] for _ in range(n + 1)]
     for k in real.tolist():
         if g.pinned[g.producer[k]]:
@@ -263,11 +273,14 @@ def _moves_of(g: GraphArrays) -> tuple[_Moves, list[list[int]]]:
                 forced[x].append(int(number[k]))
     in_ptr, in_idx = _joined(ins)
     out_ptr, out_idx = _joined(outs)
+    over_ptr, over_idx = _joined(over)
     moves = _Moves(
         in_ptr=in_ptr,
         in_idx=in_idx,
         out_ptr=out_ptr,
         out_idx=out_idx,
+        over_ptr=over_ptr,
+        over_idx=over_idx,
         size=g.size[real],
         producer=g.producer[real],
         pinned=g.pinned,
@@ -400,6 +413,11 @@ def _explore(moves, states, before, x, words, weight, bound, ceiling, limit):  #
                 weight -= moves.size[u]
         if not is_first and highest != k:
             continue  # tried with the last of its outputs
+        copied = 0
+        for a in range(moves.over_ptr[run], moves.over_ptr[run + 1]):
+            u = moves.over_idx[a]
+            if words[u // 64] & (np.uint64(1) << np.uint64(u % 64)):
+                copied += moves.size[u]
         grows = False
         for a in range(moves.in_ptr[run], moves.in_ptr[run + 1]):
             u = moves.in_idx[a]
@@ -409,9 +427,9 @@ def _explore(moves, states, before, x, words, weight, bound, ceiling, limit):  #
                 words[u // 64] |= bit
                 weight += moves.size[u]
         if is_first:
-            during = weight + moves.first_bytes[run]
+            during = weight + copied + moves.first_bytes[run]
         else:
-            during = weight + moves.there_bytes[front] + moves.again_bytes[run]
+            during = weight + copied + moves.there_bytes[front] + moves.again_bytes[run]
         if during >= ceiling:
             continue
         if during <= bound and not grows:

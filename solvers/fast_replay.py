@@ -52,6 +52,13 @@ def replay_order(g, order, num_steps, memory):  # type: ignore[no-untyped-def]
     cost = 0
     distinct = 0
     last_ordered = -1
+    any_over = g.over_idx.size > 0
+    after = 0  # whether the loss has run
+    # Of the version that uses read: whether it was made after the loss, and the run that
+    # writes over it unless it is read again.
+    made_after = np.zeros(num_storages if any_over else 0, np.uint8)
+    over_at = np.full(num_storages if any_over else 0, -1, np.int64)
+    over_ns = np.zeros(num_storages if any_over else 0, np.int64)
     for i in range(num_steps):
         v = order[i]
         if runs[v]:
@@ -65,15 +72,34 @@ def replay_order(g, order, num_steps, memory):  # type: ignore[no-untyped-def]
                     return OUT_OF_ORDER, 0, 0
                 last_ordered = v
         cost += g.cost[v]
+        if v == g.loss:
+            after = 1
         for j in range(g.in_ptr[v], g.in_ptr[v + 1]):
             k = g.in_idx[j]
             if last_use[k] < 0:
                 return MISSING_INPUT, 0, 0
             if not g.kept[k]:
                 last_use[k] = i
+            if any_over and over_at[k] >= 0:  # it was a copy then
+                cost += over_ns[k]
+                memory[over_at[k]] += g.size[k]
+                memory[over_at[k] + 1] -= g.size[k]
+                over_at[k] = -1
+        for j in range(g.over_ptr[v], g.over_ptr[v + 1]):
+            k = g.over_idx[j]
+            if made_after[k] != after:
+                cost += g.over_ns[j]
+                memory[i] += g.size[k]
+                memory[i + 1] -= g.size[k]
+            else:
+                over_at[k] = i
+                over_ns[k] = g.over_ns[j]
         for j in range(g.out_ptr[v], g.out_ptr[v + 1]):
             k = g.out_idx[j]
             memory[i] += g.size[k]
+            if any_over:
+                made_after[k] = after
+                over_at[k] = -1
             if g.kept[k]:
                 if last_use[k] >= 0:
                     memory[i + 1] -= g.size[k]  # a duplicate dies at once

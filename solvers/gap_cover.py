@@ -17,7 +17,8 @@ Every such schedule satisfies it, so the optimum is a lower bound on the time
 that recomputation adds. It sees no recomputation chains (that what is made
 again needs its own inputs), so it is weak where chains are long. A linear
 programme, solved by HiGHS; the moments are those over the budget, thinned to
-the highest of every few neighbours.
+the highest of every few neighbours. What p writes over where it is not read again counts
+for nothing in memory(p): to let go of it there takes no gap.
 """
 
 from __future__ import annotations
@@ -52,7 +53,12 @@ def gap_cover(graph: CostGraph, budget_bytes: int, *, time_limit_s: float = 10.0
     """Bound the time of every schedule within ``budget_bytes`` in this base order."""
     budget_bytes = checked_budget(budget_bytes)
     g = graph_arrays(graph)
-    excess = np.array(replay(graph, Schedule.keep_all(graph)).memory_bytes) - budget_bytes
+    kept = replay(graph, Schedule.keep_all(graph))
+    excess = np.array(kept.memory_bytes) - budget_bytes
+    for p, op in enumerate(graph.operators):
+        for old, new, _ in op.rewrites:
+            if (p, old, new) not in kept.in_place:
+                excess[p] -= graph.storages[old].size_bytes
     moments = _thin(np.flatnonzero(excess > 0), excess)
     if len(moments) == 0:
         return GapCoverBound(graph.base_cost_ns, False)

@@ -38,6 +38,9 @@ class Replay:
     live
         For each version of a storage ``(storage, born, last)``: the runs
         between which it is alive, both included.
+    in_place
+        ``(run, input, output)``: which runs write an output over what they read last, whose
+        memory is the output's during the run.
     """
 
     peak_bytes: int
@@ -45,10 +48,12 @@ class Replay:
     cost_ns: int
     memory_bytes: tuple[int, ...]
     live: tuple[tuple[int, int, int], ...]
+    in_place: frozenset[tuple[int, int, int]] = frozenset()
 
     def live_at(self, step: int) -> tuple[int, ...]:
         """Storages with a version alive during run ``step``; doubled versions appear twice."""
-        return tuple(k for k, born, last in self.live if born <= step <= last)
+        over = {k for run, k, _ in self.in_place if run == step}
+        return tuple(k for k, born, last in self.live if born <= step <= last and k not in over)
 
     def __repr__(self) -> str:
         return (
@@ -76,6 +81,8 @@ def replay(graph: CostGraph, schedule: Schedule) -> Replay:
     last_use: list[int] = []
     runs = [0] * graph.num_operators
     last_ordered = -1
+    turn = num_steps  # the run of the loss: what is saved before it may be read twice after it
+    rewrites: list[tuple[int, int, int, int]] = []  # (step, version of the input, output, ns)
 
     for i, v in enumerate(order):
         if not 0 <= v < graph.num_operators:
@@ -91,6 +98,8 @@ def replay(graph: CostGraph, schedule: Schedule) -> Replay:
                 )
             last_ordered = v
         runs[v] += 1
+        if op.phase == "loss":
+            turn = min(turn, i)
         for k in op.inputs:
             if graph.storages[k].producer is None:
                 continue
@@ -99,6 +108,7 @@ def replay(graph: CostGraph, schedule: Schedule) -> Replay:
                     f"run {i}, {op.name!r}, reads {graph.storages[k].name!r} before it is computed"
                 )
             last_use[version[k]] = max(last_use[version[k]], i)
+        rewrites += [(i, version[old], new, ns) for old, new, ns in op.rewrites]
         for k in op.outputs:
             births.append((k, i))
             if graph.storages[k].kept and k in version:
@@ -111,7 +121,18 @@ def replay(graph: CostGraph, schedule: Schedule) -> Replay:
     if missing:
         raise InvalidScheduleError(f"{len(missing)} operators never run, {missing[0]!r} first")
 
+    copies_ns = 0
+    in_place: set[tuple[int, int, int]] = set()
     delta = [0] * (num_steps + 1)
+    for i, old, new, copy_ns in rewrites:
+        k, born = births[old]
+        if last_use[old] == i and not born < turn <= i:
+            in_place.add((i, k, new))
+            delta[i] -= graph.storages[k].size_bytes
+            delta[i + 1] += graph.storages[k].size_bytes
+        else:
+            copies_ns += copy_ns
+
     for (k, born), last in zip(births, last_use, strict=True):
         delta[born] += graph.storages[k].size_bytes
         delta[last + 1] -= graph.storages[k].size_bytes
@@ -124,7 +145,8 @@ def replay(graph: CostGraph, schedule: Schedule) -> Replay:
     return Replay(
         peak_bytes=peak,
         peak_step=memory.index(peak) if memory else 0,
-        cost_ns=sum(graph.operators[v].cost_ns for v in order),
+        cost_ns=sum(graph.operators[v].cost_ns for v in order) + copies_ns,
         memory_bytes=tuple(memory),
         live=tuple((k, born, last) for (k, born), last in zip(births, last_use, strict=True)),
+        in_place=frozenset(in_place),
     )

@@ -102,6 +102,12 @@ class StepLine:
                 op,
                 cost_ns=between(op.cost_ns, other.cost_ns),
                 workspace_bytes=between(op.workspace_bytes, other.workspace_bytes),
+                rewrites=tuple(
+                    (old, new, between(ns, other_ns))
+                    for (old, new, ns), (_, _, other_ns) in zip(
+                        op.rewrites, other.rewrites, strict=True
+                    )
+                ),
             )
             for op, other in zip(low.operators, high.operators, strict=True)
         )

@@ -146,7 +146,10 @@ def _resident_group(storage: Storage) -> str:
 
 def _versions(outcome: Replay) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Storage, first and last run of each version."""
-    live = np.array(outcome.live, dtype=np.int64).reshape(-1, 3)
+    over = {(k, run) for run, k, _ in outcome.in_place}  # the output's from that run on
+    live = np.array(
+        [(k, born, last - ((k, last) in over)) for k, born, last in outcome.live], dtype=np.int64
+    ).reshape(-1, 3)
     return live[:, 0], live[:, 1], live[:, 2]
 
 

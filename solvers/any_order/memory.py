@@ -94,5 +94,6 @@ def needs_in_any_order(graph: CostGraph) -> list[int]:
             if storage.kept or (graph.operators[u].pinned is not None and read_later):
                 there.add(k)
         num_bytes = sum(graph.storages[k].size_bytes for k in there)
+        num_bytes -= sum(graph.storages[old].size_bytes for old, _, _ in op.rewrites)
         need.append(graph.resident_bytes + op.workspace_bytes + num_bytes)
     return need

@@ -83,7 +83,13 @@ def moccasin(
     """
     if num_runs < 1:
         raise ValueError(f"an operator runs at least once, not {num_runs} times")
-    search = _Search(state, graph_arrays(state.graph), seed, workers, num_runs)
+    g = graph_arrays(state.graph)
+    # CP-SAT takes no demand below zero: what is there all the while stands for the difference.
+    below_bytes = max(0, -int(g.workspace.min(initial=0)))
+    g = g._replace(
+        workspace=g.workspace + below_bytes, resident_bytes=g.resident_bytes - below_bytes
+    )
+    search = _Search(state, g, seed, workers, num_runs)
     start = _start(state, num_runs)
     if start is None:
         start = search.fit()

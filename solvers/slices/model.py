@@ -13,7 +13,8 @@ w workspaces, B the budget less what is resident.
     (2) recomputation    L[u,t-1] + R[prod(u),t] ≥ R[f,t] every input u of f
     (3) residency        L[k,t] ≤ L[k,t-1] + R[prod(k),t] k made before interval t
     (4) memory           Σ m_k L[k,t] ≤ B - m(touched) - w(p)   over k untouched by p, the
-                         operator of slice t; touched are its inputs and outputs
+                         operator of slice t; touched are its inputs and outputs, but what
+                         it writes over only where that stays
     and memory while something runs again, (5)–(8) in ``slices/transients.py``.
 
 With R whole, the least L that satisfies (1)–(3) is whole too, so L need not be
@@ -204,7 +205,7 @@ def _add_memory(
     touched = np.union1d(g.inputs(p), g.outputs(p))
     left = room - int(g.size[touched].sum()) - int(g.workspace[p])
     cols = columns.l_col[t].copy()
-    cols[touched] = ABSENT
+    cols[np.setdiff1d(touched, g.written_over(p))] = ABSENT
     left -= int(g.size[cols == ALWAYS].sum())
     ks = np.flatnonzero((cols >= 0) & (g.size * scale > TINY))
     rows.add_one(cols[ks], (g.size[ks] * scale).astype(np.float64), left * scale)

@@ -98,6 +98,8 @@ class TransientRows:
         inputs = g.inputs(stage.interval.end - 1)
         after[inputs[g.producer[inputs] < stage.interval.begin]] = ALWAYS
         touched = np.union1d(g.inputs(f), g.outputs(f))
+        own = int(g.size[touched].sum()) + int(g.workspace[f])
+        touched = np.setdiff1d(touched, g.written_over(f))  # it is there beside what is written
         throughout = (stage.before != ABSENT) & (after != ABSENT) & (g.size > 0)
         throughout[touched] = False
         parts: list[tuple[int, int]] = []
@@ -113,7 +115,6 @@ class TransientRows:
                     self._throughout[place] = self._cross((before,), (int(after[k]),), less)
                 col = self._throughout[place]
             parts.append((col, int(g.size[k])))
-        own = int(g.size[touched].sum()) + int(g.workspace[f])
         self._limit([*parts, (int(stage.again[f]), own)])
 
     def add_exclusion(self, stage: Stage) -> None:
@@ -143,6 +144,8 @@ class TransientRows:
         x_reads = set(g.inputs(x).tolist())
         outputs = g.outputs(f)
         touched = {*g.inputs(f).tolist(), *outputs.tolist()}
+        own = int(g.size[list(touched)].sum()) + int(g.size[outputs[g.kept[outputs] > 0]].sum())
+        touched -= set(g.written_over(f).tolist())
         parts: list[tuple[int, int]] = []
         for k in np.flatnonzero((g.size > 0) & (g.producer >= 0) & (g.producer < x)).tolist():
             if k in touched:
@@ -164,7 +167,6 @@ class TransientRows:
                 parts.append((needed[0], size))
             else:
                 parts.append((self._cross(there, needed), size))
-        own = int(g.size[list(touched)].sum()) + int(g.size[outputs[g.kept[outputs] > 0]].sum())
         self._limit([*parts, (int(stage.again[f]), own + int(g.workspace[f]))])
 
     def _cross(

@@ -14,6 +14,9 @@ the end, and every path is such a schedule. What the rules of
   path still holds the old one, there is a path as cheap that let go of it.
 - A kept storage stays from its first version on. Another run of its producer
   makes a duplicate, which is there during that run only.
+- What a run writes over is not there beside the output unless it stays after the run;
+  if it stays it is copied, which takes time. (Where nothing is saved for a second
+  backward pass: for graphs without a loss.)
 - During a run there are the resident storages, what is in memory before, all
   that the run allocates, read or not, and its workspace. What is in memory
   before and neither used by the run nor later is the first point's to drop.
@@ -24,7 +27,7 @@ Written to be believed: nothing of the code under test is used.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -44,16 +47,22 @@ def least_cost(graph: CostGraph, budget_bytes: int, *, checkmate_class: bool = F
         most once and in base order: those that Checkmate's formulation (Jain
         et al., arXiv:1910.02653, Section 4) can express.
     """
-    order = cheapest_order(graph, budget_bytes, checkmate_class=checkmate_class)
-    return None if order is None else sum(graph.operators[v].cost_ns for v in order)
+    return _cheapest(graph, budget_bytes, checkmate_class=checkmate_class)[0]
 
 
 def cheapest_order(
     graph: CostGraph, budget_bytes: int, *, checkmate_class: bool = False
 ) -> tuple[int, ...] | None:
-    """A schedule of :func:`least_cost`, as the order of its runs. Dijkstra's algorithm."""
+    """A schedule of :func:`least_cost`, as the order of its runs."""
+    return _cheapest(graph, budget_bytes, checkmate_class=checkmate_class)[1]
+
+
+def _cheapest(
+    graph: CostGraph, budget_bytes: int, *, checkmate_class: bool
+) -> tuple[int, tuple[int, ...]] | tuple[None, None]:
+    """Cost and order of the cheapest schedule. Dijkstra's algorithm."""
     if graph.resident_bytes > budget_bytes:
-        return None
+        return None, None
     steps = _Steps(graph, checkmate_class)
     start = _State(front=0, alive=frozenset(), floor=-1)
     cost_to = {start: 0}
@@ -65,18 +74,19 @@ def cheapest_order(
         if cost > cost_to[state]:
             continue
         if state.front == graph.num_operators:
-            return _walk_back(came_from, state)
+            return cost, _walk_back(came_from, state)
         for v, memory_bytes, successors in steps.of(state):
-            if memory_bytes > budget_bytes:
-                continue
-            new_cost = cost + graph.operators[v].cost_ns
             for successor in successors:
+                copies = steps.copies(v, successor)
+                if memory_bytes + steps.size(copies) > budget_bytes:
+                    continue
+                new_cost = cost + graph.operators[v].cost_ns + sum(copies.values())
                 if successor not in cost_to or new_cost < cost_to[successor]:
                     cost_to[successor] = new_cost
                     came_from[successor] = (state, v)
                     pushed += 1
                     heapq.heappush(queue, (new_cost, pushed, successor))
-    return None
+    return None, None
 
 
 def least_memory_exact(graph: CostGraph) -> int:
@@ -96,9 +106,9 @@ def least_memory_exact(graph: CostGraph) -> int:
             continue
         if state.front == graph.num_operators:
             return peak
-        for _, memory_bytes, successors in steps.of(state):
-            new_peak = max(peak, memory_bytes)
+        for v, memory_bytes, successors in steps.of(state):
             for successor in successors:
+                new_peak = max(peak, memory_bytes + steps.size(steps.copies(v, successor)))
                 if successor not in peak_to or new_peak < peak_to[successor]:
                     peak_to[successor] = new_peak
                     pushed += 1
@@ -132,7 +142,10 @@ class _Steps:
         self.of_use = [self._of_use(front) for front in range(graph.num_operators + 1)]
 
     def of(self, state: _State) -> Iterator[tuple[int, int, Iterator[_State]]]:
-        """``(operator, memory while it runs, states after it)`` of every possible run."""
+        """``(operator, memory while it runs, states after it)`` of every possible run.
+
+        The memory is without the copies of what it would write over.
+        """
         graph = self.graph
         for v in range(state.floor + 1, state.front + 1):
             op = graph.operators[v]
@@ -143,11 +156,20 @@ class _Steps:
             duplicates = [k for k in op.outputs if again and graph.storages[k].kept]
             memory_bytes = (
                 graph.resident_bytes
-                + self._size(there)
-                + self._size(duplicates)
+                + self.size(there)
+                + self.size(duplicates)
                 + op.workspace_bytes
+                - self.size([old for old, _, _ in op.rewrites])
             )
             yield v, memory_bytes, self._after(state, v, there)
+
+    def copies(self, v: int, after: _State) -> dict[int, int]:
+        """What ``v`` may not write over, because it stays, and the time of its copy."""
+        return {
+            old: copy_ns
+            for old, _, copy_ns in self.graph.operators[v].rewrites
+            if old in after.alive
+        }
 
     def _after(self, state: _State, v: int, there: frozenset[int]) -> Iterator[_State]:
         """Each way to let go of some of what ``v`` touched; what is of no more use goes always."""
@@ -158,7 +180,8 @@ class _Steps:
         touched = self.reads[v].union(self.graph.operators[v].outputs)
         free_to_go = [k for k in touched if not storages[k].kept]
         stay = there.difference(k for k in free_to_go if k not in self.of_use[front])
-        open_ks = [k for k in free_to_go if k in stay and storages[k].size_bytes > 0]
+        over = {old for old, _, _ in self.graph.operators[v].rewrites}
+        open_ks = [k for k in free_to_go if k in stay and (storages[k].size_bytes > 0 or k in over)]
         for count in range(len(open_ks) + 1):
             for dropped in combinations(open_ks, count):
                 yield _State(front, stay.difference(dropped), floor)
@@ -172,7 +195,7 @@ class _Steps:
                 of_use |= self.reads[v]
         return frozenset(of_use)
 
-    def _size(self, storages: frozenset[int] | list[int]) -> int:
+    def size(self, storages: Iterable[int]) -> int:
         return sum(self.graph.storages[k].size_bytes for k in storages)
 
 

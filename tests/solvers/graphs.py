@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -48,6 +49,22 @@ def cost_graphs(draw: st.DrawFn, max_operators: int = 6) -> CostGraph:
                 ordered=draw(st.booleans()),
             )
         )
+    return CostGraph(tuple(operators), tuple(storages))
+
+
+@st.composite
+def overwriting_graphs(draw: st.DrawFn, max_operators: int = 6) -> CostGraph:
+    """A random step of which some operators write over what they read."""
+    graph = draw(cost_graphs(max_operators=max_operators))
+    storages = list(graph.storages)
+    operators = list(graph.operators)
+    for v, op in enumerate(operators):
+        olds = [k for k in op.inputs if storages[k].producer is not None and not storages[k].kept]
+        if not olds or not op.outputs or draw(st.sampled_from([False, False, True])):
+            continue
+        old, new = draw(st.sampled_from(olds)), op.outputs[0]
+        storages[new] = replace(storages[new], size_bytes=storages[old].size_bytes)
+        operators[v] = replace(op, rewrites=((old, new, draw(st.integers(0, 4))),))
     return CostGraph(tuple(operators), tuple(storages))
 
 

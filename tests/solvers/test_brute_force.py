@@ -13,7 +13,7 @@ from solvers.replay import InvalidScheduleError, replay
 from solvers.schedule import Schedule
 
 from .brute_force import cheapest_order, least_cost, least_memory_exact
-from .graphs import cost_graphs, random_dag, training_chain
+from .graphs import cost_graphs, overwriting_graphs, random_dag, training_chain
 
 MOST_RECOMPUTATIONS = 5
 
@@ -60,6 +60,7 @@ def outcomes(graph: CostGraph) -> list[tuple[int, int, bool]]:
 @given(
     graph=st.one_of(
         cost_graphs(max_operators=4),
+        overwriting_graphs(max_operators=4),
         st.integers(0, 10**6).map(lambda seed: random_dag(seed, max_operators=4)),
     )
 )
