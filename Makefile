@@ -1,6 +1,7 @@
 # Every target sets up what it needs: on a fresh machine `make demo` is enough.
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -8,22 +9,27 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-seeds bench-small sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
+.PHONY: help setup demo docs test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-seeds bench-small sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## create .venv and install everything, once
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 ..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)  ## train GPT-2 at half its memory
 	$(BIN)/python -m planner.demo
+
+docs: $(STAMP)  ## build the documentation into build/site
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet \
+		-c docs/site -d build/site-cache docs build/site
+	@echo "built build/site/index.html"
 
 test: $(STAMP)  ## the tests that take a moment
 	$(PYTEST)
