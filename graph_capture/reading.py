@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .clocks import ClocksMet
 from .foreign_generators import ForeignGenerators
 from .holders import dict_of, in_class, may_change, weakly
 from .ledger import Change, Ledger, slots_of
@@ -115,6 +116,7 @@ class Watcher:
         self.outside = Ledger()  # what closures, globals and objects that were met held
         self._modules = ModulesMet(self.outside.names)
         self.generators = ForeignGenerators()
+        self.clocks = ClocksMet()
         self.settled: list[Change] = []  # what forward changes once, of what it reads
         self.replaceable: set[str] = set()  # attributes whose tensors are inputs of the step
         # What was asked for its attributes by vars() or ``__dict__``, and by which code.
@@ -351,6 +353,7 @@ class Watcher:
             self._asks_past_classes(code)
         if not is_library(code):
             self._modules.imports_of(code, table.get("__package__"))
+            self.clocks.look(code, table, [names[1:] for names in names_in(code) if not names[0]])
             if "globals" in code.co_names:
                 for name in strings_in(code) & table.keys():
                     self._follow(f"global {name!r}", Where.TABLE, table, name, (), code)

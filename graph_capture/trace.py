@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from .absent_cuda import ensure_cuda_guard
+from .alike import calls_of, same_step
 from .call_spec import objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
+from .clocks import ClocksMet
 from .cuda_choices import choices_of_cuda, refuse_recurrent
 from .errors import CaptureError, NotFittingError
 from .failures import explain_failures
@@ -73,30 +75,39 @@ def trace_step(
     target = target or target_of(model, tensors_of(arguments))
     forward = forward or model.forward
 
-    def traced() -> tuple[TracedStep, list[Change]]:
+    def traced() -> tuple[TracedStep, list[Change], ClocksMet]:
         return _first_that_works(model, arguments, loss, forward, target, taken)
 
-    step, settled = traced()
+    step, settled, clocks = traced()
+    if clocks.where is not None:
+        with clocks.shifted():
+            try:
+                alike = same_step(traced()[0], step)
+            except CaptureError:
+                logger.debug("not captured at another time", exc_info=True)
+                alike = False
+        if not alike:
+            raise NotFittingError(
+                f"forward reads a clock ({clocks.where}) and goes by what it shows, which a plan "
+                "would repeat for ever; read it in the training loop, and pass what it shows as "
+                "an argument, in a tensor"
+            )
     if settled:
         with undisturbed(model, objects_of(arguments)):
             for change in settled:
                 make_again(change)
             try:
-                second, _ = traced()
+                second, *_ = traced()
             except CaptureError:  # half of a first call's changes: nothing follows from that
                 logger.debug("a second call could not be captured", exc_info=True)
                 return step
-        if _calls_of(second) != _calls_of(step):
+        if calls_of(second) != calls_of(step):
             name = f"{settled[0].label}.{settled[0].key}".lstrip(".")
             raise NotFittingError(
                 f"the second call of forward does something else than the first, which sets "
                 f"attribute {name!r} to {brief(settled[0].now)}; run the model once before planning"
             )
     return step
-
-
-def _calls_of(step: TracedStep) -> list[str]:
-    return [f"{n.name} {n.target} {n.args} {n.kwargs}" for n in step.graph.nodes]
 
 
 def _first_that_works(
@@ -106,8 +117,8 @@ def _first_that_works(
     forward: Callable[..., Any],
     target: Target,
     taken: TakenPath | None,
-) -> tuple[TracedStep, list[Change]]:
-    """The step, and what forward changes once of what it reads."""
+) -> tuple[TracedStep, list[Change], ClocksMet]:
+    """The step, what forward changes once of what it reads, and the clocks that it names."""
     if target.imitated:
         refuse_recurrent(model)
         ensure_cuda_guard()
@@ -148,7 +159,7 @@ def _first_that_works(
                     watcher.outside.put_back()
                     watcher.generators.put_back()
             # What was read is what lies there once forward's own changes are undone.
-            return replace(step, reads=watcher.reads()), watcher.settled
+            return replace(step, reads=watcher.reads()), watcher.settled, watcher.clocks
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:  # whatever user code raises on stand-ins ends this attempt

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
+import logging
+import time
 from collections.abc import Callable
+from datetime import datetime as datetime_of_user
+from time import time_ns as seconds
 
 import numpy as np
 import pytest
@@ -143,3 +148,93 @@ def test_an_array_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) 
             return self.a(x) * self.table[5]
 
     assert reads_of(ReadsBuffer()).difference() is None
+
+
+class ByTime(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * (time.time() % 7)
+
+
+class ByName(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * float(seconds())
+
+
+class ByDuration(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        before = time.perf_counter()
+        h = self.a(x)
+        return h * round(time.perf_counter() - before)
+
+
+class ByDate(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * datetime.datetime.now().year
+
+
+class ByDay(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * (datetime_of_user.today().weekday() + 1)
+
+
+class ByCalendar(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * time.gmtime().tm_year
+
+
+class ByImport(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        import time as clock
+
+        return self.a(x) + torch.tensor(clock.monotonic())
+
+
+class Branches(Three):
+    def prepare(self) -> None:
+        self.began = time.time()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return h if time.time() - self.began < 3600 else h.relu()
+
+
+class HandsOut(Three):
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        return self.a(x), time.time()
+
+
+BY_CLOCK = (ByTime, ByName, ByDuration, ByDate, ByDay, ByCalendar, ByImport, Branches, HandsOut)
+
+
+@pytest.mark.parametrize("kind", BY_CLOCK)
+def test_forward_that_goes_by_a_clock_is_refused(kind: type[nn.Module]) -> None:
+    """The function that reads the clock is named, and the clocks are as before."""
+    before = dict(vars(time)), dict(vars(datetime)), seconds, datetime_of_user
+    with pytest.raises(CaptureError, match=r"reads a clock \(test_silent_reads\.py, in forward"):
+        reads_of(kind())
+    assert before == (vars(time), vars(datetime), seconds, datetime_of_user)
+
+
+class Logs(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        before = time.perf_counter()
+        h = self.a(x)
+        logging.getLogger(__name__).debug("took %s s", time.perf_counter() - before)
+        return self.c(h)
+
+
+class IsGiven(Three):
+    def forward(self, x: Tensor, now: Tensor) -> Tensor:
+        return self.a(x) * now
+
+
+def test_a_clock_for_a_log_is_planned() -> None:
+    """What it shows goes into nothing that is computed."""
+    assert reads_of(Logs()).difference() is None
+
+
+def test_what_a_clock_shows_may_be_an_argument() -> None:
+    """As the error says."""
+    model = IsGiven()
+    arguments = bind_call(model.forward, (normal(0, 16, WIDTH), torch.tensor(time.time())), {})
+    assert trace_step(model, arguments, mean_square).reads.difference() is None

@@ -1,0 +1,159 @@
+"""Clocks that forward reads, and whether what they show goes into what it computes.
+
+A model may take the time for a log, which a plan need not repeat, or compute with
+it, which a plan would do with the one reading for ever. Which of the two it is is
+found out by capturing the step once more under clocks that show another time.
+
+Known imperfection: a clock that is read by code of an installed package, or in C,
+is not seen.
+"""
+
+from __future__ import annotations
+
+import datetime
+import dis
+import threading
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .named_reads import with_inner
+
+_NAMES = frozenset(
+    f"{name}{unit}"
+    for name in ("time", "perf_counter", "monotonic", "process_time", "thread_time")
+    for unit in ("", "_ns")
+)
+_CALENDARS = frozenset({"gmtime", "localtime"})
+_DATES = (datetime.datetime, datetime.date)
+_ASKS = frozenset({"now", "utcnow", "today"})
+_MODULES = ("time", "datetime")
+_SHIFT_S = 34_862_417.31  # another year, month, day of the week, hour and second
+_STEP_S = 17.3  # between two readings, so that what is between them is another time, too
+
+
+class ClocksMet:
+    """Which functions of the user's name a clock, and by which globals of their own."""
+
+    def __init__(self) -> None:
+        self.where: str | None = None
+        self._tables: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+
+    def look(
+        self,
+        code: types.CodeType,
+        table: dict[str, Any],
+        names: Iterable[tuple[str, tuple[str, ...]]],
+    ) -> None:
+        """Look at a function.
+
+        Parameters
+        ----------
+        table
+            Its globals.
+        names
+            Those that it names, each with the attributes that are asked of it.
+        """
+        for name, attributes in names:
+            value = table.get(name)
+            if _is_clock(value) or _asks_for_clock(value, attributes):
+                self._note(code)
+                self._tables[id(table), name] = (table, name)
+        for function in with_inner(code):
+            for instruction in dis.get_instructions(function):
+                if instruction.opname == "IMPORT_NAME" and instruction.argval in _MODULES:
+                    self._note(code)
+
+    def _note(self, code: types.CodeType) -> None:
+        if self.where is None:
+            self.where = f"{code.co_filename.rpartition('/')[2]}, in {code.co_name}"
+
+    @contextmanager
+    def shifted(self) -> Iterator[None]:
+        """While active, the clocks show another time to this thread."""
+        clocks = _Shifted()
+        undo: list[tuple[dict[str, Any], str, Any]] = []
+
+        def exchange(table: dict[str, Any], name: str) -> None:
+            shown = clocks.instead_of(table[name])
+            if shown is not None:
+                undo.append((table, name, table[name]))
+                table[name] = shown
+
+        try:
+            for name in sorted((_NAMES | _CALENDARS) & vars(time).keys()):
+                exchange(vars(time), name)
+            for name in ("datetime", "date"):
+                exchange(vars(datetime), name)
+            for table, name in self._tables.values():
+                exchange(table, name)
+            yield
+        finally:
+            for table, name, value in reversed(undo):
+                table[name] = value
+
+
+class _Shifted:
+    """Makes clocks that are ahead, further with each reading."""
+
+    def __init__(self) -> None:
+        self._mine = threading.get_ident()
+        self._num_read = 0
+
+    def _ahead_s(self) -> float:
+        if threading.get_ident() != self._mine:
+            return 0.0
+        self._num_read += 1
+        return _SHIFT_S + self._num_read * _STEP_S
+
+    def instead_of(self, clock: Any) -> Any:
+        """What stands in for a clock; ``None`` for something else."""
+        if isinstance(clock, type) and clock in _DATES:
+            return self._date(clock)
+        if not _is_clock(clock):
+            return None
+        if clock.__name__ in _CALENDARS:
+            now = time.time
+            return lambda seconds=None: clock(
+                now() + self._ahead_s() if seconds is None else seconds
+            )
+        per_second = 10**9 if clock.__name__.endswith("_ns") else 1
+
+        def ahead() -> Any:
+            shown = clock()
+            return shown + type(shown)(self._ahead_s() * per_second)
+
+        return ahead
+
+    def _date(self, kind: Any) -> Any:
+        def asked(name: str) -> Callable[..., Any]:
+            own = getattr(kind, name)
+
+            def answer(_cls: Any, *args: Any, **kwargs: Any) -> Any:
+                return own(*args, **kwargs) + datetime.timedelta(seconds=self._ahead_s())
+
+            return answer
+
+        asks = {name: classmethod(asked(name)) for name in _ASKS if hasattr(kind, name)}
+        return type(kind.__name__, (kind,), asks)
+
+
+def _is_clock(value: Any) -> bool:
+    return (
+        isinstance(value, types.BuiltinFunctionType)
+        and value.__module__ == "time"
+        and value.__name__ in _NAMES | _CALENDARS
+    )
+
+
+def _asks_for_clock(value: Any, attributes: tuple[str, ...]) -> bool:
+    if value is time:
+        return bool({*attributes[:1]} & (_NAMES | _CALENDARS)) or not attributes
+    if value is datetime:
+        return bool({*attributes} & _ASKS) or not attributes
+    return isinstance(value, type) and value in _DATES and bool({*attributes[:1]} & _ASKS)
+
+
+__all__ = ["ClocksMet"]
