@@ -44,7 +44,7 @@ def _dim_of(node: Any) -> int:
 def _prod(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
     if node._saved_self.dim() == 0:
         return None
-    return _own("prod_backward")(grad, node._saved_self, node._saved_result)
+    return _own("prod_backward")(grad, node._saved_self.to(grad.dtype), node._saved_result)
 
 
 def _prod_dim(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
@@ -52,7 +52,7 @@ def _prod_dim(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tenso
     if given.dim() == 0:
         return None
     return _own("prod_dim_backward")(
-        grad, given, node._saved_result, _dim_of(node), node._saved_keepdim
+        grad, given.to(grad.dtype), node._saved_result, _dim_of(node), node._saved_keepdim
     )
 
 
@@ -60,7 +60,7 @@ def _cumprod(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor
     given = node._saved_self
     if given.numel() <= 1 or given.shape[_dim_of(node)] == 1:
         return None
-    return _own("cumprod_backward")(grad, given, node._saved_result, _dim_of(node))
+    return _own("cumprod_backward")(grad.to(given.dtype), given, node._saved_result, _dim_of(node))
 
 
 def _evenly(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
@@ -96,14 +96,14 @@ def _has_zeros(given: torch.Tensor) -> bool:
 
 
 def _prod_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given = node._saved_self
+    given = node._saved_self.to(grad.dtype)
     if given.dim() == 0 or _has_zeros(given):
         return None  # with a zero in it eager takes what is taken under a mode
     return prod_without_zeros(grad, given, node._saved_result)
 
 
 def _prod_dim_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given, result = node._saved_self, node._saved_result
+    given, result = node._saved_self.to(grad.dtype), node._saved_result
     if given.dim() == 0 or _has_zeros(given):
         return None
     if not node._saved_keepdim:
@@ -115,7 +115,7 @@ def _cumprod_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.
     given = node._saved_self
     if given.numel() <= 1 or given.shape[_dim_of(node)] == 1 or _has_zeros(given):
         return None
-    return cumprod_without_zeros(grad, given, node._saved_result, _dim_of(node))
+    return cumprod_without_zeros(grad.to(given.dtype), given, node._saved_result, _dim_of(node))
 
 
 def _evenly_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
@@ -180,16 +180,31 @@ _FORMULAS_AGAIN: dict[str, dict[int, _Formula]] = {
 }
 
 
+_PRODUCTS = ("ProdBackward0", "ProdBackward1")
+
+
 def as_eager(node: Any, made: _Gradients, given: _Gradients) -> tuple[torch.Tensor | None, ...]:
     """The gradients that eager would have made of ``given`` where the node made ``made``."""
     found = list(made)
-    formulas = _FORMULAS_AGAIN if torch.is_grad_enabled() else _FORMULAS
-    if given[0] is not None and not _is_wrapped(given[0]):
-        for i, formula in formulas.get(node.name(), {}).items():
+    if given[0] is not None:
+        for i, formula in _formulas_of(node, given[0]).items():
             gradient = found[i]
-            replaced = None if gradient is None else formula(node, given[0], gradient)
-            found[i] = gradient if replaced is None else replaced
+            if gradient is None:
+                continue
+            replaced = formula(node, given[0], gradient)
+            if replaced is not None:
+                found[i] = replaced.to(gradient.dtype)  # as the engine does with what a node makes
     return tuple(found)
+
+
+def _formulas_of(node: Any, grad: torch.Tensor) -> dict[int, _Formula]:
+    name = node.name()
+    if name not in _FORMULAS:
+        return {}
+    if _is_wrapped(grad):  # products alone ask their argument only, once it has been cast
+        asks = name in _PRODUCTS and not _is_wrapped(node._saved_self.to(grad.dtype))
+        return _FORMULAS_AGAIN[name] if asks else {}
+    return (_FORMULAS_AGAIN if torch.is_grad_enabled() else _FORMULAS)[name]
 
 
 def _is_wrapped(gradient: torch.Tensor) -> bool:
