@@ -51,9 +51,12 @@ def _prod_with_zeros(grad: Tensor, given: Tensor, dim: int) -> Tensor:
     shape[dim] = 1
     ones = torch.ones(shape, dtype=grad.dtype, device=grad.device)
     length = given.shape[dim] - 1
-    before = torch.cat([ones, given.narrow(dim, 0, length)], dim).cumprod(dim)
-    after = torch.cat([ones, given.narrow(dim, 1, length).flip(dim)], dim).cumprod(dim).flip(dim)
-    return grad * (before * after).conj()
+    before = torch.cat([ones, given.narrow(dim, 0, length)], dim).cumprod_(dim)
+    after = torch.cat([ones, given.narrow(dim, 1, length).flip(dim)], dim).cumprod_(dim)
+    after = after.flip(dim)
+    before.mul_(after)
+    del after
+    return grad * before.conj()
 
 
 def _laid_out_as(made: Tensor, like: Tensor) -> Tensor:
@@ -70,7 +73,7 @@ def _on_meta(t: Tensor) -> Tensor:
 
 
 def _prod_backward(grad: Tensor, input: Tensor, result: Tensor) -> Tensor:
-    num_zeros = (input == 0).nonzero().shape[0]
+    num_zeros = input.numel() - torch.count_nonzero(input).item()
     if num_zeros == 0:
         return prod_without_zeros(grad, input, result)
     if num_zeros > 1:
@@ -85,7 +88,7 @@ def _prod_dim_backward(
 ) -> Tensor:
     if not keepdim:
         grad, result = grad.unsqueeze(dim), result.unsqueeze(dim)
-    if (input == 0).sum(dim, keepdim=True).sum().item() == 0:
+    if not (input == 0).any().item():
         return prod_without_zeros(grad, input, result)
     like = prod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(result))
     return _laid_out_as(_prod_with_zeros(grad, input, dim), like)
@@ -106,6 +109,19 @@ def cumprod_without_zeros(grad: Tensor, given: Tensor, output: Tensor, dim: int)
     return _reversed_cumsum(output.conj() * grad, dim).div(given.conj())
 
 
+def _places(t: Tensor, dim: int) -> Tensor:
+    """0, 1, … along a dimension, to be compared with what lies in the others."""
+    shape = [1] * t.dim()
+    shape[dim] = t.shape[dim]
+    return torch.arange(t.shape[dim], device=t.device).view(shape)
+
+
+def _first_true(mask: Tensor, dim: int) -> Tensor:
+    """Where a mask is true first along a dimension; its length where it is nowhere."""
+    there, place = mask.max(dim, keepdim=True)
+    return place.masked_fill_(~there, mask.shape[dim])
+
+
 def _cumprod_backward(grad: Tensor, input: Tensor, output: Tensor, dim: int) -> Tensor:
     """In one pass over the dimension: before its first zero, at it, and nothing after it.
 
@@ -115,20 +131,18 @@ def _cumprod_backward(grad: Tensor, input: Tensor, output: Tensor, dim: int) -> 
     is_zero = input == 0
     if is_zero.any().item() == 0:
         return cumprod_without_zeros(grad, input, output, dim)
-    weighted, given = output.conj() * grad, input.conj()
-    made = torch.zeros(input.shape, dtype=grad.dtype, device=grad.device)
-    num_zeros = is_zero.cumsum(dim)
-    before = num_zeros == 0
-    tail_sums = _reversed_cumsum(weighted.masked_fill(~before, 0.0), dim).div_(given)
-    made.masked_scatter_(before, tail_sums.masked_select(before))
-    between = num_zeros == 1
-    first = between.max(dim, keepdim=True).indices
-    at_first = torch.zeros_like(between).scatter_(dim, first, 1).logical_and_(between)
-    between &= ~at_first
-    left_out = given.masked_fill(~between, 1.0).cumprod(dim)
-    left_out = left_out.mul_(grad.masked_fill(num_zeros != 1, 0.0)).sum(dim, keepdim=True)
+    given, places = input.conj(), _places(input, dim)
+    first = _first_true(is_zero, dim)
+    at_first = places == first
+    second = _first_true(is_zero.logical_and_(~at_first), dim)
+    not_before = places >= first
+    not_between = (places < first).logical_or_(places >= second)
+    made = (output.conj() * grad).masked_fill_(not_before, 0.0).flip(dim)
+    made = made.cumsum_(dim).flip(dim).div_(given).masked_fill_(not_before, 0.0)
+    left_out = given.masked_fill(not_between | at_first, 1.0).cumprod_(dim)
+    left_out = left_out.mul_(grad).masked_fill_(not_between, 0.0).sum(dim, keepdim=True)
     leading = output.conj().gather(dim, (first - 1).relu_()).masked_fill_(first == 0, 1.0)
-    made.masked_scatter_(at_first, left_out.mul_(leading).masked_select(at_first))
+    made = torch.where(at_first, left_out.mul_(leading), made)
     like = cumprod_without_zeros(_on_meta(grad), _on_meta(input), _on_meta(output), dim)
     return _laid_out_as(made, like)
 

@@ -3,7 +3,8 @@
 Most kernels take the same memory whatever the values are. Of the others some
 refuse zeros (pivots count from one, probabilities must sum to something, the
 lengths of sequences are those of real ones), and some take memory for what a
-mask selects: there the mask selects everything.
+mask selects: there the mask selects everything. The gradient of a product takes
+most where a single factor is zero.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 _Named = dict[str, Any]
-_Fill = int | tuple[int, ...]
+ONE_ZERO = "ones, and a zero"
+_Fill = int | str | tuple[int, ...]  # a string: ONE_ZERO
 
 # Kernels that read memory at places that their arguments name, or another library's packed state.
 _NEVER = re.compile(
@@ -55,6 +57,10 @@ def _pivots(_given: _Named) -> dict[str, _Fill]:
     return {"pivots": 1, "LU_pivots": 1}
 
 
+def _one_zero(_given: _Named) -> dict[str, _Fill]:
+    return {"input": ONE_ZERO}
+
+
 def _probabilities(_given: _Named) -> dict[str, _Fill]:
     return {"self": 1}
 
@@ -89,6 +95,7 @@ _FILLS: dict[str, Callable[[_Named], dict[str, _Fill]]] = {
     "linalg_lu_solve": _pivots,
     "linalg_ldl_solve": _pivots,
     "multinomial": _probabilities,
+    "prod_backward": _one_zero,
     "masked_scatter": _whole_mask,
     "masked_scatter_backward": _whole_mask,
     "masked_select": _whole_mask,

@@ -21,7 +21,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from ..purity import written_arguments
-from .blank_values import fills_of
+from .blank_values import ONE_ZERO, fills_of
 from .cost_model import Call
 
 aten = torch.ops.aten
@@ -165,6 +165,9 @@ def blank_arguments(
             fill = fills[id(x)]
             if isinstance(fill, tuple):
                 real.copy_(torch.tensor(fill))
+            elif isinstance(fill, str):
+                assert fill == ONE_ZERO
+                flat.fill_(1)[:1] = 0
             else:
                 flat.fill_(fill)
             return real

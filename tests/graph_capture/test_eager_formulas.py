@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.sweeps.operator_cases import NoCase, all_cases, arguments_of, strides_of
 from graph_capture.captured_step import capture_step
+from graph_capture.costs.allocator import peak_extra_bytes
+from graph_capture.costs.cost_model import Call
+from graph_capture.costs.workspace import WorkspaceProbe
 from graph_capture.eager_formulas import take_eager_formulas
 from planner import optimize
 from tests.bitwise import assert_same_tensors, assert_same_training
@@ -161,6 +164,32 @@ def test_operator_runs_twice_alike() -> None:
     step = capture_step(_Between(FORMULAS["cumprod"]), {"x": x}, loss=_loss)
     code = [op for op in step.graph.operators if "remat.cumprod_backward" in op.target]
     assert [op.pinned for op in code] == [None]
+
+
+def _gradient_of(name: str, num_zeros: int) -> Call:
+    """The gradient of a product of 64 x 64 factors, the first of them zero."""
+    ops, grad, given = torch.ops.remat, torch.ones(64, 64), torch.linspace(1, 2, 4096)
+    given[:num_zeros] = 0
+    given = given.view(64, 64)
+    func, args = {
+        "prod": (ops.prod_backward, (torch.ones(()), given, given.prod())),
+        "prod(dim)": (ops.prod_dim_backward, (grad[:, :1], given, given.prod(1), 1, True)),
+        "cumprod": (ops.cumprod_backward, (grad, given, given.cumprod(1), 1)),
+    }[name]
+    return Call(func=func.default, args=args, kwargs={}, out=given.clone(), grad_enabled=False)
+
+
+@pytest.mark.parametrize("name", ["prod", "prod(dim)", "cumprod"])
+def test_scratch_is_that_of_the_worst_values(name: str) -> None:
+    """However many factors are zero, a gradient takes what is counted: three tensors at most."""
+
+    def taken(call: Call) -> int:
+        made: list[Tensor] = []
+        return peak_extra_bytes(lambda: made.append(call.func(*call.args))) - made[0].nbytes
+
+    worst = max(taken(_gradient_of(name, num_zeros)) for num_zeros in (0, 1, 700, 4096))
+    counted = WorkspaceProbe("cpu", at_hand=True).bytes_of(_gradient_of(name, 0))
+    assert worst <= counted <= 3 * 4096 * 4
 
 
 def test_zeros_leave_the_strides_as_captured() -> None:
