@@ -234,8 +234,8 @@ def estimate(
     model
         In training mode; on ``meta``, too.
     sample_input
-        As for :func:`planner.optimize`; says which inputs there are. It is
-        resized by the rule of :mod:`planner.sizing.samples`.
+        As for :func:`planner.optimize`. It is resized by the rule of
+        :mod:`planner.sizing.samples`; yes and no that it answers (``mask.all()``) hold for all.
     device
         Where the step would run, as for :func:`planner.optimize`.
     batch_sizes, sequence_lengths

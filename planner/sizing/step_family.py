@@ -1,10 +1,18 @@
-"""One training step at many shapes: captured anew for each batch size and sequence length."""
+"""One training step at many shapes: captured anew for each batch size and sequence length.
+
+What a resized call holds is not known. Where forward asks for values (whether a mask
+is all true), and the sample's answers are all yes or no, they are taken for the other
+shapes, too, so that the path is the one that ``optimize`` takes on such calls. Counts
+and sizes that follow from values do not carry over: there the path is the one that
+libraries keep for compilers, if they have one.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +25,18 @@ from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.devices import Device
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
+from graph_capture.one_at_a_time import one_at_a_time
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.target import Target, target_of
+from graph_capture.trace import trace_step
+from graph_capture.traced_step import TakenPath
 
 from ..application import original_forward
 from .position_tables import refuse_short_tables
 from .resized_loss import resized_loss
 from .samples import MakeSample, ResizableSample
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +51,8 @@ class StepFamily:
         What is captured of it.
     sample
         The call that it was given.
+    given
+        Its arguments with their values.
     make_sample
         Makes the sample of another shape, where resizing does not.
     target
@@ -52,6 +67,7 @@ class StepFamily:
     model: nn.Module
     forward: Callable[..., Any]
     sample: ResizableSample
+    given: Mapping[str, Any] = field(repr=False)
     make_sample: MakeSample | None
     target: Target
     loss_fn: LossFn | None
@@ -59,6 +75,8 @@ class StepFamily:
     autocast: torch.dtype | None
     cost_model: ChosenCosts
     measure_scratch: bool = True
+    # The sample's way, once it was looked for: most models ask for no values, and need it not.
+    _path: list[TakenPath | None] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -83,6 +101,7 @@ class StepFamily:
             sample=ResizableSample(
                 arguments=describe(arguments), batch_dim=batch_dim, sequence_dim=sequence_dim
             ),
+            given=arguments,
             make_sample=make_sample,
             target=target_of(model, tensors_of(arguments), device),
             **rest,
@@ -125,19 +144,10 @@ class StepFamily:
         def resize(spec: TensorSpec) -> TensorSpec:
             return self.sample.resize(spec, batch, sequence)
 
+        loss = resized_loss(self.loss_fn, resize)
         with self.under_autocast():
             try:
-                captured = capture_step(
-                    self.model,
-                    arguments,
-                    loss=resized_loss(self.loss_fn, resize),
-                    optimizer=self.optimizer,
-                    forward=self.forward,
-                    # Where nothing is at hand nothing runs, and rules alone say what is known.
-                    measure_scratch=self.measure_scratch or not self.target.at_hand,
-                    target=self.target,
-                    cost_model=self.cost_model,
-                )
+                captured = self._captured(arguments, loss)
                 refuse_short_tables(captured)
             except CaptureError as error:
                 if self.loss_fn is not None:
@@ -148,6 +158,60 @@ class StepFamily:
                     )
                 raise
         return captured
+
+    def _captured(self, arguments: Mapping[str, Any], loss: LossFn | None) -> CapturedStep:
+        """The step on ``arguments``; by the sample's own path where values decide the path."""
+
+        def capture(taken: TakenPath | None) -> CapturedStep:
+            return capture_step(
+                self.model,
+                arguments,
+                loss=loss,
+                optimizer=self.optimizer,
+                forward=self.forward,
+                # Where nothing is at hand nothing runs, and rules alone say what is known.
+                measure_scratch=self.measure_scratch or not self.target.at_hand,
+                target=self.target,
+                cost_model=self.cost_model,
+                taken=taken,
+            )
+
+        taken = self._path[0] if self._path else None
+        if taken is not None:
+            try:
+                return capture(taken)
+            except CaptureError:  # this shape asks for something else
+                logger.debug("not the sample's path", exc_info=True)
+                return capture(None)
+        try:
+            captured = capture(None)
+        except CaptureError:
+            if self._path or (taken := self._sample_path()) is None:
+                raise
+            return capture(taken)
+        if self._path or not captured.step.branch_free or (taken := self._sample_path()) is None:
+            return captured
+        try:
+            return capture(taken)
+        except CaptureError:
+            logger.debug("not the sample's path", exc_info=True)
+            return captured
+
+    def _sample_path(self) -> TakenPath | None:
+        """The sample's way through the model, if yes and no are all that decides it."""
+        trace = one_at_a_time(trace_step)
+        try:
+            step = trace(
+                self.model, self.given, self.loss_fn, forward=self.forward, target=self.target
+            )
+        except CaptureError:
+            logger.debug("the sample cannot be captured", exc_info=True)
+            self._path.append(None)
+            return None
+        answers = [isinstance(outcome.number, bool) for outcome in step.outcomes]
+        known = bool(answers) and all(answers) and not step.branch_free
+        self._path.append(step.taken if known else None)
+        return self._path[0]
 
 
 def reason(error: CaptureError) -> str:
