@@ -81,6 +81,16 @@ def test_the_readme_is_short() -> None:
 
 
 @pages
+def test_files_that_are_named_exist(page: Path) -> None:
+    """A path of a Python file in a page leads to one, from the root or from a folder of ours."""
+    ours = ("benchmarks", "docs", "examples", "graph_capture", "notebooks", "planner", "solvers")
+    there = [p for top in (*ours, "tests") for p in (ROOT / top).rglob("*.py")]
+    for name in re.findall(r"`([\w/]+\.py)`", prose(page)):
+        if not name.startswith("torch/"):
+            assert any(p.as_posix().endswith(f"/{name}") for p in there), name
+
+
+@pages
 def test_python_in_pages_is_python(page: Path) -> None:
     """Each block compiles, and what it imports from this project is there."""
     text = page.read_text(encoding="utf-8")
