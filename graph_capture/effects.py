@@ -145,7 +145,9 @@ class Effects:
                 raise NotFittingError(
                     f"forward leaves a tensor in {self._name(change)!r} "
                     f"({self._recorder.source_of(held[0])}), which a planned step would not do: "
-                    "return it from forward and keep it in the training loop, or in a buffer"
+                    "return it from forward and keep it in the training loop, or in a buffer; "
+                    "where nobody needs it after the call, put back what lay there before forward "
+                    "ends, or let a module around this one do so"
                 )
             elif change.label.startswith("arguments"):
                 raise NotFittingError(

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from graph_capture import capture
 from graph_capture.errors import CaptureError
 from planner import optimize
+from tests.bitwise import assert_same_training
 
 from . import settings
 from .odd import WIDTH, Three, mean_square, normal
@@ -367,6 +368,47 @@ def test_the_advice_to_run_the_model_once_works(make: Callable[[], nn.Module]) -
         mean_square(outputs[1]).backward()
     if isinstance(eager, Accumulates):
         assert torch.equal(eager.load, planned.load)  # type: ignore[arg-type]
+
+
+class RefillsList(Three):
+    """Hands parts of the output on by a list of as many tensors, as MONAI's DynUNet does."""
+
+    def prepare(self) -> None:
+        self.heads = [torch.zeros(1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        self.heads[0] = self.b(h)
+        return self.c(h) + self.heads[0]
+
+
+class PutsBack(nn.Module):
+    """What the error advises where nobody needs the list after the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = RefillsList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = list(self.net.heads)
+        out = self.net(x)
+        self.net.heads[:] = before
+        return out
+
+
+def test_the_advice_to_put_back_works() -> None:
+    """A list of the model's own that is refilled in each call is refused, or a scratchpad."""
+    x = normal(0, 16, WIDTH)
+    with pytest.raises(CaptureError, match=r"leaves a tensor in 'heads'.*a module around this one"):
+        _plan(RefillsList())
+    torch.manual_seed(0)
+    plan = optimize(PutsBack().train(), x, budget_bytes=10**9, loss_fn=mean_square)
+    assert_same_training(
+        lambda: PutsBack().train(),
+        plan.apply,
+        lambda seed: normal(seed, 16, WIDTH),
+        loss_fn=mean_square,
+    )
 
 
 class CachesMask(Three):
