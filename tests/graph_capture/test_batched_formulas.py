@@ -40,6 +40,7 @@ DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "prod in double": lambda h: _by(_zeroed(h).prod(1, dtype=torch.float64), h),
     "cumprod in double": lambda h: _by(h.cumprod(1, dtype=torch.float64), h),
+    "cumprod in double, with zeros": lambda h: _by(_zeroed(h).cumprod(1, dtype=torch.float64), h),
 }
 
 
