@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.profile import Profile
+from graph_capture.costs.resolve import ChosenCosts
 from planner import Plan, optimize
+from planner.base.training_step import make_step
 from planner.errors import InfeasibleBudgetError
 from planner.measuring.measure import PairedTiming, measure_pair, quartiles
-from planner.training_step import make_step
 from tests.zoo import ZOO, Case
 
 _SPECIAL = "gpt2:4x256x256, bert:6x768x512 (layers x width x tokens, batch 4)"

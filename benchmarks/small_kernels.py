@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from planner import optimize
-from planner.planned_forward import PlannedForward
+from planner.running.planned_forward import PlannedForward
 
 NUM_STEPS = 200
 NUM_WARM_UP = 20

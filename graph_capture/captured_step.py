@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from .assembly import Assembly, CapturedStep
 from .call_spec import bind_call, split_sample, tensors_of
+from .capture_lock import one_at_a_time
 from .cost_graph import CostGraph
-from .costs.choose import ChosenCosts, choose_costs
-from .costs.collected import CollectedCalls
+from .costs.call_collector import CollectedCalls
 from .costs.cost_model import PreparedCostModel, TimingProgress
 from .costs.devices import Device
 from .costs.profile import ProfiledCosts
+from .costs.resolve import (
+    ChosenCosts,
+    choose_costs,
+)
 from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .last_readings import LastReadings
 from .loss import LossFn, LossSpec
-from .one_at_a_time import one_at_a_time
 from .operators import (
     Folder,
     drop_unused,
@@ -54,7 +57,7 @@ def capture(
     device
         Where the step shall run, see :func:`~graph_capture.target.target_of`.
     cost_model
-        See :func:`~graph_capture.costs.choose.choose_costs`.
+        See :func:`~graph_capture.costs.resolve.choose_costs`.
 
     Raises
     ------
@@ -100,7 +103,7 @@ def capture_step(
     target
         Where the step shall run; ``None`` for where the model lies.
     cost_model
-        See :func:`~graph_capture.costs.choose.choose_costs`.
+        See :func:`~graph_capture.costs.resolve.choose_costs`.
     progress
         Is told how far a cost model is that times calls.
     taken

@@ -39,7 +39,7 @@ class LossRegion:
     held_bytes
         Bytes that stay allocated afterwards beside the tangents: the loss, its own
         gradient, and the element that stands for each tangent handed over (see
-        ``planner.runtime``).
+        ``planner.running.planned_step``).
     constant_bytes
         Bytes of the tensors that ``loss_fn`` brings along (targets).
     workspace_bytes

@@ -15,12 +15,12 @@ from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .absent_cuda import ensure_cuda_guard
+from .capture_lock import one_at_a_time
 from .costs.allocator import block_bytes
+from .fake_call_cache import RepeatedCalls
+from .fake_inputs import StandIns
 from .memory_meter import MemoryMeter
-from .one_at_a_time import one_at_a_time
 from .recorder import storage_id
-from .repeated_calls import RepeatedCalls
-from .stand_ins import StandIns
 from .target import Target, target_of
 
 OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {

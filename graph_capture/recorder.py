@@ -25,18 +25,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .asked_numbers import AskedNumber
+from .constant_values import (
+    Knowing,
+    KnownValues,
+)
 from .drawn_ahead import is_ahead
 from .errors import CaptureError
+from .fake_call_cache import RepeatedCalls
 from .isolation import generator_states
 from .kernels_word import kernels_word, laid_out_rightly
-from .known_values import Knowing, KnownValues
 from .layouts import refuse_nesting, refuse_result
 from .lines import is_machinery
 from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
 from .packed_sequences import PACK, packed
 from .purity import written_arguments
 from .questions import Questions
-from .repeated_calls import RepeatedCalls
 
 if TYPE_CHECKING:
     from .real_results import RealResults

@@ -23,6 +23,8 @@ from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .eager_formulas import eager_formulas_taken
 from .effects import Effects
 from .errors import NotFittingError
+from .fake_call_cache import RepeatedCalls
+from .fake_inputs import StandIns
 from .foreign_generators import new_generators_refused
 from .isolation import swap_tensors
 from .layouts import refuse_state
@@ -40,8 +42,6 @@ from .outputs import settle_numbers, take_apart, tensors_within
 from .reading import Watcher
 from .real_results import RealResults
 from .recorder import Recorder, storage_id
-from .repeated_calls import RepeatedCalls
-from .stand_ins import StandIns
 from .target import Target
 from .traced_step import Reassigned, TracedStep
 

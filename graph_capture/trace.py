@@ -21,11 +21,11 @@ from .alike import calls_of, same_step
 from .call_spec import objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
 from .clocks import ClocksMet
-from .cuda_choices import choices_of_cuda, refuse_recurrent
+from .constant_values import taken_for_real
+from .cuda_dispatch_rules import choices_of_cuda, refuse_recurrent
 from .errors import CaptureError, NotFittingError
 from .failures import explain_failures
 from .isolation import undisturbed
-from .known_values import taken_for_real
 from .layouts import refuse_argument
 from .ledger import Change, make_again
 from .loss import LossFn, LossSpec

@@ -2,7 +2,6 @@
 
 from graph_capture.costs.profile import Profile
 
-from .application import AppliedPlan, applied_plan, unplanned
 from .comparing.compare import compare
 from .comparing.comparison import Comparison, ComparisonRow
 from .comparing.files import ComparisonFileError
@@ -18,6 +17,11 @@ from .measuring.measure import Measurement, measure
 from .measuring.validation import Validation
 from .optimize import optimize
 from .plan import Plan
+from .running.attach import (
+    AppliedPlan,
+    applied_plan,
+    unplanned,
+)
 from .sizing.estimate import Estimate, EstimateRow, estimate
 from .sizing.max_batch import MaxBatch, max_batch
 from .versions import show_versions

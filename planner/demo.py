@@ -20,8 +20,8 @@ from torch import nn
 
 from graph_capture.units import format_bytes
 from planner import InfeasibleBudgetError, Plan, measure, optimize
+from planner.base.training_step import make_step
 from planner.measuring.measure import measure_pair
-from planner.training_step import make_step
 
 Batch = dict[str, torch.Tensor]
 

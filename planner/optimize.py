@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.devices import Device
+from graph_capture.costs.resolve import ChosenCosts
 from graph_capture.policies import apply_policies
 
-from .budget import parse_budget
-from .captured_call import captured_call
-from .make_plan import Request, make_plan
+from .base.budget import parse_budget
+from .base.progress import ShowProgress
 from .plan import Plan
-from .progress import ShowProgress
+from .planning.captured_call import captured_call
+from .planning.make_plan import (
+    Request,
+    make_plan,
+)
 
 
 def optimize(
@@ -98,7 +101,7 @@ def optimize(
         Part of the budget that the plan leaves alone: a fraction of it (``0.05``,
         ``"5%"``), or bytes such as ``"2GB"``. ``None`` for the device's default:
         none on CPU, 3 % on CUDA for fragmentation and the prediction's error
-        (``planner.budget.DEFAULT_HEADROOM``).
+        (``planner.base.budget.DEFAULT_HEADROOM``).
     progress
         ``True`` shows a progress bar, while calls are timed and while the solver
         runs; a function receives :class:`solvers.progress.ProgressEvent`.

@@ -24,14 +24,14 @@ from solvers.schedule import Schedule
 if TYPE_CHECKING:
     from graph_capture.captured_step import CapturedStep
 
-    from .call_guard import CallGuard
-    from .make_plan import Request
+    from .base.call_guard import CallGuard
+    from .base.module_structure import Structure
+    from .base.progress import ShowLines
+    from .base.training_step import Sample
     from .measuring.validation import Validation
-    from .progress import ShowLines
+    from .planning.make_plan import Request
     from .sizing.max_batch import MaxBatch
     from .sizing.samples import MakeSample
-    from .structure import Structure
-    from .training_step import Sample
 
 LIBRARY_WORKSPACE = "library_workspace"
 
@@ -238,7 +238,7 @@ class Plan:
             When it is known by now that other steps take another way through the
             model, and ``on_shape_change`` is ``"error"``.
         """
-        from .application import apply_plan
+        from .running.attach import apply_plan
 
         return apply_plan(self, model, on_shape_change)
 
@@ -251,7 +251,7 @@ class Plan:
         PlanError
             When no plan is applied to it.
         """
-        from .application import remove_plan
+        from .running.attach import remove_plan
 
         return remove_plan(model)
 
@@ -365,7 +365,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        from .serialize import save_plan
+        from .saving.serialize import save_plan
 
         save_plan(self, Path(path))
 
@@ -378,7 +378,7 @@ class Plan:
         PlanError
             When the file is no such plan, or is damaged.
         """
-        from .serialize import load_plan
+        from .saving.serialize import load_plan
 
         return load_plan(Path(path))
 

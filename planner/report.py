@@ -11,7 +11,10 @@ from graph_capture.printable import printable
 from graph_capture.recorder import storage_id
 from graph_capture.units import format_bytes, format_us
 
-from .budget import DEFAULT_HEADROOM, beyond_device
+from .base.budget import (
+    DEFAULT_HEADROOM,
+    beyond_device,
+)
 
 if TYPE_CHECKING:
     from .plan import Plan

@@ -33,9 +33,9 @@ from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, graph_arrays
 from .checked import checked_budget
-from .expand import find_gaps
 from .highs import OBJECTIVE_SCALE, build_lp, quiet_highs, rounded_bound
 from .replay import replay
+from .retention_plan import find_gaps
 from .schedule import Schedule
 
 MAX_MOMENTS = 200

@@ -23,9 +23,16 @@ from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, IntArray, graph_arrays
 from .backward_search import least_memory_bound
-from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan, plan_of
 from .local_search import NOTHING, Walk, local_search
 from .replay import replay
+from .retention_plan import (
+    Gaps,
+    RetentionPlan,
+    expand,
+    find_gaps,
+    keep_all_plan,
+    plan_of,
+)
 from .schedule import Schedule
 from .uniform import segment_counts, segment_plan, turning_point
 

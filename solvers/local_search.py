@@ -27,8 +27,16 @@ from numba import njit
 from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, graph_arrays
-from .expand import Gaps, RetentionPlan, expand, expand_order, find_gaps, keep_all_plan, plan_of
 from .fast_replay import VALID, replay_order
+from .retention_plan import (
+    Gaps,
+    RetentionPlan,
+    expand,
+    expand_order,
+    find_gaps,
+    keep_all_plan,
+    plan_of,
+)
 from .schedule import Schedule
 from .uniform import segment_counts, segment_plan, turning_point
 

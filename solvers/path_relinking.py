@@ -24,9 +24,14 @@ from numba import njit
 from graph_capture.cost_graph import CostGraph
 
 from .arrays import graph_arrays
-from .expand import RetentionPlan, expand, find_gaps, plan_of
 from .local_search import evaluate
 from .replay import replay
+from .retention_plan import (
+    RetentionPlan,
+    expand,
+    find_gaps,
+    plan_of,
+)
 from .schedule import Schedule
 
 TRIES_PER_CHUNK = 50

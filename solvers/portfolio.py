@@ -8,14 +8,14 @@ from collections.abc import Callable
 from graph_capture.cost_graph import CostGraph
 
 from .backward_search import least_memory_bound
-from .beside import Beside
+from .baseline_incumbents import FieldSchedules
 from .chains.chain_dp import chain_dp, is_plain_chain
 from .checked import check_time_limit, checked_budget
-from .field_schedules import FieldSchedules
 from .gap_cover import gap_cover
 from .incumbent import Incumbent
 from .keep_all import keep_all
 from .local_search import local_search
+from .parallel_search import Beside
 from .progress import Progress
 from .reference.checkmate import checkmate_lp_rounding, checkmate_milp
 from .reference.moccasin import moccasin

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .expand import base_fronts
+from .retention_plan import base_fronts
 from .schedule import Schedule
 
 STAGED_SCOPE = "schedules that run each operator at most once, in base order, between first runs"

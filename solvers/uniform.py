@@ -21,9 +21,15 @@ from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, IntArray, graph_arrays
 from .checked import checked_budget
-from .expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan
 from .fast_replay import fast_replay
 from .replay import replay
+from .retention_plan import (
+    Gaps,
+    RetentionPlan,
+    expand,
+    find_gaps,
+    keep_all_plan,
+)
 from .schedule import Schedule
 
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map_only
 
-from planner.training_step import LossFn, train_step
+from planner.base.training_step import (
+    LossFn,
+    train_step,
+)
 
 
 def assert_same_training(
@@ -41,7 +44,7 @@ def assert_same_training(
     sample
         From a seed to an input; each step has its own.
     loss_fn
-        As for :func:`planner.training_step.train_step`.
+        As for :func:`planner.base.training_step.train_step`.
     steps
         Number of steps, with an SGD update after each.
     seed

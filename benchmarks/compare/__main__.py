@@ -18,9 +18,9 @@ from typing import Annotated
 
 import typer
 
-from planner.comparing.chosen import choose_strategies
-from planner.comparing.peers import PEERS
-from planner.whole_file import write_whole
+from planner.base.atomic_write import write_whole
+from planner.comparing.peers.registry import PEERS
+from planner.comparing.strategy_choice import choose_strategies
 from solvers.strategies import STRATEGIES
 
 from ..models import SUBJECTS

@@ -19,8 +19,8 @@ from scipy.stats import binom
 
 from planner.comparing.budgets import NamedBudget
 from planner.comparing.comparison import Comparison, ComparisonRow
+from planner.comparing.execution.runner import said
 from planner.comparing.predict import Predictor
-from planner.comparing.running import said
 from planner.measuring.measure import PairedTiming
 from solvers.schedule import Schedule
 from solvers.strategies.registry import Registry

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from planner.base.atomic_write import write_whole
 from planner.comparing.comparison import Comparison
 from planner.comparing.machine import machine, versions
-from planner.whole_file import write_whole
 
 from .duel import Duel
 from .matched import Matched

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from planner.comparing.bound_text import OTHER_ORDER
 from planner.comparing.comparison import ComparisonRow
-from planner.comparing.proof_words import OTHER_ORDER
 
 OVER = "–"
 NOTHING_FITS = "×"

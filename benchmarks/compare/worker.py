@@ -21,20 +21,32 @@ import torch
 from torch import nn
 
 from graph_capture.cost_graph import CostGraph
-from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.profile import Profile
+from graph_capture.costs.resolve import ChosenCosts
 from planner import compare
-from planner.captured_call import CapturedCall, captured_call
+from planner.base.atomic_write import write_whole
+from planner.base.training_step import Sample
 from planner.comparing.budgets import AskedBudget
-from planner.comparing.chosen import choose_strategies, with_min_cut
 from planner.comparing.comparison import Comparison
-from planner.comparing.execute import runner_of, with_schedule
+from planner.comparing.events import ComparisonEvent
+from planner.comparing.execution.execute import (
+    runner_of,
+    with_schedule,
+)
+from planner.comparing.execution.runner import Execution
 from planner.comparing.predict import Predictor, Solving
-from planner.comparing.running import Execution
-from planner.comparing.showing import ComparisonEvent
-from planner.make_plan import Request, remembered_least_memory
-from planner.training_step import Sample
-from planner.whole_file import write_whole
+from planner.comparing.strategy_choice import (
+    choose_strategies,
+    with_min_cut,
+)
+from planner.planning.captured_call import (
+    CapturedCall,
+    captured_call,
+)
+from planner.planning.make_plan import (
+    Request,
+    remembered_least_memory,
+)
 from solvers.replay import Replay, replay
 from solvers.result import OPTIMAL_GAP
 from solvers.schedule import Schedule

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from graph_capture.units import format_bytes
 from planner import Plan, optimize
-from planner.training_step import train_step
+from planner.base.training_step import train_step
 from tests.bitwise import assert_same_tensors
 
 from .bench import Bench, Where, without_plan

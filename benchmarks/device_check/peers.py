@@ -17,11 +17,20 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from planner import InfeasibleBudgetError, measure
-from planner.comparing.peers import PEER_ERRORS, PEERS, Peer, Situation, compile_peer
-from planner.comparing.run_peer import error_text, peers_warnings
-from planner.comparing.step_verdict import judge_steps
+from planner.base.training_step import make_step
+from planner.comparing.execution.run_peer import (
+    error_text,
+    peers_warnings,
+)
+from planner.comparing.execution.step_verdict import judge_steps
+from planner.comparing.peers.registry import (
+    PEER_ERRORS,
+    PEERS,
+    Peer,
+    Situation,
+    compile_peer,
+)
 from planner.measuring.measure import measure_pair, quartiles
-from planner.training_step import make_step
 
 from .bench import Bench, release
 from .overhead import predicted_overhead
@@ -47,7 +56,7 @@ class PeerRow:
         Of the same.
     loss_error, gradient_error, gradients, buffers, difference
         Of two steps on the same seed, as
-        :class:`planner.comparing.step_verdict.StepVerdict` has them.
+        :class:`planner.comparing.execution.step_verdict.StepVerdict` has them.
     predicted_bytes, predicted_ratio
         Of a plan.
     ratio_to_checkpointing

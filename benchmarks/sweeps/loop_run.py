@@ -19,7 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from graph_capture.costs.allocator import peak_extra_bytes
-from planner import CaptureError, InfeasibleBudgetError, Plan, PlanError, make_plan, optimize
+from planner import (
+    CaptureError,
+    InfeasibleBudgetError,
+    Plan,
+    PlanError,
+    optimize,
+)
+from planner.planning import make_plan
 from tests.bitwise import assert_same_tensors
 
 from .loop_models import MODELS

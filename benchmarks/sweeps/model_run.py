@@ -21,11 +21,14 @@ from planner import (
     InfeasibleBudgetError,
     Plan,
     PlanError,
-    make_plan,
     measure,
     optimize,
 )
-from planner.training_step import call_model, train_step
+from planner.base.training_step import (
+    call_model,
+    train_step,
+)
+from planner.planning import make_plan
 from tests.bitwise import assert_same_training
 
 from .subject import NotInstalled, Subject

@@ -97,7 +97,7 @@ def _inside(world: World) -> None:
 def _again(world: World) -> None:
     if world.planned:
         from planner import Plan
-        from planner.application import applied_plan
+        from planner.running.attach import applied_plan
 
         plan = applied_plan(world.model)
         plan = getattr(plan, "plan", plan)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graph_capture.errors import CaptureError
 from planner import InfeasibleBudgetError, Plan, optimize
-from planner.training_step import train_step
+from planner.base.training_step import train_step
 
 from .operator_cases import Case, NoCase, loss_of, strides_of, subject_of
 

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planner.training_step import LossFn, output_tensors
+from planner.base.training_step import (
+    LossFn,
+    output_tensors,
+)
 
 
 class NotInstalled(Exception):

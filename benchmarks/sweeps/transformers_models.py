@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from planner.training_step import train_step
+from planner.base.training_step import train_step
 
 from .subject import Subject, mean_square
 from .tiny_configs import tiny_config

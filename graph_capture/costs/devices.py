@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .cards import (
+from .detect_gpu import (
     LARGE_WORKSPACE_BYTES,
     SMALL_WORKSPACE_BYTES,
     device_from_properties,

@@ -13,7 +13,7 @@ from ..comparing.machine import version_of
 from ..errors import CaptureError, PlanError
 from ..optimize import optimize
 from ..plan import Plan
-from ..serialize import schema
+from ..saving.serialize import schema
 from .arguments import (
     Autocast,
     CostModelName,

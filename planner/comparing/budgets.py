@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from typing import Literal
 
 from graph_capture.units import parse_bytes
-from solvers.names import did_you_mean
+from solvers.suggestions import did_you_mean
 
 NUM_DEFAULT_BUDGETS = 8
 

@@ -10,28 +10,48 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.devices import Device
+from graph_capture.costs.resolve import ChosenCosts
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies.registry import STRATEGIES, PlainStrategy, Registry
 from solvers.strategies.strategy import Strategy
 
-from ..captured_call import CapturedCall, captured_call
-from ..make_plan import Request, remembered_least_memory
 from ..optimize import check_model
+from ..planning.captured_call import (
+    CapturedCall,
+    captured_call,
+)
+from ..planning.make_plan import (
+    Request,
+    remembered_least_memory,
+)
 from .budgets import AskedBudget, NamedBudget, ReadBudget, even_budgets, in_bytes, read_budgets
-from .chosen import MIN_CUT, choose_strategies, with_min_cut
 from .comparison import DEFAULT_GAP, Comparison
-from .execute import executed, must_run
+from .events import (
+    ShowComparison,
+    Steps,
+    showing_comparison,
+)
+from .execution.execute import (
+    executed,
+    must_run,
+)
+from .execution.peer_rows import (
+    choose_peers,
+    peer_rows,
+)
+from .execution.runner import Execution
 from .machine import autocast_of, dtype_of, machine, name_of, threads_of, versions
-from .peer_rows import choose_peers, peer_rows
 from .predict import Predictor, Solving, predict_all
-from .running import Execution
-from .showing import ShowComparison, Steps, showing_comparison
+from .strategy_choice import (
+    MIN_CUT,
+    choose_strategies,
+    with_min_cut,
+)
 
 if TYPE_CHECKING:
-    from .peers import Peer
+    from .peers.registry import Peer
 
 
 def compare(
@@ -83,7 +103,7 @@ def compare(
         graph), strategies, or functions of a cost graph and a budget in bytes
         or ``None`` that return a schedule or several. ``None`` for all.
     peers
-        Names of ``planner.comparing.peers.PEERS``, or peers of your own.
+        Names of ``planner.comparing.peers.registry.PEERS``, or peers of your own.
     registry
         Strategies by name; ``None`` for ``solvers.strategies.STRATEGIES``.
     measure
@@ -96,7 +116,7 @@ def compare(
         What the comparison calls the model; ``None`` for its class.
     progress
         ``True`` shows a bar on stderr; a function receives
-        :class:`~planner.comparing.showing.ComparisonEvent`.
+        :class:`~planner.comparing.events.ComparisonEvent`.
 
     Returns
     -------

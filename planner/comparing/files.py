@@ -18,7 +18,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..whole_file import write_whole
+from ..base.atomic_write import write_whole
 from .comparison import Comparison
 
 FORMAT = "remat-comparison"

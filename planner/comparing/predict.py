@@ -16,12 +16,16 @@ from solvers.schedule import Schedule
 from solvers.strategies.solved import AUTO, status_in_words
 from solvers.strategies.strategy import Strategy, StrategyError, StrategyOutcome, apply_strategy
 
-from ..make_plan import fits_easily
+from ..planning.make_plan import fits_easily
+from .bound_text import (
+    EAGERS_ORDER,
+    OTHER_ORDER,
+    bytes_rounded_down,
+)
 from .budgets import NamedBudget
+from .cached_strategy import Remembered
 from .comparison import BudgetBound, ComparisonRow
-from .proof_words import EAGERS_ORDER, OTHER_ORDER, bytes_rounded_down
-from .remembered import Remembered
-from .running import LONGEST_ERROR
+from .execution.runner import LONGEST_ERROR
 
 Tell = Callable[[str], None]
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 
 from graph_capture.units import format_bytes, format_us
 
-from .comparison import BudgetBound, Comparison, ComparisonRow, MeasuredStep
-from .proof_words import (
+from .bound_text import (
     EAGERS_ORDER,
     OTHER_ORDER,
     bytes_rounded_down,
     percent_rounded_down,
     scope_words,
 )
+from .comparison import BudgetBound, Comparison, ComparisonRow, MeasuredStep
 
 _LONGEST_SETTING = 22
 _LONGEST_ERROR = 80  # in its row; longer ones stand whole below the rows

@@ -7,9 +7,9 @@ from torch import nn
 
 from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
 
+from ..base.training_step import LossFn
 from ..errors import PlanError, PlanMismatchError
 from ..plan import Plan
-from ..training_step import LossFn
 
 
 def loss_of(plan: Plan, loss_fn: LossFn | None) -> LossFn | None:

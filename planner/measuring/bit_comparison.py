@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from graph_capture.outputs import take_apart
 
-from ..training_step import LossFn, Sample, output_tensors, train_step
-from .resident import single_device
+from ..base.resident import single_device
+from ..base.training_step import (
+    LossFn,
+    Sample,
+    output_tensors,
+    train_step,
+)
 from .restored import restored
 from .validation import Bits
 

@@ -55,9 +55,19 @@ from torch import nn
 
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
 
-from ..application import applied_plan
-from ..training_step import LossFn, Sample, build_optimizer, clear_gradients, make_step
-from .resident import resident_tensors, single_device, storage_bytes
+from ..base.resident import (
+    resident_tensors,
+    single_device,
+    storage_bytes,
+)
+from ..base.training_step import (
+    LossFn,
+    Sample,
+    build_optimizer,
+    clear_gradients,
+    make_step,
+)
+from ..running.attach import applied_plan
 from .restored import restored
 
 
@@ -167,7 +177,7 @@ def measure(
         A tensor, a tuple of positional arguments or a dict of keyword arguments.
     loss_fn
         Computes the scalar loss from the model's output; see
-        :func:`planner.training_step.differentiate` for what happens without.
+        :func:`planner.base.training_step.differentiate` for what happens without.
     optimizer
         An instance, or a name such as ``"adamw"``: its state counts and its
         step runs. ``None`` counts none.
@@ -244,7 +254,7 @@ def measure_pair(
     Parameters
     ----------
     first, second
-        For instance two results of :func:`planner.training_step.make_step`.
+        For instance two results of :func:`planner.base.training_step.make_step`.
     repeats
         Number of timed pairs; an odd number is rounded up to an even one.
     warmup

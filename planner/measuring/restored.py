@@ -10,7 +10,11 @@ from torch import nn
 
 from graph_capture.isolation import attributes_put_back, generators_put_back
 
-from ..training_step import LossFn, Sample, output_tensors
+from ..base.training_step import (
+    LossFn,
+    Sample,
+    output_tensors,
+)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Run real steps under a plan and put what they take beside what was predicted.
 
 Two steps run in turn on the same model, the planned and the unplanned one; see
-``planner/training_step.py`` for what a step is and ``planner/measuring/measure.py`` for
+``planner/base/training_step.py`` for what a step is and ``planner/measuring/measure.py`` for
 how its peak is recorded. Model, gradients, buffers, optimizer state, random
 generators and the applied plan are afterwards what they were before.
 """
@@ -22,12 +22,13 @@ from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.costs.library_workspace import STORAGE_NAME
 from graph_capture.outputs import take_apart
 
-from ..application import forward_set, own_forward
-from ..out_of_memory import is_out_of_memory
-from ..plan import LIBRARY_WORKSPACE, Plan
-from ..planned_forward import PlannedForward
-from ..recapture import as_captured, capture_for, on_card_of
-from ..training_step import (
+from ..base.resident import (
+    resident_bytes_by_category,
+    resident_tensors,
+    single_device,
+    storage_bytes,
+)
+from ..base.training_step import (
     LossFn,
     Sample,
     build_optimizer,
@@ -35,15 +36,21 @@ from ..training_step import (
     make_step,
     output_tensors,
 )
+from ..plan import LIBRARY_WORKSPACE, Plan
+from ..running.attach import (
+    forward_set,
+    own_forward,
+)
+from ..running.out_of_memory import is_out_of_memory
+from ..running.planned_forward import PlannedForward
+from ..running.recapture import (
+    as_captured,
+    capture_for,
+    on_card_of,
+)
 from .as_planned import loss_of, optimizer_for
 from .bit_comparison import Results, compare_bits, step_results
 from .measure import measure_pair, quartiles, record_peak, timed_us
-from .resident import (
-    resident_bytes_by_category,
-    resident_tensors,
-    single_device,
-    storage_bytes,
-)
 from .restored import restored
 from .validation import Bits, Figure, Validation
 

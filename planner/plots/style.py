@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from graph_capture.units import format_bytes
 
-from ..whole_file import write_whole
+from ..base.atomic_write import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

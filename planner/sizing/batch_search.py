@@ -26,10 +26,14 @@ from solvers.least_memory import LeastMemory
 from solvers.replay import replay
 from solvers.schedule import Schedule
 
-from ..budget import Budget
+from ..base.budget import Budget
 from ..errors import InfeasibleBudgetError
-from ..make_plan import LEAST_MEMORY_LIMIT_S, Request, make_plan
 from ..plan import Plan
+from ..planning.make_plan import (
+    LEAST_MEMORY_LIMIT_S,
+    Request,
+    make_plan,
+)
 from .fitting import Fit, MemoryLines, Wiring, find_fit, wiring_of
 from .step_family import StepFamily
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from graph_capture.costs.devices import Device
 from graph_capture.target import Target
 
-from ..budget import Budget, parse_budget, parse_headroom
+from ..base.budget import (
+    Budget,
+    parse_budget,
+    parse_headroom,
+)
 
 
 def budget_or_device(

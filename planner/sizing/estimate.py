@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from graph_capture.captured_step import CapturedStep
-from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.cost_model import CostRecord
 from graph_capture.costs.devices import Device
+from graph_capture.costs.resolve import ChosenCosts
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
 from graph_capture.optimizer_step import measure_optimizer
@@ -21,10 +21,13 @@ from graph_capture.target import target_of
 from solvers.replay import replay
 from solvers.schedule import Schedule
 
-from ..budget import Budget
+from ..base.budget import Budget
+from ..base.progress import (
+    ShowLines,
+    showing_lines,
+)
 from ..optimize import check_model
 from ..plan import PeakMemory
-from ..progress import ShowLines, showing_lines
 from .device_budget import budget_or_device
 from .estimate_report import dimension_notes
 from .fitting import Wiring, find_fit, quick_plan, wiring_of

@@ -15,18 +15,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.devices import Device
+from graph_capture.costs.resolve import ChosenCosts
 from graph_capture.loss import LossFn
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.target import target_of
 
-from ..budget import Budget, parse_headroom
+from ..base.budget import (
+    Budget,
+    parse_headroom,
+)
+from ..base.progress import (
+    ShowLines,
+    showing_lines,
+)
 from ..errors import PlanError
-from ..make_plan import Request, request_again
 from ..optimize import check_model, patterns_of
 from ..plan import Plan
-from ..progress import ShowLines, showing_lines
+from ..planning.make_plan import (
+    Request,
+    request_again,
+)
 from .batch_search import LONGEST_S, BatchSearch
 from .device_budget import budget_or_device
 from .samples import MakeSample

@@ -21,8 +21,8 @@ from torch import nn
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import TensorSpec, bind_call, describe, split_sample, tensors_of
 from graph_capture.captured_step import CapturedStep, capture_step
-from graph_capture.costs.choose import ChosenCosts
 from graph_capture.costs.devices import Device
+from graph_capture.costs.resolve import ChosenCosts
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
 from graph_capture.one_at_a_time import one_at_a_time
@@ -31,7 +31,7 @@ from graph_capture.target import Target, target_of
 from graph_capture.trace import trace_step
 from graph_capture.traced_step import TakenPath
 
-from ..application import original_forward
+from ..running.attach import original_forward
 from .position_tables import refuse_short_tables
 from .resized_loss import resized_loss
 from .samples import MakeSample, ResizableSample

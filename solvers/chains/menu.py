@@ -23,9 +23,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..arrays import GraphArrays
-from ..expand import Gaps, RetentionPlan, expand, find_gaps, keep_all_plan
 from ..fast_replay import fast_replay
 from ..local_search import NOTHING, Walk
+from ..retention_plan import (
+    Gaps,
+    RetentionPlan,
+    expand,
+    find_gaps,
+    keep_all_plan,
+)
 from .blocks import Block, needed_runs, sweep_peak
 
 SAVED_LEVELS = (0.0, 0.05, 0.1, 0.15, 0.22, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0)

@@ -60,11 +60,11 @@ from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays
 from ..highs import OBJECTIVE_SCALE
+from ..last_use import usefulness
 from ..replay import replay
 from ..schedule import Schedule
 from ..slices.schedule import trim
 from ..stages import order_of, stages_of
-from ..usefulness import usefulness
 from .ortools_programs import ABSENT, ALWAYS, LinearBuilder, MixedIntegerProgram, Term
 
 FLOAT_BUDGET = 1e4

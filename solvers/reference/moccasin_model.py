@@ -47,11 +47,14 @@ import numpy as np
 from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays
+from ..last_use import (
+    Usefulness,
+    usefulness,
+)
 from ..replay import replay
 from ..schedule import Schedule
 from ..slices.schedule import trim
 from ..stages import order_of, stages_of
-from ..usefulness import Usefulness, usefulness
 from .ortools_programs import ABSENT, ALWAYS, Affine, ConstraintProgram
 
 

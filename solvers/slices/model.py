@@ -38,8 +38,11 @@ from numpy.typing import NDArray
 
 from ..arrays import GraphArrays
 from ..highs import OBJECTIVE_SCALE, build_lp
+from ..last_use import (
+    Usefulness,
+    usefulness,
+)
 from ..sparse_rows import ABSENT, ALWAYS, ColumnArray, Rows
-from ..usefulness import Usefulness, usefulness
 from .slicing import Interval, Slicing
 from .transients import TINY, Crossing, Stage, TransientRows
 

@@ -52,10 +52,10 @@ from numpy.typing import NDArray
 from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays, graph_arrays
-from ..expand import base_fronts
 from ..highs import OBJECTIVE_SCALE
 from ..incumbent import Incumbent
 from ..replay import Replay, replay
+from ..retention_plan import base_fronts
 from ..schedule import Schedule
 from .model import SliceModel, build_slice_model
 from .relaxation import Companion, bound_ns, solve_relaxation

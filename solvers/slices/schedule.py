@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays
-from ..expand import base_fronts
 from ..replay import replay
+from ..retention_plan import base_fronts
 from ..schedule import Schedule
 from ..sparse_rows import ALWAYS
 from ..stages import order_of, stages_of

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graph_capture.fake_call_cache import RepeatedCalls
 from graph_capture.real_results import RealResults
-from graph_capture.repeated_calls import RepeatedCalls
 from planner import measure, optimize
 from tests.bitwise import assert_same_training
 

@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graph_capture.repeated_calls import RepeatedCalls
+from graph_capture.fake_call_cache import RepeatedCalls
 
 aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES
 from graph_capture.errors import CaptureError
-from graph_capture.stand_ins import StandIns
+from graph_capture.fake_inputs import StandIns
 from graph_capture.target import Target, target_of
 
 from ..zoo import ZOO, Case, cases

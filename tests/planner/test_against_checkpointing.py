@@ -14,8 +14,8 @@ from torch import nn
 from graph_capture import trace
 from graph_capture.recorder import Recorder
 from planner import InfeasibleBudgetError, Plan, measure, optimize
+from planner.base.training_step import make_step
 from planner.measuring.measure import measure_pair
-from planner.training_step import make_step
 
 pytestmark = pytest.mark.slow
 

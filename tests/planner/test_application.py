@@ -21,8 +21,8 @@ from planner import (
     measure,
     optimize,
 )
-from planner.application import applied_plan
-from planner.planned_forward import PlannedForward
+from planner.running.attach import applied_plan
+from planner.running.planned_forward import PlannedForward
 from tests.bitwise import assert_same_tensors, assert_same_training
 from tests.planner.small import Heads, Net, make, plan_for, sample, square
 
@@ -192,7 +192,7 @@ def test_unplanned_runs_the_own_forward(plan):
 
 def test_replan_makes_one_plan_for_each_shape(plan, monkeypatch):
     """A second shape is planned once and used again, bitwise right."""
-    from planner import planned_forward
+    from planner.running import planned_forward
 
     made = []
     monkeypatch.setattr(

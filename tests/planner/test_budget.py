@@ -7,7 +7,7 @@ import math
 import pytest
 
 from planner import InfeasibleBudgetError, PlanError, optimize
-from planner.budget import parse_budget
+from planner.base.budget import parse_budget
 from tests.planner.small import make, sample, square
 
 

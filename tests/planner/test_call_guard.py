@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner.call_guard import CallGuard, autocast_dtype
-from planner.live_guard import LiveGuard
+from planner.base.call_guard import (
+    CallGuard,
+    autocast_dtype,
+)
+from planner.running.live_guard import LiveGuard
 
 
 class Model(nn.Module):

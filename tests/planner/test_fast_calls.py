@@ -10,8 +10,8 @@ from torch.fx import Graph
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner import optimize
-from planner.fast_calls import fast_call
-from planner.rewrite import rewrite
+from planner.running.fast_calls import fast_call
+from planner.running.rewrite import rewrite
 from tests.planner.small import Net, make, plan_for, sample, square
 
 aten = torch.ops.aten

@@ -14,8 +14,11 @@ from torch import nn
 
 from graph_capture.cost_graph import CostGraph
 from planner import Plan, PlanError, PlanMismatchError, optimize
-from planner.application import applied_plan
-from planner.serialize import plan_from_dict, plan_to_dict
+from planner.running.attach import applied_plan
+from planner.saving.serialize import (
+    plan_from_dict,
+    plan_to_dict,
+)
 from solvers.schedule import Schedule
 
 

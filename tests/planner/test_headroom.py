@@ -10,7 +10,12 @@ import torch
 
 from graph_capture.costs.devices import DEVICES
 from planner import InfeasibleBudgetError, Plan, optimize
-from planner.budget import DEFAULT_HEADROOM, Budget, beyond_device, parse_headroom
+from planner.base.budget import (
+    DEFAULT_HEADROOM,
+    Budget,
+    beyond_device,
+    parse_headroom,
+)
 from planner.report import EXPANDABLE_SEGMENTS
 from tests.planner.small import least_bytes, make, sample, square
 

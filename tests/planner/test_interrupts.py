@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner import Plan, PlanWarning, optimize
-from planner import generators as random_generators
+from planner.running import generators as random_generators
 from tests.planner.small import ROWS, make, plan_for, sample, square
 
 

@@ -23,8 +23,8 @@ from planner import (
     PlanWarning,
     applied_plan,
     optimize,
-    planned_forward,
 )
+from planner.running import planned_forward
 from tests.bitwise import assert_same_tensors
 from tests.planner.small import Net, make, plan_for, sample, square
 
@@ -93,7 +93,7 @@ def test_another_forward_of_a_submodule():
 
 def test_captures_that_are_known_are_not_made_again(monkeypatch):
     """A hook that comes and goes is captured once, and said to cost time when there are many."""
-    from planner import planned_forward
+    from planner.running import planned_forward
 
     captures = []
     monkeypatch.setattr(

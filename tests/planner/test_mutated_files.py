@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from planner import CallMismatchError, Plan, PlanError, PlanMismatchError, measure, optimize
-from planner.serialize import plan_to_dict
+from planner.saving.serialize import plan_to_dict
 from tests.hostile import mutated
 
 _CALL = {"x": torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), "scale": 0.5}

@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from graph_capture.captured_step import capture
 from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.devices import DEVICES
-from graph_capture.cuda_choices import ONE_KERNEL_ON_CUDA
+from graph_capture.cuda_dispatch_rules import ONE_KERNEL_ON_CUDA
 from graph_capture.errors import CaptureError
 from planner import Plan, optimize
 from planner.errors import InfeasibleBudgetError, PlanMismatchError
-from planner.make_plan import replan
-from planner.recapture import on_card_of
+from planner.planning.make_plan import replan
+from planner.running.recapture import on_card_of
 
 from ..bitwise import assert_same_training
 from ..zoo import ZOO, Case, cases

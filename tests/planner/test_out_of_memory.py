@@ -14,8 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graph_capture.units import format_bytes
 from planner import Plan, optimize
-from planner.out_of_memory import HEADER, DeviceMemory, account, is_out_of_memory
-from planner.training_step import train_step
+from planner.base.training_step import train_step
+from planner.running.out_of_memory import (
+    HEADER,
+    DeviceMemory,
+    account,
+    is_out_of_memory,
+)
 from tests.planner.small import make, plan_for, sample, square
 
 GB = 10**9
@@ -130,7 +135,10 @@ def test_the_note_has_the_predictions(plan):
 
 def test_what_is_live_adds_up(plan):
     """The storages that the note counts are the predicted memory before the run."""
-    from planner.out_of_memory import _live, _taken_bytes
+    from planner.running.out_of_memory import (
+        _live,
+        _taken_bytes,
+    )
 
     for moment in range(len(plan.schedule.order)):
         live = sum(plan.graph.storages[k].size_bytes for k in _live(plan, moment))
@@ -193,7 +201,7 @@ def test_an_explanation_that_fails_does_not_hide_the_error(plan, monkeypatch):
     def fail(*args: Any, **kwargs: Any) -> str:
         raise MemoryError("not even for a note")
 
-    monkeypatch.setattr("planner.out_of_memory.account", fail)
+    monkeypatch.setattr("planner.running.out_of_memory.account", fail)
     original = torch.OutOfMemoryError("no memory today")
     error = provoked(plan, moment_in(plan, "forward"), original)
     assert error is original
@@ -226,7 +234,7 @@ def cuda_plan(plan) -> Plan:
 
 def before_bytes(plan: Plan, moment: int) -> int:
     """Memory before a run, by the plan."""
-    from planner.out_of_memory import _taken_bytes
+    from planner.running.out_of_memory import _taken_bytes
 
     return plan._replay.memory_bytes[moment] - _taken_bytes(plan, moment)
 
@@ -292,7 +300,7 @@ import resource
 from pathlib import Path
 import torch
 from planner import optimize
-from planner.training_step import train_step
+from planner.base.training_step import train_step
 from tests.planner.small import Net, square
 
 torch.set_num_threads(1)

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from planner import Plan, optimize
 from planner.errors import OutcomeChangedError, PlanError, PlanMismatchError
-from planner.serialize import plan_from_dict, plan_to_dict
+from planner.saving.serialize import (
+    plan_from_dict,
+    plan_to_dict,
+)
 from tests.bitwise import assert_same_training
 from tests.planner.small import square
 

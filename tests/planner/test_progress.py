@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.progress import showing_timing
+from planner.base.progress import showing_timing
 from solvers.progress import ProgressEvent
 
 

@@ -12,9 +12,9 @@ import torch
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep, capture_step
 from planner import InfeasibleBudgetError, Plan, measure, optimize
-from planner.make_plan import replan
-from planner.rewrite import rewrite
-from planner.runtime import PlannedStep
+from planner.planning.make_plan import replan
+from planner.running.planned_step import PlannedStep
+from planner.running.rewrite import rewrite
 from solvers.any_order.permutation import first_runs, permuted, unpermuted
 from solvers.any_order.reorder import reorder_runs
 from solvers.least_memory import least_memory

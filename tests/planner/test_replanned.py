@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner import CaptureError, InfeasibleBudgetError, PlanWarning, applied_plan, planned_forward
+from planner import (
+    CaptureError,
+    InfeasibleBudgetError,
+    PlanWarning,
+    applied_plan,
+)
 from planner import optimize as make_plan
+from planner.running import planned_forward
 from tests.bitwise import assert_same_tensors
 from tests.planner.small import Net, make, sample, square
 

@@ -17,9 +17,16 @@ from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph
 from planner import optimize
-from planner.generators import read_cpu_generator, resume_cpu_generator, rewind_cpu_generator
-from planner.rewrite import PlannedGraphs, rewrite
-from planner.runtime import PlannedStep
+from planner.running.generators import (
+    read_cpu_generator,
+    resume_cpu_generator,
+    rewind_cpu_generator,
+)
+from planner.running.planned_step import PlannedStep
+from planner.running.rewrite import (
+    PlannedGraphs,
+    rewrite,
+)
 from solvers.instances import keep_all_peak_bytes
 from solvers.portfolio import solve
 from solvers.replay import InvalidScheduleError, replay

@@ -16,8 +16,12 @@ import torch
 from jsonschema import Draft202012Validator
 
 from planner import Plan, PlanError, optimize
-from planner.make_plan import replan
-from planner.serialize import plan_from_dict, plan_to_dict, schema
+from planner.planning.make_plan import replan
+from planner.saving.serialize import (
+    plan_from_dict,
+    plan_to_dict,
+    schema,
+)
 from tests.bitwise import assert_same_training
 from tests.planner.small import Net, make, plan_for, sample, square
 from tests.zoo import ZOO
@@ -349,7 +353,7 @@ def test_an_oversized_file_is_refused(plan, tmp_path, monkeypatch):
     """The size is looked at before anything is read."""
     path = tmp_path / "plan.json"
     plan.save(path)
-    monkeypatch.setattr("planner.serialize.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("planner.saving.serialize.MAX_FILE_BYTES", 100)
     with pytest.raises(PlanError, match="at most 100"):
         Plan.load(path)
 

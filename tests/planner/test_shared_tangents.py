@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 from planner import Plan, PlanError, optimize
-from planner.serialize import plan_from_dict, plan_to_dict
+from planner.saving.serialize import (
+    plan_from_dict,
+    plan_to_dict,
+)
 from tests.bitwise import assert_same_training
 
 

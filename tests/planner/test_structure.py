@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from planner.structure import Structure
+from planner.base.module_structure import Structure
 
 
 def build() -> nn.Sequential:

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from planner.training_step import build_optimizer, call_model, differentiate, train_step
+from planner.base.training_step import (
+    build_optimizer,
+    call_model,
+    differentiate,
+    train_step,
+)
 from tests.zoo import ZOO, cases
 
 

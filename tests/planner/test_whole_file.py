@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.whole_file import write_whole
+from planner.base.atomic_write import write_whole
 
 ROOT = Path(__file__).parents[2]
 

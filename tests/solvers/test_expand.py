@@ -6,8 +6,14 @@ from hypothesis import strategies as st
 
 from graph_capture.cost_graph import CostGraph
 from solvers.arrays import graph_arrays
-from solvers.expand import RetentionPlan, expand, find_gaps, keep_all_plan, plan_of
 from solvers.replay import replay
+from solvers.retention_plan import (
+    RetentionPlan,
+    expand,
+    find_gaps,
+    keep_all_plan,
+    plan_of,
+)
 from solvers.schedule import Schedule
 
 from .graphs import cost_graphs, training_chain

@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solvers.field_schedules import FAMILIES, SINGLE, FieldSchedules
+from solvers.baseline_incumbents import (
+    FAMILIES,
+    SINGLE,
+    FieldSchedules,
+)
 from solvers.instances import budget_of, keep_all_peak_bytes
 from solvers.replay import replay
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy

@@ -11,15 +11,19 @@ from numpy.typing import NDArray
 from benchmarks.instances import layered
 from graph_capture.cost_graph import CostGraph
 from solvers.arrays import graph_arrays
-from solvers.beside import Beside
-from solvers.expand import expand, find_gaps, plan_of
 from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.local_search import local_search
+from solvers.parallel_search import Beside
 from solvers.path_relinking import Pool
 from solvers.portfolio import solve
 from solvers.progress import ProgressEvent
 from solvers.replay import replay
+from solvers.retention_plan import (
+    expand,
+    find_gaps,
+    plan_of,
+)
 from solvers.schedule import Schedule
 from solvers.slices.refinement import slice_refinement
 from solvers.slices.slicing import Slicing

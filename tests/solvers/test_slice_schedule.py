@@ -8,10 +8,14 @@ from scipy.sparse import csr_array
 
 from graph_capture.cost_graph import CostGraph
 from solvers.arrays import graph_arrays
-from solvers.expand import RetentionPlan, expand, find_gaps
 from solvers.highs import OBJECTIVE_SCALE
 from solvers.least_memory import needs_bytes
 from solvers.replay import replay
+from solvers.retention_plan import (
+    RetentionPlan,
+    expand,
+    find_gaps,
+)
 from solvers.schedule import Schedule
 from solvers.slices.model import SliceModel, build_slice_model
 from solvers.slices.schedule import schedule_of, solution_of, trim

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from graph_capture.costs.cards import device_from_properties
+from graph_capture.costs.detect_gpu import device_from_properties
 from graph_capture.costs.devices import DEVICES, Device, device_for
 from graph_capture.costs.operator_classes import OPERATOR_CLASSES
 from graph_capture.target import target_of

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from graph_capture.captured_step import capture, capture_step
 from graph_capture.costs import profile
-from graph_capture.costs.choose import choose_costs
 from graph_capture.costs.cost_model import Call
 from graph_capture.costs.devices import device_for
 from graph_capture.costs.profile import Profile, ProfiledCosts
+from graph_capture.costs.resolve import choose_costs
 from graph_capture.costs.roofline import Roofline
 from graph_capture.target import Target, target_of
 from planner import optimize

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from planner.training_step import train_step
+from planner.base.training_step import train_step
 
 WIDTH = 16
 

@@ -11,10 +11,13 @@ import torch
 from graph_capture.captured_step import capture
 from graph_capture.cost_graph import CostGraph
 from planner import Comparison, compare, optimize
+from planner.comparing.bound_text import OTHER_ORDER
 from planner.comparing.machine import cpu_name
-from planner.comparing.peers import PEERS, Peer
-from planner.comparing.proof_words import OTHER_ORDER
-from planner.make_plan import remembered_least_memory
+from planner.comparing.peers.registry import (
+    PEERS,
+    Peer,
+)
+from planner.planning.make_plan import remembered_least_memory
 from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveResult, SolveStatus

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from planner import Comparison, ComparisonRow
+from planner.comparing.bound_text import OTHER_ORDER
 from planner.comparing.comparison import DEFAULT_GAP, BudgetBound, MeasuredStep
 from planner.comparing.files import ComparisonFileError
-from planner.comparing.proof_words import OTHER_ORDER
 from solvers.incumbent import GLOBAL_SCOPE
 
 
@@ -150,7 +150,7 @@ def test_a_failed_write_leaves_the_old_file(
     def fail(*arguments: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("planner.whole_file.os.fsync", fail)
+    monkeypatch.setattr("planner.base.atomic_write.os.fsync", fail)
     with pytest.raises(OSError, match="no space"):
         comparison.save(path)
     assert path.read_text() == "before"

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner.comparing.peers import COMPILE_BUDGETS, PEERS, compile_peer, run_peer
-from planner.comparing.run_peer import peers_warnings
+from planner.comparing.execution.run_peer import peers_warnings
+from planner.comparing.peers.registry import (
+    COMPILE_BUDGETS,
+    PEERS,
+    compile_peer,
+    run_peer,
+)
 
 from .peer_models import WIDTH, made
 from .test_peers import prepared

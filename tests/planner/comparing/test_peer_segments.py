@@ -13,10 +13,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint_sequential
 
 from planner import measure
-from planner.comparing import peer_segments
-from planner.comparing.peer_segments import Call, Promised, divide, record_calls
-from planner.comparing.peers import PEERS, run_peer
-from planner.training_step import train_step
+from planner.base.training_step import train_step
+from planner.comparing.peers.registry import (
+    PEERS,
+    run_peer,
+)
+from planner.comparing.peers.registry import segments as peer_segments
+from planner.comparing.peers.segments import (
+    Call,
+    Promised,
+    divide,
+    record_calls,
+)
 
 from ...zoo import ZOO
 from .peer_models import Between, Peeking, Stack, made

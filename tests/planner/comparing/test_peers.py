@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from graph_capture import capture
 from graph_capture.reuse import ReuseFinder
 from planner import Plan, measure, optimize
-from planner.comparing.peers import (
+from planner.comparing.execution.run_peer import release
+from planner.comparing.peers.registry import (
     PEERS,
     Peer,
     Ready,
@@ -23,7 +24,6 @@ from planner.comparing.peers import (
     compile_peer,
     run_peer,
 )
-from planner.comparing.run_peer import release
 from solvers.strategies import STRATEGIES, apply_strategy
 
 from ...zoo import ZOO
@@ -179,7 +179,7 @@ def test_a_twin_is_gone_before_memory_is_released(
         release(device)
         alive.append(twins[0]() is not None)
 
-    monkeypatch.setattr("planner.comparing.run_peer.release", looking)
+    monkeypatch.setattr("planner.comparing.execution.run_peer.release", looking)
     peer = Peer(name="p", summary="", source="", prepare=noting)
     assert bool(run_peer(peer, model, sample, repeats=0, num_seeds=1).error) == fails
     assert not alive[-1]

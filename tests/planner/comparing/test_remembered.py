@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
-from planner.comparing.remembered import Remembered
+from planner.comparing.cached_strategy import Remembered
 from solvers.schedule import Schedule
 from solvers.strategies import Candidate, Strategy, StrategyOptions, apply_strategy
 

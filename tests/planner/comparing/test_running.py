@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from graph_capture.call_spec import bind_call, split_sample
 from planner import Plan, optimize
-from planner.comparing import lane
+from planner.base.training_step import train_step
 from planner.comparing.comparison import MeasuredStep
-from planner.comparing.running import Execution, Runner
-from planner.planned_forward import PlannedForward
-from planner.training_step import train_step
+from planner.comparing.execution import training_run as lane
+from planner.comparing.execution.runner import (
+    Execution,
+    Runner,
+)
+from planner.running.planned_forward import PlannedForward
 from tests.planner.small import make, plan_for, sample, square
 
 

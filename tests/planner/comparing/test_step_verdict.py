@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planner.comparing.lane import Lane, StepResults
-from planner.comparing.step_verdict import (
+from planner.comparing.execution.step_verdict import (
     StepVerdict,
     _distance,
     judge_steps,
     slope_error,
     verdict_word,
+)
+from planner.comparing.execution.training_run import (
+    Lane,
+    StepResults,
 )
 from planner.measuring.restored import restored
 

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from planner import optimize
+from planner.base.resident import (
+    resident_tensors,
+    storage_bytes,
+)
+from planner.base.training_step import (
+    make_step,
+    train_step,
+)
 from planner.measuring.measure import (
     PairedTiming,
     measure,
@@ -21,8 +29,6 @@ from planner.measuring.measure import (
     peak_extra_bytes,
     quartiles,
 )
-from planner.measuring.resident import resident_tensors, storage_bytes
-from planner.training_step import make_step, train_step
 from tests.bitwise import assert_same_tensors
 from tests.zoo import ZOO, cases
 

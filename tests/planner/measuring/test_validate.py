@@ -22,11 +22,14 @@ from planner import (
     measure,
     optimize,
 )
-from planner.application import applied_plan
+from planner.base.training_step import (
+    build_optimizer,
+    train_step,
+)
 from planner.measuring.validate import _predicted_parts
 from planner.measuring.validation import Figure
-from planner.planned_forward import PlannedForward
-from planner.training_step import build_optimizer, train_step
+from planner.running.attach import applied_plan
+from planner.running.planned_forward import PlannedForward
 from tests.bitwise import assert_same_tensors
 from tests.planner.small import Heads, make, plan_for, sample, square
 from tests.zoo import ZOO, cases

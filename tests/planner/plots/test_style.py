@@ -59,7 +59,7 @@ def test_a_figure_is_written_whole_or_not_at_all(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("planner.whole_file.os.fsync", full)
+    monkeypatch.setattr("planner.base.atomic_write.os.fsync", full)
     figure.text(0.5, 0.5, "more")
     with pytest.raises(OSError, match="no space left"):
         style.write_figure(figure, path)

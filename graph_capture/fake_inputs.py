@@ -1,0 +1,67 @@
+"""Fake tensors in the place of a step's real ones, on the device that the step is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from .call_spec import (
+    describe,
+    moved,
+    realize,
+)
+from .recorder import storage_id
+from .target import Target
+
+
+class StandIns:
+    """Twins of tensors: same shape, strides and dtype, same sharing of memory, no memory.
+
+    Parameters
+    ----------
+    fake_mode
+        The mode that they belong to.
+    target
+        Says where they lie.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode, target: Target) -> None:
+        self._fake_mode = fake_mode
+        self._target = target
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The twin of a parameter or buffer; a leaf if it requires grad."""
+        where = self._target.place(tensor.device)
+        fake: torch.Tensor
+        if where == tensor.device and not isinstance(tensor, FakeTensor):
+            fake = self._fake_mode.from_tensor(tensor, static_shapes=True)
+            memory, num_bytes = fake.untyped_storage(), tensor.untyped_storage().nbytes()
+            if memory.nbytes() < num_bytes:  # a part of it is never looked at, and counts, too
+                memory.resize_(num_bytes)
+        else:
+            fake = self._moved(tensor, where)
+        if tensor.requires_grad and not fake.is_leaf:
+            fake = fake.detach().requires_grad_()
+        return fake
+
+    def of_arguments(self, arguments: Any) -> Any:
+        """Twins of the tensors in a call, each with memory of its own."""
+        with self._fake_mode:
+            return realize(moved(describe(arguments), self._target.place))
+
+    def _moved(self, tensor: torch.Tensor, where: torch.device) -> torch.Tensor:
+        memory = storage_id(tensor)
+        if memory not in self._storages:
+            num_bytes = tensor.untyped_storage().nbytes()
+            self._storages[memory] = torch.UntypedStorage(num_bytes, device="meta")
+        element = torch.empty(0, dtype=tensor.dtype, device="meta").set_(
+            self._storages[memory], tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        fake = FakeTensor(self._fake_mode, element, where).requires_grad_(tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter):
+            fake._is_param = True  # what isinstance(…, nn.Parameter) looks at
+        return fake

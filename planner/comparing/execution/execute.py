@@ -1,0 +1,141 @@
+"""Run the schedules of a comparison for real, each distinct one once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from graph_capture.target import Target
+from solvers.schedule import Schedule
+
+from ...base.training_step import (
+    Sample,
+    output_tensors,
+)
+from ...measuring.restored import restored
+from ...plan import Plan
+from ...planning.captured_call import CapturedCall
+from ...planning.make_plan import (
+    Request,
+    make_plan,
+)
+from ...running.attach import (
+    forward_set,
+    own_forward,
+)
+from ..comparison import (
+    Comparison,
+    ComparisonRow,
+    MeasuredStep,
+)
+from ..events import Steps
+from .runner import (
+    Execution,
+    Runner,
+    caught,
+)
+
+
+def must_run(
+    wanted: bool | None, target: Target, model: nn.Module, sample_input: Sample, peers: bool
+) -> bool:
+    """Whether schedules are executed.
+
+    Parameters
+    ----------
+    wanted
+        ``None`` for where the device is at hand.
+    peers
+        Whether peers were asked for, which have no other figures.
+
+    Raises
+    ------
+    ValueError
+        When they must be executed and cannot be, or need not be and peers were
+        asked for.
+    """
+    why = _why_not(target, model, sample_input)
+    if wanted and why:
+        raise ValueError(f"measure=True, but {why}: use measure=False")
+    if peers and (why or wanted is False):
+        raise ValueError(
+            f"peers have measured figures only, and {why or 'measure is False'}: leave peers out"
+        )
+    return wanted is not False and not why
+
+
+def _why_not(target: Target, model: nn.Module, sample_input: Sample) -> str:
+    if target.elsewhere or not target.at_hand:
+        return f"the step is for {target.device.title}, which the model does not lie on"
+    tensors = [*model.parameters(), *model.buffers(), *output_tensors(sample_input)]
+    if any(t.device.type == "meta" for t in tensors):
+        return "the model or its input lies on 'meta', where nothing can run"
+    return ""
+
+
+def executed(
+    comparison: Comparison,
+    schedules: Sequence[Schedule | None],
+    call: CapturedCall,
+    request: Request,
+    execution: Execution,
+    tell: Steps,
+) -> Comparison:
+    """The comparison with what real steps took.
+
+    Each distinct schedule that fits its budget, or is a strategy's own choice,
+    runs once; every row that has the same schedule gets its figures.
+
+    Parameters
+    ----------
+    schedules
+        Of each row; ``None`` where there is none.
+    """
+    wanted: dict[Schedule, str] = {}
+    for row, schedule in zip(comparison.rows, schedules, strict=True):
+        if schedule is not None and row.fits is not False:
+            wanted.setdefault(schedule, _name_of(row))
+    tell.expect(1 + len(wanted))
+    e = execution
+    with runner_of(call, request, e, comparison.baseline_peak_bytes) as (runner, plan):
+        tell("running eager")
+        eager, eager_error = caught(e, runner.eager)
+        found: dict[Schedule, tuple[MeasuredStep | None, str]] = {}
+        for schedule, name in wanted.items():
+            tell(f"running {name}")
+            one = with_schedule(plan, schedule)
+            found[schedule] = caught(e, lambda one=one: runner.planned(one))  # type: ignore[misc]
+    rows = []
+    for row, schedule in zip(comparison.rows, schedules, strict=True):
+        measured, error = found.get(schedule, (None, "")) if schedule else (None, "")
+        rows.append(replace(row, measured=measured, error=row.error or error))
+    return replace(comparison, rows=tuple(rows), eager=eager, eager_error=eager_error)
+
+
+@contextmanager
+def runner_of(
+    call: CapturedCall, request: Request, execution: Execution, unplanned_peak_bytes: int
+) -> Iterator[tuple[Runner, Plan]]:
+    """What runs plans of a captured step, and a plan that keeps everything, to put schedules into.
+
+    Everything is afterwards as it was before.
+    """
+    e = execution
+    own = own_forward(e.model)
+    with forward_set(e.model, own), restored(e.model, e.sample_input, e.loss_fn, e.optimizer):
+        roomy = replace(request, budget_bytes=2 * unplanned_peak_bytes, solver="keep_all")
+        plan = make_plan(e.model, call.arguments, call.captured, call.captured, roomy)
+        yield Runner(e, call.arguments, own), plan
+
+
+def with_schedule(plan: Plan, schedule: Schedule) -> Plan:
+    """The plan with another schedule; a budget that its own peak is within."""
+    other = replace(plan, schedule=schedule)
+    return replace(other, budget_bytes=max(plan.budget_bytes, other.predicted_peak_bytes))
+
+
+def _name_of(row: ComparisonRow) -> str:
+    return f"{row.strategy} at {row.budget or 'its own choice'}"

@@ -1,0 +1,95 @@
+"""The peers of a comparison: which take part, and their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from graph_capture.cost_graph import CostGraph
+from solvers.strategies import StrategyError, module_blocks
+from solvers.suggestions import unknown_name
+
+from ..comparison import ComparisonRow
+from ..events import Steps
+from .runner import (
+    Execution,
+    said,
+)
+
+if TYPE_CHECKING:
+    from ..peers.registry import Peer
+
+
+def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
+    """The peers that were asked for.
+
+    Raises
+    ------
+    ValueError
+        When a name is unknown; lists those there are.
+    """
+    if isinstance(peers, str) or not isinstance(peers, Iterable):
+        raise ValueError(f"peers is a sequence of names, got {peers!r}: write [{peers!r}]")
+    wanted = tuple(peers)
+    if not wanted:
+        return ()
+    from ..peers.registry import (  # loads the parts of torch that compile
+        PEERS,
+        Peer,
+    )
+
+    chosen: dict[str, Peer] = {}
+    for peer in wanted:
+        if isinstance(peer, Peer):
+            chosen[peer.name] = peer
+        elif peer in PEERS:
+            chosen[peer] = PEERS[peer]
+        else:
+            raise ValueError(unknown_name("peer", str(peer), PEERS))
+    return tuple(chosen.values())
+
+
+def peer_rows(
+    peers: Iterable[Peer], graph: CostGraph, execution: Execution, tell: Steps
+) -> list[ComparisonRow]:
+    """A row for each peer, run beside eager.
+
+    Parameters
+    ----------
+    graph
+        Of the captured step, whose blocks are the peers' blocks.
+    """
+    blocks = _blocks(graph)
+    rows = []
+    for peer in peers:
+        tell.expect(1)
+        tell(f"{peer.name}, as its users run it")
+        rows.append(_row(peer, blocks, execution))
+    return rows
+
+
+def _blocks(graph: CostGraph) -> tuple[str, ...] | None:
+    """Paths of the blocks; ``None`` where there are none, which a peer that needs them says."""
+    try:
+        return tuple(dict.fromkeys(block.name for block in module_blocks(graph).blocks))
+    except StrategyError:
+        return None
+
+
+def _row(peer: Peer, blocks: tuple[str, ...] | None, e: Execution) -> ComparisonRow:
+    from ..peers.registry import run_peer
+
+    try:
+        return run_peer(
+            peer,
+            e.model,
+            e.sample_input,
+            loss_fn=e.loss_fn,
+            optimizer=e.optimizer,
+            repeats=e.repeats,
+            seed=e.seed,
+            blocks=blocks,
+        )
+    # Another tool may fail in any way, in code of its own: it is told in its row.
+    except Exception as error:  # noqa: BLE001
+        return ComparisonRow(strategy=peer.name, kind="peer", error=said(error, "when it ran"))

@@ -1,0 +1,277 @@
+"""Run a peer beside eager: peak, time in pairs, and whether its steps are right."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...base.resident import single_device
+from ...base.training_step import (
+    LossFn,
+    Sample,
+    build_optimizer,
+    make_step,
+    train_step,
+)
+from ...measuring.measure import (
+    measure,
+    measure_pair,
+    timed_us,
+)
+from ...measuring.restored import restored
+from ...running.attach import (
+    forward_set,
+    own_forward,
+)
+from ...running.out_of_memory import is_out_of_memory
+from ..comparison import (
+    ComparisonRow,
+    MeasuredStep,
+)
+from ..peers.peer import (
+    PEER_ERRORS,
+    Peer,
+    Situation,
+    blocks_of,
+)
+from .runner import measured_step
+from .step_verdict import (
+    StepVerdict,
+    judge_steps,
+)
+
+Optimizer = torch.optim.Optimizer | str | None
+
+
+def run_peer(
+    peer: Peer,
+    model: nn.Module,
+    sample_input: Sample,
+    *,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | str | None = None,
+    repeats: int = 8,
+    seed: int = 0,
+    num_seeds: int = 2,
+    blocks: tuple[str, ...] | None = None,
+) -> ComparisonRow:
+    """Execute a peer on a copy of a model, beside the model's own steps.
+
+    The model is never changed: the peer works on a deep copy. On a card that is one
+    more set of weights (and of the optimizer's state, where an instance is given),
+    which is in no measured peak but must have room. Parameters, buffers, gradients,
+    optimizer, inputs and random generators are afterwards as before. A plan that is
+    applied to the model is left out. Under autocast, call this under it.
+
+    Parameters
+    ----------
+    peer
+        One of :data:`planner.comparing.peers.registry.PEERS`, or another.
+    model
+        In training mode, on one device.
+    sample_input, loss_fn
+        As :func:`planner.measure` takes them. A ``loss_fn`` that reads the model
+        reads the one that was given, not the copy.
+    optimizer
+        An instance of the model's, or a name: in peak and times, as a whole step.
+    repeats
+        Pairs of timed steps, rounded up to an even number; none gives NaN in the figures of time.
+    seed, num_seeds
+        Before each measured step; steps are compared with eager's from this and
+        the next ones.
+    blocks
+        Paths of the model's blocks in the order in which they run; ``None`` looks
+        for those that the strategies divide, for which the step is captured.
+
+    Returns
+    -------
+    ComparisonRow
+        With measured figures, ``solve_s`` being the wall clock of preparing and of
+        the first step, in which compilers compile; or with ``error``, where the
+        peer failed with one of :data:`PEER_ERRORS`.
+
+    Raises
+    ------
+    ValueError
+        When the model lies on several devices, or on one that cannot be measured.
+    """
+    device = single_device(model, sample_input)
+
+    def known_blocks() -> tuple[str, ...]:
+        return blocks_of(model, sample_input, loss_fn) if blocks is None else blocks
+
+    situation = Situation(
+        sample_input=sample_input, loss_fn=loss_fn, device=device, blocks=known_blocks
+    )
+    seeds = range(seed, seed + num_seeds)
+    try:
+        return _row(peer, model, situation, optimizer, repeats, seeds)
+    finally:
+        # Out here nobody holds the peer's models any more.
+        release(device)
+
+
+def _row(
+    peer: Peer,
+    model: nn.Module,
+    situation: Situation,
+    optimizer: Optimizer,
+    repeats: int,
+    seeds: range,
+) -> ComparisonRow:
+    """A peer's row; every model that was made for it dies with this call."""
+    sample_input, loss_fn = situation.sample_input, situation.loss_fn
+    row = ComparisonRow(strategy=peer.name, kind="peer")
+    begin_s = time.monotonic()
+    with forward_set(model, own_forward(model)), peers_warnings():
+        try:
+            twin, twins_optimizer = _copies(model, optimizer)
+            with peer.prepare(twin, situation) as ready:
+                _one_step(ready.model, sample_input, loss_fn, seeds.start)
+                row = replace(
+                    row,
+                    setting=ready.setting,
+                    note=ready.note,
+                    solve_s=time.monotonic() - begin_s,
+                )
+                sides = ((model, optimizer), (ready.model, twins_optimizer))
+                measured = _measured(sides, sample_input, loss_fn, repeats, seeds, situation.device)
+                return replace(row, measured=measured)
+        except PEER_ERRORS as error:
+            return replace(row, error=error_text(error))
+
+
+@contextmanager
+def peers_warnings() -> Iterator[None]:
+    """What compilers and other tools warn of is not of a comparison."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def error_text(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line}"[:300]
+
+
+def release(device: torch.device) -> None:
+    """Let go of what nobody needs, so that the next figure starts from a clean allocator."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def _copies(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """A model and its optimizer, copied together."""
+    memo: dict[int, Any] = {}
+    # Gradients of the model are the loop's: they are neither copied nor measured.
+    gradients = [(p, p.grad) for p in model.parameters()]
+    for p, _ in gradients:
+        p.grad = None
+    try:
+        twin = copy.deepcopy(model, memo)
+        return twin, copy.deepcopy(optimizer, memo)
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+def _one_step(model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, seed: int) -> None:
+    with restored(model, sample_input, loss_fn, None):
+        torch.manual_seed(seed)
+        train_step(model, sample_input, loss_fn)
+
+
+def _eager_runs(
+    model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, device: torch.device
+) -> bool:
+    """Whether eager's step has room."""
+    try:
+        _one_step(model, sample_input, loss_fn, 0)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return True
+    release(device)
+    return False
+
+
+def _measured(
+    sides: tuple[tuple[nn.Module, Optimizer], tuple[nn.Module, Optimizer]],
+    sample_input: Sample,
+    loss_fn: LossFn | None,
+    repeats: int,
+    seeds: range,
+    device: torch.device,
+) -> MeasuredStep:
+    (eager, _), (other, others_optimizer) = sides
+    verdict: StepVerdict | None = None
+    if _eager_runs(eager, sample_input, loss_fn, device):
+        verdict = judge_steps(eager, other, sample_input, loss_fn=loss_fn, seeds=seeds)
+    release(device)
+    peak_bytes = measure(
+        other,
+        sample_input,
+        loss_fn=loss_fn,
+        optimizer=others_optimizer,
+        repeats=0,
+        seed=seeds.start,
+    ).peak_bytes
+    beside = sides if verdict is not None else sides[1:]
+    return measured_step(
+        peak_bytes,
+        _times(beside, sample_input, loss_fn, repeats, seeds.start, device),
+        "not compared" if verdict is None else verdict.bits,
+        "eager runs out of memory" if verdict is None else verdict.difference,
+    )
+
+
+def _times(
+    sides: tuple[tuple[nn.Module, Optimizer], ...],
+    sample_input: Sample,
+    loss_fn: LossFn | None,
+    repeats: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Microseconds of eager's steps and of the other's; of the other's alone if it is alone."""
+    if not repeats:
+        return (), ()
+    if len(sides) == 2:
+        (eager, eagers), (other, others) = sides
+        with (
+            restored(eager, sample_input, loss_fn, eagers),
+            restored(other, sample_input, loss_fn, others),
+        ):
+            first, second = (
+                make_step(m, sample_input, loss_fn=loss_fn, optimizer=_built(o, m), seed=seed)
+                for m, o in sides
+            )
+            pairs = measure_pair(first, second, repeats=repeats, device=device)
+        return pairs.first_us, pairs.second_us
+    ((other, others),) = sides
+    with restored(other, sample_input, loss_fn, others):
+        step = make_step(
+            other, sample_input, loss_fn=loss_fn, optimizer=_built(others, other), seed=seed
+        )
+        for _ in range(2):
+            step()
+        return (), tuple(timed_us(step, device) for _ in range(repeats))
+
+
+def _built(optimizer: Optimizer, model: nn.Module) -> torch.optim.Optimizer | None:
+    if isinstance(optimizer, str):
+        return build_optimizer(optimizer, model.parameters())
+    return optimizer

@@ -1,0 +1,272 @@
+"""Real steps of a comparison: eager ones, and those of a plan beside them in turn.
+
+Peaks are recorded by :func:`planner.measure`, times taken in turn with eager's
+(``measure_pair``), and everything that two successive steps leave is held against
+eager's, as a peer's steps are (:mod:`.step_verdict`). Eager's own results are kept on
+the CPU, so that each schedule runs its own two steps only.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...base.resident import single_device
+from ...base.training_step import (
+    LossFn,
+    Sample,
+    build_optimizer,
+    clear_gradients,
+    make_step,
+)
+from ...measuring.measure import (
+    PairedTiming,
+    measure,
+    measure_pair,
+    quartiles,
+    timed_us,
+)
+from ...measuring.restored import restored
+from ...plan import Plan
+from ...running.attach import forward_set
+from ...running.out_of_memory import is_out_of_memory
+from ...running.planned_forward import PlannedForward
+from ...running.recapture import capture_for
+from ..comparison import (
+    Bits,
+    MeasuredStep,
+)
+from .step_verdict import (
+    StepVerdict,
+    judge_results,
+    rounding_dtype,
+)
+from .training_run import (
+    Lane,
+    StepResults,
+)
+
+LONGEST_ERROR = 600
+"""Characters of an error that a row keeps."""
+
+_WARMUP_PAIRS = 2
+_COMPARED_STEPS = 2
+
+_Forward = Callable[..., Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """What real steps run on; see :func:`planner.compare`."""
+
+    model: nn.Module
+    sample_input: Sample
+    loss_fn: LossFn | None
+    optimizer: torch.optim.Optimizer | str | None
+    repeats: int
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return single_device(self.model, self.sample_input)
+
+
+class Runner:
+    """Runs steps on a model whose state its caller gives back afterwards.
+
+    Parameters
+    ----------
+    arguments
+        Of the call, by name.
+    own
+        The model's own forward, ``None`` for its class'.
+    """
+
+    def __init__(self, execution: Execution, arguments: Mapping[str, Any], own: _Forward) -> None:
+        self.execution = execution
+        self.arguments = arguments
+        self.own = own
+        optimizer = execution.optimizer
+        if isinstance(optimizer, str):
+            optimizer = build_optimizer(optimizer, execution.model.parameters())
+        self.optimizer = optimizer
+        self._expected: list[StepResults] | None = None
+        self._noise = StepVerdict(bits="equal")
+
+    def eager(self) -> MeasuredStep:
+        """Eager steps beside eager steps: what the machine's noise is, and whether bits repeat."""
+        self._expected = None
+        peak_bytes = self._peak_bytes(self.own)
+        with self._lane(self.own) as lane:
+            expected = [lane.step() for _ in range(_COMPARED_STEPS)]
+        self._noise = self._against(expected, self.own)
+        self._expected = expected
+        return measured_step(
+            peak_bytes,
+            self._times(self.own, beside=True),
+            "equal" if self._noise.bits == "equal" else "not repeatable",
+            self._noise.difference,
+        )
+
+    def planned(self, plan: Plan) -> MeasuredStep:
+        """Steps by a plan, beside eager steps where those could run."""
+        forward = self._planned_forward(plan)
+        bits, difference = self._bits(forward)
+        peak_bytes = self._peak_bytes(forward)
+        times = self._times(forward, beside=self._expected is not None)
+        return measured_step(peak_bytes, times, bits, difference)
+
+    def in_turn(self, first: Plan, second: Plan) -> PairedTiming:
+        """Steps by one plan and by another, in turn, as often as asked for."""
+        return self._pairs(self._planned_forward(first), self._planned_forward(second))
+
+    def _planned_forward(self, plan: Plan) -> PlannedForward:
+        model = self.execution.model
+        forward = PlannedForward(model, plan, capture_for(plan, model, model.forward), "error")
+        forward.check(self.arguments)
+        return forward
+
+    def _peak_bytes(self, forward: _Forward) -> int:
+        e = self.execution
+        with forward_set(e.model, forward):
+            return measure(
+                e.model,
+                e.sample_input,
+                loss_fn=e.loss_fn,
+                optimizer=self.optimizer,
+                repeats=0,
+                seed=e.seed,
+            ).peak_bytes
+
+    @contextmanager
+    def _lane(self, forward: _Forward) -> Iterator[Lane]:
+        """Successive steps by a forward; everything is afterwards as before."""
+        e = self.execution
+        with (
+            forward_set(e.model, forward),
+            restored(e.model, e.sample_input, e.loss_fn, "sgd"),
+        ):
+            yield Lane(e.model, e.sample_input, e.loss_fn, seed=e.seed, outputs=True)
+
+    def _against(self, expected: Sequence[StepResults], forward: _Forward) -> StepVerdict:
+        e = self.execution
+        with self._lane(forward) as lane:
+            pairs = ((one, lane.step()) for one in expected)
+            return judge_results(pairs, dtype=rounding_dtype(e.model, e.device), seed=e.seed)
+
+    def _bits(self, forward: _Forward) -> tuple[Bits, str]:
+        """A plan promises eager's bits; where eager has no bits of its own, its rounding."""
+        if self._expected is None:
+            return "not compared", ""
+        verdict = self._against(self._expected, forward)
+        if verdict.bits == "equal":
+            return "equal", ""
+        if self._noise.bits == "equal":
+            self._noise = self._against(self._expected, self.own)
+        if self._noise.bits not in ("equal", "right"):
+            return "not repeatable", verdict.difference
+        if verdict.bits != "right":
+            return "WRONG", verdict.difference
+        return "different" if self._noise.bits == "equal" else "not repeatable", verdict.difference
+
+    def _times(self, forward: _Forward, *, beside: bool) -> tuple[list[float], list[float]]:
+        """Microseconds of eager steps and of the others; of those alone where not ``beside``."""
+        if self.execution.repeats == 0:
+            return [], []
+        if beside:
+            pairs = self._pairs(self.own, forward)
+            return list(pairs.first_us), list(pairs.second_us)
+        with self._timed_steps() as run:
+            for _ in range(_WARMUP_PAIRS):
+                run(forward)
+            e = self.execution
+            return [], [timed_us(lambda: run(forward), e.device) for _ in range(e.repeats)]
+
+    def _pairs(self, first: _Forward, second: _Forward) -> PairedTiming:
+        with self._timed_steps() as run:
+            return measure_pair(
+                lambda: run(first),
+                lambda: run(second),
+                repeats=self.execution.repeats,
+                warmup=_WARMUP_PAIRS,
+                device=self.execution.device,
+            )
+
+    @contextmanager
+    def _timed_steps(self) -> Iterator[Callable[[_Forward], Any]]:
+        """What runs a whole step by a forward; what the steps trained is given back."""
+        e = self.execution
+        step = make_step(
+            e.model, e.sample_input, loss_fn=e.loss_fn, optimizer=self.optimizer, seed=e.seed
+        )
+
+        def run(which: _Forward) -> Any:
+            with forward_set(e.model, which):
+                return step()
+
+        with restored(e.model, e.sample_input, e.loss_fn, self.optimizer):
+            yield run
+
+
+def measured_step(
+    peak_bytes: int,
+    times: tuple[Sequence[float], Sequence[float]],
+    bits: Bits,
+    difference: str,
+) -> MeasuredStep:
+    """What steps took.
+
+    Parameters
+    ----------
+    times
+        Microseconds of eager steps and of the others, pair by pair; the first is
+        empty where the others ran alone.
+    """
+    eager_us, step_us = times
+    ratios = [b / a for a, b in zip(eager_us, step_us, strict=True)] if eager_us else []
+    return MeasuredStep(
+        peak_bytes=peak_bytes,
+        step_us=_median(step_us),
+        eager_us=_median(eager_us),
+        ratio=_median(ratios),
+        quartiles=quartiles(ratios),
+        num_pairs=len(ratios),
+        bits=bits,
+        difference=difference,
+    )
+
+
+def caught(
+    execution: Execution, call: Callable[[], MeasuredStep]
+) -> tuple[MeasuredStep | None, str]:
+    """What a call found, or why it could not; what it left on the device is dropped then."""
+    error = ""
+    try:
+        return call(), error
+    # One schedule that cannot run is told in its row, and the others still run.
+    except Exception as failed:  # noqa: BLE001
+        error = said(failed, "when it ran")
+    clear_gradients(execution.model, execution.sample_input, execution.loss_fn)
+    gc.collect()
+    if execution.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None, error
+
+
+def said(error: Exception, when: str) -> str:
+    """An error in the words of a row."""
+    what = "out of memory" if is_out_of_memory(error) else type(error).__name__
+    return f"{what} {when}: {error}"[:LONGEST_ERROR]
+
+
+def _median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else math.nan

@@ -1,0 +1,110 @@
+"""The peer ``torch.compile`` with an activation memory budget.
+
+The budget is a ratio of saved bytes: 1 is what the partitioner saves when it
+minimizes run time, 0 what a checkpoint around the whole model would save. It is
+no peak, and bytes are refused.
+
+Each such peer calls ``torch._dynamo.reset()`` before and after it runs, so that no code
+compiled at another budget is taken. Everything that ``torch.compile`` has compiled
+in the process is dropped with it, and compiled again when it is next called.
+
+Known to be wrong (PyTorch 2.13, seen on the CPU)
+-------------------------------------------------
+Below a budget of 1 a random call may be left out of what is saved, and the backward
+graph then draws again from the generator as it is by then: dropout's backward pass
+has another mask than its forward pass, and the generator ends elsewhere. Random
+calls are given back their state only where a user's checkpoint has marked them as
+recomputed (``functionalize_rng_ops`` in ``torch/_functorch/partitioners.py``); what the
+budget's solver leaves out has no such mark. Inductor with its own random numbers
+(the default) saves the seeds and is right for budgets between 0 and 1, but wrong
+at 0, where nothing but the graph's inputs is saved; with ``fallback_random`` it
+fares like the others. :mod:`planner.comparing.execution.step_verdict` finds it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+
+from .peer import (
+    Peer,
+    Ready,
+    Situation,
+)
+
+
+def compile_peer(budget: float, backend: str | None = None, *, eager_draws: bool = False) -> Peer:
+    """``torch.compile`` at one activation memory budget.
+
+    Parameters
+    ----------
+    budget
+        From 0 to 1, a ratio of saved bytes.
+    backend
+        Of ``torch.compile``; ``None`` takes Inductor where it can generate kernels
+        for the card, else AOTAutograd with eager's kernels.
+    eager_draws
+        Whether Inductor draws as eager does (``fallback_random``), so that
+        gradients can be compared under dropout. It is not what users run, and
+        its gradients may be wrong where Inductor's own draws are right.
+
+    Raises
+    ------
+    ValueError
+        When the budget is not from 0 to 1.
+
+    Notes
+    -----
+    Running it drops all compiled code of the process (``torch._dynamo.reset()``).
+    """
+    if not 0 <= budget <= 1:
+        raise ValueError(f"an activation memory budget is a ratio from 0 to 1, not {budget!r}")
+    prepare = functools.partial(
+        _compiled, budget=float(budget), backend=backend, eager_draws=eager_draws
+    )
+    return Peer(
+        name=f"compile_budget_{float(budget)}" + f"_{backend}" * bool(backend),
+        summary=f"torch.compile, activation_memory_budget {budget:g}",
+        source="torch._functorch.config.activation_memory_budget",
+        prepare=prepare,
+    )
+
+
+def compile_backend(device: torch.device) -> str:
+    """Inductor where it can generate kernels for the card, else AOTAutograd with eager's."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return "inductor" if device.type == "cuda" and has_triton else "aot_eager"
+
+
+@contextmanager
+def _compiled(
+    model: nn.Module,
+    situation: Situation,
+    *,
+    budget: float,
+    backend: str | None,
+    eager_draws: bool,
+) -> Iterator[Ready]:
+    import torch._functorch.config as functorch_config
+
+    backend = backend or compile_backend(situation.device)
+    with ExitStack() as settings:
+        settings.enter_context(functorch_config.patch(activation_memory_budget=budget))
+        if hasattr(functorch_config, "enable_autograd_cache"):
+            # No partition of an earlier run, whatever its budget was.
+            settings.enter_context(functorch_config.patch(enable_autograd_cache=False))
+        if eager_draws:
+            import torch._inductor.config as inductor_config
+
+            settings.enter_context(inductor_config.patch(fallback_random=True))
+        torch._dynamo.reset()
+        settings.callback(torch._dynamo.reset)
+        compiled = torch.compile(model, backend=backend, dynamic=False)
+        setting = f"budget={budget:g}, {backend}" + ", fallback_random" * eager_draws
+        yield Ready(model=cast(nn.Module, compiled), setting=setting)

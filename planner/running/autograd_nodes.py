@@ -1,0 +1,98 @@
+"""Nodes of the autograd graph around a planned step: gradients handed over, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import CallMismatchError
+
+
+class HandOver(torch.autograd.Function):
+    """Passes an output's gradient on in a list instead of as an argument.
+
+    The engine holds a node's arguments until the node has finished; for the one
+    node of a planned step that is the whole backward pass. Handed over in a
+    list, the gradient of the logits, say, is freed at its last use.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, handed_over: list, place: int) -> torch.Tensor:
+        ctx.handed_over, ctx.place = handed_over, place
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        refuse_batched(gradient)
+        ctx.handed_over[ctx.place] = gradient.detach()
+        return gradient.new_empty(()).expand(gradient.shape), None, None
+
+
+class FirstDerivative(torch.autograd.Function):
+    """A gradient that a plan computed: it can be used, not differentiated.
+
+    Eager adds what comes from a loss and what comes from its gradient at each
+    activation; a plan that ran already could only add at the parameters, with other
+    last bits. It hangs on the step's inputs, so that whoever asks for second derivatives
+    by one of them comes here.
+    """
+
+    @staticmethod
+    def forward(
+        _ctx: Any, gradient: torch.Tensor, _anchor: torch.Tensor, *_inputs: torch.Tensor
+    ) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradient: torch.Tensor) -> Any:
+        raise CallMismatchError(
+            "a gradient of a planned model is differentiated again (create_graph=True), and a "
+            "plan holds first derivatives only: make this call of the model under `with "
+            "planner.unplanned(model):`, or plan a module whose forward takes the derivative and "
+            "returns the loss"
+        )
+
+
+class NotPlanned(torch.autograd.Function):
+    """An output that requires grad in eager, and that the plan has no gradient for.
+
+    Who uses it for a loss would get none, and would train something else without a
+    word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, _anchor: torch.Tensor, name: str) -> torch.Tensor:
+        ctx.name = name
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+        raise CallMismatchError(
+            f"output {ctx.name!r} was not planned as differentiated, and a loss was made of it: "
+            "plan with loss_fn=, the whole loss that the loop computes, or detach the output"
+        )
+
+
+def refuse_batched(gradient: torch.Tensor | None) -> None:
+    """Many backward passes at once, in one batched tensor.
+
+    Raises
+    ------
+    CallMismatchError
+        Says how to get them.
+    """
+    functorch = torch._C._functorch
+    if gradient is not None and (
+        functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
+    ):
+        raise CallMismatchError(
+            "many backward passes at once (is_grads_batched=True, jacobian(vectorize=True)) are "
+            "asked of a planned model, and a plan holds one: make this call of the model under "
+            "`with planner.unplanned(model):`, or ask for the gradients one after another"
+        )
+
+
+def anchor() -> torch.Tensor:
+    """Makes what is computed beside it require grad; takes no memory."""
+    return torch.empty((), device="meta", requires_grad=True)

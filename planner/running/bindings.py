@@ -1,0 +1,76 @@
+"""Where a planned step finds its inputs on a module, and where it leaves what forward makes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from graph_capture.effects import LeftValue
+from graph_capture.traced_step import Reassigned
+
+from .autograd_nodes import (
+    NotPlanned,
+    anchor,
+)
+
+Fetch = Callable[[list[torch.Tensor]], torch.Tensor]
+_Table = dict[str, Any]
+
+
+def fetch_of(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor]) -> Fetch:
+    """How to get at an input of the step when it is called."""
+    role, target = node.meta["role"], node.meta["target"]
+    if role == "input":
+        place = int(target)
+        return lambda given: given[place]
+    if role == "constant":
+        tensor = constants[target]
+        return lambda _given: tensor
+    table, name = _place(target, role, model)
+    return lambda _given: table[name]
+
+
+def put_back_of(entry: Reassigned, model: nn.Module) -> Callable[[list[torch.Tensor]], None]:
+    """Lets a buffer or an attribute be what forward made it."""
+    table, name = _place(entry.target, entry.role, model)
+
+    def replace(outputs: list[torch.Tensor]) -> None:
+        table[name] = outputs[entry.output]
+
+    def replace_in_graph(outputs: list[torch.Tensor]) -> None:
+        table[name] = NotPlanned.apply(outputs[entry.output], anchor(), entry.target)
+
+    def exchange(outputs: list[torch.Tensor]) -> None:
+        table[name].data = outputs[entry.output]
+
+    def replace_by_number(outputs: list[torch.Tensor]) -> None:
+        table[name] = outputs[entry.output].item()
+
+    if entry.is_number:
+        return replace_by_number
+    if entry.requires_grad:
+        return replace_in_graph
+    return exchange if entry.keeps_object else replace
+
+
+def leave_of(entry: LeftValue, model: nn.Module) -> Callable[[], None]:
+    """Puts into an attribute what forward puts there."""
+    table, name = _place(entry.target, "attribute", model)
+
+    def leave() -> None:
+        table[name] = copy.deepcopy(entry.value)
+
+    return leave
+
+
+def _place(target: str, role: str, model: nn.Module) -> tuple[_Table, str]:
+    path, _, name = target.rpartition(".")
+    owner = model.get_submodule(path)
+    if role == "attribute":
+        return vars(owner), name
+    return (owner._parameters if role == "parameter" else owner._buffers), name

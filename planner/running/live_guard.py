@@ -1,0 +1,184 @@
+"""Compare a module's calls with the planned one, fast enough for every step."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import chain
+from operator import attrgetter, call, is_
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.call_spec import describe, difference
+
+from ..base.call_guard import (
+    CallGuard,
+    autocast_dtype,
+    lazy_input,
+)
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_NUM_REMEMBERED = 64
+_REQUIRES_GRAD = attrgetter("requires_grad")
+_TRAINING = attrgetter("training")
+
+
+class LiveGuard:
+    """What a call and the state of a module must be for a plan to hold.
+
+    The first call of a kind is compared word by word; one that was found to be
+    the planned one is recognized by what its tensors look like. Parameters and
+    buffers are looked at again where one of them is another object or lies at
+    another place in memory.
+
+    Parameters
+    ----------
+    guard
+        What was planned.
+    model
+        Must be built as it was.
+    device_type
+        Whose autocast counts.
+    signature
+        Of the model's own forward: its defaults belong to the call.
+    """
+
+    def __init__(
+        self, guard: CallGuard, model: nn.Module, device_type: str, signature: inspect.Signature
+    ) -> None:
+        self._defaults = described_defaults(signature)
+        self._guard = replace(guard, arguments={**self._defaults, **guard.arguments})
+        self._model = model
+        self._device_type = device_type
+        self._known_calls: set[Any] = set()
+        evaluating = set(guard.evaluating)
+        named = list(model.named_modules())
+        self._modules = [module for _, module in named]
+        self._training = [name not in evaluating for name, _ in named]
+        self._tables = [
+            table for m in self._modules for table in (m._parameters, m._buffers) if table
+        ]
+        self._tensors: list[Callable[[], torch.Tensor | None]] = []
+        self._places: tuple[list[bool], list[int]] = ([], [])
+        self.replaced_bytes = 0
+        """Of parameters that others took the place of, while they are in memory."""
+
+    def difference(self, arguments: Mapping[str, Any]) -> str | None:
+        """The first thing in which a call differs from the planned one, in words."""
+        return self.another_call(arguments) or self._another_state()
+
+    def difference_now(self) -> str | None:
+        """As :meth:`difference`, of training flags, parameters and buffers alone.
+
+        The autocast that is on does not count: a backward pass runs outside of it.
+        """
+        return None if self._is_as_seen() else self._state_difference(self._guard.autocast)
+
+    # -- the call ----------------------------------------------------------------
+
+    def another_call(self, arguments: Mapping[str, Any]) -> str | None:
+        """How the arguments of a call differ from the planned ones, in words."""
+        looks = _looks_of(arguments)
+        if looks is not None and looks in self._known_calls:
+            return None
+        arguments = {**self._defaults, **arguments}
+        found = difference(self._guard.arguments, describe(arguments)) or lazy_input(arguments)
+        if found is None and looks is not None and len(self._known_calls) < _NUM_REMEMBERED:
+            self._known_calls.add(looks)
+        return found
+
+    # -- the state ---------------------------------------------------------------
+
+    def _another_state(self) -> str | None:
+        autocast = autocast_dtype(self._device_type)
+        if autocast == self._guard.autocast and self._is_as_seen():
+            return None
+        return self._state_difference(autocast)
+
+    def _state_difference(self, autocast: str | None) -> str | None:
+        now = replace(CallGuard.of(self._model, {}, self._device_type), autocast=autocast)
+        planned = self._guard.state
+        known = {name: spec for name, spec in now.state.items() if name in planned}
+        found = replace(self._guard, arguments={}).difference_to(replace(now, state=known))
+        if found is None:
+            self._see()
+        return found
+
+    def _is_as_seen(self) -> bool:
+        if list(map(_TRAINING, self._modules)) != self._training:
+            return False
+        tensors = list(chain.from_iterable(map(dict.values, self._tables)))
+        return (
+            len(tensors) == len(self._tensors)
+            and all(map(is_, tensors, map(call, self._tensors)))
+            and _places(tensors) == self._places
+        )
+
+    def _see(self) -> None:
+        tensors = list(chain.from_iterable(map(dict.values, self._tables)))
+        there = {t.data_ptr() for t in tensors if t is not None}
+        # Forward itself may replace buffers, which the plan counts.
+        before = [t for t in map(call, self._tensors) if isinstance(t, nn.Parameter)]
+        left = {t.data_ptr(): t.untyped_storage().nbytes() for t in before}
+        self.replaced_bytes = sum(left[at] for at in left.keys() - there)
+        self._tensors = [_nothing if t is None else weakref.ref(t) for t in tensors]
+        self._places = _places(tensors)
+
+
+def described_defaults(signature: inspect.Signature) -> dict[str, Any]:
+    """What an argument is that a call leaves out, by its name."""
+    of_kind: dict[Any, Any] = {
+        inspect.Parameter.VAR_POSITIONAL: (),
+        inspect.Parameter.VAR_KEYWORD: {},
+    }
+    return {
+        name: describe(of_kind.get(parameter.kind, parameter.default))
+        for name, parameter in signature.parameters.items()
+        if parameter.kind in of_kind or parameter.default is not parameter.empty
+    }
+
+
+def _nothing() -> None:
+    """Has the place of a weak reference to a parameter or buffer that is ``None``."""
+
+
+def _places(tensors: list[torch.Tensor | None]) -> tuple[list[bool], list[int]]:
+    """What changes when a tensor object is given other contents or stops requiring grad."""
+    there = [t for t in tensors if t is not None]
+    return list(map(_REQUIRES_GRAD, there)), list(map(torch.Tensor.data_ptr, there))
+
+
+def _looks_of(value: Any) -> Any:
+    """What the guard sees of a call, hashable; ``None`` where it holds another kind of object."""
+    if isinstance(value, torch.Tensor):
+        return (
+            value.shape,
+            value.stride(),
+            value.dtype,
+            value.device,
+            value.requires_grad,
+            value.is_conj(),
+            value.is_neg(),
+        )
+    if isinstance(value, _PLAIN):
+        return type(value), value
+    items: Any
+    if isinstance(value, Mapping):
+        items = value.items() if all(isinstance(key, str) for key in value) else None
+    elif type(value) in (tuple, list):
+        items = enumerate(value)
+    else:
+        items = None
+    if items is None:
+        return None
+    looks: list[Any] = [type(value)]
+    for key, item in items:
+        found = _looks_of(item)
+        if found is None:
+            return None
+        looks.append((key, found))
+    return tuple(looks)

@@ -1,0 +1,465 @@
+"""What stands in for a module's forward while a plan is applied."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from graph_capture.call_spec import describe, difference
+from graph_capture.captured_step import CapturedStep
+from graph_capture.errors import CaptureError
+from graph_capture.units import format_bytes
+
+from ..base.module_structure import (
+    LiveStructure,
+    Structure,
+)
+from ..errors import (
+    OutcomeChangedError,
+    PlanError,
+    PlanMismatchError,
+)
+from ..planning.make_plan import replan
+from .another_call import (
+    hint_at,
+    mismatch,
+)
+from .live_guard import (
+    LiveGuard,
+    described_defaults,
+)
+from .planned_step import PlannedStep
+from .recapture import (
+    as_captured,
+    capture_for,
+)
+from .rewrite import rewrite
+from .surroundings import foreign_surroundings
+from .tally import Tally
+from .unplanned_backward import UnplannedBackward
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+MAX_VARIANTS = 4
+"""Captures of one plan that are kept: a factor that goes back and forth is captured once each."""
+
+MAX_REPLANS = 16
+"""Plans for other calls that are kept, the ones used last."""
+
+_MANY_CAPTURES = 3
+_NUM_REMEMBERED = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A captured step of a module, its two graphs, and what must stay as it was.
+
+    Parameters
+    ----------
+    captured
+        The step.
+    step
+        Its graphs, bound to the module.
+    structure, guard
+        What the module is built of; what a call looks like.
+    """
+
+    captured: CapturedStep
+    step: PlannedStep
+    structure: LiveStructure
+    guard: LiveGuard
+
+    def changed(self) -> str | None:
+        """What is another one on the module than when the step was captured, in words.
+
+        That is how it is built, or something that its forward or backward read.
+        """
+        return self.structure.difference() or self.captured.step.reads.difference()
+
+
+class PlannedForward:
+    """Stands in for a module's ``forward`` while a plan is applied.
+
+    A copy of the module takes a copy of it along, bound to the copy.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, captured: CapturedStep | None, on_shape_change: str
+    ) -> None:
+        self.model = model
+        self.own_forward = model.__dict__.get("forward")
+        self._start(plan, captured, on_shape_change)
+
+    def _start(self, plan: Plan, captured: CapturedStep | None, on_shape_change: str) -> None:
+        model = self.model
+        self.plan = plan
+        self.on_shape_change = on_shape_change
+        self.removed = False
+        self.suspended = self.unwatched = 0
+        self.watching = False
+        self.tally = Tally()
+        self._num_captures = 0
+        self._at_hand: tuple[CapturedStep, Structure] | None
+        self._at_hand = None if captured is None else (captured, Structure.of(model))
+        self._begin()
+
+    def _begin(self) -> None:
+        """What no copy and no pickle takes along."""
+        self._prepared: list[Prepared] = []  # the one used last comes first
+        self._others: list[PlannedForward] = []
+        self._used_other = False  # by the last call
+        self._not_planned: dict[str, str] = {}  # changes that were captured in vain
+        self._not_replanned: dict[str, Exception] = {}  # calls that were captured in vain
+        self._buckets_said = False
+        self._main: PlannedForward | None = None  # of a plan for another call: where it belongs
+        self._signature: inspect.Signature | None = None
+        self._watch: UnplannedBackward | None = None
+        self._lock = threading.RLock()
+        self._train = torch.compiler.disable(self._call)  # torch.compile: one opaque call
+
+    @property
+    def unplanned(self) -> Callable[..., Any]:
+        """The forward that the plan stands in for."""
+        if self.own_forward is not None:
+            return self.own_forward
+        return type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unplanned)
+
+    @property
+    def __code__(self) -> Any:  # torch.export looks for it
+        return self.unplanned.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # bound to it as a method, by accelerate for one
+            args = args[1:]
+        if self.removed or not self.model.training or not torch.is_grad_enabled():
+            return self.unplanned(*args, **kwargs)
+        return self._train(args, kwargs)
+
+    def _call(self, args: tuple, kwargs: dict) -> Any:
+        if self.suspended:
+            self.tally.num_unplanned += 1
+            return self.unplanned(*args, **kwargs)
+        foreign = foreign_surroundings()
+        if foreign is not None:
+            return self._by_own_forward(foreign, args, kwargs)
+        if self._signature is None:
+            self._signature = self.__signature__
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        if self._used_other and self._others and self._others[0]._still_is_for(arguments):
+            return self._replanned(arguments, args, kwargs)
+        self._used_other = False
+        if self.on_shape_change != "error":  # nothing is captured for a call that is another one
+            different = self._another_call(arguments)
+            if different is not None:
+                return self._otherwise(mismatch(different), arguments, args, kwargs)
+        try:
+            prepared = self._current()
+        except (PlanMismatchError, CaptureError) as error:
+            different = self._another_call(arguments)
+            if different is not None:
+                different += hint_at(different)
+                error = type(error)(f"{error}. This call differs, too: {different}")
+            return self._otherwise(error, arguments, args, kwargs)
+        different = prepared.guard.difference(arguments)
+        if different is not None:
+            return self._otherwise(mismatch(different), arguments, args, kwargs)
+        self.tally.num_planned += 1
+        self._say_gradients_held()
+        self._say_buckets()
+        if prepared.guard.replaced_bytes:
+            self._say_held(
+                "parameters replaced",
+                prepared.guard.replaced_bytes,
+                "parameters are still in memory that others took the place of",
+                "Let go of them, or plan with a budget that is lower by these bytes",
+            )
+        try:
+            return prepared.step(arguments)
+        except OutcomeChangedError as error:
+            changed = error.with_traceback(None)  # which holds what was computed so far
+        self.tally.num_planned -= 1
+        return self._otherwise(changed, arguments, args, kwargs)
+
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        """Tensors that are not the model's and that its planned steps carry along."""
+        return [t for p in self._prepared for t in p.captured.step.constants.values()]
+
+    def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
+        """How a call differs from the planned one, however the model is built by now."""
+        if self._prepared:
+            return self._prepared[0].guard.another_call(arguments)
+        if self._signature is None:
+            self._signature = self.__signature__
+        defaults = described_defaults(self._signature)
+        found = difference(
+            {**defaults, **self.plan.guard.arguments}, describe({**defaults, **arguments})
+        )
+        return found
+
+    def _otherwise(
+        self, error: Exception, arguments: Mapping[str, Any], args: tuple, kwargs: dict
+    ) -> Any:
+        """What a call does that is not the planned one, by the policy that was asked for."""
+        self.tally.last_mismatch = str(error)
+        if self.on_shape_change == "unplanned":
+            return self._by_own_forward(str(error), args, kwargs)
+        if self.on_shape_change == "replan":
+            return self._replanned(arguments, args, kwargs)
+        raise error
+
+    def _by_own_forward(self, why: str, args: tuple, kwargs: dict) -> Any:
+        self.tally.num_unplanned += 1
+        self.tally.last_mismatch = why
+        self.tally.say(
+            "unplanned",
+            f"a training step of a planned {type(self.model).__name__} is not run by its plan, and "
+            f"its budget of {format_bytes(self.plan.budget_bytes)} is not kept: {why}",
+        )
+        return self.unplanned(*args, **kwargs)
+
+    def watch_backward(self, captured: CapturedStep) -> None:
+        """Notice from now on when a training step does not come here."""
+        self.watching = True
+        self._watch = UnplannedBackward.of(self, captured)
+
+    def stop(self) -> None:
+        """Run the model's own forward from now on, whoever still calls this."""
+        self.removed = True
+        if self._watch is not None:
+            self._watch.stop()
+
+    def renew(self, plan: Plan, captured: CapturedStep, on_shape_change: str) -> None:
+        """Go on with another plan, in the place where this one is called."""
+        self.stop()
+        self._start(plan, captured, on_shape_change)
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """Make the graphs if they are not made yet, and see whether a call is the planned one.
+
+        Raises
+        ------
+        CallMismatchError
+            Names the first difference.
+        """
+        different = self._current().guard.difference(arguments)
+        if different is not None:
+            raise mismatch(different)
+
+    # -- the step of the model as it is now ----------------------------------------
+
+    def _current(self) -> Prepared:
+        """The step of the model as it is built now, captured again where it has to be.
+
+        Raises
+        ------
+        PlanMismatchError, CaptureError
+            When the model is no longer the one that was planned.
+        """
+        if self._prepared and self._prepared[0].changed() is None:
+            return self._prepared[0]
+        with self._lock:  # several threads may call a module for the first time
+            for prepared in self._prepared:
+                if prepared.changed() is None:
+                    break
+            else:
+                prepared = self._prepare()
+            self._prepared = [prepared, *(p for p in self._prepared if p is not prepared)]
+            del self._prepared[MAX_VARIANTS:]
+            return prepared
+
+    def _prepare(self) -> Prepared:
+        changed = self._prepared[0].changed() if self._prepared else None
+        at_hand, self._at_hand = self._at_hand, None
+        captured = None
+        if at_hand is not None:
+            changed = at_hand[1].difference() or at_hand[0].step.reads.difference()
+            captured = at_hand[0] if changed is None else None
+        if captured is None:
+            known = None if changed is None else self._not_planned.get(changed)
+            if known is not None and (self.on_shape_change != "error" or self._main is not None):
+                raise PlanMismatchError(known)  # a capture in each step would be slow
+            try:
+                captured = capture_for(self.plan, self.model, self.unplanned)
+                self.plan = as_captured(self.plan, captured)
+            except PlanMismatchError as error:
+                if changed is None:
+                    raise
+                words = f"{changed}; {error}"
+                if len(self._not_planned) < _NUM_REMEMBERED:
+                    self._not_planned[changed] = words
+                raise PlanMismatchError(words) from error
+            if changed is not None:
+                self._say_captured_again(changed)
+        graphs = rewrite(captured, self.plan.schedule)
+        if self.watching and self._watch is None:
+            self._watch = UnplannedBackward.of(self, captured)
+        structure = LiveStructure(self.model)
+        guard = LiveGuard(self.plan.guard, self.model, self.plan.device_type, self.__signature__)
+
+        def changed_now() -> str | None:
+            return (
+                structure.difference() or captured.step.reads.difference() or guard.difference_now()
+            )
+
+        return Prepared(
+            captured=captured,
+            step=PlannedStep(
+                self.model,
+                captured,
+                graphs,
+                self.plan,
+                forward=self.unplanned,
+                changed=changed_now,
+                tally=self.tally,
+            ),
+            structure=structure,
+            guard=guard,
+        )
+
+    def _say_captured_again(self, changed: str) -> None:
+        self._num_captures += 1
+        if self._num_captures == _MANY_CAPTURES:
+            self.tally.say(
+                "captured often",
+                f"the step of a planned {type(self.model).__name__} was captured again "
+                f"{_MANY_CAPTURES} times because the model changed ({changed}), which takes the "
+                "time of a capture each; a number that changes often is better kept in a buffer",
+            )
+
+    def _replanned(self, arguments: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
+        for other in tuple(self._others):
+            if not other._is_for(arguments):
+                continue
+            with suppress(OutcomeChangedError):  # for such a call, but on another way
+                output = other(*args, **kwargs)
+                self._others = [other, *(o for o in self._others if o is not other)]
+                self._used_other = True
+                return output
+        kind = f"{describe(arguments)}, {self._changed() or ''}"
+        if kind in self._not_replanned:
+            raise _anew(self._not_replanned[kind])  # a capture in each step would be slow
+        try:
+            plan = replan(self.plan, self.model, arguments, self.unplanned)
+        except (CaptureError, PlanError) as error:
+            cause = error.__cause__
+            if isinstance(error, CaptureError) and not isinstance(cause, (CaptureError, NoneType)):
+                self.unplanned(*args, **kwargs)  # an assertion fails: raise as eager does
+            if len(self._not_replanned) < _NUM_REMEMBERED:
+                self._not_replanned[kind] = _anew(error)
+            raise
+        other = PlannedForward(self.model, plan, plan._captured, "error")
+        other.own_forward, other.tally, other._main = self.own_forward, self.tally, self
+        self._others = [other, *self._others][:MAX_REPLANS]
+        self._used_other = True
+        return other(*args, **kwargs)
+
+    def _changed(self) -> str | None:
+        """How the model is another one than for the plan that ran last."""
+        return self._prepared[0].changed() if self._prepared else None
+
+    def _still_is_for(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the step that ran last is the one for a call; nothing is captured."""
+        prepared = self._prepared[0] if self._prepared else None
+        return (
+            prepared is not None
+            and prepared.changed() is None
+            and prepared.guard.difference(arguments) is None
+        )
+
+    def _is_for(self, arguments: Mapping[str, Any]) -> bool:
+        if self._another_call(arguments) is not None:
+            return False
+        try:
+            return self._current().guard.difference(arguments) is None
+        except (PlanMismatchError, CaptureError):
+            return False
+
+    # -- what is said once ----------------------------------------------------------
+
+    def _say_gradients_held(self) -> None:
+        """Gradients of an earlier step that are still there when a forward pass begins."""
+        main = self if self._main is None else self._main
+        if main._watch is None:
+            return
+        if not main._watch.is_in_place():
+            main._watch.stop()
+            main._watch = UnplannedBackward.of(main, self._prepared[0].captured)
+        watched = None if main._watch is None else main._watch.parameter()
+        if watched is None or watched.grad is None:
+            return
+        held = sum(
+            p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None
+        )
+        self._say_held(
+            "gradients held",
+            held,
+            "gradients are there when a planned step begins",
+            "Call zero_grad(set_to_none=True) before forward, or plan with a budget that is lower "
+            "by these bytes",
+        )
+
+    def _say_buckets(self) -> None:
+        """Under ``DistributedDataParallel``: gradients are added up in memory of its own."""
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is None or self._buckets_said:
+            return
+        self._buckets_said = True
+        self._say_held(
+            "buckets",
+            sum(p.numel() * p.element_size() for p in wrapper._module_parameters),
+            "gradients lie in the buckets of a DistributedDataParallel",
+            "Plan with a budget that is lower by these bytes",
+        )
+
+    def _say_held(self, kind: str, held_bytes: int, what: str, advice: str) -> None:
+        peak = self.plan.predicted_peak_bytes + held_bytes
+        if peak > self.plan.budget_bytes:
+            self.tally.say(
+                kind,
+                f"{format_bytes(held_bytes)} of {what}, which the plan does not count: its peak "
+                f"may be {format_bytes(peak)}, the budget is "
+                f"{format_bytes(self.plan.budget_bytes)}. {advice}",
+            )
+
+    # -- copies -----------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
+        model = copy.deepcopy(self.model, memo)
+        twin = PlannedForward(model, self.plan, None, self.on_shape_change)
+        twin.own_forward = copy.deepcopy(self.own_forward, memo)
+        twin.watching, twin.removed = self.watching, self.removed
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a pickle keeps: the graphs are made again on the first call."""
+        made = {"_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand"}
+        made |= {"_used_other", "_not_planned", "_not_replanned", "_main", "_buckets_said"}
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._at_hand = None
+        self._begin()
+
+
+def _anew(error: Exception) -> Exception:
+    """The same error, without what led to it: that holds frames, and they hold tensors."""
+    twin = type(error).__new__(type(error), *error.args)
+    twin.__dict__.update(error.__dict__)
+    return twin

@@ -1,0 +1,467 @@
+"""Run a planned step under autograd, in the place of a module's own forward."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from graph_capture.call_spec import parse_dtype, tensors_of
+from graph_capture.captured_step import CapturedStep
+from graph_capture.checks import Check, OutcomeChanged
+from graph_capture.outputs import OutputTemplate
+
+from ..errors import (
+    CallMismatchError,
+    OutcomeChangedError,
+)
+from .autocast_region import AutocastRegion
+from .autograd_nodes import (
+    FirstDerivative,
+    HandOver,
+    NotPlanned,
+    anchor,
+    refuse_batched,
+)
+from .bindings import (
+    Fetch,
+    fetch_of,
+    leave_of,
+    put_back_of,
+)
+from .generators import PutRightOnError
+from .out_of_memory import explain
+from .own_gradients import (
+    generator_state,
+    own_gradients,
+    set_generator,
+)
+from .rewrite import PlannedGraphs
+from .tally import Tally
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Where arguments come from and results go, by position."""
+
+    fetch: tuple[Fetch, ...]  # inputs of the forward graph, from the call's tensors
+    saved_at: tuple[int, ...]  # positions of saved inputs among them
+    gradient_at: tuple[int | None, ...]  # for each input the index of its gradient
+    differentiated: tuple[int, ...]
+    tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
+    template: OutputTemplate
+    put_back: tuple[Callable[[list[torch.Tensor]], None], ...]  # what forward replaces
+    leave: tuple[Callable[[], None], ...]  # plain values that forward puts into attributes
+    require: tuple[int, ...]  # tensors of the call that forward makes require grad
+    checks: tuple[Check, ...]
+    written_at: tuple[int, ...]  # positions of inputs that are written to before a check
+
+
+class StepCall:
+    """One call of a planned step, until its backward pass has run.
+
+    Parameters
+    ----------
+    arguments
+        By name, as they were given; they are held for as long as the autograd graph is.
+    handed_over
+        Gradients of the outputs, see :class:`HandOver`.
+    generator_state
+        Of the default generator when the call began, where the step draws.
+
+    Attributes
+    ----------
+    saved
+        Saved tensors that nobody else has. Autograd's own way of saving looks at each
+        for writes by others, which costs as much as a small kernel.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "arguments",
+        "by_own_forward",
+        "generator_state",
+        "handed_over",
+        "saved",
+    )
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        handed_over: list[torch.Tensor | None],
+        generator_state: np.ndarray | None,
+    ) -> None:
+        self.arguments = arguments
+        self.handed_over = handed_over
+        self.generator_state = generator_state
+        self.by_own_forward = False
+        self.saved: list[torch.Tensor] = []
+
+
+class PlannedStep:
+    """The two graphs of a plan, bound to a module's parameters and buffers.
+
+    Call it with the arguments of ``forward`` by name; it returns what the
+    module returns, ready for ``backward()``.
+
+    Parameters
+    ----------
+    forward
+        The model's own, for gradients that the plan cannot give; without it they
+        are an error.
+    changed
+        How the model is another one than while planning, in words.
+    plan
+        What an out-of-memory error is explained by; without it, it is not.
+    tally
+        Where it counts and says what a reader must know.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        captured: CapturedStep,
+        graphs: PlannedGraphs,
+        plan: Plan | None = None,
+        *,
+        forward: Callable[..., Any] | None = None,
+        changed: Callable[[], str | None] = lambda: None,
+        tally: Tally | None = None,
+    ) -> None:
+        step = captured.step
+        self._model, self._graphs, self._plan = model, graphs, plan
+        self._own_forward, self._changed, self._tally = forward, changed, tally or Tally()
+        self._device = captured.target.torch_device
+        self._draws = bool(captured.state_of) or any(code.draws for code in captured.code)
+        self._rewrites_state = _reads_what_it_writes(captured)
+        inputs = list(graphs.forward_inputs)
+        inputs += [n for n in graphs.saved_inputs if n not in graphs.forward_inputs]
+        missing = [n for n, _ in step.gradients if n not in inputs]
+        self._num_forward = len(graphs.forward_inputs)
+        inputs += missing
+        position = {node: i for i, node in enumerate(inputs)}
+        gradient_of = {node: i for i, (node, _) in enumerate(step.gradients)}
+        self._forward = graphs.forward.forward
+        self._backward = graphs.backward.forward
+        self._num_outputs = graphs.num_outputs
+        self._layout = _Layout(
+            fetch=tuple(fetch_of(node, model, step.constants) for node in inputs),
+            saved_at=tuple(position[n] for n in graphs.saved_inputs),
+            gradient_at=tuple(gradient_of.get(n) for n in inputs),
+            differentiated=step.differentiated,
+            tangents=tuple(n.meta["val"] for n in step.tangents),
+            template=step.template,
+            put_back=tuple(put_back_of(entry, model) for entry in step.reassigned),
+            leave=tuple(leave_of(entry, model) for entry in step.left),
+            require=step.made_to_require,
+            checks=step.checks,
+            written_at=tuple(position[n] for n in step.before_checks.written if n in position),
+        )
+        self._detached = step.detached
+        self._waiting: Callable[[], StepCall | None] = lambda: None
+        self._region = AutocastRegion()
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Any:
+        if self._waiting() is not None:
+            self._say_waiting()
+        if self._region.has_casts_of_old(self._model):
+            self._say_casts()
+        given = tensors_of(arguments)
+        for i in self._layout.require:
+            given[i].requires_grad_()
+        inputs = [fetch(given) for fetch in self._layout.fetch]
+        call = StepCall(
+            arguments,
+            handed_over=[None] * len(self._layout.tangents),
+            generator_state=generator_state(self._device) if self._draws else None,
+        )
+        self._waiting = weakref.ref(call)
+        try:
+            outputs = list(_Step.apply(self, call, *inputs))
+        except OutcomeChangedError:
+            self._waiting = lambda: None
+            if call.generator_state is not None:
+                set_generator(call.generator_state, self._device)
+            raise
+        del inputs
+        for put_back in self._layout.put_back:
+            put_back(outputs)
+        for leave in self._layout.leave:
+            leave()
+        for place, i in enumerate(self._layout.differentiated):
+            if outputs[i].numel() > 1:
+                outputs[i] = HandOver.apply(outputs[i], call.handed_over, place)
+        for i in self._detached:
+            outputs[i] = NotPlanned.apply(outputs[i], anchor(), self._layout.template.names[i])
+        return self._layout.template.build(outputs)
+
+    # -- forward -------------------------------------------------------------------
+
+    def run_forward(
+        self, ctx: Any, call: StepCall, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Outputs of the step; what backward needs is kept in ``ctx`` and ``call``."""
+        # As in eager: below autograd, with grad mode on (some kernels save more when it is).
+        changed: OutcomeChanged | None = None
+        layout = self._layout
+        before = [(inputs[i], inputs[i].detach().clone()) for i in layout.written_at]
+        try:
+            with (
+                PutRightOnError(),
+                torch.enable_grad(),
+                torch._C._AutoDispatchBelowAutograd(),
+                torch._C._DisableAutocast(),
+                torch._C.DisableTorchFunction(),
+            ):
+                results = self._forward(list(inputs[: self._num_forward]))
+        except (RuntimeError, MemoryError) as error:
+            self._explain(error, self._graphs.forward)
+            raise
+        except OutcomeChanged as signal:
+            changed = signal.with_traceback(None)  # which holds what was computed so far
+        if changed is not None:
+            for tensor, value in before:
+                _write_below_autograd(tensor, value)
+            raise OutcomeChangedError(_what_changed(changed, layout.checks[changed.place]))
+        del before
+        exposed = self._num_outputs + self._graphs.num_exposed
+        outputs, saved = results[: self._num_outputs], results[self._num_outputs : exposed]
+        saved += [inputs[i] for i in self._layout.saved_at]
+        ctx.save_for_backward(*saved)
+        call.saved = results[exposed:]
+        differentiated = set(self._layout.differentiated)
+        ctx.mark_non_differentiable(*(t for i, t in enumerate(outputs) if i not in differentiated))
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    # -- backward ------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def run_backward(
+        self, ctx: Any, call: StepCall, gradients: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
+        """Gradients of the step's inputs, by the plan where it can give what is asked for."""
+        for gradient in gradients:
+            refuse_batched(gradient)
+        self._tally.num_backward += 1
+        self._region.ran_in(self._model, self._device)
+        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        outputs = self._layout.differentiated
+        given = [
+            gradients[i] if handed is None else handed
+            for i, handed in zip(outputs, call.handed_over, strict=True)
+        ]
+        missing = [i for i, tangent in zip(outputs, given, strict=True) if tangent is None]
+        call.handed_over[:] = [None] * len(given)
+        if missing and (retained or call.by_own_forward):
+            return self._by_own_forward(ctx, call, given, retained=retained)
+        if missing:
+            raise CallMismatchError(
+                f"no gradient came back for output {self._layout.template.names[missing[0]]!r}, "
+                "which was planned as differentiated: plan with the loss_fn that the loop "
+                "computes, so that only what it uses is differentiated; where each output has a "
+                "backward pass of its own, call all but the last with retain_graph=True"
+            )
+        private = call.saved
+        if retained:
+            private = list(private)
+            self._tally.say(
+                "retained",
+                "backward(retain_graph=True) through a planned model: what the plan saved stays "
+                "in memory during and after the backward pass, which the budget does not count",
+            )
+        else:
+            self._let_go(call)
+        boxed: list[torch.Tensor] = []
+        for place, expected in enumerate(self._layout.tangents):
+            tangent = given[place]
+            given[place] = None
+            assert tangent is not None
+            boxed.append(_fit_tangent(tangent, expected))
+            del tangent
+        del gradients
+        boxed.extend(ctx.saved_tensors)
+        boxed.extend(private)
+        private.clear()  # so that the generated code holds the only references
+        ctx.maybe_clear_saved_tensors()
+        try:
+            with (
+                PutRightOnError(),
+                torch._C._AutoDispatchBelowAutograd(),
+                torch._C._DisableAutocast(),
+                torch._C.DisableTorchFunction(),
+            ):
+                found = self._backward(boxed)
+            self._say_nan(found)
+        except (RuntimeError, MemoryError) as error:
+            self._explain(error, self._graphs.backward)
+            raise
+        return [None if at is None else found[at] for at in self._layout.gradient_at]
+
+    def _by_own_forward(
+        self, ctx: Any, call: StepCall, given: list[torch.Tensor | None], *, retained: bool
+    ) -> list[torch.Tensor | None]:
+        """Gradients from some of the outputs alone, see :mod:`planner.running.own_gradients`."""
+        if self._own_forward is None or self._rewrites_state:
+            raise CallMismatchError(
+                "a backward pass from some of the outputs alone is asked of a planned model. Its "
+                "plan does not hold that, and the model's own forward cannot be run again for it, "
+                "since it reads buffers that it has written to: make the call under `with "
+                "planner.unplanned(model):`, or let one loss differentiate all outputs"
+            )
+        changed = self._changed()
+        if changed is not None:
+            raise CallMismatchError(
+                "a backward pass from some of the outputs alone is asked of a planned model, for "
+                "which its own forward runs again, and the model has changed since the call: "
+                f"{changed}. Change it after the last backward pass, or make the call under `with "
+                "planner.unplanned(model):`"
+            )
+        self._tally.say(
+            "own forward",
+            "a backward pass from some of the outputs alone is asked of a planned model: the "
+            "model's own forward runs again for it, with the same numbers, but neither its memory "
+            "nor its time are in the plan. Planned is one backward pass of all outputs, by one "
+            "loss_fn=",
+        )
+        call.by_own_forward = True
+        _ = ctx.saved_tensors  # autograd's own error where one was changed meanwhile
+        assert self._plan is not None
+        dtype, arguments = self._plan.guard.autocast, call.arguments
+        tensors = tensors_of(arguments)
+        if not retained:
+            self._let_go(call)
+        return own_gradients(
+            self._model,
+            self._own_forward,
+            arguments,
+            outputs={
+                i: tangent
+                for i, tangent in zip(self._layout.differentiated, given, strict=True)
+                if tangent is not None
+            },
+            inputs=[fetch(tensors) for fetch in self._layout.fetch],
+            generator_state=call.generator_state,
+            device=self._device,
+            autocast=None if dtype is None else parse_dtype(dtype),
+        )
+
+    def differentiated_inputs(self, call: StepCall) -> list[torch.Tensor]:
+        """Parameters and tensors of a call that require grad, while the call is held."""
+        if not call.arguments:
+            return []
+        given = tensors_of(call.arguments)
+        return [t for t in (fetch(given) for fetch in self._layout.fetch) if t.requires_grad]
+
+    def _let_go(self, call: StepCall) -> None:
+        """After the last backward pass; the autograd graph may outlive it by a whole step."""
+        call.arguments, call.saved = {}, []
+        self._waiting = lambda: None
+
+    def _say_waiting(self) -> None:
+        self._tally.say(
+            "two forwards",
+            "a planned model is called again before the backward pass of its last call: the saved "
+            "tensors of both lie in memory side by side, which the budget does not count. Where "
+            "one backward pass goes through both, gradients of weights that a call uses more than "
+            "once (tied ones) are added in another order than eager's, with other last bits. To "
+            "have them planned together, plan a module whose forward makes both calls",
+        )
+
+    def _say_casts(self) -> None:
+        self._tally.say(
+            "casts of old parameters",
+            "a planned step begins within the autocast region that its last one ran in, and "
+            "parameters were changed meanwhile: without the plan PyTorch would go on with casts "
+            "of the old ones, which autocast keeps until its region ends; the plan casts those "
+            "that are there. Leave the region before optimizer.step(), which makes both alike",
+        )
+
+    def _say_nan(self, gradients: list[torch.Tensor]) -> None:
+        """What autograd's anomaly mode finds next, and where it would find the operator."""
+        if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
+            return
+        if any(bool(torch.isnan(g).any()) for g in gradients if isinstance(g, torch.Tensor)):
+            self._tally.say(
+                "anomaly",
+                "a gradient of a planned step is nan, and anomaly mode sees the step as one "
+                "function: make the call under `with planner.unplanned(model):` to see the "
+                "operator and its line",
+            )
+
+    def _explain(self, error: BaseException, graph: GraphModule) -> None:
+        if self._plan is not None:
+            explain(error, self._plan, self._model, graph)
+
+
+class _Step(torch.autograd.Function):
+    """One node of the autograd graph for the whole planned step."""
+
+    @staticmethod
+    def forward(ctx: Any, step: PlannedStep, call: StepCall, *inputs: torch.Tensor) -> Any:
+        ctx.step, ctx.call = step, call
+        return step.run_forward(ctx, call, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        again = torch.is_grad_enabled()  # create_graph=True
+        with torch.no_grad():
+            found = ctx.step.run_backward(ctx, ctx.call, gradients)
+        if again:
+            inputs = ctx.step.differentiated_inputs(ctx.call)
+            found = [
+                None if g is None else FirstDerivative.apply(g, anchor(), *inputs) for g in found
+            ]
+        return (None, None, *found)
+
+
+def _reads_what_it_writes(captured: CapturedStep) -> bool:
+    """Whether a second forward would begin from other buffers than the first."""
+    nodes = captured.step.graph.find_nodes(op="placeholder")
+    read = {node.meta["target"] for node in nodes if node.meta["role"] == "attribute"}
+    if any(e.role == "buffer" or e.target in read for e in captured.step.reassigned):
+        return True
+    for node in captured.step.graph.nodes:
+        for written in node.meta.get("writes", ()):
+            if written.op != "placeholder":
+                continue
+            if written.meta["role"] == "attribute" or set(written.users) - {node}:
+                return True
+    return False
+
+
+def _write_below_autograd(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        tensor.copy_(value)
+
+
+def _what_changed(changed: OutcomeChanged, check: Check) -> str:
+    module = f" in module {check.module_path!r}" if check.module_path else ""
+    state = (
+        f" It follows from {check.state!r}, which the model holds: where a first step sets that "
+        "up, run the model once before planning."
+    )
+    return (
+        f"this step takes another way through the model than the planned one: at {check.source}"
+        f"{module} forward asks for {check.what}, which was {changed.planned} when the plan was "
+        f"made and is {changed.got} now.{'' if check.state is None else state} If that line raises "
+        "for this input, so does the model without the plan (Plan.remove). Else apply the plan "
+        "with on_shape_change='replan', which plans for this way, too, or 'unplanned', or make a "
+        "plan on such an input"
+    )
+
+
+def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The gradient of an output, in the layout that the backward graph was traced with."""
+    if tangent.stride() == expected.stride() or tangent.is_contiguous():
+        return tangent
+    return tangent.contiguous()

@@ -1,0 +1,294 @@
+"""Capture again the step that a plan was made for, on the model that it is applied to."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from graph_capture.autocast import autocast_as
+from graph_capture.call_spec import TensorSpec, difference, moved, parse_dtype, specs_of
+from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.cost_graph import CostGraph, Operator
+from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
+from graph_capture.errors import CaptureError, NotFittingError
+from graph_capture.outcomes import OutcomeMismatchError
+from graph_capture.policies import apply_policies
+from graph_capture.spread_out import refuse_spread_out
+from graph_capture.traced_step import TakenPath
+from solvers.replay import InvalidScheduleError, replay
+
+from ..base.call_guard import CallGuard
+from ..base.module_structure import Structure
+from ..errors import PlanMismatchError
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+def on_card_of(plan: Plan, model: nn.Module) -> Plan:
+    """The plan for the card that ``model`` lies on: each rank of a job has one of its own."""
+    cards = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    planned = {torch.device(spec.device) for spec in plan.guard.state.values()}
+    if plan.device_type != "cuda" or len(cards) != 1 or cards <= planned:
+        return plan
+    (card,) = cards
+
+    def place(device: torch.device) -> torch.device:
+        return card if device.type == "cuda" else device
+
+    guard, loss = plan.guard, plan.loss
+    return replace(
+        plan,
+        guard=replace(
+            guard, arguments=moved(guard.arguments, place), state=moved(guard.state, place)
+        ),
+        loss=replace(loss, tangents=moved(loss.tangents, place)),
+        _captured=None,
+        _structure=None,
+    )
+
+
+def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
+    """The captured step of ``model`` for ``plan``, checked to be the one that was planned.
+
+    Of a plan from a file nothing counts but the order of its runs, its times, and what
+    the training loop's own loss and optimizer take: sizes, pins, the order of draws and
+    the kernels' scratch are found here, and the order is judged by them.
+
+    Raises
+    ------
+    PlanMismatchError
+        Names the first difference.
+    """
+    if _release(plan.torch_version) != _release(torch.__version__):
+        raise PlanMismatchError(
+            f"the plan was made with torch {plan.torch_version}, this is {torch.__version__}: "
+            "what a model dispatches may differ; make the plan again"
+        )
+    try:
+        refuse_spread_out(model)
+    except NotFittingError as error:
+        raise PlanMismatchError(f"no plan can be applied here: {error}") from error
+    found = CallGuard.of(model, {}, plan.device_type).state
+    _refuse_elsewhere(plan.guard.state, found)
+    different = difference(plan.guard.state, found, "state")
+    if different is not None:
+        raise _another_model(different)
+    _refuse_absent_devices(plan)
+    captured, structure = plan._captured, plan._structure
+    own = captured is not None and captured.graph is plan.graph
+    # What was captured without the device is captured again on it, to see that it holds there.
+    if own and captured is not None and not captured.target.elsewhere:
+        unchanged = captured.model() is model and structure is not None and structure.holds()
+        if unchanged and captured.step.reads.difference() is None:
+            return captured
+        measured = True
+    else:
+        measured = False
+    _refuse_another_call(plan, model, forward)
+    try:
+        with _as_planned(model, plan):
+            captured = _capture_again(plan, model, forward, measure_scratch=not measured)
+    except OutcomeMismatchError as error:
+        raise _another_model(str(error)) from error
+    except CaptureError as error:
+        raise PlanMismatchError(
+            f"the planned step cannot be captured on this model: {error}"
+        ) from error
+    if captured.device_type != plan.device_type:
+        raise PlanMismatchError(
+            f"the plan is for {plan.device_type}, and its step would run on {captured.device_type}"
+        )
+    if captured.graph.fingerprint != plan.fingerprint:
+        raise _another_model(_first_difference(plan.graph, captured.graph))
+    captured = replace(captured, graph=_priced_as_planned(plan.graph, captured.graph, measured))
+    _judge(plan, captured.graph)
+    return captured
+
+
+def as_captured(plan: Plan, captured: CapturedStep) -> Plan:
+    """The plan with the figures of the step that :func:`capture_for` found for it."""
+    if captured.graph == plan.graph:
+        return plan
+    step, model = captured.step, captured.model()
+    return replace(
+        plan,
+        graph=captured.graph,
+        detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
+        branch_free=step.branch_free,
+        outcomes=step.outcomes,
+        _captured=captured,
+        _structure=None if model is None else Structure.of(model),
+    )
+
+
+def _priced_as_planned(planned: CostGraph, found: CostGraph, measured: bool) -> CostGraph:
+    """The graph found here with the plan's times, with its scratch where that was measured.
+
+    What the loop's loss and optimizer take cannot be found here.
+    """
+    operators = []
+    for there, here in zip(planned.operators, found.operators, strict=True):
+        workspace_bytes = here.workspace_bytes
+        if measured or here.phase in ("loss", "optimizer"):
+            workspace_bytes = max(workspace_bytes, there.workspace_bytes)
+        operators.append(
+            replace(
+                here,
+                cost_ns=there.cost_ns,
+                workspace_bytes=workspace_bytes,
+                rewrites=_priced_rewrites(there, here),
+            )
+        )
+    return CostGraph(tuple(operators), found.storages)
+
+
+def _priced_rewrites(there: Operator, here: Operator) -> tuple[tuple[int, int, int], ...]:
+    """Copies at the plan's times; an older plan has them in the operator's own."""
+    known = {new: ns for _, new, ns in there.rewrites}
+    return tuple((old, new, known.get(new, 0)) for old, new, _ in here.rewrites)
+
+
+def _judge(plan: Plan, graph: CostGraph) -> None:
+    """Whether the plan's order computes this graph within its budget.
+
+    A plan that was made without the device did not count scratch: the headroom is for it.
+    """
+    try:
+        outcome = replay(graph, plan.schedule)
+    except InvalidScheduleError as error:
+        raise PlanMismatchError(
+            f"the plan's order of runs does not compute this model's step: {error}; make the plan "
+            "again with optimize()"
+        ) from error
+    counted = SCRATCH_NOT_COUNTED not in plan.costs.notes
+    headroom_bytes = plan.headroom_bytes if counted else 0
+    if outcome.peak_bytes <= plan.budget_bytes - headroom_bytes:
+        return
+    operator = graph.operators[plan.schedule.order[outcome.peak_step]]
+    less = f" less a headroom of {headroom_bytes}" if headroom_bytes else ""
+    raise PlanMismatchError(
+        f"here the plan peaks at {outcome.peak_bytes} bytes, above its budget of "
+        f"{plan.budget_bytes}{less} (the plan says {plan.predicted_peak_bytes}): at "
+        f"{operator.name!r}, whose kernels take {operator.workspace_bytes} bytes of scratch here; "
+        "make the plan again on this machine with optimize()"
+    )
+
+
+def _refuse_absent_devices(plan: Plan) -> None:
+    """Before a tensor is made of a specification: PyTorch may end the process."""
+    specs = [*specs_of(plan.guard.arguments), *plan.loss.tangents]
+    for device in {plan.device_type, *(spec.device for spec in specs)}:
+        kind, _, index = device.partition(":")
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if kind == "cuda" and int(index or 0) >= there:
+            raise PlanMismatchError(
+                f"the plan is for {device}, and this process sees {there} CUDA devices: apply it "
+                "where the device is, or make a plan for this one"
+            )
+        if kind not in ("cpu", "cuda"):
+            raise PlanMismatchError(
+                f"the plan's call has a tensor on {device!r}, where no step runs; make the plan "
+                "again with optimize()"
+            )
+
+
+def _refuse_another_call(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> None:
+    """A call that this module cannot get, which would never be the planned one."""
+    unknown = set(plan.guard.arguments) - set(inspect.signature(forward).parameters)
+    if unknown:
+        raise _another_model(f"forward has no argument {min(unknown)!r}")
+    planned = plan.guard.evaluating
+    known = tuple(name for name, _ in model.named_modules() if name and name in set(planned))
+    if known != planned:
+        wrong = next((n for n in planned if n not in known), planned[0])
+        raise _another_model(f"module {wrong!r} was in eval mode, which here cannot be")
+
+
+def _another_model(different: str) -> PlanMismatchError:
+    return PlanMismatchError(
+        f"the plan was made for another model: {different}; make a plan for this model with "
+        "optimize()"
+    )
+
+
+def _refuse_elsewhere(planned: Mapping[str, TensorSpec], found: Mapping[str, TensorSpec]) -> None:
+    for name in (n for n in planned if n in found):
+        device, here = planned[name].device, found[name].device
+        if device != here:
+            raise PlanMismatchError(
+                f"the plan is for a model on {device}, and {name!r} lies on {here}: move the model "
+                f"first (model.to({device!r})), or make a plan for where it lies"
+            )
+
+
+def _release(version: str) -> str:
+    """A torch version without its build: a plan made with a CPU build serves a CUDA build."""
+    return version.partition("+")[0]
+
+
+def _capture_again(
+    plan: Plan, model: nn.Module, forward: Callable[..., Any], *, measure_scratch: bool
+) -> CapturedStep:
+    rules = plan.never_recompute, plan.always_recompute
+
+    def check(graph: CostGraph) -> None:
+        """Nothing is run for a step that is not the planned one; rules change the graph."""
+        if not any(rules) and graph.fingerprint != plan.fingerprint:
+            raise _another_model(_first_difference(plan.graph, graph))
+
+    taken = None  # an older file does not say which way the plan takes
+    if plan.outcomes is not None:
+        taken = TakenPath(branch_free=plan.branch_free, outcomes=plan.outcomes)
+    captured = capture_step(
+        model,
+        plan.guard.arguments,
+        # What needs no code of the user's is found again instead of believed.
+        loss=plan.loss if plan.loss.region.label == "loss_fn" else None,
+        optimizer=plan.optimizer,
+        forward=forward,
+        measure_scratch=measure_scratch,
+        taken=taken,
+        check=check if measure_scratch else None,
+    )
+    return apply_policies(captured, *rules)
+
+
+@contextmanager
+def _as_planned(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """Autocast and the modules' training flags as they were when the plan was made."""
+    evaluating = set(plan.guard.evaluating)
+    before = [(module, module.training) for module in model.modules()]
+    for name, module in model.named_modules():
+        module.training = name not in evaluating
+    dtype = plan.guard.autocast
+    try:
+        with autocast_as(plan.device_type, None if dtype is None else parse_dtype(dtype)):
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _first_difference(planned: CostGraph, found: CostGraph) -> str:
+    for v, (a, b) in enumerate(zip(planned.operators, found.operators, strict=False)):
+        if (a.target, a.inputs, a.outputs, a.pinned) != (b.target, b.inputs, b.outputs, b.pinned):
+            return (
+                f"operator {v} is {b.target} ({b.module_path or b.phase}), "
+                f"planned was {a.target} ({a.module_path or a.phase})"
+            )
+    if len(planned.operators) != len(found.operators):
+        return f"{len(found.operators)} operators, planned were {len(planned.operators)}"
+    for a_storage, b_storage in zip(planned.storages, found.storages, strict=False):
+        if a_storage.size_bytes != b_storage.size_bytes:
+            return (
+                f"{b_storage.name} has {b_storage.size_bytes} bytes, "
+                f"planned were {a_storage.size_bytes}"
+            )
+    return f"{len(found.storages)} storages, planned were {len(planned.storages)}"

@@ -1,0 +1,396 @@
+"""Turn a schedule back into torch.fx: one forward and one backward graph.
+
+The schedule's runs before the loss become the forward graph, those after it
+the backward graph, in that order. A run that repeats an operator emits its
+calls again. Names survive where fx can keep them; views are emitted where they
+are first needed and again after their storage was recomputed. What the
+backward graph reads from before the loss is *saved*: forward returns it
+beside the outputs. Memory is freed by liveness, at the last use in the
+generated code, which is what the schedule's implied frees mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx.graph import CodeGen
+
+from graph_capture.blocks import OperatorCode
+from graph_capture.captured_step import CapturedStep
+from graph_capture.purity import draws, repeated_arguments
+from graph_capture.recorder import storage_id
+from solvers.replay import InvalidScheduleError, replay
+from solvers.schedule import Schedule
+
+from .fast_calls import fast_call
+from .generators import (
+    READS,
+    RESUMES,
+    REWINDS,
+)
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedGraphs:
+    """The rewritten step.
+
+    Parameters
+    ----------
+    forward, backward
+        Each takes one list of tensors, which it empties, and returns a list.
+        ``forward``: the values of ``forward_inputs`` to the outputs, then the
+        saved tensors. ``backward``: the tangents, the exposed saved tensors, the
+        values of ``saved_inputs`` and the other saved tensors to the gradients.
+    forward_inputs
+        Placeholders of the traced step that forward takes.
+    saved_inputs
+        Placeholders that backward reads, passed on beside the saved tensors.
+    num_outputs
+        How many of forward's results are outputs of the model.
+    num_exposed
+        How many of the saved tensors, which come first, share memory with an output
+        or an input of the step, so that others may write to them.
+    """
+
+    forward: GraphModule
+    backward: GraphModule
+    forward_inputs: tuple[Node, ...]
+    saved_inputs: tuple[Node, ...]
+    num_outputs: int
+    num_exposed: int
+
+
+def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
+    """Build the graphs that run ``schedule``, which must have passed replay."""
+    at_loss = schedule.order.index(captured.loss)
+    repeated = set(schedule.recomputed())
+    in_place = replay(captured.graph, schedule).in_place
+    forward = _Emitter(captured, repeated, in_place, earlier=None)
+    forward.run(schedule.order[:at_loss])
+    outputs = [forward.value(node) for node in captured.step.outputs]
+
+    backward = _Emitter(captured, repeated, in_place, earlier=forward)
+    for tangent in captured.step.tangents:
+        backward.declare(tangent)
+    backward.run(schedule.order[at_loss + 1 :], at_loss + 1)
+    gradients = [backward.value(node) for _, node in captured.step.gradients]
+    backward.graph.output(gradients)
+    exposed = {forward.storage_of(node) for node in (*captured.step.outputs, *forward.inputs)}
+    public = [key for key in backward.taken_over if key[0] in exposed]
+    private = [key for key in backward.taken_over if key[0] not in exposed]
+    backward.order_placeholders(public, private)
+    forward.order_placeholders()
+
+    saved = [*public, *private]
+    forward.graph.output([*outputs, *(forward.value_at(key) for key in saved)])
+    return PlannedGraphs(
+        forward=_compile(forward.graph, "PlannedForward"),
+        backward=_compile(backward.graph, "PlannedBackward"),
+        forward_inputs=tuple(forward.inputs),
+        saved_inputs=tuple(backward.inputs),
+        num_outputs=len(outputs),
+        num_exposed=len(public),
+    )
+
+
+_Key = tuple[int, Node]  # a storage and the node of the traced step whose value owns it
+
+
+class _Emitter:
+    """Emits operators into one graph and knows where every storage's value is."""
+
+    def __init__(
+        self,
+        captured: CapturedStep,
+        repeated: set[int],
+        in_place: Collection[tuple[int, int, int]],
+        earlier: _Emitter | None,
+    ) -> None:
+        self._captured = captured
+        self._repeated = repeated
+        self._in_place = in_place  # which runs of the schedule write which output over what
+        self._earlier = earlier
+        self._has_run: set[int] = set() if earlier is None else set(earlier._has_run)
+        self.graph = Graph()
+        self._values: dict[_Key, Node] = {}
+        self._views: dict[int, dict[Node, Node]] = {}
+        self.inputs: dict[Node, Node] = {}
+        self.taken_over: dict[_Key, Node] = {}
+        self._grad_enabled = earlier is None
+        self._declared: list[Node] = []
+        self._first_call: Node | None = None
+        self._num_placeholders = 0
+        self._moment = 0
+        self._storage_by_id: dict[int, int] = {}
+        for k, carriers in enumerate(captured.carriers):
+            for carrier in carriers:
+                self._storage_by_id[storage_id(carrier.meta["val"])] = k  # the last rewriting wins
+        self._states = {
+            state
+            for v, state in captured.state_of.items()
+            if v in repeated or captured.code[v].repeats
+        }
+
+    # -- values ----------------------------------------------------------------
+
+    def declare(self, node: Node) -> None:
+        """A tangent: an input of the backward graph, in this place."""
+        k = self.storage_of(node)
+        self._values[k, node] = self._placeholder(node.name)
+        self._declared.append(self._values[k, node])
+
+    def order_placeholders(self, public: Iterable[_Key] = (), private: Iterable[_Key] = ()) -> None:
+        """Tangents, saved tensors that are exposed, inputs of the step, other saved tensors."""
+        ordered = [
+            *self._declared,
+            *(self.taken_over[key] for key in public),
+            *self.inputs.values(),
+            *(self.taken_over[key] for key in private),
+        ]
+        for before, after in itertools.pairwise(ordered):
+            before.append(after)
+
+    def value(self, node: Node) -> Node:
+        """The value of a node of the traced step, as it is at the end."""
+        return self._lookup(node, self.storage_of(node))
+
+    def storage_of(self, node: Node) -> int:
+        """Which storage a node of the traced step lies in."""
+        return self._storage_by_id[storage_id(node.meta["val"])]
+
+    def value_at(self, key: _Key) -> Node:
+        """The latest value that carries a storage."""
+        return self._values[key]
+
+    def _placeholder(self, name: str) -> Node:
+        """A new input; its target is the name in the generated signature, so it must be new."""
+        self._num_placeholders += 1
+        with self.graph.inserting_before(self._first_call):
+            return self.graph.placeholder(f"{name}_{self._num_placeholders}")
+
+    def _carrier(self, k: int, node: Node) -> Node:
+        key = (k, node)
+        if key in self._values:
+            return self._values[key]
+        if node.op == "placeholder" and node.meta["role"] not in ("tangent", "generator"):
+            self.inputs[node] = self._placeholder(node.name)
+            self._values[key] = self.inputs[node]
+        else:
+            if self._earlier is None or key not in self._earlier._values:
+                raise InvalidScheduleError(f"{node.name!r} is read before it is computed")
+            self.taken_over[key] = self._values[key] = self._placeholder(f"saved_{node.name}")
+        return self._values[key]
+
+    def _lookup(self, node: Node, k: int) -> Node:
+        """The value of ``node``, which looks at storage ``k``: its owner or a view of it."""
+        if node in self._captured.carriers[k]:
+            return self._carrier(k, node)
+        views = self._views.setdefault(k, {})
+        if node not in views:
+            args = map_arg(node.args, lambda n: self._lookup(n, k))
+            kwargs = map_arg(node.kwargs, lambda n: self._lookup(n, k))
+            views[node] = self._call_like(node, args, kwargs)
+        return views[node]
+
+    def _read(self, node: Node, k: int) -> Node:
+        """As :meth:`_lookup`, for a call that cares for elements, not for tensor objects.
+
+        ``w.t().t()``, which backward formulas ask for, is ``w``.
+        """
+        return self._lookup(_first_alike(node, self._captured.carriers[k]), k)
+
+    def _set(self, k: int, carrier: Node, value: Node) -> None:
+        if self._captured.graph.storages[k].kept and self._exists(k, carrier):
+            return  # every use reads the first version
+        self._values[k, carrier] = value
+        self._views.pop(k, None)
+
+    def _exists(self, k: int, carrier: Node) -> bool:
+        earlier = self._earlier is not None and (k, carrier) in self._earlier._values
+        return earlier or (k, carrier) in self._values
+
+    # -- operators ---------------------------------------------------------------
+
+    def run(self, order: tuple[int, ...], start: int = 0) -> None:
+        """Emit the runs of one part of the schedule, which begins at its run ``start``."""
+        for self._moment, v in enumerate(order, start):
+            code = self._captured.code[v]
+            if code.calls:
+                forward = code.repeats or self._captured.graph.operators[v].phase == "forward"
+                self._set_grad_mode(forward)
+                self._emit(v, code, first=v not in self._has_run and not code.repeats)
+            elif v in self._states:
+                self._record_state(v)
+            self._has_run.add(v)
+        self._set_grad_mode(self._earlier is None)
+
+    def _set_grad_mode(self, enabled: bool) -> None:
+        """Repeat forward's operators in forward's grad mode: some kernels save more in it."""
+        if enabled != self._grad_enabled:
+            self._call(torch._C._set_grad_enabled, (enabled,), {}, "grad_mode")
+            self._grad_enabled = enabled
+
+    def _emit(self, v: int, code: OperatorCode, *, first: bool) -> None:
+        """Emit one run. Its calls see what this run computes; only then is it published.
+
+        A repetition must not touch a kept storage's first version, which is in
+        the user's hands: where one of its calls writes over the result of
+        another, it writes over the repetition's own.
+        """
+        fresh: dict[_Key, Node] = {}
+        views: dict[Node, Node] = {}
+        own = {
+            storage_id(carrier.meta["val"]): k
+            for k in code.outputs
+            for carrier in self._captured.carriers[k]
+        }
+        for old, new in code.clones:
+            for carrier in self._captured.carriers[new]:
+                source = self._lookup(carrier, old)
+                if (self._moment, old, new) not in self._in_place:
+                    source = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
+                fresh[new, carrier] = source
+        for k in code.blanks:
+            for carrier in self._captured.carriers[k]:
+                fresh[k, carrier] = self._blank(carrier)
+
+        def own_value(node: Node, k: int) -> Node:
+            if node in self._captured.carriers[k]:
+                return fresh[k, node]
+            if node not in views:
+                args = map_arg(node.args, lambda n: own_value(n, k))
+                kwargs = map_arg(node.kwargs, lambda n: own_value(n, k))
+                views[node] = self._call_like(node, args, kwargs)
+            return views[node]
+
+        def argument(node: Node) -> Node:
+            k = own.get(storage_id(node.meta["val"]))
+            return self._read(node, code.reads[node]) if k is None else own_value(node, k)
+
+        replayed = None if first else self._captured.state_of.get(v)
+        for call in code.calls:
+            given = call.args if first else repeated_arguments(call.target, call.args)
+            args = map_arg(given, argument)
+            kwargs = map_arg(call.kwargs, argument)
+            if replayed is not None and draws(call):
+                kind = self._captured.device_type
+                state = self._carrier(*self._state_key(replayed))
+                where = self._generator()
+                before = self._call(REWINDS[kind], (state, *where), {}, "generator_before")
+                result = self._call_like(call, args, kwargs, given)
+                self._call(RESUMES[kind], (before, *where), {}, "generator_after")
+            else:
+                result = self._call_like(call, args, kwargs, given)
+            fresh.update(self._owned(call, result, own))
+        for (k, carrier), value in fresh.items():
+            self._set(k, carrier, value)
+
+    def _blank(self, carrier: Node) -> Node:
+        """Memory like that of a carrier, which a call writes to before anybody reads it."""
+        like = carrier.meta["val"]
+        args = (list(like.shape), list(like.stride()))
+        kwargs = {"dtype": like.dtype, "device": like.device}
+        return self._call(aten.empty_strided.default, args, kwargs, f"{carrier.name}_again")
+
+    def _owned(self, call: Node, result: Node, own: dict[int, int]) -> dict[_Key, Node]:
+        """The results of a call that own memory."""
+        if isinstance(call.meta["val"], torch.Tensor):
+            k = own.get(storage_id(call.meta["val"]))
+            return {(k, call): result} if k is not None and self._carries(k, call) else {}
+        owned = {}
+        for item in call.users:
+            if item.target is not operator.getitem:
+                continue
+            k = own.get(storage_id(item.meta["val"]))
+            if k is not None and self._carries(k, item):
+                value = self._call(operator.getitem, (result, item.args[1]), {}, item.name)
+                owned[k, item] = value
+        return owned
+
+    def _carries(self, k: int, node: Node) -> bool:
+        return node in self._captured.carriers[k]
+
+    def _state_key(self, v: int) -> _Key:
+        k = self._captured.graph.operators[v].outputs[0]
+        return k, self._captured.state_node
+
+    def _record_state(self, v: int) -> None:
+        read = READS[self._captured.device_type]
+        state = self._call(read, self._generator(), {}, "generator_state")
+        self._values[self._state_key(v)] = state
+
+    def _generator(self) -> tuple[torch.device, ...]:
+        """Which of several generators numbers come from: each CUDA device has its own."""
+        device = self._captured.target.torch_device
+        return (device,) if device.type == "cuda" else ()
+
+    def _call_like(self, call: Node, args: Any, kwargs: Any, given: tuple | None = None) -> Node:
+        """A call of the traced step with the values that stand for its arguments here.
+
+        ``given`` are its own arguments where a repetition has others.
+        """
+        fast = fast_call(call.target, call.args if given is None else given, call.kwargs)
+        node = self._call(call.target if fast is None else fast, args, kwargs, call.name)
+        node.meta["operator"] = call.target
+        return node
+
+    def _call(self, target: Any, args: Any, kwargs: Any, name: str) -> Node:
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        node = self.graph.create_node(kind, target, tuple(args), dict(kwargs), name)
+        node.meta["moment"] = self._moment  # which run of the schedule it belongs to
+        if self._first_call is None:
+            self._first_call = node
+        return node
+
+
+def _first_alike(node: Node, carriers: Collection[Node]) -> Node:
+    """The first of the views that lead from a carrier to ``node`` with its place and layout."""
+    wanted, first = _layout(node), node
+    while node not in carriers and isinstance(source := node.args[0], Node):
+        node = source
+        if _layout(node) == wanted:
+            first = node
+    return first
+
+
+def _layout(node: Node) -> Any:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):  # of several results at once
+        return None
+    return (
+        value.shape,
+        value.stride(),
+        value.storage_offset(),
+        value.dtype,
+        value.is_conj(),
+        value.is_neg(),
+    )
+
+
+# -- generated code ----------------------------------------------------------------
+
+
+class _BoxedCodeGen(CodeGen):
+    """Arguments arrive in one list, which is emptied: the code then holds the only references
+    and can free each at its last use."""
+
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
+        names = [v.split(":")[0].split("=")[0].strip() for v in free_vars if v != "self"]
+        lines = [f"def {self._func_name}(self, boxed){maybe_return_annotation}:"]
+        if names:
+            lines += [f"    {', '.join(names)}, = boxed", "    boxed.clear()"]
+        return "\n".join(lines)
+
+
+def _compile(graph: Graph, name: str) -> GraphModule:
+    graph.set_codegen(_BoxedCodeGen())
+    graph.lint()
+    return GraphModule(torch.nn.Module(), graph, class_name=name)

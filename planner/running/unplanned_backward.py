@@ -1,0 +1,146 @@
+"""Notices a training step that never came to the plan of its model.
+
+A trainer may put another function in the place of ``model.forward``, and a loop
+may call a part of the module that was planned: the plan then never hears of the
+step. What every training step has in common is that a gradient arrives at a
+parameter, so one parameter of a planned model is watched.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from graph_capture.captured_step import CapturedStep
+
+from ..base.wrapped import is_reached
+
+if TYPE_CHECKING:
+    from .planned_forward import PlannedForward
+
+
+def _nothing() -> None:
+    """No gradient has arrived."""
+
+
+@dataclass(kw_only=True)
+class UnplannedBackward:
+    """Watches one parameter of a planned model.
+
+    Parameters
+    ----------
+    planned
+        Is asked how many backward passes it has seen. Not kept alive: the collector does not
+        see through a hook on a tensor.
+    parameter
+        The one that is watched; the hook on it is not to keep it alive either.
+    module, name
+        Where it lies.
+    """
+
+    planned: weakref.ref[PlannedForward]
+    parameter: weakref.ref[torch.Tensor]
+    module: weakref.ref[nn.Module]
+    name: str
+    _num_expected: int = 0
+    _num_accompanied: int = 0  # planned backward passes beside which others came
+    _gradient: Callable[[], torch.Tensor | None] = field(default=_nothing, repr=False)
+    _handle: RemovableHandle | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, planned: PlannedForward, captured: CapturedStep) -> UnplannedBackward | None:
+        """Watch the first parameter that a step differentiates; ``None`` where there is none."""
+        modules = dict(planned.model.named_modules(remove_duplicate=False))
+        for node, _ in captured.step.gradients:
+            path, _, name = node.meta["target"].rpartition(".")
+            module = modules.get(path)
+            parameter = None if module is None else module._parameters.get(name)
+            if node.meta["role"] == "parameter" and module is not None and parameter is not None:
+                watch = cls(
+                    planned=weakref.ref(planned),
+                    parameter=weakref.ref(parameter),
+                    module=weakref.ref(module),
+                    name=name,
+                )
+                watch._handle = parameter.register_post_accumulate_grad_hook(_listening(watch))
+                return watch
+        return None
+
+    def is_in_place(self) -> bool:
+        """Whether the parameter that is watched still is the model's."""
+        module, parameter = self.module(), self.parameter()
+        return (
+            module is not None
+            and parameter is not None
+            and module._parameters.get(self.name) is parameter
+        )
+
+    def stop(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def arrived(self) -> None:
+        """A gradient has come to the parameter."""
+        planned = self.planned()
+        if planned is None or planned.unwatched or planned.removed:
+            return
+        tally = planned.tally
+        parameter = self.parameter()
+        gradient = None if parameter is None else parameter.grad
+        added = gradient is not None and gradient is self._gradient()  # to that of this step
+        self._gradient = _nothing if gradient is None else weakref.ref(gradient)
+        if tally.num_expected > self._num_expected:
+            self._num_expected = tally.num_expected
+            return
+        name = type(planned.model).__name__
+        is_called = planned.model.training and is_reached(planned.model, planned)
+        if added and is_called and tally.num_backward > self._num_accompanied:
+            self._num_accompanied = tally.num_backward
+            tally.say(
+                "gradient from elsewhere",
+                f"a gradient came to the parameters of a planned {name} from elsewhere than a call "
+                "of it: from a term of the loss that is made of parameters, say, or from a part of "
+                "the module. What that takes is not in the plan",
+            )
+            return
+        tally.num_unplanned += 1
+        self._num_expected = tally.num_expected
+        if not planned.model.training:
+            why = "the model is in eval mode, in which it runs its own forward"
+        elif is_reached(planned.model, planned):
+            why = (
+                f"the loop did not call this {name}, but a part of it, or another module with its "
+                "parameters; plan the module that the loop calls"
+            )
+        else:
+            stand_in = vars(planned.model).get("forward", type(planned.model).forward)
+            where = getattr(stand_in, "__module__", None) or type(stand_in).__module__
+            what = getattr(stand_in, "__qualname__", type(stand_in).__qualname__)
+            why = (
+                f"its forward was replaced by {where}.{what} after the plan was applied; build the "
+                "trainer first, then plan and apply"
+            )
+        tally.last_mismatch = why
+        tally.say(
+            "unplanned",
+            f"a training step of a planned {name} was not run by its plan, and its budget is not "
+            f"kept: {why}",
+        )
+
+
+def _listening(watch: UnplannedBackward) -> Callable[[torch.Tensor], None]:
+    known = weakref.ref(watch)
+
+    def arrived(_parameter: torch.Tensor) -> None:
+        listener = known()
+        if listener is not None:
+            listener.arrived()
+
+    return arrived

@@ -1,0 +1,109 @@
+"""What a plan file says beside its schema: whether its parts fit each other.
+
+Nothing is made of a file's tensors before they are looked at here: a rank, a size
+or a device that PyTorch cannot take would end the process or its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from graph_capture.call_spec import TensorSpec, parse_dtype, specs_of
+from graph_capture.cost_graph import MAX_TOTAL, CostGraph
+
+from ..plan import Plan
+
+MAX_RANK = 64
+_AUTOCAST = {"cpu": ("bfloat16", "float16"), "cuda": ("bfloat16", "float16", "float32")}
+
+
+def check_file_plan(plan: Plan) -> None:
+    """Refuse what no planner wrote.
+
+    Raises
+    ------
+    ValueError
+        Names the first thing that is wrong.
+    """
+    for place, spec in _specs(plan):
+        _check_spec(place, spec, plan)
+    autocast = plan.guard.autocast
+    if autocast is not None:
+        parse_dtype(autocast)
+        if autocast not in _AUTOCAST[plan.device_type]:
+            raise ValueError(f"at call.autocast: {plan.device_type} has none for {autocast}")
+    _check_loss(plan)
+    _check_optimizer(plan)
+
+
+def _specs(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
+    for name, argument in plan.guard.arguments.items():
+        for spec in specs_of(argument):
+            yield f"call.arguments.{name}", spec
+    for name, spec in plan.guard.state.items():
+        yield f"call.state.{name}", spec
+    for i, spec in enumerate(plan.loss.tangents):
+        yield f"loss.tangents[{i}]", spec
+    for i, outcome in enumerate(plan.outcomes or ()):
+        for spec in outcome.made or ():
+            yield f"outcomes[{i}]", spec
+
+
+def _check_spec(place: str, spec: TensorSpec, plan: Plan) -> None:
+    rank = len(spec.shape)
+    if rank != len(spec.stride):
+        raise ValueError(
+            f"at {place}: shape {spec.shape!s:.100} and stride {spec.stride!s:.100} do not fit"
+        )
+    if rank > MAX_RANK:
+        raise ValueError(f"at {place}: a tensor has at most {MAX_RANK} dimensions, not {rank}")
+    num_elements = 1
+    for n in spec.shape:
+        num_elements *= max(n, 1)
+    # The largest offset counts for an empty tensor, too: PyTorch computes it in 64 bits.
+    reach = sum(max(n - 1, 0) * step for n, step in zip(spec.shape, spec.stride, strict=True))
+    if max(num_elements, reach + 1, *spec.stride, 1) * spec.dtype.itemsize > MAX_TOTAL:
+        raise ValueError(f"at {place}: no memory holds a tensor of shape {spec.shape!s:.100}")
+    if spec.device.startswith(plan.device_type) and spec.extent_bytes > plan.budget_bytes:
+        raise ValueError(
+            f"at {place}: a tensor of {spec.extent_bytes} bytes is above the budget of "
+            f"{plan.budget_bytes}"
+        )
+
+
+def _check_loss(plan: Plan) -> None:
+    losses = [op for op in plan.graph.operators if op.phase == "loss"]
+    if len(losses) != 1:
+        raise ValueError(f"at operators: {len(losses)} are the loss, one must be")
+    region = plan.loss.region
+    _agree("the loss's label", region.label, losses[0].target)
+    held = _held(plan.graph, "held by loss_fn")
+    _agree("the loss's constant_bytes", region.constant_bytes, held)
+    for i, place in enumerate(plan.loss.memory):
+        spec = plan.loss.tangents[i]
+        end = place.offset * spec.dtype.itemsize + spec.extent_bytes
+        if end > place.size_bytes or place.size_bytes > plan.budget_bytes:
+            raise ValueError(
+                f"at loss.memory[{i}]: a tangent that ends at byte {end} is not in a block of "
+                f"{place.size_bytes} bytes within the budget"
+            )
+
+
+def _check_optimizer(plan: Plan) -> None:
+    steps = [op for op in plan.graph.operators if op.phase == "optimizer"]
+    if len(steps) != (plan.optimizer is not None):
+        raise ValueError(f"at operators: {len(steps)} are an optimizer's, which does not fit")
+    held = _held(plan.graph, "optimizer state")
+    _agree("the optimizer's state_bytes", plan.optimizer.state_bytes if plan.optimizer else 0, held)
+    if plan.optimizer is not None:
+        _agree("the optimizer's name", plan.optimizer.name, steps[0].target)
+
+
+def _held(graph: CostGraph, name: str) -> int:
+    return sum(s.size_bytes for s in graph.storages if s.producer is None and s.name == name)
+
+
+def _agree(what: str, said: Any, found: Any) -> None:
+    if said != found:
+        raise ValueError(f"{what}: the file says {said!r:.100}, its graph has {found!r:.100}")
