@@ -113,6 +113,7 @@ def measure(case: Case, device_type: str, repeats: int) -> Measured:
             model,
             arguments,
             loss=loss,
+            forward=model.forward,
             measure_scratch=False,
             target=target,
             cost_model=listener,

@@ -116,7 +116,9 @@ def survey(job: Job, model: torch.nn.Module, sample: Sample) -> dict[str, Any]:
     with autocast_as(target.torch_type, job.autocast_dtype):
         optimizer = measure_optimizer(job.optimizer, model, target)
         watch.lap("optimizer_s")
-        captured = capture_step(model, arguments, optimizer=optimizer, target=target)
+        captured = capture_step(
+            model, arguments, optimizer=optimizer, forward=model.forward, target=target
+        )
         watch.lap("capture_s")
     least = least_memory(captured.graph, time_limit_s=LEAST_MEMORY_LIMIT_S, seed=job.seed)
     watch.lap("least_memory_s")

@@ -68,7 +68,13 @@ def capture(
     arguments = bind_call(model.forward, args, kwargs)
     target = target_of(model, tensors_of(arguments), device)
     return capture_step(
-        model, arguments, loss=loss_fn, optimizer=optimizer, target=target, cost_model=cost_model
+        model,
+        arguments,
+        loss=loss_fn,
+        optimizer=optimizer,
+        forward=model.forward,
+        target=target,
+        cost_model=cost_model,
     ).graph
 
 
@@ -79,9 +85,9 @@ def capture_step(
     *,
     loss: LossFn | LossSpec | None = None,
     optimizer: OptimizerStep | None = None,
-    forward: Callable[..., Any] | None = None,
+    forward: Callable[..., Any],
+    target: Target,
     measure_scratch: bool = True,
-    target: Target | None = None,
     cost_model: ChosenCosts = "roofline",
     progress: TimingProgress | None = None,
     taken: TakenPath | None = None,
@@ -96,12 +102,12 @@ def capture_step(
     loss
         The code of the loss, or what an earlier capture saw of it.
     forward
-        Called instead of ``model.forward``.
+        What is called: the model's own, without a plan.
     measure_scratch
         Whether to find out how much scratch memory each call takes; not needed
         when the graph is only compared with another.
     target
-        Where the step shall run; ``None`` for where the model lies.
+        Where the step shall run.
     cost_model
         See :func:`~graph_capture.costs.resolve.choose_costs`.
     progress
@@ -112,7 +118,6 @@ def capture_step(
         Called with the graph, without scratch, before any call is run to see how
         much it takes; raises where that shall not come about.
     """
-    target = target or target_of(model, tensors_of(arguments))
     costs, roofline = choose_costs(cost_model, target), Roofline(target.device)
     step = trace_step(model, arguments, loss, forward=forward, target=target, taken=taken)
     split_dropout(step.graph)

@@ -21,7 +21,7 @@ from .fake_call_cache import RepeatedCalls
 from .fake_inputs import StandIns
 from .memory_meter import MemoryMeter
 from .recorder import storage_id
-from .target import Target, target_of
+from .target import Target
 
 OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adadelta": torch.optim.Adadelta,
@@ -66,7 +66,7 @@ class OptimizerStep:
 
 @one_at_a_time
 def measure_optimizer(
-    optimizer: torch.optim.Optimizer | str | None, model: nn.Module, target: Target | None = None
+    optimizer: torch.optim.Optimizer | str | None, model: nn.Module, target: Target
 ) -> OptimizerStep | None:
     """State and workspace of ``optimizer`` on the parameters of ``model``.
 
@@ -78,7 +78,7 @@ def measure_optimizer(
     Parameters
     ----------
     target
-        Where the step runs; ``None`` for where the parameters lie.
+        Where the step runs.
 
     Raises
     ------
@@ -87,7 +87,6 @@ def measure_optimizer(
     """
     if optimizer is None:
         return None
-    target = target or target_of(model, ())
     if target.absent:
         ensure_cuda_guard()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)

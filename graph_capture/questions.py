@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 
@@ -27,10 +27,23 @@ from .origins import Origins, deciding, written_after
 from .outcomes import GivenOutcomes, Outcome, made_like, read_like
 from .sample_values import SampleValues, UnknowableError
 
-if TYPE_CHECKING:
-    from .recorder import Recorder
-
 aten = torch.ops.aten
+
+
+class Recording(Protocol):
+    """The recorder whose calls ask, as far as the answers need it."""
+
+    graph: Graph
+    constants: dict[str, torch.Tensor]
+    phase: str
+
+    def node_of(self, tensor: torch.Tensor) -> Node: ...
+    def lies_in_state(self, tensor: torch.Tensor) -> bool: ...
+    def as_nodes(self, tree: Any) -> Any: ...
+    def origin(self) -> tuple[str, str]: ...
+    def call(self, func: Any, args: Any, kwargs: Any) -> Node: ...
+    def bind(self, node: Node, tensor: torch.Tensor) -> None: ...
+    def record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None: ...
 
 
 class Questions:
@@ -44,7 +57,7 @@ class Questions:
         The answers of an earlier capture; ``None`` to ask the sample.
     """
 
-    def __init__(self, recorder: Recorder, given: GivenOutcomes | None) -> None:
+    def __init__(self, recorder: Recording, given: GivenOutcomes | None) -> None:
         self._recorder = recorder
         self._given = given
         self.values = SampleValues(recorder.graph, recorder.constants)

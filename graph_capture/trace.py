@@ -36,7 +36,7 @@ from .snapshots import brief
 from .split_places import split_places_read
 from .spread_out import refuse_spread_out
 from .step_recording import record_step
-from .target import Target, target_of
+from .target import Target
 from .tensor_of_tensors import tensors_of_tensors
 from .traced_step import AS_EAGER, COMPILING, TakenPath, TracedStep
 
@@ -48,8 +48,8 @@ def trace_step(
     arguments: Mapping[str, Any],
     loss: LossFn | LossSpec | None = None,
     *,
-    forward: Callable[..., Any] | None = None,
-    target: Target | None = None,
+    forward: Callable[..., Any],
+    target: Target,
     taken: TakenPath | None = None,
 ) -> TracedStep:
     """Trace ``model`` on ``arguments`` (bound by name, see ``call_spec.bind_call``).
@@ -72,8 +72,6 @@ def trace_step(
     refuse_spread_out(model)
     for tensor in tensors_of(arguments):
         refuse_argument(tensor)
-    target = target or target_of(model, tensors_of(arguments))
-    forward = forward or model.forward
 
     def traced() -> tuple[TracedStep, list[Change], ClocksMet]:
         return _first_that_works(model, arguments, loss, forward, target, taken)

@@ -2,9 +2,11 @@
 
 from graph_capture.costs.profile import Profile
 
+from .base.forward_slot import unplanned
 from .comparing.compare import compare
-from .comparing.comparison import Comparison, ComparisonRow
+from .comparing.comparison import Comparison
 from .comparing.files import ComparisonFileError
+from .comparison_record import ComparisonRow
 from .errors import (
     CallMismatchError,
     CaptureError,
@@ -13,17 +15,15 @@ from .errors import (
     PlanMismatchError,
     PlanWarning,
 )
+from .max_batch import max_batch
 from .measuring.measure import Measurement, measure
 from .measuring.validation import Validation
 from .optimize import optimize
 from .plan import Plan
-from .running.attach import (
-    AppliedPlan,
-    applied_plan,
-    unplanned,
-)
-from .sizing.estimate import Estimate, EstimateRow, estimate
-from .sizing.max_batch import MaxBatch, max_batch
+from .running.attach import AppliedPlan, applied_plan
+from .sizing.estimate import estimate
+from .sizing.estimate_report import Estimate, EstimateRow
+from .sizing.max_batch_report import MaxBatch
 from .versions import show_versions
 
 __all__ = [

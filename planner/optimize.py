@@ -10,16 +10,15 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import ChosenCosts
-from graph_capture.policies import apply_policies
 
 from .base.budget import parse_budget
 from .base.progress import ShowProgress
+from .base.request import Request
+from .base.solve_options import SolveOptions
+from .base.step_spec import StepSpec
 from .plan import Plan
 from .planning.captured_call import captured_call
-from .planning.make_plan import (
-    Request,
-    make_plan,
-)
+from .planning.make_plan import make_plan
 
 
 def optimize(
@@ -117,68 +116,23 @@ def optimize(
     ValueError
         When an argument makes no sense.
     """
-    budget = parse_budget(budget_gb, budget_bytes)
-    check_model(model)
-    request = Request(
-        budget_bytes=budget,
-        loss_fn=loss_fn,
-        solver=solver,
-        time_limit_s=time_limit_s,
-        gap=gap,
-        seed=seed,
-        never_recompute=patterns_of("never_recompute", never_recompute),
-        always_recompute=patterns_of("always_recompute", always_recompute),
-        reorder=reorder,
-        device=device,
-        cost_model=cost_model,
-        headroom=headroom,
-        progress=progress,
-    )
-    with captured_call(
-        model,
-        sample_input,
+    spec = StepSpec(
+        model=model,
+        sample_input=sample_input,
         loss_fn=loss_fn,
         optimizer=optimizer,
         device=device,
         autocast=autocast,
         cost_model=cost_model,
+    )
+    request = Request.of(
+        spec,
+        SolveOptions(solver=solver, time_limit_s=time_limit_s, gap=gap, seed=seed, reorder=reorder),
+        budget_bytes=parse_budget(budget_gb, budget_bytes),
+        headroom=headroom,
+        never_recompute=never_recompute,
+        always_recompute=always_recompute,
         progress=progress,
-    ) as call:
-        constrained = apply_policies(call.captured, never_recompute, always_recompute)
-        return make_plan(model, call.arguments, call.captured, constrained, request)
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse what is no module in training mode, or would not run by a plan.
-
-    Raises
-    ------
-    TypeError
-        When it is no module.
-    ValueError
-        When it runs a graph of its own or is in eval mode.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule) or isinstance(
-        getattr(model, "_orig_mod", None), nn.Module
-    ):
-        raise ValueError(
-            f"a {type(model).__name__} runs a graph of its own, which a plan would replace; plan "
-            "the module that was compiled or scripted"
-        )
-    if not model.training:
-        raise ValueError("the model is in eval mode; a plan is for training: call model.train()")
-
-
-def patterns_of(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """What ``never_recompute`` or ``always_recompute`` was given, as a tuple.
-
-    Raises
-    ------
-    ValueError
-        When it is one string.
-    """
-    if isinstance(patterns, str):
-        raise ValueError(f"{option} takes a sequence of patterns: write ({patterns!r},)")
-    return tuple(patterns)
+    )
+    with captured_call(spec, progress) as call:
+        return Plan.of(*make_plan(call, request))

@@ -1,217 +1,51 @@
-"""A plan: the decision, what it predicts, and how near the best it is."""
+"""A plan as users hold it: what was decided, and all that can be done with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from graph_capture.cost_graph import CostGraph
-from graph_capture.costs.cost_model import CostRecord
-from graph_capture.costs.library_workspace import STORAGE_NAME
-from graph_capture.loss import LossFn, LossSpec
-from graph_capture.optimizer_step import OptimizerStep
-from graph_capture.outcomes import Outcome
+from graph_capture.loss import LossFn
 from graph_capture.units import format_bytes, format_us
-from solvers.replay import Replay, replay
-from solvers.result import SolveStatus
-from solvers.schedule import Schedule
 
-if TYPE_CHECKING:
-    from graph_capture.captured_step import CapturedStep
-
-    from .base.call_guard import CallGuard
-    from .base.module_structure import Structure
-    from .base.progress import ShowLines
-    from .base.training_step import Sample
-    from .measuring.validation import Validation
-    from .planning.make_plan import Request
-    from .sizing.max_batch import MaxBatch
-    from .sizing.samples import MakeSample
-
-LIBRARY_WORKSPACE = "library_workspace"
-
-OnShapeChange = Literal["error", "unplanned", "replan"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeakMemory:
-    """Memory at the predicted peak.
-
-    Parameters
-    ----------
-    total_bytes
-        The peak.
-    by_category
-        Bytes of it by what they hold: parameter, buffer, gradient,
-        optimizer_state, input, output, activation, temporary, workspace (a
-        kernel's scratch), library_workspace (what cuBLAS holds all the while).
-    operator
-        Name of the operator that runs at the peak.
-    phase, module_path, source
-        Where it belongs.
-    """
-
-    total_bytes: int
-    by_category: Mapping[str, int]
-    operator: str
-    phase: str
-    module_path: str
-    source: str
-
-    @classmethod
-    def of(cls, graph: CostGraph, schedule: Schedule, outcome: Replay) -> PeakMemory:
-        """What is there at the peak of a replayed schedule."""
-        step = outcome.peak_step
-        operator = graph.operators[schedule.order[step]]
-        parts: dict[str, int] = {}
-        for storage in graph.storages:
-            if storage.producer is None:
-                category: str = storage.category
-                if storage.name == STORAGE_NAME:  # the graph has it among the buffers
-                    category = LIBRARY_WORKSPACE
-                parts[category] = parts.get(category, 0) + storage.size_bytes
-        for k in outcome.live_at(step):
-            storage = graph.storages[k]
-            parts[storage.category] = parts.get(storage.category, 0) + storage.size_bytes
-        if operator.workspace_bytes:
-            parts["workspace"] = operator.workspace_bytes
-        return cls(
-            total_bytes=outcome.peak_bytes,
-            by_category=dict(sorted(parts.items(), key=lambda item: -item[1])),
-            operator=operator.name,
-            phase=operator.phase,
-            module_path=operator.module_path,
-            source=operator.source,
-        )
+from .base.live_state import LiveState
+from .base.progress import ShowLines
+from .base.training_step import Sample
+from .measuring.validate import validate_plan
+from .measuring.validation import Validation
+from .plan_record import OnShapeChange, PlanRecord
+from .planning.make_plan import replan
+from .report import report
+from .running.attach import apply_plan, remove_plan
+from .saving.serialize import load_plan, save_plan
+from .sizing.max_batch import max_batch_of
+from .sizing.max_batch_report import MaxBatch
+from .sizing.samples import MakeSample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(PlanRecord):
     """A schedule for one training step of one model under a byte budget.
 
-    Made by :func:`planner.optimize`; read from a file by :meth:`load`.
-
-    Parameters
-    ----------
-    graph
-        The cost graph that was solved.
-    schedule
-        The order in which its operators run.
-    guard
-        The call and the state of the model that the plan is for.
-    budget_bytes
-        The budget: the device's peak during a whole step.
-    headroom_bytes
-        Part of it that the plan leaves alone.
-    baseline_peak_bytes, baseline_step_us
-        Predicted peak and time when nothing is recomputed.
-    lower_bound_us
-        No schedule within ``bound_scope`` takes less time.
-    status, solver, solve_s, log
-        As the solver reported.
-    optimizer
-        The optimizer whose state and step are in the budget, or ``None``.
-    loss
-        What is differentiated, and what that takes.
-    never_recompute, always_recompute
-        As they were asked for.
-    reorder
-        Whether first runs were free to leave eager's order.
-    detached
-        Names of the outputs that come back detached.
-    device_type, torch_version
-        Where it runs and with what it was planned.
-    costs
-        Where its times come from.
-    device_name
-        The name in the table of devices that was asked for; ``None`` for where the
-        model lay, and for a device that is not in the table.
-    branch_free
-        Whether a value that is not known while planning decides a branch of the
-        model, so that the plan follows the path that libraries keep for
-        ``torch.compile`` (``torch.compiler.is_compiling()``).
-    outcomes
-        What forward was answered, in order, when it asked for values of tensors; each
-        step checks that it still is so. ``None`` in a plan from a file that is older.
+    Made by :func:`planner.optimize`; read from a file by :meth:`load`. What was
+    decided and what it is predicted to take are the attributes of
+    :class:`planner.plan_record.PlanRecord`.
     """
 
-    graph: CostGraph
-    schedule: Schedule
-    guard: CallGuard
-    budget_bytes: int
-    baseline_peak_bytes: int
-    baseline_step_us: float
-    lower_bound_us: float
-    bound_scope: str
-    status: SolveStatus
-    solver: str
-    solve_s: float
-    seed: int
-    log: tuple[str, ...]
-    optimizer: OptimizerStep | None
-    loss: LossSpec
-    never_recompute: tuple[str, ...] = ()
-    always_recompute: tuple[str, ...] = ()
-    reorder: bool = False
-    detached: tuple[str, ...] = ()
-    device_type: str
-    torch_version: str
-    costs: CostRecord
-    device_name: str | None = None
-    headroom_bytes: int = 0
-    branch_free: bool = False
-    outcomes: tuple[Outcome, ...] | None = ()
-    _captured: CapturedStep | None = field(default=None, repr=False, compare=False)
-    _structure: Structure | None = field(default=None, repr=False, compare=False)
-    _request: Request | None = field(default=None, repr=False, compare=False)
-    _replay: Replay = field(init=False, repr=False, compare=False)
+    _live: LiveState | None = field(default=None, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_replay", replay(self.graph, self.schedule))
+    @classmethod
+    def of(cls, record: PlanRecord, live: LiveState | None = None) -> Plan:
+        """A record as a plan, with what this process knows beside it."""
+        decided = {f.name: getattr(record, f.name) for f in fields(PlanRecord)}
+        return cls(**decided, _live=live)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_captured": None, "_structure": None, "_request": None}
-
-    # -- figures ---------------------------------------------------------------
-
-    @property
-    def predicted_peak_bytes(self) -> int:
-        """Peak of the planned step, by replay."""
-        return self._replay.peak_bytes
-
-    @property
-    def predicted_step_us(self) -> float:
-        """Time of the planned step under the cost model."""
-        return self._replay.cost_ns / 1e3
-
-    @property
-    def overhead(self) -> float:
-        """Extra time over the step that recomputes nothing, as a fraction of it."""
-        return self.predicted_step_us / self.baseline_step_us - 1 if self.baseline_step_us else 0.0
-
-    @property
-    def gap(self) -> float:
-        """``(predicted step - lower bound) / lower bound``."""
-        if not self.lower_bound_us:
-            return 0.0
-        return max(0.0, self.predicted_step_us / self.lower_bound_us - 1)
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the step that the plan is for; equal for equal models and inputs."""
-        return self.graph.fingerprint
-
-    @property
-    def memory(self) -> PeakMemory:
-        """What the predicted peak consists of, and where it is."""
-        return PeakMemory.of(self.graph, self.schedule, self._replay)
-
-    # -- use -------------------------------------------------------------------
+        return {**self.__dict__, "_live": None}
 
     def apply(self, model: nn.Module, *, on_shape_change: OnShapeChange = "error") -> nn.Module:
         """Let ``model`` train by this plan; returns the same object.
@@ -238,9 +72,7 @@ class Plan:
             When it is known by now that other steps take another way through the
             model, and ``on_shape_change`` is ``"error"``.
         """
-        from .running.attach import apply_plan
-
-        return apply_plan(self, model, on_shape_change)
+        return apply_plan(self, self._live, model, on_shape_change, replan)
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:
@@ -251,8 +83,6 @@ class Plan:
         PlanError
             When no plan is applied to it.
         """
-        from .running.attach import remove_plan
-
         return remove_plan(model)
 
     def max_batch(
@@ -266,7 +96,7 @@ class Plan:
         largest: int = 2**16,
         time_limit_s: float | None = None,
         progress: ShowLines = None,
-    ) -> MaxBatch:
+    ) -> MaxBatch[Plan]:
         """The largest batch that fits this plan's budget, without a plan and with one.
 
         Everything else is as this plan was asked for: loss, optimizer, autocast,
@@ -284,10 +114,9 @@ class Plan:
         PlanError
             When a plan from a file needs its ``loss_fn``.
         """
-        from .sizing.max_batch import max_batch_of
-
         return max_batch_of(
             self,
+            self._live,
             model,
             sample_input,
             loss_fn=loss_fn,
@@ -296,6 +125,7 @@ class Plan:
             largest=largest,
             time_limit_s=time_limit_s,
             progress=progress,
+            as_plan=Plan.of,
         )
 
     def validate(
@@ -349,10 +179,9 @@ class Plan:
         PlanError
             When a loss or an optimizer is needed that is not known.
         """
-        from .measuring.validate import validate_plan
-
         return validate_plan(
             self,
+            self._live,
             model,
             sample_input,
             loss_fn=loss_fn,
@@ -365,8 +194,6 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""
-        from .saving.serialize import save_plan
-
         save_plan(self, Path(path))
 
     @staticmethod
@@ -378,14 +205,10 @@ class Plan:
         PlanError
             When the file is no such plan, or is damaged.
         """
-        from .saving.serialize import load_plan
-
-        return load_plan(Path(path))
+        return Plan.of(load_plan(Path(path)))
 
     def __str__(self) -> str:
-        from .report import report
-
-        return report(self)
+        return report(self, self._live)
 
     def __repr__(self) -> str:
         return (

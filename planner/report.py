@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
@@ -15,10 +14,8 @@ from .base.budget import (
     DEFAULT_HEADROOM,
     beyond_device,
 )
-
-if TYPE_CHECKING:
-    from .plan import Plan
-
+from .base.live_state import LiveState
+from .plan_record import PlanRecord
 
 # Both names are read by every torch that is supported; the second is the older one.
 EXPANDABLE_SEGMENTS = (
@@ -27,7 +24,7 @@ EXPANDABLE_SEGMENTS = (
 )
 
 
-def report(plan: Plan) -> str:
+def report(plan: PlanRecord, live: LiveState | None = None) -> str:
     """Some twenty lines: memory, time, proof, and what is recomputed."""
     memory = plan.memory
     at = memory.module_path or memory.source or "the training loop"
@@ -44,7 +41,7 @@ def report(plan: Plan) -> str:
         if num_bytes
     ]
     lines += [
-        *_headroom(plan),
+        *_headroom(plan, live),
         f"  time      {format_us(plan.predicted_step_us)} predicted, "
         f"{format_us(plan.baseline_step_us)} when nothing is recomputed: +{plan.overhead:.2%}",
         f"            {plan.costs.model} for {plan.costs.device}",
@@ -64,17 +61,17 @@ def report(plan: Plan) -> str:
         lines.append(
             f"  outputs   only the loss is differentiated; detached: {', '.join(plan.detached)}"
         )
-    lines += _held_outputs(plan)
+    lines += _held_outputs(plan, live)
     return "\n".join(map(printable, lines))  # names in it may come from a file
 
 
-def _held_outputs(plan: Plan) -> list[str]:
+def _held_outputs(plan: PlanRecord, live: LiveState | None) -> list[str]:
     """What outputs that are not differentiated hold at the peak; nothing for a plan from a file."""
-    captured = plan._captured
-    if captured is None:
+    if live is None:
         return []
-    step, outcome = captured.step, plan._replay
-    live = set(outcome.live_at(outcome.peak_step))
+    captured = live.captured
+    step, outcome = captured.step, plan.replay
+    present = set(outcome.live_at(outcome.peak_step))
     storage_of = {
         storage_id(node.meta["val"]): k
         for k, carriers in enumerate(captured.carriers)
@@ -85,7 +82,7 @@ def _held_outputs(plan: Plan) -> list[str]:
     held: Counter[str] = Counter()
     for name, node in zip(step.template.names, step.outputs, strict=False):
         k = storage_of.get(storage_id(node.meta["val"]))
-        if k is not None and k in live and k not in counted:
+        if k is not None and k in present and k not in counted:
             counted.add(k)
             held[name] += plan.graph.storages[k].size_bytes
     if not sum(held.values()):
@@ -99,7 +96,7 @@ def _held_outputs(plan: Plan) -> list[str]:
     ]
 
 
-def _headroom(plan: Plan) -> list[str]:
+def _headroom(plan: PlanRecord, live: LiveState | None) -> list[str]:
     lines = []
     if plan.headroom_bytes:
         share = plan.headroom_bytes / plan.budget_bytes
@@ -110,7 +107,7 @@ def _headroom(plan: Plan) -> list[str]:
                 f": {plan.device_type}'s default, assumed for fragmentation and the prediction's "
                 "error, not measured"
             )
-    device = _device(plan)
+    device = _device(plan, live)
     beyond = None if device is None else beyond_device(plan.budget_bytes, device)
     if beyond is not None:
         lines.append(f"note: {beyond}")
@@ -119,14 +116,14 @@ def _headroom(plan: Plan) -> list[str]:
     return [f"            {line}" for line in lines]
 
 
-def _device(plan: Plan) -> Device | None:
+def _device(plan: PlanRecord, live: LiveState | None) -> Device | None:
     """The device that the plan is for: the user's own, or a known one by its title."""
-    if plan._captured is not None:
-        return plan._captured.target.device
+    if live is not None:
+        return live.captured.target.device
     return next((d for d in DEVICES.values() if d.title == plan.costs.device), None)
 
 
-def _recomputed(plan: Plan) -> list[str]:
+def _recomputed(plan: PlanRecord) -> list[str]:
     repeats = plan.schedule.recomputed()
     if not repeats:
         return ["  recompute nothing"]
@@ -149,7 +146,7 @@ def _recomputed(plan: Plan) -> list[str]:
     ]
 
 
-def _covers(plan: Plan) -> str:
+def _covers(plan: PlanRecord) -> str:
     optimizer = f"{plan.optimizer.name} state and step" if plan.optimizer else "no optimizer"
     scratch = "" if SCRATCH_NOT_COUNTED in plan.costs.notes else ", scratch"
     return (

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from planner.base.atomic_write import write_whole
-from planner.comparing.peers.registry import PEERS
+from planner.comparing.peers import PEERS
 from planner.comparing.strategy_choice import choose_strategies
 from solvers.strategies import STRATEGIES
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from scipy.stats import binom
 
 from planner.comparing.budgets import NamedBudget
-from planner.comparing.comparison import Comparison, ComparisonRow
+from planner.comparing.comparison import Comparison
 from planner.comparing.execution.runner import said
 from planner.comparing.predict import Predictor
+from planner.comparison_record import ComparisonRow
 from planner.measuring.measure import PairedTiming
 from solvers.schedule import Schedule
 from solvers.strategies.registry import Registry

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from planner.comparing.comparison import Comparison, ComparisonRow, MeasuredStep
+from planner.comparing.comparison import Comparison
+from planner.comparison_record import ComparisonRow, MeasuredStep
 
 from ..plan_runs import markdown
 from .signs import mb, one_line

@@ -6,7 +6,7 @@ import math
 import re
 
 from planner.comparing.bound_text import OTHER_ORDER
-from planner.comparing.comparison import ComparisonRow
+from planner.comparison_record import ComparisonRow
 
 OVER = "–"
 NOTHING_FITS = "×"

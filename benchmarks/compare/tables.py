@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow
+from planner.comparing.comparison import Comparison
+from planner.comparison_record import BudgetBound, ComparisonRow
 
 from ..plan_runs import markdown
 from .duel import LEGEND as DUELS_LEGEND

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.profile import Profile
 from graph_capture.costs.resolve import ChosenCosts
 from planner import compare
 from planner.base.atomic_write import write_whole
-from planner.base.training_step import Sample
+from planner.base.solve_options import SolveOptions
+from planner.base.step_spec import StepSpec
 from planner.comparing.budgets import AskedBudget
 from planner.comparing.comparison import Comparison
 from planner.comparing.events import ComparisonEvent
@@ -34,7 +34,7 @@ from planner.comparing.execution.execute import (
     with_schedule,
 )
 from planner.comparing.execution.runner import Execution
-from planner.comparing.predict import Predictor, Solving
+from planner.comparing.predict import Predictor
 from planner.comparing.strategy_choice import (
     choose_strategies,
     with_min_cut,
@@ -43,10 +43,7 @@ from planner.planning.captured_call import (
     CapturedCall,
     captured_call,
 )
-from planner.planning.make_plan import (
-    Request,
-    remembered_least_memory,
-)
+from planner.planning.known_least import known_least_memory
 from solvers.replay import Replay, replay
 from solvers.result import OPTIMAL_GAP
 from solvers.schedule import Schedule
@@ -167,7 +164,7 @@ def work(job: Job) -> None:
     with tempfile.TemporaryDirectory() as cache_dir:
         step = Step.captured(job, Profile(cache_dir=cache_dir))
         if known is not None:
-            predictor = predictor_of(step.graph, step.baseline.cost_ns, job)
+            predictor = predictor_of(step, job)
             write_rows(folder / f"{job.model}{_DUELS}", duels_of(known, step, predictor, job))
         else:
             compare_step(step, job, folder)
@@ -178,10 +175,8 @@ class Step:
     """A subject's step, captured with the costs of the job."""
 
     subject: Subject
-    model: nn.Module
-    sample: Sample
+    spec: StepSpec
     call: CapturedCall
-    costs: ChosenCosts
     baseline: Replay
 
     @classmethod
@@ -191,17 +186,20 @@ class Step:
         subject = SUBJECTS[job.model](job.size)
         model, sample = subject.build(seed=job.seed), subject.sample(job.seed)
         costs: ChosenCosts = profile if job.cost_model == "profile" else job.cost_model
-        with captured_call(
-            model, sample, loss_fn=subject.loss_fn, optimizer=job.optimizer, cost_model=costs
-        ) as call:
+        spec = StepSpec(
+            model=model,
+            sample_input=sample,
+            loss_fn=subject.loss_fn,
+            optimizer=job.optimizer,
+            cost_model=costs,
+        )
+        with captured_call(spec) as call:
             unplanned = call.captured.unplanned
         assert unplanned is not None
         return cls(
             subject=subject,
-            model=model,
-            sample=sample,
+            spec=spec,
             call=call,
-            costs=costs,
             baseline=replay(unplanned, Schedule.keep_all(unplanned)),
         )
 
@@ -234,19 +232,19 @@ def as_compared(job: Job, comparison: Comparison) -> Job:
 
 def compare_step(step: Step, job: Job, folder: Path) -> None:
     """Everything that a job can ask for, each file as soon as it is known."""
-    subject, graph, baseline = step.subject, step.graph, step.baseline
+    subject, graph = step.subject, step.graph
     begin_s = time.monotonic()
-    budgets = budgets_of(graph, baseline.peak_bytes, job)
+    budgets = budgets_of(step, job)
     searched_s = time.monotonic() - begin_s  # the least peak is remembered
     comparison = compare(
-        step.model,
-        step.sample,
+        step.spec.model,
+        step.spec.sample_input,
         budgets=budgets,
         strategies=job.strategies,
         peers=job.peers if job.execute else (),
         loss_fn=subject.loss_fn,
         optimizer=job.optimizer,
-        cost_model=step.costs,
+        cost_model=step.spec.cost_model,
         measure=job.execute,
         repeats=job.repeats,
         time_limit_s=job.limit_s,
@@ -263,7 +261,7 @@ def compare_step(step: Step, job: Job, folder: Path) -> None:
     if job.execute:
         comparison.plot_pareto(folder / f"{job.model}_measured.png", measured=True)
         comparison.plot_predicted(folder / f"{job.model}_accuracy.png")
-    predictor = predictor_of(graph, baseline.cost_ns, job)
+    predictor = predictor_of(step, job)
     if job.with_settled:
         write_rows(folder / f"{job.model}_settled.json", settle(comparison, predictor, say))
     if job.with_matched:
@@ -275,39 +273,25 @@ def compare_step(step: Step, job: Job, folder: Path) -> None:
         write_rows(folder / f"{job.model}{_DUELS}", duels_of(comparison, step, predictor, job))
 
 
-def predictor_of(graph: CostGraph, baseline_ns: int, job: Job) -> Predictor:
+def predictor_of(step: Step, job: Job) -> Predictor:
     """What solves as the comparison did, but on to the gap that counts as optimal.
 
     A solve that ends at the comparison's gap may be above another's point by as
     much, and would settle nothing.
     """
     return Predictor(
-        graph,
-        baseline_ns / 1e3,
-        remembered_least_memory(graph, job.seed),
-        Solving(time_limit_s=job.limit_s, gap=OPTIMAL_GAP, seed=job.seed, workers=WORKERS),
+        step.graph,
+        step.baseline.cost_ns / 1e3,
+        known_least_memory(step.spec.model, step.graph, job.seed),
+        SolveOptions(time_limit_s=job.limit_s, gap=OPTIMAL_GAP, seed=job.seed, workers=WORKERS),
     )
 
 
 def duels_of(comparison: Comparison, step: Step, predictor: Predictor, job: Job) -> list[Duel]:
     """Others' schedules in turn with ours."""
     unplanned_bytes = step.baseline.peak_bytes
-    execution = Execution(
-        model=step.model,
-        sample_input=step.sample,
-        loss_fn=step.subject.loss_fn,
-        optimizer=job.optimizer,
-        repeats=NUM_PAIRS,
-        seed=job.seed,
-    )
-    request = Request(
-        budget_bytes=1,
-        headroom=0,
-        loss_fn=step.subject.loss_fn,
-        seed=job.seed,
-        cost_model=step.costs,
-    )
-    with runner_of(step.call, request, execution, unplanned_bytes) as (runner, plan):
+    execution = Execution(spec=step.spec, repeats=NUM_PAIRS, seed=job.seed)
+    with runner_of(step.call, execution, unplanned_bytes) as (runner, plan):
         return duels(
             comparison,
             predictor,
@@ -324,16 +308,16 @@ def write_rows(path: Path, rows: Sequence[Settled | Matched | Duel]) -> None:
     write_whole(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def budgets_of(graph: CostGraph, unplanned_bytes: int, job: Job) -> list[AskedBudget]:
+def budgets_of(step: Step, job: Job) -> list[AskedBudget]:
     """Evenly from the least peak to the unplanned one, and the rivals' own peaks by name."""
-    least_bytes = remembered_least_memory(graph, job.seed).peak_bytes
-    span = max(0, unplanned_bytes - least_bytes)
+    least_bytes = known_least_memory(step.spec.model, step.graph, job.seed).peak_bytes
+    span = max(0, step.baseline.peak_bytes - least_bytes)
     parts = max(1, job.num_budgets - 1)
     even = sorted({least_bytes + span * i // parts for i in range(job.num_budgets)})
     # In words, since a bare number is easily read as another unit.
     return [
         *(f"{num_bytes}B" for num_bytes in even),
-        *(name for name in RIVALS if _applies(name, graph)),
+        *(name for name in RIVALS if _applies(name, step.graph)),
     ]
 
 

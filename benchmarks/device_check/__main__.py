@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
-from planner.comparing.peers.registry import PEER_ERRORS
+from planner.comparing.peers import PEER_ERRORS
 
 from .bench import Bench, Where, release
 from .bits import check_bits

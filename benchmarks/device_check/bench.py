@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from graph_capture.costs.devices import Device, device_for
 from planner import InfeasibleBudgetError, Plan, optimize
+from planner.base.forward_slot import unplanned
 from planner.base.training_step import train_step
-from planner.running.attach import unplanned
 
 from .subjects import Subject
 

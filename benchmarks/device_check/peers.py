@@ -23,13 +23,7 @@ from planner.comparing.execution.run_peer import (
     peers_warnings,
 )
 from planner.comparing.execution.step_verdict import judge_steps
-from planner.comparing.peers.registry import (
-    PEER_ERRORS,
-    PEERS,
-    Peer,
-    Situation,
-    compile_peer,
-)
+from planner.comparing.peers import PEER_ERRORS, PEERS, Peer, Situation, compile_peer
 from planner.measuring.measure import measure_pair, quartiles
 
 from .bench import Bench, release

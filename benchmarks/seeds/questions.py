@@ -113,6 +113,7 @@ def captured_graph(
             model,
             arguments,
             optimizer=measure_optimizer(optimizer, model, target),
+            forward=model.forward,
             target=target,
             measure_scratch=measure_scratch,
         ).graph

@@ -28,7 +28,7 @@ from planner.base.training_step import (
     call_model,
     train_step,
 )
-from planner.planning import make_plan
+from planner.planning import known_least
 from tests.bitwise import assert_same_training
 
 from .subject import NotInstalled, Subject
@@ -148,7 +148,7 @@ def _planned(subject: Subject, model: nn.Module, budget_bytes: int, record: dict
 
     ran_once = bool(record.get("ran_once"))
     before = _facts(model)
-    make_plan.LEAST_MEMORY_LIMIT_S = LEAST_MEMORY_LIMIT_S
+    known_least.LEAST_MEMORY_LIMIT_S = LEAST_MEMORY_LIMIT_S
     begin_s = time.perf_counter()
     try:
         try:

@@ -34,6 +34,8 @@ class World:
         The plan's ``on_shape_change``.
     build_optimizer
         From parameters to an optimizer; the loop builds it again after each move.
+    optimizer
+        The one that was built last.
     loss
         Of the loop.
     change_sample
@@ -52,6 +54,7 @@ class World:
     planned: bool
     policy: str
     build_optimizer: Callable[..., torch.optim.Optimizer] = _SGD
+    optimizer: torch.optim.Optimizer | None = None
     loss: Callable[[Any], Tensor] | None = None
     change_sample: Callable[[dict[str, Any]], dict[str, Any]] = dict
     batch: int = loop_models.BATCH

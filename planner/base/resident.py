@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .forward_slot import StandIn
 from .training_step import (
     LossFn,
     Sample,
@@ -107,12 +108,10 @@ def single_device(model: nn.Module, sample_input: Sample) -> torch.device:
 
 
 def _module_tensors(module: nn.Module) -> list[Tensor]:
-    from ..running.planned_forward import PlannedForward  # which sizes optimizers by this file
-
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
     for part in module.modules():
         tensors += [value for value in vars(part).values() if isinstance(value, Tensor)]
-        planned = find_wrapped(vars(part).get("forward"), PlannedForward)
+        planned = find_wrapped(vars(part).get("forward"), StandIn)
         if planned is not None:
             tensors += planned.constants
     return tensors

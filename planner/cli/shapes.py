@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from ..errors import CaptureError
+from ..max_batch import max_batch
 from ..sizing.estimate import estimate
-from ..sizing.max_batch import LARGEST_BATCH, max_batch
+from ..sizing.max_batch import LARGEST_BATCH
 from .arguments import (
     Autocast,
     CostModelName,

@@ -17,17 +17,16 @@ from solvers.schedule import Schedule
 from solvers.strategies.registry import STRATEGIES, PlainStrategy, Registry
 from solvers.strategies.strategy import Strategy
 
-from ..optimize import check_model
+from ..base.solve_options import DEFAULT_GAP, SolveOptions
+from ..base.step_spec import StepSpec
+from ..comparison_record import ComparisonRecord
 from ..planning.captured_call import (
     CapturedCall,
     captured_call,
 )
-from ..planning.make_plan import (
-    Request,
-    remembered_least_memory,
-)
+from ..planning.known_least import already_found, known_least_memory
 from .budgets import AskedBudget, NamedBudget, ReadBudget, even_budgets, in_bytes, read_budgets
-from .comparison import DEFAULT_GAP, Comparison
+from .comparison import Comparison
 from .events import (
     ShowComparison,
     Steps,
@@ -43,7 +42,7 @@ from .execution.peer_rows import (
 )
 from .execution.runner import Execution
 from .machine import autocast_of, dtype_of, machine, name_of, threads_of, versions
-from .predict import Predictor, Solving, predict_all
+from .predict import Predictor, predict_all
 from .strategy_choice import (
     MIN_CUT,
     choose_strategies,
@@ -51,7 +50,7 @@ from .strategy_choice import (
 )
 
 if TYPE_CHECKING:
-    from .peers.registry import Peer
+    from .peers import Peer
 
 
 def compare(
@@ -103,7 +102,7 @@ def compare(
         graph), strategies, or functions of a cost graph and a budget in bytes
         or ``None`` that return a schedule or several. ``None`` for all.
     peers
-        Names of ``planner.comparing.peers.registry.PEERS``, or peers of your own.
+        Names of ``planner.comparing.peers.PEERS``, or peers of your own.
     registry
         Strategies by name; ``None`` for ``solvers.strategies.STRATEGIES``.
     measure
@@ -145,7 +144,16 @@ def compare(
     your own functions included: they go on working and are compiled again when they
     are next called.
     """
-    check_model(model)
+    spec = StepSpec(
+        model=model,
+        sample_input=sample_input,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        device=device,
+        autocast=autocast,
+        cost_model=cost_model,
+    )
+    options = SolveOptions(time_limit_s=time_limit_s, gap=gap, seed=seed, workers=workers)
     known, names = choose_strategies(strategies, STRATEGIES if registry is None else registry)
     with_own_choice = {n for n, s in known.items() if not s.needs_budget}
     asked = None if budgets is None else read_budgets(budgets, with_own_choice)
@@ -155,33 +163,11 @@ def compare(
             f"nothing is asked: budgets is empty, and {', '.join(names) or 'no strategy'} can only "
             "be asked at a budget: give budgets=['60%'], say, or leave budgets out for eight"
         )
-    _check(repeats=repeats, workers=workers, measure=measure, name=name)
-    request = Request(
-        budget_bytes=1,
-        headroom=0,
-        loss_fn=loss_fn,
-        time_limit_s=time_limit_s,
-        gap=gap,
-        seed=seed,
-        cost_model=cost_model,
-        device=device,
-    )
-    solving = Solving(time_limit_s=time_limit_s, gap=gap, seed=seed, workers=workers)
-    with (
-        showing_comparison(progress) as tell,
-        captured_call(
-            model,
-            sample_input,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            device=device,
-            autocast=autocast,
-            cost_model=cost_model,
-        ) as call,
-    ):
+    _check(repeats=repeats, measure=measure, name=name)
+    with showing_comparison(progress) as tell, captured_call(spec) as call:
         runs = must_run(measure, call.captured.target, model, sample_input, bool(chosen_peers))
         known = with_min_cut(known, call.captured)
-        found = _predicted_part(call, known, names, asked, solving, tell, name or _class(model))
+        found = _predicted_part(call, known, names, asked, options, tell, name or _class(model))
         comparison, schedules = found
         comparison = replace(
             comparison,
@@ -190,15 +176,8 @@ def compare(
             optimizer=optimizer if isinstance(optimizer, str) else _class(optimizer),
         )
         if not runs:
-            return comparison
-        execution = Execution(
-            model=model,
-            sample_input=sample_input,
-            loss_fn=loss_fn,
-            optimizer=optimizer,
-            repeats=repeats,
-            seed=seed,
-        )
+            return Comparison.of(comparison)
+        execution = Execution(spec=spec, repeats=repeats, seed=seed)
         comparison = replace(
             comparison,
             machine=machine(),  # again: the load that counts is that while steps are timed
@@ -206,9 +185,9 @@ def compare(
             num_threads=threads_of(execution.device),
             repeats=repeats,
         )
-        comparison = executed(comparison, schedules, call, request, execution, tell)
+        comparison = executed(comparison, schedules, call, execution, tell)
         rows = peer_rows(chosen_peers, call.captured.graph, execution, tell)
-        return replace(comparison, rows=(*comparison.rows, *rows))
+        return Comparison.of(replace(comparison, rows=(*comparison.rows, *rows)))
 
 
 def _predicted_part(
@@ -216,10 +195,10 @@ def _predicted_part(
     registry: Registry,
     names: Sequence[str],
     asked: Sequence[ReadBudget] | None,
-    solving: Solving,
+    options: SolveOptions,
     tell: Steps,
     name: str,
-) -> tuple[Comparison, list[Schedule | None]]:
+) -> tuple[ComparisonRecord, list[Schedule | None]]:
     """What needs no device: the comparison, and the schedule of each of its rows."""
     captured = call.captured
     assert captured.unplanned is not None
@@ -227,11 +206,11 @@ def _predicted_part(
     baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
     tell.expect(1)
     tell("least memory")
-    hits, begin_s = remembered_least_memory.cache_info().hits, time.monotonic()
-    least = remembered_least_memory(captured.graph, solving.seed)
-    was_known = remembered_least_memory.cache_info().hits > hits
+    was_known = already_found(call.model, captured.graph, options.seed) is not None
+    begin_s = time.monotonic()
+    least = known_least_memory(call.model, captured.graph, options.seed)
     least_solve_s = None if was_known else time.monotonic() - begin_s
-    predictor = Predictor(captured.graph, baseline.cost_ns / 1e3, least, solving, once=(MIN_CUT,))
+    predictor = Predictor(captured.graph, baseline.cost_ns / 1e3, least, options, once=(MIN_CUT,))
     budgets: tuple[NamedBudget, ...]
     if asked is None:
         budgets = even_budgets(least.peak_bytes, baseline.peak_bytes)
@@ -247,7 +226,7 @@ def _predicted_part(
     found, bounds = predict_all(predictor, strategies, budgets, tell)
     rows = tuple(one.row for one in found)
     peaks = [row.predicted_peak_bytes for row in rows if row.predicted_peak_bytes is not None]
-    comparison = Comparison(
+    comparison = ComparisonRecord(
         model=name,
         rows=rows,
         bounds=bounds,
@@ -257,11 +236,11 @@ def _predicted_part(
         least_bound_bytes=least.lower_bound_bytes,
         device=captured.costs.device,
         cost_model=captured.costs.model,
-        gap=solving.gap,
-        time_limit_s=solving.time_limit_s,
-        workers=solving.workers,
+        gap=options.gap,
+        time_limit_s=options.time_limit_s,
+        workers=options.workers,
         fingerprint=captured.graph.fingerprint,
-        seed=solving.seed,
+        seed=options.seed,
         versions=versions(),
         machine=machine(),
         least_solve_s=least_solve_s,
@@ -269,10 +248,9 @@ def _predicted_part(
     return comparison, [one.schedule for one in found]
 
 
-def _check(*, repeats: int, workers: int, measure: bool | None, name: str | None) -> None:
-    for option, value, least in (("repeats", repeats, 0), ("workers", workers, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{option} must be a whole number from {least} on, got {value!r}")
+def _check(*, repeats: int, measure: bool | None, name: str | None) -> None:
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
+        raise ValueError(f"repeats must be a whole number from 0 on, got {repeats!r}")
     if measure is not None and not isinstance(measure, bool):
         raise ValueError(f"measure must be True, False or None, got {measure!r}")
     if name is not None and not isinstance(name, str):

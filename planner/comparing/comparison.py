@@ -1,280 +1,37 @@
-"""What a comparison found: a row for each strategy and budget, and what no strategy can beat."""
+"""A comparison as users hold it: its figures as tables, files and plots."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from solvers.result import OPTIMAL_GAP
+from ..comparison_record import ComparisonRecord
+from ..plots import plot_pareto, plot_predicted
+from .files import load_comparison, save_comparison
+from .table import table
+from .views import data_frame, records
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-DEFAULT_GAP = 0.001
-"""How near the least possible time a solve of a comparison ends, unless it was asked for more."""
-
-RowKind = Literal["strategy", "peer"]
-Bits = Literal[
-    "equal", "right", "WRONG", "different", "other draws", "not repeatable", "not compared"
-]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredStep:
-    """Real steps, beside eager's in turn.
+class Comparison(ComparisonRecord):
+    """Strategies and peers on one step, by one judge; ``str()`` is a table.
 
-    Parameters
-    ----------
-    peak_bytes
-        Of a whole step, optimizer included.
-    step_us, eager_us
-        Medians, in microseconds, of the steps and of the eager steps they were paired with.
-    ratio
-        Step over eager step: median of pairs.
-    quartiles
-        Of the same.
-    num_pairs
-        How many pairs ran; none gives NaN in the figures of time.
-    bits
-        Loss, gradients, buffers and random state of successive steps against eager's,
-        and of a schedule's steps the outputs: ``"equal"`` to the last bit;
-        ``"WRONG"`` beyond rounding. Between the two, a schedule is ``"different"``, or
-        ``"not repeatable"`` where eager steps differ among themselves, too; a peer is
-        ``"right"``, or ``"other draws"`` where its dropout drew other numbers, so that
-        there is nothing to compare.
-    difference
-        The first thing that is not the same; ``""`` if nothing is.
+    Made by :func:`planner.compare`; read from a file by :meth:`load`. The figures are
+    the attributes of :class:`planner.comparison_record.ComparisonRecord`.
     """
 
-    peak_bytes: int
-    step_us: float
-    eager_us: float
-    ratio: float
-    quartiles: tuple[float, float]
-    num_pairs: int
-    bits: Bits
-    difference: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonRow:
-    """One strategy at one budget, or one peer.
-
-    Parameters
-    ----------
-    strategy
-        Its name in the registry, or the peer's.
-    kind
-        A ``"strategy"`` is a schedule of the captured step, replayed by the one
-        judge; a ``"peer"`` is another tool that ran as its users run it, and
-        has measured figures only.
-    budget
-        The budget as it was asked for (``"60%"``, ``"12GB"``), ``""`` where
-        the strategy had none and took its own choice.
-    budget_bytes
-        The same in bytes; ``None`` where there is none.
-    setting, note
-        The strategy's parameters, and what else is known.
-    error
-        Why there are no figures; ``""`` if there are.
-    fits
-        Whether the predicted peak is within the budget; ``None`` without budget or figures.
-    predicted_peak_bytes, predicted_step_us, overhead
-        By replay; ``overhead`` is the extra time over the step that recomputes
-        nothing, as a fraction of it.
-    gap
-        ``(step - lower bound) / lower bound``, of this budget; ``None`` where
-        the row does not fit, or has no budget. The bound speaks of its scope
-        only: a schedule in another order, which ``note`` tells, may be below it.
-    num_recomputed
-        Runs beyond the first of each operator.
-    solve_s
-        Wall clock of proposing, solving and replaying; without the search for
-        the least peak, see :attr:`Comparison.least_solve_s`.
-    measured
-        Real steps, where they ran.
-    """
-
-    strategy: str
-    kind: RowKind = "strategy"
-    budget: str = ""
-    budget_bytes: int | None = None
-    setting: str = ""
-    note: str = ""
-    error: str = ""
-    fits: bool | None = None
-    predicted_peak_bytes: int | None = None
-    predicted_step_us: float | None = None
-    overhead: float | None = None
-    gap: float | None = None
-    num_recomputed: int | None = None
-    solve_s: float | None = None
-    measured: MeasuredStep | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BudgetBound:
-    """What is proven of every schedule within a budget.
-
-    Parameters
-    ----------
-    budget, budget_bytes
-        As in the rows.
-    lower_bound_us
-        No schedule of ``scope`` within the budget takes less; ``None`` where
-        nothing fits.
-    scope
-        What the bound speaks of.
-    """
-
-    budget: str
-    budget_bytes: int
-    lower_bound_us: float | None
-    scope: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """Strategies and peers on one step, by one judge.
-
-    Parameters
-    ----------
-    model
-        The module's class, or what the caller named it.
-    rows
-        Budget after budget in the order they were given, strategies in the
-        order of the registry, then rows without a budget, then peers.
-    bounds
-        For each budget.
-    baseline_peak_bytes, baseline_step_us
-        Predicted, of the step that recomputes nothing in eager's own order.
-    least_bytes, least_bound_bytes
-        The least peak known to be possible, and below which none is.
-    eager, eager_error
-        Real eager steps beside eager steps: the spread of their ratio is the
-        machine's noise. ``None`` where nothing was measured, or they failed:
-        then the error says why.
-    device, cost_model
-        What predicted times are for, and where they come from.
-    ours
-        Name of the strategy that the others are held against.
-    gap
-        How near the least possible time its solves were allowed to end.
-    time_limit_s, workers
-        Of each solve; ``None`` where it was not recorded.
-    fingerprint
-        Of the captured step.
-    seed, versions, machine
-        What a figure needs to be repeated; date and load average are of the
-        moment when timing started, where anything was executed.
-    dtype, autocast, optimizer
-        The dtype of most of the parameters' numbers, autocast's, and the
-        optimizer; ``""`` where there is none, or it was not recorded.
-    measured_on
-        The CPU or the card that steps really ran on, which need not be the
-        ``device`` that predicted times are for; ``""`` where nothing ran.
-    num_threads
-        Of PyTorch's kernels, where steps ran on a CPU.
-    repeats
-        Pairs of steps that were asked for; 0 where nothing ran.
-    least_solve_s
-        Wall clock of the search for the least peak. Ours starts from the
-        schedule that it found, and no row's ``solve_s`` holds it. ``None`` where
-        this process had searched before.
-    """
-
-    model: str
-    rows: tuple[ComparisonRow, ...]
-    bounds: tuple[BudgetBound, ...]
-    baseline_peak_bytes: int
-    baseline_step_us: float
-    least_bytes: int
-    least_bound_bytes: int
-    eager: MeasuredStep | None = None
-    eager_error: str = ""
-    device: str
-    cost_model: str
-    ours: str = "auto"
-    gap: float = DEFAULT_GAP
-    time_limit_s: float | None = None
-    workers: int | None = None
-    fingerprint: str
-    seed: int
-    versions: Mapping[str, str] = field(default_factory=dict)
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    dtype: str = ""
-    autocast: str = ""
-    optimizer: str = ""
-    measured_on: str = ""
-    num_threads: int | None = None
-    repeats: int = 0
-    least_solve_s: float | None = None
-
-    # -- questions ---------------------------------------------------------------------
-
-    def row(self, strategy: str, budget: str = "") -> ComparisonRow:
-        """The row of a strategy or a peer; ``budget`` as it was asked for, ``""`` for none.
-
-        Raises
-        ------
-        KeyError
-            When there is no such row.
-        """
-        for row in self.rows:
-            if (row.strategy, row.budget) == (strategy, budget):
-                return row
-        raise KeyError(f"no row of {strategy!r} at budget {budget!r}")
-
-    def bound(self, budget: str) -> BudgetBound:
-        """What is proven of a budget.
-
-        Raises
-        ------
-        KeyError
-            When there is no such budget.
-        """
-        for bound in self.bounds:
-            if bound.budget == budget:
-                return bound
-        raise KeyError(
-            f"no budget {budget!r}; there are {', '.join(b.budget for b in self.bounds)}"
-        )
-
-    def below_ours(self, tolerance: float | None = None) -> tuple[ComparisonRow, ...]:
-        """Strategies' rows whose predicted point lies below our curve: each is a fault of ours.
-
-        A row is one of them when its peak is within one of our budgets and it
-        takes less time than we do there, or we found nothing there.
-
-        Parameters
-        ----------
-        tolerance
-            How much less, as a fraction of our time, counts as no less; ``None``
-            for the gap that our solves were allowed to end at, 0.01 % at least.
-
-        Raises
-        ------
-        ValueError
-            When ours took no part, so that nothing can be said.
-        """
-        ours = [r for r in self.rows if r.strategy == self.ours and r.budget_bytes is not None]
-        if not ours and self.bounds:
-            raise ValueError(f"{self.ours!r} took no part in this comparison: add it to strategies")
-        if tolerance is None:
-            tolerance = max(OPTIMAL_GAP, self.gap)
-        return tuple(
-            row for row in self.rows if any(_is_below(row, our, tolerance) for our in ours)
-        )
-
-    # -- views -------------------------------------------------------------------------
+    @classmethod
+    def of(cls, record: ComparisonRecord) -> Comparison:
+        """A record as a comparison."""
+        return cls(**{f.name: getattr(record, f.name) for f in fields(ComparisonRecord)})
 
     def records(self) -> list[dict[str, Any]]:
         """A flat dictionary for each row, as the CSV has it; ``None`` where there is no figure."""
-        from .views import records
-
         return records(self)
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -285,25 +42,17 @@ class Comparison:
         ImportError
             When pandas is not installed.
         """
-        from .views import data_frame
-
         return data_frame(self)
 
     def __str__(self) -> str:
-        from .table import table
-
         return table(self)
 
     def plot_pareto(self, path: str | Path | None = None, *, measured: bool = False) -> Figure:
         """Peak memory against overhead, see :func:`planner.plots.plot_pareto`."""
-        from ..plots import plot_pareto
-
         return plot_pareto(self, path, measured=measured)
 
     def plot_predicted(self, path: str | Path | None = None) -> Figure:
         """Measured against predicted, see :func:`planner.plots.plot_predicted`."""
-        from ..plots import plot_predicted
-
         return plot_predicted(self, path)
 
     # -- files -------------------------------------------------------------------------
@@ -318,8 +67,6 @@ class Comparison:
         OSError
             When it cannot be written.
         """
-        from .files import save_comparison
-
         save_comparison(self, Path(path))
 
     @staticmethod
@@ -331,17 +78,4 @@ class Comparison:
         ComparisonFileError
             When the file is no such comparison, or is damaged.
         """
-        from .files import load_comparison
-
-        return load_comparison(Path(path))
-
-
-def _is_below(row: ComparisonRow, our: ComparisonRow, tolerance: float) -> bool:
-    assert our.budget_bytes is not None
-    if row.kind != "strategy" or row.strategy == our.strategy or row.predicted_step_us is None:
-        return False
-    if row.predicted_peak_bytes is None or row.predicted_peak_bytes > our.budget_bytes:
-        return False
-    if our.predicted_step_us is None or not our.fits:
-        return True
-    return row.predicted_step_us < our.predicted_step_us * (1 - tolerance)
+        return Comparison.of(load_comparison(Path(path)))

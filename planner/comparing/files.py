@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..base.atomic_write import write_whole
-from .comparison import Comparison
+from ..comparison_record import ComparisonRecord
+from .views import records
 
 FORMAT = "remat-comparison"
 FORMAT_VERSION = 1
@@ -47,7 +48,7 @@ class ComparisonFileError(ValueError):
     """A file is no comparison that this version reads."""
 
 
-def save_comparison(comparison: Comparison, path: Path) -> None:
+def save_comparison(comparison: ComparisonRecord, path: Path) -> None:
     """See :meth:`Comparison.save`."""
     suffix = path.suffix.lower()
     if suffix == ".json":
@@ -58,7 +59,7 @@ def save_comparison(comparison: Comparison, path: Path) -> None:
         raise ValueError(f"a comparison is written as .json or .csv, got {path.name!r}")
 
 
-def load_comparison(path: Path) -> Comparison:
+def load_comparison(path: Path) -> ComparisonRecord:
     """See :meth:`Comparison.load`."""
     if not path.exists():
         raise FileNotFoundError(
@@ -91,16 +92,16 @@ def _again(path: Path) -> str:
     return f"comparison.save({path.with_suffix('.json').name!r})"
 
 
-def to_json(comparison: Comparison) -> str:
+def to_json(comparison: ComparisonRecord) -> str:
     """Everything a comparison holds."""
     data = {"format": FORMAT, "version": FORMAT_VERSION, **_plain(asdict(comparison))}
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
-def to_csv(comparison: Comparison) -> str:
+def to_csv(comparison: ComparisonRecord) -> str:
     """The records, a line each; empty where there is no figure."""
     text = io.StringIO()
-    found = comparison.records()
+    found = records(comparison)
     if found:
         writer = csv.DictWriter(text, fieldnames=list(found[0]), lineterminator="\n")
         writer.writeheader()
@@ -108,7 +109,7 @@ def to_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def from_dict(data: Any) -> Comparison:
+def from_dict(data: Any) -> ComparisonRecord:
     """The inverse of :func:`to_json`, after JSON.
 
     Raises
@@ -124,8 +125,8 @@ def from_dict(data: Any) -> Comparison:
             "compare again"
         )
     body = {name: value for name, value in data.items() if name not in ("format", "version")}
-    defaults = {f.name: f.default for f in fields(Comparison) if f.name in _ADDED}
-    found = _dataclass(Comparison, {**defaults, **body}, "$")
+    defaults = {f.name: f.default for f in fields(ComparisonRecord) if f.name in _ADDED}
+    found = _dataclass(ComparisonRecord, {**defaults, **body}, "$")
     if found.baseline_peak_bytes == 0:
         raise ComparisonFileError("at $.baseline_peak_bytes: 0 is no peak that shares could be of")
     for name in ("baseline_step_us", "gap"):

@@ -16,6 +16,8 @@ from solvers.schedule import Schedule
 from solvers.strategies.solved import AUTO, status_in_words
 from solvers.strategies.strategy import Strategy, StrategyError, StrategyOutcome, apply_strategy
 
+from ..base.solve_options import SolveOptions
+from ..comparison_record import BudgetBound, ComparisonRow
 from ..planning.make_plan import fits_easily
 from .bound_text import (
     EAGERS_ORDER,
@@ -24,7 +26,6 @@ from .bound_text import (
 )
 from .budgets import NamedBudget
 from .cached_strategy import Remembered
-from .comparison import BudgetBound, ComparisonRow
 from .execution.runner import LONGEST_ERROR
 
 Tell = Callable[[str], None]
@@ -36,16 +37,6 @@ class Predicted:
 
     row: ComparisonRow
     schedule: Schedule | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Solving:
-    """How strategies that solve are run; see :func:`planner.compare`."""
-
-    time_limit_s: float
-    gap: float
-    seed: int
-    workers: int
 
 
 class Predictor:
@@ -69,7 +60,7 @@ class Predictor:
         graph: CostGraph,
         baseline_step_us: float,
         least: LeastMemory,
-        solving: Solving,
+        solving: SolveOptions,
         once: Container[str] = (),
     ) -> None:
         self.graph = graph

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from graph_capture.units import format_bytes, format_us
 
+from ..comparison_record import BudgetBound, ComparisonRecord, ComparisonRow, MeasuredStep
 from .bound_text import (
     EAGERS_ORDER,
     OTHER_ORDER,
@@ -15,7 +16,6 @@ from .bound_text import (
     percent_rounded_down,
     scope_words,
 )
-from .comparison import BudgetBound, Comparison, ComparisonRow, MeasuredStep
 
 _LONGEST_SETTING = 22
 _LONGEST_ERROR = 80  # in its row; longer ones stand whole below the rows
@@ -26,7 +26,7 @@ _PREDICTED = ("peak", "of unplanned", "overhead", "gap", "runs again", "solve")
 _MEASURED = ("measured peak", "step / eager", "quartiles", "bits")
 
 
-def table(comparison: Comparison) -> str:
+def table(comparison: ComparisonRecord) -> str:
     """See :meth:`Comparison.__str__`."""
     lines = list(_head(comparison))
     shows = _shows_measured(comparison)
@@ -46,7 +46,7 @@ def table(comparison: Comparison) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _head(c: Comparison) -> Iterator[str]:
+def _head(c: ComparisonRecord) -> Iterator[str]:
     under = f"autocast {c.autocast}" if c.autocast else ""
     torch = f"torch {c.versions['torch']}" if "torch" in c.versions else ""
     step = ", ".join(part for part in (c.dtype, under, c.optimizer, torch) if part)
@@ -71,7 +71,7 @@ def _head(c: Comparison) -> Iterator[str]:
         yield f"* marks ours ({c.ours})"
 
 
-def _measured_on(c: Comparison) -> str:
+def _measured_on(c: ComparisonRecord) -> str:
     parts = [c.measured_on]
     if c.num_threads is not None:
         parts.append(f"{c.num_threads} thread{'s' * (c.num_threads != 1)}")
@@ -82,7 +82,7 @@ def _measured_on(c: Comparison) -> str:
     return ", ".join(parts)
 
 
-def _eager(c: Comparison) -> str:
+def _eager(c: ComparisonRecord) -> str:
     if c.eager is None:
         return f"; eager steps failed: {_line(c.eager_error)}" if c.eager_error else ""
     text = f"; {format_bytes(c.eager.peak_bytes)} measured"
@@ -95,7 +95,7 @@ def _eager(c: Comparison) -> str:
     return text
 
 
-def _notes(c: Comparison) -> Iterator[str]:
+def _notes(c: ComparisonRecord) -> Iterator[str]:
     """What a reader should know before believing the figures."""
     none = next((r.predicted_peak_bytes for r in c.rows if r.strategy == "none"), None)
     if none is not None and none < c.baseline_peak_bytes:
@@ -129,7 +129,7 @@ def _notes(c: Comparison) -> Iterator[str]:
         )
 
 
-def _budget_line(c: Comparison, bound: BudgetBound) -> str:
+def _budget_line(c: ComparisonRecord, bound: BudgetBound) -> str:
     text = f"budget {bound.budget}: {format_bytes(bound.budget_bytes)}"
     if bound.lower_bound_us is None:
         return f"{text}; proven: nothing fits {scope_words(bound.scope)}"
@@ -138,11 +138,11 @@ def _budget_line(c: Comparison, bound: BudgetBound) -> str:
     return f"{text}; proven: no overhead below {least} {scope_words(bound.scope)}"
 
 
-def _shows_measured(c: Comparison) -> bool:
+def _shows_measured(c: ComparisonRecord) -> bool:
     return c.eager is not None or bool(c.eager_error) or any(r.measured for r in c.rows)
 
 
-def _block(c: Comparison, rows: Sequence[ComparisonRow], shows_measured: bool) -> list[str]:
+def _block(c: ComparisonRecord, rows: Sequence[ComparisonRow], shows_measured: bool) -> list[str]:
     header = ("", "strategy", "setting", *_PREDICTED, *(_MEASURED if shows_measured else ()))
     width = len(header)
     cells = [header, *(_cells(c, row, shows_measured) for row in rows)]
@@ -195,7 +195,7 @@ def _shown_note(row: ComparisonRow) -> str:
     return OTHER_ORDER if OTHER_ORDER in row.note else ""
 
 
-def _cells(c: Comparison, row: ComparisonRow, shows_measured: bool) -> tuple[str, ...]:
+def _cells(c: ComparisonRecord, row: ComparisonRow, shows_measured: bool) -> tuple[str, ...]:
     misses = "" if row.fits is not False else " (misses)"
     share = (
         "" if row.predicted_peak_bytes is None else row.predicted_peak_bytes / c.baseline_peak_bytes

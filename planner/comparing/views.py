@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from .comparison import BudgetBound, Comparison, ComparisonRow
+from ..comparison_record import BudgetBound, ComparisonRecord, ComparisonRow
 
 if TYPE_CHECKING:
     import pandas
 
 
-def records(comparison: Comparison) -> list[dict[str, Any]]:
+def records(comparison: ComparisonRecord) -> list[dict[str, Any]]:
     """See :meth:`Comparison.records`."""
     bounds = {(b.budget, b.budget_bytes): b for b in comparison.bounds}
     return [
@@ -20,7 +20,7 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def data_frame(comparison: Comparison) -> pandas.DataFrame:
+def data_frame(comparison: ComparisonRecord) -> pandas.DataFrame:
     """See :meth:`Comparison.to_pandas`."""
     try:
         import pandas
@@ -33,7 +33,7 @@ def data_frame(comparison: Comparison) -> pandas.DataFrame:
 
 
 def _record(
-    comparison: Comparison, row: ComparisonRow, bound: BudgetBound | None
+    comparison: ComparisonRecord, row: ComparisonRow, bound: BudgetBound | None
 ) -> dict[str, Any]:
     measured, peak_bytes = row.measured, row.predicted_peak_bytes
     unplanned_bytes = comparison.baseline_peak_bytes
@@ -74,7 +74,7 @@ def _record(
     }
 
 
-def _circumstances(c: Comparison) -> dict[str, Any]:
+def _circumstances(c: ComparisonRecord) -> dict[str, Any]:
     """What was measured, on what and when; the same in every record."""
     return {
         "dtype": c.dtype,

@@ -6,13 +6,15 @@ import torch
 from torch import nn
 
 from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
+from graph_capture.target import target_of
 
+from ..base.live_state import LiveState
 from ..base.training_step import LossFn
 from ..errors import PlanError, PlanMismatchError
-from ..plan import Plan
+from ..plan_record import PlanRecord
 
 
-def loss_of(plan: Plan, loss_fn: LossFn | None) -> LossFn | None:
+def loss_of(plan: PlanRecord, live: LiveState | None, loss_fn: LossFn | None) -> LossFn | None:
     """The loss of the step that was planned.
 
     Raises
@@ -27,14 +29,15 @@ def loss_of(plan: Plan, loss_fn: LossFn | None) -> LossFn | None:
             "plan with it"
         )
     if loss_fn is None and planned_with:
-        if plan._request is None or plan._request.loss_fn is None:
+        request = None if live is None else live.request
+        if request is None or request.loss_fn is None:
             raise PlanError("the plan was made with a loss_fn, which a file cannot hold: give it")
-        return plan._request.loss_fn
+        return request.loss_fn
     return loss_fn
 
 
 def optimizer_for(
-    plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer | str | None
+    plan: PlanRecord, model: nn.Module, optimizer: torch.optim.Optimizer | str | None
 ) -> torch.optim.Optimizer | str | None:
     """The optimizer whose state and step the plan counts.
 
@@ -44,13 +47,13 @@ def optimizer_for(
         When it is no optimizer that is known by name and none was given, or
         another one was.
     """
-    counted = plan.optimizer
+    counted, target = plan.optimizer, target_of(model, ())
     if optimizer is None:
         if counted is None:
             return None
         for name, build in OPTIMIZERS.items():
             if getattr(build, "func", build).__name__ == counted.name:
-                twin = measure_optimizer(name, model)
+                twin = measure_optimizer(name, model, target)
                 assert twin is not None
                 if (twin.state_bytes, twin.workspace_bytes) == (
                     counted.state_bytes,
@@ -62,7 +65,7 @@ def optimizer_for(
             "state, that is not one of those known by name with their defaults: pass it as "
             "optimizer="
         )
-    found = measure_optimizer(optimizer, model)
+    found = measure_optimizer(optimizer, model, target)
     assert found is not None
     if counted is None:
         raise PlanMismatchError(

@@ -22,6 +22,8 @@ from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.costs.library_workspace import STORAGE_NAME
 from graph_capture.outputs import take_apart
 
+from ..base.forward_slot import forward_set, own_forward
+from ..base.live_state import LiveState
 from ..base.resident import (
     resident_bytes_by_category,
     resident_tensors,
@@ -36,11 +38,7 @@ from ..base.training_step import (
     make_step,
     output_tensors,
 )
-from ..plan import LIBRARY_WORKSPACE, Plan
-from ..running.attach import (
-    forward_set,
-    own_forward,
-)
+from ..plan_record import LIBRARY_WORKSPACE, PlanRecord
 from ..running.out_of_memory import is_out_of_memory
 from ..running.planned_forward import PlannedForward
 from ..running.recapture import (
@@ -58,7 +56,8 @@ _WARMUP_PAIRS = 2
 
 
 def validate_plan(
-    plan: Plan,
+    plan: PlanRecord,
+    live: LiveState | None,
     model: nn.Module,
     sample_input: Sample,
     *,
@@ -75,17 +74,17 @@ def validate_plan(
     if not model.training:
         raise ValueError("the model is in eval mode, where no plan runs: call model.train()")
     device = single_device(model, sample_input)
-    plan = on_card_of(plan, model)
+    plan, live = on_card_of(plan, live, model)
     own = own_forward(model)
     with forward_set(model, own):
-        captured = capture_for(plan, model, model.forward)
-        plan = as_captured(plan, captured)
-        planned = PlannedForward(model, plan, captured, "error")
+        captured = capture_for(plan, live, model, model.forward)
+        plan, live = as_captured(plan, live, captured)
+        planned = PlannedForward(model, plan, live, captured)
         planned.check(bind_call(model.forward, *split_sample(sample_input)))
         trial = _Trial(
             model=model,
             sample_input=sample_input,
-            loss_fn=loss_of(plan, loss_fn),
+            loss_fn=loss_of(plan, live, loss_fn),
             seed=seed,
             device=device,
         )
@@ -269,7 +268,7 @@ def _clean_after(trial: _Trial) -> Iterator[None]:
 
 
 def _report(
-    plan: Plan,
+    plan: PlanRecord,
     trial: _Trial,
     taken: _Taken,
     without: _Taken | None,
@@ -328,7 +327,7 @@ def _report(
     )
 
 
-def _predicted_parts(plan: Plan) -> dict[str, int]:
+def _predicted_parts(plan: PlanRecord) -> dict[str, int]:
     """The predicted peak by category; a library's workspace is no buffer of the model's.
 
     A recorded step makes the workspace itself, so that it counts to the rest.
@@ -339,7 +338,7 @@ def _predicted_parts(plan: Plan) -> dict[str, int]:
     return parts
 
 
-def _whole(category: str, plan: Plan, measured_bytes: int) -> Figure:
+def _whole(category: str, plan: PlanRecord, measured_bytes: int) -> Figure:
     """What a step leaves of a category; what the loss leaves stays in the training loop."""
     predicted = sum(
         s.size_bytes

@@ -1,0 +1,1 @@
+"""From a model and a sample to a decision: capture the call, solve it, write it down."""

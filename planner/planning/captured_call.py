@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
-import torch
 from torch import nn
 
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.captured_step import CapturedStep, capture_step
-from graph_capture.costs.devices import Device
-from graph_capture.costs.resolve import ChosenCosts
-from graph_capture.loss import LossFn
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.target import target_of
 
 from ..base.call_guard import lazy_input
+from ..base.forward_slot import original_forward
 from ..base.progress import (
     ShowProgress,
     showing_timing,
 )
-from ..running.attach import original_forward
+from ..base.step_spec import StepSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,61 +30,52 @@ class CapturedCall:
 
     Parameters
     ----------
+    model
+        Whose step it is.
     arguments
         Of the model's own forward, by name.
     captured
         The step.
     """
 
+    model: nn.Module
     arguments: Mapping[str, Any]
     captured: CapturedStep
 
 
 @contextmanager
-def captured_call(
-    model: nn.Module,
-    sample_input: Any,
-    *,
-    loss_fn: LossFn | None = None,
-    optimizer: torch.optim.Optimizer | str | None = None,
-    device: str | Device | None = None,
-    autocast: torch.dtype | None = None,
-    cost_model: ChosenCosts = "roofline",
-    progress: ShowProgress = None,
-) -> Iterator[CapturedCall]:
+def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[CapturedCall]:
     """Capture the step; the autocast that was asked for stays on until the context ends.
 
-    The arguments are those of :func:`planner.optimize`; an applied plan is
-    looked through.
+    An applied plan is looked through.
 
     Raises
     ------
     CaptureError
         When the step cannot be captured.
     TypeError
-        When the sample does not fit the model's signature, or ``optimizer`` is
-        neither an instance nor a name.
+        When the sample does not fit the model's signature.
     ValueError
-        When another argument makes no sense.
+        When the sample cannot be looked at, or the optimizer's name is unknown.
     """
-    if not isinstance(optimizer, (str, torch.optim.Optimizer, NoneType)):
-        raise TypeError(f"optimizer must be an instance or a name, got {optimizer!r}")
+    model = spec.model
     forward = original_forward(model)
-    arguments = bind_call(forward, *split_sample(sample_input))
+    arguments = bind_call(forward, *split_sample(spec.sample_input))
     lazy = lazy_input(arguments)
     if lazy is not None:
         raise ValueError(lazy)
-    target = target_of(model, tensors_of(arguments), device)
-    with autocast_as(target.torch_type, autocast) if autocast else nullcontext():
+    target = target_of(model, tensors_of(arguments), spec.device)
+    under = autocast_as(target.torch_type, spec.autocast) if spec.autocast else nullcontext()
+    with under:
         with showing_timing(progress) as timing:
             captured = capture_step(
                 model,
                 arguments,
-                loss=loss_fn,
-                optimizer=measure_optimizer(optimizer, model, target),
+                loss=spec.loss_fn,
+                optimizer=measure_optimizer(spec.optimizer, model, target),
                 forward=forward,
                 target=target,
-                cost_model=cost_model,
+                cost_model=spec.cost_model,
                 progress=timing,
             )
-        yield CapturedCall(arguments=arguments, captured=captured)
+        yield CapturedCall(model=model, arguments=arguments, captured=captured)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from types import NoneType
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from graph_capture.call_spec import tensors_of
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES, Device
-from graph_capture.costs.resolve import ChosenCosts
-from graph_capture.loss import LossFn
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
 from graph_capture.target import target_of
-from solvers.any_order.memory import least_memory_in_any_order
 from solvers.any_order.solve import solve_in_any_order
-from solvers.least_memory import LeastMemory, least_memory
+from solvers.least_memory import LeastMemory
 from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveResult
@@ -36,61 +30,24 @@ from ..base.budget import (
     parse_headroom,
 )
 from ..base.call_guard import CallGuard
+from ..base.live_state import LiveState
 from ..base.module_structure import Structure
 from ..base.progress import (
-    ShowProgress,
     showing,
     showing_timing,
 )
+from ..base.request import Request
+from ..base.solve_options import SolveOptions
 from ..errors import PlanError
-from ..plan import Plan
-
-LEAST_MEMORY_LIMIT_S = 20.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What was asked of :func:`planner.optimize`, beside the model; the same names."""
-
-    budget_bytes: int
-    loss_fn: LossFn | None = None
-    solver: str = "auto"
-    time_limit_s: float = 60.0
-    gap: float = 0.001
-    seed: int = 0
-    never_recompute: tuple[str, ...] = ()
-    always_recompute: tuple[str, ...] = ()
-    reorder: bool = False
-    device: str | Device | None = None
-    cost_model: ChosenCosts = "roofline"
-    headroom: float | str | None = None
-    progress: ShowProgress = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.time_limit_s, bool) or not 0 <= self.time_limit_s < math.inf:
-            raise ValueError(f"time_limit_s must be finite and >= 0, got {self.time_limit_s!r}")
-        if isinstance(self.gap, bool) or not 0 <= self.gap < math.inf:
-            raise ValueError(f"gap must be finite and >= 0, got {self.gap!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if self.loss_fn is not None and not callable(self.loss_fn):
-            raise ValueError(f"loss_fn must be a function of the output, got {self.loss_fn!r}")
-        if not isinstance(self.reorder, bool):
-            raise ValueError(f"reorder must be True or False, got {self.reorder!r}")
-        if not isinstance(self.progress, (bool, NoneType)) and not callable(self.progress):
-            raise ValueError(f"progress must be True or a function, got {self.progress!r}")
-        parse_headroom(self.headroom, self.budget_bytes, "cpu")  # wrong ones are refused at once
+from ..plan_record import PlanRecord
+from .captured_call import CapturedCall
+from .known_least import known_least_memory
 
 
 def make_plan(
-    model: nn.Module,
-    arguments: Mapping[str, Any],
-    captured: CapturedStep,
-    constrained: CapturedStep,
-    request: Request,
-    hint: Schedule | None = None,
-) -> Plan:
-    """Solve ``constrained``, which is ``captured`` under the user's own rules.
+    call: CapturedCall, request: Request, hint: Schedule | None = None
+) -> tuple[PlanRecord, LiveState]:
+    """Solve a captured step under the user's own rules, and write down what was decided.
 
     Parameters
     ----------
@@ -102,17 +59,19 @@ def make_plan(
     InfeasibleBudgetError
         When no schedule fits.
     """
+    model, captured, options = call.model, call.captured, request.options
+    constrained = apply_policies(captured, request.never_recompute, request.always_recompute)
     budget = parse_headroom(request.headroom, request.budget_bytes, captured.target.torch_type)
-    result = _solve(constrained.graph, budget, request, hint)
+    result = _solve(model, constrained.graph, budget, request, hint)
     assert result.schedule is not None
     assert captured.costs is not None
     assert captured.unplanned is not None
     baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
     step, optimizer = captured.step, captured.optimizer
-    return Plan(
+    record = PlanRecord(
         graph=constrained.graph,
         schedule=result.schedule,
-        guard=CallGuard.of(model, arguments, captured.device_type, captured.target.place),
+        guard=CallGuard.of(model, call.arguments, captured.device_type, captured.target.place),
         budget_bytes=request.budget_bytes,
         headroom_bytes=budget.headroom_bytes,
         baseline_peak_bytes=baseline.peak_bytes,
@@ -122,13 +81,13 @@ def make_plan(
         status=result.status,
         solver=result.solver,
         solve_s=result.solve_s,
-        seed=request.seed,
+        seed=options.seed,
         log=result.log,
         optimizer=None if optimizer is None else _priced(optimizer, constrained.graph),
         loss=step.loss_spec,
         never_recompute=request.never_recompute,
         always_recompute=request.always_recompute,
-        reorder=request.reorder,
+        reorder=options.reorder,
         detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
         device_type=captured.device_type,
         costs=captured.costs,
@@ -136,13 +95,12 @@ def make_plan(
         branch_free=step.branch_free,
         outcomes=step.outcomes,
         torch_version=torch.__version__,
-        _captured=constrained,
-        _structure=Structure.of(model),
-        _request=request,
     )
+    structure = Structure.of(model)
+    return record, LiveState(captured=constrained, structure=structure, request=request)
 
 
-def request_again(plan: Plan) -> Request:
+def request_again(plan: PlanRecord) -> Request:
     """What a plan from a file was asked for, as far as the file says; without its ``loss_fn``.
 
     Raises
@@ -157,10 +115,9 @@ def request_again(plan: Plan) -> Request:
         )
     return Request(
         budget_bytes=plan.budget_bytes,
-        seed=plan.seed,
         never_recompute=plan.never_recompute,
         always_recompute=plan.always_recompute,
-        reorder=plan.reorder,
+        options=SolveOptions(seed=plan.seed, reorder=plan.reorder),
         device=plan.device_name,
         cost_model=plan.costs.model,
         headroom=f"{plan.headroom_bytes}B" if plan.headroom_bytes else 0,
@@ -182,8 +139,12 @@ def _priced(optimizer: OptimizerStep, graph: CostGraph) -> OptimizerStep:
 
 
 def replan(
-    plan: Plan, model: nn.Module, arguments: Mapping[str, Any], forward: Callable[..., Any]
-) -> Plan:
+    plan: PlanRecord,
+    live: LiveState | None,
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    forward: Callable[..., Any],
+) -> tuple[PlanRecord, LiveState]:
     """A plan with the same budget and rules for another call.
 
     Raises
@@ -191,7 +152,7 @@ def replan(
     PlanError
         When the plan came from a file and needs a ``loss_fn`` that the file cannot hold.
     """
-    request = plan._request
+    request = None if live is None else live.request
     if request is None:
         if plan.loss.region.label == "loss_fn":
             raise PlanError(
@@ -204,42 +165,57 @@ def replan(
             model,
             arguments,
             loss=request.loss_fn,
-            optimizer=plan.optimizer if plan._captured is None else plan._captured.optimizer,
+            optimizer=plan.optimizer if live is None else live.captured.optimizer,
             forward=forward,
             target=target_of(model, tensors_of(arguments), request.device),
             cost_model=request.cost_model,
             progress=timing,
         )
-    constrained = apply_policies(captured, request.never_recompute, request.always_recompute)
-    return make_plan(model, arguments, captured, constrained, request)
+    return make_plan(CapturedCall(model=model, arguments=arguments, captured=captured), request)
 
 
 def _solve(
-    graph: CostGraph, budget: Budget, request: Request, hint: Schedule | None = None
+    model: nn.Module,
+    graph: CostGraph,
+    budget: Budget,
+    request: Request,
+    hint: Schedule | None,
 ) -> SolveResult:
-    budget_bytes = budget.usable_bytes
-    if hint is None and request.solver == "auto" and not fits_easily(graph, budget_bytes):
-        hint = _least_within(graph, budget, request)
-    search = solve_in_any_order if request.reorder else solve
+    budget_bytes, options = budget.usable_bytes, request.options
+
+    def least() -> LeastMemory:
+        """In eager's order where that fits the budget, else in every order that may be used."""
+        found = known_least_memory(model, graph, options.seed)
+        if options.reorder and found.peak_bytes > budget_bytes:
+            return known_least_memory(model, graph, options.seed, any_order=True)
+        return found
+
+    if hint is None and options.solver == "auto" and not fits_easily(graph, budget_bytes):
+        fitting = least()
+        if fitting.peak_bytes > budget_bytes:
+            raise nothing_fits(graph, budget, fitting)
+        hint = fitting.schedule
+    search = solve_in_any_order if options.reorder else solve
     with showing(request.progress) as progress:
         result = search(
             graph,
             budget_bytes,
-            solver=request.solver,
-            time_limit_s=request.time_limit_s,
-            seed=request.seed,
+            solver=options.solver,
+            time_limit_s=options.time_limit_s,
+            seed=options.seed,
+            workers=options.workers,
             hint=hint,
             progress=progress,
-            gap=request.gap,
+            gap=options.gap,
         )
     if result.schedule is not None:
         return result
-    least = _least(graph, budget, request)
-    if least.peak_bytes > budget_bytes:
-        raise nothing_fits(graph, budget, least)
+    fitting = least()
+    if fitting.peak_bytes > budget_bytes:
+        raise nothing_fits(graph, budget, fitting)
     raise PlanError(
-        f"solver {request.solver!r} found no schedule within {request.time_limit_s} s, though one "
-        f"for {least.peak_bytes} bytes exists; use solver='auto' or more time"
+        f"solver {options.solver!r} found no schedule within {options.time_limit_s} s, though one "
+        f"for {fitting.peak_bytes} bytes exists; use solver='auto' or more time"
     )
 
 
@@ -248,36 +224,3 @@ def fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
     if replay(graph, Schedule.keep_all(graph)).peak_bytes <= budget_bytes:
         return True
     return uniform_under_budget(graph, budget_bytes) is not None
-
-
-def _least_within(graph: CostGraph, budget: Budget, request: Request) -> Schedule:
-    least = _least(graph, budget, request)
-    if least.peak_bytes > budget.usable_bytes:
-        raise nothing_fits(graph, budget, least)
-    return least.schedule
-
-
-def _least(graph: CostGraph, budget: Budget, request: Request) -> LeastMemory:
-    """In eager's order where that fits the budget, else in every order that may be used."""
-    least = remembered_least_memory(graph, request.seed)
-    if request.reorder and least.peak_bytes > budget.usable_bytes:
-        return _least_memory_in_any_order(graph, request.seed)
-    return least
-
-
-# Both are remembered, so that the least budget an error names is found again when it is asked for.
-
-
-@lru_cache(maxsize=8)
-def remembered_least_memory(graph: CostGraph, seed: int) -> LeastMemory:
-    return least_memory(graph, time_limit_s=LEAST_MEMORY_LIMIT_S, seed=seed)
-
-
-@lru_cache(maxsize=8)
-def _least_memory_in_any_order(graph: CostGraph, seed: int) -> LeastMemory:
-    return least_memory_in_any_order(
-        graph,
-        start=remembered_least_memory(graph, seed),
-        time_limit_s=LEAST_MEMORY_LIMIT_S,
-        seed=seed,
-    )

@@ -11,6 +11,7 @@ import numpy as np
 from graph_capture.cost_graph import CostGraph
 from solvers.schedule import Schedule
 
+from ..plan_record import PlanRecord
 from .layer_table import AFTER, BEFORE, Fate, LayerTable, layer_table
 from .style import (
     BLUE,
@@ -30,8 +31,6 @@ from .titles import title_of_plan
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..plan import Plan
-
 SMALL_SHARE = 0.002
 """Rows that hold less than this share of all bytes saved and recomputed are left out."""
 MOST_TICKS = 32
@@ -49,7 +48,7 @@ _LOOKS: Mapping[Fate, tuple[str, str, str]] = {  # words, colour, mark
 
 
 def plot_layers(
-    plan: Plan | tuple[CostGraph, Schedule],
+    plan: PlanRecord | tuple[CostGraph, Schedule],
     path: str | Path | None = None,
     *,
     title: str = "",

@@ -11,6 +11,7 @@ from solvers.keep_all import keep_all
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 
+from ..plan_record import PlanRecord
 from .memory_timeline import (
     GRADIENTS,
     GROUPS,
@@ -49,8 +50,6 @@ from .titles import title_of_plan
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..plan import Plan
-
 PANEL_INCHES = 1.9
 PER_LAYER = "transformers_per_layer"
 _TIP_BELOW = 7
@@ -69,7 +68,7 @@ _LOOKS: Mapping[str, tuple[str, str]] = {  # colour and hatch
 
 
 def plot_memory(
-    plans: Plan | Mapping[str, Plan | tuple[CostGraph, Schedule]],
+    plans: PlanRecord | Mapping[str, PlanRecord | tuple[CostGraph, Schedule]],
     path: str | Path | None = None,
     *,
     budget_bytes: int | None = None,
@@ -117,9 +116,9 @@ def plot_memory(
     return figure
 
 
-def beside(plan: Plan) -> dict[str, Plan | tuple[CostGraph, Schedule]]:
+def beside(plan: PlanRecord) -> dict[str, PlanRecord | tuple[CostGraph, Schedule]]:
     """A plan, and before it what it is held against, on the same graph."""
-    panels: dict[str, Plan | tuple[CostGraph, Schedule]] = {
+    panels: dict[str, PlanRecord | tuple[CostGraph, Schedule]] = {
         "nothing recomputed": (plan.graph, keep_all(plan.graph))
     }
     try:

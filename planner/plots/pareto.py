@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from solvers.incumbent import GLOBAL_SCOPE
 
-from ..comparing.comparison import Comparison
+from ..comparison_record import ComparisonRecord
 from .points import Point, curves, staircase, unreachable
 from .style import (
     BLACK,
@@ -81,7 +81,7 @@ Points = Mapping[str, Sequence[Point]]
 
 
 def plot_pareto(
-    comparison: Comparison,
+    comparison: ComparisonRecord,
     path: str | Path | None = None,
     *,
     measured: bool = False,
@@ -139,7 +139,7 @@ def plot_pareto(
     return figure
 
 
-def _highlighted(comparison: Comparison, drawn: Points, wanted: Sequence[str]) -> list[str]:
+def _highlighted(comparison: ComparisonRecord, drawn: Points, wanted: Sequence[str]) -> list[str]:
     """Names of the strategies in colours, in the order of their looks."""
     names = {row.strategy for row in comparison.rows if row.kind == "strategy"}
     unknown = [name for name in wanted if name not in names]
@@ -170,7 +170,7 @@ def _registered() -> set[str]:
 class _Pareto:
     """One axis of a Pareto plot; overheads in per cent, peaks in the axis' unit."""
 
-    def __init__(self, axis: Any, comparison: Comparison, measured: bool) -> None:
+    def __init__(self, axis: Any, comparison: ComparisonRecord, measured: bool) -> None:
         self.axis, self.comparison, self.measured = axis, comparison, measured
         self.base_bytes = comparison.baseline_peak_bytes
         self.unit_bytes, self.unit = 1.0, "B"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..comparing.comparison import Comparison, ComparisonRow
+from ..comparison_record import ComparisonRecord, ComparisonRow
 
 ROUNDING = 1e-9
 """Overheads and bounds are quotients of the same times, rounded once each."""
@@ -120,7 +120,7 @@ class Unreachable:
         return False
 
 
-def unreachable(comparison: Comparison) -> Unreachable:
+def unreachable(comparison: ComparisonRecord) -> Unreachable:
     """What the comparison's bounds prove, and no more.
 
     A bound at a budget holds for every peak up to it; so between two budgets

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..comparing.comparison import Comparison, ComparisonRow
+from ..comparison_record import ComparisonRecord, ComparisonRow
 from .points import Point, measured_point, predicted_point
 from .style import (
     BLUE,
@@ -31,7 +31,7 @@ PEAK_BAND = 0.01
 OVERHEAD_BAND = 0.03
 
 
-def plot_predicted(comparison: Comparison, path: str | Path | None = None) -> Figure:
+def plot_predicted(comparison: ComparisonRecord, path: str | Path | None = None) -> Figure:
     """Draw measured peaks and overheads against the predicted ones, a point for each row.
 
     Below each, how far they are apart. The bands are 1 % of the peak, and 3
@@ -88,7 +88,7 @@ class _Series:
     overheads: list[tuple[float, Point]]
 
 
-def _series(comparison: Comparison) -> list[_Series]:
+def _series(comparison: ComparisonRecord) -> list[_Series]:
     """The other strategies, and ours on top of them; without those that have no pairs."""
     looks = (("other strategies", ORANGE, "s"), (f"{comparison.ours} (ours)", BLUE, "o"))
     series = []

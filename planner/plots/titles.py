@@ -7,16 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..plan_record import PlanRecord
+
 if TYPE_CHECKING:
-    from ..comparing.comparison import Comparison
-    from ..plan import Plan
+    from ..comparison_record import ComparisonRecord
 
 LONGEST_LINE = 104
 """Characters that a figure is wide."""
 _NO_BREAK = "\u00a0"
 
 
-def title_of_plan(title: str, plans: Sequence[Plan]) -> str:
+def title_of_plan(title: str, plans: Sequence[PlanRecord]) -> str:
     """The title, and in a second line device, dtype and cost model of the first plan."""
     if not plans:
         return title
@@ -26,7 +27,7 @@ def title_of_plan(title: str, plans: Sequence[Plan]) -> str:
 
 
 def title_of_comparison(
-    what: str, comparison: Comparison, *, predicted: bool = True, measured: bool = False
+    what: str, comparison: ComparisonRecord, *, predicted: bool = True, measured: bool = False
 ) -> str:
     """Model and what is shown, then a line for each kind of figures that are shown.
 
@@ -56,7 +57,7 @@ def _broken(parts: Sequence[str]) -> list[str]:
     return [line.replace(_NO_BREAK, " ") for line in textwrap.wrap(whole, LONGEST_LINE)]
 
 
-def _measured_on(comparison: Comparison) -> list[str]:
+def _measured_on(comparison: ComparisonRecord) -> list[str]:
     """Machine, threads and pairs of steps."""
     parts = [f"measured on {comparison.measured_on or 'a machine that was not recorded'}"]
     if comparison.num_threads is not None:
@@ -73,7 +74,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _dtypes(plan: Plan) -> list[str]:
+def _dtypes(plan: PlanRecord) -> list[str]:
     """The dtype of most of the model's numbers, and autocast's."""
     sizes: Counter[str] = Counter()
     for spec in plan.guard.state.values():

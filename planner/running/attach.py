@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from graph_capture.captured_step import CapturedStep
 
-from ..base.wrapped import (
-    find_wrapped,
-    is_reached,
-)
+from ..base.forward_slot import original_forward, put_stand_in, stand_in_of, take_stand_in
+from ..base.live_state import LiveState
+from ..base.wrapped import is_reached
 from ..errors import PlanError
-from .planned_forward import PlannedForward
+from ..plan_record import OnShapeChange, PlanRecord
+from .planned_forward import PlannedForward, Replan
 from .recapture import (
     as_captured,
     capture_for,
     on_card_of,
 )
-
-if TYPE_CHECKING:
-    from ..plan import (
-        OnShapeChange,
-        Plan,
-    )
-
-# Where a module keeps it: what stands in its ``forward`` may be wrapped or replaced by others.
-_KEPT = "_remat_planned_forward"
 
 _POLICIES = ("error", "unplanned", "replan")
 
@@ -56,31 +45,46 @@ class AppliedPlan:
         one; ``None`` when there was none.
     """
 
-    plan: Plan
+    plan: PlanRecord
     on_shape_change: str
     planned_steps: int
     unplanned_steps: int
     last_mismatch: str | None
 
 
-def apply_plan(plan: Plan, model: nn.Module, on_shape_change: OnShapeChange) -> nn.Module:
-    """See :meth:`planner.Plan.apply`."""
+def apply_plan(
+    plan: PlanRecord,
+    live: LiveState | None,
+    model: nn.Module,
+    on_shape_change: OnShapeChange,
+    replan: Replan,
+) -> nn.Module:
+    """See :meth:`planner.Plan.apply`.
+
+    Parameters
+    ----------
+    live
+        What this process knows beside the plan.
+    replan
+        Makes another plan, for a call that is not the planned one.
+    """
     if on_shape_change not in _POLICIES:
         raise ValueError(f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}")
     forward = original_forward(model)
-    plan = on_card_of(plan, model)
-    captured = capture_for(plan, model, forward)
-    plan = as_captured(plan, captured)
+    plan, live = on_card_of(plan, live, model)
+    captured = capture_for(plan, live, model, forward)
+    plan, live = as_captured(plan, live, captured)
     if on_shape_change == "error":
         _refuse_passing_way(captured)
-    planned = planned_forward(model)
+    planned = _planned_forward(model)
     if planned is not None and _is_wrapped(model, planned):
-        planned.renew(plan, captured, on_shape_change)  # whoever put something around it keeps it
+        # Whoever put something around it keeps it.
+        planned.renew(plan, live, captured, on_shape_change, replan)
     else:
         if planned is not None:
             remove_plan(model)
-        planned = PlannedForward(model, plan, captured, on_shape_change)
-        model.__dict__["forward"] = model.__dict__[_KEPT] = planned
+        planned = PlannedForward(model, plan, live, captured, on_shape_change, replan)
+        put_stand_in(model, planned)
     planned.watch_backward(captured)
     return model
 
@@ -107,14 +111,11 @@ def _is_wrapped(model: nn.Module, planned: PlannedForward) -> bool:
 
 def remove_plan(model: nn.Module) -> nn.Module:
     """See :meth:`planner.Plan.remove`."""
-    planned = planned_forward(model)
+    planned = _planned_forward(model)
     if planned is None:
         raise PlanError(f"no plan is applied to this {type(model).__name__}")
     planned.stop()
-    del model.__dict__[_KEPT]
-    forward: Any = model.__dict__.get("forward")
-    if planned in (forward, getattr(forward, "__func__", None)):
-        _set_forward(model, planned.own_forward)
+    take_stand_in(model, planned)
     return model
 
 
@@ -128,7 +129,7 @@ def applied_plan(model: nn.Module) -> AppliedPlan | None:
     AppliedPlan or None
         ``None`` where no plan is applied.
     """
-    planned = planned_forward(model)
+    planned = _planned_forward(model)
     if planned is None:
         return None
     return AppliedPlan(
@@ -140,66 +141,6 @@ def applied_plan(model: nn.Module) -> AppliedPlan | None:
     )
 
 
-@contextmanager
-def unplanned(model: nn.Module) -> Iterator[None]:
-    """Let a planned module run its own forward for a while, outside its budget.
-
-    For calls that a plan does not hold, such as one whose gradient is
-    differentiated again. Without a plan this changes nothing.
-
-    Examples
-    --------
-    >>> import torch
-    >>> layer = nn.Linear(2, 1)
-    >>> with unplanned(layer):
-    ...     penalty = layer(torch.ones(1, 2)).square().sum()
-    """
-    planned = planned_forward(model)
-    if planned is not None:
-        planned.suspended += 1
-    try:
-        yield
-    finally:
-        if planned is not None:
-            planned.suspended -= 1
-
-
-def planned_forward(model: nn.Module) -> PlannedForward | None:
-    """What runs the plan of a module, whatever was put around it or in its place."""
-    found = model.__dict__.get(_KEPT)
+def _planned_forward(model: nn.Module) -> PlannedForward | None:
+    found = stand_in_of(model)
     return found if isinstance(found, PlannedForward) else None
-
-
-def original_forward(model: nn.Module) -> Callable[..., Any]:
-    """The module's forward without a plan."""
-    planned = find_wrapped(model.__dict__.get("forward"), PlannedForward)
-    return model.forward if planned is None else planned.unplanned
-
-
-@contextmanager
-def forward_set(model: nn.Module, forward: Callable[..., Any] | None) -> Iterator[None]:
-    """Let a module run another forward for a while; ``None`` stands for its class' own."""
-    before = model.__dict__.get("forward")
-    planned = planned_forward(model)
-    _set_forward(model, forward)
-    if planned is not None:
-        planned.unwatched += 1
-    try:
-        yield
-    finally:
-        if planned is not None:
-            planned.unwatched -= 1
-        _set_forward(model, before)
-
-
-def _set_forward(model: nn.Module, forward: Callable[..., Any] | None) -> None:
-    if forward is None:
-        model.__dict__.pop("forward", None)
-    else:
-        model.__dict__["forward"] = forward
-
-
-def own_forward(model: nn.Module) -> Callable[..., Any] | None:
-    """What stands in the module for its class' forward when no plan is applied."""
-    forward: Any = model.__dict__.get("forward")
-    return forward.own_forward if isinstance(forward, PlannedForward) else forward

@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -34,9 +33,7 @@ from torch.fx import GraphModule
 from graph_capture.units import format_bytes
 
 from ..base.resident import storage_bytes
-
-if TYPE_CHECKING:
-    from ..plan import Plan
+from ..plan_record import PlanRecord
 
 HEADER = "Out of memory in a planned step."
 
@@ -80,7 +77,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(m in str(error) for m in _MESSAGES)
 
 
-def explain(error: BaseException, plan: Plan, model: nn.Module, graph: GraphModule) -> None:
+def explain(error: BaseException, plan: PlanRecord, model: nn.Module, graph: GraphModule) -> None:
     """Add the planner's note to ``error`` if it is about memory and has none yet.
 
     Parameters
@@ -128,7 +125,7 @@ def moment_of(traceback: TracebackType | None, graph: GraphModule) -> int | None
 
 
 def account(
-    plan: Plan,
+    plan: PlanRecord,
     moment: int | None,
     *,
     memory: DeviceMemory | None = None,
@@ -153,7 +150,7 @@ def account(
     if moment is None:
         lines.append("  failed    outside the plan's operators")
     else:
-        before_bytes = plan._replay.memory_bytes[moment] - _taken_bytes(plan, moment)
+        before_bytes = plan.replay.memory_bytes[moment] - _taken_bytes(plan, moment)
         lines += _about_run(plan, moment, before_bytes)
     if memory is not None:
         lines += _about_device(memory, before_bytes)
@@ -169,7 +166,7 @@ def account(
     return "\n".join(lines)
 
 
-def _about_plan(plan: Plan) -> list[str]:
+def _about_plan(plan: PlanRecord) -> list[str]:
     at = plan.memory
     headroom = f", {format_bytes(plan.headroom_bytes)} of it headroom" * bool(plan.headroom_bytes)
     return [
@@ -178,7 +175,7 @@ def _about_plan(plan: Plan) -> list[str]:
     ]
 
 
-def _about_run(plan: Plan, moment: int, before_bytes: int) -> list[str]:
+def _about_run(plan: PlanRecord, moment: int, before_bytes: int) -> list[str]:
     order, graph = plan.schedule.order, plan.graph
     operator = graph.operators[order[moment]]
     where = operator.module_path or operator.source or "the model itself"
@@ -189,7 +186,7 @@ def _about_run(plan: Plan, moment: int, before_bytes: int) -> list[str]:
         f"  failed    {operator.target} ({operator.name} of {where}) in the {phase} pass{again}, "
         f"run {moment + 1} of {len(order)}",
         f"            predicted: {format_bytes(before_bytes)} before it, "
-        f"{format_bytes(plan._replay.memory_bytes[moment])} while it runs",
+        f"{format_bytes(plan.replay.memory_bytes[moment])} while it runs",
     ]
     live = _live(plan, moment)
     parts: dict[str, int] = {}
@@ -211,16 +208,16 @@ def _about_run(plan: Plan, moment: int, before_bytes: int) -> list[str]:
     return lines
 
 
-def _live(plan: Plan, moment: int) -> list[int]:
+def _live(plan: PlanRecord, moment: int) -> list[int]:
     """Storages that are alive before a run: resident ones, and those computed earlier."""
     live = [k for k, s in enumerate(plan.graph.storages) if s.producer is None]
-    return live + [k for k, born, last in plan._replay.live if born < moment <= last]
+    return live + [k for k, born, last in plan.replay.live if born < moment <= last]
 
 
-def _taken_bytes(plan: Plan, moment: int) -> int:
+def _taken_bytes(plan: PlanRecord, moment: int) -> int:
     """What a run takes beside what is there: its outputs and its scratch."""
     operator = plan.graph.operators[plan.schedule.order[moment]]
-    over = {new for run, _, new in plan._replay.in_place if run == moment}
+    over = {new for run, _, new in plan.replay.in_place if run == moment}
     outputs = sum(plan.graph.storages[k].size_bytes for k in operator.outputs if k not in over)
     return outputs + operator.workspace_bytes
 
@@ -245,7 +242,10 @@ def _about_device(memory: DeviceMemory, before_bytes: int | None) -> list[str]:
 
 
 def _advice(
-    plan: Plan, before_bytes: int | None, memory: DeviceMemory | None, held_gradient_bytes: int
+    plan: PlanRecord,
+    before_bytes: int | None,
+    memory: DeviceMemory | None,
+    held_gradient_bytes: int,
 ) -> list[str]:
     lines = []
     if held_gradient_bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.units import format_bytes
 
+from ..base.forward_slot import StandIn
+from ..base.live_state import LiveState
 from ..base.module_structure import (
     LiveStructure,
     Structure,
@@ -29,7 +31,7 @@ from ..errors import (
     PlanError,
     PlanMismatchError,
 )
-from ..planning.make_plan import replan
+from ..plan_record import PlanRecord
 from .another_call import (
     hint_at,
     mismatch,
@@ -47,9 +49,6 @@ from .rewrite import rewrite
 from .surroundings import foreign_surroundings
 from .tally import Tally
 from .unplanned_backward import UnplannedBackward
-
-if TYPE_CHECKING:
-    from ..plan import Plan
 
 MAX_VARIANTS = 4
 """Captures of one plan that are kept: a factor that goes back and forth is captured once each."""
@@ -88,23 +87,51 @@ class Prepared:
         return self.structure.difference() or self.captured.step.reads.difference()
 
 
-class PlannedForward:
+class Replan(Protocol):
+    """Makes another plan for another call of a planned model."""
+
+    def __call__(
+        self,
+        plan: PlanRecord,
+        live: LiveState | None,
+        model: nn.Module,
+        arguments: Mapping[str, Any],
+        forward: Callable[..., Any],
+    ) -> tuple[PlanRecord, LiveState]:
+        """The plan, and what is known beside it."""
+
+
+class PlannedForward(StandIn):
     """Stands in for a module's ``forward`` while a plan is applied.
 
     A copy of the module takes a copy of it along, bound to the copy.
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, captured: CapturedStep | None, on_shape_change: str
+        self,
+        model: nn.Module,
+        plan: PlanRecord,
+        live: LiveState | None,
+        captured: CapturedStep | None,
+        on_shape_change: str = "error",
+        replan: Replan | None = None,
     ) -> None:
-        self.model = model
-        self.own_forward = model.__dict__.get("forward")
-        self._start(plan, captured, on_shape_change)
+        super().__init__(model)
+        self._start(plan, live, captured, on_shape_change, replan)
 
-    def _start(self, plan: Plan, captured: CapturedStep | None, on_shape_change: str) -> None:
+    def _start(
+        self,
+        plan: PlanRecord,
+        live: LiveState | None,
+        captured: CapturedStep | None,
+        on_shape_change: str,
+        replan: Replan | None,
+    ) -> None:
         model = self.model
         self.plan = plan
+        self._live = live
         self.on_shape_change = on_shape_change
+        self._replan = replan
         self.removed = False
         self.suspended = self.unwatched = 0
         self.watching = False
@@ -127,13 +154,6 @@ class PlannedForward:
         self._watch: UnplannedBackward | None = None
         self._lock = threading.RLock()
         self._train = torch.compiler.disable(self._call)  # torch.compile: one opaque call
-
-    @property
-    def unplanned(self) -> Callable[..., Any]:
-        """The forward that the plan stands in for."""
-        if self.own_forward is not None:
-            return self.own_forward
-        return type(self.model).forward.__get__(self.model)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -244,10 +264,17 @@ class PlannedForward:
         if self._watch is not None:
             self._watch.stop()
 
-    def renew(self, plan: Plan, captured: CapturedStep, on_shape_change: str) -> None:
+    def renew(
+        self,
+        plan: PlanRecord,
+        live: LiveState | None,
+        captured: CapturedStep,
+        on_shape_change: str,
+        replan: Replan,
+    ) -> None:
         """Go on with another plan, in the place where this one is called."""
         self.stop()
-        self._start(plan, captured, on_shape_change)
+        self._start(plan, live, captured, on_shape_change, replan)
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Make the graphs if they are not made yet, and see whether a call is the planned one.
@@ -295,8 +322,8 @@ class PlannedForward:
             if known is not None and (self.on_shape_change != "error" or self._main is not None):
                 raise PlanMismatchError(known)  # a capture in each step would be slow
             try:
-                captured = capture_for(self.plan, self.model, self.unplanned)
-                self.plan = as_captured(self.plan, captured)
+                captured = capture_for(self.plan, self._live, self.model, self.unplanned)
+                self.plan, self._live = as_captured(self.plan, self._live, captured)
             except PlanMismatchError as error:
                 if changed is None:
                     raise
@@ -354,8 +381,9 @@ class PlannedForward:
         kind = f"{describe(arguments)}, {self._changed() or ''}"
         if kind in self._not_replanned:
             raise _anew(self._not_replanned[kind])  # a capture in each step would be slow
+        assert self._replan is not None  # with "replan" it was handed in
         try:
-            plan = replan(self.plan, self.model, arguments, self.unplanned)
+            plan, live = self._replan(self.plan, self._live, self.model, arguments, self.unplanned)
         except (CaptureError, PlanError) as error:
             cause = error.__cause__
             if isinstance(error, CaptureError) and not isinstance(cause, (CaptureError, NoneType)):
@@ -363,7 +391,7 @@ class PlannedForward:
             if len(self._not_replanned) < _NUM_REMEMBERED:
                 self._not_replanned[kind] = _anew(error)
             raise
-        other = PlannedForward(self.model, plan, plan._captured, "error")
+        other = PlannedForward(self.model, plan, live, live.captured)
         other.own_forward, other.tally, other._main = self.own_forward, self.tally, self
         self._others = [other, *self._others][:MAX_REPLANS]
         self._used_other = True
@@ -441,7 +469,9 @@ class PlannedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
         model = copy.deepcopy(self.model, memo)
-        twin = PlannedForward(model, self.plan, None, self.on_shape_change)
+        twin = PlannedForward(
+            model, self.plan, self._live, None, self.on_shape_change, self._replan
+        )
         twin.own_forward = copy.deepcopy(self.own_forward, memo)
         twin.watching, twin.removed = self.watching, self.removed
         return twin
@@ -449,12 +479,12 @@ class PlannedForward:
     def __getstate__(self) -> dict[str, Any]:
         """What a pickle keeps: the graphs are made again on the first call."""
         made = {"_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand"}
-        made |= {"_used_other", "_not_planned", "_not_replanned", "_main", "_buckets_said"}
+        made |= {"_used_other", "_not_planned", "_not_replanned", "_main", "_buckets_said", "_live"}
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._at_hand = None
+        self._at_hand = self._live = None
         self._begin()
 
 

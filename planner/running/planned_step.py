@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from ..errors import (
     CallMismatchError,
     OutcomeChangedError,
 )
+from ..plan_record import PlanRecord
 from .autocast_region import AutocastRegion
 from .autograd_nodes import (
     FirstDerivative,
@@ -44,9 +45,6 @@ from .own_gradients import (
 )
 from .rewrite import PlannedGraphs
 from .tally import Tally
-
-if TYPE_CHECKING:
-    from ..plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +129,7 @@ class PlannedStep:
         model: nn.Module,
         captured: CapturedStep,
         graphs: PlannedGraphs,
-        plan: Plan | None = None,
+        plan: PlanRecord | None = None,
         *,
         forward: Callable[..., Any] | None = None,
         changed: Callable[[], str | None] = lambda: None,

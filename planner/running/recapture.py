@@ -6,13 +6,20 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import TensorSpec, difference, moved, parse_dtype, specs_of
+from graph_capture.call_spec import (
+    TensorSpec,
+    difference,
+    moved,
+    parse_dtype,
+    specs_of,
+    tensors_of,
+)
 from graph_capture.captured_step import CapturedStep, capture_step
 from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
@@ -20,41 +27,44 @@ from graph_capture.errors import CaptureError, NotFittingError
 from graph_capture.outcomes import OutcomeMismatchError
 from graph_capture.policies import apply_policies
 from graph_capture.spread_out import refuse_spread_out
+from graph_capture.target import target_of
 from graph_capture.traced_step import TakenPath
 from solvers.replay import InvalidScheduleError, replay
 
 from ..base.call_guard import CallGuard
+from ..base.live_state import LiveState
 from ..base.module_structure import Structure
 from ..errors import PlanMismatchError
-
-if TYPE_CHECKING:
-    from ..plan import Plan
+from ..plan_record import PlanRecord
 
 
-def on_card_of(plan: Plan, model: nn.Module) -> Plan:
+def on_card_of(
+    plan: PlanRecord, live: LiveState | None, model: nn.Module
+) -> tuple[PlanRecord, LiveState | None]:
     """The plan for the card that ``model`` lies on: each rank of a job has one of its own."""
     cards = {t.device for t in model.parameters() if t.device.type == "cuda"}
     planned = {torch.device(spec.device) for spec in plan.guard.state.values()}
     if plan.device_type != "cuda" or len(cards) != 1 or cards <= planned:
-        return plan
+        return plan, live
     (card,) = cards
 
     def place(device: torch.device) -> torch.device:
         return card if device.type == "cuda" else device
 
     guard, loss = plan.guard, plan.loss
-    return replace(
+    placed = replace(
         plan,
         guard=replace(
             guard, arguments=moved(guard.arguments, place), state=moved(guard.state, place)
         ),
         loss=replace(loss, tangents=moved(loss.tangents, place)),
-        _captured=None,
-        _structure=None,
     )
+    return placed, None
 
 
-def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> CapturedStep:
+def capture_for(
+    plan: PlanRecord, live: LiveState | None, model: nn.Module, forward: Callable[..., Any]
+) -> CapturedStep:
     """The captured step of ``model`` for ``plan``, checked to be the one that was planned.
 
     Of a plan from a file nothing counts but the order of its runs, its times, and what
@@ -81,11 +91,11 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
     if different is not None:
         raise _another_model(different)
     _refuse_absent_devices(plan)
-    captured, structure = plan._captured, plan._structure
+    captured = None if live is None else live.captured
     own = captured is not None and captured.graph is plan.graph
     # What was captured without the device is captured again on it, to see that it holds there.
-    if own and captured is not None and not captured.target.elsewhere:
-        unchanged = captured.model() is model and structure is not None and structure.holds()
+    if own and live is not None and captured is not None and not captured.target.elsewhere:
+        unchanged = captured.model() is model and live.structure.holds()
         if unchanged and captured.step.reads.difference() is None:
             return captured
         measured = True
@@ -112,20 +122,24 @@ def capture_for(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> Ca
     return captured
 
 
-def as_captured(plan: Plan, captured: CapturedStep) -> Plan:
+def as_captured(
+    plan: PlanRecord, live: LiveState | None, captured: CapturedStep
+) -> tuple[PlanRecord, LiveState | None]:
     """The plan with the figures of the step that :func:`capture_for` found for it."""
     if captured.graph == plan.graph:
-        return plan
+        return plan, live
     step, model = captured.step, captured.model()
-    return replace(
+    found = replace(
         plan,
         graph=captured.graph,
         detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
         branch_free=step.branch_free,
         outcomes=step.outcomes,
-        _captured=captured,
-        _structure=None if model is None else Structure.of(model),
     )
+    if model is None:
+        return found, None
+    request = None if live is None else live.request
+    return found, LiveState(captured=captured, structure=Structure.of(model), request=request)
 
 
 def _priced_as_planned(planned: CostGraph, found: CostGraph, measured: bool) -> CostGraph:
@@ -155,7 +169,7 @@ def _priced_rewrites(there: Operator, here: Operator) -> tuple[tuple[int, int, i
     return tuple((old, new, known.get(new, 0)) for old, new, _ in here.rewrites)
 
 
-def _judge(plan: Plan, graph: CostGraph) -> None:
+def _judge(plan: PlanRecord, graph: CostGraph) -> None:
     """Whether the plan's order computes this graph within its budget.
 
     A plan that was made without the device did not count scratch: the headroom is for it.
@@ -181,7 +195,7 @@ def _judge(plan: Plan, graph: CostGraph) -> None:
     )
 
 
-def _refuse_absent_devices(plan: Plan) -> None:
+def _refuse_absent_devices(plan: PlanRecord) -> None:
     """Before a tensor is made of a specification: PyTorch may end the process."""
     specs = [*specs_of(plan.guard.arguments), *plan.loss.tangents]
     for device in {plan.device_type, *(spec.device for spec in specs)}:
@@ -199,7 +213,7 @@ def _refuse_absent_devices(plan: Plan) -> None:
             )
 
 
-def _refuse_another_call(plan: Plan, model: nn.Module, forward: Callable[..., Any]) -> None:
+def _refuse_another_call(plan: PlanRecord, model: nn.Module, forward: Callable[..., Any]) -> None:
     """A call that this module cannot get, which would never be the planned one."""
     unknown = set(plan.guard.arguments) - set(inspect.signature(forward).parameters)
     if unknown:
@@ -234,7 +248,7 @@ def _release(version: str) -> str:
 
 
 def _capture_again(
-    plan: Plan, model: nn.Module, forward: Callable[..., Any], *, measure_scratch: bool
+    plan: PlanRecord, model: nn.Module, forward: Callable[..., Any], *, measure_scratch: bool
 ) -> CapturedStep:
     rules = plan.never_recompute, plan.always_recompute
 
@@ -253,6 +267,7 @@ def _capture_again(
         loss=plan.loss if plan.loss.region.label == "loss_fn" else None,
         optimizer=plan.optimizer,
         forward=forward,
+        target=target_of(model, tensors_of(plan.guard.arguments)),
         measure_scratch=measure_scratch,
         taken=taken,
         check=check if measure_scratch else None,
@@ -261,7 +276,7 @@ def _capture_again(
 
 
 @contextmanager
-def _as_planned(model: nn.Module, plan: Plan) -> Iterator[None]:
+def _as_planned(model: nn.Module, plan: PlanRecord) -> Iterator[None]:
     """Autocast and the modules' training flags as they were when the plan was made."""
     evaluating = set(plan.guard.evaluating)
     before = [(module, module.training) for module in model.modules()]

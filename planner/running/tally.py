@@ -10,7 +10,7 @@ import torch
 
 from ..errors import PlanWarning
 
-_NOT_THE_LOOP = (str(Path(__file__).parent), str(Path(torch.__file__).parent), "<")
+_NOT_THE_LOOP = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<")
 
 
 class Tally:

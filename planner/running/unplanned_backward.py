@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -20,13 +20,20 @@ from torch.utils.hooks import RemovableHandle
 from graph_capture.captured_step import CapturedStep
 
 from ..base.wrapped import is_reached
-
-if TYPE_CHECKING:
-    from .planned_forward import PlannedForward
+from .tally import Tally
 
 
 def _nothing() -> None:
     """No gradient has arrived."""
+
+
+class Watched(Protocol):
+    """What stands in for the forward of the module that is watched."""
+
+    model: nn.Module
+    tally: Tally
+    unwatched: int
+    removed: bool
 
 
 @dataclass(kw_only=True)
@@ -44,7 +51,7 @@ class UnplannedBackward:
         Where it lies.
     """
 
-    planned: weakref.ref[PlannedForward]
+    planned: weakref.ref[Watched]
     parameter: weakref.ref[torch.Tensor]
     module: weakref.ref[nn.Module]
     name: str
@@ -54,7 +61,7 @@ class UnplannedBackward:
     _handle: RemovableHandle | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, planned: PlannedForward, captured: CapturedStep) -> UnplannedBackward | None:
+    def of(cls, planned: Watched, captured: CapturedStep) -> UnplannedBackward | None:
         """Watch the first parameter that a step differentiates; ``None`` where there is none."""
         modules = dict(planned.model.named_modules(remove_duplicate=False))
         for node, _ in captured.step.gradients:

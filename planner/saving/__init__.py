@@ -1,0 +1,1 @@
+"""Plans as files: written whole or not at all, and believed only after checking."""

@@ -12,13 +12,13 @@ from typing import Any
 from graph_capture.call_spec import TensorSpec, parse_dtype, specs_of
 from graph_capture.cost_graph import MAX_TOTAL, CostGraph
 
-from ..plan import Plan
+from ..plan_record import PlanRecord
 
 MAX_RANK = 64
 _AUTOCAST = {"cpu": ("bfloat16", "float16"), "cuda": ("bfloat16", "float16", "float32")}
 
 
-def check_file_plan(plan: Plan) -> None:
+def check_file_plan(plan: PlanRecord) -> None:
     """Refuse what no planner wrote.
 
     Raises
@@ -37,7 +37,7 @@ def check_file_plan(plan: Plan) -> None:
     _check_optimizer(plan)
 
 
-def _specs(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
+def _specs(plan: PlanRecord) -> Iterator[tuple[str, TensorSpec]]:
     for name, argument in plan.guard.arguments.items():
         for spec in specs_of(argument):
             yield f"call.arguments.{name}", spec
@@ -50,7 +50,7 @@ def _specs(plan: Plan) -> Iterator[tuple[str, TensorSpec]]:
             yield f"outcomes[{i}]", spec
 
 
-def _check_spec(place: str, spec: TensorSpec, plan: Plan) -> None:
+def _check_spec(place: str, spec: TensorSpec, plan: PlanRecord) -> None:
     rank = len(spec.shape)
     if rank != len(spec.stride):
         raise ValueError(
@@ -72,7 +72,7 @@ def _check_spec(place: str, spec: TensorSpec, plan: Plan) -> None:
         )
 
 
-def _check_loss(plan: Plan) -> None:
+def _check_loss(plan: PlanRecord) -> None:
     losses = [op for op in plan.graph.operators if op.phase == "loss"]
     if len(losses) != 1:
         raise ValueError(f"at operators: {len(losses)} are the loss, one must be")
@@ -90,7 +90,7 @@ def _check_loss(plan: Plan) -> None:
             )
 
 
-def _check_optimizer(plan: Plan) -> None:
+def _check_optimizer(plan: PlanRecord) -> None:
     steps = [op for op in plan.graph.operators if op.phase == "optimizer"]
     if len(steps) != (plan.optimizer is not None):
         raise ValueError(f"at operators: {len(steps)} are an optimizer's, which does not fit")

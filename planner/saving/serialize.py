@@ -37,10 +37,7 @@ from solvers.schedule import Schedule
 from ..base.atomic_write import write_whole
 from ..base.call_guard import CallGuard
 from ..errors import PlanError
-from ..plan import (
-    LIBRARY_WORKSPACE,
-    Plan,
-)
+from ..plan_record import LIBRARY_WORKSPACE, PlanRecord
 from .file_checks import check_file_plan
 
 SCHEMA_VERSION = 2
@@ -63,7 +60,7 @@ _Validator = validators.extend(
 )
 
 
-def save_plan(plan: Plan, path: Path) -> None:
+def save_plan(plan: PlanRecord, path: Path) -> None:
     """Write ``plan`` beside ``path`` and move it there when it is complete.
 
     Raises
@@ -81,7 +78,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     write_whole(path, text)
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> PlanRecord:
     """Read a plan file; see :meth:`planner.Plan.load`."""
     try:
         content = read_regular(path, MAX_FILE_BYTES)
@@ -106,7 +103,7 @@ def _refused(message: str) -> PlanError:
     return PlanError(printable(message))
 
 
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
+def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
     """A plan as plain lists, strings and numbers that fit the schema."""
     graph = plan.graph.to_dict()
     repeats = plan.schedule.recomputed()
@@ -185,7 +182,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_from_dict(data: Any) -> Plan:
+def plan_from_dict(data: Any) -> PlanRecord:
     """The inverse of :func:`plan_to_dict`.
 
     Raises
@@ -206,6 +203,7 @@ def plan_from_dict(data: Any) -> Plan:
             raise PlanError(printable(f"at {where}: {what}"))
         json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
         plan = _build(data)
+        peak_bytes = plan.predicted_peak_bytes  # raises where the order computes no step
         check_file_plan(plan)
         again = plan_to_dict(plan)
     except PlanError:
@@ -216,9 +214,9 @@ def plan_from_dict(data: Any) -> Plan:
         raise PlanError(str(error)[:500]) from error
     if plan.fingerprint != data["fingerprint"]:
         raise PlanError("the graph does not have the fingerprint that the file names: damaged")
-    if plan.predicted_peak_bytes > plan.budget_bytes - plan.headroom_bytes:
+    if peak_bytes > plan.budget_bytes - plan.headroom_bytes:
         raise PlanError(
-            f"the schedule peaks at {plan.predicted_peak_bytes} bytes, above the budget of "
+            f"the schedule peaks at {peak_bytes} bytes, above the budget of "
             f"{plan.budget_bytes} less a headroom of {plan.headroom_bytes}"
         )
     if plan.lower_bound_us > plan.predicted_step_us * (1 + 1e-9):
@@ -250,7 +248,7 @@ def _differences(said: Any, found: Any, path: str) -> Iterator[str]:
         yield f"at {path}: the file says {said!r:.100}, its graph and schedule give {found!r:.100}"
 
 
-def _build(data: Mapping[str, Any]) -> Plan:
+def _build(data: Mapping[str, Any]) -> PlanRecord:
     graph = CostGraph.from_dict(
         {
             "format": GRAPH_FORMAT,
@@ -266,7 +264,7 @@ def _build(data: Mapping[str, Any]) -> Plan:
         counts.add(len(loss["memory"]))
     if len(counts) != 1 or len(set(loss["differentiated"])) != len(loss["differentiated"]):
         raise ValueError("loss.differentiated, loss.tangents and loss.memory do not fit")
-    return Plan(
+    return PlanRecord(
         graph=graph,
         schedule=Schedule(tuple(data["schedule"])),
         guard=CallGuard(
@@ -340,7 +338,7 @@ def _without(record: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k != key}
 
 
-def _decisions(plan: Plan) -> list[str]:
+def _decisions(plan: PlanRecord) -> list[str]:
     """For each storage: resident, saved (alive from forward into backward), recomputed, or
     transient (not needed again)."""
     phases = [plan.graph.operators[v].phase for v in plan.schedule.order]
@@ -350,7 +348,7 @@ def _decisions(plan: Plan) -> list[str]:
         "resident" if s.producer is None else "recomputed" if s.producer in repeats else "transient"
         for s in plan.graph.storages
     ]
-    for k, born, last in plan._replay.live:
+    for k, born, last in plan.replay.live:
         if born < turn < last:
             decisions[k] = "saved"
     return decisions

@@ -27,11 +27,13 @@ from solvers.replay import replay
 from solvers.schedule import Schedule
 
 from ..base.budget import Budget
+from ..base.live_state import LiveState
+from ..base.request import Request
 from ..errors import InfeasibleBudgetError
-from ..plan import Plan
+from ..plan_record import PlanRecord
+from ..planning.captured_call import CapturedCall
+from ..planning.known_least import LEAST_MEMORY_LIMIT_S
 from ..planning.make_plan import (
-    LEAST_MEMORY_LIMIT_S,
-    Request,
     make_plan,
 )
 from .fitting import Fit, MemoryLines, Wiring, find_fit, wiring_of
@@ -87,8 +89,8 @@ class BatchSearch:
         self._request = request
         self._largest = largest
         self._say = say
-        self._time_limit_s = request.time_limit_s
-        self._left_s = SEARCH_SHARE * request.time_limit_s
+        self._time_limit_s = request.options.time_limit_s
+        self._left_s = SEARCH_SHARE * self._time_limit_s
         self.captures: dict[int, BatchCapture] = {}
         self.least_of: dict[int, LeastMemory] = {}
         self._fits: dict[int, Fit] = {}
@@ -150,20 +152,17 @@ class BatchSearch:
             raise self._not_even_one()
         return batch
 
-    def plan(self, batch: int) -> Plan:
+    def plan(self, batch: int) -> tuple[PlanRecord, LiveState]:
         """A plan for this batch, from the schedule that was found for it."""
         step = self.at(batch)
         fit = self._fits.get(batch) or self._find(batch)
         left_s = max(self._time_limit_s * (1 - SEARCH_SHARE), self._left_s)
+        options = replace(self._request.options, time_limit_s=left_s)
+        call = CapturedCall(
+            model=self._family.model, arguments=step.arguments, captured=step.captured
+        )
         with self._family.under_autocast():
-            return make_plan(
-                self._family.model,
-                step.arguments,
-                step.captured,
-                step.constrained,
-                replace(self._request, time_limit_s=left_s),
-                hint=fit.schedule,
-            )
+            return make_plan(call, replace(self._request, options=options), hint=fit.schedule)
 
     # -- one batch ---------------------------------------------------------------
 
@@ -189,7 +188,7 @@ class BatchSearch:
                 time_limit_s=min(
                     LEAST_MEMORY_LIMIT_S, max(1.0, self._left_s * (0.6 if known else 0.25))
                 ),
-                seed=self._request.seed,
+                seed=self._request.options.seed,
             )
             if fit.least is not None:
                 self._left_s -= time.monotonic() - begin_s

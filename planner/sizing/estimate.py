@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
@@ -16,8 +15,6 @@ from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import ChosenCosts
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
-from graph_capture.optimizer_step import measure_optimizer
-from graph_capture.target import target_of
 from solvers.replay import replay
 from solvers.schedule import Schedule
 
@@ -26,184 +23,13 @@ from ..base.progress import (
     ShowLines,
     showing_lines,
 )
-from ..optimize import check_model
-from ..plan import PeakMemory
+from ..base.step_spec import StepSpec
+from ..plan_record import PeakMemory
 from .device_budget import budget_or_device
-from .estimate_report import dimension_notes
+from .estimate_report import Estimate, EstimateRow, PlannedRow, dimension_notes
 from .fitting import Wiring, find_fit, quick_plan, wiring_of
 from .samples import MakeSample
 from .step_family import StepFamily, reason
-
-ESTIMATE_FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedRow:
-    """A plan that was found quickly for a step that does not fit without one.
-
-    Parameters
-    ----------
-    peak_bytes
-        Predicted peak of the planned step.
-    overhead
-        Extra time over the unplanned step, as a fraction of it.
-    gap
-        ``(time of the step - lower bound) / lower bound``; more time for
-        solving lowers overhead and gap.
-    """
-
-    peak_bytes: int
-    overhead: float
-    gap: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EstimateRow:
-    """A step at one batch size and sequence length.
-
-    Parameters
-    ----------
-    batch, sequence
-        The shape; ``sequence`` is ``None`` where the sample's own was kept.
-    memory
-        What the peak of the unplanned step consists of, and where it is.
-    step_us
-        Time of the unplanned step under the cost model.
-    fits
-        Whether it stays within the budget less its headroom; ``None`` without
-        a budget.
-    planned
-        A plan that fits, for a step that does not.
-    least_budget_bytes, lower_bound_bytes
-        Where no plan was found: the least budget known to work, and a proven
-        lower bound on every budget.
-    error
-        Why the step cannot be captured at this shape; the figures are
-        ``None`` then.
-    """
-
-    batch: int
-    sequence: int | None
-    memory: PeakMemory | None = None
-    step_us: float | None = None
-    fits: bool | None = None
-    planned: PlannedRow | None = None
-    least_budget_bytes: int | None = None
-    lower_bound_bytes: int | None = None
-    error: str | None = None
-
-    @property
-    def peak_bytes(self) -> int | None:
-        """Peak of the unplanned step."""
-        return None if self.memory is None else self.memory.total_bytes
-
-    @property
-    def samples_per_s(self) -> float | None:
-        """Rows of the batch that one second of unplanned steps takes in."""
-        return self.batch * 1e6 / self.step_us if self.step_us else None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        """Places of the sequences of these rows; ``None`` where no length was asked for."""
-        if self.sequence is None or self.samples_per_s is None:
-            return None
-        return self.sequence * self.samples_per_s
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain figures, ready for JSON."""
-        return {
-            "batch": self.batch,
-            "sequence": self.sequence,
-            "peak_bytes": self.peak_bytes,
-            "memory": None if self.memory is None else asdict(self.memory),
-            "step_us": self.step_us,
-            "samples_per_s": self.samples_per_s,
-            "tokens_per_s": self.tokens_per_s,
-            "fits": self.fits,
-            "planned": None if self.planned is None else asdict(self.planned),
-            "least_budget_bytes": self.least_budget_bytes,
-            "lower_bound_bytes": self.lower_bound_bytes,
-            "error": self.error,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """Memory and time of a training step at many shapes; ``str()`` is a table.
-
-    Parameters
-    ----------
-    model
-        Class of the model.
-    device
-        In words.
-    device_type
-        ``"cpu"`` or ``"cuda"``.
-    budget_bytes, headroom_bytes
-        What the rows are judged by; ``None`` where no budget was given and the
-        device's memory is not known.
-    optimizer
-        Whose state and step are counted, or ``None``.
-    autocast
-        Autocast's dtype, where one was asked for.
-    costs
-        Where the times come from.
-    counts_scratch
-        Whether scratch memory was measured; ``False`` where nothing ran.
-    rows
-        In the order of the batch sizes, for one sequence length after the other.
-    notes
-        What is to be known beside the figures.
-    """
-
-    model: str
-    device: str
-    device_type: str
-    budget_bytes: int | None
-    headroom_bytes: int
-    optimizer: str | None
-    autocast: str | None
-    costs: CostRecord
-    counts_scratch: bool
-    torch_version: str
-    rows: tuple[EstimateRow, ...]
-    notes: tuple[str, ...] = ()
-
-    def row(self, batch: int, sequence: int | None = None) -> EstimateRow:
-        """The row of one shape.
-
-        Raises
-        ------
-        KeyError
-            When it was not asked for.
-        """
-        for row in self.rows:
-            if (row.batch, row.sequence) == (batch, sequence):
-                return row
-        raise KeyError(f"no row for batch {batch} and sequence {sequence}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain figures, ready for JSON."""
-        return {
-            "format": ESTIMATE_FORMAT,
-            "model": self.model,
-            "device": self.device,
-            "device_type": self.device_type,
-            "budget_bytes": self.budget_bytes,
-            "headroom_bytes": self.headroom_bytes,
-            "optimizer": self.optimizer,
-            "autocast": self.autocast,
-            "costs": asdict(self.costs),
-            "counts_scratch": self.counts_scratch,
-            "torch_version": self.torch_version,
-            "rows": [row.to_dict() for row in self.rows],
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        from .estimate_report import report
-
-        return report(self)
 
 
 def estimate(
@@ -289,22 +115,24 @@ def estimate(
     >>> [row.memory.by_category["input"] for row in found.rows]
     [16, 16000]
     """
-    check_model(model)
+    spec = StepSpec(
+        model=model,
+        sample_input=sample_input,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        device=device,
+        autocast=autocast,
+        cost_model=cost_model,
+    )
     batches = positive_integers("batch_sizes", batch_sizes)
     lengths: tuple[int | None, ...] = (None,)
     if sequence_lengths is not None:
         lengths = positive_integers("sequence_lengths", sequence_lengths)
     family = StepFamily.of(
-        model,
-        sample_input,
-        device=device,
+        spec,
         batch_dim=batch_dim,
         sequence_dim=sequence_dim,
         make_sample=make_sample,
-        loss_fn=loss_fn,
-        optimizer=measure_optimizer(optimizer, model, target_of(model, (), device)),
-        autocast=autocast,
-        cost_model=cost_model,
         measure_scratch=measure_scratch,
     )
     limits = budget_or_device(family.target, budget_gb=budget, headroom=headroom)

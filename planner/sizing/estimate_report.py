@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from io import StringIO
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from graph_capture.costs.cost_model import CostRecord
 from graph_capture.units import format_bytes, format_us
 
-if TYPE_CHECKING:
-    from .estimate import Estimate, EstimateRow
+from ..plan_record import PeakMemory
+
+ESTIMATE_FORMAT = 1
 
 WIDTH = 200
 
@@ -29,6 +32,173 @@ _HEADINGS = {
     "workspace": "scratch",
     "library_workspace": "library workspace",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRow:
+    """A plan that was found quickly for a step that does not fit without one.
+
+    Parameters
+    ----------
+    peak_bytes
+        Predicted peak of the planned step.
+    overhead
+        Extra time over the unplanned step, as a fraction of it.
+    gap
+        ``(time of the step - lower bound) / lower bound``; more time for
+        solving lowers overhead and gap.
+    """
+
+    peak_bytes: int
+    overhead: float
+    gap: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EstimateRow:
+    """A step at one batch size and sequence length.
+
+    Parameters
+    ----------
+    batch, sequence
+        The shape; ``sequence`` is ``None`` where the sample's own was kept.
+    memory
+        What the peak of the unplanned step consists of, and where it is.
+    step_us
+        Time of the unplanned step under the cost model.
+    fits
+        Whether it stays within the budget less its headroom; ``None`` without
+        a budget.
+    planned
+        A plan that fits, for a step that does not.
+    least_budget_bytes, lower_bound_bytes
+        Where no plan was found: the least budget known to work, and a proven
+        lower bound on every budget.
+    error
+        Why the step cannot be captured at this shape; the figures are
+        ``None`` then.
+    """
+
+    batch: int
+    sequence: int | None
+    memory: PeakMemory | None = None
+    step_us: float | None = None
+    fits: bool | None = None
+    planned: PlannedRow | None = None
+    least_budget_bytes: int | None = None
+    lower_bound_bytes: int | None = None
+    error: str | None = None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Peak of the unplanned step."""
+        return None if self.memory is None else self.memory.total_bytes
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Rows of the batch that one second of unplanned steps takes in."""
+        return self.batch * 1e6 / self.step_us if self.step_us else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Places of the sequences of these rows; ``None`` where no length was asked for."""
+        if self.sequence is None or self.samples_per_s is None:
+            return None
+        return self.sequence * self.samples_per_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain figures, ready for JSON."""
+        return {
+            "batch": self.batch,
+            "sequence": self.sequence,
+            "peak_bytes": self.peak_bytes,
+            "memory": None if self.memory is None else asdict(self.memory),
+            "step_us": self.step_us,
+            "samples_per_s": self.samples_per_s,
+            "tokens_per_s": self.tokens_per_s,
+            "fits": self.fits,
+            "planned": None if self.planned is None else asdict(self.planned),
+            "least_budget_bytes": self.least_budget_bytes,
+            "lower_bound_bytes": self.lower_bound_bytes,
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Memory and time of a training step at many shapes; ``str()`` is a table.
+
+    Parameters
+    ----------
+    model
+        Class of the model.
+    device
+        In words.
+    device_type
+        ``"cpu"`` or ``"cuda"``.
+    budget_bytes, headroom_bytes
+        What the rows are judged by; ``None`` where no budget was given and the
+        device's memory is not known.
+    optimizer
+        Whose state and step are counted, or ``None``.
+    autocast
+        Autocast's dtype, where one was asked for.
+    costs
+        Where the times come from.
+    counts_scratch
+        Whether scratch memory was measured; ``False`` where nothing ran.
+    rows
+        In the order of the batch sizes, for one sequence length after the other.
+    notes
+        What is to be known beside the figures.
+    """
+
+    model: str
+    device: str
+    device_type: str
+    budget_bytes: int | None
+    headroom_bytes: int
+    optimizer: str | None
+    autocast: str | None
+    costs: CostRecord
+    counts_scratch: bool
+    torch_version: str
+    rows: tuple[EstimateRow, ...]
+    notes: tuple[str, ...] = ()
+
+    def row(self, batch: int, sequence: int | None = None) -> EstimateRow:
+        """The row of one shape.
+
+        Raises
+        ------
+        KeyError
+            When it was not asked for.
+        """
+        for row in self.rows:
+            if (row.batch, row.sequence) == (batch, sequence):
+                return row
+        raise KeyError(f"no row for batch {batch} and sequence {sequence}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain figures, ready for JSON."""
+        return {
+            "format": ESTIMATE_FORMAT,
+            "model": self.model,
+            "device": self.device,
+            "device_type": self.device_type,
+            "budget_bytes": self.budget_bytes,
+            "headroom_bytes": self.headroom_bytes,
+            "optimizer": self.optimizer,
+            "autocast": self.autocast,
+            "costs": asdict(self.costs),
+            "counts_scratch": self.counts_scratch,
+            "torch_version": self.torch_version,
+            "rows": [row.to_dict() for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        return report(self)
 
 
 def report(estimate: Estimate) -> str:

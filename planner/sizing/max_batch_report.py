@@ -2,17 +2,116 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from graph_capture.units import format_bytes, format_us
 
+from ..plan_record import PlanRecord
 from .estimate_report import format_rate
 
-if TYPE_CHECKING:
-    from .max_batch import MaxBatch
+PlanT = TypeVar("PlanT", bound=PlanRecord)
+"""What a record becomes for whoever asked: a :class:`planner.Plan`."""
 
 
-def report(found: MaxBatch) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaxBatch(Generic[PlanT]):
+    """The largest batches within a budget.
+
+    Parameters
+    ----------
+    budget_bytes, headroom_bytes
+        Peaks stay below their difference.
+    device
+        In words.
+    batch_without_plan
+        The largest batch whose unplanned step fits; 0 where none does.
+    unplanned_peak_bytes, unplanned_step_us
+        Of that step; ``None`` where there is none.
+    batch
+        The largest batch known to fit with a plan.
+    plan
+        A plan for it, ready to be applied; says overhead and gap.
+    next_least_bytes
+        The least peak known at ``batch + 1``, which is more than the budget
+        leaves; ``None`` where the search ended at its largest batch.
+    proven
+        Whether a lower bound excludes ``batch + 1``, for every schedule whose
+        first runs keep eager's order. If not, a longer search may fit more.
+    captured_batches
+        Every batch size at which the step was captured, in that order.
+    search_s
+        Wall-clock time of it all.
+    """
+
+    budget_bytes: int
+    headroom_bytes: int
+    device: str
+    batch_without_plan: int
+    unplanned_peak_bytes: int | None
+    unplanned_step_us: float | None
+    batch: int
+    plan: PlanT
+    next_least_bytes: int | None
+    proven: bool
+    captured_batches: tuple[int, ...]
+    search_s: float
+
+    @property
+    def num_captures(self) -> int:
+        """How often the step was captured."""
+        return len(self.captured_batches)
+
+    @property
+    def overhead(self) -> float:
+        """Extra time of the planned step over the unplanned one of the same batch, a fraction."""
+        return self.plan.overhead
+
+    @property
+    def gap(self) -> float:
+        """Of the plan, see :attr:`Plan.gap`."""
+        return self.plan.gap
+
+    @property
+    def samples_per_s_without_plan(self) -> float | None:
+        """Predicted throughput at the largest batch that needs no plan."""
+        if not self.unplanned_step_us:
+            return None
+        return self.batch_without_plan * 1e6 / self.unplanned_step_us
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Predicted throughput at the largest batch with its plan."""
+        step_us = self.plan.predicted_step_us
+        return self.batch * 1e6 / step_us if step_us else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain figures, ready for JSON; the plan has a file of its own."""
+        return {
+            "budget_bytes": self.budget_bytes,
+            "headroom_bytes": self.headroom_bytes,
+            "device": self.device,
+            "batch_without_plan": self.batch_without_plan,
+            "unplanned_peak_bytes": self.unplanned_peak_bytes,
+            "unplanned_step_us": self.unplanned_step_us,
+            "samples_per_s_without_plan": self.samples_per_s_without_plan,
+            "batch": self.batch,
+            "peak_bytes": self.plan.predicted_peak_bytes,
+            "step_us": self.plan.predicted_step_us,
+            "samples_per_s": self.samples_per_s,
+            "overhead": self.overhead,
+            "gap": self.gap,
+            "next_least_bytes": self.next_least_bytes,
+            "proven": self.proven,
+            "captured_batches": list(self.captured_batches),
+            "search_s": self.search_s,
+        }
+
+    def __str__(self) -> str:
+        return report(self)
+
+
+def report(found: MaxBatch[Any]) -> str:
     """Some five lines: both batches, what is known of the next one, and what it took."""
     headroom = (
         f" less {format_bytes(found.headroom_bytes)} headroom" if found.headroom_bytes else ""

@@ -20,18 +20,18 @@ from torch import nn
 
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import TensorSpec, bind_call, describe, split_sample, tensors_of
+from graph_capture.capture_lock import one_at_a_time
 from graph_capture.captured_step import CapturedStep, capture_step
-from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import ChosenCosts
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
-from graph_capture.one_at_a_time import one_at_a_time
-from graph_capture.optimizer_step import OptimizerStep
+from graph_capture.optimizer_step import OptimizerStep, measure_optimizer
 from graph_capture.target import Target, target_of
 from graph_capture.trace import trace_step
 from graph_capture.traced_step import TakenPath
 
-from ..running.attach import original_forward
+from ..base.forward_slot import original_forward
+from ..base.step_spec import StepSpec
 from .position_tables import refuse_short_tables
 from .resized_loss import resized_loss
 from .samples import MakeSample, ResizableSample
@@ -81,20 +81,20 @@ class StepFamily:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
-        sample_input: Any,
+        spec: StepSpec,
         *,
-        device: str | Device | None,
         batch_dim: int,
         sequence_dim: int,
         make_sample: MakeSample | None,
-        **rest: Any,
+        measure_scratch: bool = True,
     ) -> StepFamily:
-        """The family of the step of ``model`` on ``sample_input``."""
+        """The family of a step."""
         if make_sample is not None and not callable(make_sample):
             raise ValueError(f"make_sample must be a function, got {make_sample!r}")
+        model = spec.model
         forward = original_forward(model)
-        arguments = bind_call(forward, *split_sample(sample_input))
+        arguments = bind_call(forward, *split_sample(spec.sample_input))
+        target = target_of(model, (), spec.device)
         return cls(
             model=model,
             forward=forward,
@@ -103,8 +103,12 @@ class StepFamily:
             ),
             given=arguments,
             make_sample=make_sample,
-            target=target_of(model, tensors_of(arguments), device),
-            **rest,
+            target=target_of(model, tensors_of(arguments), spec.device),
+            loss_fn=spec.loss_fn,
+            optimizer=measure_optimizer(spec.optimizer, model, target),
+            autocast=spec.autocast,
+            cost_model=spec.cost_model,
+            measure_scratch=measure_scratch,
         )
 
     def under_autocast(self) -> AbstractContextManager[None]:

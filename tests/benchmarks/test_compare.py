@@ -25,7 +25,8 @@ from benchmarks.compare.tables import (
 from benchmarks.compare.worker import Job
 from graph_capture.cost_graph import CostGraph
 from planner.comparing.bound_text import OTHER_ORDER
-from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow
+from planner.comparing.comparison import Comparison
+from planner.comparison_record import BudgetBound, ComparisonRow
 from solvers.instances import keep_all_peak_bytes
 from solvers.least_memory import least_memory
 from solvers.portfolio import solve

@@ -21,7 +21,8 @@ from benchmarks.compare.duel import (
     median_interval,
     opponents,
 )
-from planner.comparing.comparison import Comparison, ComparisonRow, MeasuredStep
+from planner.comparing.comparison import Comparison
+from planner.comparison_record import ComparisonRow, MeasuredStep
 from planner.measuring.measure import PairedTiming
 from solvers.replay import replay
 from solvers.schedule import Schedule

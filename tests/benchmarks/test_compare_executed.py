@@ -17,7 +17,8 @@ from benchmarks.compare.executed import (
     ran,
     was_executed,
 )
-from planner.comparing.comparison import Comparison, ComparisonRow, MeasuredStep
+from planner.comparing.comparison import Comparison
+from planner.comparison_record import ComparisonRow, MeasuredStep
 
 
 def step(peak_bytes: int, low: float, ratio: float, high: float, **others: object) -> MeasuredStep:

@@ -14,9 +14,11 @@ from benchmarks.compare.settle import (
     settle,
     to_settle,
 )
+from planner.base.solve_options import SolveOptions
 from planner.comparing.budgets import NamedBudget
-from planner.comparing.comparison import Comparison, ComparisonRow
-from planner.comparing.predict import Predictor, Solving
+from planner.comparing.comparison import Comparison
+from planner.comparing.predict import Predictor
+from planner.comparison_record import ComparisonRow
 from solvers.least_memory import least_memory
 from solvers.strategies import STRATEGIES
 from tests.solvers.strategy_graphs import layered, unit_chain
@@ -29,7 +31,7 @@ def predictor() -> Predictor:
         GRAPH,
         GRAPH.base_cost_ns / 1e3,
         least_memory(GRAPH, time_limit_s=1.0),
-        Solving(time_limit_s=1.0, gap=1e-4, seed=0, workers=1),
+        SolveOptions(time_limit_s=1.0, gap=1e-4, seed=0, workers=1),
     )
 
 

@@ -35,11 +35,7 @@ from benchmarks.device_check.results import Failed, Results
 from benchmarks.device_check.subjects import SUBJECTS, Size, Subject, subjects
 from benchmarks.device_check.tables import markdown
 from planner import Plan
-from planner.comparing.peers.registry import (
-    Peer,
-    Ready,
-    Situation,
-)
+from planner.comparing.peers import Peer, Ready, Situation
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import expect_number
 from graph_capture.errors import CaptureError
 from planner import optimize
 from tests.bitwise import assert_same_training
+from tests.capturing import capture_step
 
 Ask = Callable[["Model", Tensor, Tensor], Any]
 WIDTH = 8

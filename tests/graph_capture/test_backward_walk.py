@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from graph_capture.backward_walk import BackwardWalk, Engine, hooks_refused
 from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import NotFittingError
 from graph_capture.target import Target
+from tests.capturing import capture_step
 
 from ..zoo import Case, cases
 from .odd import ODD, WIDTH, Three, mean_square, normal, sample

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from graph_capture.captured_step import capture, capture_step
+from graph_capture.captured_step import capture
 from graph_capture.cost_graph import CostGraph
-from graph_capture.optimizer_step import measure_optimizer
+from tests.capturing import capture_step, measure_optimizer
 
 from .odd import WIDTH, Three, mean_square, normal
 

@@ -9,7 +9,7 @@ from torch import nn
 from graph_capture.call_spec import bind_call
 from graph_capture.captured_step import capture
 from graph_capture.dropout import split_dropout
-from graph_capture.trace import trace_step
+from tests.capturing import trace_step
 
 
 @pytest.mark.parametrize(

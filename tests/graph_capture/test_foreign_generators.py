@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graph_capture.errors import NotFittingError
-from graph_capture.trace import trace_step
+from tests.capturing import trace_step
 
 SHARED = np.random.default_rng(3)
 HELD: dict[str, Callable[[], Any]] = {

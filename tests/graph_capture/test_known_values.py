@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from graph_capture.captured_step import capture_step
 from graph_capture.errors import CaptureError
+from tests.capturing import capture_step
 
 
 class _Branching(nn.Module):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
+from tests.capturing import capture_step
 
 from .odd import WIDTH, Three, mean_square, normal
 

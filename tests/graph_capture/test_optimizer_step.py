@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.target import target_of
+from tests.capturing import measure_optimizer
 
 WEIGHT_BYTES, BIAS_BYTES = 8 * 16 * 4, 8 * 4
 

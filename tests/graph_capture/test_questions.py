@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from graph_capture.before_checks import before_checks
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import OutcomeChanged, expect_number, expect_shape, expect_values
 from graph_capture.errors import CaptureError
 from graph_capture.outcomes import Outcome, OutcomeMismatchError
 from graph_capture.traced_step import TakenPath
+from tests.capturing import capture_step
 
 Forward = Callable[[Any, Tensor, Tensor], Tensor]
 IDS = torch.tensor([0, 1, 2, 0, 5, 0])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from graph_capture import process_wide
 from graph_capture.call_spec import bind_call
 from graph_capture.reads import Reads
-from graph_capture.trace import trace_step
+from tests.capturing import trace_step
 
 from . import settings
 from .odd import WIDTH, Three, mean_square, normal

@@ -19,7 +19,7 @@ from graph_capture import snapshots
 from graph_capture.call_spec import bind_call
 from graph_capture.errors import CaptureError
 from graph_capture.reads import Reads
-from graph_capture.trace import trace_step
+from tests.capturing import trace_step
 
 from .odd import WIDTH, Three, mean_square, normal
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graph_capture.absent_cuda import ensure_cuda_guard
 from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES
 from graph_capture.errors import CaptureError
 from graph_capture.fake_inputs import StandIns
 from graph_capture.target import Target, target_of
+from tests.capturing import capture_step
 
 from ..zoo import ZOO, Case, cases
 
@@ -122,6 +124,7 @@ class _Tied(nn.Module):
 
 
 def _fake(case_or_class: Any, device: str) -> nn.Module:
+    ensure_cuda_guard()  # which fills a module's weights with a device that is not there
     with FakeTensorMode(), torch.device(device):
         return case_or_class()
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from graph_capture.call_spec import bind_call
 from graph_capture.errors import CaptureError
-from graph_capture.trace import trace_step
 from graph_capture.traced_step import TracedStep
+from tests.capturing import trace_step
 
 from .odd import BufferDataReplaced, BufferReplaced, Three, mean_square, normal
 

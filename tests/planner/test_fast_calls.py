@@ -103,7 +103,7 @@ def test_every_function_comes_to_its_operator():
     """The planned graphs of a model dispatch, call for call, the operators of the traced step."""
     model = make(Net)
     plan = plan_for(model, sample(), loss_fn=square)
-    captured = plan._captured
+    captured = plan._live.captured
     graphs = rewrite(captured, plan.schedule)
     expected = [n.meta["operator"] for n in graphs.forward.graph.nodes if "operator" in n.meta]
     seen: list[Any] = []

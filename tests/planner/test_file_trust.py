@@ -123,7 +123,7 @@ def test_a_tensor_on_a_device_that_is_not_there_is_no_abort(
         spec = data["loss"]["tangents"][0]
     spec["device"] = device
     with pytest.raises(PlanMismatchError, match="this process sees 0 CUDA devices"):
-        plan_from_dict(data).apply(_Convolutions())
+        Plan.of(plan_from_dict(data)).apply(_Convolutions())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
@@ -163,11 +163,11 @@ def test_a_call_that_the_module_cannot_get_is_refused(written: dict[str, Any]) -
     data = copy.deepcopy(written)
     data["call"]["arguments"]["dict"]["y"] = {"value": 1}
     with pytest.raises(PlanMismatchError, match="forward has no argument 'y'"):
-        plan_from_dict(data).apply(_Convolutions())
+        Plan.of(plan_from_dict(data)).apply(_Convolutions())
     data = copy.deepcopy(written)
     data["call"]["evaluating"] = ["c"]
     with pytest.raises(PlanMismatchError, match="module 'c'"):
-        plan_from_dict(data).apply(_Convolutions())
+        Plan.of(plan_from_dict(data)).apply(_Convolutions())
 
 
 def test_what_is_saved_can_be_loaded(tmp_path: Path) -> None:
@@ -205,10 +205,10 @@ def test_control_characters_of_a_file_are_shown(written: dict[str, Any]) -> None
     data = copy.deepcopy(written)
     data["solver"].update(name="\x1b]0;title\x07\x1b[2J", bound_scope="x\r\x1b[31m\n\u202e")
     data["operators"][0]["module_path"] = "\x1b[2J"
-    text = str(plan_from_dict(data))
+    text = str(Plan.of(plan_from_dict(data)))
     assert all(line.isprintable() for line in text.split("\n"))
     assert r"\x1b[2J" in text
     data["call"]["state"]["\x1b[2J"] = data["call"]["state"]["a.weight"]
     with pytest.raises(PlanMismatchError) as caught:
-        plan_from_dict(data).apply(_Convolutions())
+        Plan.of(plan_from_dict(data)).apply(_Convolutions())
     assert str(caught.value).isprintable()

@@ -131,7 +131,7 @@ def test_headroom_keeps_the_peak_down():
 def for_a100(plan: Plan, **changes) -> Plan:
     """The plan as it would read if it had been made for that card."""
     costs = replace(plan.costs, device=DEVICES["a100"].title)
-    return replace(plan, device_type="cuda", costs=costs, _captured=None, **changes)
+    return replace(plan, device_type="cuda", costs=costs, _live=None, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -202,7 +202,7 @@ def test_another_shape_is_planned_for_the_same_card() -> None:
     from graph_capture.autocast import autocast_as
 
     with autocast_as("cuda", torch.bfloat16):
-        other = replan(plan, model, shorter, model.forward)
+        other, _ = replan(plan, plan._live, model, shorter, model.forward)
     assert other.device_type == "cuda"
     assert _attention(other.graph) == _attention(plan.graph)
     assert other.baseline_peak_bytes < plan.baseline_peak_bytes
@@ -489,8 +489,8 @@ def test_a_plan_serves_any_card_of_its_kind() -> None:
         other = nn.Sequential(
             nn.Linear(8, 8, device="cuda:1"), nn.ReLU(), nn.Linear(8, 1, device="cuda:1")
         )
-    moved = on_card_of(plan, other)
+    moved, _ = on_card_of(plan, None, other)
     assert {spec.device for spec in moved.guard.state.values()} == {"cuda:1"}
     assert moved.guard.arguments["input"].device == "cuda:1"
     assert moved.fingerprint == plan.fingerprint
-    assert on_card_of(plan, model) is plan  # on the CPU: refused when it is applied
+    assert on_card_of(plan, None, model) == (plan, None)  # on the CPU: refused when it is applied

@@ -115,7 +115,7 @@ def test_the_note_has_the_predictions(plan):
     note = provoked(plan, moment, torch.OutOfMemoryError("x")).__notes__[0]
     operator = plan.graph.operators[plan.schedule.order[moment]]
     outputs = sum(plan.graph.storages[k].size_bytes for k in operator.outputs)
-    at = plan._replay.memory_bytes[moment]
+    at = plan.replay.memory_bytes[moment]
     before = at - outputs - operator.workspace_bytes
     parameters = sum(
         s.size_bytes for s in plan.graph.storages if s.category == "parameter" and not s.producer
@@ -142,7 +142,7 @@ def test_what_is_live_adds_up(plan):
 
     for moment in range(len(plan.schedule.order)):
         live = sum(plan.graph.storages[k].size_bytes for k in _live(plan, moment))
-        assert live == plan._replay.memory_bytes[moment] - _taken_bytes(plan, moment)
+        assert live == plan.replay.memory_bytes[moment] - _taken_bytes(plan, moment)
 
 
 @pytest.mark.parametrize(
@@ -229,14 +229,14 @@ def test_the_plan_of_another_shape_is_told_by_its_own_plan(plan):
 @pytest.fixture(scope="module")
 def cuda_plan(plan) -> Plan:
     """The plan as if it were for a card."""
-    return replace(plan, device_type="cuda", _captured=None)
+    return replace(plan, device_type="cuda", _live=None)
 
 
 def before_bytes(plan: Plan, moment: int) -> int:
     """Memory before a run, by the plan."""
     from planner.running.out_of_memory import _taken_bytes
 
-    return plan._replay.memory_bytes[moment] - _taken_bytes(plan, moment)
+    return plan.replay.memory_bytes[moment] - _taken_bytes(plan, moment)
 
 
 def test_what_is_not_the_steps_on_a_card(cuda_plan):

@@ -176,7 +176,7 @@ def test_a_way_that_chance_decides_is_refused_before_any_step() -> None:
     """The error says how often draws go otherwise, of a plan from a file as well."""
     model = model_of(drawn)
     plan = plan_of(model)
-    for one in (plan, plan_from_dict(as_file(plan))):
+    for one in (plan, Plan.of(plan_from_dict(as_file(plan)))):
         with pytest.raises(PlanError, match=r"test_outcomes.* random numbers .* 1\d\d of 256"):
             one.apply(model)
 
@@ -286,7 +286,7 @@ def test_a_file_without_outcomes_still_loads() -> None:
     model = model_of(picking)
     data = as_file(plan_of(model))
     del data["outcomes"]
-    plan = plan_from_dict(data)
+    plan = Plan.of(plan_from_dict(data))
     with pytest.raises(PlanMismatchError, match="value"):
         plan.apply(copy.deepcopy(model))
 
@@ -297,7 +297,7 @@ def test_outcomes_of_another_model_are_a_mismatch() -> None:
     data = as_file(plan_of(model))
     data["outcomes"] = [{"number": True}]
     with pytest.raises(PlanMismatchError, match="does not hand out"):
-        plan_from_dict(data).apply(copy.deepcopy(model))
+        Plan.of(plan_from_dict(data)).apply(copy.deepcopy(model))
 
 
 def test_outcomes_of_a_file_are_checked() -> None:

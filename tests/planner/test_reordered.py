@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from planner import InfeasibleBudgetError, Plan, measure, optimize
 from planner.planning.make_plan import replan
 from planner.running.planned_step import PlannedStep
@@ -20,6 +20,7 @@ from solvers.any_order.reorder import reorder_runs
 from solvers.least_memory import least_memory
 from solvers.schedule import Schedule
 from tests.bitwise import assert_same_training
+from tests.capturing import capture_step
 from tests.solvers.test_permutation import random_order
 from tests.zoo import ZOO, Case
 
@@ -194,7 +195,7 @@ def test_another_shape_is_planned_with_the_same_flag(tmp_path):
         plan = optimize(model, torch.zeros(8, 4), budget_gb=1, reorder=reorder)
         plan.save(tmp_path / "plan.json")
         for made in (plan, Plan.load(tmp_path / "plan.json")):
-            again = replan(made, model, {"x": torch.zeros(5, 4)}, model.forward)
+            again, _ = replan(made, made._live, model, {"x": torch.zeros(5, 4)}, model.forward)
             assert again.reorder is reorder
 
 

@@ -13,7 +13,8 @@ from planner import (
     applied_plan,
 )
 from planner import optimize as make_plan
-from planner.running import planned_forward
+from planner.planning.make_plan import replan
+from planner.running.recapture import capture_for
 from tests.bitwise import assert_same_tensors
 from tests.planner.small import Net, make, sample, square
 
@@ -30,14 +31,16 @@ class Routes(Net):
 def captures(monkeypatch) -> list[str]:
     """Which of the two ways to capture was taken, in order."""
     found: list[str] = []
-    for name in ("capture_for", "replan"):
-        own = getattr(planned_forward, name)
+    for name, place, own in (
+        ("capture_for", "planner.running.planned_forward.capture_for", capture_for),
+        ("replan", "planner.plan.replan", replan),
+    ):
 
         def counting(*args, own=own, name=name):
             found.append(name)
             return own(*args)
 
-        monkeypatch.setattr(planned_forward, name, counting)
+        monkeypatch.setattr(place, counting)
     return found
 
 

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
 from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from planner import optimize
 from planner.running.generators import (
@@ -32,6 +32,7 @@ from solvers.portfolio import solve
 from solvers.replay import InvalidScheduleError, replay
 from solvers.schedule import Schedule
 from tests.bitwise import assert_same_training
+from tests.capturing import capture_step
 from tests.zoo import ZOO, Case
 
 MODELS = ["gpt2", "unet", "mixture_of_experts"]
@@ -230,7 +231,7 @@ def test_a_view_that_leads_back_is_not_made():
     """The weight that backward multiplies with is the weight, not its transpose transposed."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).train()
     plan = optimize(model, torch.zeros(4, 8), budget_gb=1, loss_fn=torch.sum)
-    graphs = rewrite(plan._captured, plan.schedule)
+    graphs = rewrite(plan._live.captured, plan.schedule)
     weights = [n for n in graphs.backward.graph.nodes if n.name.startswith("parameter_1_weight")]
     users = [user.target for weight in weights for user in weight.users]
     assert users == ["mm"]

@@ -377,7 +377,8 @@ def test_a_loaded_plan_plans_another_shape_like_a_fresh_one(tmp_path: Path) -> N
     loaded = Plan.load(tmp_path / "plan.json")
     assert (loaded.device_name, loaded.optimizer) == ("h100", fresh.optimizer)
     again = [
-        replan(plan, model, {"x": torch.ones(32, 256)}, model.forward) for plan in (fresh, loaded)
+        replan(plan, plan._live, model, {"x": torch.ones(32, 256)}, model.forward)[0]
+        for plan in (fresh, loaded)
     ]
     assert again[0].costs.device == again[1].costs.device == fresh.costs.device
     assert again[0].predicted_step_us == again[1].predicted_step_us
@@ -400,7 +401,8 @@ def test_a_loaded_plan_with_times_of_the_users_own_is_not_planned_again(tmp_path
     plan = optimize(model, torch.ones(2, 256), budget_gb=1, cost_model=lambda _call: 1.0)
     plan.save(tmp_path / "plan.json")
     with pytest.raises(PlanError, match=r"which is not in the file"):
-        replan(Plan.load(tmp_path / "plan.json"), model, {"x": torch.ones(3, 256)}, model.forward)
+        loaded = Plan.load(tmp_path / "plan.json")
+        replan(loaded, None, model, {"x": torch.ones(3, 256)}, model.forward)
 
 
 def test_a_file_that_is_not_there_says_the_next_step(tmp_path):

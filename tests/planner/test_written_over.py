@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from graph_capture.cost_graph import CostGraph
 from planner import InfeasibleBudgetError, Plan, PlanWarning, measure, optimize
-from planner.rewrite import rewrite
+from planner.running.rewrite import rewrite
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from tests.bitwise import assert_same_training
@@ -113,7 +113,7 @@ def plan_at(kind: Callable[[], nn.Module], share: float) -> Plan:
 
 def num_copies(plan: Plan) -> int:
     """Clones in the planned graphs beside those of the model's own step."""
-    graphs = rewrite(plan._captured, plan.schedule)
+    graphs = rewrite(plan._live.captured, plan.schedule)
     nodes = [*graphs.forward.graph.nodes, *graphs.backward.graph.nodes]
     return sum("_copy" in n.name and n.target is CLONE for n in nodes)
 
@@ -166,7 +166,7 @@ def test_what_is_read_again_is_copied(kind):
     last = graph.consumers[made][-1]
     order = list(range(graph.num_operators))
     order.insert(order.index(max(last, v + 1)), reader)
-    plan = replace(easy, schedule=Schedule(tuple(order)), _structure=easy._structure)
+    plan = replace(easy, schedule=Schedule(tuple(order)))
     assert num_copies(plan) == 1
     extra_ns = graph.operators[reader].cost_ns + copy_ns
     assert plan.predicted_step_us * 1e3 == pytest.approx(graph.base_cost_ns + extra_ns)

@@ -1,0 +1,1 @@
+"""The strategies and peers of a comparison, run on the device beside eager."""

@@ -11,25 +11,23 @@ from torch import nn
 from graph_capture.target import Target
 from solvers.schedule import Schedule
 
+from ...base.forward_slot import forward_set, own_forward
+from ...base.request import Request
+from ...base.solve_options import SolveOptions
 from ...base.training_step import (
     Sample,
     output_tensors,
 )
-from ...measuring.restored import restored
-from ...plan import Plan
-from ...planning.captured_call import CapturedCall
-from ...planning.make_plan import (
-    Request,
-    make_plan,
-)
-from ...running.attach import (
-    forward_set,
-    own_forward,
-)
-from ..comparison import (
-    Comparison,
+from ...comparison_record import (
+    ComparisonRecord,
     ComparisonRow,
     MeasuredStep,
+)
+from ...measuring.restored import restored
+from ...plan_record import PlanRecord
+from ...planning.captured_call import CapturedCall
+from ...planning.make_plan import (
+    make_plan,
 )
 from ..events import Steps
 from .runner import (
@@ -77,13 +75,12 @@ def _why_not(target: Target, model: nn.Module, sample_input: Sample) -> str:
 
 
 def executed(
-    comparison: Comparison,
+    comparison: ComparisonRecord,
     schedules: Sequence[Schedule | None],
     call: CapturedCall,
-    request: Request,
     execution: Execution,
     tell: Steps,
-) -> Comparison:
+) -> ComparisonRecord:
     """The comparison with what real steps took.
 
     Each distinct schedule that fits its budget, or is a strategy's own choice,
@@ -100,7 +97,7 @@ def executed(
             wanted.setdefault(schedule, _name_of(row))
     tell.expect(1 + len(wanted))
     e = execution
-    with runner_of(call, request, e, comparison.baseline_peak_bytes) as (runner, plan):
+    with runner_of(call, e, comparison.baseline_peak_bytes) as (runner, plan):
         tell("running eager")
         eager, eager_error = caught(e, runner.eager)
         found: dict[Schedule, tuple[MeasuredStep | None, str]] = {}
@@ -117,21 +114,24 @@ def executed(
 
 @contextmanager
 def runner_of(
-    call: CapturedCall, request: Request, execution: Execution, unplanned_peak_bytes: int
-) -> Iterator[tuple[Runner, Plan]]:
+    call: CapturedCall, execution: Execution, unplanned_peak_bytes: int
+) -> Iterator[tuple[Runner, PlanRecord]]:
     """What runs plans of a captured step, and a plan that keeps everything, to put schedules into.
 
     Everything is afterwards as it was before.
     """
-    e = execution
-    own = own_forward(e.model)
-    with forward_set(e.model, own), restored(e.model, e.sample_input, e.loss_fn, e.optimizer):
-        roomy = replace(request, budget_bytes=2 * unplanned_peak_bytes, solver="keep_all")
-        plan = make_plan(e.model, call.arguments, call.captured, call.captured, roomy)
-        yield Runner(e, call.arguments, own), plan
+    spec = execution.spec
+    own = own_forward(spec.model)
+    state = restored(spec.model, spec.sample_input, spec.loss_fn, spec.optimizer)
+    with forward_set(spec.model, own), state:
+        roomy = Request.of(
+            spec, SolveOptions(solver="keep_all"), budget_bytes=2 * unplanned_peak_bytes, headroom=0
+        )
+        plan, live = make_plan(call, roomy)
+        yield Runner(execution, call.arguments, own, live), plan
 
 
-def with_schedule(plan: Plan, schedule: Schedule) -> Plan:
+def with_schedule(plan: PlanRecord, schedule: Schedule) -> PlanRecord:
     """The plan with another schedule; a budget that its own peak is within."""
     other = replace(plan, schedule=schedule)
     return replace(other, budget_bytes=max(plan.budget_bytes, other.predicted_peak_bytes))

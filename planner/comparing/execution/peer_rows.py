@@ -9,7 +9,7 @@ from graph_capture.cost_graph import CostGraph
 from solvers.strategies import StrategyError, module_blocks
 from solvers.suggestions import unknown_name
 
-from ..comparison import ComparisonRow
+from ...comparison_record import ComparisonRow
 from ..events import Steps
 from .runner import (
     Execution,
@@ -17,7 +17,7 @@ from .runner import (
 )
 
 if TYPE_CHECKING:
-    from ..peers.registry import Peer
+    from ..peers import Peer
 
 
 def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
@@ -33,10 +33,7 @@ def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
     wanted = tuple(peers)
     if not wanted:
         return ()
-    from ..peers.registry import (  # loads the parts of torch that compile
-        PEERS,
-        Peer,
-    )
+    from ..peers import PEERS, Peer  # loads the parts of torch that compile
 
     chosen: dict[str, Peer] = {}
     for peer in wanted:
@@ -77,15 +74,15 @@ def _blocks(graph: CostGraph) -> tuple[str, ...] | None:
 
 
 def _row(peer: Peer, blocks: tuple[str, ...] | None, e: Execution) -> ComparisonRow:
-    from ..peers.registry import run_peer
+    from .run_peer import run_peer
 
     try:
         return run_peer(
             peer,
-            e.model,
-            e.sample_input,
-            loss_fn=e.loss_fn,
-            optimizer=e.optimizer,
+            e.spec.model,
+            e.spec.sample_input,
+            loss_fn=e.spec.loss_fn,
+            optimizer=e.spec.optimizer,
             repeats=e.repeats,
             seed=e.seed,
             blocks=blocks,

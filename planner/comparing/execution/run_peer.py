@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...base.forward_slot import forward_set, own_forward
 from ...base.resident import single_device
 from ...base.training_step import (
     LossFn,
@@ -22,21 +23,17 @@ from ...base.training_step import (
     make_step,
     train_step,
 )
+from ...comparison_record import (
+    ComparisonRow,
+    MeasuredStep,
+)
 from ...measuring.measure import (
     measure,
     measure_pair,
     timed_us,
 )
 from ...measuring.restored import restored
-from ...running.attach import (
-    forward_set,
-    own_forward,
-)
 from ...running.out_of_memory import is_out_of_memory
-from ..comparison import (
-    ComparisonRow,
-    MeasuredStep,
-)
 from ..peers.peer import (
     PEER_ERRORS,
     Peer,
@@ -75,7 +72,7 @@ def run_peer(
     Parameters
     ----------
     peer
-        One of :data:`planner.comparing.peers.registry.PEERS`, or another.
+        One of :data:`planner.comparing.peers.PEERS`, or another.
     model
         In training mode, on one device.
     sample_input, loss_fn

@@ -17,15 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
+from ...base.forward_slot import forward_set
+from ...base.live_state import LiveState
 from ...base.resident import single_device
+from ...base.step_spec import StepSpec
 from ...base.training_step import (
-    LossFn,
-    Sample,
     build_optimizer,
     clear_gradients,
     make_step,
+)
+from ...comparison_record import (
+    Bits,
+    MeasuredStep,
 )
 from ...measuring.measure import (
     PairedTiming,
@@ -35,15 +39,10 @@ from ...measuring.measure import (
     timed_us,
 )
 from ...measuring.restored import restored
-from ...plan import Plan
-from ...running.attach import forward_set
+from ...plan_record import PlanRecord
 from ...running.out_of_memory import is_out_of_memory
 from ...running.planned_forward import PlannedForward
 from ...running.recapture import capture_for
-from ..comparison import (
-    Bits,
-    MeasuredStep,
-)
 from .step_verdict import (
     StepVerdict,
     judge_results,
@@ -65,19 +64,16 @@ _Forward = Callable[..., Any] | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """What real steps run on; see :func:`planner.compare`."""
+    """What real steps run on, and how often; see :func:`planner.compare`."""
 
-    model: nn.Module
-    sample_input: Sample
-    loss_fn: LossFn | None
-    optimizer: torch.optim.Optimizer | str | None
+    spec: StepSpec
     repeats: int
     seed: int
 
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return single_device(self.model, self.sample_input)
+        return single_device(self.spec.model, self.spec.sample_input)
 
 
 class Runner:
@@ -89,15 +85,24 @@ class Runner:
         Of the call, by name.
     own
         The model's own forward, ``None`` for its class'.
+    live
+        What is known beside the plans that will run.
     """
 
-    def __init__(self, execution: Execution, arguments: Mapping[str, Any], own: _Forward) -> None:
+    def __init__(
+        self,
+        execution: Execution,
+        arguments: Mapping[str, Any],
+        own: _Forward,
+        live: LiveState | None,
+    ) -> None:
         self.execution = execution
         self.arguments = arguments
         self.own = own
-        optimizer = execution.optimizer
+        self._live = live
+        optimizer = execution.spec.optimizer
         if isinstance(optimizer, str):
-            optimizer = build_optimizer(optimizer, execution.model.parameters())
+            optimizer = build_optimizer(optimizer, execution.spec.model.parameters())
         self.optimizer = optimizer
         self._expected: list[StepResults] | None = None
         self._noise = StepVerdict(bits="equal")
@@ -117,7 +122,7 @@ class Runner:
             self._noise.difference,
         )
 
-    def planned(self, plan: Plan) -> MeasuredStep:
+    def planned(self, plan: PlanRecord) -> MeasuredStep:
         """Steps by a plan, beside eager steps where those could run."""
         forward = self._planned_forward(plan)
         bits, difference = self._bits(forward)
@@ -125,23 +130,24 @@ class Runner:
         times = self._times(forward, beside=self._expected is not None)
         return measured_step(peak_bytes, times, bits, difference)
 
-    def in_turn(self, first: Plan, second: Plan) -> PairedTiming:
+    def in_turn(self, first: PlanRecord, second: PlanRecord) -> PairedTiming:
         """Steps by one plan and by another, in turn, as often as asked for."""
         return self._pairs(self._planned_forward(first), self._planned_forward(second))
 
-    def _planned_forward(self, plan: Plan) -> PlannedForward:
-        model = self.execution.model
-        forward = PlannedForward(model, plan, capture_for(plan, model, model.forward), "error")
+    def _planned_forward(self, plan: PlanRecord) -> PlannedForward:
+        model = self.execution.spec.model
+        captured = capture_for(plan, self._live, model, model.forward)
+        forward = PlannedForward(model, plan, self._live, captured)
         forward.check(self.arguments)
         return forward
 
     def _peak_bytes(self, forward: _Forward) -> int:
         e = self.execution
-        with forward_set(e.model, forward):
+        with forward_set(e.spec.model, forward):
             return measure(
-                e.model,
-                e.sample_input,
-                loss_fn=e.loss_fn,
+                e.spec.model,
+                e.spec.sample_input,
+                loss_fn=e.spec.loss_fn,
                 optimizer=self.optimizer,
                 repeats=0,
                 seed=e.seed,
@@ -152,16 +158,16 @@ class Runner:
         """Successive steps by a forward; everything is afterwards as before."""
         e = self.execution
         with (
-            forward_set(e.model, forward),
-            restored(e.model, e.sample_input, e.loss_fn, "sgd"),
+            forward_set(e.spec.model, forward),
+            restored(e.spec.model, e.spec.sample_input, e.spec.loss_fn, "sgd"),
         ):
-            yield Lane(e.model, e.sample_input, e.loss_fn, seed=e.seed, outputs=True)
+            yield Lane(e.spec.model, e.spec.sample_input, e.spec.loss_fn, seed=e.seed, outputs=True)
 
     def _against(self, expected: Sequence[StepResults], forward: _Forward) -> StepVerdict:
         e = self.execution
         with self._lane(forward) as lane:
             pairs = ((one, lane.step()) for one in expected)
-            return judge_results(pairs, dtype=rounding_dtype(e.model, e.device), seed=e.seed)
+            return judge_results(pairs, dtype=rounding_dtype(e.spec.model, e.device), seed=e.seed)
 
     def _bits(self, forward: _Forward) -> tuple[Bits, str]:
         """A plan promises eager's bits; where eager has no bits of its own, its rounding."""
@@ -206,14 +212,18 @@ class Runner:
         """What runs a whole step by a forward; what the steps trained is given back."""
         e = self.execution
         step = make_step(
-            e.model, e.sample_input, loss_fn=e.loss_fn, optimizer=self.optimizer, seed=e.seed
+            e.spec.model,
+            e.spec.sample_input,
+            loss_fn=e.spec.loss_fn,
+            optimizer=self.optimizer,
+            seed=e.seed,
         )
 
         def run(which: _Forward) -> Any:
-            with forward_set(e.model, which):
+            with forward_set(e.spec.model, which):
                 return step()
 
-        with restored(e.model, e.sample_input, e.loss_fn, self.optimizer):
+        with restored(e.spec.model, e.spec.sample_input, e.spec.loss_fn, self.optimizer):
             yield run
 
 
@@ -255,7 +265,7 @@ def caught(
     # One schedule that cannot run is told in its row, and the others still run.
     except Exception as failed:  # noqa: BLE001
         error = said(failed, "when it ran")
-    clear_gradients(execution.model, execution.sample_input, execution.loss_fn)
+    clear_gradients(execution.spec.model, execution.spec.sample_input, execution.spec.loss_fn)
     gc.collect()
     if execution.device.type == "cuda":
         torch.cuda.empty_cache()

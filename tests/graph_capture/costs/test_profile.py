@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graph_capture.captured_step import capture, capture_step
+from graph_capture.captured_step import capture
 from graph_capture.costs import profile
 from graph_capture.costs.cost_model import Call
 from graph_capture.costs.devices import device_for
@@ -20,6 +20,7 @@ from graph_capture.costs.resolve import choose_costs
 from graph_capture.costs.roofline import Roofline
 from graph_capture.target import Target, target_of
 from planner import optimize
+from tests.capturing import capture_step
 
 aten = torch.ops.aten
 X = torch.ones(8, 16)

@@ -13,11 +13,7 @@ from graph_capture.cost_graph import CostGraph
 from planner import Comparison, compare, optimize
 from planner.comparing.bound_text import OTHER_ORDER
 from planner.comparing.machine import cpu_name
-from planner.comparing.peers.registry import (
-    PEERS,
-    Peer,
-)
-from planner.planning.make_plan import remembered_least_memory
+from planner.comparing.peers import PEERS, Peer
 from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveResult, SolveStatus
@@ -163,8 +159,10 @@ def test_another_order_is_noted() -> None:
 
 def test_the_least_memory_search_has_its_own_time() -> None:
     """It is in no row's time; a search that this process remembers takes none."""
-    remembered_least_memory.cache_clear()
-    first, again = (predicted(strategies=["auto"]) for _ in range(2))
+    model, x = make(), sample()
+    first, again = (
+        compare(model, x, loss_fn=square, strategies=["auto"], measure=False) for _ in range(2)
+    )
     assert first.least_solve_s is not None
     assert again.least_solve_s is None
 

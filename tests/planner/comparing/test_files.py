@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from planner import Comparison, ComparisonRow
+from planner.base.solve_options import DEFAULT_GAP
 from planner.comparing.bound_text import OTHER_ORDER
-from planner.comparing.comparison import DEFAULT_GAP, BudgetBound, MeasuredStep
 from planner.comparing.files import ComparisonFileError
+from planner.comparison_record import BudgetBound, MeasuredStep
 from solvers.incumbent import GLOBAL_SCOPE
 
 

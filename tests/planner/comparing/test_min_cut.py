@@ -14,12 +14,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config, partitioners
 
 from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from planner import optimize
 from planner.comparing.min_cut import BUDGETS, min_cut_strategy, saved_storages
 from solvers.replay import replay
 from solvers.strategies import StrategyError, apply_strategy, schedule_for_saved
+from tests.capturing import capture_step
 
 from ...zoo import ZOO, Case
 from ..small import Net, make, sample
@@ -164,8 +165,8 @@ def test_the_step_gives_equal_bits_when_it_runs_so() -> None:
     """Dropout and batch norm included, a step by the partitioner's choice is eager's."""
     model = make(Net)
     plan = optimize(model, sample(), budget_gb=1.0)
-    assert plan._captured is not None
-    outcome = apply_strategy(min_cut_strategy(plan._captured, (0.4,)), plan.graph)
+    assert plan._live is not None
+    outcome = apply_strategy(min_cut_strategy(plan._live.captured, (0.4,)), plan.graph)
     again = len(outcome.schedule.order) - plan.graph.num_operators
     assert again > 5
     found = replace(plan, schedule=outcome.schedule).validate(model, sample(), repeats=1)

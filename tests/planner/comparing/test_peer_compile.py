@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner.comparing.execution.run_peer import peers_warnings
-from planner.comparing.peers.registry import (
-    COMPILE_BUDGETS,
-    PEERS,
-    compile_peer,
-    run_peer,
-)
+from planner.comparing.execution.run_peer import peers_warnings, run_peer
+from planner.comparing.peers import COMPILE_BUDGETS, PEERS, compile_peer
 
 from .peer_models import WIDTH, made
 from .test_peers import prepared

@@ -14,11 +14,9 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from planner import measure
 from planner.base.training_step import train_step
-from planner.comparing.peers.registry import (
-    PEERS,
-    run_peer,
-)
-from planner.comparing.peers.registry import segments as peer_segments
+from planner.comparing.execution.run_peer import run_peer
+from planner.comparing.peers import PEERS
+from planner.comparing.peers import segments as peer_segments
 from planner.comparing.peers.segments import (
     Call,
     Promised,

@@ -14,16 +14,8 @@ from torch import Tensor, nn
 from graph_capture import capture
 from graph_capture.reuse import ReuseFinder
 from planner import Plan, measure, optimize
-from planner.comparing.execution.run_peer import release
-from planner.comparing.peers.registry import (
-    PEERS,
-    Peer,
-    Ready,
-    Situation,
-    blocks_of,
-    compile_peer,
-    run_peer,
-)
+from planner.comparing.execution.run_peer import release, run_peer
+from planner.comparing.peers import PEERS, Peer, Ready, Situation, blocks_of, compile_peer
 from solvers.strategies import STRATEGIES, apply_strategy
 
 from ...zoo import ZOO

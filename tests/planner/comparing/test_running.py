@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from graph_capture.call_spec import bind_call, split_sample
 from planner import Plan, optimize
+from planner.base.step_spec import StepSpec
 from planner.base.training_step import train_step
-from planner.comparing.comparison import MeasuredStep
 from planner.comparing.execution import training_run as lane
 from planner.comparing.execution.runner import (
     Execution,
     Runner,
 )
+from planner.comparison_record import MeasuredStep
 from planner.running.planned_forward import PlannedForward
 from tests.planner.small import make, plan_for, sample, square
 
@@ -28,16 +29,10 @@ class Run:
     def __init__(self, repeats: int = 0) -> None:
         self.model = make()
         self.plan: Plan = plan_for(self.model, sample(), loss_fn=square)
-        execution = Execution(
-            model=self.model,
-            sample_input=sample(),
-            loss_fn=square,
-            optimizer="adamw",
-            repeats=repeats,
-            seed=0,
-        )
+        spec = StepSpec(model=self.model, sample_input=sample(), loss_fn=square, optimizer="adamw")
+        execution = Execution(spec=spec, repeats=repeats, seed=0)
         arguments = bind_call(self.model.forward, *split_sample(sample()))
-        self.runner = Runner(execution, arguments, None)
+        self.runner = Runner(execution, arguments, None, self.plan._live)
 
     def planned(self) -> MeasuredStep:
         return self.runner.planned(self.plan)
@@ -127,10 +122,9 @@ def test_outputs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         return square(output[0])
 
     plan = optimize(model, sample(), loss_fn=loss, budget_gb=1)
-    execution = Execution(
-        model=model, sample_input=sample(), loss_fn=loss, optimizer=None, repeats=0, seed=0
-    )
-    runner = Runner(execution, bind_call(model.forward, *split_sample(sample())), None)
+    spec = StepSpec(model=model, sample_input=sample(), loss_fn=loss)
+    arguments = bind_call(model.forward, *split_sample(sample()))
+    runner = Runner(Execution(spec=spec, repeats=0, seed=0), arguments, None, plan._live)
     runner.eager()
     assert runner.planned(plan).bits == "equal"
     changed(monkeypatch, lambda i, output: (output[0], output[1] * 2))

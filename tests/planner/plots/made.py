@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
-from planner.comparing.comparison import BudgetBound, Comparison, ComparisonRow, MeasuredStep
+from planner.comparing.comparison import Comparison
+from planner.comparison_record import BudgetBound, ComparisonRow, MeasuredStep
 from solvers.incumbent import GLOBAL_SCOPE
 
 MB = 10**6

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from planner.comparing.comparison import ComparisonRow
+from planner.comparison_record import ComparisonRow
 from planner.plots import plot_pareto
 
 from .made import MB, bound, comparison, row, step, whole_comparison

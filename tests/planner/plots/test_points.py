@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from planner.comparing.comparison import ComparisonRow
+from planner.comparison_record import ComparisonRow
 from planner.plots.points import (
     curves,
     measured_point,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.comparing.comparison import ComparisonRow
+from planner.comparison_record import ComparisonRow
 from planner.plots import plot_predicted
 
 from .made import MB, comparison, row, step, whole_comparison

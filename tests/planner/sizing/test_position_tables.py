@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from graph_capture.captured_step import capture_step
 from graph_capture.errors import CaptureError
 from planner.sizing.position_tables import refuse_short_tables
+from tests.capturing import capture_step
 
 
 class Positions(nn.Module):

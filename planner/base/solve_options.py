@@ -1,0 +1,46 @@
+"""How hard a schedule is looked for, checked once at the door."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+DEFAULT_GAP = 0.001
+"""How near the least possible time a solve ends, unless it was asked for more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolveOptions:
+    """How hard a schedule is looked for.
+
+    Parameters
+    ----------
+    solver, time_limit_s, gap, seed, reorder
+        As of :func:`planner.optimize`.
+    workers
+        Threads of solvers that can use more than one.
+
+    Raises
+    ------
+    ValueError
+        When one makes no sense.
+    """
+
+    solver: str = "auto"
+    time_limit_s: float = 60.0
+    gap: float = DEFAULT_GAP
+    seed: int = 0
+    reorder: bool = False
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.time_limit_s, bool) or not 0 <= self.time_limit_s < math.inf:
+            raise ValueError(f"time_limit_s must be finite and >= 0, got {self.time_limit_s!r}")
+        if isinstance(self.gap, bool) or not 0 <= self.gap < math.inf:
+            raise ValueError(f"gap must be finite and >= 0, got {self.gap!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if not isinstance(self.reorder, bool):
+            raise ValueError(f"reorder must be True or False, got {self.reorder!r}")
+        if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
+            raise ValueError(f"workers must be a whole number from 1 on, got {self.workers!r}")

@@ -1,0 +1,73 @@
+"""The training step that is asked about, checked once at the door."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.costs.devices import Device
+from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.loss import LossFn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepSpec:
+    """A model, how it is called, and what the training loop does with its output.
+
+    Parameters
+    ----------
+    model
+        In training mode.
+    sample_input, loss_fn, optimizer, device, autocast, cost_model
+        As of :func:`planner.optimize`.
+
+    Raises
+    ------
+    TypeError
+        When ``model`` is no module, or ``optimizer`` neither an instance nor a name.
+    ValueError
+        When the model is in eval mode or runs a graph of its own, or ``loss_fn`` is
+        no function.
+    """
+
+    model: nn.Module
+    sample_input: Any
+    loss_fn: LossFn | None = None
+    optimizer: torch.optim.Optimizer | str | None = None
+    device: str | Device | None = None
+    autocast: torch.dtype | None = None
+    cost_model: ChosenCosts = "roofline"
+
+    def __post_init__(self) -> None:
+        check_model(self.model)
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            raise ValueError(f"loss_fn must be a function of the output, got {self.loss_fn!r}")
+        if not isinstance(self.optimizer, (str, torch.optim.Optimizer, NoneType)):
+            raise TypeError(f"optimizer must be an instance or a name, got {self.optimizer!r}")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module in training mode, or would not run by a plan.
+
+    Raises
+    ------
+    TypeError
+        When it is no module.
+    ValueError
+        When it runs a graph of its own or is in eval mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule) or isinstance(
+        getattr(model, "_orig_mod", None), nn.Module
+    ):
+        raise ValueError(
+            f"a {type(model).__name__} runs a graph of its own, which a plan would replace; plan "
+            "the module that was compiled or scripted"
+        )
+    if not model.training:
+        raise ValueError("the model is in eval mode; a plan is for training: call model.train()")

@@ -1,0 +1,130 @@
+"""The largest batch within a budget, without a plan and with one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from graph_capture.costs.devices import Device
+from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.loss import LossFn
+
+from .base.progress import ShowLines
+from .base.request import Request
+from .base.solve_options import SolveOptions
+from .base.step_spec import StepSpec
+from .plan import Plan
+from .sizing.batch_search import LONGEST_S
+from .sizing.device_budget import budget_or_device
+from .sizing.max_batch import LARGEST_BATCH, search_batches
+from .sizing.max_batch_report import MaxBatch
+from .sizing.samples import MakeSample
+from .sizing.step_family import StepFamily
+
+
+def max_batch(
+    model: nn.Module,
+    sample_input: Any,
+    *,
+    budget_gb: float | str | None = None,
+    budget_bytes: int | None = None,
+    device: str | Device | None = None,
+    loss_fn: LossFn | None = None,
+    optimizer: torch.optim.Optimizer | str | None = None,
+    autocast: torch.dtype | None = None,
+    cost_model: ChosenCosts = "roofline",
+    headroom: float | str | None = None,
+    never_recompute: Sequence[str] = (),
+    always_recompute: Sequence[str] = (),
+    batch_dim: int = 0,
+    make_sample: MakeSample | None = None,
+    largest: int = LARGEST_BATCH,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    progress: ShowLines = None,
+) -> MaxBatch[Plan]:
+    """The largest batch of ``model`` that fits a budget, without a plan and with one.
+
+    Parameters
+    ----------
+    model, sample_input, device, loss_fn, optimizer, autocast, cost_model, headroom
+        As for :func:`planner.optimize`. The sample, and targets in the closure
+        of ``loss_fn``, are resized by the rule of :mod:`planner.sizing.samples`.
+    budget_gb, budget_bytes
+        At most one of them; without, the device's memory less what its context
+        takes.
+    never_recompute, always_recompute
+        As for :func:`planner.optimize`.
+    batch_dim
+        Which dimension of the inputs is the batch.
+    make_sample
+        Called with a batch size and ``None`` instead of resizing the sample;
+        its tensors may lie on ``meta``.
+    largest
+        No batch above it is tried.
+    time_limit_s
+        For searching schedules and solving the plan; captures come on top. ``None``
+        for 0.1 s an operator of the step, 10 s at least and 60 s at most.
+    progress
+        ``True`` shows what is being done, a function receives it line by line.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        When not even a batch of one fits; says the least budget that would do.
+    CaptureError
+        When the step cannot be captured at a batch size that the search needs.
+    TypeError, ValueError
+        When an argument makes no sense, or neither a budget is given nor the
+        device's memory known.
+
+    Examples
+    --------
+    >>> layer, sample = nn.Linear(4, 8, bias=False), torch.zeros(1, 4)
+    >>> found = max_batch(layer, sample, budget_bytes=10_000, loss_fn=torch.sum)
+    >>> found.plan.predicted_peak_bytes <= 10_000
+    True
+    """
+    spec = StepSpec(
+        model=model,
+        sample_input=sample_input,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        device=device,
+        autocast=autocast,
+        cost_model=cost_model,
+    )
+    family = StepFamily.of(
+        spec, batch_dim=batch_dim, sequence_dim=batch_dim + 1, make_sample=make_sample
+    )
+    budget = budget_or_device(
+        family.target, budget_gb=budget_gb, budget_bytes=budget_bytes, headroom=headroom
+    )
+    if budget is None:
+        raise ValueError(
+            f"the memory of {family.target.device.title!r} is not known: give budget_gb, "
+            "budget_bytes or a device whose memory is"
+        )
+    options = SolveOptions(
+        time_limit_s=LONGEST_S if time_limit_s is None else time_limit_s, seed=seed
+    )
+    request = Request.of(
+        spec,
+        options,
+        budget_bytes=budget.total_bytes,
+        headroom=headroom,
+        never_recompute=never_recompute,
+        always_recompute=always_recompute,
+    )
+    return search_batches(
+        family,
+        budget,
+        request,
+        largest=largest,
+        time_limit_s=time_limit_s,
+        progress=progress,
+        as_plan=Plan.of,
+    )
