@@ -293,11 +293,12 @@ def _as_planned(model: nn.Module, plan: PlanRecord) -> Iterator[None]:
 
 def _first_difference(planned: CostGraph, found: CostGraph) -> str:
     for v, (a, b) in enumerate(zip(planned.operators, found.operators, strict=False)):
-        if (a.target, a.inputs, a.outputs, a.pinned) != (b.target, b.inputs, b.outputs, b.pinned):
-            return (
-                f"operator {v} is {b.target} ({b.module_path or b.phase}), "
-                f"planned was {a.target} ({a.module_path or a.phase})"
-            )
+        here, there = (f"{op.target} ({op.module_path or op.phase})" for op in (b, a))
+        if here != there:
+            return f"operator {v} is {here}, planned was {there}"
+        for what in ("inputs", "outputs", "pinned"):
+            if getattr(a, what) != getattr(b, what):
+                return f"{what} of operator {v}, {here}, are others than those planned"
     if len(planned.operators) != len(found.operators):
         return f"{len(found.operators)} operators, planned were {len(planned.operators)}"
     for a_storage, b_storage in zip(planned.storages, found.storages, strict=False):

@@ -400,8 +400,8 @@ def test_a_loaded_plan_with_times_of_the_users_own_is_not_planned_again(tmp_path
     model = _Priced()
     plan = optimize(model, torch.ones(2, 256), budget_gb=1, cost_model=lambda _call: 1.0)
     plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
     with pytest.raises(PlanError, match=r"which is not in the file"):
-        loaded = Plan.load(tmp_path / "plan.json")
         replan(loaded, None, model, {"x": torch.ones(3, 256)}, model.forward)
 
 
