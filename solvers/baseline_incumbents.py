@@ -97,7 +97,7 @@ Found = tuple[Schedule, str]
 """A schedule that fits, and the strategy that it is of."""
 
 
-class FieldSchedules:
+class BaselineSchedules:
     """Schedules of the strategies within a budget, each cheaper than those before.
 
     Both portions end early once ``give_up``, which is asked now and then, says

@@ -13,7 +13,7 @@ from .arrays import (
 
 
 @dataclass(frozen=True)
-class Usefulness:
+class LastUse:
     """Up to when things can matter, by base position.
 
     ``storage[k]``: last base operator that reads k, or that needs, directly or
@@ -25,7 +25,7 @@ class Usefulness:
     operator: IntArray
 
 
-def usefulness(g: GraphArrays) -> Usefulness:
+def find_last_use(g: GraphArrays) -> LastUse:
     """One pass from the back."""
     storage = np.full(g.num_storages, -1, dtype=np.int64)
     operator = np.full(g.num_operators, -1, dtype=np.int64)
@@ -37,4 +37,4 @@ def usefulness(g: GraphArrays) -> Usefulness:
         reach = max(v, int(operator[v]))
         inputs = g.inputs(v)
         storage[inputs] = np.maximum(storage[inputs], reach)
-    return Usefulness(storage, operator)
+    return LastUse(storage, operator)

@@ -28,10 +28,10 @@ from .replay import replay
 from .retention_plan import (
     Gaps,
     RetentionPlan,
-    expand,
     find_gaps,
     keep_all_plan,
-    plan_of,
+    plan_from_schedule,
+    schedule_from_plan,
 )
 from .schedule import Schedule
 from .uniform import segment_counts, segment_plan, turning_point
@@ -44,7 +44,7 @@ SEARCH_SHARE = 0.7
 PROOF_S = 2.0
 
 MOST_RUNS = 16
-"""Times the operators: a schedule of more runs is of no use, as in ``expand``."""
+"""Times the operators: a schedule of more runs is of no use, as in ``schedule_from_plan``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +97,13 @@ def least_memory(
     most_needed = bound = int(need.max())
     plan, peak = _lowest_segmentation(graph, g, gaps)
     if start is not None:
-        from_start = plan_of(graph, gaps, start)
-        again = expand(g, gaps, from_start)
+        from_start = plan_from_schedule(graph, gaps, start)
+        again = schedule_from_plan(g, gaps, from_start)
         if again is not None and replay(graph, again).peak_bytes < peak:
             plan, peak = from_start, replay(graph, again).peak_bytes
     search_until_s = begin_s + SEARCH_SHARE * time_limit_s
     plan, peak = _descend(graph, g, gaps, plan, peak, bound, search_until_s, seed)
-    schedule = expand(g, gaps, plan)
+    schedule = schedule_from_plan(g, gaps, plan)
     if schedule is None:
         raise RuntimeError("the best plan cannot be expanded")
     if peak > bound:
@@ -151,7 +151,7 @@ def _lowest_segmentation(graph: CostGraph, g: GraphArrays, gaps: Gaps) -> tuple[
     plans += [segment_plan(g, gaps, turn, count) for count in segment_counts(turn)[1:]]
     scored = []
     for i, plan in enumerate(plans):
-        schedule = expand(g, gaps, plan)
+        schedule = schedule_from_plan(g, gaps, plan)
         if schedule is not None and len(schedule.order) <= 6 * g.num_operators:
             scored.append((replay(graph, schedule).peak_bytes, i))
     peak, i = min(scored)
@@ -188,7 +188,7 @@ def _descend(
             seed=seed + 104_729 * tries,
         )
         if elsewhere.schedule is not None:
-            plan = plan_of(graph, gaps, elsewhere.schedule)
+            plan = plan_from_schedule(graph, gaps, elsewhere.schedule)
             peak = replay(graph, elsewhere.schedule).peak_bytes
         else:
             step /= 2

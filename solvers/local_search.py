@@ -1,7 +1,7 @@
 """Annealing over retention plans on the compiled replay: incumbents in a second.
 
 The state says for every gap of every storage how long it stays (see
-``expand.py``); a move changes one gap, mostly one that covers a moment with
+``retention_plan.py``); a move changes one gap, mostly one that covers a moment with
 too much memory; the schedule and its memory follow by compiled expansion and
 replay. The energy is the cost plus a price on the bytes above the budget,
 summed over all moments; the price rises while the walk stays infeasible and
@@ -31,11 +31,11 @@ from .fast_replay import VALID, replay_order
 from .retention_plan import (
     Gaps,
     RetentionPlan,
-    expand,
-    expand_order,
+    fill_order,
     find_gaps,
     keep_all_plan,
-    plan_of,
+    plan_from_schedule,
+    schedule_from_plan,
 )
 from .schedule import Schedule
 from .uniform import segment_counts, segment_plan, turning_point
@@ -94,7 +94,7 @@ def local_search(
     g = graph_arrays(graph)
     gaps = find_gaps(g)
     if start is not None:
-        starts = [plan_of(graph, gaps, start)]
+        starts = [plan_from_schedule(graph, gaps, start)]
     else:
         starts = _starts(graph, g, gaps, budget_bytes, known)
     walks = [
@@ -109,7 +109,7 @@ def local_search(
     if best.best_cost == NOTHING:
         return SearchOutcome(None, None, None, spent)
     plan = RetentionPlan(best.best_until, best.best_since)
-    return SearchOutcome(expand(g, gaps, plan), plan, best.best_cost, spent)
+    return SearchOutcome(schedule_from_plan(g, gaps, plan), plan, best.best_cost, spent)
 
 
 def _starts(
@@ -122,9 +122,9 @@ def _starts(
     memory = np.empty(len(order) + 1, dtype=np.int64)
     plans = [segment_plan(g, gaps, turn, count) for count in segment_counts(turn)[1:]]
     if known is not None:
-        plans.append(plan_of(graph, gaps, known))
+        plans.append(plan_from_schedule(graph, gaps, known))
     for plan in plans:
-        length = expand_order(g, gaps, plan.until, plan.since, order)
+        length = fill_order(g, gaps, plan.until, plan.since, order)
         if length < 0:
             continue
         status, peak, cost = replay_order(g, order, length, memory)
@@ -215,7 +215,7 @@ class Walk:
 @njit(cache=True, nogil=True)
 def evaluate(g, gaps, until, since, budget, order, memory):  # type: ignore[no-untyped-def]
     """``(length, cost, excess, worst)``: excess in budgets x moments; length -1 if invalid."""
-    length = expand_order(g, gaps, until, since, order)
+    length = fill_order(g, gaps, until, since, order)
     if length < 0:
         return -1, 0, 0.0, 0
     status, peak, cost = replay_order(g, order, length, memory)

@@ -6,7 +6,7 @@ known; slice refinement restricted to the operators that the solutions known so 
 run again, a small model that puts the best of them together; annealing from the best
 schedule known, hot and cool in turn.
 HiGHS and the compiled loops let go of the interpreter, so both threads run at once.
-What was found waits for :meth:`Beside.collect`, so that the caller decides when it
+What was found waits for :meth:`ParallelSearch.collect`, so that the caller decides when it
 counts.
 """
 
@@ -18,7 +18,7 @@ from types import TracebackType
 
 import numpy as np
 
-from .baseline_incumbents import FieldSchedules
+from .baseline_incumbents import BaselineSchedules
 from .chains.chain_dp import chain_dp
 from .incumbent import Incumbent
 from .local_search import (
@@ -55,7 +55,7 @@ HEARD = 12
 """Solutions that the restricted search puts together."""
 
 
-class Beside:
+class ParallelSearch:
     """Runs from ``with`` to the end of the block, when ``wanted``."""
 
     def __init__(
@@ -64,10 +64,10 @@ class Beside:
         *,
         seed: int,
         wanted: bool,
-        field: FieldSchedules | None = None,
+        baselines: BaselineSchedules | None = None,
     ) -> None:
         self.state, self.seed, self.wanted = state, seed, wanted
-        self._field = field
+        self._baselines = baselines
         self._found: list[tuple[Schedule, str]] = []
         self._own: Schedule | None = None
         self._slicing: Slicing | None = None
@@ -79,7 +79,7 @@ class Beside:
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._error: BaseException | None = None
 
-    def __enter__(self) -> Beside:
+    def __enter__(self) -> ParallelSearch:
         if self.wanted:
             self._thread.start()
         return self
@@ -144,8 +144,8 @@ class Beside:
             if chain.schedule is not None:
                 self._anneal(chain.schedule, COOL, self.seed)
             self._relink(self.seed)
-            if self._field is not None:
-                for schedule, name in self._field.families(
+            if self._baselines is not None:
+                for schedule, name in self._baselines.families(
                     lambda: self._stop.is_set() or self.state.left_s <= 0
                 ):
                     self._keep(schedule, name)

@@ -2,7 +2,7 @@
 
 A solution of a relaxation is cheap and does not fit; an incumbent fits and is dear.
 In most places the first one is right, and what makes it too large lies in a few. So:
-take the gaps (``expand.py``) in which the two differ, give those of one stretch of the
+take the gaps (``retention_plan.py``) in which the two differ, give those of one stretch of the
 base order the other's values, and stay there if that is no worse. ResNet-50 near its
 least peak: from an incumbent of 33.2 % and a dozen solutions that do not fit, 28.1 % in
 0.2 s; annealing those solutions had found nothing, and auto needed a minute for 28.2 %.
@@ -28,9 +28,9 @@ from .local_search import evaluate
 from .replay import replay
 from .retention_plan import (
     RetentionPlan,
-    expand,
     find_gaps,
-    plan_of,
+    plan_from_schedule,
+    schedule_from_plan,
 )
 from .schedule import Schedule
 
@@ -61,7 +61,7 @@ class Pool:
     def add(self, schedule: Schedule) -> None:
         """Keep ``schedule``, as the newest one."""
         known = self._plans.pop(schedule, None)
-        self._plans[schedule] = known or plan_of(self.graph, self._gaps, schedule)
+        self._plans[schedule] = known or plan_from_schedule(self.graph, self._gaps, schedule)
         if len(self._plans) > self.most:
             del self._plans[next(iter(self._plans))]
 
@@ -101,7 +101,7 @@ class Pool:
             excess = relinked(min(TRIES_PER_CHUNK, num_tries - made), seed + made)
             if time.monotonic() >= deadline_s or (stop is not None and stop.is_set()):
                 break
-        linked = expand(self._g, self._gaps, plan) if excess == 0.0 else None
+        linked = schedule_from_plan(self._g, self._gaps, plan) if excess == 0.0 else None
         # The search began at the plan of ``start``, which may be dearer or larger than it.
         before = replay(self.graph, start)
         if before.peak_bytes > self.budget_bytes:

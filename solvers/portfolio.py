@@ -8,14 +8,13 @@ from collections.abc import Callable
 from graph_capture.cost_graph import CostGraph
 
 from .backward_search import least_memory_bound
-from .baseline_incumbents import FieldSchedules
+from .baseline_incumbents import BaselineSchedules
 from .chains.chain_dp import chain_dp, is_plain_chain
 from .checked import check_time_limit, checked_budget
 from .gap_cover import gap_cover
 from .incumbent import Incumbent
-from .keep_all import keep_all
 from .local_search import local_search
-from .parallel_search import Beside
+from .parallel_search import ParallelSearch
 from .progress import Progress
 from .reference.checkmate import checkmate_lp_rounding, checkmate_milp
 from .reference.moccasin import moccasin
@@ -24,7 +23,7 @@ from .schedule import Schedule
 from .slices.refinement import slice_refinement
 from .uniform import uniform_under_budget
 
-FIELD_SHARE = 0.1
+BASELINE_SHARE = 0.1
 """Of the time left, what the field's simple strategies may take at most."""
 
 OVERTIME_OPERATORS = 500
@@ -101,7 +100,7 @@ def solve(
 
 
 def _keep_all(state: Incumbent, seed: int, workers: int) -> None:
-    state.offer(keep_all(state.graph), "keep_all")
+    state.offer(Schedule.keep_all(state.graph), "keep_all")
 
 
 def _uniform(state: Incumbent, seed: int, workers: int) -> None:
@@ -157,28 +156,30 @@ def _auto(state: Incumbent, seed: int, workers: int) -> None:
         step(state, seed, workers)
         if state.done or state.left_s <= 0:
             return
-    field = FieldSchedules(state.graph, state.budget_bytes)
-    until_s = state.elapsed_s + FIELD_SHARE * state.left_s
-    for schedule, name in field.singles(lambda: state.stopped or state.elapsed_s > until_s):
+    baselines = BaselineSchedules(state.graph, state.budget_bytes)
+    until_s = state.elapsed_s + BASELINE_SHARE * state.left_s
+    for schedule, name in baselines.singles(lambda: state.stopped or state.elapsed_s > until_s):
         state.offer(schedule, name)
     if state.done:
         return
     if is_plain_chain(state.graph):
         _chain(state, seed, 0.1 * state.left_s)
-    with Beside(state, seed=seed, wanted=workers > 1, field=field) as beside:
+    with ParallelSearch(state, seed=seed, wanted=workers > 1, baselines=baselines) as parallel:
         _anneal(state, seed, min(2.0, 0.2 * state.left_s), 60_000, known=state.schedule)
         if workers == 1:
-            until_s = state.elapsed_s + FIELD_SHARE * state.left_s
-            for schedule, name in field.families(
+            until_s = state.elapsed_s + BASELINE_SHARE * state.left_s
+            for schedule, name in baselines.families(
                 lambda: state.stopped or state.elapsed_s > until_s
             ):
                 state.offer(schedule, name)
         if state.schedule is None:
             _fit_or_exclude(state, 0.25 * state.left_s)
         if not state.done:
-            slice_refinement(state, seed=seed, companion=beside)
+            slice_refinement(state, seed=seed, companion=parallel)
     if not state.done and state.graph.num_operators <= OVERTIME_OPERATORS:
-        for schedule, name in field.families(lambda: state.stopped or state.left_s <= -OVERTIME_S):
+        for schedule, name in baselines.families(
+            lambda: state.stopped or state.left_s <= -OVERTIME_S
+        ):
             state.offer(schedule, name)
 
 

@@ -80,13 +80,13 @@ def keep_all_plan(gaps: Gaps) -> RetentionPlan:
     return RetentionPlan(gaps.end.copy(), gaps.end.copy())
 
 
-def expand(g: GraphArrays, gaps: Gaps, plan: RetentionPlan) -> Schedule | None:
+def schedule_from_plan(g: GraphArrays, gaps: Gaps, plan: RetentionPlan) -> Schedule | None:
     """The schedule of ``plan``, or ``None`` if it runs far too often to be of use.
 
     "Far too often" is 16 times the number of operators.
     """
     order = np.empty(16 * g.num_operators + 16, dtype=np.int64)
-    length = expand_order(g, gaps, plan.until, plan.since, order)
+    length = fill_order(g, gaps, plan.until, plan.since, order)
     return None if length < 0 else Schedule(tuple(int(v) for v in order[:length]))
 
 
@@ -100,7 +100,7 @@ def base_fronts(schedule: Schedule) -> list[int]:
     return fronts
 
 
-def plan_of(graph: CostGraph, gaps: Gaps, schedule: Schedule) -> RetentionPlan:
+def plan_from_schedule(graph: CostGraph, gaps: Gaps, schedule: Schedule) -> RetentionPlan:
     """The retention plan nearest to ``schedule``.
 
     Exact but for versions that neither begin nor end a gap, which are lost:
@@ -124,7 +124,7 @@ def plan_of(graph: CostGraph, gaps: Gaps, schedule: Schedule) -> RetentionPlan:
 
 
 @njit(cache=True, nogil=True)
-def expand_order(g, gaps, until, since, order):  # type: ignore[no-untyped-def]
+def fill_order(g, gaps, until, since, order):  # type: ignore[no-untyped-def]
     """Fill ``order``; its length, or -1 when it does not suffice."""
     num_ops = g.cost.size
     num_storages = g.size.size

@@ -26,9 +26,9 @@ from .replay import replay
 from .retention_plan import (
     Gaps,
     RetentionPlan,
-    expand,
     find_gaps,
     keep_all_plan,
+    schedule_from_plan,
 )
 from .schedule import Schedule
 
@@ -46,7 +46,7 @@ def uniform(graph: CostGraph, num_segments: int | None = None) -> Schedule | Non
     turn = turning_point(graph)
     if num_segments is None:
         num_segments = max(1, round(math.sqrt(turn)))
-    return expand(g, gaps, segment_plan(g, gaps, turn, num_segments))
+    return schedule_from_plan(g, gaps, segment_plan(g, gaps, turn, num_segments))
 
 
 def uniform_under_budget(graph: CostGraph, budget_bytes: int) -> Schedule | None:
@@ -58,7 +58,7 @@ def uniform_under_budget(graph: CostGraph, budget_bytes: int) -> Schedule | None
     best: Schedule | None = None
     best_cost = 0
     for num_segments in segment_counts(turn):
-        schedule = expand(g, gaps, segment_plan(g, gaps, turn, num_segments))
+        schedule = schedule_from_plan(g, gaps, segment_plan(g, gaps, turn, num_segments))
         if schedule is None:
             continue
         outcome = fast_replay(g, np.array(schedule.order, dtype=np.int64))

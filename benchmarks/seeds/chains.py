@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from graph_capture.cost_graph import CostGraph
-from solvers.keep_all import keep_all
 from solvers.replay import replay
+from solvers.schedule import Schedule
 
 from ..growth import power_law
 from ..plan_runs import markdown
@@ -45,7 +45,7 @@ def chain_rows(
     The search for the optimum begins with the strategy's own schedule.
     """
     rows = []
-    outcome = replay(graph, keep_all(graph))
+    outcome = replay(graph, Schedule.keep_all(graph))
     for name in STRATEGIES:
         if name == PER_LAYER and graph.num_operators == 2 * num_layers + 1:
             continue  # a layer of one operator has nothing inside that could be dropped

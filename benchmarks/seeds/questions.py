@@ -22,7 +22,6 @@ from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import Device
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.target import target_of
-from solvers.keep_all import keep_all
 from solvers.least_memory import least_memory
 from solvers.portfolio import solve
 from solvers.progress import ProgressEvent
@@ -174,7 +173,7 @@ def answer(
 
     The ``hint`` is a schedule of any step of the same wiring; it is tried first.
     """
-    for schedule in (keep_all(graph), *([hint] if hint else [])):
+    for schedule in (Schedule.keep_all(graph), *([hint] if hint else [])):
         outcome = replay(graph, schedule)
         if outcome.peak_bytes <= budget_bytes and outcome.cost_ns <= cost_limit_ns:
             return Answer(schedule=schedule)
@@ -238,7 +237,7 @@ def least_peak_within(
     known
         Schedules to begin with; those that take longer are passed over.
     """
-    schedule = keep_all(graph)
+    schedule = Schedule.keep_all(graph)
     peak = highest = replay(graph, schedule).peak_bytes
     for other in known:
         outcome = replay(graph, other)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graph_capture.cost_graph import CostGraph
-from solvers.keep_all import keep_all
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 
@@ -119,7 +118,7 @@ def plot_memory(
 def beside(plan: PlanRecord) -> dict[str, PlanRecord | tuple[CostGraph, Schedule]]:
     """A plan, and before it what it is held against, on the same graph."""
     panels: dict[str, PlanRecord | tuple[CostGraph, Schedule]] = {
-        "nothing recomputed": (plan.graph, keep_all(plan.graph))
+        "nothing recomputed": (plan.graph, Schedule.keep_all(plan.graph))
     }
     try:
         outcome = apply_strategy(STRATEGIES[PER_LAYER], plan.graph)

@@ -4,7 +4,7 @@ Eager's own order comes first, as :func:`solvers.portfolio.solve` does it, with
 ``FIRST_SHARE`` of the time. Then rounds of three: move the runs of the best
 schedule so that less is in memory where it is tight (``any_order/reorder.py``,
 at no cost); make the order of its first runs the new base order; solve there,
-beginning from that schedule. Beside them, once each, the order of the hint
+beginning from that schedule. ParallelSearch them, once each, the order of the hint
 and the one in which keeping everything fits best.
 
 Guarantee: never worse than that first solve, for another order is taken only

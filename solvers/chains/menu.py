@@ -28,9 +28,9 @@ from ..local_search import NOTHING, Walk
 from ..retention_plan import (
     Gaps,
     RetentionPlan,
-    expand,
     find_gaps,
     keep_all_plan,
+    schedule_from_plan,
 )
 from .blocks import Block, needed_runs, sweep_peak
 
@@ -220,7 +220,7 @@ def _add(
 def option_of(block: Block, gaps: Gaps, plan: RetentionPlan) -> Option | None:
     """The option that is ``plan``; ``None`` when it recomputes far too often."""
     g, middle = block.arrays, block.middle
-    schedule = expand(g, gaps, plan)
+    schedule = schedule_from_plan(g, gaps, plan)
     if schedule is None:
         return None
     order = schedule.order

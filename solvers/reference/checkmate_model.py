@@ -43,8 +43,8 @@ What a cost graph says beyond the paper's DAG:
   repetition's copy counts as workspace;
 - no reader: E = 0 after its production.
 
-R and S are left out where they cannot matter (``usefulness`` in
-``usefulness.py``), so are the places of operators whose R is.
+R and S are left out where they cannot matter (``find_last_use`` in
+``last_use.py``), so are the places of operators whose R is.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays
 from ..highs import OBJECTIVE_SCALE
-from ..last_use import usefulness
+from ..last_use import find_last_use
 from ..replay import replay
 from ..schedule import Schedule
 from ..slices.schedule import trim
@@ -85,10 +85,10 @@ class CheckmateModel:
 
 def count_columns(g: GraphArrays) -> int:
     """How many R and S a model has: of the order of n², so ask before building it."""
-    useful = usefulness(g)
+    last_use = find_last_use(g)
     storages = np.flatnonzero((g.producer >= 0) & (g.kept == 0))
-    runs = np.maximum(0, useful.operator - np.arange(g.num_operators))
-    stays = np.maximum(0, useful.storage[storages] - g.producer[storages])
+    runs = np.maximum(0, last_use.operator - np.arange(g.num_operators))
+    stays = np.maximum(0, last_use.storage[storages] - g.producer[storages])
     return int(runs.sum() + stays.sum())
 
 
@@ -142,18 +142,18 @@ def _decisions(
     g: GraphArrays, builder: LinearBuilder, integer: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Number R and S: (1a) and (8)."""
-    useful = usefulness(g)
+    last_use = find_last_use(g)
     num = g.num_operators
     r_col = np.full((num, num), ABSENT, dtype=np.int64)
     s_col = np.full((num + 1, g.num_storages), ABSENT, dtype=np.int64)
     cost_scale = OBJECTIVE_SCALE / max(1, int(g.cost.sum()))
     for t in range(num):
         r_col[t, t] = ALWAYS
-        for i in np.flatnonzero(useful.operator[:t] >= t):
+        for i in np.flatnonzero(last_use.operator[:t] >= t):
             r_col[t, i] = builder.column(cost=g.cost[i] * cost_scale, integer=integer)
         made = (g.producer >= 0) & (g.producer < t)
         s_col[t, made & (g.kept > 0)] = ALWAYS
-        for k in np.flatnonzero(made & (g.kept == 0) & (useful.storage >= t)):
+        for k in np.flatnonzero(made & (g.kept == 0) & (last_use.storage >= t)):
             s_col[t, k] = builder.column(integer=integer)
     return r_col, s_col
 

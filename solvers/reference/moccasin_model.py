@@ -48,8 +48,8 @@ from graph_capture.cost_graph import CostGraph
 
 from ..arrays import GraphArrays
 from ..last_use import (
-    Usefulness,
-    usefulness,
+    LastUse,
+    find_last_use,
 )
 from ..replay import replay
 from ..schedule import Schedule
@@ -101,10 +101,10 @@ def build_moccasin_model(
     hint
         A schedule of ``graph`` to begin with; what does not fit the form is lost.
     """
-    useful = usefulness(g)
+    last_use = find_last_use(g)
     program = ConstraintProgram()
-    active, start = _runs(g, program, useful, num_runs)
-    end = _ends(g, program, useful, start)
+    active, start = _runs(g, program, last_use, num_runs)
+    end = _ends(g, program, last_use, start)
     reads = _Reads(g, program, active, start, end)
     for v in range(g.num_operators):
         for i in range(len(start[v]) + 1):
@@ -137,13 +137,13 @@ def _only_if(*literals: int) -> list[int]:
 
 
 def _runs(
-    g: GraphArrays, program: ConstraintProgram, useful: Usefulness, num_runs: int
+    g: GraphArrays, program: ConstraintProgram, last_use: LastUse, num_runs: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """a and s, and equation (2)."""
     active: list[list[int]] = []
     start: list[list[int]] = []
     for v in range(g.num_operators):
-        stages = range(v + 1, int(useful.operator[v]) + 1)
+        stages = range(v + 1, int(last_use.operator[v]) + 1)
         again = min(num_runs - 1, len(stages))
         active.append([program.literal() for _ in range(again)])
         start.append([program.whole([event(t, v) for t in stages]) for _ in range(again)])
@@ -155,7 +155,7 @@ def _runs(
 
 
 def _ends(
-    g: GraphArrays, program: ConstraintProgram, useful: Usefulness, start: list[list[int]]
+    g: GraphArrays, program: ConstraintProgram, last_use: LastUse, start: list[list[int]]
 ) -> list[list[int]]:
     """e, anywhere from production to the last use that may be; with e ≥ s.
 
@@ -166,7 +166,7 @@ def _ends(
     for k in np.flatnonzero((g.producer >= 0) & (g.kept == 0)):
         u = int(g.producer[k])
         positions = [int(v) for v in g.positions(int(k))]
-        last = max(event(max(v, int(useful.operator[v])), v) for v in positions)
+        last = max(event(max(v, int(last_use.operator[v])), v) for v in positions)
         num = len(start[u]) + 1
         end[k] = [program.between(event(u, u), last) for _ in range(num)]
         for j, e in enumerate(end[k]):

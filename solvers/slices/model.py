@@ -39,8 +39,8 @@ from numpy.typing import NDArray
 from ..arrays import GraphArrays
 from ..highs import OBJECTIVE_SCALE, build_lp
 from ..last_use import (
-    Usefulness,
-    usefulness,
+    LastUse,
+    find_last_use,
 )
 from ..sparse_rows import ABSENT, ALWAYS, ColumnArray, Rows
 from .slicing import Interval, Slicing
@@ -83,7 +83,7 @@ def build_slice_model(
         bounds only schedules that run none but these again.
     """
     intervals = slicing.intervals(g.num_operators)
-    columns = _Columns(g, intervals, usefulness(g), candidates)
+    columns = _Columns(g, intervals, find_last_use(g), candidates)
     rows = Rows()
     room = budget_bytes - g.resident_bytes
     scale = BUDGET / max(1, budget_bytes)
@@ -139,7 +139,7 @@ class _Columns:
         self,
         g: GraphArrays,
         intervals: list[Interval],
-        useful: Usefulness,
+        last_use: LastUse,
         candidates: NDArray[np.bool_] | None,
     ) -> None:
         num_intervals = len(intervals)
@@ -153,11 +153,11 @@ class _Columns:
             if len(uses) > 1:
                 forced_until[k] = uses[-1]
         for t, interval in enumerate(intervals):
-            again = (operators < interval.begin) & (useful.operator >= interval.begin)
+            again = (operators < interval.begin) & (last_use.operator >= interval.begin)
             self._number(self.r_col[t], again if candidates is None else again & candidates)
             made = (g.producer >= 0) & (g.producer < interval.end)
             always = made & ((g.kept > 0) | (forced_until >= interval.end))
-            self._number(self.l_col[t], made & ~always & (useful.storage >= interval.end))
+            self._number(self.l_col[t], made & ~always & (last_use.storage >= interval.end))
             self.l_col[t][always] = ALWAYS
 
     def _number(self, cols: ColumnArray, mask: NDArray[np.bool_]) -> None:

@@ -6,8 +6,8 @@ from graph_capture.cost_graph import CostGraph
 
 from ..checked import check_time_limit, checked_budget
 from ..incumbent import Incumbent
-from ..keep_all import keep_all
 from ..result import SolveResult
+from ..schedule import Schedule
 from .refinement import slice_refinement
 from .rounds import Round
 from .slicing import Slicing
@@ -60,7 +60,7 @@ def trace_slice_refinement(
     check_time_limit(time_limit_s)
     state = Incumbent(graph, budget_bytes, time_limit_s)
     rounds: list[Round] = []
-    state.offer(keep_all(graph), "keep_all")
+    state.offer(Schedule.keep_all(graph), "keep_all")
     if not state.done:
         slice_refinement(state, seed=seed, slicing=slicing, observe=rounds.append)
     return state.result(), tuple(rounds)

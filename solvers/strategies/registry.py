@@ -8,7 +8,6 @@ from types import MappingProxyType
 
 from graph_capture.cost_graph import CostGraph
 
-from ..keep_all import keep_all
 from ..schedule import Schedule
 from ..suggestions import unknown_name
 from .articulation import AP_GREEDY, AP_SQRT, LINEARIZED_GREEDY, LINEARIZED_SQRT
@@ -41,7 +40,7 @@ PlainStrategy = Callable[[CostGraph, int | None], Schedule | Iterable[Schedule]]
 
 
 def _propose_none(graph: CostGraph, options: StrategyOptions) -> list[Candidate]:
-    return [Candidate(schedule=keep_all(graph))]
+    return [Candidate(schedule=Schedule.keep_all(graph))]
 
 
 NONE = Strategy(

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from graph_capture.cost_graph import CostGraph
 
 from ..chains import rotor
-from ..keep_all import keep_all
 from ..replay import replay
+from ..schedule import Schedule
 from .blocks import module_blocks
 from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
 
@@ -22,7 +22,7 @@ def _propose(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
     budget_bytes = options.budget_bytes
     if budget_bytes is None:
         raise StrategyError("rotor needs a budget; give budget_bytes")
-    schedule = keep_all(graph)
+    schedule = Schedule.keep_all(graph)
     if replay(graph, schedule).peak_bytes <= budget_bytes:
         yield Candidate(schedule=schedule, note="everything is saved")
         return

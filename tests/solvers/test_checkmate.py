@@ -12,7 +12,6 @@ from graph_capture.cost_graph import CostGraph
 from solvers.arrays import graph_arrays
 from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
-from solvers.keep_all import keep_all
 from solvers.reference import checkmate, checkmate_rounding
 from solvers.reference.checkmate import checkmate_lp_rounding, checkmate_milp
 from solvers.reference.checkmate_model import build_checkmate_model, count_columns, schedule_of
@@ -123,10 +122,10 @@ def test_a_killed_solver_leaves_the_incumbent(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(checkmate, "run_ortools", functools.partial(run_ortools, on_start=kill))
     graph = training_chain(4)
     state = Incumbent(graph, keep_all_peak_bytes(graph), 30.0)
-    state.offer(keep_all(graph), "keep_all")
+    state.offer(Schedule.keep_all(graph), "keep_all")
     outcome = checkmate_milp(state)
     assert outcome.schedule is None
-    assert state.schedule == keep_all(graph)
+    assert state.schedule == Schedule.keep_all(graph)
     assert any("SIGKILL" in line for line in state.log)
 
 

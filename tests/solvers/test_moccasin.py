@@ -13,7 +13,6 @@ from graph_capture.cost_graph import CostGraph
 from solvers.arrays import graph_arrays
 from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
-from solvers.keep_all import keep_all
 from solvers.reference import moccasin as module
 from solvers.reference.checkmate_model import CheckmateModel, build_checkmate_model
 from solvers.reference.moccasin import moccasin
@@ -22,6 +21,7 @@ from solvers.reference.ortools_process import run_ortools
 from solvers.reference.ortools_programs import MixedIntegerProgram
 from solvers.replay import replay
 from solvers.result import SolveStatus
+from solvers.schedule import Schedule
 from solvers.stages import is_staged
 
 from .graphs import INSTANCES, budget_within, random_dag, random_step, training_chain
@@ -105,7 +105,7 @@ def test_hints_name_every_column(seed: int) -> None:
     """A staged schedule gives each column a value of its domain, and they stand for it."""
     graph = random_dag(seed) if seed % 2 else random_step(seed)
     g = graph_arrays(graph)
-    start = keep_all(graph)
+    start = Schedule.keep_all(graph)
     for least_peak in (False, True):
         model = build_moccasin_model(
             g, keep_all_peak_bytes(graph), least_peak=least_peak, hint=start, graph=graph
@@ -127,9 +127,9 @@ def test_a_killed_solver_leaves_the_incumbent(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "run_ortools", functools.partial(run_ortools, on_start=kill))
     graph = training_chain(4)
     state = Incumbent(graph, keep_all_peak_bytes(graph), 30.0)
-    state.offer(keep_all(graph), "keep_all")
+    state.offer(Schedule.keep_all(graph), "keep_all")
     outcome = moccasin(state)
-    assert outcome.schedule == state.schedule == keep_all(graph)
+    assert outcome.schedule == state.schedule == Schedule.keep_all(graph)
     assert any("SIGKILL" in line for line in state.log)
 
 

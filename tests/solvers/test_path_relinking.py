@@ -14,15 +14,15 @@ from solvers.arrays import graph_arrays
 from solvers.incumbent import Incumbent
 from solvers.instances import budget_of, keep_all_peak_bytes, load_instance
 from solvers.local_search import local_search
-from solvers.parallel_search import Beside
+from solvers.parallel_search import ParallelSearch
 from solvers.path_relinking import Pool
 from solvers.portfolio import solve
 from solvers.progress import ProgressEvent
 from solvers.replay import replay
 from solvers.retention_plan import (
-    expand,
     find_gaps,
-    plan_of,
+    plan_from_schedule,
+    schedule_from_plan,
 )
 from solvers.schedule import Schedule
 from solvers.slices.refinement import slice_refinement
@@ -112,7 +112,7 @@ def test_where_the_plan_is_inexact_it_is_no_dearer_either(
     assert before.peak_bytes <= budget_bytes
     g = graph_arrays(graph)
     gaps = find_gaps(g)
-    planned = expand(g, gaps, plan_of(graph, gaps, start))
+    planned = schedule_from_plan(g, gaps, plan_from_schedule(graph, gaps, start))
     assert planned is not None
     assert replay(graph, planned).cost_ns > before.cost_ns
     pool = Pool(graph, budget_bytes, most=2)
@@ -236,9 +236,9 @@ def test_the_second_thread_relinks_what_it_hears() -> None:
     tight = solve(graph, 40).schedule
     state = Incumbent(graph, budget_bytes, 60)
     assert state.offer(tight, "hint")
-    beside = Beside(state, seed=0, wanted=False)
-    beside.hear(Schedule.keep_all(graph))
-    beside._relink(0)
-    beside.collect()
+    parallel = ParallelSearch(state, seed=0, wanted=False)
+    parallel.hear(Schedule.keep_all(graph))
+    parallel._relink(0)
+    parallel.collect()
     assert state.solver == "path_relinking"
     assert state.cost_ns == exhaustive_optimum(graph, budget_bytes)

@@ -191,7 +191,7 @@ def test_the_overtime_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
     nothing = SimpleNamespace(lower_bound_ns=0, infeasible=False)
     monkeypatch.setattr("solvers.portfolio.gap_cover", lambda *_, **__: nothing)
-    monkeypatch.setattr("solvers.portfolio.FieldSchedules.families", endless)
+    monkeypatch.setattr("solvers.portfolio.BaselineSchedules.families", endless)
     monkeypatch.setattr("solvers.portfolio.OVERTIME_S", 0.2)
     monkeypatch.setattr("solvers.portfolio.slice_refinement", lambda *_, **__: None)
     solve(training_chain(6), 60, time_limit_s=0.5, workers=1)

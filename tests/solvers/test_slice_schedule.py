@@ -13,8 +13,8 @@ from solvers.least_memory import needs_bytes
 from solvers.replay import replay
 from solvers.retention_plan import (
     RetentionPlan,
-    expand,
     find_gaps,
+    schedule_from_plan,
 )
 from solvers.schedule import Schedule
 from solvers.slices.model import SliceModel, build_slice_model
@@ -30,7 +30,7 @@ def draw_schedule(graph: CostGraph, data: st.DataObject) -> Schedule | None:
     gaps = find_gaps(g)
     until = [data.draw(st.integers(int(a), int(b))) for a, b in zip(gaps.begin, gaps.end)]
     since = [data.draw(st.integers(int(a) + 1, int(b))) for a, b in zip(gaps.begin, gaps.end)]
-    return expand(g, gaps, RetentionPlan(np.array(until, int), np.array(since, int)))
+    return schedule_from_plan(g, gaps, RetentionPlan(np.array(until, int), np.array(since, int)))
 
 
 def satisfies(model: SliceModel, values: NDArray[np.float64]) -> bool:

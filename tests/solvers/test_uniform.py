@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from graph_capture.cost_graph import CostGraph, Operator
-from solvers.keep_all import keep_all
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.uniform import turning_point, uniform, uniform_under_budget
@@ -30,7 +29,7 @@ def test_takes_less_memory_and_more_time_than_keeping_all() -> None:
     graph = training_chain(16)
     schedule = uniform(graph)
     assert schedule is not None
-    kept = replay(graph, keep_all(graph))
+    kept = replay(graph, Schedule.keep_all(graph))
     outcome = replay(graph, schedule)
     assert outcome.cost_ns > kept.cost_ns
     assert outcome.cost_ns <= 1.5 * kept.cost_ns
@@ -46,7 +45,7 @@ def test_turns_where_phases_or_memory_say() -> None:
 def test_finds_the_cheapest_number_of_segments_that_fits() -> None:
     """With room for everything it recomputes nothing; with none it gives up."""
     graph = training_chain(9)
-    peak = replay(graph, keep_all(graph)).peak_bytes
+    peak = replay(graph, Schedule.keep_all(graph)).peak_bytes
     assert uniform_under_budget(graph, peak) == Schedule.keep_all(graph)
     assert uniform_under_budget(graph, 10) is None
 

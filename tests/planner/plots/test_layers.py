@@ -10,7 +10,6 @@ from graph_capture import capture
 from graph_capture.cost_graph import CostGraph
 from planner.plots import plot_layers
 from planner.plots.layer_table import Fate, layer_table
-from solvers.keep_all import keep_all
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, apply_strategy
 from tests.zoo import ZOO
@@ -51,7 +50,7 @@ def test_a_third_run_and_a_saved_one_that_runs_again_are_told_apart() -> None:
 def test_nothing_recomputed_is_saved_or_gone() -> None:
     """In the step that keeps everything nothing counts as recomputed."""
     graph = _captured("gpt2")
-    table = layer_table(graph, keep_all(graph))
+    table = layer_table(graph, Schedule.keep_all(graph))
     assert {Fate(f) for f in np.unique(table.fates)} <= {Fate.ABSENT, Fate.NOT_NEEDED, Fate.SAVED}
     assert not table.recomputed_bytes.any()
 
@@ -80,7 +79,7 @@ def test_columns_are_the_models_layers(name: str, columns: tuple[str, ...]) -> N
 
 def test_equal_layers_fill_their_rows() -> None:
     """Operators of two equal blocks lie beside each other."""
-    table = layer_table(graph := _captured("resnet50"), keep_all(graph))
+    table = layer_table(graph := _captured("resnet50"), Schedule.keep_all(graph))
     relu = [str(row) for row in table.rows].index("layer.0.activation: relu")
     assert (table.fates[relu, 1:-1] != Fate.ABSENT).all()
 
@@ -106,8 +105,8 @@ def test_figure_has_a_box_for_each_operator_shown() -> None:
 def test_small_rows_are_left_out_and_counted() -> None:
     """What has next to no bytes is not shown unless it is asked for."""
     graph = _captured("gpt2")
-    part = plot_layers((graph, keep_all(graph)))
-    whole = plot_layers((graph, keep_all(graph)), small=True)
+    part = plot_layers((graph, Schedule.keep_all(graph)))
+    whole = plot_layers((graph, Schedule.keep_all(graph)), small=True)
     num_part, num_whole = (len(f.axes[2].get_yticks()) for f in (part, whole))
     assert num_part < num_whole
     words = part.legends[0].get_title().get_text()

@@ -8,7 +8,6 @@ import torch
 from planner import Plan, optimize
 from planner.plots import plot_memory
 from planner.plots.memory import beside
-from solvers.keep_all import keep_all
 from solvers.schedule import Schedule
 from tests.planner.small import Net
 
@@ -39,7 +38,7 @@ def test_panels_share_axes_and_say_how_much_longer() -> None:
     """Each plan has a panel; the time is held against the first."""
     graph = two_layers()
     figure = plot_memory(
-        {"unplanned": (graph, keep_all(graph)), "other": (graph, Schedule(RECOMPUTING))},
+        {"unplanned": (graph, Schedule.keep_all(graph)), "other": (graph, Schedule(RECOMPUTING))},
         budget_bytes=30,
     )
     first, second = figure.axes

@@ -17,7 +17,6 @@ from planner.plots.memory_timeline import (
     WORKSPACE,
     memory_timeline,
 )
-from solvers.keep_all import keep_all
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, apply_strategy
@@ -50,7 +49,7 @@ def test_groups_are_as_counted_by_hand() -> None:
 def test_nothing_recomputed_is_all_saved() -> None:
     """In the step that keeps everything, what the backward reads is saved and nothing is a copy."""
     graph = two_layers()
-    order = keep_all(graph).order
+    order = Schedule.keep_all(graph).order
     assert _of(SAVED, graph, order) == [8, 12, 20, 24, 24, 12]
     assert not any(_of(RECOMPUTED, graph, order))
 
@@ -61,7 +60,7 @@ def test_a_librarys_workspace_is_scratch() -> None:
     buffer = Storage(name="running_mean", size_bytes=5, producer=None, category="buffer")
     workspace = replace(buffer, name=STORAGE_NAME, size_bytes=100)
     more = CostGraph(graph.operators, (*graph.storages, buffer, workspace))
-    order = keep_all(graph).order
+    order = Schedule.keep_all(graph).order
     assert _of(MODEL, more, order) == [15] * 6
     assert _of(WORKSPACE, more, order) == [103, 100, 103, 100, 100, 100]
 

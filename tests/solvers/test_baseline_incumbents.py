@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from solvers.baseline_incumbents import (
     FAMILIES,
     SINGLE,
-    FieldSchedules,
+    BaselineSchedules,
 )
 from solvers.instances import budget_of, keep_all_peak_bytes
 from solvers.replay import replay
@@ -58,8 +58,8 @@ def test_ends_with_the_best_of_all(seed: int, tenths: int, is_step: bool) -> Non
             continue
         if outcome.fits:
             costs.append(outcome.cost_ns)
-    field = FieldSchedules(graph, budget_bytes)
-    found = [*field.singles(_never), *field.families(_never)]
+    baselines = BaselineSchedules(graph, budget_bytes)
+    found = [*baselines.singles(_never), *baselines.families(_never)]
     replays = [replay(graph, schedule) for schedule, _ in found]
     assert all(r.peak_bytes <= budget_bytes for r in replays)
     assert [r.cost_ns for r in replays] == sorted({r.cost_ns for r in replays}, reverse=True)
@@ -70,21 +70,21 @@ def test_goes_on_where_the_effort_ended() -> None:
     """In many small portions as in one, and after the last nothing comes."""
     graph = transformer(4)
     budget_bytes = budget_of(graph, 0.8)
-    whole = list(FieldSchedules(graph, budget_bytes).families(_never))
-    field = FieldSchedules(graph, budget_bytes)
-    portions = [found for _ in range(2000) for found in field.families(_never, effort_runs=1)]
+    whole = list(BaselineSchedules(graph, budget_bytes).families(_never))
+    baselines = BaselineSchedules(graph, budget_bytes)
+    portions = [found for _ in range(2000) for found in baselines.families(_never, effort_runs=1)]
     assert portions == whole
     assert whole
-    assert list(field.families(_never)) == []
+    assert list(baselines.families(_never)) == []
 
 
 def test_dtr_that_was_cut_is_run_again() -> None:
     """Told to give up while DTR runs, the families begin with it."""
     graph = transformer(4)
     budget_bytes = budget_of(graph, 0.5)
-    field = FieldSchedules(graph, budget_bytes)
-    assert [name for _, name in field.singles(_never)][-1] == "dtr"
-    field = FieldSchedules(graph, budget_bytes)
+    baselines = BaselineSchedules(graph, budget_bytes)
+    assert [name for _, name in baselines.singles(_never)][-1] == "dtr"
+    baselines = BaselineSchedules(graph, budget_bytes)
     asked = 0
 
     def give_up() -> bool:
@@ -93,18 +93,18 @@ def test_dtr_that_was_cut_is_run_again() -> None:
         asked += 1
         return asked > len(SINGLE) + 3
 
-    assert "dtr" not in [name for _, name in field.singles(give_up)]
-    assert next(field.families(_never))[1] == "dtr"
+    assert "dtr" not in [name for _, name in baselines.singles(give_up)]
+    assert next(baselines.families(_never))[1] == "dtr"
 
 
 def test_gives_up_at_once() -> None:
     """Nothing is proposed when the time is over, and everything when it is asked for again."""
     graph = transformer(4)
     budget_bytes = budget_of(graph, 0.8)
-    field = FieldSchedules(graph, budget_bytes)
-    assert [*field.singles(_always), *field.families(_always)] == []
-    asked_once = FieldSchedules(graph, budget_bytes)
-    assert list(field.families(_never)) == list(asked_once.families(_never))
+    baselines = BaselineSchedules(graph, budget_bytes)
+    assert [*baselines.singles(_always), *baselines.families(_always)] == []
+    asked_once = BaselineSchedules(graph, budget_bytes)
+    assert list(baselines.families(_never)) == list(asked_once.families(_never))
 
 
 def test_dtr_says_that_it_was_told_to_give_up() -> None:

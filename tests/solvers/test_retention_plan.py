@@ -9,10 +9,10 @@ from solvers.arrays import graph_arrays
 from solvers.replay import replay
 from solvers.retention_plan import (
     RetentionPlan,
-    expand,
     find_gaps,
     keep_all_plan,
-    plan_of,
+    plan_from_schedule,
+    schedule_from_plan,
 )
 from solvers.schedule import Schedule
 
@@ -27,7 +27,9 @@ def test_every_plan_gives_a_valid_schedule(graph: CostGraph, data: st.DataObject
     gaps = find_gaps(g)
     until = [data.draw(st.integers(int(a), int(b))) for a, b in zip(gaps.begin, gaps.end)]
     since = [data.draw(st.integers(int(a) + 1, int(b))) for a, b in zip(gaps.begin, gaps.end)]
-    schedule = expand(g, gaps, RetentionPlan(np.array(until, int), np.array(since, int)))
+    schedule = schedule_from_plan(
+        g, gaps, RetentionPlan(np.array(until, int), np.array(since, int))
+    )
     if schedule is not None:
         replay(graph, schedule)
 
@@ -38,7 +40,7 @@ def test_dropping_nothing_recomputes_nothing(graph: CostGraph) -> None:
     """The plan that keeps everything expands to the base order."""
     g = graph_arrays(graph)
     gaps = find_gaps(g)
-    assert expand(g, gaps, keep_all_plan(gaps)) == Schedule.keep_all(graph)
+    assert schedule_from_plan(g, gaps, keep_all_plan(gaps)) == Schedule.keep_all(graph)
 
 
 def test_recomputes_just_in_time() -> None:
@@ -49,7 +51,7 @@ def test_recomputes_just_in_time() -> None:
     plan = keep_all_plan(gaps)
     h = gaps.ptr[1] + 1  # from f2, which reads x1, to b1
     plan.until[h] = gaps.begin[h]
-    assert expand(g, gaps, plan) == Schedule((0, 1, 2, 3, 1, 4, 5))
+    assert schedule_from_plan(g, gaps, plan) == Schedule((0, 1, 2, 3, 1, 4, 5))
 
 
 def test_recomputes_what_a_recomputation_misses() -> None:
@@ -61,9 +63,9 @@ def test_recomputes_what_a_recomputation_misses() -> None:
     for k in (0, 1):
         h = gaps.ptr[k] + 1
         plan.until[h] = gaps.begin[h]
-    assert expand(g, gaps, plan) == Schedule((0, 1, 2, 3, 0, 1, 4, 0, 5))
+    assert schedule_from_plan(g, gaps, plan) == Schedule((0, 1, 2, 3, 0, 1, 4, 0, 5))
     plan.since[gaps.ptr[0] + 1] = 4
-    assert expand(g, gaps, plan) == Schedule((0, 1, 2, 3, 0, 1, 4, 5))
+    assert schedule_from_plan(g, gaps, plan) == Schedule((0, 1, 2, 3, 0, 1, 4, 5))
 
 
 def test_a_plan_read_off_a_schedule_gives_it_back() -> None:
@@ -72,4 +74,4 @@ def test_a_plan_read_off_a_schedule_gives_it_back() -> None:
     g = graph_arrays(graph)
     gaps = find_gaps(g)
     schedule = Schedule((0, 1, 2, 3, 0, 1, 4, 5))
-    assert expand(g, gaps, plan_of(graph, gaps, schedule)) == schedule
+    assert schedule_from_plan(g, gaps, plan_from_schedule(graph, gaps, schedule)) == schedule

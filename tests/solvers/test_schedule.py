@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 
 from graph_capture.cost_graph import CostGraph
-from solvers.keep_all import keep_all
 from solvers.replay import replay
+from solvers.schedule import Schedule
 
 from .brute_force import least_cost
 from .graphs import cost_graphs, training_chain
@@ -14,7 +14,7 @@ from .graphs import cost_graphs, training_chain
 @given(graph=cost_graphs())
 def test_it_is_the_fastest_where_it_fits(graph: CostGraph) -> None:
     """At its own peak no schedule costs less, and it recomputes nothing."""
-    schedule = keep_all(graph)
+    schedule = Schedule.keep_all(graph)
     outcome = replay(graph, schedule)
     assert schedule.recomputed() == {}
     assert outcome.cost_ns == graph.base_cost_ns
@@ -24,5 +24,5 @@ def test_it_is_the_fastest_where_it_fits(graph: CostGraph) -> None:
 def test_it_holds_every_activation() -> None:
     """Six layers of ten bytes: six activations and a gradient."""
     graph = training_chain(6)
-    assert keep_all(graph).order == tuple(range(12))
-    assert replay(graph, keep_all(graph)).peak_bytes == 70
+    assert Schedule.keep_all(graph).order == tuple(range(12))
+    assert replay(graph, Schedule.keep_all(graph)).peak_bytes == 70
