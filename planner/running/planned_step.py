@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -243,11 +244,15 @@ class PlannedStep:
 
     # -- backward ------------------------------------------------------------------
 
-    @torch.compiler.disable
     def run_backward(
         self, ctx: Any, call: StepCall, gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
         """Gradients of the step's inputs, by the plan where it can give what is asked for."""
+        return _outside_compilers()(self, ctx, call, gradients)
+
+    def _run_backward(
+        self, ctx: Any, call: StepCall, gradients: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
         for gradient in gradients:
             refuse_batched(gradient)
         self._tally.num_backward += 1
@@ -399,6 +404,12 @@ class PlannedStep:
     def _explain(self, error: BaseException, graph: GraphModule) -> None:
         if self._plan is not None:
             explain(error, self._plan, self._model, graph)
+
+
+@cache
+def _outside_compilers() -> Callable[..., list[torch.Tensor | None]]:
+    """The backward pass as one opaque call; made late, since this imports the compiler."""
+    return torch.compiler.disable(PlannedStep._run_backward)
 
 
 class _Step(torch.autograd.Function):

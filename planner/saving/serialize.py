@@ -18,9 +18,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jsonschema import Draft202012Validator, validators
-from jsonschema.exceptions import best_match
-
 from graph_capture.call_spec import TensorSpec, from_json, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
 from graph_capture.costs.cost_model import CostRecord
@@ -51,13 +48,16 @@ def schema() -> dict[str, Any]:
     return json.loads(files("planner").joinpath("plan.schema.json").read_text("utf-8"))
 
 
-# In JSON Schema 1.0 is an integer; as an index it is none.
-_Validator = validators.extend(
-    Draft202012Validator,
-    type_checker=Draft202012Validator.TYPE_CHECKER.redefine(
+@cache
+def _validator() -> Any:
+    """Checks plan files; imported late, since most who plan read none."""
+    from jsonschema import Draft202012Validator, validators
+
+    # In JSON Schema 1.0 is an integer; as an index it is none.
+    integers = Draft202012Validator.TYPE_CHECKER.redefine(
         "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
-    ),
-)
+    )
+    return validators.extend(Draft202012Validator, type_checker=integers)(schema())
 
 
 def save_plan(plan: PlanRecord, path: Path) -> None:
@@ -190,6 +190,8 @@ def plan_from_dict(data: Any) -> PlanRecord:
     PlanError
         Names the first thing that is wrong.
     """
+    from jsonschema.exceptions import best_match
+
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version is not SCHEMA_VERSION:
         raise PlanError(
@@ -197,7 +199,7 @@ def plan_from_dict(data: Any) -> PlanRecord:
             "make the plan again"
         )
     try:
-        problem = best_match(_Validator(schema()).iter_errors(data))
+        problem = best_match(_validator().iter_errors(data))
         if problem is not None:
             where, what = problem.json_path[:200], problem.message[:200]
             raise PlanError(printable(f"at {where}: {what}"))
