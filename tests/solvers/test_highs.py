@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import highspy
 import numpy as np
@@ -96,3 +98,10 @@ def test_a_bound_is_rounded_up_to_a_whole_cost() -> None:
 def test_no_bound_is_zero(value: float) -> None:
     """What HiGHS says before it has a bound is taken for none."""
     assert rounded_bound(value, 1000) == 0
+
+
+def test_the_first_model_of_a_process_is_silent() -> None:
+    """Since 1.16 HiGHS introduces itself once in a process, before any option is set."""
+    code = "from solvers.highs import quiet_highs; quiet_highs(time_limit_s=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")
