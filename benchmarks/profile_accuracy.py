@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import nn
 
 from graph_capture.costs.profile import Profile
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 from planner import Plan, optimize
 from planner.base.training_step import make_step
 from planner.errors import InfeasibleBudgetError
@@ -108,7 +108,7 @@ def rows_of(
     case: Case,
     budgets: Sequence[float],
     *,
-    cost_model: ChosenCosts,
+    cost_model: CostModelChoice,
     device: torch.device,
     num_pairs: int,
     time_limit_s: float,
@@ -146,7 +146,7 @@ def _plan(
     model: nn.Module,
     sample: Any,
     budget_bytes: int,
-    cost_model: ChosenCosts,
+    cost_model: CostModelChoice,
     time_limit_s: float,
     seed: int,
 ) -> Plan:

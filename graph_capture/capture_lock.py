@@ -19,7 +19,7 @@ _Result = TypeVar("_Result")
 _capturing = threading.RLock()
 
 
-def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+def holds_capture_lock(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """A function that waits until no other thread is in one of these functions."""
 
     @wraps(function)

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from .assembly import Assembly, CapturedStep
 from .call_spec import bind_call, split_sample, tensors_of
-from .capture_lock import one_at_a_time
+from .capture_lock import holds_capture_lock
 from .cost_graph import CostGraph
-from .costs.call_collector import CollectedCalls
+from .costs.call_collector import CallCollector
 from .costs.cost_model import PreparedCostModel, TimingProgress
 from .costs.devices import Device
 from .costs.profile import ProfiledCosts
 from .costs.resolve import (
-    ChosenCosts,
-    choose_costs,
+    CostModelChoice,
+    resolve_cost_model,
 )
 from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .costs.workspace import WorkspaceProbe
@@ -48,7 +48,7 @@ def capture(
     loss_fn: LossFn | None = None,
     optimizer: OptimizerStep | None = None,
     device: str | Device | None = None,
-    cost_model: ChosenCosts = "roofline",
+    cost_model: CostModelChoice = "roofline",
 ) -> CostGraph:
     """The cost graph of one training step of ``model`` on inputs like ``sample_input``.
 
@@ -57,7 +57,7 @@ def capture(
     device
         Where the step shall run, see :func:`~graph_capture.target.target_of`.
     cost_model
-        See :func:`~graph_capture.costs.resolve.choose_costs`.
+        See :func:`~graph_capture.costs.resolve.resolve_cost_model`.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def capture(
     ).graph
 
 
-@one_at_a_time
+@holds_capture_lock
 def capture_step(
     model: nn.Module,
     arguments: Mapping[str, Any],
@@ -88,7 +88,7 @@ def capture_step(
     forward: Callable[..., Any],
     target: Target,
     measure_scratch: bool = True,
-    cost_model: ChosenCosts = "roofline",
+    cost_model: CostModelChoice = "roofline",
     progress: TimingProgress | None = None,
     taken: TakenPath | None = None,
     check: Callable[[CostGraph], None] | None = None,
@@ -109,7 +109,7 @@ def capture_step(
     target
         Where the step shall run.
     cost_model
-        See :func:`~graph_capture.costs.resolve.choose_costs`.
+        See :func:`~graph_capture.costs.resolve.resolve_cost_model`.
     progress
         Is told how far a cost model is that times calls.
     taken
@@ -118,7 +118,7 @@ def capture_step(
         Called with the graph, without scratch, before any call is run to see how
         much it takes; raises where that shall not come about.
     """
-    costs, roofline = choose_costs(cost_model, target), Roofline(target.device)
+    costs, roofline = resolve_cost_model(cost_model, target), Roofline(target.device)
     step = trace_step(model, arguments, loss, forward=forward, target=target, taken=taken)
     split_dropout(step.graph)
 
@@ -179,9 +179,9 @@ def _fold(
     if check is not None:
         check(assembled(_unmeasured(pricing)).graph)
     if isinstance(pricing.costs, PreparedCostModel):
-        collected = CollectedCalls()
-        assembled(replace(pricing, costs=collected, known={}))
-        pricing.costs.prepare(collected.calls, progress)
+        collector = CallCollector()
+        assembled(replace(pricing, costs=collector, known={}))
+        pricing.costs.prepare(collector.calls, progress)
     return assembled(pricing)
 
 

@@ -43,7 +43,7 @@ _FACTORIES = {
 _item = torch.ops.aten._local_scalar_dense.default
 
 
-class KnownValues:
+class ConstantValues:
     """Real values of some of the stand-ins of one capture.
 
     Parameters of its methods are those of ``__torch_dispatch__``. Stand-ins must
@@ -56,9 +56,9 @@ class KnownValues:
         self._memory_of: dict[int, int] = {}
         self._in_memory: dict[int, list[int]] = {}  # storage -> stand-ins of it that are known
 
-    def copy(self) -> KnownValues:
+    def copy(self) -> ConstantValues:
         """The same values; what one of the two learns or forgets the other does not."""
-        twin = KnownValues()
+        twin = ConstantValues()
         twin._value_of = dict(self._value_of)
         twin._memory_of = dict(self._memory_of)
         twin._in_memory = {memory: list(ids) for memory, ids in self._in_memory.items()}
@@ -121,7 +121,7 @@ class KnownValues:
         self._in_memory.setdefault(memory, []).append(id(out))
 
 
-class Knowing(ReadsWhole):
+class ReplayAnswersMode(ReadsWhole):
     """Answers for values as a recorder did, and writes nothing down.
 
     Parameters
@@ -135,7 +135,7 @@ class Knowing(ReadsWhole):
     """
 
     def __init__(
-        self, known: KnownValues, outcomes: Sequence[Outcome] = (), unknown: Sequence[bool] = ()
+        self, known: ConstantValues, outcomes: Sequence[Outcome] = (), unknown: Sequence[bool] = ()
     ) -> None:
         super().__init__()
         self._unknown = iter(unknown)
@@ -190,7 +190,7 @@ def _is_pure(func: Any) -> bool:
 
 
 @contextmanager
-def taken_for_real() -> Iterator[None]:
+def disguise_fake_tensors() -> Iterator[None]:
     """While active, Transformers does not recognize stand-ins as such.
 
     It asks whether a tensor is fake in order to avoid branches on values; where
@@ -208,4 +208,4 @@ def taken_for_real() -> Iterator[None]:
         library.is_fake_tensor = before
 
 
-__all__ = ["Knowing", "KnownValues", "taken_for_real"]
+__all__ = ["ReplayAnswersMode", "ConstantValues", "disguise_fake_tensors"]

@@ -48,7 +48,7 @@ ONE_KERNEL_ON_CUDA = ("_fused_rms_norm", "mish_backward", "silu_backward")
 
 
 @contextmanager
-def choices_of_cuda(target: Target) -> Iterator[None]:
+def dispatch_as_on(target: Target) -> Iterator[None]:
     """While active, CUDA tensors are dispatched as they would be on ``target``.
 
     The kernels are put in at autograd's key, where composite functions are taken

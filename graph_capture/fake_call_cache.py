@@ -28,7 +28,7 @@ class _Unusual(Exception):
     """An argument that keeps a call from being remembered."""
 
 
-class RepeatedCalls:
+class FakeCallCache:
     """What calls on stand-ins of one mode hand out.
 
     Parameters
@@ -192,4 +192,4 @@ class _Tensor(tuple):
     __slots__ = ()
 
 
-__all__ = ["RepeatedCalls"]
+__all__ = ["FakeCallCache"]

@@ -17,7 +17,7 @@ from .recorder import storage_id
 from .target import Target
 
 
-class StandIns:
+class FakeInputs:
     """Twins of tensors: same shape, strides and dtype, same sharing of memory, no memory.
 
     Parameters

@@ -15,10 +15,10 @@ from torch.optim.optimizer import _foreach_supported_types
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .absent_cuda import ensure_cuda_guard
-from .capture_lock import one_at_a_time
+from .capture_lock import holds_capture_lock
 from .costs.allocator import block_bytes
-from .fake_call_cache import RepeatedCalls
-from .fake_inputs import StandIns
+from .fake_call_cache import FakeCallCache
+from .fake_inputs import FakeInputs
 from .memory_meter import MemoryMeter
 from .recorder import storage_id
 from .target import Target
@@ -64,7 +64,7 @@ class OptimizerStep:
     step_ns: int | None = None
 
 
-@one_at_a_time
+@holds_capture_lock
 def measure_optimizer(
     optimizer: torch.optim.Optimizer | str | None, model: nn.Module, target: Target
 ) -> OptimizerStep | None:
@@ -90,8 +90,8 @@ def measure_optimizer(
     if target.absent:
         ensure_cuda_guard()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_mode, _NumbersOfStandIns(RepeatedCalls(fake_mode)), _stand_ins_are_parameters():
-        twin, name = _twin(optimizer, model, StandIns(fake_mode, target))
+    with fake_mode, _NumbersOfFakeTensors(FakeCallCache(fake_mode)), _fake_tensors_are_parameters():
+        twin, name = _twin(optimizer, model, FakeInputs(fake_mode, target))
         parameters = [p for group in twin.param_groups for p in group["params"]]
         for p in parameters:
             p.grad = torch.empty_like(p)
@@ -120,14 +120,14 @@ def measure_optimizer(
     )
 
 
-class _NumbersOfStandIns(TorchDispatchMode):
+class _NumbersOfFakeTensors(TorchDispatchMode):
     """``.item()`` of a stand-in is a half: memory depends on shapes, not on values.
 
     Adafactor, for one, reads the norm of each parameter; NAdam divides by one
     less a product that it keeps.
     """
 
-    def __init__(self, repeated: RepeatedCalls) -> None:
+    def __init__(self, repeated: FakeCallCache) -> None:
         super().__init__()
         self._repeated = repeated
 
@@ -141,7 +141,7 @@ class _NumbersOfStandIns(TorchDispatchMode):
 
 
 @contextmanager
-def _stand_ins_are_parameters() -> Iterator[None]:
+def _fake_tensors_are_parameters() -> Iterator[None]:
     """While active, optimizers choose between their implementations as for real parameters."""
     _foreach_supported_types.append(FakeTensor)
     try:
@@ -151,7 +151,7 @@ def _stand_ins_are_parameters() -> Iterator[None]:
 
 
 def _twin(
-    optimizer: torch.optim.Optimizer | str, model: nn.Module, twins: StandIns
+    optimizer: torch.optim.Optimizer | str, model: nn.Module, twins: FakeInputs
 ) -> tuple[torch.optim.Optimizer, str]:
     def stand_in(p: torch.Tensor) -> nn.Parameter:
         return nn.Parameter(twins.of(p.detach()), requires_grad=p.requires_grad)

@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .asked_numbers import AskedNumber
 from .constant_values import (
-    Knowing,
-    KnownValues,
+    ConstantValues,
+    ReplayAnswersMode,
 )
 from .drawn_ahead import is_ahead
 from .errors import CaptureError
-from .fake_call_cache import RepeatedCalls
+from .fake_call_cache import FakeCallCache
 from .isolation import generator_states
 from .kernels_word import kernels_word, laid_out_rightly
 from .layouts import refuse_nesting, refuse_result
@@ -106,7 +106,7 @@ class Recorder(ReadsWhole):
     def __init__(
         self,
         current_node: Callable[[], Any] = torch._C._current_autograd_node,
-        repeated: RepeatedCalls | None = None,
+        repeated: FakeCallCache | None = None,
         on_call: Callable[[], None] = lambda: None,
         outcomes: Sequence[Outcome] | None = None,
         twin: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
@@ -131,7 +131,7 @@ class Recorder(ReadsWhole):
         self._memory_of: dict[int, int] = {}  # id of a tensor -> storage that it had when bound
         self._keep_alive: list[Any] = []
         self._by_storage: dict[int, list[Node]] = {}
-        self._known = KnownValues()
+        self._known = ConstantValues()
         self.questions = Questions(self, None if outcomes is None else GivenOutcomes(outcomes))
         self._module_stack: list[str] = [""]
         self._module_of_sequence: dict[int, tuple[str, str]] = {}
@@ -251,9 +251,11 @@ class Recorder(ReadsWhole):
         """Forget who listens: what was recorded may outlive the model."""
         self._on_call = lambda: None
 
-    def knowing(self) -> Knowing:
+    def knowing(self) -> ReplayAnswersMode:
         """A mode that knows what was known of values so far, and records nothing."""
-        return Knowing(self._known.copy(), self.questions.outcomes, self.questions.unknown)
+        return ReplayAnswersMode(
+            self._known.copy(), self.questions.outcomes, self.questions.unknown
+        )
 
     def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """All values of a stand-in that the code reads outside of PyTorch."""

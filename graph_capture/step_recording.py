@@ -23,8 +23,8 @@ from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .eager_formulas import eager_formulas_taken
 from .effects import Effects
 from .errors import NotFittingError
-from .fake_call_cache import RepeatedCalls
-from .fake_inputs import StandIns
+from .fake_call_cache import FakeCallCache
+from .fake_inputs import FakeInputs
 from .foreign_generators import new_generators_refused
 from .isolation import swap_tensors
 from .layouts import refuse_state
@@ -103,11 +103,11 @@ class _Recording:
         self.differentiator = differentiator
         self.target = target
         self.fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.twins = StandIns(self.fake_mode, target)
+        self.twins = FakeInputs(self.fake_mode, target)
         real = _real_results(self.fake_mode, target)
         self.recorder = Recorder(
             differentiator.current_node,
-            RepeatedCalls(self.fake_mode, real),
+            FakeCallCache(self.fake_mode, real),
             lambda: watcher.look_at_stack(sys._getframe(2), __file__),
             outcomes,
             self.twins.of,

@@ -21,8 +21,8 @@ from .alike import calls_of, same_step
 from .call_spec import objects_of, tensors_of
 from .checkpointing import checkpoints_inlined
 from .clocks import ClocksMet
-from .constant_values import taken_for_real
-from .cuda_dispatch_rules import choices_of_cuda, refuse_recurrent
+from .constant_values import disguise_fake_tensors
+from .cuda_dispatch_rules import dispatch_as_on, refuse_recurrent
 from .errors import CaptureError, NotFittingError
 from .failures import explain_failures
 from .isolation import undisturbed
@@ -122,8 +122,8 @@ def _first_that_works(
         ensure_cuda_guard()
     # Where the code does with a number what only a number can do, it gets the number itself.
     attempts: list[tuple[str, Any, bool]] = [
-        (AS_EAGER, taken_for_real, True),
-        (AS_EAGER, taken_for_real, False),
+        (AS_EAGER, disguise_fake_tensors, True),
+        (AS_EAGER, disguise_fake_tensors, False),
         (COMPILING, _pretend_compiling, False),
     ]
     if taken is not None:
@@ -140,7 +140,7 @@ def _first_that_works(
             with (
                 undisturbed(model, objects_of(arguments)),
                 checkpoints_inlined(),
-                choices_of_cuda(target) if target.imitated else nullcontext(),
+                dispatch_as_on(target) if target.imitated else nullcontext(),
                 torch.autograd.set_detect_anomaly(False),  # which asks for values of gradients
                 _quiet_fake_tensors(),
                 read_as_a_whole(handed if numbers else None),

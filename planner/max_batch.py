@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graph_capture.costs.devices import Device
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.loss import LossFn
 
 from .base.progress import ShowLines
@@ -35,7 +35,7 @@ def max_batch(
     loss_fn: LossFn | None = None,
     optimizer: torch.optim.Optimizer | str | None = None,
     autocast: torch.dtype | None = None,
-    cost_model: ChosenCosts = "roofline",
+    cost_model: CostModelChoice = "roofline",
     headroom: float | str | None = None,
     never_recompute: Sequence[str] = (),
     always_recompute: Sequence[str] = (),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graph_capture.costs.devices import Device
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 
 from .base.budget import parse_budget
 from .base.progress import ShowProgress
@@ -38,7 +38,7 @@ def optimize(
     reorder: bool = False,
     device: str | Device | None = None,
     autocast: torch.dtype | None = None,
-    cost_model: ChosenCosts = "roofline",
+    cost_model: CostModelChoice = "roofline",
     headroom: float | str | None = None,
     progress: ShowProgress = None,
 ) -> Plan:

@@ -21,7 +21,7 @@ import torch
 
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.profile import Profile
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 from planner import compare
 from planner.base.atomic_write import write_whole
 from planner.base.solve_options import SolveOptions
@@ -185,7 +185,7 @@ class Step:
         say("capture")
         subject = SUBJECTS[job.model](job.size)
         model, sample = subject.build(seed=job.seed), subject.sample(job.seed)
-        costs: ChosenCosts = profile if job.cost_model == "profile" else job.cost_model
+        costs: CostModelChoice = profile if job.cost_model == "profile" else job.cost_model
         spec = StepSpec(
             model=model,
             sample_input=sample,

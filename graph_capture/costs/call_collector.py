@@ -8,7 +8,7 @@ from .cost_model import (
 )
 
 
-class CollectedCalls:
+class CallCollector:
     """A cost model that answers zero and remembers what it was asked for."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """What every cost model answers: how long one call takes on a device.
 
 Three are built in: :class:`~.roofline.Roofline` (from shapes and a data sheet),
-:class:`~.profile.Profile` (timed on the device) and :class:`~.given.GivenCosts`
+:class:`~.profile.Profile` (timed on the device) and :class:`~.user_costs.UserCosts`
 (the user's own figures). Whichever was used is written into the plan.
 """
 

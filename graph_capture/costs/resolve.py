@@ -10,14 +10,14 @@ from .profile import (
 )
 from .roofline import Roofline
 from .user_costs import (
-    GivenCosts,
-    GivenTime,
+    TimeFunction,
+    UserCosts,
 )
 
-ChosenCosts = str | Profile | CostModel | GivenTime
+CostModelChoice = str | Profile | CostModel | TimeFunction
 
 
-def choose_costs(asked: ChosenCosts, target: Target) -> CostModel:
+def resolve_cost_model(asked: CostModelChoice, target: Target) -> CostModel:
     """The cost model that ``asked`` names.
 
     Parameters
@@ -44,5 +44,5 @@ def choose_costs(asked: ChosenCosts, target: Target) -> CostModel:
     if isinstance(asked, Profile):
         return ProfiledCosts(target, asked)
     if callable(asked):
-        return GivenCosts(asked, roofline)
+        return UserCosts(asked, roofline)
     raise ValueError(f"cost_model is 'roofline', 'profile' or a function, got {asked!r}")

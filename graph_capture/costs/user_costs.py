@@ -13,10 +13,10 @@ from .cost_model import (
 
 MAX_US = 1e14  # three years
 
-GivenTime = Callable[[Call], float | None]
+TimeFunction = Callable[[Call], float | None]
 
 
-class GivenCosts:
+class UserCosts:
     """Asks the user's function first.
 
     Parameters
@@ -27,7 +27,7 @@ class GivenCosts:
         The model for the other calls.
     """
 
-    def __init__(self, time_us: GivenTime, otherwise: CostModel) -> None:
+    def __init__(self, time_us: TimeFunction, otherwise: CostModel) -> None:
         self._time_us = time_us
         self._otherwise = otherwise
         self._num_given = self._num_left = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 
 from graph_capture.costs.devices import Device
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.loss import LossFn
 
 from .budget import parse_headroom
@@ -42,7 +42,7 @@ class Request:
     options: SolveOptions = field(default_factory=SolveOptions)
     loss_fn: LossFn | None = None
     device: str | Device | None = None
-    cost_model: ChosenCosts = "roofline"
+    cost_model: CostModelChoice = "roofline"
     progress: ShowProgress = None
 
     def __post_init__(self) -> None:

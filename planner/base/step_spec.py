@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graph_capture.costs.devices import Device
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.loss import LossFn
 
 
@@ -40,7 +40,7 @@ class StepSpec:
     optimizer: torch.optim.Optimizer | str | None = None
     device: str | Device | None = None
     autocast: torch.dtype | None = None
-    cost_model: ChosenCosts = "roofline"
+    cost_model: CostModelChoice = "roofline"
 
     def __post_init__(self) -> None:
         check_model(self.model)

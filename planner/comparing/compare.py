@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graph_capture.costs.devices import Device
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies.registry import STRATEGIES, PlainStrategy, Registry
@@ -65,7 +65,7 @@ def compare(
     optimizer: torch.optim.Optimizer | str | None = None,
     device: str | Device | None = None,
     autocast: torch.dtype | None = None,
-    cost_model: ChosenCosts = "roofline",
+    cost_model: CostModelChoice = "roofline",
     measure: bool | None = None,
     repeats: int = 8,
     time_limit_s: float = 30.0,

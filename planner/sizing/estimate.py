@@ -12,7 +12,7 @@ from torch import nn
 from graph_capture.captured_step import CapturedStep
 from graph_capture.costs.cost_model import CostRecord
 from graph_capture.costs.devices import Device
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
 from solvers.replay import replay
@@ -43,7 +43,7 @@ def estimate(
     loss_fn: LossFn | None = None,
     optimizer: torch.optim.Optimizer | str | None = None,
     autocast: torch.dtype | None = None,
-    cost_model: ChosenCosts = "roofline",
+    cost_model: CostModelChoice = "roofline",
     headroom: float | str | None = None,
     batch_dim: int = 0,
     sequence_dim: int = 1,

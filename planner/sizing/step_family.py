@@ -20,9 +20,9 @@ from torch import nn
 
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import TensorSpec, bind_call, describe, split_sample, tensors_of
-from graph_capture.capture_lock import one_at_a_time
+from graph_capture.capture_lock import holds_capture_lock
 from graph_capture.captured_step import CapturedStep, capture_step
-from graph_capture.costs.resolve import ChosenCosts
+from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
 from graph_capture.optimizer_step import OptimizerStep, measure_optimizer
@@ -73,7 +73,7 @@ class StepFamily:
     loss_fn: LossFn | None
     optimizer: OptimizerStep | None
     autocast: torch.dtype | None
-    cost_model: ChosenCosts
+    cost_model: CostModelChoice
     measure_scratch: bool = True
     # The sample's way, once it was looked for: most models ask for no values, and need it not.
     _path: list[TakenPath | None] = field(default_factory=list, repr=False, compare=False)
@@ -203,7 +203,7 @@ class StepFamily:
 
     def _sample_path(self) -> TakenPath | None:
         """The sample's way through the model, if yes and no are all that decides it."""
-        trace = one_at_a_time(trace_step)
+        trace = holds_capture_lock(trace_step)
         try:
             step = trace(
                 self.model, self.given, self.loss_fn, forward=self.forward, target=self.target

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graph_capture.fake_call_cache import RepeatedCalls
+from graph_capture.fake_call_cache import FakeCallCache
 from graph_capture.real_results import RealResults
 from planner import measure, optimize
 from tests.bitwise import assert_same_training
@@ -62,7 +62,7 @@ def test_strides_are_the_kernels_own() -> None:
     """Batch normalization of a transposed tensor is contiguous on the CPU, in each capture call."""
     x = torch.randn(8, 32, 16)
     fake_mode = FakeTensorMode()
-    repeated = RepeatedCalls(fake_mode, RealResults(fake_mode, torch.device("cpu")))
+    repeated = FakeCallCache(fake_mode, RealResults(fake_mode, torch.device("cpu")))
     real = aten.native_batch_norm.default(
         x.transpose(1, 2), None, None, None, None, True, 0.1, 1e-5
     )
@@ -91,7 +91,7 @@ def test_strides_are_the_kernels_own() -> None:
 def test_elementwise_results_lie_as_the_kernels_own(func: object, args: tuple) -> None:
     """PyTorch's formulas for stand-ins know the strides of some such calls wrongly."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    repeated = RepeatedCalls(fake_mode, RealResults(fake_mode, torch.device("cpu")))
+    repeated = FakeCallCache(fake_mode, RealResults(fake_mode, torch.device("cpu")))
     with fake_mode:
         given = tuple(fake_mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
         said = repeated.run(func, given, {})
@@ -102,7 +102,7 @@ def test_nothing_runs_for_contiguous_arguments() -> None:
     """A model whose activations are contiguous costs no run of a kernel while it is traced."""
     fake_mode = FakeTensorMode()
     real = RealResults(fake_mode, torch.device("cpu"), too_long=lambda _call: 1 / 0)  # type: ignore[arg-type,return-value]
-    repeated = RepeatedCalls(fake_mode, real)
+    repeated = FakeCallCache(fake_mode, real)
     with fake_mode:
         given = torch.empty(4, 8)
         repeated.run(aten._softmax.default, (given, 1, False), {})
@@ -113,7 +113,7 @@ def test_nothing_runs_for_contiguous_arguments() -> None:
 def test_calls_that_take_too_long_are_left() -> None:
     """Such a call keeps the strides that PyTorch says."""
     fake_mode = FakeTensorMode()
-    repeated = RepeatedCalls(
+    repeated = FakeCallCache(
         fake_mode, RealResults(fake_mode, torch.device("cpu"), too_long=lambda _call: True)
     )
     with fake_mode:
@@ -137,7 +137,7 @@ def test_memory_is_as_large_as_the_kernels_own(func: object, args: tuple) -> Non
     """A result that was resized keeps its memory, and so does its stand-in."""
     real = func(*args).untyped_storage().nbytes()  # type: ignore[operator]
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    repeated = RepeatedCalls(fake_mode, RealResults(fake_mode, torch.device("cpu")))
+    repeated = FakeCallCache(fake_mode, RealResults(fake_mode, torch.device("cpu")))
     with fake_mode:
         given = tuple(fake_mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
         for _ in range(2):

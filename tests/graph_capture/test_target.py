@@ -15,7 +15,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES
 from graph_capture.errors import CaptureError
-from graph_capture.fake_inputs import StandIns
+from graph_capture.fake_inputs import FakeInputs
 from graph_capture.target import Target, target_of
 from tests.capturing import capture_step
 
@@ -143,7 +143,7 @@ def test_stand_ins_share_memory_as_the_tensors_do(device: str | None) -> None:
     """Tied weights stay one tensor and views stay views, from CPU, meta and fake tensors."""
     for model in (_Tied(), _fake(_Tied, "cpu"), _on(_Tied, "meta")):
         target = target_of(model, [], device)
-        twins = StandIns(FakeTensorMode(), target)
+        twins = FakeInputs(FakeTensorMode(), target)
         row, rows = twins.of(model.row), twins.of(model.rows)
         assert row.untyped_storage()._cdata == rows.untyped_storage()._cdata
         assert row.storage_offset() == 16
@@ -157,7 +157,7 @@ def test_stand_ins_are_as_large_as_the_memory_behind(device: str | None) -> None
     """A buffer that is a part of what was made for it counts whole, as a periodic window is."""
     layer = nn.Linear(4, 4)
     layer.register_buffer("window", torch.ones(33)[:-1])
-    twin = StandIns(FakeTensorMode(), target_of(layer, [], device)).of(layer.window)
+    twin = FakeInputs(FakeTensorMode(), target_of(layer, [], device)).of(layer.window)
     assert twin.untyped_storage().nbytes() == 33 * 4
 
 

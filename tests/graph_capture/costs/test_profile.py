@@ -16,7 +16,7 @@ from graph_capture.costs import profile
 from graph_capture.costs.cost_model import Call
 from graph_capture.costs.devices import device_for
 from graph_capture.costs.profile import Profile, ProfiledCosts
-from graph_capture.costs.resolve import choose_costs
+from graph_capture.costs.resolve import resolve_cost_model
 from graph_capture.costs.roofline import Roofline
 from graph_capture.target import Target, target_of
 from planner import optimize
@@ -206,7 +206,7 @@ def test_a_device_that_is_not_at_hand() -> None:
     target = target_of(nn.Linear(2, 2), [], "h100")
     for asked in ("profile", Profile()):
         with pytest.raises(ValueError, match="use cost_model='roofline'"):
-            choose_costs(asked, target)
+            resolve_cost_model(asked, target)
 
 
 def test_threads_are_part_of_the_key(tmp_path: Path) -> None:

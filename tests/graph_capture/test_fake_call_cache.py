@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graph_capture.fake_call_cache import RepeatedCalls
+from graph_capture.fake_call_cache import FakeCallCache
 
 aten = torch.ops.aten
 
@@ -60,7 +60,7 @@ def _matrix() -> torch.Tensor:
 def test_three_calls_alike(make: Making, num_made: int) -> None:
     """What makes memory of its own or writes in place is called once, views each time."""
     fake_mode = FakeTensorMode()
-    repeated, counter = RepeatedCalls(fake_mode), _Counter()
+    repeated, counter = FakeCallCache(fake_mode), _Counter()
     with fake_mode:
         found = []
         for _ in range(3):
@@ -81,7 +81,7 @@ def test_three_calls_alike(make: Making, num_made: int) -> None:
 def test_other_shapes_numbers_and_dtypes_are_other_calls() -> None:
     """A flag is not the number that it equals, and the default dtype counts."""
     fake_mode = FakeTensorMode()
-    repeated = RepeatedCalls(fake_mode)
+    repeated = FakeCallCache(fake_mode)
     with fake_mode:
         whole = torch.empty(4, dtype=torch.long)
         assert repeated.run(aten.mul.Tensor, (whole, 1), {}).dtype == torch.long
