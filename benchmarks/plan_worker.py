@@ -25,8 +25,8 @@ from benchmarks.shapes import LossOnly, Sample, build, num_parameters
 from benchmarks.worker import warm_up
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import bind_call, split_sample, tensors_of
-from graph_capture.captured_step import capture_step
 from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
 from planner import InfeasibleBudgetError, Plan, optimize
 from solvers.instances import keep_all_peak_bytes

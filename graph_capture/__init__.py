@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from .cost_graph import CostGraph, Operator, Storage
 
 if TYPE_CHECKING:
-    from .captured_step import CapturedStep, capture, capture_step
+    from .captured_step import CapturedStep
     from .errors import CaptureError
+    from .step_capture import capture, capture_step
 
 _LAZY = {
     "CapturedStep": "captured_step",
-    "capture": "captured_step",
-    "capture_step": "captured_step",
+    "capture": "step_capture",
+    "capture_step": "step_capture",
     "CaptureError": "errors",
 }
 

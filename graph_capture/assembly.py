@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,70 +13,16 @@ from torch.fx import Graph, Node
 from torch.utils._pytree import tree_map
 
 from .blocks import Block, OperatorCode
+from .captured_step import CapturedStep
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.allocator import block_bytes
-from .costs.cost_model import Call, CostRecord
+from .costs.cost_model import Call
 from .costs.library_workspace import STORAGE_NAME, library_workspace_bytes
 from .operators import item_index
 from .optimizer_step import OptimizerStep
 from .pricing import Pricing
 from .recorder import storage_id
-from .target import Target
 from .traced_step import TracedStep
-
-
-@dataclass(frozen=True, kw_only=True)
-class CapturedStep:
-    """A traced step, its cost graph, and what each operator of it stands for.
-
-    Parameters
-    ----------
-    step
-        The torch.fx graph of forward and backward.
-    graph
-        The cost graph; its operators are in the order of ``code``.
-    code
-        For each operator its fx nodes; without calls for the loss, the
-        optimizer and the recording of a generator's state.
-    carriers
-        For each storage the nodes whose value owns its memory.
-    state_of
-        For each operator that draws, the operator that records the generator.
-    state_node
-        Stands for any recorded state, which no node of the traced step is.
-    loss
-        Index of the operator that stands for the loss; what comes first runs
-        in forward, what comes after in backward.
-    target
-        Where the step runs and whose memory is counted.
-    optimizer
-        The optimizer whose state and step are counted, if any.
-    unplanned
-        The cost graph of the step as eager PyTorch runs it, which never writes
-        over an argument by itself; ``None`` while the step is being captured.
-    model
-        Refers weakly to the captured module.
-    costs
-        Where the times come from; ``None`` while the step is being captured.
-    """
-
-    step: TracedStep
-    graph: CostGraph
-    code: tuple[OperatorCode, ...]
-    carriers: tuple[tuple[Node, ...], ...]
-    state_of: Mapping[int, int]
-    state_node: Node
-    loss: int
-    target: Target
-    optimizer: OptimizerStep | None
-    model: weakref.ref[nn.Module]
-    unplanned: CostGraph | None = None
-    costs: CostRecord | None = None
-
-    @property
-    def device_type(self) -> str:
-        """``"cpu"`` or ``"cuda"``."""
-        return self.target.torch_type
 
 
 class Assembly:

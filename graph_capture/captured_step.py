@@ -1,228 +1,71 @@
-"""From a model and a sample to a cost graph: the one door of this package."""
+"""A step as it was captured: its graph, its cost graph, and how the two belong together."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.fx import Node
 
-from .assembly import Assembly, CapturedStep
-from .call_spec import bind_call, split_sample, tensors_of
-from .capture_lock import holds_capture_lock
+from .blocks import OperatorCode
 from .cost_graph import CostGraph
-from .costs.call_collector import CallCollector
-from .costs.cost_model import PreparedCostModel, TimingProgress
-from .costs.devices import Device
-from .costs.profile import ProfiledCosts
-from .costs.resolve import (
-    CostModelChoice,
-    resolve_cost_model,
-)
-from .costs.roofline import LONGEST_TRIAL_NS, Roofline
-from .costs.workspace import WorkspaceProbe
-from .dropout import split_dropout
-from .last_readings import LastReadings
-from .loss import LossFn, LossSpec
-from .operators import (
-    Folder,
-    drop_unused,
-    pin_readers_of_written,
-)
+from .costs.cost_model import CostRecord
 from .optimizer_step import OptimizerStep
-from .pricing import Pricing
-from .recorder import storage_id
-from .reuse import ReuseFinder
-from .target import Target, target_of
-from .trace import trace_step
-from .traced_step import TakenPath, TracedStep
+from .target import Target
+from .traced_step import TracedStep
 
 
-def capture(
-    model: nn.Module,
-    sample_input: Any,
-    *,
-    loss_fn: LossFn | None = None,
-    optimizer: OptimizerStep | None = None,
-    device: str | Device | None = None,
-    cost_model: CostModelChoice = "roofline",
-) -> CostGraph:
-    """The cost graph of one training step of ``model`` on inputs like ``sample_input``.
+@dataclass(frozen=True, kw_only=True)
+class CapturedStep:
+    """A traced step, its cost graph, and what each operator of it stands for.
 
     Parameters
     ----------
-    device
-        Where the step shall run, see :func:`~graph_capture.target.target_of`.
-    cost_model
-        See :func:`~graph_capture.costs.resolve.resolve_cost_model`.
-
-    Raises
-    ------
-    CaptureError
-        When the step cannot be written down as one graph.
-    """
-    args, kwargs = split_sample(sample_input)
-    arguments = bind_call(model.forward, args, kwargs)
-    target = target_of(model, tensors_of(arguments), device)
-    return capture_step(
-        model,
-        arguments,
-        loss=loss_fn,
-        optimizer=optimizer,
-        forward=model.forward,
-        target=target,
-        cost_model=cost_model,
-    ).graph
-
-
-@holds_capture_lock
-def capture_step(
-    model: nn.Module,
-    arguments: Mapping[str, Any],
-    *,
-    loss: LossFn | LossSpec | None = None,
-    optimizer: OptimizerStep | None = None,
-    forward: Callable[..., Any],
-    target: Target,
-    measure_scratch: bool = True,
-    cost_model: CostModelChoice = "roofline",
-    progress: TimingProgress | None = None,
-    taken: TakenPath | None = None,
-    check: Callable[[CostGraph], None] | None = None,
-) -> CapturedStep:
-    """Trace a step and fold it into a cost graph.
-
-    Parameters
-    ----------
-    arguments
-        As from ``call_spec.bind_call``.
+    step
+        The torch.fx graph of forward and backward.
+    graph
+        The cost graph; its operators are in the order of ``code``.
+    code
+        For each operator its fx nodes; without calls for the loss, the
+        optimizer and the recording of a generator's state.
+    carriers
+        For each storage the nodes whose value owns its memory.
+    state_of
+        For each operator that draws, the operator that records the generator.
+    state_node
+        Stands for any recorded state, which no node of the traced step is.
     loss
-        The code of the loss, or what an earlier capture saw of it.
-    forward
-        What is called: the model's own, without a plan.
-    measure_scratch
-        Whether to find out how much scratch memory each call takes; not needed
-        when the graph is only compared with another.
+        Index of the operator that stands for the loss; what comes first runs
+        in forward, what comes after in backward.
     target
-        Where the step shall run.
-    cost_model
-        See :func:`~graph_capture.costs.resolve.resolve_cost_model`.
-    progress
-        Is told how far a cost model is that times calls.
-    taken
-        The way of an earlier capture through the model, to be gone again.
-    check
-        Called with the graph, without scratch, before any call is run to see how
-        much it takes; raises where that shall not come about.
+        Where the step runs and whose memory is counted.
+    optimizer
+        The optimizer whose state and step are counted, if any.
+    unplanned
+        The cost graph of the step as eager PyTorch runs it, which never writes
+        over an argument by itself; ``None`` while the step is being captured.
+    model
+        Refers weakly to the captured module.
+    costs
+        Where the times come from; ``None`` while the step is being captured.
     """
-    costs, roofline = resolve_cost_model(cost_model, target), Roofline(target.device)
-    step = trace_step(model, arguments, loss, forward=forward, target=target, taken=taken)
-    split_dropout(step.graph)
 
-    probe = WorkspaceProbe(
-        target.torch_device,
-        at_hand=target.at_hand,
-        scratch=measure_scratch,
-        cache=costs.cache if isinstance(costs, ProfiledCosts) else None,
-        too_long=lambda call: roofline.time_ns(call) > LONGEST_TRIAL_NS,
-    )
-    step = replace(step, loss=step.loss.with_scratch(probe.bytes_of))
-    pricing = Pricing(
-        target=target, costs=costs, probe=probe, held_bytes=_held(model, step, target)
-    )
-    first = pricing if check is None else _unmeasured(pricing)
-    try:
-        unplanned = _fold(step, first, optimizer, model, progress, reuse=False).graph
-        folded = _fold(step, pricing, optimizer, model, progress, reuse=True, check=check)
-    finally:
-        if isinstance(costs, PreparedCostModel):
-            costs.save()
-    record = costs.record()
-    record = replace(record, notes=(*record.notes, *probe.notes))
-    return replace(folded, unplanned=unplanned, costs=record)
+    step: TracedStep
+    graph: CostGraph
+    code: tuple[OperatorCode, ...]
+    carriers: tuple[tuple[Node, ...], ...]
+    state_of: Mapping[int, int]
+    state_node: Node
+    loss: int
+    target: Target
+    optimizer: OptimizerStep | None
+    model: weakref.ref[nn.Module]
+    unplanned: CostGraph | None = None
+    costs: CostRecord | None = None
 
-
-def _fold(
-    step: TracedStep,
-    pricing: Pricing,
-    optimizer: OptimizerStep | None,
-    model: nn.Module,
-    progress: TimingProgress | None,
-    *,
-    reuse: bool,
-    check: Callable[[CostGraph], None] | None = None,
-) -> CapturedStep:
-    """Operators and storages of a traced step, with or without writing over dead arguments."""
-    nodes = list(step.graph.nodes)
-    inputs = [n for n in nodes if n.op == "placeholder" and n.meta["role"] != "tangent"]
-    kept = [*step.outputs, *(n for _, n in step.gradients)]
-    finder = ReuseFinder(nodes, {storage_id(n.meta["val"]) for n in kept}) if reuse else None
-    folder = Folder(inputs, LastReadings(nodes, kept), finder)
-    folder.fold(n for n in nodes if n.meta.get("phase") == "forward")
-    turn = folder.produce_outside(step.tangents)
-    turn.reads = {n: folder.block_of(n) for i in step.differentiated for n in [step.outputs[i]]}
-    folder.fold(n for n in nodes if n.meta.get("phase") == "backward")
-    pin_readers_of_written(folder)
-
-    output_blocks = {folder.block_of(n) for n in step.outputs}
-    gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
-    operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
-
-    def assembled(pricing: Pricing) -> CapturedStep:
-        return Assembly(
-            step, folder.blocks, output_blocks, gradient_blocks, optimizer, pricing
-        ).finish(operators, turn, weakref.ref(model))
-
-    if check is not None:
-        check(assembled(_unmeasured(pricing)).graph)
-    if isinstance(pricing.costs, PreparedCostModel):
-        collector = CallCollector()
-        assembled(replace(pricing, costs=collector, known={}))
-        pricing.costs.prepare(collector.calls, progress)
-    return assembled(pricing)
-
-
-def _unmeasured(pricing: Pricing) -> Pricing:
-    """Without a call being run for its scratch."""
-    target = pricing.target
-    probe = WorkspaceProbe(target.torch_device, at_hand=target.at_hand, scratch=False)
-    return replace(pricing, probe=probe, known={})
-
-
-def _held(model: nn.Module, step: TracedStep, target: Target) -> int:
-    """Bytes of tensors that lie in modules as plain attributes and take no part in the step."""
-    counted = {storage_id(t) for t in (*model.parameters(), *model.buffers())}
-    counted |= {storage_id(t) for t in step.constants.values()}
-    counted |= {storage_id(t) for t in _attributes(model, step)}
-    held = {
-        storage_id(value): value.untyped_storage().nbytes()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and target.place(value.device).type == target.torch_type
-    }
-    first = (
-        step.outputs[entry.output].meta["val"].untyped_storage().nbytes()
-        for entry in step.reassigned
-        if entry.role == "attribute" and not isinstance(_attribute(model, entry.target), Tensor)
-    )  # from the second step on, those of the step before lie there
-    return sum(first) + sum(num_bytes for sid, num_bytes in held.items() if sid not in counted)
-
-
-def _attributes(model: nn.Module, step: TracedStep) -> Iterator[torch.Tensor]:
-    """Tensors in plain attributes that the step takes as inputs."""
-    for node in step.graph.find_nodes(op="placeholder"):
-        if node.meta["role"] == "attribute":
-            yield _attribute(model, node.meta["target"])
-
-
-def _attribute(model: nn.Module, target: str) -> Any:
-    path, _, name = target.rpartition(".")
-    return vars(model.get_submodule(path)).get(name)
-
-
-__all__ = ["CapturedStep", "capture", "capture_step"]
+    @property
+    def device_type(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self.target.torch_type

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture import captured_step, optimizer_step, trace
+from graph_capture import optimizer_step, step_capture, trace
 from graph_capture.call_spec import tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.optimizer_step import OptimizerStep
@@ -22,7 +22,7 @@ def capture_step(
     """A step of ``model.forward``, for where the model lies unless ``target`` says otherwise."""
     if "target" not in how:
         how["target"] = target_of(model, tensors_of(arguments))
-    return captured_step.capture_step(model, arguments, forward=forward or model.forward, **how)
+    return step_capture.capture_step(model, arguments, forward=forward or model.forward, **how)
 
 
 def trace_step(

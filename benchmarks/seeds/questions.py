@@ -17,10 +17,10 @@ from torch import nn
 
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import bind_call, split_sample, tensors_of
-from graph_capture.captured_step import capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import Device
 from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
 from solvers.least_memory import least_memory
 from solvers.portfolio import solve

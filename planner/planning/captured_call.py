@@ -11,8 +11,9 @@ from torch import nn
 
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import bind_call, split_sample, tensors_of
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
 
 from ..base.call_guard import lazy_input

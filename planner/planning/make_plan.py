@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from graph_capture.call_spec import tensors_of
-from graph_capture.captured_step import capture_step
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
+from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
 from solvers.any_order.solve import solve_in_any_order
 from solvers.least_memory import LeastMemory

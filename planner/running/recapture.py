@@ -20,13 +20,14 @@ from graph_capture.call_spec import (
     specs_of,
     tensors_of,
 )
-from graph_capture.captured_step import CapturedStep, capture_step
+from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
 from graph_capture.errors import CaptureError, NotFittingError
 from graph_capture.outcomes import OutcomeMismatchError
 from graph_capture.policies import apply_policies
 from graph_capture.spread_out import refuse_spread_out
+from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
 from graph_capture.traced_step import TakenPath
 from solvers.replay import InvalidScheduleError, replay

@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import nn
 
-from graph_capture.captured_step import capture
+from graph_capture.step_capture import capture
 
 
 class _Meeting(nn.Linear):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from graph_capture.captured_step import capture
 from graph_capture.cost_graph import CostGraph
+from graph_capture.step_capture import capture
 from tests.capturing import capture_step, measure_optimizer
 
 from .odd import WIDTH, Three, mean_square, normal

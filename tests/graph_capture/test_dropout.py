@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from graph_capture.call_spec import bind_call
-from graph_capture.captured_step import capture
 from graph_capture.dropout import split_dropout
+from graph_capture.step_capture import capture
 from tests.capturing import trace_step
 
 

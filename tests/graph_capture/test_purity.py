@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph
 
-from graph_capture.captured_step import capture
 from graph_capture.purity import draws, hidden_writes, repeated_arguments, why_pinned
+from graph_capture.step_capture import capture
 
 aten = torch.ops.aten
 

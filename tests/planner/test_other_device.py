@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from graph_capture.captured_step import capture
 from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.devices import DEVICES
 from graph_capture.cuda_dispatch_rules import ONE_KERNEL_ON_CUDA
 from graph_capture.errors import CaptureError
+from graph_capture.step_capture import capture
 from planner import Plan, optimize
 from planner.errors import InfeasibleBudgetError, PlanMismatchError
 from planner.planning.make_plan import replan

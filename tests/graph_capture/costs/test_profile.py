@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graph_capture.captured_step import capture
 from graph_capture.costs import profile
 from graph_capture.costs.cost_model import Call
 from graph_capture.costs.devices import device_for
 from graph_capture.costs.profile import Profile, ProfiledCosts
 from graph_capture.costs.resolve import resolve_cost_model
 from graph_capture.costs.roofline import Roofline
+from graph_capture.step_capture import capture
 from graph_capture.target import Target, target_of
 from planner import optimize
 from tests.capturing import capture_step

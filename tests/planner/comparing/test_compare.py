@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from graph_capture.captured_step import capture
 from graph_capture.cost_graph import CostGraph
+from graph_capture.step_capture import capture
 from planner import Comparison, compare, optimize
 from planner.comparing.bound_text import OTHER_ORDER
 from planner.comparing.machine import cpu_name
