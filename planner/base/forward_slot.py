@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .wrapped import find_wrapped
+from .unwrap import find_wrapped
 
 # Where a module keeps its stand-in: what is in ``forward`` may be wrapped or replaced by others.
 _KEPT = "_remat_planned_forward"

@@ -16,7 +16,7 @@ from .training_step import (
     Sample,
     output_tensors,
 )
-from .wrapped import find_wrapped
+from .unwrap import find_wrapped
 
 _CUDA_BLOCK_BYTES = 512
 

@@ -10,7 +10,7 @@ from graph_capture.cost_graph import CostGraph
 from solvers.strategies.strategy import Candidate, Strategy, StrategyOptions, StrategyOutcome
 
 
-class Remembered:
+class CachedStrategy:
     """Keeps a strategy's candidates, and what it took to propose them.
 
     Parameters
@@ -27,7 +27,7 @@ class Remembered:
         self._running: Iterator[Candidate] | None = None
         self._fresh_s = 0.0
 
-    def whole(self, outcome: StrategyOutcome) -> StrategyOutcome:
+    def with_full_time(self, outcome: StrategyOutcome) -> StrategyOutcome:
         """What the last call came to, with the time that it would have taken alone."""
         alone_s = sum(self._took_s[: outcome.num_candidates])
         return replace(outcome, solve_s=outcome.solve_s + max(0.0, alone_s - self._fresh_s))

@@ -28,8 +28,8 @@ from ..planning.known_least import already_found, known_least_memory
 from .budgets import AskedBudget, NamedBudget, ReadBudget, even_budgets, in_bytes, read_budgets
 from .comparison import Comparison
 from .events import (
+    ProgressReporter,
     ShowComparison,
-    Steps,
     showing_comparison,
 )
 from .execution.execute import (
@@ -196,7 +196,7 @@ def _predicted_part(
     names: Sequence[str],
     asked: Sequence[ReadBudget] | None,
     options: SolveOptions,
-    tell: Steps,
+    tell: ProgressReporter,
     name: str,
 ) -> tuple[ComparisonRecord, list[Schedule | None]]:
     """What needs no device: the comparison, and the schedule of each of its rows."""

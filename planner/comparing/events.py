@@ -31,7 +31,7 @@ class ComparisonEvent:
 ShowComparison = bool | Callable[[ComparisonEvent], None] | None
 
 
-class Steps:
+class ProgressReporter:
     """Counts the parts, and tells a listener of each."""
 
     def __init__(self, listener: Callable[[ComparisonEvent], None] | None) -> None:
@@ -57,7 +57,7 @@ class Steps:
 
 
 @contextmanager
-def showing_comparison(progress: ShowComparison) -> Iterator[Steps]:
+def showing_comparison(progress: ShowComparison) -> Iterator[ProgressReporter]:
     """A listener for a comparison: the caller's own, a bar on stderr, or none.
 
     Raises
@@ -66,7 +66,7 @@ def showing_comparison(progress: ShowComparison) -> Iterator[Steps]:
         When ``progress`` is neither a choice nor a function.
     """
     if callable(progress):
-        yield Steps(progress)
+        yield ProgressReporter(progress)
     elif progress is True:
         with Progress(
             TextColumn("{task.description}"),
@@ -86,8 +86,8 @@ def showing_comparison(progress: ShowComparison) -> Iterator[Steps]:
                     total=event.num_parts,
                 )
 
-            yield Steps(show)
+            yield ProgressReporter(show)
     elif progress is None or progress is False:
-        yield Steps(None)
+        yield ProgressReporter(None)
     else:
         raise ValueError(f"progress must be True or a function, got {progress!r}")

@@ -25,7 +25,7 @@ from .bound_text import (
     bytes_rounded_down,
 )
 from .budgets import NamedBudget
-from .cached_strategy import Remembered
+from .cached_strategy import CachedStrategy
 from .execution.runner import LONGEST_ERROR
 
 Tell = Callable[[str], None]
@@ -68,7 +68,7 @@ class Predictor:
         self.least = least
         self.solving = solving
         self._once = once
-        self._remembered: dict[str, Remembered] = {}
+        self._cached: dict[str, CachedStrategy] = {}
         self._solved: dict[int, SolveResult] = {}
         self._bounds: dict[int, int | None] = {}
         self._outcomes: dict[tuple[str, int | None], StrategyOutcome | str] = {}
@@ -162,10 +162,10 @@ class Predictor:
             return f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
 
     def _applied(self, strategy: Strategy, num_bytes: int | None) -> StrategyOutcome:
-        memory = None
+        cached = None
         if strategy.name in self._once:
-            memory = self._remembered.setdefault(strategy.name, Remembered(strategy))
-            strategy = memory.strategy
+            cached = self._cached.setdefault(strategy.name, CachedStrategy(strategy))
+            strategy = cached.strategy
         outcome = apply_strategy(
             strategy,
             self.graph,
@@ -174,7 +174,7 @@ class Predictor:
             seed=self.solving.seed,
             workers=self.solving.workers,
         )
-        return outcome if memory is None else memory.whole(outcome)
+        return outcome if cached is None else cached.with_full_time(outcome)
 
     def _ours(self, num_bytes: int) -> StrategyOutcome | str:
         """The solve that gave the bound is ours, too."""

@@ -45,7 +45,7 @@ def choose_strategies(
     ValueError
         When a name is unknown or taken.
     """
-    known = registry if MIN_CUT in registry else _placed(registry, _STAND_IN)
+    known = registry if MIN_CUT in registry else _with_strategy(registry, _PLACEHOLDER)
     if strategies is None:
         return known, tuple(known)
     if isinstance(strategies, (str, Strategy)) or not isinstance(strategies, Iterable):
@@ -65,7 +65,7 @@ def choose_strategies(
 
 def with_min_cut(registry: Registry, captured: CapturedStep) -> Registry:
     """The registry with PyTorch's partitioner in its place, asked about this step."""
-    if registry.get(MIN_CUT) is not _STAND_IN:
+    if registry.get(MIN_CUT) is not _PLACEHOLDER:
         return registry
     from .min_cut import min_cut_strategy  # loads the parts of torch that compile
 
@@ -76,7 +76,7 @@ def _no_captured_step(graph: CostGraph, options: StrategyOptions) -> list[Candid
     raise RuntimeError("min_cut is asked about a captured step; see with_min_cut")
 
 
-_STAND_IN = Strategy(
+_PLACEHOLDER = Strategy(
     name=MIN_CUT,
     summary="what PyTorch's min-cut partitioner saves, at its memory budgets",
     source="torch._functorch.partitioners",
@@ -84,7 +84,7 @@ _STAND_IN = Strategy(
 )
 
 
-def _placed(registry: Registry, strategy: Strategy) -> Registry:
+def _with_strategy(registry: Registry, strategy: Strategy) -> Registry:
     """The registry with one more, before those that solve."""
     names = list(registry)
     place = min((names.index(name) for name in _SOLVED if name in registry), default=len(names))

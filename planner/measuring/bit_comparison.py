@@ -16,7 +16,7 @@ from ..base.training_step import (
     output_tensors,
     train_step,
 )
-from .restored import restored
+from .preserve_state import preserve_state
 from .validation import Bits
 
 Results = dict[str, Tensor | None]
@@ -46,7 +46,7 @@ def step_results(
     The model, the inputs and the random generators are afterwards as before.
     """
     device = single_device(model, sample_input)
-    with restored(model, sample_input, loss_fn, None):
+    with preserve_state(model, sample_input, loss_fn, None):
         torch.manual_seed(seed)
         output, loss = train_step(model, sample_input, loss_fn)
         template, outputs = take_apart(output)

@@ -68,7 +68,7 @@ from ..base.training_step import (
     make_step,
 )
 from ..running.attach import applied_plan
-from .restored import restored
+from .preserve_state import preserve_state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +211,7 @@ def measure(
     device = single_device(model, sample_input)
     applied = applied_plan(model)
     plan = None if applied is None else applied.plan
-    with restored(model, sample_input, loss_fn, optimizer):
+    with preserve_state(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, model.parameters())
         step = make_step(model, sample_input, loss_fn=loss_fn, optimizer=optimizer, seed=seed)

@@ -46,10 +46,13 @@ from ..running.recapture import (
     capture_for,
     on_card_of,
 )
-from .as_planned import loss_of, optimizer_for
 from .bit_comparison import Results, compare_bits, step_results
+from .loss_and_optimizer import (
+    planned_loss_fn,
+    planned_optimizer,
+)
 from .measure import measure_pair, quartiles, record_peak, timed_us
-from .restored import restored
+from .preserve_state import preserve_state
 from .validation import Bits, Figure, Validation
 
 _WARMUP_PAIRS = 2
@@ -84,12 +87,12 @@ def validate_plan(
         trial = _Trial(
             model=model,
             sample_input=sample_input,
-            loss_fn=loss_of(plan, live, loss_fn),
+            loss_fn=planned_loss_fn(plan, live, loss_fn),
             seed=seed,
             device=device,
         )
-        chosen = optimizer_for(plan, model, optimizer)
-        with restored(model, sample_input, trial.loss_fn, chosen):
+        chosen = planned_optimizer(plan, model, optimizer)
+        with preserve_state(model, sample_input, trial.loss_fn, chosen):
             if isinstance(chosen, str):
                 chosen = build_optimizer(chosen, model.parameters())
             found: tuple[Bits, str | None] = ("not compared", None)

@@ -11,7 +11,7 @@ from graph_capture.captured_step import CapturedStep
 
 from ..base.forward_slot import original_forward, put_stand_in, stand_in_of, take_stand_in
 from ..base.live_state import LiveState
-from ..base.wrapped import is_reached
+from ..base.unwrap import is_reached
 from ..errors import PlanError
 from ..plan_record import OnShapeChange, PlanRecord
 from .planned_forward import PlannedForward, Replan

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from graph_capture.captured_step import CapturedStep
 
-from ..base.wrapped import is_reached
+from ..base.unwrap import is_reached
 from .tally import Tally
 
 

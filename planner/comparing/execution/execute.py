@@ -23,13 +23,13 @@ from ...comparison_record import (
     ComparisonRow,
     MeasuredStep,
 )
-from ...measuring.restored import restored
+from ...measuring.preserve_state import preserve_state
 from ...plan_record import PlanRecord
 from ...planning.captured_call import CapturedCall
 from ...planning.make_plan import (
     make_plan,
 )
-from ..events import Steps
+from ..events import ProgressReporter
 from .runner import (
     Execution,
     Runner,
@@ -79,7 +79,7 @@ def executed(
     schedules: Sequence[Schedule | None],
     call: CapturedCall,
     execution: Execution,
-    tell: Steps,
+    tell: ProgressReporter,
 ) -> ComparisonRecord:
     """The comparison with what real steps took.
 
@@ -122,7 +122,7 @@ def runner_of(
     """
     spec = execution.spec
     own = own_forward(spec.model)
-    state = restored(spec.model, spec.sample_input, spec.loss_fn, spec.optimizer)
+    state = preserve_state(spec.model, spec.sample_input, spec.loss_fn, spec.optimizer)
     with forward_set(spec.model, own), state:
         roomy = Request.of(
             spec, SolveOptions(solver="keep_all"), budget_bytes=2 * unplanned_peak_bytes, headroom=0

@@ -10,7 +10,7 @@ from solvers.strategies import StrategyError, module_blocks
 from solvers.suggestions import unknown_name
 
 from ...comparison_record import ComparisonRow
-from ..events import Steps
+from ..events import ProgressReporter
 from .runner import (
     Execution,
     said,
@@ -47,7 +47,7 @@ def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
 
 
 def peer_rows(
-    peers: Iterable[Peer], graph: CostGraph, execution: Execution, tell: Steps
+    peers: Iterable[Peer], graph: CostGraph, execution: Execution, tell: ProgressReporter
 ) -> list[ComparisonRow]:
     """A row for each peer, run beside eager.
 

@@ -32,7 +32,7 @@ from ...measuring.measure import (
     measure_pair,
     timed_us,
 )
-from ...measuring.restored import restored
+from ...measuring.preserve_state import preserve_state
 from ...running.out_of_memory import is_out_of_memory
 from ..peers.peer import (
     PEER_ERRORS,
@@ -185,7 +185,7 @@ def _copies(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimize
 
 
 def _one_step(model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, seed: int) -> None:
-    with restored(model, sample_input, loss_fn, None):
+    with preserve_state(model, sample_input, loss_fn, None):
         torch.manual_seed(seed)
         train_step(model, sample_input, loss_fn)
 
@@ -249,8 +249,8 @@ def _times(
     if len(sides) == 2:
         (eager, eagers), (other, others) = sides
         with (
-            restored(eager, sample_input, loss_fn, eagers),
-            restored(other, sample_input, loss_fn, others),
+            preserve_state(eager, sample_input, loss_fn, eagers),
+            preserve_state(other, sample_input, loss_fn, others),
         ):
             first, second = (
                 make_step(m, sample_input, loss_fn=loss_fn, optimizer=_built(o, m), seed=seed)
@@ -259,7 +259,7 @@ def _times(
             pairs = measure_pair(first, second, repeats=repeats, device=device)
         return pairs.first_us, pairs.second_us
     ((other, others),) = sides
-    with restored(other, sample_input, loss_fn, others):
+    with preserve_state(other, sample_input, loss_fn, others):
         step = make_step(
             other, sample_input, loss_fn=loss_fn, optimizer=_built(others, other), seed=seed
         )

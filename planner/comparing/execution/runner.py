@@ -38,7 +38,7 @@ from ...measuring.measure import (
     quartiles,
     timed_us,
 )
-from ...measuring.restored import restored
+from ...measuring.preserve_state import preserve_state
 from ...plan_record import PlanRecord
 from ...running.out_of_memory import is_out_of_memory
 from ...running.planned_forward import PlannedForward
@@ -49,8 +49,8 @@ from .step_verdict import (
     rounding_dtype,
 )
 from .training_run import (
-    Lane,
     StepResults,
+    TrainingRun,
 )
 
 LONGEST_ERROR = 600
@@ -111,8 +111,8 @@ class Runner:
         """Eager steps beside eager steps: what the machine's noise is, and whether bits repeat."""
         self._expected = None
         peak_bytes = self._peak_bytes(self.own)
-        with self._lane(self.own) as lane:
-            expected = [lane.step() for _ in range(_COMPARED_STEPS)]
+        with self._training_run(self.own) as run:
+            expected = [run.step() for _ in range(_COMPARED_STEPS)]
         self._noise = self._against(expected, self.own)
         self._expected = expected
         return measured_step(
@@ -154,19 +154,21 @@ class Runner:
             ).peak_bytes
 
     @contextmanager
-    def _lane(self, forward: _Forward) -> Iterator[Lane]:
+    def _training_run(self, forward: _Forward) -> Iterator[TrainingRun]:
         """Successive steps by a forward; everything is afterwards as before."""
         e = self.execution
         with (
             forward_set(e.spec.model, forward),
-            restored(e.spec.model, e.spec.sample_input, e.spec.loss_fn, "sgd"),
+            preserve_state(e.spec.model, e.spec.sample_input, e.spec.loss_fn, "sgd"),
         ):
-            yield Lane(e.spec.model, e.spec.sample_input, e.spec.loss_fn, seed=e.seed, outputs=True)
+            yield TrainingRun(
+                e.spec.model, e.spec.sample_input, e.spec.loss_fn, seed=e.seed, outputs=True
+            )
 
     def _against(self, expected: Sequence[StepResults], forward: _Forward) -> StepVerdict:
         e = self.execution
-        with self._lane(forward) as lane:
-            pairs = ((one, lane.step()) for one in expected)
+        with self._training_run(forward) as run:
+            pairs = ((one, run.step()) for one in expected)
             return judge_results(pairs, dtype=rounding_dtype(e.spec.model, e.device), seed=e.seed)
 
     def _bits(self, forward: _Forward) -> tuple[Bits, str]:
@@ -223,7 +225,7 @@ class Runner:
             with forward_set(e.spec.model, which):
                 return step()
 
-        with restored(e.spec.model, e.spec.sample_input, e.spec.loss_fn, self.optimizer):
+        with preserve_state(e.spec.model, e.spec.sample_input, e.spec.loss_fn, self.optimizer):
             yield run
 
 

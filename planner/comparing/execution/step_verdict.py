@@ -1,6 +1,6 @@
 """Whether steps of two models come out the same: to the last bit, to rounding, or not.
 
-What is compared is what a training loop goes on with (see :mod:`.lane`), over two
+What is compared is what a training loop goes on with (see :mod:`.training_run`), over two
 steps without seeding again: a tool may be right in its first step only.
 
 Each tensor is judged alone, so that a small one that is wholly wrong is found beside
@@ -38,10 +38,10 @@ from ...measuring.bit_comparison import (
     Results,
     first_difference,
 )
-from ...measuring.restored import restored
+from ...measuring.preserve_state import preserve_state
 from .training_run import (
-    Lane,
     StepResults,
+    TrainingRun,
     loss_value,
 )
 
@@ -122,10 +122,12 @@ def judge_steps(
     found: list[StepVerdict] = []
     for seed in seeds:
         with (
-            restored(eager, sample_input, loss_fn, "sgd"),
-            restored(other, sample_input, loss_fn, "sgd"),
+            preserve_state(eager, sample_input, loss_fn, "sgd"),
+            preserve_state(other, sample_input, loss_fn, "sgd"),
         ):
-            first, second = (Lane(m, sample_input, loss_fn, seed=seed) for m in (eager, other))
+            first, second = (
+                TrainingRun(m, sample_input, loss_fn, seed=seed) for m in (eager, other)
+            )
             pairs = ((first.step(), second.step()) for _ in range(num_steps))
             found.append(judge_results(pairs, dtype=dtype, seed=seed))
     verdict = _worst(found)
@@ -195,7 +197,7 @@ def slope_error(
     numbers. Everything is afterwards as before. Tensors whose gradients are small
     beside the others' weigh little, so that a mistake in them alone is not seen.
     """
-    with restored(model, sample_input, loss_fn, "sgd"):
+    with preserve_state(model, sample_input, loss_fn, "sgd"):
         torch.manual_seed(seed)
         output, loss = train_step(model, sample_input, loss_fn)
         value = abs(loss_value(output, loss))

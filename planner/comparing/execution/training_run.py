@@ -55,11 +55,11 @@ class StepResults:
     drew: bool
 
 
-class Lane:
+class TrainingRun:
     """One model's own succession of steps, with random states of its own.
 
     Parameters change from step to step; the caller gives them back
-    (:func:`planner.measuring.restored.restored` with the optimizer ``"sgd"``).
+    (:func:`planner.measuring.preserve_state.preserve_state` with the optimizer ``"sgd"``).
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ...base.training_step import call_model
-from ...measuring.restored import restored
+from ...measuring.preserve_state import preserve_state
 from .checkpointing import without_cache
 from .peer import (
     Ready,
@@ -150,7 +150,7 @@ def record_calls(model: nn.Module, situation: Situation, names: Sequence[str]) -
         for name in names:
             block = model.get_submodule(name)
             block.forward = noting(name, block.forward)
-        with restored(model, situation.sample_input, None, None), torch.no_grad():
+        with preserve_state(model, situation.sample_input, None, None), torch.no_grad():
             call_model(model, situation.sample_input)
     finally:
         for name, forward in before.items():

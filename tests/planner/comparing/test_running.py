@@ -13,7 +13,7 @@ from graph_capture.call_spec import bind_call, split_sample
 from planner import Plan, optimize
 from planner.base.step_spec import StepSpec
 from planner.base.training_step import train_step
-from planner.comparing.execution import training_run as lane
+from planner.comparing.execution import training_run
 from planner.comparing.execution.runner import (
     Execution,
     Runner,
@@ -64,7 +64,7 @@ def unstable(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
         assert loss is not None
         return output, loss * (1 + share * len(steps))
 
-    monkeypatch.setattr(lane, "train_step", step)
+    monkeypatch.setattr(training_run, "train_step", step)
 
 
 def test_a_plan_has_eager_s_bits() -> None:

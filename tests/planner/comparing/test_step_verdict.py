@@ -21,10 +21,10 @@ from planner.comparing.execution.step_verdict import (
     verdict_word,
 )
 from planner.comparing.execution.training_run import (
-    Lane,
     StepResults,
+    TrainingRun,
 )
-from planner.measuring.restored import restored
+from planner.measuring.preserve_state import preserve_state
 
 from .peer_models import Stack, Statistics, made
 
@@ -313,5 +313,5 @@ def test_gradients_that_are_zero_but_for_rounding_are_no_mistake(autocast: bool)
 
 def lane_results(model: nn.Module, sample: Tensor) -> list[StepResults]:
     """What a step leaves."""
-    with restored(model, sample, None, "sgd"):
-        return [Lane(model, sample, None, seed=0).step()]
+    with preserve_state(model, sample, None, "sgd"):
+        return [TrainingRun(model, sample, None, seed=0).step()]

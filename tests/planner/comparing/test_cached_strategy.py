@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
-from planner.comparing.cached_strategy import Remembered
+from planner.comparing.cached_strategy import CachedStrategy
 from solvers.schedule import Schedule
 from solvers.strategies import Candidate, Strategy, StrategyOptions, apply_strategy
 
@@ -35,17 +35,19 @@ class Slow:
         time.sleep(0.05)
         yield Candidate(schedule=Schedule.keep_all(graph), setting="second")
 
-    def remembered(self) -> Remembered:
+    def cached(self) -> CachedStrategy:
         """Itself, asked once."""
-        return Remembered(Strategy(name="slow", summary="", source="", propose=self.propose))
+        return CachedStrategy(Strategy(name="slow", summary="", source="", propose=self.propose))
 
 
 def test_it_is_asked_once() -> None:
     """At the second budget nothing is proposed again, and the time counts as if it was."""
     slow = Slow()
-    memory = slow.remembered()
+    cached = slow.cached()
     for budget_bytes, least_s in ((None, 0.05), (9, 0.1), (8, 0.1), (None, 0.05)):
-        outcome = memory.whole(apply_strategy(memory.strategy, GRAPH, budget_bytes=budget_bytes))
+        outcome = cached.with_full_time(
+            apply_strategy(cached.strategy, GRAPH, budget_bytes=budget_bytes)
+        )
         assert outcome.setting == "first"
         assert outcome.num_candidates == (1 if budget_bytes is None else 2)
         assert outcome.solve_s >= least_s
@@ -55,8 +57,8 @@ def test_it_is_asked_once() -> None:
 def test_an_error_is_raised_each_time() -> None:
     """What failed is asked again: memory hides no error."""
     slow = Slow(fails=True)
-    memory = slow.remembered()
+    cached = slow.cached()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="the second one"):
-            apply_strategy(memory.strategy, GRAPH, budget_bytes=9)
+            apply_strategy(cached.strategy, GRAPH, budget_bytes=9)
     assert slow.num_asked == 2

@@ -10,11 +10,16 @@ from graph_capture.target import target_of
 
 from ..base.live_state import LiveState
 from ..base.training_step import LossFn
-from ..errors import PlanError, PlanMismatchError
+from ..errors import (
+    PlanError,
+    PlanMismatchError,
+)
 from ..plan_record import PlanRecord
 
 
-def loss_of(plan: PlanRecord, live: LiveState | None, loss_fn: LossFn | None) -> LossFn | None:
+def planned_loss_fn(
+    plan: PlanRecord, live: LiveState | None, loss_fn: LossFn | None
+) -> LossFn | None:
     """The loss of the step that was planned.
 
     Raises
@@ -36,7 +41,7 @@ def loss_of(plan: PlanRecord, live: LiveState | None, loss_fn: LossFn | None) ->
     return loss_fn
 
 
-def optimizer_for(
+def planned_optimizer(
     plan: PlanRecord, model: nn.Module, optimizer: torch.optim.Optimizer | str | None
 ) -> torch.optim.Optimizer | str | None:
     """The optimizer whose state and step the plan counts.

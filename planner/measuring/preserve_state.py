@@ -18,7 +18,7 @@ from ..base.training_step import (
 
 
 @contextmanager
-def restored(
+def preserve_state(
     model: nn.Module,
     sample_input: Sample,
     loss_fn: LossFn | None,
