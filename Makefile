@@ -9,7 +9,7 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-seeds bench-small sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
+.PHONY: help setup demo docs test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-literature bench-small sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -74,10 +74,10 @@ bench-record: $(STAMP)  ## the comparisons of docs/record anew, some two hours o
 		--peer checkpoint_per_block --peer checkpoint_sqrt --peer gradient_checkpointing_enable \
 		--peer sac_save_matmuls --peer compile_budget_0.4 --out build/record $(ARGS)
 
-bench-seeds: $(STAMP)  ## chains, Checkmate's experiments, half of the memory; half an hour
-	$(BIN)/python -m benchmarks.seeds chains
-	$(BIN)/python -m benchmarks.seeds checkmate
-	$(BIN)/python -m benchmarks.seeds half
+bench-literature: $(STAMP)  ## chains, Checkmate's experiments, half of the memory; half an hour
+	$(BIN)/python -m benchmarks.literature chains
+	$(BIN)/python -m benchmarks.literature checkmate
+	$(BIN)/python -m benchmarks.literature half
 
 bench-small: $(STAMP)  ## planned steps of the smallest kernels beside eager, a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.small_kernels

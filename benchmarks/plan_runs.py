@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .plan_worker import Job, to_json
-from .report import circumstances
+from .report import environment
 from .run import ROOT
 
 START_S = 180.0
@@ -77,7 +77,7 @@ def write_json(
 ) -> None:
     """Rows with the machine, the versions and the command of ``module`` that they come from."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    around = circumstances()
+    around = environment()
     around["command"] = shlex.join(["python", "-m", module, *sys.argv[1:]])
     around["versions"]["transformers"] = version("transformers")
     data = {"circumstances": around, "settings": settings, "rows": rows}

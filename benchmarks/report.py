@@ -74,7 +74,7 @@ def write_runs(runs: Sequence[Run], folder: Path, settings: dict[str, Any]) -> N
             writer.writeheader()
             writer.writerows(records)
     data = {
-        "circumstances": circumstances(),
+        "circumstances": environment(),
         "settings": settings,
         "runs": [
             {**record, "moments": [asdict(moment) for moment in row.moments]}
@@ -84,7 +84,7 @@ def write_runs(runs: Sequence[Run], folder: Path, settings: dict[str, Any]) -> N
     (folder / "runs.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
 
 
-def circumstances() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Machine, versions, command and time: what a figure needs to be repeated."""
     return {
         **machine(),

@@ -57,13 +57,15 @@ def main(
     peer: Annotated[
         list[str] | None, typer.Option(help="by default all", show_default=False)
     ] = None,
-    settled: Annotated[bool, typer.Option(help="ours at the peaks of others' open points")] = True,
+    solved_at_peak: Annotated[
+        bool, typer.Option(help="ours at the peaks of others' open points")
+    ] = True,
     matched: Annotated[bool, typer.Option(help="ours at the peaks and costs of others")] = True,
-    duels: Annotated[
+    paired_runs: Annotated[
         bool, typer.Option(help="what measured better than ours, in turn with ours")
     ] = True,
-    only_duels: Annotated[
-        bool, typer.Option("--only-duels", help="do that for the comparisons in --out")
+    only_paired_runs: Annotated[
+        bool, typer.Option("--only-paired-runs", help="do that for the comparisons in --out")
     ] = False,
     num_budgets: Annotated[int, typer.Option(min=2)] = 7,
     optimizer: Annotated[
@@ -96,17 +98,19 @@ def main(
         optimizer=optimizer,
         cost_model=_known_cost_model(cost_model),
         repeats=repeats,
-        with_settled=settled,
+        with_solved_at_peak=solved_at_peak,
         with_matched=matched,
-        with_duels=duels,
-        only_duels=only_duels,
+        with_paired_runs=paired_runs,
+        only_paired_runs=only_paired_runs,
         threads=threads,
         limit_s=limit_s,
         seed=seed,
         out=str(out.resolve()),
     )
-    if only_duels and (predicted or not duels or only_report):
-        raise typer.BadParameter("--only-duels excludes --predicted, --no-duels and --only-report")
+    if only_paired_runs and (predicted or not paired_runs or only_report):
+        raise typer.BadParameter(
+            "--only-paired-runs excludes --predicted, --no-paired-runs and --only-report"
+        )
     if only_report:
         if not out.is_dir():
             raise typer.BadParameter(f"there is no folder {out}")

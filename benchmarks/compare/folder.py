@@ -14,11 +14,11 @@ from planner.base.atomic_write import write_whole
 from planner.comparing.comparison import Comparison
 from planner.comparing.machine import machine, versions
 
-from .duel import Duel
-from .matched import Matched
-from .settle import Settled
+from .match_peak_and_time import MatchedRow
+from .paired_runs import PairedRun
+from .solve_at_peaks import SolvedAtPeak
 
-_Row = TypeVar("_Row", Duel, Matched, Settled)
+_Row = TypeVar("_Row", PairedRun, MatchedRow, SolvedAtPeak)
 SETTINGS = "compare.json"
 
 
@@ -28,16 +28,16 @@ class Found:
 
     Parameters
     ----------
-    comparisons, settled, matches, duels
+    comparisons, at_peak, matches, paired_runs
         Of the models that have them.
     failures
         Of the others, and of files that cannot be read: why.
     """
 
     comparisons: dict[str, Comparison] = field(default_factory=dict)
-    settled: dict[str, list[Settled]] = field(default_factory=dict)
-    matches: dict[str, list[Matched]] = field(default_factory=dict)
-    duels: dict[str, list[Duel]] = field(default_factory=dict)
+    at_peak: dict[str, list[SolvedAtPeak]] = field(default_factory=dict)
+    matches: dict[str, list[MatchedRow]] = field(default_factory=dict)
+    paired_runs: dict[str, list[PairedRun]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,9 +62,9 @@ def read(folder: Path, names: Iterable[str], failures: Mapping[str, str]) -> Fou
         except (OSError, ValueError, TypeError, ArithmeticError) as error:
             _tell(found, name, f"{name}.json cannot be read: {error}")
             continue
-        _read_rows(folder / f"{name}_settled.json", _settled, found.settled, name, found)
+        _read_rows(folder / f"{name}_settled.json", _at_peak, found.at_peak, name, found)
         _read_rows(folder / f"{name}_matched.json", _matched, found.matches, name, found)
-        _read_rows(folder / f"{name}_duels.json", _duel, found.duels, name, found)
+        _read_rows(folder / f"{name}_duels.json", _paired_run, found.paired_runs, name, found)
     return found
 
 
@@ -109,17 +109,17 @@ def _read_rows(
         _tell(found, name, f"{path.name} cannot be read: {error!r}")
 
 
-def _settled(row: dict[str, Any]) -> Settled:
-    return Settled(**{**row, "strategies": tuple(row["strategies"])})
+def _at_peak(row: dict[str, Any]) -> SolvedAtPeak:
+    return SolvedAtPeak(**{**row, "strategies": tuple(row["strategies"])})
 
 
-def _matched(row: dict[str, Any]) -> Matched:
-    return Matched(**row)
+def _matched(row: dict[str, Any]) -> MatchedRow:
+    return MatchedRow(**row)
 
 
-def _duel(row: dict[str, Any]) -> Duel:
+def _paired_run(row: dict[str, Any]) -> PairedRun:
     interval = row["interval"]
-    return Duel(**{**row, "interval": None if interval is None else tuple(interval)})
+    return PairedRun(**{**row, "interval": None if interval is None else tuple(interval)})
 
 
 def _tell(found: Found, name: str, why: str) -> None:

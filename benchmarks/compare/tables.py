@@ -9,19 +9,11 @@ from planner.comparing.comparison import Comparison
 from planner.comparison_record import BudgetBound, ComparisonRow
 
 from ..plan_runs import markdown
-from .duel import LEGEND as DUELS_LEGEND
-from .duel import duels_table
 from .executed import executed_part, executed_summary, was_executed
 from .folder import Found
-from .matched import Matched
-from .settle import (
-    Point,
-    Settled,
-    points_of_others,
-    points_of_ours,
-    took_part,
-    uncovered,
-)
+from .match_peak_and_time import MatchedRow
+from .paired_runs import LEGEND as PAIRED_RUNS_LEGEND
+from .paired_runs import paired_runs_table
 from .signs import (
     FAILED,
     LEGEND,
@@ -35,12 +27,20 @@ from .signs import (
     share_rounded_down,
     sign,
 )
+from .solve_at_peaks import (
+    Point,
+    SolvedAtPeak,
+    points_of_others,
+    points_of_ours,
+    took_part,
+    uncovered,
+)
 
 BELOW_LEGEND = (
     "Points are distinct predicted (peak, time) pairs of all strategies but ours, over a budget or "
     "not; `none`, which recomputes nothing, is one of them. A point was open where no plan of ours "
     "needed as little memory and, to 0.01 %, as little time; of these the ones that no other point "
-    "of theirs dominates were settled: ours was solved at their own peak. Then every point has "
+    "of theirs dominates were decided by solving ours at their own peak. Then every point has "
     "been held against all plans of ours."
 )
 
@@ -48,14 +48,14 @@ BELOW_LEGEND = (
 def report(found: Found) -> str:
     """Everything, the shortest answers first."""
     comparisons, matches, failures = found.comparisons, found.matches, found.failures
-    parts = ["# Comparisons", below_table(comparisons, found.settled), BELOW_LEGEND]
+    parts = ["# Comparisons", below_table(comparisons, found.at_peak), BELOW_LEGEND]
     if failures:
         lines = [[model, one_line(why)] for model, why in failures.items()]
         parts += ["## Failed", markdown(["model", "why"], lines)]
     if summary := executed_summary(comparisons):
         parts += ["## Executed", summary]
-    if in_turn := duels_table(found.duels):
-        parts += ["### In turn with ours", in_turn, DUELS_LEGEND]
+    if in_turn := paired_runs_table(found.paired_runs):
+        parts += ["### In turn with ours", in_turn, PAIRED_RUNS_LEGEND]
     if matches:
         parts += ["## At the peaks and costs of others", matched_table(matches)]
     for model, comparison in comparisons.items():
@@ -68,11 +68,12 @@ def report(found: Found) -> str:
 
 
 def below_table(
-    comparisons: Mapping[str, Comparison], settled: Mapping[str, Sequence[Settled]]
+    comparisons: Mapping[str, Comparison], at_peak: Mapping[str, Sequence[SolvedAtPeak]]
 ) -> str:
     """A line for each model: others' points, which of them were open, which are below ours.
 
-    Dashes where ours took no part, so that there is no curve, and where nothing was settled.
+    Dashes where ours took no part, so that there is no curve, and where no point of theirs was
+    solved for.
     """
     header = [
         "model",
@@ -80,16 +81,16 @@ def below_table(
         "rows (over their budget)",
         "distinct points",
         "open at first",
-        "settled (equal to theirs)",
+        "solved at their peak (equal to theirs)",
         "below ours",
         "which",
         "our cells (equal to a point of theirs)",
         "our largest gap",
     ]
-    return markdown(header, [_below(m, c, settled.get(m)) for m, c in comparisons.items()])
+    return markdown(header, [_below(m, c, at_peak.get(m)) for m, c in comparisons.items()])
 
 
-def _below(model: str, comparison: Comparison, settled: Sequence[Settled] | None) -> list[str]:
+def _below(model: str, comparison: Comparison, at_peak: Sequence[SolvedAtPeak] | None) -> list[str]:
     rows = [
         r
         for r in comparison.rows
@@ -104,18 +105,18 @@ def _below(model: str, comparison: Comparison, settled: Sequence[Settled] | None
     if not took_part(comparison):
         return [*line, *["–"] * 6]
     at_first = uncovered(points, points_of_ours(comparison))
-    below = uncovered(points, points_of_ours(comparison, settled or ()))
-    verdicts = {one.peak_bytes: one.verdict for one in settled or ()}
+    below = uncovered(points, points_of_ours(comparison, at_peak or ()))
+    verdicts = {one.peak_bytes: one.verdict for one in at_peak or ()}
     which = "; ".join(
         f"{', '.join(p.strategies)} at {mb(p.peak_bytes)}, {_overhead(comparison, p.step_us)}"
         + (f" ({one_line(verdicts[p.peak_bytes])})" if p.peak_bytes in verdicts else "")
         for p in below
     )
-    if settled is None:  # an open point is no point below ours
-        counts = [str(len(at_first)), "–", "–" if below else "0", which and f"not settled: {which}"]
+    if at_peak is None:  # an open point is no point below ours
+        counts = [str(len(at_first)), "–", "–" if below else "0", which and f"not solved: {which}"]
     else:
-        equal = sum((s.ours_peak_bytes, s.ours_us) == (s.peak_bytes, s.theirs_us) for s in settled)
-        solved = f"{len(settled)} ({equal})"
+        equal = sum((s.ours_peak_bytes, s.ours_us) == (s.peak_bytes, s.theirs_us) for s in at_peak)
+        solved = f"{len(at_peak)} ({equal})"
         counts = [str(len(at_first)), solved, str(len(below)), which]
     ours = [r for r in comparison.rows if r.strategy == comparison.ours and r.fits]
     gaps = [r.gap for r in ours if r.gap is not None]
@@ -193,7 +194,7 @@ def no_figures(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def matched_table(matches: Mapping[str, Sequence[Matched]]) -> str:
+def matched_table(matches: Mapping[str, Sequence[MatchedRow]]) -> str:
     """A line for each model and strategy."""
     header = [
         "model",

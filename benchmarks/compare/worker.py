@@ -53,9 +53,20 @@ from solvers.strategies.strategy import StrategyError, apply_strategy
 from ..models import SUBJECTS
 from ..models.subject import Size, Subject
 from ..worker import warm_up
-from .duel import NUM_PAIRS, Duel, duels
-from .matched import RIVALS, Matched, matched
-from .settle import Settled, settle
+from .match_peak_and_time import (
+    RIVALS,
+    MatchedRow,
+    match_peak_and_time,
+)
+from .paired_runs import (
+    NUM_PAIRS,
+    PairedRun,
+    paired_runs,
+)
+from .solve_at_peaks import (
+    SolvedAtPeak,
+    solve_at_peaks,
+)
 
 WORKERS = 2
 """Of each solve."""
@@ -86,13 +97,13 @@ class Job:
         Where predicted times are from, as ``optimize`` takes it.
     repeats
         Timed pairs of steps.
-    with_settled
+    with_solved_at_peak
         Whether to solve ours at the peaks of others' points that the budgets leave open.
     with_matched
         Whether to hold ours against the rivals at their own peaks and costs.
-    with_duels
-        Whether others' schedules run in turn with ours, see :mod:`.duel`.
-    only_duels
+    with_paired_runs
+        Whether others' schedules run in turn with ours, see :mod:`.paired_runs`.
+    only_paired_runs
         Whether nothing else is done: the comparison lies in the folder.
     threads
         Of PyTorch's kernels.
@@ -111,23 +122,23 @@ class Job:
     optimizer: str | None = None
     cost_model: CostModelName = "roofline"
     repeats: int = 8
-    with_settled: bool = True
+    with_solved_at_peak: bool = True
     with_matched: bool = True
-    with_duels: bool = True
-    only_duels: bool = False
+    with_paired_runs: bool = True
+    only_paired_runs: bool = False
     threads: int = 1
     limit_s: float = 30.0
     seed: int = 0
     out: str = "build/compare"
 
 
-_DUELS = "_duels.json"
+_PAIRED_RUNS = "_duels.json"
 _LEFT = (
     ".json",
     ".csv",
     "_settled.json",
     "_matched.json",
-    _DUELS,
+    _PAIRED_RUNS,
     "_predicted.png",
     "_measured.png",
     "_accuracy.png",
@@ -136,7 +147,7 @@ _LEFT = (
 
 def files_of(job: Job) -> tuple[Path, ...]:
     """Everything that a job may leave, whether it is there or not."""
-    ends = (_DUELS,) if job.only_duels else _LEFT
+    ends = (_PAIRED_RUNS,) if job.only_paired_runs else _LEFT
     return tuple(Path(job.out) / f"{job.model}{end}" for end in ends)
 
 
@@ -153,7 +164,7 @@ def work(job: Job) -> None:
     """
     folder = Path(job.out)
     known = None
-    if job.only_duels:
+    if job.only_paired_runs:
         known = Comparison.load(folder / f"{job.model}.json")
         job = as_compared(job, known)
     torch.set_num_threads(job.threads)
@@ -165,7 +176,9 @@ def work(job: Job) -> None:
         step = Step.captured(job, Profile(cache_dir=cache_dir))
         if known is not None:
             predictor = predictor_of(step, job)
-            write_rows(folder / f"{job.model}{_DUELS}", duels_of(known, step, predictor, job))
+            write_rows(
+                folder / f"{job.model}{_PAIRED_RUNS}", paired_runs_of(known, step, predictor, job)
+            )
         else:
             compare_step(step, job, folder)
 
@@ -262,22 +275,25 @@ def compare_step(step: Step, job: Job, folder: Path) -> None:
         comparison.plot_pareto(folder / f"{job.model}_measured.png", measured=True)
         comparison.plot_predicted(folder / f"{job.model}_accuracy.png")
     predictor = predictor_of(step, job)
-    if job.with_settled:
-        write_rows(folder / f"{job.model}_settled.json", settle(comparison, predictor, say))
+    if job.with_solved_at_peak:
+        write_rows(folder / f"{job.model}_settled.json", solve_at_peaks(comparison, predictor, say))
     if job.with_matched:
         rows = [
-            matched(graph, name, least=predictor.least, solved=predictor.solved) for name in RIVALS
+            match_peak_and_time(graph, name, least=predictor.least, solved=predictor.solved)
+            for name in RIVALS
         ]
         write_rows(folder / f"{job.model}_matched.json", rows)
-    if job.execute and job.with_duels:
-        write_rows(folder / f"{job.model}{_DUELS}", duels_of(comparison, step, predictor, job))
+    if job.execute and job.with_paired_runs:
+        write_rows(
+            folder / f"{job.model}{_PAIRED_RUNS}", paired_runs_of(comparison, step, predictor, job)
+        )
 
 
 def predictor_of(step: Step, job: Job) -> Predictor:
     """What solves as the comparison did, but on to the gap that counts as optimal.
 
     A solve that ends at the comparison's gap may be above another's point by as
-    much, and would settle nothing.
+    much, and would decide nothing.
     """
     return Predictor(
         step.graph,
@@ -287,12 +303,14 @@ def predictor_of(step: Step, job: Job) -> Predictor:
     )
 
 
-def duels_of(comparison: Comparison, step: Step, predictor: Predictor, job: Job) -> list[Duel]:
+def paired_runs_of(
+    comparison: Comparison, step: Step, predictor: Predictor, job: Job
+) -> list[PairedRun]:
     """Others' schedules in turn with ours."""
     unplanned_bytes = step.baseline.peak_bytes
     execution = Execution(spec=step.spec, repeats=NUM_PAIRS, seed=job.seed)
     with runner_of(step.call, execution, unplanned_bytes) as (runner, plan):
-        return duels(
+        return paired_runs(
             comparison,
             predictor,
             with_min_cut(choose_strategies(None, STRATEGIES)[0], step.call.captured),
@@ -303,7 +321,7 @@ def duels_of(comparison: Comparison, step: Step, predictor: Predictor, job: Job)
         )
 
 
-def write_rows(path: Path, rows: Sequence[Settled | Matched | Duel]) -> None:
+def write_rows(path: Path, rows: Sequence[SolvedAtPeak | MatchedRow | PairedRun]) -> None:
     """Dataclasses as a JSON list."""
     write_whole(path, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

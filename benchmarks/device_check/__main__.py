@@ -18,7 +18,11 @@ from planner.comparing.peers import PEER_ERRORS
 
 from .bench import Bench, Where, release
 from .bits import check_bits
-from .circumstances import OWED, circumstances, lines
+from .environment import (
+    OWED,
+    environment,
+    lines,
+)
 from .memory import check_planned, check_unplanned
 from .overhead import COST_MODELS, check_overhead
 from .peers import check_peers
@@ -194,7 +198,7 @@ def main(
     )
     if threads is not None or where.type == "cpu":
         torch.set_num_threads(threads or 1)
-    results = Results(circumstances=circumstances(where, asdict(settings)))
+    results = Results(environment=environment(where, asdict(settings)))
     out.mkdir(parents=True, exist_ok=True)
     _announce(console, results)
     for subject in subjects(chosen, tuple(_known("model", model, SUBJECTS))):
@@ -253,8 +257,8 @@ def _failure(model: str, check: str, error: BaseException) -> Failed:
 
 
 def _announce(console: Console, results: Results) -> None:
-    console.print("\n".join(lines(results.circumstances)), highlight=False)
-    if results.circumstances["owed"]:
+    console.print("\n".join(lines(results.environment)), highlight=False)
+    if results.environment["owed"]:
         console.print(Panel(f"[bold]{OWED}[/]", border_style="red", title="No GPU"))
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from graph_capture.costs.devices import DEVICES
 from planner import Plan, PlanMismatchError
 
-from .away import plan_away, plan_in_child
 from .bench import Bench
+from .plan_without_device import (
+    plan_in_child,
+    plan_without_device,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,12 +26,12 @@ class Portable:
         Name of the subject.
     entry
         The device's name, as ``optimize(device=…)`` takes it.
-    away
+    without_device
         Fingerprint of the plan made on ``meta`` for the device, after a round
         trip through JSON.
     here
         Fingerprint of the plan made on the device.
-    away_peak_bytes, here_peak_bytes
+    without_device_peak_bytes, here_peak_bytes
         Predicted peaks of the unplanned step. They may differ where kernels'
         scratch memory could only be measured on the device.
     refused
@@ -37,16 +40,16 @@ class Portable:
 
     model: str
     entry: str
-    away: str
+    without_device: str
     here: str
-    away_peak_bytes: int
+    without_device_peak_bytes: int
     here_peak_bytes: int
     refused: str = ""
 
     @property
     def same(self) -> bool:
         """Whether both are plans of one step, and the device took the one from the file."""
-        return self.away == self.here and not self.refused
+        return self.without_device == self.here and not self.refused
 
 
 def check_portable(bench: Bench) -> Portable:
@@ -61,7 +64,7 @@ def check_portable(bench: Bench) -> Portable:
         if bench.device.type == "cuda" and bench.entry.name in DEVICES:
             plan_in_child(subject, bench.entry.name, bench.seed, path)
         else:
-            plan_away(subject, bench.entry, bench.seed, path)
+            plan_without_device(subject, bench.entry, bench.seed, path)
         loaded = Plan.load(path)
     here = bench.unplanned()
     refused = ""
@@ -73,9 +76,9 @@ def check_portable(bench: Bench) -> Portable:
     return Portable(
         model=subject.name,
         entry=bench.entry.name,
-        away=loaded.fingerprint,
+        without_device=loaded.fingerprint,
         here=here.fingerprint,
-        away_peak_bytes=loaded.baseline_peak_bytes,
+        without_device_peak_bytes=loaded.baseline_peak_bytes,
         here_peak_bytes=here.baseline_peak_bytes,
         refused=refused,
     )

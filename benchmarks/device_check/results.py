@@ -32,13 +32,13 @@ class Results:
 
     Parameters
     ----------
-    circumstances
-        From :func:`~.circumstances.circumstances`.
+    environment
+        From :func:`~.environment.environment`.
     subjects
         Each model's name and what it is.
     """
 
-    circumstances: dict[str, Any]
+    environment: dict[str, Any]
     subjects: dict[str, str] = field(default_factory=dict)
     bits: list[Bits] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Results:
             *(fault for row in self.memory for fault in _faults_of_memory(row)),
             *(
                 f"{row.model}, planned elsewhere for {row.entry!r}: "
-                + (row.refused or f"fingerprints {row.away} and {row.here}")
+                + (row.refused or f"fingerprints {row.without_device} and {row.here}")
                 for row in self.portable
                 if not row.same
             ),
@@ -73,7 +73,7 @@ class Results:
     def write(self, folder: Path) -> None:
         """``results.json``, with every field and what follows from it."""
         data = {
-            "circumstances": self.circumstances,
+            "circumstances": self.environment,
             "subjects": self.subjects,
             "bits": [asdict(row) for row in self.bits],
             "memory": [

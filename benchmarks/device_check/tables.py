@@ -9,7 +9,7 @@ from rich.table import Table
 
 from graph_capture.units import format_bytes
 
-from .circumstances import lines
+from .environment import lines
 from .results import Results
 
 
@@ -48,9 +48,9 @@ def sections(results: Results) -> list[Section]:
 
 def markdown(results: Results) -> str:
     """The whole report."""
-    owed = results.circumstances["owed"]
+    owed = results.environment["owed"]
     parts = [f"**{owed}**\n"] if owed else []
-    parts += ["\n".join(f"- {line}" for line in lines(results.circumstances)) + "\n"]
+    parts += ["\n".join(f"- {line}" for line in lines(results.environment)) + "\n"]
     parts += ["\n".join(f"- {name}: {text}" for name, text in results.subjects.items()) + "\n"]
     parts += [section.markdown() for section in sections(results)]
     parts += [headroom_line(results) + "\n"]
@@ -204,9 +204,11 @@ def _portable(results: Results) -> Section:
             (
                 row.model,
                 row.entry,
-                "equal" if row.away == row.here else f"{row.away[:8]} and {row.here[:8]}",
+                "equal"
+                if row.without_device == row.here
+                else f"{row.without_device[:8]} and {row.here[:8]}",
                 _brief(row.refused) if row.refused else "yes",
-                format_bytes(row.away_peak_bytes),
+                format_bytes(row.without_device_peak_bytes),
                 format_bytes(row.here_peak_bytes),
             )
             for row in results.portable

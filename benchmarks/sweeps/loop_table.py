@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from .circumstances import circumstances
+from .environment import environment
 from .verdicts import BROKEN, FINE
 
 _LONGEST = 60
@@ -23,7 +23,7 @@ def loop_table(records: list[dict[str, Any]]) -> str:
         "unplanned twin. After each step the loss, every gradient, parameter and buffer and the "
         "generator are compared.",
         "",
-        circumstances(),
+        environment(),
         "",
         f"{len(records)} loops, {sum(counts[v] for v in FINE)} as promised.",
         "",

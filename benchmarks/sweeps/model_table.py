@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from .circumstances import circumstances
+from .environment import environment
 
 _NOT_TRAINED = ("skipped", "no eager", "not repeatable")
 _ORDER = (
@@ -48,7 +48,7 @@ def model_table(records: list[dict[str, Any]]) -> str:
         "eager's measured peak (else at the least budget there is), trained for two steps beside "
         "eager with every bit compared, and measured.",
         "",
-        circumstances(),
+        environment(),
         "",
         f"{len(trained)} of {len(records)} subjects train in eager; {len(planned)} of these are "
         f"planned ({_percent(len(planned), len(trained))}). {BEFORE}",

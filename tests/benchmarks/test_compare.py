@@ -11,9 +11,16 @@ from typer.testing import CliRunner
 
 from benchmarks.compare.__main__ import app, run_worker
 from benchmarks.compare.folder import Found, read
-from benchmarks.compare.matched import NO_OVERHEAD, Matched, matched
-from benchmarks.compare.settle import AT_MOST, Settled
+from benchmarks.compare.match_peak_and_time import (
+    NO_OVERHEAD,
+    MatchedRow,
+    match_peak_and_time,
+)
 from benchmarks.compare.signs import LEGEND, sign
+from benchmarks.compare.solve_at_peaks import (
+    AT_MOST,
+    SolvedAtPeak,
+)
 from benchmarks.compare.tables import (
     below_table,
     facts,
@@ -73,7 +80,7 @@ def test_points_are_counted_once_however_many_rows_they_have() -> None:
     """Two rows of one schedule are one point; it is open where it takes less than ours."""
     open_point = cells(below_table({"tiny": comparison(105.0)}, {}))
     assert open_point[:7] == ["tiny", "1", "2 (0)", "1", "1", "–", "–"]
-    assert open_point[7] == "not settled: uniform_sqrt at 0.5 MB, 5.000%"
+    assert open_point[7] == "not solved: uniform_sqrt at 0.5 MB, 5.000%"
     covered = cells(below_table({"tiny": comparison(130.0)}, {}))
     assert covered[3:] == ["1", "0", "–", "0", "–", "1 (none)", "2.00%"]
 
@@ -87,7 +94,7 @@ def test_a_row_over_its_budget_is_counted_as_one() -> None:
 
 def test_a_point_that_settling_covers_is_not_below_ours() -> None:
     """Solved at its peak ours takes as little; what still takes more is named with both figures."""
-    found = Settled(
+    found = SolvedAtPeak(
         strategies=("uniform_sqrt",),
         peak_bytes=500_000,
         theirs_us=105.0,
@@ -219,7 +226,7 @@ def test_what_failed_or_does_not_apply_is_said_below_the_table() -> None:
 def test_ours_beside_a_strategy_on_a_chain() -> None:
     """Eight layers of two unit operators: its peak and cost by hand, ours no worse in both."""
     graph = layered(8)
-    found = matched(
+    found = match_peak_and_time(
         graph,
         "transformers_per_layer",
         least=least_memory(graph, time_limit_s=2.0),
@@ -246,7 +253,7 @@ def test_a_rival_without_overhead_has_its_own_words() -> None:
     costly = layered(4)
     free = [replace(op, cost_ns=int(op.phase == "backward")) for op in costly.operators]
     graph = CostGraph(tuple(free), costly.storages)
-    found = matched(
+    found = match_peak_and_time(
         graph,
         "transformers_per_layer",
         least=least_memory(graph, time_limit_s=1.0),
@@ -261,7 +268,7 @@ def test_a_rival_without_overhead_has_its_own_words() -> None:
 def test_says_where_half_is_impossible() -> None:
     """Uniform sqrt(L) on a unit chain is so near the optimum that the bound excludes half."""
     graph = unit_chain(9)
-    found = matched(
+    found = match_peak_and_time(
         graph,
         "uniform_sqrt",
         least=least_memory(graph, time_limit_s=2.0),
@@ -273,7 +280,7 @@ def test_says_where_half_is_impossible() -> None:
 
 def test_a_strategy_that_does_not_apply_is_a_line() -> None:
     """With its reason, and the other lines stay."""
-    table = matched_table({"tiny": [Matched(strategy="uniform_sqrt", error="no blocks")]})
+    table = matched_table({"tiny": [MatchedRow(strategy="uniform_sqrt", error="no blocks")]})
     assert "| tiny | uniform_sqrt | no blocks |" in table
     words = report(Found(comparisons={"tiny": comparison(130.0)}, failures={"bert": "killed"}))
     assert "| bert | killed |" in words

@@ -10,8 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.compare import __main__ as command
-from benchmarks.compare.duel import NUM_PAIRS, OWN_PEAK, SAME, Duel
 from benchmarks.compare.folder import read, read_failures, write_settings
+from benchmarks.compare.paired_runs import (
+    NUM_PAIRS,
+    OWN_PEAK,
+    SAME,
+    PairedRun,
+)
 from benchmarks.compare.worker import Job, as_compared, files_of, job_of, work, write_rows
 from planner.comparing.comparison import Comparison
 from tests.benchmarks.test_compare import comparison
@@ -61,7 +66,7 @@ def test_the_settings_of_a_run_are_kept_whole(jobs: list[Job], tmp_path: Path) -
     settings = kept["settings"]
     assert settings["models"] == ["vgg16"]
     assert len(jobs) == 1
-    assert {"peers", "repeats", "with_matched", "with_settled", "threads"} <= set(settings)
+    assert {"peers", "repeats", "with_matched", "with_solved_at_peak", "threads"} <= set(settings)
     assert (settings["threads"], settings["repeats"], settings["strategies"]) == (2, 6, ["auto"])
     assert kept["circumstances"]["command"].startswith("python -m benchmarks.compare")
     assert "date" in kept["circumstances"]
@@ -124,7 +129,7 @@ def test_a_damaged_file_is_told_and_the_others_are_read(tmp_path: Path, damage: 
     found = read(tmp_path, ("unet", "vgg16"), {})
     assert list(found.comparisons) == ["vgg16"]
     assert found.matches == {"vgg16": []}
-    assert found.settled == {}
+    assert found.at_peak == {}
     assert "unet.json cannot be read" in found.failures["unet"]
     assert "vgg16_settled.json cannot be read" in found.failures["vgg16"]
 
@@ -166,7 +171,7 @@ def test_a_run_of_one_model_keeps_the_others_in_the_page(jobs: list[Job], tmp_pa
 
 def test_duels_are_read_again(tmp_path: Path) -> None:
     """With those that did not run."""
-    ran = Duel(
+    ran = PairedRun(
         strategy="dtr",
         budget_bytes=9,
         seen_peak_bytes=8,
@@ -179,30 +184,32 @@ def test_duels_are_read_again(tmp_path: Path) -> None:
     failed = replace(ran, ratio=None, interval=None, num_pairs=0, verdict="nothing fits")
     comparison(130.0).save(tmp_path / "unet.json")
     write_rows(tmp_path / "unet_duels.json", [ran, failed])
-    assert read(tmp_path, ("unet",), {}).duels == {"unet": [ran, failed]}
+    assert read(tmp_path, ("unet",), {}).paired_runs == {"unet": [ran, failed]}
 
 
-def test_only_duels_leaves_the_comparison_where_it_is(jobs: list[Job], tmp_path: Path) -> None:
+def test_only_paired_runs_leaves_the_comparison_where_it_is(
+    jobs: list[Job], tmp_path: Path
+) -> None:
     """What a run begins with is taken away: here nothing but what it will make."""
-    invoke(f"vgg16 --only-duels --out {tmp_path}")
+    invoke(f"vgg16 --only-paired-runs --out {tmp_path}")
     (job,) = jobs
     assert [path.name for path in files_of(job)] == ["vgg16_duels.json"]
-    invoke(f"vgg16 --only-duels --predicted --out {tmp_path}", 2)
+    invoke(f"vgg16 --only-paired-runs --predicted --out {tmp_path}", 2)
 
 
-def test_only_duels_needs_a_comparison(tmp_path: Path) -> None:
+def test_only_paired_runs_needs_a_comparison(tmp_path: Path) -> None:
     """Which is named."""
     with pytest.raises(FileNotFoundError, match=r"vgg16\.json"):
-        work(Job(model="vgg16", size="tiny", only_duels=True, out=str(tmp_path)))
+        work(Job(model="vgg16", size="tiny", only_paired_runs=True, out=str(tmp_path)))
 
 
 @pytest.mark.slow
-def test_duels_of_a_tiny_model(tmp_path: Path) -> None:
+def test_paired_runs_of_a_tiny_model(tmp_path: Path) -> None:
     """A point that is made to look better is run again, by the same comparison's files."""
     words = "vgg16 --size tiny --limit-s 0.5 --num-budgets 2 --no-matched --repeats 2 --no-peers"
     names = ("auto", "none", "uniform_every_k")
     chosen = " ".join(f"--strategy {name}" for name in names)
-    invoke(f"{words} {chosen} --no-duels --out {tmp_path}")
+    invoke(f"{words} {chosen} --no-paired-runs --out {tmp_path}")
     path = tmp_path / "vgg16.json"
     before = Comparison.load(path)
     lucky = [
@@ -212,8 +219,8 @@ def test_duels_of_a_tiny_model(tmp_path: Path) -> None:
         for row in before.rows
     ]
     replace(before, rows=tuple(lucky)).save(path)
-    invoke(f"vgg16 --size tiny --limit-s 0.5 --only-duels --out {tmp_path}")
-    found = read(tmp_path, ("vgg16",), {}).duels["vgg16"]
+    invoke(f"vgg16 --size tiny --limit-s 0.5 --only-paired-runs --out {tmp_path}")
+    found = read(tmp_path, ("vgg16",), {}).paired_runs["vgg16"]
     assert found
     assert {one.strategy for one in found} == {"uniform_every_k"}
     assert all(one.num_pairs == NUM_PAIRS or one.verdict == SAME for one in found)
@@ -225,7 +232,7 @@ def test_duels_are_fought_as_the_comparison_was_made() -> None:
     known = replace(
         comparison(130.0), cost_model="profile", num_threads=2, seed=3, time_limit_s=9.0
     )
-    job = as_compared(Job(model="tiny", only_duels=True), known)
+    job = as_compared(Job(model="tiny", only_paired_runs=True), known)
     assert (job.cost_model, job.threads, job.seed, job.limit_s) == ("profile", 2, 3, 9.0)
     with pytest.raises(ValueError, match="my own"):
         as_compared(job, replace(known, cost_model="my own"))

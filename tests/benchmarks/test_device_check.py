@@ -18,10 +18,12 @@ from typer.testing import CliRunner
 from benchmarks.device_check import __main__ as command
 from benchmarks.device_check import bits, peers
 from benchmarks.device_check import subjects as subjects_of
-from benchmarks.device_check.away import plan_in_child
 from benchmarks.device_check.bench import Bench
 from benchmarks.device_check.bits import check_bits
-from benchmarks.device_check.circumstances import OWED, circumstances
+from benchmarks.device_check.environment import (
+    OWED,
+    environment,
+)
 from benchmarks.device_check.memory import (
     Memory,
     check_planned,
@@ -30,6 +32,7 @@ from benchmarks.device_check.memory import (
 )
 from benchmarks.device_check.overhead import check_overhead, predicted_overhead
 from benchmarks.device_check.peers import check_peers
+from benchmarks.device_check.plan_without_device import plan_in_child
 from benchmarks.device_check.portable import check_portable
 from benchmarks.device_check.results import Failed, Results
 from benchmarks.device_check.subjects import SUBJECTS, Size, Subject, subjects
@@ -136,7 +139,7 @@ def test_an_eager_step_that_differs_from_itself_is_no_fault_of_a_plan(
     assert [row.planned_differs for row in rows] == [None, None]
     assert set(seen) == {False, True}
     assert not torch.are_deterministic_algorithms_enabled()
-    assert not Results(circumstances={}, bits=rows).faults()
+    assert not Results(environment={}, bits=rows).faults()
 
 
 def test_peaks_are_the_planner_s_own(bench: Bench) -> None:
@@ -155,7 +158,7 @@ def test_a_budget_that_nothing_fits_is_a_row(bench: Bench) -> None:
     """It names the least feasible budget instead of a peak, and is no fault."""
     row = check_planned(bench, 0.1)
     assert "the least feasible is" in row.infeasible
-    results = Results(circumstances=circumstances(CPU, {}), memory=[row])
+    results = Results(environment=environment(CPU, {}), memory=[row])
     assert not results.faults()
     assert row.infeasible in markdown(results)
 
@@ -181,7 +184,7 @@ def test_fragmentation_is_the_worst_of_planned_steps() -> None:
 )
 def test_memory_that_breaks_a_promise_is_a_fault(row: Memory, fault: str) -> None:
     """Above the budget, or more than 2 % off the prediction of a planned step."""
-    faults = Results(circumstances={}, memory=[row]).faults()
+    faults = Results(environment={}, memory=[row]).faults()
     assert [fault in text for text in faults] == [True] * bool(fault)
 
 
@@ -294,9 +297,7 @@ def test_a_check_that_fails_is_a_fault_and_the_others_go_on(
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
     """A check that could not be timed leaves a file that every reader accepts."""
-    results = Results(
-        circumstances={"x": math.nan}, failed=[Failed(model="a", check="b", error="")]
-    )
+    results = Results(environment={"x": math.nan}, failed=[Failed(model="a", check="b", error="")])
     results.write(tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["circumstances"] == {"x": None}
 

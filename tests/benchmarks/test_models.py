@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.literature.questions import captured_graph
 from benchmarks.models import SUBJECTS
 from benchmarks.models.fcn import FCN8
 from benchmarks.models.mobilenet import MobileNetV1, MobileNetV2
@@ -13,7 +14,6 @@ from benchmarks.models.resnet import make_resnet
 from benchmarks.models.segnet import SegNet
 from benchmarks.models.unet import UNet
 from benchmarks.models.vgg import VGG
-from benchmarks.seeds.questions import captured_graph
 from planner import optimize
 from solvers.instances import keep_all_peak_bytes
 from solvers.least_memory import least_memory

@@ -8,7 +8,11 @@ import pytest
 
 from benchmarks.compare.__main__ import RECORD
 from benchmarks.compare.folder import read, read_failures
-from benchmarks.compare.settle import points_of_others, points_of_ours, uncovered
+from benchmarks.compare.solve_at_peaks import (
+    points_of_others,
+    points_of_ours,
+    uncovered,
+)
 from benchmarks.compare.tables import report
 from benchmarks.run import ROOT
 
@@ -63,8 +67,8 @@ def test_what_the_page_claims_of_every_model(folder: Path) -> None:
     """Nobody is below ours; what ran had eager's bits and never left its budget."""
     found = read(folder, PAGES[folder], {})
     for name, comparison in found.comparisons.items():
-        settled = points_of_ours(comparison, found.settled[name])
-        assert uncovered(points_of_others(comparison), settled) == [], name
+        solved = points_of_ours(comparison, found.at_peak[name])
+        assert uncovered(points_of_others(comparison), solved) == [], name
         for row in comparison.rows:
             if row.kind == "strategy" and row.measured is not None:
                 assert row.measured.bits == "equal", (name, row.strategy)

@@ -14,4 +14,4 @@ def test_a_plan_from_stand_ins_is_the_plan_of_the_card(bench: Bench) -> None:
     """Through JSON it has the card's own fingerprint, and the model on the card takes it."""
     row = check_portable(bench)
     assert not row.refused
-    assert row.away == row.here
+    assert row.without_device == row.here

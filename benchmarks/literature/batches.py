@@ -16,7 +16,10 @@ from solvers.replay import replay
 from solvers.schedule import Schedule
 
 from ..models import Subject
-from .questions import captured_graph, forward_ns
+from .questions import (
+    captured_graph,
+    forward_ns,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

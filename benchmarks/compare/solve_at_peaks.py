@@ -2,7 +2,7 @@
 
 A comparison solves ours at a few budgets. A schedule of another strategy whose peak
 lies between two of them may take less time than our plan at the lower one without
-being better than what we would find at its own peak. So each such point is settled:
+being better than what we would find at its own peak. So each such point is decided:
 ours is solved with that peak as its budget.
 
 A point is a peak and a time, by replay; several strategies, or one at several
@@ -43,7 +43,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class SolvedAtPeak:
     """Ours at the peak of one point of others.
 
     Parameters
@@ -89,7 +89,7 @@ def points_of_others(comparison: Comparison) -> list[Point]:
     ]
 
 
-def points_of_ours(comparison: Comparison, settled: Sequence[Settled] = ()) -> list[Point]:
+def points_of_ours(comparison: Comparison, solved: Sequence[SolvedAtPeak] = ()) -> list[Point]:
     """Our plans of the comparison, and those that were found in settling."""
     found = [
         Point(peak_bytes=row.predicted_peak_bytes, step_us=row.predicted_step_us)
@@ -100,7 +100,7 @@ def points_of_ours(comparison: Comparison, settled: Sequence[Settled] = ()) -> l
     ]
     return found + [
         Point(peak_bytes=one.ours_peak_bytes, step_us=one.ours_us)
-        for one in settled
+        for one in solved
         if one.ours_peak_bytes is not None and one.ours_us is not None
     ]
 
@@ -112,7 +112,7 @@ def uncovered(
     return [point for point in others if not any(our.covers(point, tolerance) for our in ours)]
 
 
-def to_settle(comparison: Comparison) -> list[Point]:
+def points_to_solve(comparison: Comparison) -> list[Point]:
     """The points that need a solve: uncovered, and dominated by no other point of others."""
     others = points_of_others(comparison)
     return [
@@ -122,9 +122,9 @@ def to_settle(comparison: Comparison) -> list[Point]:
     ]
 
 
-def settle(
+def solve_at_peaks(
     comparison: Comparison, predictor: Predictor, say: Callable[[str], None]
-) -> list[Settled]:
+) -> list[SolvedAtPeak]:
     """Ours at the peak of each point that the comparison leaves open.
 
     Parameters
@@ -141,10 +141,10 @@ def settle(
     """
     if predictor.graph.fingerprint != comparison.fingerprint:
         raise ValueError(
-            f"the comparison is of step {comparison.fingerprint}, and the step to settle it on is "
+            f"the comparison is of step {comparison.fingerprint}, and the step to solve is "
             f"{predictor.graph.fingerprint}: capture and compare again"
         )
-    points = to_settle(comparison) if took_part(comparison) else []
+    points = points_to_solve(comparison) if took_part(comparison) else []
     found = []
     for i, point in enumerate(points):
         say(f"settling {i + 1}/{len(points)}: ours at the peak of {', '.join(point.strategies)}")
@@ -152,7 +152,7 @@ def settle(
         row = predictor.predicted(AUTO, budget).row
         bound_us = predictor.bound_of(budget).lower_bound_us
         found.append(
-            Settled(
+            SolvedAtPeak(
                 strategies=point.strategies,
                 peak_bytes=point.peak_bytes,
                 theirs_us=point.step_us,

@@ -21,7 +21,7 @@ OWED = (
 )
 
 
-def circumstances(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
+def environment(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     """All of it, ready for JSON.
 
     Parameters

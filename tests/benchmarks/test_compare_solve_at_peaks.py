@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.compare.settle import (
+from benchmarks.compare.solve_at_peaks import (
     AT_MOST,
     BELOW,
     Point,
     points_of_others,
-    settle,
-    to_settle,
+    points_to_solve,
+    solve_at_peaks,
 )
 from planner.base.solve_options import SolveOptions
 from planner.comparing.budgets import NamedBudget
@@ -72,9 +72,9 @@ def test_points_are_distinct_and_know_whose_they_are() -> None:
     assert found == [Point(peak_bytes=50, step_us=9.0, strategies=("a", "b"))]
 
 
-def test_only_open_points_that_no_other_dominates_are_settled() -> None:
+def test_only_open_points_that_no_other_dominates_are_solved() -> None:
     """Covered by ours: 90; dominated by another of theirs: 60; so 50 is left."""
-    found = to_settle(
+    found = points_to_solve(
         comparison(
             row("auto", 80, 10.0, 80),
             row("auto", 40, 20.0, 40),
@@ -89,8 +89,8 @@ def test_only_open_points_that_no_other_dominates_are_settled() -> None:
 def test_a_difference_that_counts_as_optimal_leaves_nothing_open() -> None:
     """Ours may take 0.01 % longer; 0.02 % is open."""
     ours = row("auto", 50, 10.0, 50)
-    assert to_settle(comparison(ours, row("a", 50, 10.0 * (1 - 0.9e-4)))) == []
-    assert len(to_settle(comparison(ours, row("a", 50, 10.0 * (1 - 2e-4))))) == 1
+    assert points_to_solve(comparison(ours, row("a", 50, 10.0 * (1 - 0.9e-4)))) == []
+    assert len(points_to_solve(comparison(ours, row("a", 50, 10.0 * (1 - 2e-4))))) == 1
 
 
 def test_ours_is_solved_at_the_peak_of_the_point() -> None:
@@ -102,7 +102,7 @@ def test_ours_is_solved_at_the_peak_of_the_point() -> None:
     roomy = NamedBudget(label="roomy", num_bytes=1000)
     ours = solver.predicted(STRATEGIES["auto"], roomy).row
     said: list[str] = []
-    (found,) = settle(comparison(rival, ours), solver, said.append)
+    (found,) = solve_at_peaks(comparison(rival, ours), solver, said.append)
     assert said == ["settling 1/1: ours at the peak of transformers_per_layer"]
     assert found.verdict == AT_MOST
     assert found.peak_bytes == rival.predicted_peak_bytes
@@ -112,7 +112,7 @@ def test_ours_is_solved_at_the_peak_of_the_point() -> None:
     assert found.ours_peak_bytes <= rival.predicted_peak_bytes
     assert found.bound_us <= found.ours_us <= rival.predicted_step_us
     impossible = replace(rival, predicted_step_us=0.5 * rival.predicted_step_us)
-    (lost,) = settle(comparison(impossible, ours), solver, said.append)
+    (lost,) = solve_at_peaks(comparison(impossible, ours), solver, said.append)
     assert lost.verdict.startswith(f"{BELOW} by ")
     assert "our proven gap is" in lost.verdict
 
@@ -121,18 +121,20 @@ def test_where_nothing_is_found_the_point_stays_below_ours() -> None:
     """With the reason."""
     solver = predictor()
     impossible = row("a", 1, 1.0)
-    (found,) = settle(comparison(impossible, row("auto", 80, 10.0, 80)), solver, lambda words: None)
+    (found,) = solve_at_peaks(
+        comparison(impossible, row("auto", 80, 10.0, 80)), solver, lambda words: None
+    )
     assert found.verdict.startswith(f"{BELOW}: proven: nothing fits in 1 bytes")
     assert (found.ours_us, found.bound_us) == (None, None)
 
 
 def test_without_ours_there_is_nothing_to_settle() -> None:
     """There is no curve that a point could be below."""
-    assert settle(comparison(row("a", 50, 12.0)), predictor(), lambda words: None) == []
+    assert solve_at_peaks(comparison(row("a", 50, 12.0)), predictor(), lambda words: None) == []
 
 
 def test_another_step_settles_nothing() -> None:
     """Its bytes and times are others; both fingerprints are named."""
     other = replace(comparison(), fingerprint=unit_chain(3).fingerprint)
     with pytest.raises(ValueError, match=GRAPH.fingerprint):
-        settle(other, predictor(), lambda words: None)
+        solve_at_peaks(other, predictor(), lambda words: None)

@@ -3,7 +3,7 @@
 Runs in a process of its own that sees no CUDA device, so that what it captures
 is what a laptop captures::
 
-    python -m benchmarks.device_check.away gpt2 tiny h100 0 plan.json
+    python -m benchmarks.device_check.plan_without_device gpt2 tiny h100 0 plan.json
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from graph_capture.costs.devices import Device
 from planner import optimize
 
 from .bench import UNLIMITED_BYTES
-from .subjects import SUBJECTS, Subject
+from .subjects import (
+    SUBJECTS,
+    Subject,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def plan_away(subject: Subject, entry: str | Device, seed: int, path: Path) -> None:
+def plan_without_device(subject: Subject, entry: str | Device, seed: int, path: Path) -> None:
     """Plan on ``meta`` for a device that need not be there, with room for everything.
 
     Parameters
@@ -50,7 +53,7 @@ def plan_away(subject: Subject, entry: str | Device, seed: int, path: Path) -> N
 
 
 def plan_in_child(subject: Subject, entry: str, seed: int, path: Path) -> None:
-    """:func:`plan_away` in a process that sees no CUDA device.
+    """:func:`plan_without_device` in a process that sees no CUDA device.
 
     Raises
     ------
@@ -59,7 +62,7 @@ def plan_in_child(subject: Subject, entry: str, seed: int, path: Path) -> None:
     """
     words = [subject.name, subject.size, entry, str(seed), str(path)]
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.device_check.away", *words],
+        [sys.executable, "-m", "benchmarks.device_check.plan_without_device", *words],
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -74,7 +77,7 @@ def plan_in_child(subject: Subject, entry: str, seed: int, path: Path) -> None:
 
 def _main() -> None:
     name, size, entry, seed, path = sys.argv[1:]
-    plan_away(SUBJECTS[name](size), entry, int(seed), Path(path))  # type: ignore[arg-type]
+    plan_without_device(SUBJECTS[name](size), entry, int(seed), Path(path))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ from solvers.instances import keep_all_peak_bytes
 
 from ..models import Subject
 from ..plan_runs import markdown
-from .questions import captured_graph, least_peak_within, optimum_figure, strategy_figure
+from .questions import (
+    captured_graph,
+    least_peak_within,
+    optimum_figure,
+    strategy_figure,
+)
 
 USUAL = ("transformers_per_layer", "uniform_sqrt")
 """What guides tell to switch on: every layer, or segments of sqrt(L) of them."""

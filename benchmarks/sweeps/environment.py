@@ -16,12 +16,12 @@ _LIBRARIES = (
 )
 
 
-def circumstances() -> str:
+def environment() -> str:
     """Versions and platform on one line.
 
     Examples
     --------
-    >>> circumstances().startswith("torch ")
+    >>> environment().startswith("torch ")
     True
     """
     found = []

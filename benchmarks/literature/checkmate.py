@@ -24,9 +24,18 @@ from solvers.least_memory import least_memory
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 
-from ..models import SUBJECTS, Size
+from ..models import (
+    SUBJECTS,
+    Size,
+)
 from ..plan_runs import markdown
-from .batches import Find, LargestBatch, Rule, StepLine, largest_batch
+from .batches import (
+    Find,
+    LargestBatch,
+    Rule,
+    StepLine,
+    largest_batch,
+)
 from .questions import (
     NOTHING_FITS,
     NOTHING_FOUND,

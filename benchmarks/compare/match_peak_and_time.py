@@ -40,7 +40,7 @@ Solved = Callable[[int], SolveResult]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Matched:
+class MatchedRow:
     """Ours beside one strategy.
 
     Parameters
@@ -81,13 +81,13 @@ class Matched:
     peak_verdict: str = ""
 
 
-def matched(
+def match_peak_and_time(
     graph: CostGraph,
     strategy: str,
     *,
     least: LeastMemory,
     solved: Solved,
-) -> Matched:
+) -> MatchedRow:
     """Both questions about one strategy.
 
     Parameters
@@ -100,7 +100,7 @@ def matched(
     try:
         rival = apply_strategy(STRATEGIES[strategy], graph)
     except StrategyError as error:
-        return Matched(strategy=strategy, error=str(error))
+        return MatchedRow(strategy=strategy, error=str(error))
     baseline_ns = graph.base_cost_ns
     at_peak = solved(rival.peak_bytes)
     overhead = rival.cost_ns / baseline_ns - 1
@@ -110,7 +110,7 @@ def matched(
     ratio = ours / overhead if recomputes and ours is not None and overhead > 0 else None
     peak, proven = _least_peak(rival, at_peak, least, solved)
     peak_ratio = None if peak is None else peak / rival.peak_bytes
-    return Matched(
+    return MatchedRow(
         strategy=strategy,
         setting=rival.setting,
         peak_bytes=rival.peak_bytes,

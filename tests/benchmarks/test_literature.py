@@ -1,4 +1,4 @@
-"""The field's seeds: chains counted by hand, questions of time and memory, largest batches."""
+"""Experiments of the literature: chains counted by hand, time and memory, largest batches."""
 
 from __future__ import annotations
 
@@ -12,13 +12,32 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.seeds.__main__ import app
-from benchmarks.seeds.batches import LargestBatch, Rule, StepLine, largest_batch
-from benchmarks.seeds.chain_steps import LAYER_BYTES, LAYER_NS, mlp_chain, plain_chain
-from benchmarks.seeds.chains import chain_rows, chain_tables, growth_rows
-from benchmarks.seeds.checkmate import batch_table, by_solving, by_strategy, sweep_tables
-from benchmarks.seeds.half import half_table
-from benchmarks.seeds.questions import (
+from benchmarks.literature.__main__ import app
+from benchmarks.literature.batches import (
+    LargestBatch,
+    Rule,
+    StepLine,
+    largest_batch,
+)
+from benchmarks.literature.chain_steps import (
+    LAYER_BYTES,
+    LAYER_NS,
+    mlp_chain,
+    plain_chain,
+)
+from benchmarks.literature.chains import (
+    chain_rows,
+    chain_tables,
+    growth_rows,
+)
+from benchmarks.literature.checkmate import (
+    batch_table,
+    by_solving,
+    by_strategy,
+    sweep_tables,
+)
+from benchmarks.literature.half import half_table
+from benchmarks.literature.questions import (
     Figure,
     answer,
     forward_ns,
@@ -111,7 +130,7 @@ def test_bounds_of_staged_schedules_exclude_nothing(monkeypatch: pytest.MonkeyPa
     found = optimum_figure(graph, 4 * LAYER_BYTES, time_limit_s=5)
     assert found.schedule is not None
     two_halves = found.schedule
-    monkeypatch.setattr("benchmarks.seeds.questions.solve", staged)
+    monkeypatch.setattr("benchmarks.literature.questions.solve", staged)
     assert not answer(graph, 4 * LAYER_BYTES, limit_ns, time_limit_s=1).excluded
     assert optimum_figure(graph, 4 * LAYER_BYTES, time_limit_s=1).bound == 0.0
 
@@ -236,7 +255,7 @@ def test_commands_leave_tables(command: str, stem: str, tmp_path: Path) -> None:
     assert outcome.exit_code == 0, outcome.output
     data = json.loads((tmp_path / f"{stem}.json").read_text(encoding="utf-8"))
     assert data["rows"]
-    assert "python -m benchmarks.seeds" in data["circumstances"]["command"]
+    assert "python -m benchmarks.literature" in data["circumstances"]["command"]
     assert (tmp_path / f"{stem}.md").read_text(encoding="utf-8").count("|") > 10
 
 

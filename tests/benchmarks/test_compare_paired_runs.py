@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.compare.duel import (
+from benchmarks.compare.paired_runs import (
     BEYOND_NOISE,
     NO_DIFFERENCE,
     OURS_LESS,
@@ -15,11 +15,11 @@ from benchmarks.compare.duel import (
     SAME,
     THEIRS_LESS,
     WITHIN_NOISE,
-    Duel,
-    duels,
-    duels_table,
+    PairedRun,
     median_interval,
-    opponents,
+    paired_runs,
+    paired_runs_table,
+    runs_to_pair,
 )
 from planner.comparing.comparison import Comparison
 from planner.comparison_record import ComparisonRow, MeasuredStep
@@ -28,7 +28,12 @@ from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES
 from tests.benchmarks.test_compare_executed import peer, step
-from tests.benchmarks.test_compare_settle import GRAPH, comparison, predictor, row
+from tests.benchmarks.test_compare_solve_at_peaks import (
+    GRAPH,
+    comparison,
+    predictor,
+    row,
+)
 from tests.solvers.strategy_graphs import unit_chain
 
 
@@ -64,7 +69,7 @@ def silent(words: str) -> None:
 
 def test_who_is_asked_again() -> None:
     """What measured better, beyond noise and within it, and rivals at their own choice; no peer."""
-    found = opponents(
+    found = runs_to_pair(
         comparison(
             ran_row("auto", 90, step(90, 1.20, 1.25, 1.30), 90),
             ran_row("within", 90, step(90, 1.00, 1.20, 1.40)),
@@ -84,7 +89,7 @@ def test_who_is_asked_again() -> None:
 
 def test_a_rival_at_our_budget_is_asked_even_with_a_little_more_memory() -> None:
     """Both fit, and it took less."""
-    (found,) = opponents(
+    (found,) = runs_to_pair(
         comparison(
             ran_row("auto", 89, step(89, 1.20, 1.25, 1.30), 91),
             ran_row("rotor", 90, step(90, 1.00, 1.05, 1.10), 91),
@@ -110,7 +115,9 @@ def test_ours_runs_at_the_peak_of_what_the_other_proposes() -> None:
         ran.append((theirs, ours))
         return timed(90.0)(theirs, ours)
 
-    (found,) = duels(seen("transformers_per_layer"), predictor(), STRATEGIES, in_turn, said.append)
+    (found,) = paired_runs(
+        seen("transformers_per_layer"), predictor(), STRATEGIES, in_turn, said.append
+    )
     ((theirs, ours),) = ([replay(GRAPH, schedule) for schedule in both] for both in ran)
     assert said == ["in turn with ours 1/1: transformers_per_layer"]
     assert (found.peak_bytes, found.our_peak_bytes) == (theirs.peak_bytes, ours.peak_bytes)
@@ -128,7 +135,7 @@ def test_ours_runs_at_the_peak_of_what_the_other_proposes() -> None:
 )
 def test_the_verdict_is_of_the_interval(ours_us: float, spread: float, verdict: str) -> None:
     """On one side of 1 both, or not."""
-    (found,) = duels(
+    (found,) = paired_runs(
         seen("transformers_per_layer"), predictor(), STRATEGIES, timed(ours_us, spread), silent
     )
     assert found.verdict == verdict
@@ -140,7 +147,7 @@ def test_a_strategy_is_asked_at_the_budget_that_it_was_asked_at() -> None:
     def never(theirs: Schedule, ours: Schedule) -> PairedTiming:
         raise AssertionError("nothing to run")
 
-    (found,) = duels(seen("rotor", 1000), predictor(), STRATEGIES, never, silent)
+    (found,) = paired_runs(seen("rotor", 1000), predictor(), STRATEGIES, never, silent)
     assert (found.verdict, found.budget_bytes) == (SAME, 1000)
 
 
@@ -149,9 +156,9 @@ def test_what_cannot_run_is_said() -> None:
     before = seen("rotor", 1)
     ours, theirs = before.rows
     before = replace(before, rows=(ours, replace(theirs, fits=True)))  # it fitted then
-    (found,) = duels(before, predictor(), STRATEGIES, timed(1.0), silent)
+    (found,) = paired_runs(before, predictor(), STRATEGIES, timed(1.0), silent)
     assert "1 bytes" in found.verdict
-    (found,) = duels(seen("my own"), predictor(), STRATEGIES, timed(1.0), silent)
+    (found,) = paired_runs(seen("my own"), predictor(), STRATEGIES, timed(1.0), silent)
     assert found.verdict == "there is no strategy my own here"
 
 
@@ -159,12 +166,12 @@ def test_another_step_is_refused() -> None:
     """Its schedules are others."""
     other = replace(comparison(), fingerprint=unit_chain(3).fingerprint)
     with pytest.raises(ValueError, match="compare again"):
-        duels(other, predictor(), STRATEGIES, timed(1.0), silent)
+        paired_runs(other, predictor(), STRATEGIES, timed(1.0), silent)
 
 
 def test_the_table() -> None:
     """A line for each; nothing without any."""
-    duel = Duel(
+    pair = PairedRun(
         strategy="dtr",
         budget_bytes=9_000_000,
         seen_peak_bytes=8_000_000,
@@ -179,12 +186,12 @@ def test_the_table() -> None:
         num_pairs=20,
         verdict=THEIRS_LESS,
     )
-    table = duels_table({"gpt2": [duel], "bert": []})
+    table = paired_runs_table({"gpt2": [pair], "bert": []})
     assert (
         "| gpt2 | dtr | measured better, beyond noise | 8.0 MB, 1.050 | 8.1 MB\\* | 8.0 MB | "
         "0.950 | 1.020 (1.010 to 1.030, 20) | **theirs takes less** |" in table
     )
-    assert duels_table({"bert": []}) == ""
+    assert paired_runs_table({"bert": []}) == ""
 
 
 def test_what_they_run_into_is_said() -> None:
@@ -193,5 +200,5 @@ def test_what_they_run_into_is_said() -> None:
     def no_room(theirs: Schedule, ours: Schedule) -> PairedTiming:
         raise RuntimeError("no room")
 
-    (found,) = duels(seen("transformers_per_layer"), predictor(), STRATEGIES, no_room, silent)
+    (found,) = paired_runs(seen("transformers_per_layer"), predictor(), STRATEGIES, no_room, silent)
     assert found.verdict == "RuntimeError when they ran: no room"

@@ -16,7 +16,12 @@ from solvers.schedule import Schedule
 
 from ..growth import power_law
 from ..plan_runs import markdown
-from .questions import Figure, forward_ns, optimum_figure, strategy_figure
+from .questions import (
+    Figure,
+    forward_ns,
+    optimum_figure,
+    strategy_figure,
+)
 
 PER_LAYER = "transformers_per_layer"
 STRATEGIES = (

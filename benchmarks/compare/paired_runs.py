@@ -6,7 +6,7 @@ slower than. Whether it is better is asked here: the other's schedule at the sam
 budget and our plan at that schedule's own peak run in turn with each other. Both are
 made anew, since a comparison's file has figures and no schedules.
 
-Asked are the strategies that ours is held against at their own peak (:mod:`.matched`),
+Asked are the strategies that ours is held against at their own peak (:mod:`.match_peak_and_time`),
 and every point that measured better than ours.
 """
 
@@ -28,9 +28,16 @@ from solvers.strategies.registry import Registry
 from solvers.strategies.solved import AUTO
 
 from ..plan_runs import markdown
-from .executed import Ran, beating, ran
-from .matched import RIVALS
-from .signs import mb, one_line
+from .executed import (
+    Ran,
+    beating,
+    ran,
+)
+from .match_peak_and_time import RIVALS
+from .signs import (
+    mb,
+    one_line,
+)
 
 OURS_LESS = "ours takes less"
 NO_DIFFERENCE = "no difference seen"
@@ -57,7 +64,7 @@ InTurn = Callable[[Schedule, Schedule], PairedTiming]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Duel:
+class PairedRun:
     """A schedule of another strategy in turn with ours at its own peak.
 
     Parameters
@@ -97,7 +104,7 @@ class Duel:
     verdict: str = ""
 
 
-def opponents(comparison: Comparison) -> list[tuple[Ran, str]]:
+def runs_to_pair(comparison: Comparison) -> list[tuple[Ran, str]]:
     """The strategies' schedules that are asked again, and why."""
     found = ran(comparison)
     own = [one for one in found if one.row.strategy in RIVALS and one.by_itself and one.timed]
@@ -107,14 +114,14 @@ def opponents(comparison: Comparison) -> list[tuple[Ran, str]]:
     return [(one, why) for one, why in asked if one.row.kind == "strategy"]
 
 
-def duels(
+def paired_runs(
     comparison: Comparison,
     predictor: Predictor,
     registry: Registry,
     in_turn: InTurn,
     say: Callable[[str], None],
-) -> list[Duel]:
-    """A duel for each of the :func:`opponents`.
+) -> list[PairedRun]:
+    """A pair for each of the :func:`runs_to_pair`.
 
     Parameters
     ----------
@@ -137,55 +144,55 @@ def duels(
             f"the comparison is of step {comparison.fingerprint}, and the step to run is "
             f"{predictor.graph.fingerprint}: compare again"
         )
-    asked = opponents(comparison)
+    asked = runs_to_pair(comparison)
     found = []
     for i, (one, why) in enumerate(asked):
         say(f"in turn with ours {i + 1}/{len(asked)}: {one.name}")
-        duel = Duel(
+        pair = PairedRun(
             strategy=one.row.strategy,
             budget_bytes=one.row.budget_bytes,
             why=why,
             seen_peak_bytes=one.measured.peak_bytes,
             seen_ratio=one.measured.ratio,
         )
-        found.append(_run(duel, one.row, predictor, registry, in_turn))
+        found.append(_run(pair, one.row, predictor, registry, in_turn))
     return found
 
 
 def _run(
-    duel: Duel, seen: ComparisonRow, predictor: Predictor, registry: Registry, in_turn: InTurn
-) -> Duel:
-    if duel.strategy not in registry:
-        return replace(duel, verdict=f"there is no strategy {duel.strategy} here")
-    budget = duel.budget_bytes
+    pair: PairedRun, seen: ComparisonRow, predictor: Predictor, registry: Registry, in_turn: InTurn
+) -> PairedRun:
+    if pair.strategy not in registry:
+        return replace(pair, verdict=f"there is no strategy {pair.strategy} here")
+    budget = pair.budget_bytes
     asked = None if budget is None else NamedBudget(label=seen.budget, num_bytes=budget)
-    theirs = predictor.predicted(registry[duel.strategy], asked)
+    theirs = predictor.predicted(registry[pair.strategy], asked)
     if theirs.schedule is None:
-        return replace(duel, verdict=theirs.row.error)
+        return replace(pair, verdict=theirs.row.error)
     peak_bytes, theirs_us = theirs.row.predicted_peak_bytes, theirs.row.predicted_step_us
     assert peak_bytes is not None
     assert theirs_us is not None
     same = (peak_bytes, theirs_us) == (seen.predicted_peak_bytes, seen.predicted_step_us)
-    duel = replace(duel, peak_bytes=peak_bytes, same_as_seen=same)
+    pair = replace(pair, peak_bytes=peak_bytes, same_as_seen=same)
     ours = predictor.predicted(AUTO, NamedBudget(label=f"{peak_bytes}B", num_bytes=peak_bytes))
     if ours.schedule is None:
-        return replace(duel, verdict=ours.row.error)
+        return replace(pair, verdict=ours.row.error)
     assert ours.row.predicted_step_us is not None
-    duel = replace(
-        duel,
+    pair = replace(
+        pair,
         our_peak_bytes=ours.row.predicted_peak_bytes,
         predicted_ratio=ours.row.predicted_step_us / theirs_us,
     )
     if ours.schedule == theirs.schedule:
-        return replace(duel, verdict=SAME)
+        return replace(pair, verdict=SAME)
     try:
         timing = in_turn(theirs.schedule, ours.schedule)
     # What one pair of schedules runs into says nothing of the others.
     except Exception as error:  # noqa: BLE001
-        return replace(duel, verdict=said(error, "when they ran"))
+        return replace(pair, verdict=said(error, "when they ran"))
     low, high = median_interval(timing.ratios)
     return replace(
-        duel,
+        pair,
         ratio=timing.ratio,
         interval=(low, high),
         num_pairs=len(timing.ratios),
@@ -209,8 +216,8 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return ordered[first], ordered[-1 - first]
 
 
-def duels_table(found: Mapping[str, Sequence[Duel]]) -> str:
-    """A line for each duel of each model; nothing where there is none."""
+def paired_runs_table(found: Mapping[str, Sequence[PairedRun]]) -> str:
+    """A line for each pair of each model; nothing where there is none."""
     header = [
         "model",
         "strategy",
@@ -226,7 +233,7 @@ def duels_table(found: Mapping[str, Sequence[Duel]]) -> str:
     return markdown(header, lines) if lines else ""
 
 
-def _line(one: Duel) -> list[str]:
+def _line(one: PairedRun) -> list[str]:
     measured = ""
     if one.ratio is not None and one.interval is not None:
         low, high = one.interval

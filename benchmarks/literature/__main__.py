@@ -1,4 +1,4 @@
-"""``python -m benchmarks.seeds {chains,checkmate,half}``: tables by prediction, nothing runs."""
+"""``python -m benchmarks.literature {chains,checkmate,half}``: predicted tables, nothing runs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ import torch
 import typer
 
 from ..models import SUBJECTS
-from ..models.subject import SIZES, Size
+from ..models.subject import (
+    SIZES,
+    Size,
+)
 from ..plan_runs import write_json
 from . import checkmate as jain
 from .batches import Rule
 from .chain_steps import FAMILIES
-from .chains import chain_rows, chain_tables
-from .half import half_row, half_table
+from .chains import (
+    chain_rows,
+    chain_tables,
+)
+from .half import (
+    half_row,
+    half_table,
+)
 
 PLAIN_LAYERS = (4, 8, 16, 32, 64, 128, 256, 512)
 CAPTURED_LAYERS = (4, 8, 16, 32, 64)
 AUTOCAST = {"none": None, "bf16": torch.bfloat16}
 
 app = typer.Typer(
-    help="The seeds of the field, by prediction.",
+    help="Experiments of the literature, by prediction.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,7 +39,7 @@ app = typer.Typer(
 
 Out = Annotated[Path, typer.Option(help="folder for JSON and Markdown")]
 Seed = Annotated[int, typer.Option(min=0)]
-OUT = Path("build/seeds")
+OUT = Path("build/literature")
 
 
 @app.command()
@@ -171,7 +180,7 @@ def _say(words: str) -> None:
 def _leave(
     folder: Path, stem: str, rows: list[dict[str, Any]], settings: dict[str, Any], words: str
 ) -> None:
-    write_json(folder / f"{stem}.json", rows, settings, "benchmarks.seeds")
+    write_json(folder / f"{stem}.json", rows, settings, "benchmarks.literature")
     (folder / f"{stem}.md").write_text(words, encoding="utf-8")
     typer.echo(words)
     typer.echo(f"written to {folder}/{stem}.json and {stem}.md")
