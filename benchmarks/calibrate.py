@@ -34,7 +34,6 @@ from graph_capture.costs.roofline import Roofline, work_of
 from graph_capture.costs.trial import call_key
 from graph_capture.step_capture import capture_step
 from graph_capture.target import Target, target_of
-from tests.zoo import Case
 
 from .calibration import (
     Errors,
@@ -49,6 +48,7 @@ from .calibration import (
     held_out,
 )
 from .calibration_suite import SUITE
+from .testing.zoo import Case
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

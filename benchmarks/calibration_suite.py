@@ -7,7 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from tests.zoo import ZOO, Case
+from .testing.zoo import (
+    ZOO,
+    Case,
+)
 
 
 def _wider(name: str, width: int, length: int) -> Case:

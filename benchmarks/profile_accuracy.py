@@ -33,7 +33,11 @@ from planner import Plan, optimize
 from planner.base.training_step import make_step
 from planner.errors import InfeasibleBudgetError
 from planner.measuring.measure import PairedTiming, measure_pair, quartiles
-from tests.zoo import ZOO, Case
+
+from .testing.zoo import (
+    ZOO,
+    Case,
+)
 
 _SPECIAL = "gpt2:4x256x256, bert:6x768x512 (layers x width x tokens, batch 4)"
 _VOCABULARY = 4096
@@ -95,7 +99,7 @@ def transformer(kind: str, layers: int, width: int, length: int) -> Case:
 
 
 def case_named(name: str) -> Case:
-    """A model of ``tests/zoo.py`` in its small size, or a transformer with its measures."""
+    """A model of ``testing/zoo.py`` in its small size, or a transformer with its measures."""
     if name in ZOO:
         return ZOO[name]("small")
     kind, _, measures = name.partition(":")

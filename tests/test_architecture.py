@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -98,6 +99,14 @@ def test_imports_go_down(name: str) -> None:
         if _room(imported)[1] != room and _room(imported)[0] >= floor
     ]
     assert upwards == []
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES, "benchmarks", "examples", "notebooks"])
+def test_nothing_imports_tests(folder: str) -> None:
+    """What tests and benchmarks share is in ``benchmarks/testing``."""
+    pattern = re.compile(r"^\s*(?:from|import) +tests\b", re.MULTILINE)
+    files = (ROOT / folder).rglob("*.py")
+    assert [str(f) for f in files if pattern.search(f.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize("module", ["solvers", "graph_capture.cost_graph"])

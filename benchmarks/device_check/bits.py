@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from graph_capture.units import format_bytes
 from planner import Plan, optimize
 from planner.base.training_step import train_step
-from tests.bitwise import assert_same_tensors
 
+from ..testing.bitwise import assert_same_tensors
 from .bench import Bench, Where, without_plan
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"

@@ -27,8 +27,8 @@ from planner import (
     optimize,
 )
 from planner.planning import known_least
-from tests.bitwise import assert_same_tensors
 
+from ..testing.bitwise import assert_same_tensors
 from .loop_models import MODELS
 from .loop_moves import MOVES
 from .loop_steps import STEPS

@@ -29,8 +29,8 @@ from planner.base.training_step import (
     train_step,
 )
 from planner.planning import known_least
-from tests.bitwise import assert_same_training
 
+from ..testing.bitwise import assert_same_training
 from .subject import NotInstalled, Subject
 
 PART_OF_PEAK = 0.7

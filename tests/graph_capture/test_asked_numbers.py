@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import expect_number
 from graph_capture.errors import CaptureError
 from planner import optimize
-from tests.bitwise import assert_same_training
 from tests.capturing import capture_step
 
 Ask = Callable[["Model", Tensor, Tensor], Any]

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.testing.zoo import (
+    Case,
+    cases,
+)
 from graph_capture.backward_walk import BackwardWalk, Engine, hooks_refused
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep
@@ -17,7 +21,6 @@ from graph_capture.errors import NotFittingError
 from graph_capture.target import Target
 from tests.capturing import capture_step
 
-from ..zoo import Case, cases
 from .odd import ODD, WIDTH, Three, mean_square, normal, sample
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from planner import optimize
-from tests.bitwise import assert_same_training
 
 
 def _basis(t: Tensor) -> Tensor:

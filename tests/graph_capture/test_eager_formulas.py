@@ -15,12 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.sweeps.operator_cases import NoCase, all_cases, arguments_of, strides_of
+from benchmarks.testing.bitwise import (
+    assert_same_tensors,
+    assert_same_training,
+)
 from graph_capture.costs.allocator import peak_extra_bytes
 from graph_capture.costs.cost_model import Call
 from graph_capture.costs.workspace import WorkspaceProbe
 from graph_capture.eager_formulas import take_eager_formulas
 from planner import optimize
-from tests.bitwise import assert_same_tensors, assert_same_training
 from tests.capturing import capture_step
 
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from benchmarks.testing.bitwise import assert_same_training
 from graph_capture import capture
 from graph_capture.errors import CaptureError
 from planner import optimize
-from tests.bitwise import assert_same_training
 
 from . import settings
 from .odd import WIDTH, Three, mean_square, normal

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from planner import optimize
-from tests.bitwise import assert_same_training
 from tests.capturing import capture_step
 
 TARGETS = torch.tensor([0, 1, -100, 3, -100, 2])

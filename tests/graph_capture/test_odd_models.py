@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.errors import CaptureError
 from planner import InfeasibleBudgetError, Plan, measure, optimize
 
-from ..bitwise import assert_same_training
 from .odd import ODD, WIDTH, Three, mean_square, normal, sample
 from .transformers_zoo import TRANSFORMERS, LossOf
 

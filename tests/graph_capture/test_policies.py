@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.cost_graph import Operator
 from graph_capture.errors import CaptureError
 from graph_capture.policies import apply_policies, matches
 from planner import optimize
 from tests.capturing import capture_step
 
-from ..bitwise import assert_same_training
 from .odd import WIDTH, ManyDropouts, Three, mean_square, normal
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.fake_call_cache import FakeCallCache
 from graph_capture.real_results import RealResults
 from planner import measure, optimize
-from tests.bitwise import assert_same_training
 
 aten = torch.ops.aten
 

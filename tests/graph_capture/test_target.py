@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.testing.zoo import (
+    ZOO,
+    Case,
+    cases,
+)
 from graph_capture.absent_cuda import ensure_cuda_guard
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep
@@ -18,8 +23,6 @@ from graph_capture.errors import CaptureError
 from graph_capture.fake_inputs import FakeInputs
 from graph_capture.target import Target, target_of
 from tests.capturing import capture_step
-
-from ..zoo import ZOO, Case, cases
 
 
 def _model(device: str) -> nn.Module:

@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import (
+    assert_same_tensors,
+    assert_same_training,
+)
 from planner import (
     CallMismatchError,
     Plan,
@@ -24,7 +28,6 @@ from planner import (
 from planner.planning.make_plan import replan
 from planner.running.attach import applied_plan
 from planner.running.planned_forward import PlannedForward
-from tests.bitwise import assert_same_tensors, assert_same_training
 from tests.planner.small import Heads, Net, make, plan_for, sample, square
 
 

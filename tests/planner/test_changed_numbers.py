@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_tensors
 from planner import PlanMismatchError, PlanWarning, applied_plan, optimize
-from tests.bitwise import assert_same_tensors
 from tests.planner.small import make, sample, square
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from planner import InfeasibleBudgetError, Plan, measure, optimize
-from tests.bitwise import assert_same_training
 
 ROWS, WIDTH, WORDS, CHUNK = 32, 16, 256, 64
 

@@ -11,9 +11,16 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.testing.bitwise import (
+    assert_same_tensors,
+    assert_same_training,
+)
+from benchmarks.testing.zoo import (
+    ZOO,
+    Case,
+    Size,
+)
 from planner import InfeasibleBudgetError, Plan, measure, optimize
-from tests.bitwise import assert_same_tensors, assert_same_training
-from tests.zoo import ZOO, Case, Size
 
 
 @dataclass(frozen=True)

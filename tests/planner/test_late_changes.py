@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
+from benchmarks.testing.bitwise import assert_same_tensors
 from planner import (
     CallMismatchError,
     Plan,
@@ -25,7 +26,6 @@ from planner import (
     optimize,
 )
 from planner.running import planned_forward
-from tests.bitwise import assert_same_tensors
 from tests.planner.small import Net, make, plan_for, sample, square
 
 

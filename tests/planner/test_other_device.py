@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.testing.bitwise import assert_same_training
+from benchmarks.testing.zoo import (
+    ZOO,
+    Case,
+    cases,
+)
 from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.devices import DEVICES
 from graph_capture.cuda_dispatch_rules import ONE_KERNEL_ON_CUDA
@@ -22,9 +28,6 @@ from planner import Plan, optimize
 from planner.errors import InfeasibleBudgetError, PlanMismatchError
 from planner.planning.make_plan import replan
 from planner.running.recapture import on_card_of
-
-from ..bitwise import assert_same_training
-from ..zoo import ZOO, Case, cases
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 

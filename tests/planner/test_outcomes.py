@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from planner import Plan, optimize
 from planner.errors import OutcomeChangedError, PlanError, PlanMismatchError
 from planner.saving.serialize import (
     plan_from_dict,
     plan_to_dict,
 )
-from tests.bitwise import assert_same_training
 from tests.planner.small import square
 
 WIDTH = 16

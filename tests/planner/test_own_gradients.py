@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_tensors
 from planner import CallMismatchError, PlanWarning, applied_plan, optimize, unplanned
-from tests.bitwise import assert_same_tensors
 from tests.planner.small import Heads, Net, make, plan_for, sample
 
 

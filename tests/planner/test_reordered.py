@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.testing.bitwise import assert_same_training
+from benchmarks.testing.zoo import (
+    ZOO,
+    Case,
+)
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep
 from planner import InfeasibleBudgetError, Plan, measure, optimize
@@ -19,10 +24,8 @@ from solvers.any_order.permutation import first_runs, permuted, unpermuted
 from solvers.any_order.reorder import reorder_runs
 from solvers.least_memory import least_memory
 from solvers.schedule import Schedule
-from tests.bitwise import assert_same_training
 from tests.capturing import capture_step
 from tests.solvers.test_permutation import random_order
-from tests.zoo import ZOO, Case
 
 
 def capture_case(case: Case, model: torch.nn.Module) -> CapturedStep:

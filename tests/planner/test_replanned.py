@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_tensors
 from planner import (
     CaptureError,
     InfeasibleBudgetError,
@@ -15,7 +16,6 @@ from planner import (
 from planner import optimize as make_plan
 from planner.planning.make_plan import replan
 from planner.running.recapture import capture_for
-from tests.bitwise import assert_same_tensors
 from tests.planner.small import Net, make, sample, square
 
 

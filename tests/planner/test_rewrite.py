@@ -13,6 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.testing.bitwise import assert_same_training
+from benchmarks.testing.zoo import (
+    ZOO,
+    Case,
+)
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
@@ -31,9 +36,7 @@ from solvers.instances import keep_all_peak_bytes
 from solvers.portfolio import solve
 from solvers.replay import InvalidScheduleError, replay
 from solvers.schedule import Schedule
-from tests.bitwise import assert_same_training
 from tests.capturing import capture_step
-from tests.zoo import ZOO, Case
 
 MODELS = ["gpt2", "unet", "mixture_of_experts"]
 

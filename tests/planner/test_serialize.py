@@ -15,6 +15,8 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator
 
+from benchmarks.testing.bitwise import assert_same_training
+from benchmarks.testing.zoo import ZOO
 from planner import Plan, PlanError, optimize
 from planner.planning.make_plan import replan
 from planner.saving.serialize import (
@@ -22,9 +24,7 @@ from planner.saving.serialize import (
     plan_to_dict,
     schema,
 )
-from tests.bitwise import assert_same_training
 from tests.planner.small import Net, make, plan_for, sample, square
-from tests.zoo import ZOO
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.testing.bitwise import assert_same_tensors
 from graph_capture.units import format_bytes
 from planner import CaptureError, PlanMismatchError, PlanWarning, applied_plan, optimize
-from tests.bitwise import assert_same_tensors
 from tests.planner.small import make, sample, square
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without distributed")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from planner import Plan, PlanError, optimize
 from planner.saving.serialize import (
     plan_from_dict,
     plan_to_dict,
 )
-from tests.bitwise import assert_same_training
 
 
 class _TwoHeads(nn.Module):

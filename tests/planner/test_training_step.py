@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.testing.zoo import (
+    ZOO,
+    cases,
+)
 from planner.base.training_step import (
     build_optimizer,
     call_model,
     differentiate,
     train_step,
 )
-from tests.zoo import ZOO, cases
 
 
 def leaf(*shape: int) -> torch.Tensor:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.cost_graph import CostGraph
 from planner import InfeasibleBudgetError, Plan, PlanWarning, measure, optimize
 from planner.running.rewrite import rewrite
 from solvers.replay import replay
 from solvers.schedule import Schedule
-from tests.bitwise import assert_same_training
 from tests.planner.small import make, sample, square
 
 SCALARS_BYTES = 64

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from benchmarks.testing.zoo import ZOO
 from graph_capture import capture, trace
 from graph_capture.cost_graph import CostGraph
 from graph_capture.recorder import Recorder
@@ -25,8 +26,6 @@ from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, StrategyError, apply_strategy, module_blocks
 from solvers.strategies.policies import save_matmuls_per_block
 from solvers.strategies.uniform_segments import per_layer, uniform_segments
-
-from ..zoo import ZOO
 
 SOLVING = {
     "auto",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.testing.zoo import ZOO
 from graph_capture.cost_graph import CostGraph
 from graph_capture.step_capture import capture
 from planner import Comparison, compare, optimize
@@ -21,7 +22,6 @@ from solvers.schedule import Schedule
 from solvers.stages import STAGED_SCOPE
 from solvers.strategies import STRATEGIES, apply_strategy
 from tests.planner.small import Net, make, sample, square
-from tests.zoo import ZOO
 
 CHEAP = ("none", "uniform_sqrt", "dtr", "auto")
 

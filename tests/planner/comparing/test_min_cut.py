@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config, partitioners
 
+from benchmarks.testing.zoo import (
+    ZOO,
+    Case,
+)
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
@@ -22,7 +26,6 @@ from solvers.replay import replay
 from solvers.strategies import StrategyError, apply_strategy, schedule_for_saved
 from tests.capturing import capture_step
 
-from ...zoo import ZOO, Case
 from ..small import Net, make, sample
 
 WIDTH, ROWS = 8, 64

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
+from benchmarks.testing.zoo import ZOO
 from graph_capture.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.captured_step import CapturedStep
 from planner.comparing.min_cut_graph import JointGraph, functional_twin, joint_graph
 from tests.capturing import capture_step
 
-from ...zoo import ZOO
 from ..small import make
 
 aten = torch.ops.aten

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint_sequential
 
+from benchmarks.testing.zoo import ZOO
 from planner import measure
 from planner.base.training_step import train_step
 from planner.comparing.execution.run_peer import run_peer
@@ -24,7 +25,6 @@ from planner.comparing.peers.segments import (
     record_calls,
 )
 
-from ...zoo import ZOO
 from .peer_models import Between, Peeking, Stack, made
 from .test_peers import BLOCKS, prepared
 

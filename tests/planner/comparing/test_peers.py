@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.testing.zoo import ZOO
 from graph_capture import capture
 from graph_capture.reuse import ReuseFinder
 from planner import Plan, measure, optimize
@@ -18,7 +19,6 @@ from planner.comparing.execution.run_peer import release, run_peer
 from planner.comparing.peers import PEERS, Peer, Ready, Situation, blocks_of, compile_peer
 from solvers.strategies import STRATEGIES, apply_strategy
 
-from ...zoo import ZOO
 from .peer_models import Stack, Statistics, calls_of_step, made
 
 CHECKPOINTS = ["checkpoint_per_block", "checkpoint_sqrt", "sac_save_matmuls"]

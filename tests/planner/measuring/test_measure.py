@@ -13,6 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.testing.bitwise import assert_same_tensors
+from benchmarks.testing.zoo import (
+    ZOO,
+    cases,
+)
 from planner import optimize
 from planner.base.resident import (
     resident_tensors,
@@ -29,8 +34,6 @@ from planner.measuring.measure import (
     peak_extra_bytes,
     quartiles,
 )
-from tests.bitwise import assert_same_tensors
-from tests.zoo import ZOO, cases
 
 FLOAT = 4
 CPU = torch.device("cpu")

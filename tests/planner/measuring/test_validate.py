@@ -13,6 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.testing.bitwise import assert_same_tensors
+from benchmarks.testing.zoo import (
+    ZOO,
+    cases,
+)
 from planner import (
     CallMismatchError,
     Plan,
@@ -30,9 +35,7 @@ from planner.measuring.validate import _predicted_parts
 from planner.measuring.validation import Figure
 from planner.running.attach import applied_plan
 from planner.running.planned_forward import PlannedForward
-from tests.bitwise import assert_same_tensors
 from tests.planner.small import Heads, make, plan_for, sample, square
-from tests.zoo import ZOO, cases
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from matplotlib.collections import PatchCollection
 
+from benchmarks.testing.zoo import ZOO
 from graph_capture import capture
 from graph_capture.cost_graph import CostGraph
 from planner.plots import plot_layers
 from planner.plots.layer_table import Fate, layer_table
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, apply_strategy
-from tests.zoo import ZOO
 
 from .made import two_layers
 from .test_memory_timeline import RECOMPUTING

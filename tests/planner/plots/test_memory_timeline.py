@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.testing.zoo import ZOO
 from graph_capture import capture
 from graph_capture.cost_graph import CostGraph, Storage
 from graph_capture.costs.library_workspace import STORAGE_NAME
@@ -21,7 +22,6 @@ from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies import STRATEGIES, apply_strategy
 from tests.solvers.graphs import random_order, random_step
-from tests.zoo import ZOO
 
 from .made import two_layers
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.testing.zoo import Case
 from graph_capture.call_spec import TensorSpec, bind_call, changed, describe, realize, split_sample
 from planner.sizing.resized_loss import resized_loss
 from planner.sizing.samples import ResizableSample
-from tests.zoo import Case
 
 
 def real_call(case: Case, model: torch.nn.Module, batch: int) -> tuple[dict[str, Any], Any]:

@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.testing.zoo import (
+    ZOO,
+    Case,
+    cases,
+)
 from planner import InfeasibleBudgetError, estimate, measure, optimize
 from tests.planner.sizing.resized import real_call
 from tests.planner.small import Net, make, sample, square
-from tests.zoo import ZOO, Case, cases
 
 
 def slow(*names: str) -> list:

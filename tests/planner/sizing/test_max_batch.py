@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.testing.zoo import ZOO
 from graph_capture.costs.devices import DEVICES
 from graph_capture.errors import CaptureError
 from planner import InfeasibleBudgetError, MaxBatch, Plan, PlanError, max_batch, measure, optimize
 from tests.planner.small import Heads, make, sample, square
-from tests.zoo import ZOO
 
 BUDGET_BYTES = 60_000
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.bitwise import assert_same_training, same_bits
-from tests.zoo import cases
+from benchmarks.testing.bitwise import (
+    assert_same_training,
+    same_bits,
+)
+from benchmarks.testing.zoo import cases
 
 
 @pytest.mark.parametrize("case", cases("tiny"))
