@@ -1,4 +1,4 @@
-"""From a cost graph and a budget to a schedule, with a proof. Knows nothing of torch."""
+"""Find a schedule for a cost graph within a budget, with a proof. Does not depend on torch."""
 
 from .any_order.memory import least_memory_in_any_order
 from .any_order.solve import solve_in_any_order

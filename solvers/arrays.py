@@ -1,4 +1,4 @@
-"""A cost graph as flat arrays, for compiled search and sparse models.
+"""Cost graphs as flat arrays, for compiled search and sparse models.
 
 Lists of indices are stored the CSR way: the inputs of operator ``v`` are
 ``in_idx[in_ptr[v]:in_ptr[v + 1]]``. Resident storages need no decision, so
@@ -20,9 +20,9 @@ ByteArray = NDArray[np.uint8]
 
 
 class GraphArrays(NamedTuple):
-    """The figures of a :class:`CostGraph`, by operator ``v`` or by storage ``k``.
+    """The figures of a :class:`CostGraph`, indexed by operator ``v`` or storage ``k``.
 
-    A named tuple and no dataclass, because numba passes those into compiled
+    A named tuple rather than a dataclass, because numba can pass it into compiled
     functions.
     """
 

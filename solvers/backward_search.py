@@ -1,37 +1,36 @@
-"""The least memory, exactly or from below: search from the end of the step backward.
+"""Find the least memory, or a lower bound on it, by searching backward from the end of the step.
 
-A state (x, S): the operators before x have run, and of what they made S is
-still to be read. Going back, the last run before it was either the first run of
-x - 1 or another run of the producer u < x of something in S, and before that
-run its inputs were there in place of its outputs:
+In a state (x, S), the operators before x have run, and S is the part of their outputs
+that is still to be read. The last run before it was either the first run of x - 1 or
+another run of the producer u < x of something in S. Before that run, its inputs were
+there in place of its outputs:
 
     (x, S) → (x - 1, S \\ out(x-1) ∪ in(x-1))      the first run of x - 1
     (x, S) → (x,     S \\ out(u) ∪ in(u))          u runs again; u not pinned, out(u) ∩ S ≠ ∅
 
-The run needs what is in S after the step, what it allocates, its workspace, what
-is resident, and every kept storage made before x, but what it writes over, unless
-that is in S before the step, too. Kept storages are in no S.
-This is the black pebble game (Sethi, 1975) with weights, whose moves are read
-backward; a schedule whose first runs keep the base order is a path from (n, ∅)
-to (0, ∅), and its peak is the highest run of the path.
+The run needs what is in S after the step, what it allocates, its workspace, what is
+resident, and every kept storage made before x. What it writes over does not count,
+unless that is in S before the step, too. Kept storages are in no S. This is the black
+pebble game (Sethi, 1975) with weights, its moves read backward. A schedule whose first
+runs keep the base order is a path from (n, ∅) to (0, ∅), and its peak is the highest
+run on the path.
 
-For each x in turn the path from (x, F) is searched, F being what only pinned
-operators made and what is read later, so that it is there in every schedule:
-none of those peaks is above the peak of the whole step. All runs within the
-bound are free, and are tried depth first: the first run, then the run of the
-latest producer. When all states within the bound have been seen and none leads
-to one whose path is known, the bound rises to the lowest run that was too high.
-Where a run within the bound needs nothing beyond S, no other move of the state
-is tried: what leads from (x, S) to the beginning leads there from the smaller
-state too, with the run left out, and with less memory all the way.
-So whenever a search is cut the bound is proven, and when x = n is reached the
-path is an optimal schedule. Integers all along: nothing is rounded.
+For each x in turn, a path from (x, F) is searched. F is what only pinned operators made
+and what is read later, so it is there in every schedule, and none of these peaks is
+above the peak of the whole step. Runs within the bound are free and are tried depth
+first: the first run, then the run of the latest producer. When all states within the
+bound have been seen and none leads to one whose path is known, the bound rises to the
+lowest run that was too high. Where a run within the bound needs nothing beyond S, no
+other move from the state is tried: any path from (x, S) to the beginning also works
+from the smaller state, without the run and with less memory all the way. So the bound
+is proven whenever a search is cut, and when x = n is reached the path is an optimal
+schedule. All figures are integers: nothing is rounded.
 
-Imperfections: the states are many where a bound is far above what each operator
-needs by itself, and then the search is cut (in states first, so that results do
-not depend on the machine, and by the clock). An optimal schedule may run
-operators very often. That nothing saved in forward is written over in backward
-(``Operator.rewrites``) the search does not know.
+Imperfections: where a bound is far above what each operator needs by itself, there are
+many states, and the search is cut (first by the number of states, so that results do
+not depend on the machine, and by the clock). An optimal schedule may run operators very
+often. The search does not know that nothing saved in forward is written over in
+backward (``Operator.rewrites``).
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ FOUND, CUT, NO_PATH = 0, 1, 2
 
 @dataclass(frozen=True, slots=True)
 class LeastBound:
-    """What is proven of the least memory of schedules whose first runs keep the base order.
+    """What is proven about the least memory of schedules whose first runs keep the base order.
 
     Parameters
     ----------
@@ -73,8 +72,7 @@ class LeastBound:
     schedule
         One of that peak, when it was found.
     proven
-        Whether the bound is the least memory: reached by ``schedule`` or by
-        the peak that was known.
+        Whether the bound is the least memory: ``schedule`` or the known peak reaches it.
     """
 
     lower_bound_bytes: int
@@ -95,17 +93,17 @@ def least_memory_bound(
     Parameters
     ----------
     peak_bytes
-        Of a schedule that is known. A path as high is not looked for.
+        Peak of a known schedule. Only lower paths are searched.
     lower_bound_bytes
-        What is proven already.
+        A bound that is already proven.
     stop
         Ends the search when set.
 
     Raises
     ------
     RuntimeError
-        When the path that is found is no schedule of the peak that is proven: a
-        defect, never to be hidden.
+        When the path found is not a schedule with the proven peak. This is a defect and
+        is never hidden.
     """
     deadline_s = time.monotonic() + time_limit_s
     search = _Search(graph_arrays(graph), peak_bytes, lower_bound_bytes)
@@ -140,7 +138,7 @@ def least_memory_bound(
 
 
 class _Moves(NamedTuple):
-    """What a run does to a state; storages are those that are read and not kept."""
+    """What a run does to a state. Storages are those that are read and not kept."""
 
     in_ptr: IntArray
     in_idx: IntArray
@@ -160,7 +158,7 @@ class _Moves(NamedTuple):
 
 
 class _States(NamedTuple):
-    """The states that are known, and a hash table of them by open addressing."""
+    """The known states, with a hash table over them (open addressing)."""
 
     words: NDArray[np.uint64]
     """S as bits."""
@@ -183,7 +181,7 @@ class _States(NamedTuple):
 
 
 class _Search:
-    """The bound, and the states from which a path within it is known."""
+    """The bound, and the states from which a path within the bound is known."""
 
     def __init__(self, g: GraphArrays, peak_bytes: int | None, lower_bound_bytes: int) -> None:
         self.g = g
@@ -201,7 +199,7 @@ class _Search:
         self.states.down[origin] = origin
 
     def run(self, x: int, limit: int, left_s: float) -> int:
-        """Search from (x, F) within ``limit`` new states, or as many as the time allows."""
+        """Search from (x, F) through ``limit`` new states, or as many as the time allows."""
         if self.states_per_s > 0:
             limit = min(limit, max(1000, int(left_s * self.states_per_s)))
         self._make_room(limit)
@@ -224,7 +222,7 @@ class _Search:
         return outcome
 
     def schedule(self) -> Schedule:
-        """The path from (n, ∅), in the order of its runs."""
+        """Return the path from (n, ∅) in the order of its runs."""
         order: list[int] = []
         s = self.end
         while self.states.down[s] != s:
@@ -374,7 +372,7 @@ def _explore(moves, states, before, x, words, weight, bound, ceiling, limit):  #
                 outcome = NO_PATH
                 bound = ceiling
                 break
-            bound = high[0][0]  # all states within the bound were seen, and lead nowhere
+            bound = high[0][0]  # all states within the bound were seen and lead nowhere
             while len(high) > 0 and high[0][0] == bound:
                 _, s, parent, run = heapq.heappop(high)
                 if states.down[s] >= 0:
@@ -412,7 +410,7 @@ def _explore(moves, states, before, x, words, weight, bound, ceiling, limit):  #
                 words[u // 64] ^= bit
                 weight -= moves.size[u]
         if not is_first and highest != k:
-            continue  # tried with the last of its outputs
+            continue  # tried together with the last of its outputs
         copied = 0
         for a in range(moves.over_ptr[run], moves.over_ptr[run + 1]):
             u = moves.over_idx[a]
@@ -433,7 +431,7 @@ def _explore(moves, states, before, x, words, weight, bound, ceiling, limit):  #
         if during >= ceiling:
             continue
         if during <= bound and not grows:
-            states.cursor[s] = 0  # no other move leads where this one does not
+            states.cursor[s] = 0  # no other move leads anywhere that this one does not
         num, new = _enter(states, num, front - 1 if is_first else front, words)
         known = states.down[new] >= 0
         if states.seen[new] and not known:
@@ -481,7 +479,7 @@ def _highest_below(words, end):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _forget(states, before, num):  # type: ignore[no-untyped-def]
-    """Take the states that were entered last out of the table: older ones are found without."""
+    """Remove the states entered last from the table; older ones are found without them."""
     for s in range(before, num):
         states.table[states.slot[s]] = -1
 

@@ -1,18 +1,17 @@
-"""Schedules of the field's simple strategies, as incumbents to begin with.
+"""Schedules of the field's simple strategies, as first incumbents.
 
 Uniform segments, Chen's and Checkmate's greedy plans, revolve, Megatron's and the
-selective policies take milliseconds each and solve nothing; DTR takes about as long
-as a hundred of them. What one of them finds within the budget is a schedule like
-any other: slice refinement and annealing go on from it, and what comes out is never
-worse. That alone is why no strategy of the field lies below ours where the time
-limit ends a solve (a U-Net of three levels within 1 s: DTR was up to three points
-below, and found schedules at 43 % of the memory where annealing found none).
+selective policies take milliseconds each and solve nothing; DTR takes about as long as
+a hundred of them. What one of them finds within the budget is a schedule like any
+other: slice refinement and annealing start from it, and the result is never worse. This
+is the only reason why no strategy of the field beats ours where the time limit ends a
+solve (on a U-Net of three levels within 1 s, DTR was up to three points better, and
+found schedules at 43 % of the memory where annealing found none).
 
-There are two portions: schedules without a parameter and DTR, which give annealing a
-start, and the families, one schedule for each value of a parameter, which are many
-and of use where all else has failed. The effort for these is counted in runs written
-down and not in seconds: on graphs of some thousand operators it ends before all
-values were tried.
+There are two portions. Schedules without a parameter and DTR give annealing a start.
+The families have one schedule for each value of a parameter; they are many, and help
+where all else has failed. Their effort is counted in runs written down, not in seconds:
+on graphs of some thousand operators it ends before all values are tried.
 """
 
 from __future__ import annotations
@@ -98,10 +97,10 @@ Found = tuple[Schedule, str]
 
 
 class BaselineSchedules:
-    """Schedules of the strategies within a budget, each cheaper than those before.
+    """Yield the strategies' schedules within a budget, each cheaper than those before.
 
-    Both portions end early once ``give_up``, which is asked now and then, says
-    so; called again, they go on where they ended.
+    Both portions end early once ``give_up``, which is polled, returns true. When called
+    again, they resume where they ended.
     """
 
     def __init__(self, graph: CostGraph, budget_bytes: int) -> None:
@@ -124,9 +123,9 @@ class BaselineSchedules:
             yield from self._by_dtr(give_up)
 
     def families(self, give_up: GiveUp, effort_runs: int = EFFORT_RUNS) -> Iterator[Found]:
-        """What is left of the first portion, then all values of the parameters, at last DTR.
+        """The rest of the first portion, then all values of the parameters, then DTR.
 
-        It also ends when the effort is spent.
+        Ends when the effort is spent, too.
         """
         yield from self.singles(give_up)
         allowed_runs = self._spent_runs + effort_runs
@@ -162,7 +161,7 @@ class BaselineSchedules:
                 self._spent_runs += self.graph.num_operators
 
     def _by_dtr(self, give_up: GiveUp) -> Iterator[Found]:
-        """Run DTR if it has not come to its end before; what is cut begins anew next time."""
+        """Run DTR unless it has already finished. A run that is cut starts over next time."""
         if self._dtr_ended or give_up():
             return
         was_cut = False
@@ -175,7 +174,7 @@ class BaselineSchedules:
         try:
             schedule = dtr(self.graph, self.budget_bytes, give_up=cut)
         except StrategyError:
-            self._dtr_ended = not was_cut  # else it ran out of time, not of memory
+            self._dtr_ended = not was_cut  # otherwise it ran out of time, not of memory
             return
         self._dtr_ended = True
         if self._is_best(schedule):

@@ -1,4 +1,4 @@
-"""What solvers are asked for, checked at the door."""
+"""Validate what callers ask of a solver."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import operator
 
 
 def checked_budget(budget_bytes: object) -> int:
-    """A budget as an integer.
+    """Return a budget as an integer.
 
-    A float would be compared without a word, with nan everything fits or nothing.
+    A float would be compared silently; with nan, everything fits or nothing does.
 
     Raises
     ------
     ValueError
-        When it is no whole number of bytes from 0 on.
+        When it is not a whole number of bytes, 0 or more.
 
     Examples
     --------
@@ -26,7 +26,7 @@ def checked_budget(budget_bytes: object) -> int:
             if budget >= 0:
                 return budget
     except TypeError:
-        pass  # said below, with every other kind of wrong budget
+        pass  # reported below, with every other kind of wrong budget
     raise ValueError(
         f"a budget is a whole number of bytes from 0 on, not negative, got {budget_bytes!r:.100}; "
         "int(share * peak), say"
@@ -34,12 +34,12 @@ def checked_budget(budget_bytes: object) -> int:
 
 
 def check_time_limit(time_limit_s: object) -> None:
-    """Refuse what is no time.
+    """Refuse a time limit that is not a time.
 
     Raises
     ------
     ValueError
-        When it is no number from 0 on.
+        When it is not a number, 0 or more.
     """
     number = isinstance(time_limit_s, (int, float)) and not isinstance(time_limit_s, bool)
     if not number or not time_limit_s >= 0:  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A lower bound in milliseconds: what must at least be dropped, and made again.
+"""A lower bound in milliseconds: the least that must be dropped and made again.
 
 Let ``v`` range over the storages that may be made again and ``(a, b)`` over
 the gaps between their consecutive uses in base order. In a schedule whose
@@ -13,12 +13,12 @@ outputs runs again at least as often as the most dropped of them:
                 Σ_{gaps covering p} m_k x_k,a ≥ keep-all memory(p) - B    for each p over B
                 0 ≤ x ≤ 1
 
-Every such schedule satisfies it, so the optimum is a lower bound on the time
-that recomputation adds. It sees no recomputation chains (that what is made
-again needs its own inputs), so it is weak where chains are long. A linear
-programme, solved by HiGHS; the moments are those over the budget, thinned to
-the highest of every few neighbours. What p writes over where it is not read again counts
-for nothing in memory(p): to let go of it there takes no gap.
+Every such schedule satisfies it, so the optimum is a lower bound on the time that
+recomputation adds. It sees no recomputation chains (what is made again needs its own
+inputs), so it is weak where chains are long. This linear program is solved by HiGHS.
+Its moments are those over the budget, thinned to the highest of every few neighbours.
+What p writes over, where it is not read again, does not count in memory(p): no gap is
+needed to let go of it there.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ MAX_MOMENTS = 200
 
 @dataclass(frozen=True, slots=True)
 class GapCoverBound:
-    """``lower_bound_ns`` for the whole step; ``infeasible`` when nothing can fit."""
+    """``lower_bound_ns`` is for the whole step; ``infeasible`` when nothing can fit."""
 
     lower_bound_ns: int
     infeasible: bool
 
 
 def gap_cover(graph: CostGraph, budget_bytes: int, *, time_limit_s: float = 10.0) -> GapCoverBound:
-    """Bound the time of every schedule within ``budget_bytes`` in this base order."""
+    """Bound the time of every schedule within ``budget_bytes`` in this base order from below."""
     budget_bytes = checked_budget(budget_bytes)
     g = graph_arrays(graph)
     kept = replay(graph, Schedule.keep_all(graph))

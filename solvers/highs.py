@@ -1,4 +1,4 @@
-"""What all models share: HiGHS made quiet, matrices passed at once, bounds made safe.
+"""What all models share: a quiet HiGHS, matrices passed at once, safe bounds.
 
 Why highspy and not OR-Tools' MathOpt: see ``slices/refinement.py``.
 """
@@ -28,13 +28,13 @@ class _SilentHighs(highspy.Highs):
 
 
 def quiet_highs(*, time_limit_s: float, seed: int = 0) -> highspy.Highs:
-    """A HiGHS that prints nothing and runs on one thread.
+    """Return a HiGHS that prints nothing and runs on one thread.
 
-    One, because HiGHS' scheduler is global to the process and refuses to run
-    with another number of threads than the first model had. HiGHS' own defaults
-    otherwise: without symmetry detection, restarts and most of the strong
-    branching ResNet-50 at 50 % has a gap of 0.58 instead of 0.67 % after 60 s, but
-    a GPT-2 step of 12 equal layers at 50 % is not proven in 30 s instead of 2 s.
+    One thread, because HiGHS' scheduler is global to the process and refuses to run
+    with a number of threads other than the first model's. Everything else is HiGHS'
+    default: without symmetry detection, restarts and most of the strong branching,
+    ResNet-50 at 50 % has a gap of 0.58 instead of 0.67 % after 60 s, but a GPT-2 step
+    of 12 equal layers at 50 % takes more than 30 s to prove instead of 2 s.
     """
     h = _SilentHighs()
     h.setOptionValue("output_flag", False)
@@ -74,7 +74,7 @@ def build_lp(
 
 
 def rounded_bound(value: float, base_cost: int) -> int:
-    """A scaled objective value as a whole number of ns that is safely no higher.
+    """Round a scaled objective value to whole nanoseconds, safely no higher.
 
     Costs are whole, so a schedule that costs more than ``x`` costs at least
     ``ceil(x)``; before rounding up, :data:`BOUND_TOLERANCE` is taken off.

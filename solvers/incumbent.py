@@ -1,4 +1,4 @@
-"""The state of a solve: best schedule, best bound, what happened, when to stop."""
+"""The state of a solve: best schedule, best bound, event log, and when to stop."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ GLOBAL_SCOPE = "every schedule whose first runs keep the base order"
 
 
 class Incumbent:
-    """Best schedule and best bound of one solve.
+    """The best schedule and the best bound of one solve.
 
-    Schedules come in as claims and are replayed; only valid ones within the
-    budget are taken. There are two bounds: one for every schedule whose first
-    runs keep the base order, and one for staged schedules only (``stages.py``),
-    which is what the exact models of the field speak of.
+    Schedules come in as claims and are replayed; only valid ones within the budget are
+    taken. There are two bounds: one for every schedule whose first runs keep the base
+    order, and one for staged schedules only (``stages.py``), the class that the exact
+    models of the field cover.
 
     Parameters
     ----------
     enough_gap
-        A gap that is small enough to stop at.
+        Gap at which the solve stops.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class Incumbent:
 
     @property
     def left_s(self) -> float:
-        """Time left; none once ``stop`` is set."""
+        """Seconds left; zero once ``stop`` is set."""
         return 0.0 if self.stopped else self.deadline_s - time.monotonic()
 
     @property
     def bound_ns(self) -> int:
-        """What staged schedules do not go below; no more than the incumbent's cost."""
+        """Lower bound on staged schedules; never above the incumbent's cost."""
         bound_ns = max(self.global_bound_ns, self.staged_bound_ns)
         return bound_ns if self.cost_ns is None else min(bound_ns, self.cost_ns)
 
     @property
     def bound_scope(self) -> str:
-        """What :attr:`bound_ns` speaks of: the wider scope where both bounds prove as much."""
+        """The scope of :attr:`bound_ns`: the wider one where both bounds prove as much."""
         if self.bound_ns <= self.global_bound_ns or self._proven_by(self.global_bound_ns):
             return GLOBAL_SCOPE
         return STAGED_SCOPE
@@ -92,25 +92,25 @@ class Incumbent:
 
     @property
     def solved(self) -> bool:
-        """Whether it is proven optimal or proven infeasible."""
+        """Whether the solve is proven optimal or proven infeasible."""
         return self.infeasible or self._proven_by(self.bound_ns)
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do: solved, or as near to it as was asked for."""
+        """Whether nothing is left to do: solved, or within the requested gap."""
         return self.solved or self.suffices(self.bound_ns)
 
     def suffices(self, bound_ns: int) -> bool:
-        """Whether the best schedule would be near enough to such a bound."""
+        """Whether the best schedule would be close enough to this bound."""
         return self.cost_ns is not None and relative_gap(self.cost_ns, bound_ns) <= self.enough_gap
 
     def offer(self, schedule: Schedule | None, solver: str) -> bool:
-        """Replay ``schedule``; whether it is the best so far.
+        """Replay ``schedule`` and return whether it is the best so far.
 
         Raises
         ------
         RuntimeError
-            When it costs less than the bound: a defect, never to be hidden.
+            When it costs less than the bound. This is a defect and is never hidden.
         """
         if schedule is None:
             return False
@@ -135,18 +135,18 @@ class Incumbent:
         return True
 
     def raise_bound(self, bound_ns: int, solver: str, *, staged: bool = False) -> bool:
-        """Take ``bound_ns`` if it is higher; whether it was.
+        """Take ``bound_ns`` if it is higher, and return whether it was.
 
         Parameters
         ----------
         staged
-            It speaks of staged schedules only.
+            The bound holds for staged schedules only.
 
         Raises
         ------
         RuntimeError
-            When the bound is above the best schedule, which is not outside its
-            scope: a defect, never to be hidden.
+            When the bound is above the best schedule and that is within its scope. This
+            is a defect and is never hidden.
         """
         if not staged and self.cost_ns is not None and bound_ns > self.cost_ns:
             raise RuntimeError(f"{solver}: bound {bound_ns} above a schedule of {self.cost_ns}")
@@ -161,13 +161,13 @@ class Incumbent:
         return True
 
     def exclude(self, solver: str, reason: str, *, staged: bool = False) -> None:
-        """Take note that nothing fits.
+        """Record that nothing fits.
 
         Raises
         ------
         RuntimeError
-            When a schedule does fit, which is not outside the scope: a defect,
-            never to be hidden.
+            When a schedule within the scope does fit. This is a defect and is never
+            hidden.
         """
         if staged:
             self.staged_infeasible = True
@@ -179,7 +179,7 @@ class Incumbent:
         self.note(f"{solver}: nothing fits in {self.budget_bytes} bytes: {reason}")
 
     def note(self, message: str) -> None:
-        """Write down an event and tell the caller."""
+        """Log an event and report it to the caller."""
         elapsed_s = self.elapsed_s
         self.log.append(f"{elapsed_s:8.2f} s  {message}")
         if self.progress is not None:
@@ -195,7 +195,7 @@ class Incumbent:
             )
 
     def result(self) -> SolveResult:
-        """The claim as it stands."""
+        """Return the claim as it stands."""
         if self.schedule is None:
             status = SolveStatus.INFEASIBLE if self.infeasible else SolveStatus.UNKNOWN
         elif self.solved:

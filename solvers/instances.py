@@ -1,4 +1,4 @@
-"""Plain DAG instances of other papers, read as cost graphs.
+"""Read the plain DAG instances of other papers as cost graphs.
 
 The format: ``{"name", "resident", "nodes": [{"name", "cost", "size"}, …] in
 execution order, "edges": [[producer, consumer], …]}``. Costs and sizes are in
@@ -21,14 +21,14 @@ MAX_FILE_BYTES = 2**30
 
 
 def load_instance(path: str | Path) -> CostGraph:
-    """Read an instance: one storage for each node, all phases ``"forward"``.
+    """Read an instance, with one storage per node and all phases ``"forward"``.
 
     Raises
     ------
     OSError
         When the file cannot be read.
     ValueError
-        When it is no instance; names the file and the place.
+        When it is not an instance; the message names the file and the place.
     """
     try:
         return instance_from_dict(read_json(read_regular(path, MAX_FILE_BYTES)))
@@ -37,12 +37,12 @@ def load_instance(path: str | Path) -> CostGraph:
 
 
 def instance_from_dict(data: dict[str, Any]) -> CostGraph:
-    """The cost graph of a decoded instance.
+    """Build the cost graph of a decoded instance.
 
     Raises
     ------
     ValueError
-        When it is none; names the place.
+        When it is not an instance; the message names the place.
     """
     _check(data)
     nodes = data["nodes"]
@@ -100,12 +100,12 @@ def _check_count(place: str, value: Any) -> None:
 
 
 def keep_all_peak_bytes(graph: CostGraph) -> int:
-    """Peak of the schedule that recomputes nothing."""
+    """Return the peak of the schedule that recomputes nothing."""
     return replay(graph, Schedule.keep_all(graph)).peak_bytes
 
 
 def budget_of(graph: CostGraph, fraction: float) -> int:
-    """``fraction`` of the keep-all peak, rounded down.
+    """Return ``fraction`` of the keep-all peak, rounded down.
 
     Examples
     --------

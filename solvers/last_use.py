@@ -1,4 +1,4 @@
-"""How long a storage, or a new run of an operator, can still matter."""
+"""How long a storage, or another run of an operator, can still matter."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .arrays import (
 
 @dataclass(frozen=True)
 class LastUse:
-    """Up to when things can matter, by base position.
+    """The last base position at which something can matter.
 
-    ``storage[k]``: last base operator that reads k, or that needs, directly or
-    not, something which is recomputed from k; ``operator[f]``: the same for a
-    new run of f, -1 for pinned operators.
+    ``storage[k]`` is the last base operator that reads k, or that needs, directly or
+    not, something recomputed from k. ``operator[f]`` is the same for another run of f;
+    -1 for pinned operators.
     """
 
     storage: IntArray
@@ -26,7 +26,7 @@ class LastUse:
 
 
 def find_last_use(g: GraphArrays) -> LastUse:
-    """One pass from the back."""
+    """Compute both in one backward pass."""
     storage = np.full(g.num_storages, -1, dtype=np.int64)
     operator = np.full(g.num_operators, -1, dtype=np.int64)
     for v in range(g.num_operators - 1, -1, -1):

@@ -1,15 +1,14 @@
-"""The least memory that any schedule needs: how low a budget can be.
+"""Find the least memory that any schedule needs, and so the lowest budget.
 
-Search: the plan of the lowest uniform segmentation is annealed against a
-budget a little below its own peak, again and again; where it is stuck, so are
-plans from every other start, and then the steps become smaller. Cost does not
-matter. Bound: while operator v first runs, its inputs,
-outputs and workspace are there, and so is whatever cannot be made again and is
-not done with: kept storages, and outputs of pinned operators that a later
-operator reads. Where the search stays above that, ``backward_search.py`` raises
-the bound, and may find the least memory itself, in a schedule that takes its
-time. Both figures are of schedules whose first runs keep the base order;
-between them the truth is open.
+Search: the plan of the lowest uniform segmentation is annealed repeatedly, each time
+against a budget a little below its own peak. Where that gets stuck, annealing tries
+every other start, and then smaller steps. Cost does not matter. Bound: while operator v
+first runs, its inputs, outputs and workspace are there, and so is everything that
+cannot be made again and is still needed: kept storages, and outputs of pinned operators
+that a later operator reads. Where the search stays above that, ``backward_search.py``
+raises the bound, and may find the least memory itself, in a slow schedule. Both figures
+hold for schedules whose first runs keep the base order; the least memory lies between
+them.
 """
 
 from __future__ import annotations
@@ -58,8 +57,8 @@ class LeastMemory:
     lower_bound_bytes
         No schedule whose first runs keep the base order has a lower peak.
     holding
-        The operators that hold it up: those whose own need is the bound, when
-        the search reached it; else those that run at the schedule's peak.
+        The operators that determine it: those whose own need is the bound, when the
+        search reached the bound; otherwise those that run at the schedule's peak.
     """
 
     schedule: Schedule
@@ -75,13 +74,13 @@ def least_memory(
     seed: int = 0,
     start: Schedule | None = None,
 ) -> LeastMemory:
-    """Search the schedule of the lowest peak.
+    """Search for the schedule with the lowest peak.
 
     Parameters
     ----------
     start
-        A schedule to descend from where it is lower than every uniform
-        segmentation; its first runs keep the base order.
+        A schedule to start from where it is lower than every uniform segmentation; its
+        first runs keep the base order.
 
     Raises
     ------
@@ -127,7 +126,7 @@ def least_memory(
 
 
 def needs_bytes(g: GraphArrays) -> IntArray:
-    """For each operator the bytes that are there while it first runs, in every schedule."""
+    """Return, for each operator, the bytes that every schedule holds while it first runs."""
     n = g.num_operators
     forced = np.zeros(n + 1, dtype=np.int64)
     need = np.full(n, g.resident_bytes, dtype=np.int64) + g.workspace
@@ -168,7 +167,7 @@ def _descend(
     deadline_s: float,
     seed: int,
 ) -> tuple[RetentionPlan, int]:
-    """Lower the budget below the peak as long as annealing follows."""
+    """Lower the budget below the peak as long as annealing can follow."""
     step = 0.08
     tries = 0
     while step >= SMALLEST_STEP and peak > bound and time.monotonic() < deadline_s:
@@ -180,7 +179,7 @@ def _descend(
             plan = RetentionPlan(walk.best_until.copy(), walk.best_since.copy())
             peak = walk.best_peak()
             continue
-        elsewhere = local_search(  # from every start, where the walk from here is stuck
+        elsewhere = local_search(  # try every start where the walk from here is stuck
             graph,
             budget,
             time_limit_s=max(0.0, deadline_s - time.monotonic()),

@@ -1,11 +1,11 @@
-"""Annealing over retention plans on the compiled replay: incumbents in a second.
+"""Anneal retention plans on the compiled replay: incumbents within a second.
 
-The state says for every gap of every storage how long it stays (see
-``retention_plan.py``); a move changes one gap, mostly one that covers a moment with
-too much memory; the schedule and its memory follow by compiled expansion and
-replay. The energy is the cost plus a price on the bytes above the budget,
-summed over all moments; the price rises while the walk stays infeasible and
-falls while it does not, so that the walk follows the border.
+The state says how long each storage stays in each of its gaps (see
+``retention_plan.py``); a move changes one gap, mostly one that covers a moment with too
+much memory; the schedule and its memory follow by compiled expansion and replay. The
+energy is the cost plus a price on the bytes above the budget, summed over all moments;
+the price rises while the walk stays infeasible and falls while it does not, so that the
+walk follows the border.
 
 Annealing begins from the keep-all plan and from uniform segmentations, the
 latter because at low budgets a plan that recomputes from recomputed values is
@@ -57,7 +57,7 @@ COOL = 2e-4
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """The best plan found within the budget; ``None`` throughout when none fits."""
+    """The best plan found within the budget; every field is ``None`` when none fits."""
 
     schedule: Schedule | None
     plan: RetentionPlan | None
@@ -77,16 +77,16 @@ def local_search(
     heat: float = HEAT,
     stop: threading.Event | None = None,
 ) -> SearchOutcome:
-    """Anneal until ``num_moves`` are spent or the time is over.
+    """Anneal until ``num_moves`` are spent or the time is up.
 
     Parameters
     ----------
     start
-        Walk from here alone instead of from the keep-all and segment plans.
+        Start only from here, instead of from the keep-all and segment plans.
     known
-        Walk from here instead of from the best segment plan, where it is better.
+        Start from here instead of the best segment plan, where it is better.
     heat
-        Temperature at the beginning, as a share of the step's cost.
+        Initial temperature, as a share of the step's cost.
     stop
         Ends the search when another thread sets it.
     """
@@ -138,7 +138,7 @@ NOTHING = np.iinfo(np.int64).max
 
 
 class Walk:
-    """One annealing walk, resumable."""
+    """One resumable annealing walk."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class Walk:
         self.heat = heat
 
     def best_peak(self) -> int:
-        """Peak of the best plan, in bytes."""
+        """The peak of the best plan, in bytes."""
         order = np.empty(6 * self.g.num_operators + 16, dtype=np.int64)
         memory = np.empty(len(order) + 1, dtype=np.int64)
         *_, peak = evaluate(
@@ -173,7 +173,7 @@ class Walk:
         first_fit: bool = False,
         stop: threading.Event | None = None,
     ) -> int:
-        """Cool from hot to cold over ``num_moves`` or up to ``deadline_s``; moves made.
+        """Cool over ``num_moves`` moves or until ``deadline_s``; return the moves made.
 
         With ``first_fit``, stop as soon as a plan fits.
         """

@@ -1,13 +1,12 @@
-"""A second thread that looks for schedules while the first one proves.
+"""Search for schedules in a second thread while the first one proves bounds.
 
-It runs one search after another: the chain's dynamic programme where there is a
-chain; what is left of the field's simple strategies; path relinking among all that is
-known; slice refinement restricted to the operators that the solutions known so far
-run again, a small model that puts the best of them together; annealing from the best
-schedule known, hot and cool in turn.
-HiGHS and the compiled loops let go of the interpreter, so both threads run at once.
-What was found waits for :meth:`ParallelSearch.collect`, so that the caller decides when it
-counts.
+It runs one search after another: the chain's dynamic program, where there is a chain;
+the remaining simple strategies of the field; path relinking among all known schedules;
+slice refinement restricted to the operators that known solutions run again, a small
+model that combines the best of them; annealing from the best known schedule, hot and
+cool in turn. HiGHS and the compiled loops release the interpreter lock, so both threads
+run at once. Results wait for :meth:`ParallelSearch.collect`, so that the caller decides
+when they count.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from .slices.refinement import slice_refinement
 from .slices.slicing import Slicing
 
 CHAIN_SHARE = 0.5
-"""Of the time left, what the chain's programme may take."""
+"""Share of the time left that the chain's dynamic program may take."""
 
 CHAIN_S = 12.0
 """And no more than this: menus get better with time, but slowly."""
@@ -56,7 +55,7 @@ HEARD = 12
 
 
 class ParallelSearch:
-    """Runs from ``with`` to the end of the block, when ``wanted``."""
+    """The second thread; it runs inside the ``with`` block, when ``wanted``."""
 
     def __init__(
         self,
@@ -94,17 +93,17 @@ class ParallelSearch:
         if self.wanted:
             self._thread.join()
         if self.state.done:
-            self._found.clear()  # nothing to gain, and the clock shall have no say
+            self._found.clear()  # nothing to gain, and the result must not depend on the clock
         if error is None:
             self.collect()
 
     def collect(self) -> None:
-        """Offer what was found since the last time.
+        """Offer what was found since the last call.
 
         Raises
         ------
         Exception
-            What ended the thread before its time.
+            Whatever ended the thread early.
         """
         with self._lock:
             found, self._found = self._found, []
@@ -121,12 +120,12 @@ class ParallelSearch:
             self._own = self._best(schedule)
 
     def hear(self, schedule: Schedule) -> None:
-        """Take note of a solution that may not fit, as material for the searches."""
+        """Add a solution, which may not fit, as material for the searches."""
         with self._lock:
             self._heard.append(schedule)
 
     def suggest(self, slicing: Slicing) -> None:
-        """Take note of where memory binds, for a restricted search."""
+        """Note where memory binds, for a restricted search."""
         with self._lock:
             self._slicing = slicing if self._slicing is None else self._slicing | slicing
             self._is_new = True
@@ -160,7 +159,7 @@ class ParallelSearch:
             self._error = error
 
     def _relink(self, seed: int) -> None:
-        """Put stretches of all that is known into the best schedule."""
+        """Put stretches of all known schedules into the best one."""
         best = self._best()
         if best is None:
             return
@@ -179,7 +178,8 @@ class ParallelSearch:
             self._keep(linked, "path_relinking")
 
     def _restricted(self) -> bool:
-        """Slice refinement over the operators that known solutions run again; whether it ran."""
+        """Refine slices over the operators that known solutions run again; return whether it
+        ran."""
         with self._lock:
             heard, slicing, is_new = tuple(self._heard), self._slicing, self._is_new
             self._is_new = False
@@ -217,7 +217,7 @@ class ParallelSearch:
         self._keep(outcome.schedule, "local_search")
 
     def _best(self, new: Schedule | None = None) -> Schedule | None:
-        """The best schedule known here or to the caller, or ``new`` if that is better."""
+        """Return the best schedule known here or to the caller, or ``new`` if that is better."""
         known = [s for s in (self._own, self.state.schedule, new) if s is not None]
         cost = [op.cost_ns for op in self.state.graph.operators]
         return min(known, key=lambda s: sum(cost[v] for v in s.order), default=None)

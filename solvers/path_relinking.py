@@ -1,11 +1,12 @@
-"""A better schedule from several: stretches of others are put into the best one.
+"""Improve the best schedule with stretches taken from others.
 
-A solution of a relaxation is cheap and does not fit; an incumbent fits and is dear.
-In most places the first one is right, and what makes it too large lies in a few. So:
-take the gaps (``retention_plan.py``) in which the two differ, give those of one stretch of the
-base order the other's values, and stay there if that is no worse. ResNet-50 near its
-least peak: from an incumbent of 33.2 % and a dozen solutions that do not fit, 28.1 % in
-0.2 s; annealing those solutions had found nothing, and auto needed a minute for 28.2 %.
+A solution of a relaxation is cheap and does not fit; an incumbent fits and is
+expensive. The relaxation is right in most places, and only a few make it too large. So
+take the gaps (``retention_plan.py``) in which the two differ, give those of one stretch
+of the base order the other's values, and stay there if that is no worse. ResNet-50 near
+its least peak: from an incumbent of 33.2 % and a dozen solutions that do not fit, 28.1
+% in 0.2 s; annealing those solutions had found nothing, and auto needed a minute for
+28.2 %.
 
 Path relinking: Glover, *Tabu Search and Adaptive Memory Programming* (Interfaces in
 Computer Science and Operations Research, 1997). Guarantee: none; every schedule that is
@@ -40,12 +41,12 @@ WIDEST = 0.25
 
 
 class Pool:
-    """Schedules whose pieces are worth putting together; they may exceed the budget.
+    """Schedules whose pieces are worth combining; they may exceed the budget.
 
     Parameters
     ----------
     most
-        Schedules that are kept; older ones go first.
+        Number of schedules to keep; the oldest are dropped first.
     """
 
     def __init__(self, graph: CostGraph, budget_bytes: int, *, most: int) -> None:
@@ -55,11 +56,11 @@ class Pool:
         self._plans: dict[Schedule, RetentionPlan] = {}
 
     def __iter__(self) -> Iterator[Schedule]:
-        """The oldest first."""
+        """Iterate from the oldest to the newest."""
         return iter(self._plans)
 
     def add(self, schedule: Schedule) -> None:
-        """Keep ``schedule``, as the newest one."""
+        """Keep ``schedule`` as the newest one."""
         known = self._plans.pop(schedule, None)
         self._plans[schedule] = known or plan_from_schedule(self.graph, self._gaps, schedule)
         if len(self._plans) > self.most:
@@ -74,13 +75,13 @@ class Pool:
         seed: int = 0,
         stop: threading.Event | None = None,
     ) -> Schedule | None:
-        """``start`` with stretches of the others, or ``start`` where none helps.
+        """Return ``start`` with stretches of the others, or ``start`` where none helps.
 
         Parameters
         ----------
         start
-            Where it exceeds the budget, less excess comes before less time, and
-            ``None`` is returned if nothing fits. It becomes one of the pool.
+            Where it exceeds the budget, reducing the excess comes before reducing the
+            time, and ``None`` is returned if nothing fits. It is added to the pool.
         stop
             Ends the search when another thread sets it.
         """
@@ -95,14 +96,15 @@ class Pool:
                 g, gaps, plan.until, plan.since, until, since, self.budget_bytes, num, seed
             )
 
-        excess = relinked(0, seed)  # compiled by now: the clock does not count that
+        excess = relinked(0, seed)  # compiled by now, so that the clock does not count it
         deadline_s = time.monotonic() + time_limit_s
         for made in range(0, num_tries, TRIES_PER_CHUNK):
             excess = relinked(min(TRIES_PER_CHUNK, num_tries - made), seed + made)
             if time.monotonic() >= deadline_s or (stop is not None and stop.is_set()):
                 break
         linked = schedule_from_plan(self._g, self._gaps, plan) if excess == 0.0 else None
-        # The search began at the plan of ``start``, which may be dearer or larger than it.
+        # The search began at the plan of ``start``, which may be more expensive or larger than
+        # ``start``.
         before = replay(self.graph, start)
         if before.peak_bytes > self.budget_bytes:
             return linked

@@ -1,4 +1,4 @@
-"""``solve``: which method runs, in which order, and who hints whom."""
+"""``solve``: which methods run, in which order, and which passes hints to which."""
 
 from __future__ import annotations
 
@@ -46,38 +46,37 @@ def solve(
     stop: threading.Event | None = None,
     gap: float = 0.0,
 ) -> SolveResult:
-    """The fastest schedule within ``budget_bytes`` that can be found, and a bound.
+    """Find the fastest schedule within ``budget_bytes``, and a lower bound.
 
     Parameters
     ----------
     solver
-        One of :data:`SOLVERS`. ``"auto"`` keeps everything where that fits;
-        else it searches a schedule and proves it by slice refinement. The
-        others run alone.
+        One of :data:`SOLVERS`. ``"auto"`` keeps everything where that fits; otherwise
+        it searches for a schedule and proves it by slice refinement. The others run
+        alone.
     time_limit_s
-        Wall clock; the best of what was found by then is returned. On graphs of
-        up to :data:`OVERTIME_OPERATORS` operators ``"auto"`` goes on for
-        :data:`OVERTIME_S` at most, to try what the field's simple strategies
-        have: some tenths of a second. The first solve after an installation
-        also compiles, some ten seconds that the limit does not cover.
+        Wall clock; the best schedule found by then is returned. On graphs of up to
+        :data:`OVERTIME_OPERATORS` operators, ``"auto"`` tries the field's simple
+        strategies even after the limit, for a few tenths of a second
+        (:data:`OVERTIME_S` at most). The first solve after an installation also
+        compiles for some ten seconds, which the limit does not cover.
     seed
-        The same graph, budget, seed and workers give the same result where the
-        clock has no say: neither the limit nor the seconds that each of its
-        searches may take cut the solve, and with two workers it ends within
-        five seconds (later on, what the second thread has found counts, too). CP-SAT
-        promises it for one worker only.
+        The same graph, budget, seed and workers give the same result unless the clock
+        intervenes: neither the time limit nor the limits of single searches cut the
+        solve, and with two workers it ends within five seconds (after that, the second
+        thread's findings count, too). CP-SAT guarantees this for one worker only.
     workers
-        Threads. ``"auto"`` searches in a second one beside HiGHS, which uses one.
+        Number of threads. ``"auto"`` searches in a second one while HiGHS uses the first.
     hint
-        A schedule to begin with; its first runs keep the base order, as
-        everything that the bounds speak of.
+        A schedule to start from; its first runs keep the base order, like every
+        schedule that the bounds cover.
     progress
         Called at every event.
     stop
-        Once another thread, or ``progress``, sets it, the best of what was found
-        so far is returned.
+        Once another thread, or ``progress``, sets it, the best schedule found so far is
+        returned.
     gap
-        A gap that is small enough to stop at; the least is 0.01 %.
+        Gap at which to stop; 0.01 % at least.
 
     Raises
     ------
@@ -145,12 +144,11 @@ def _moccasin(state: Incumbent, seed: int, workers: int) -> None:
 
 
 def _auto(state: Incumbent, seed: int, workers: int) -> None:
-    """Each helps the next: bounds and schedules are shared through ``state``.
+    """Run the methods in turn; they share bounds and schedules through ``state``.
 
-    Cheap bounds and schedules first, those of the field's simple strategies
-    among them; then the chain's programme where it takes no time, and a short
-    annealing, for an incumbent near which slice refinement begins; a second
-    thread searches beside both.
+    Cheap bounds and schedules come first, including the field's simple strategies. The
+    chain's dynamic program, where it takes no time, and a short annealing then give an
+    incumbent near which slice refinement begins. A second thread searches in parallel.
     """
     for step in (_keep_all, _gap_cover, _uniform):
         step(state, seed, workers)
@@ -184,7 +182,7 @@ def _auto(state: Incumbent, seed: int, workers: int) -> None:
 
 
 def _fit_or_exclude(state: Incumbent, time_limit_s: float) -> None:
-    """Where annealing finds nothing: search a schedule backward, or prove that there is none."""
+    """Where annealing finds nothing, search a schedule backward or prove that there is none."""
     too_much = state.budget_bytes + 1
     least = least_memory_bound(
         state.graph, peak_bytes=too_much, time_limit_s=time_limit_s, stop=state.stop

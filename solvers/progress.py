@@ -1,4 +1,4 @@
-"""What a running solve tells its caller."""
+"""What a running solve reports to its caller."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class ProgressEvent:
     Parameters
     ----------
     elapsed_s
-        Since the solve began.
+        Seconds since the solve began.
     incumbent_ns, bound_ns
-        Time of the step under the best schedule so far, and what no schedule
-        goes below; ``incumbent_ns`` is ``None`` as long as there is none.
+        Time of the step under the best schedule so far, and the lower bound;
+        ``incumbent_ns`` is ``None`` as long as there is no schedule.
     gap
         ``(incumbent - bound) / bound``.
     global_bound_ns
-        What no schedule whose first runs keep the base order goes below, where
-        ``bound_ns`` may speak of staged schedules only; ``None`` before a solve.
+        Lower bound on every schedule whose first runs keep the base order, whereas
+        ``bound_ns`` may cover staged schedules only; ``None`` before a solve.
     message
         Who found what.
     """

@@ -15,8 +15,8 @@ class SolveStatus(StrEnum):
 
     OPTIMAL = "optimal"  # proven within 0.01 % of the bound
     FEASIBLE = "feasible"  # a schedule and a bound, with a gap
-    INFEASIBLE = "infeasible"  # proven: nothing fits
-    UNKNOWN = "unknown"  # no schedule found, none excluded
+    INFEASIBLE = "infeasible"  # proven that nothing fits
+    UNKNOWN = "unknown"  # no schedule found, and none ruled out
 
 
 OPTIMAL_GAP = 1e-4
@@ -24,27 +24,27 @@ OPTIMAL_GAP = 1e-4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveResult:
-    """A schedule, its cost, and how near the least possible it is.
+    """A schedule, its cost, and how close it is to the least possible.
 
     Parameters
     ----------
     status
         See :class:`SolveStatus`.
     schedule
-        ``None`` when none was found.
+        ``None`` when no schedule was found.
     cost_ns
-        Time of the whole step under ``schedule``, by replay.
+        Time of the whole step under ``schedule``, from the replay.
     lower_bound_ns
         No schedule within ``bound_scope`` takes less time.
     bound_scope
-        What the bound speaks of: every schedule whose first runs keep the base
-        order, or staged schedules (``stages.py``) only, or every order
-        (``any_order/solve.py``). ``status`` has the same scope; a schedule
-        outside a scope may take less than its bound.
+        What the bound covers: every schedule whose first runs keep the base order, or
+        staged schedules (``stages.py``) only, or every order (``any_order/solve.py``).
+        ``status`` has the same scope; a schedule outside a scope may take less than its
+        bound.
     global_bound_ns
         No schedule whose first runs keep the base order takes less time.
     peak_bytes
-        By replay.
+        From the replay.
     solver
         Name of the method that found the schedule.
     solve_s

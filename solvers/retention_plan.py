@@ -1,4 +1,4 @@
-"""From "which storage is retained over which moments" to a schedule.
+"""Turn "which storage is retained over which moments" into a schedule.
 
 A retention plan says, for every gap of a storage, how long it stays. A *gap*
 is the stretch between two consecutive uses of a storage in base order (its
@@ -11,11 +11,10 @@ begins at base position ``a`` and ends at ``b`` has two numbers:
 - ``since[g]``: a version that a recomputation makes at or after this position
   is retained up to ``b`` (``b``: never).
 
-The schedule is then forced: walk the base order, and just before an operator
-recompute what it misses, and what that misses, depth first. What nobody reads
-again is freed by the replay, and what nobody needs is never recomputed, so
-there are no dead recomputations. Outputs of pinned operators and kept
-storages are always at hand.
+The schedule follows from that: walk the base order, and just before each operator
+recompute what it is missing, and what that is missing, depth first. The replay frees
+what is not read again, and what is not needed is never recomputed, so there are no dead
+recomputations. Outputs of pinned operators and kept storages are always available.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .schedule import Schedule
 
 
 class Gaps(NamedTuple):
-    """The gaps of a graph: those of storage ``k`` are ``ptr[k] … ptr[k + 1] - 1``."""
+    """The gaps of a graph. Those of storage ``k`` are ``ptr[k] … ptr[k + 1] - 1``."""
 
     ptr: IntArray
     storage: IntArray
@@ -52,7 +51,7 @@ class Gaps(NamedTuple):
 
 
 class RetentionPlan(NamedTuple):
-    """How long the storage of each gap stays; see the module's docstring."""
+    """How long each gap's storage stays; see the module's docstring."""
 
     until: IntArray
     since: IntArray
@@ -62,7 +61,7 @@ class RetentionPlan(NamedTuple):
 
 
 def find_gaps(g: GraphArrays) -> Gaps:
-    """All gaps, by storage and then by position. A tail ends at ``num_operators``."""
+    """Return all gaps, by storage and then by position. A tail ends at ``num_operators``."""
     num = g.num_operators
     ptr = np.zeros(g.num_storages + 1, dtype=np.int64)
     np.cumsum(np.diff(g.pos_ptr), out=ptr[1:])
@@ -76,14 +75,14 @@ def find_gaps(g: GraphArrays) -> Gaps:
 
 
 def keep_all_plan(gaps: Gaps) -> RetentionPlan:
-    """The plan that drops nothing."""
+    """Return the plan that drops nothing."""
     return RetentionPlan(gaps.end.copy(), gaps.end.copy())
 
 
 def schedule_from_plan(g: GraphArrays, gaps: Gaps, plan: RetentionPlan) -> Schedule | None:
-    """The schedule of ``plan``, or ``None`` if it runs far too often to be of use.
+    """Return the schedule of ``plan``, or ``None`` if it has far too many runs to be useful.
 
-    "Far too often" is 16 times the number of operators.
+    "Far too many" is 16 times the number of operators.
     """
     order = np.empty(16 * g.num_operators + 16, dtype=np.int64)
     length = fill_order(g, gaps, plan.until, plan.since, order)
@@ -91,7 +90,7 @@ def schedule_from_plan(g: GraphArrays, gaps: Gaps, plan: RetentionPlan) -> Sched
 
 
 def base_fronts(schedule: Schedule) -> list[int]:
-    """For each run the next base operator: itself, or the one that it is recomputed before."""
+    """Return, for each run, the next base operator: itself, or the one it is recomputed for."""
     fronts: list[int] = []
     front = 0
     for v in schedule.order:
@@ -101,10 +100,10 @@ def base_fronts(schedule: Schedule) -> list[int]:
 
 
 def plan_from_schedule(graph: CostGraph, gaps: Gaps, schedule: Schedule) -> RetentionPlan:
-    """The retention plan nearest to ``schedule``.
+    """Return the retention plan nearest to ``schedule``.
 
-    Exact but for versions that neither begin nor end a gap, which are lost:
-    the expansion of the plan makes them again.
+    Exact, except that versions which neither begin nor end a gap are lost: the
+    expansion of the plan makes them again.
     """
     front_of = base_fronts(schedule)
     plan = RetentionPlan(gaps.begin.copy(), gaps.end.copy())
@@ -125,11 +124,11 @@ def plan_from_schedule(graph: CostGraph, gaps: Gaps, schedule: Schedule) -> Rete
 
 @njit(cache=True, nogil=True)
 def fill_order(g, gaps, until, since, order):  # type: ignore[no-untyped-def]
-    """Fill ``order``; its length, or -1 when it does not suffice."""
+    """Fill ``order`` and return the length used, or -1 when it does not suffice."""
     num_ops = g.cost.size
     num_storages = g.size.size
     gap = gaps.ptr[:-1].copy()  # current gap of each storage
-    have_until = np.full(num_storages, -1, np.int64)  # last base position with it at hand
+    have_until = np.full(num_storages, -1, np.int64)  # last base position at which it is available
     stack_op = np.empty(num_ops + 1, np.int64)
     stack_next = np.empty(num_ops + 1, np.int64)
     length = 0

@@ -1,4 +1,4 @@
-"""Rows of a sparse model, collected in batches."""
+"""Collect the rows of a sparse model in batches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from scipy.sparse import coo_array
 
 from .arrays import IntArray
 
-ABSENT = -1  # no column: the value is 0
-ALWAYS = -2  # no column: the value is 1
+ABSENT = -1  # not a column: the value is 0
+ALWAYS = -2  # not a column: the value is 1
 
 ColumnArray = NDArray[np.int32]
 
@@ -29,7 +29,7 @@ class Rows:
         self.num = 0
 
     def add(self, terms: Iterable[tuple[ColumnArray, float]], lower: NDArray[np.float64]) -> None:
-        """One row ``Σ factor column ≥ lower`` for each place of the columns."""
+        """Add one row ``Σ factor column ≥ lower`` for each place of the columns."""
         shift = np.zeros(len(lower))
         index = np.arange(self.num, self.num + len(lower))
         for cols, factor in terms:
@@ -43,7 +43,7 @@ class Rows:
         self.num += len(lower)
 
     def add_one(self, cols: ColumnArray, factors: NDArray[np.float64], upper: float) -> None:
-        """A single row ``Σ factors cols ≤ upper``."""
+        """Add a single row ``Σ factors cols ≤ upper``."""
         shift = float(factors[cols == ALWAYS].sum())
         real = cols >= 0
         self.rows.append(np.full(int(real.sum()), self.num, dtype=np.int64))
@@ -54,7 +54,7 @@ class Rows:
         self.num += 1
 
     def matrix(self, num_cols: int) -> coo_array:
-        """All rows."""
+        """Return all rows as a matrix."""
         return coo_array(
             (
                 np.concatenate([*self.values, np.zeros(0)]),

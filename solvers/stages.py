@@ -1,9 +1,9 @@
-"""Stages: what runs between two first runs, as Checkmate and MOCCASIN divide a step.
+"""Stages: the runs between two first runs, as Checkmate and MOCCASIN divide a step.
 
-Stage ``t`` ends with the first run of operator ``t``. In both papers a stage
-runs each operator at most once, and in base order: schedules of this form are
-the *staged class* here. It is a part of all schedules whose first runs keep
-the base order, so its optimum is no bound for those.
+Stage ``t`` ends with the first run of operator ``t``. In both papers a stage runs each
+operator at most once, and in base order: schedules of this form are the *staged class*
+here. It is a subset of the schedules whose first runs keep the base order, so its
+optimum is not a bound for those.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STAGED_SCOPE = "schedules that run each operator at most once, in base order, be
 
 
 def stages_of(schedule: Schedule) -> list[list[int]]:
-    """What is recomputed in each stage, ascending. The nearest staged schedule, if not itself.
+    """Return what each stage recomputes, ascending, for the nearest staged schedule.
 
     The first runs of ``schedule`` are in base order.
     """
@@ -30,7 +30,7 @@ def stages_of(schedule: Schedule) -> list[list[int]]:
 
 
 def order_of(stages: Sequence[Iterable[int]]) -> list[int]:
-    """The runs of a staged schedule: of each stage, then its first run."""
+    """Return the runs of a staged schedule: those of each stage, then its first run."""
     return [v for t, again in enumerate(stages) for v in (*sorted(again), t)]
 
 

@@ -1,4 +1,4 @@
-"""What to say of a name that is not known."""
+"""Error texts for unknown names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """An error's text: the name, the nearest one that is known if any is near, and all of them.
+    """Return an error text: the name, the nearest known name if any is close, and all known names.
 
     >>> unknown_name("strategy", "unifrom", ("none", "uniform"))
     "unknown strategy 'unifrom'; did you mean 'uniform'? known are none, uniform"
@@ -17,7 +17,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question with a space after it; empty where no known name is near.
+    """Return a question followed by a space; empty where no known name is close.
 
     >>> did_you_mean("auot", ["auto", "dtr"]), did_you_mean("magic", ["auto", "dtr"])
     ("did you mean 'auto'? ", '')

@@ -6,9 +6,9 @@ crosses a cut, and recompute each segment when the backward pass reaches it;
 with L layers of equal size, sqrt(L) segments need O(sqrt(L)) memory for one
 more forward pass. The last segment is needed at once and is kept.
 
-A cut is placed near its even share of the activations' bytes, where the
-fewest bytes cross. Guarantee: none beyond what the replay says; on graphs that
-are no chains, more than the cut's own storages may have to stay.
+A cut is placed near its even share of the activations' bytes, where the fewest bytes
+cross. Guarantee: none beyond what the replay says; on graphs that are not chains, more
+than the cut's own storages may have to stay.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .schedule import Schedule
 
 
 def uniform(graph: CostGraph, num_segments: int | None = None) -> Schedule | None:
-    """The schedule of the uniform strategy; ``None`` when recomputation explodes.
+    """Return the schedule of the uniform strategy; ``None`` when recomputation explodes.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def uniform(graph: CostGraph, num_segments: int | None = None) -> Schedule | Non
 
 
 def uniform_under_budget(graph: CostGraph, budget_bytes: int) -> Schedule | None:
-    """The cheapest of the uniform schedules of all numbers of segments that fits."""
+    """Return the cheapest uniform schedule that fits, over all numbers of segments."""
     budget_bytes = checked_budget(budget_bytes)
     g = graph_arrays(graph)
     gaps = find_gaps(g)
@@ -69,7 +69,7 @@ def uniform_under_budget(graph: CostGraph, budget_bytes: int) -> Schedule | None
 
 
 def segment_counts(turn: int) -> tuple[int, ...]:
-    """Numbers of segments worth trying: 1, 2, 3, … and then some 20 % apart."""
+    """Return the numbers of segments worth trying: 1, 2, 3, … and then some 20 % apart."""
     counts = [1]
     while counts[-1] < turn // 2:
         counts.append(max(counts[-1] + 1, round(1.2 * counts[-1])))
@@ -77,10 +77,10 @@ def segment_counts(turn: int) -> tuple[int, ...]:
 
 
 def turning_point(graph: CostGraph) -> int:
-    """Index of the first operator that is no longer forward.
+    """Return the index of the first operator after the forward pass.
 
-    Where phases say nothing (all forward), the moment with the most memory
-    when everything is kept.
+    Where phases do not tell (all forward), the moment with the most memory when
+    everything is kept.
     """
     forward = [v for v, op in enumerate(graph.operators) if op.phase in ("forward", "loss")]
     if len(forward) < graph.num_operators:
@@ -90,13 +90,13 @@ def turning_point(graph: CostGraph) -> int:
 
 
 def segment_plan(g: GraphArrays, gaps: Gaps, turn: int, num_segments: int) -> RetentionPlan:
-    """Keep what crosses a cut and the last segment; catch the rest when it is recomputed."""
+    """Keep what crosses a cut, and the last segment; retain the rest once it is recomputed."""
     cuts = cut_positions(g, turn, num_segments)
     plan = keep_all_plan(gaps)
     begins = np.flatnonzero(gaps.begin < turn)
     if len(cuts) == 0 or len(begins) == 0:
         return plan
-    # The last gap that begins in the forward pass, of each storage that has one.
+    # For each storage that has one, the last gap that begins in the forward pass.
     last = begins[np.append(gaps.storage[begins][1:] != gaps.storage[begins][:-1], True)]
     made = g.producer[gaps.storage[last]]
     before = np.searchsorted(cuts, made, side="right")
@@ -108,7 +108,7 @@ def segment_plan(g: GraphArrays, gaps: Gaps, turn: int, num_segments: int) -> Re
 
 
 def cut_positions(g: GraphArrays, turn: int, num_segments: int) -> IntArray:
-    """First operators of the segments after the first.
+    """Return the first operators of all segments but the first.
 
     Each cut lies within a third of a segment of its even share of the bytes,
     where the fewest bytes are both made before it and read in the forward
@@ -141,6 +141,6 @@ def cut_positions(g: GraphArrays, turn: int, num_segments: int) -> IntArray:
         low, high = min(low, turn - 1), min(high, turn)
         window = np.arange(low, high)
         fewest = window[crossing[window] == crossing[window].min()]
-        off = np.abs(filled[fewest - 1] - share)  # of ties, the nearest to its share
+        off = np.abs(filled[fewest - 1] - share)  # among ties, the nearest to its share
         cuts.append(int(fewest[np.argmin(off)]))
     return np.unique(np.array(cuts, dtype=np.int64))

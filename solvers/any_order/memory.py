@@ -1,10 +1,10 @@
-"""The least memory that any schedule needs, first runs in any order.
+"""Find the least memory that any schedule needs, with first runs in any order.
 
-Search: the least memory in the order at hand (``least_memory.py``), its runs
-moved so that the peak falls (``any_order/reorder.py``), the least memory in the
-order of those, and so on while it falls. Bound: as in ``least_memory.py``, but
-what is forced to be there while an operator runs is only what was made before it
-in every order; and at the end everything that is kept is there.
+Search: find the least memory in the current order (``least_memory.py``), move the runs
+so that the peak falls (``any_order/reorder.py``), find the least memory in the new
+order, and so on while it falls. Bound: as in ``least_memory.py``, but what is forced to
+be there while an operator runs is only what was made before it in every order; and at
+the end everything that is kept is there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def least_memory_in_any_order(
     time_limit_s: float = 10.0,
     seed: int = 0,
 ) -> LeastMemory:
-    """Search the schedule of the lowest peak; its bound holds in every order.
+    """Search for the schedule with the lowest peak; its bound holds in every order.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def least_memory_in_any_order(
 
 
 def needs_in_any_order(graph: CostGraph) -> list[int]:
-    """For each operator the bytes that are there while it first runs, in every order."""
+    """Return, for each operator, the bytes held while it first runs, in every order."""
     reach = closure(predecessors(graph))
     need = []
     for v, op in enumerate(graph.operators):

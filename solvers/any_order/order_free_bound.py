@@ -7,10 +7,10 @@ that the runtime can follow, so the relaxation with slices at fixed operators
 only, and neither transients nor events, is the same for all of these orders, and
 its bound holds for all of them.
 
-The loss is always fixed. In the steps of transformers it is where memory binds:
-what backward needs is in memory there or made again later, whatever the order.
-Where the bound meets a schedule in eager's order, reordering is proven to be of
-no use. Where memory binds inside backward (ResNets) it is weak.
+The loss is always fixed. In the steps of transformers it is where memory binds: what
+backward needs is in memory there or made again later, whatever the order. Where the
+bound meets a schedule in eager's order, reordering is proven useless. Where memory
+binds inside backward (ResNets) it is weak.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def order_free_bound(
 ) -> OrderFreeBound:
     """Bound the time of every schedule within ``budget_bytes``, whatever its order.
 
-    First with the fixed operator that has the most memory, then with the next
-    ones, too, if time is left.
+    Start with the fixed operator that has the most memory, and add the next ones if
+    time is left.
     """
     budget_bytes = checked_budget(budget_bytes)
     deadline_s = time.monotonic() + time_limit_s

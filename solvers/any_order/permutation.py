@@ -16,7 +16,7 @@ from ..schedule import Schedule
 
 
 def first_runs(schedule: Schedule) -> tuple[int, ...]:
-    """The permutation that makes the first runs of ``schedule`` the base order.
+    """Return the permutation that makes the first runs of ``schedule`` the base order.
 
     Examples
     --------
@@ -27,7 +27,7 @@ def first_runs(schedule: Schedule) -> tuple[int, ...]:
 
 
 def permuted(graph: CostGraph, permutation: Sequence[int]) -> CostGraph:
-    """``graph`` with its operators in the order of ``permutation``.
+    """Return ``graph`` with its operators in the order of ``permutation``.
 
     Raises
     ------
@@ -51,13 +51,13 @@ def permuted(graph: CostGraph, permutation: Sequence[int]) -> CostGraph:
 
 
 def relabelled(schedule: Schedule, permutation: Sequence[int]) -> Schedule:
-    """A schedule of the original graph in terms of the permuted one."""
+    """Translate a schedule of the original graph into one of the permuted graph."""
     place = {v: i for i, v in enumerate(permutation)}
     return Schedule(tuple(place[v] for v in schedule.order))
 
 
 def unpermuted(schedule: Schedule, permutation: Sequence[int]) -> Schedule:
-    """A schedule of the permuted graph in terms of the original one.
+    """Translate a schedule of the permuted graph into one of the original graph.
 
     Examples
     --------

@@ -1,14 +1,13 @@
-"""What must come before what, whatever the order of first runs.
+"""Which operators must come before which, in every order of first runs.
 
 An operator first runs after the producers of what it reads, after the ordered
 operators before it (random draws, effects), and on eager's side of the loss:
 the training loop computes the loss from what forward returns and hands its
 gradients to backward, so forward ends there. The optimizer comes last.
 
-Writing over a dead argument asks for nothing more: the call that writes is part
-of the operator that allocates, so nobody ever reads the argument from outside
-(see ``graph_capture/reuse.py``), and what it reads besides is an input of that
-operator.
+Writing over a dead argument adds no constraint: the call that writes is part of the
+operator that allocates, so nothing ever reads the argument from outside (see
+``graph_capture/reuse.py``), and what it reads besides is an input of that operator.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ BARRIERS = ("loss", "optimizer")
 
 
 def predecessors(graph: CostGraph) -> tuple[tuple[int, ...], ...]:
-    """For each operator those that must first run before it; not transitively closed."""
+    """Return, for each operator, those that must first run before it; not transitively closed."""
     before: list[set[int]] = [set() for _ in graph.operators]
     last_ordered = last_barrier = -1
     for v, op in enumerate(graph.operators):
@@ -42,7 +41,7 @@ def predecessors(graph: CostGraph) -> tuple[tuple[int, ...], ...]:
 
 
 def closure(before: tuple[tuple[int, ...], ...]) -> list[int]:
-    """For each operator all that must first run before it, as a set of bits."""
+    """Return, for each operator, all that must first run before it, as a set of bits."""
     reach: list[int] = []
     for direct in before:
         bits = 0
@@ -53,7 +52,7 @@ def closure(before: tuple[tuple[int, ...], ...]) -> list[int]:
 
 
 def fixed_operators(graph: CostGraph) -> tuple[int, ...]:
-    """Operators before which the same operators have run in every order.
+    """Return the operators before which the same operators have run in every order.
 
     Each other operator must come before or after them: the loss, what is
     between it and the trunk of the model, and where the trunk is all there is.

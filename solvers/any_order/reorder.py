@@ -1,4 +1,4 @@
-"""Run the same operators in another order, so that less is in memory where it is tight.
+"""Run the same operators in another order, so that less memory is used where it is tight.
 
 A schedule's runs are moved one at a time, first runs and recomputations alike,
 each between the runs that make what it reads and those that read what it makes;
@@ -7,17 +7,17 @@ runs stay the same, so the cost does. Annealing minimizes
 
     Σ max(0, memory - r)² / r²    over all moments, with r = 90 % of the budget,
 
-and takes nothing with a higher peak than what it began with. What the moved runs free,
-the next solve can use to recompute less.
+and accepts nothing with a higher peak than at the start. The next solve can use the
+freed memory to recompute less.
 
 Lifetimes and reordering: Steiner et al., *OLLA: Optimizing the Lifetime and
 Location of Arrays to Reduce the Memory Usage of Neural Networks* (2022,
-arXiv:2210.12924), who solve it as an integer programme. Annealing: Kirkpatrick
+arXiv:2210.12924), who solve it as an integer program. Annealing: Kirkpatrick
 et al., *Optimization by Simulated Annealing* (Science, 1983).
 
 Guarantee: the result passes the replay with the same cost and no higher peak.
-Imperfect: runs move alone, so that two which gain only together stay; runs that
-matter nowhere may end up anywhere.
+Imperfections: runs move one at a time, so two that gain only together stay where they
+are; runs that do not matter may end up anywhere.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def reorder(
     time_limit_s: float = 2.0,
     seed: int = 0,
 ) -> tuple[int, ...]:
-    """A base order in which keeping everything needs less memory where it is tight.
+    """Find a base order in which keeping everything needs less memory where it is tight.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def reorder_runs(
     time_limit_s: float = 2.0,
     seed: int = 0,
 ) -> Schedule:
-    """The runs of ``schedule`` in an order with less memory above 90 % of the budget.
+    """Reorder the runs of ``schedule`` for less memory above 90 % of the budget.
 
     Parameters
     ----------
@@ -105,8 +105,8 @@ def reorder_runs(
     budget_bytes
         By default the peak of ``schedule``.
     num_moves, time_limit_s
-        Whichever is spent first; what the time cuts is not reproducible. Compiling, once
-        after an installation, is not in the time.
+        Whichever is spent first; a search cut by time is not reproducible. Compiling,
+        once after an installation, does not count as time.
 
     Returns
     -------
@@ -184,7 +184,7 @@ def _anneal(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _room(g, barrier, order, p, step):  # type: ignore[no-untyped-def]
-    """How far run ``p`` can go in the direction of ``step``."""
+    """Return how far run ``p`` can move in the direction of ``step``."""
     v = order[p]
     room = 0
     i = p + step
@@ -211,7 +211,7 @@ def _feeds(g, producer, reader):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _move(order, p, q):  # type: ignore[no-untyped-def]
-    """Take run ``p`` to place ``q``."""
+    """Move run ``p`` to place ``q``."""
     v = order[p]
     step = 1 if q > p else -1
     for i in range(p, q, step):

@@ -1,14 +1,14 @@
-"""Solve a step without holding first runs to eager's order.
+"""Solve a step without keeping first runs in eager's order.
 
 Eager's own order comes first, as :func:`solvers.portfolio.solve` does it, with
-``FIRST_SHARE`` of the time. Then rounds of three: move the runs of the best
-schedule so that less is in memory where it is tight (``any_order/reorder.py``,
-at no cost); make the order of its first runs the new base order; solve there,
-beginning from that schedule. ParallelSearch them, once each, the order of the hint
-and the one in which keeping everything fits best.
+``FIRST_SHARE`` of the time. Then rounds of three: move the runs of the best schedule so
+that less is in memory where it is tight (``any_order/reorder.py``, at no cost); make
+the order of its first runs the new base order; solve there, beginning from that
+schedule. The order of the hint, and the one in which keeping everything fits best, are
+also tried once each.
 
-Guarantee: never worse than that first solve, for another order is taken only
-where it costs less. With the whole time the plain solve may do better.
+Guarantee: never worse than that first solve, since another order is taken only where it
+costs less. Given the whole time, the plain solve may do better.
 
 Three bounds, never mixed up:
 
@@ -73,7 +73,7 @@ def solve_in_any_order(
     progress: Progress | None = None,
     gap: float = 0.0,
 ) -> SolveResult:
-    """The fastest schedule within ``budget_bytes`` that can be found, first runs in any order.
+    """Find the fastest schedule within ``budget_bytes``, with first runs in any order.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def solve_in_any_order(
 def _other_orders(
     graph: CostGraph, budget_bytes: int, best: _Found, turn: int, seed: int, deadline_s: float
 ) -> Iterator[tuple[tuple[int, ...], Schedule | None]]:
-    """Orders to try next, with a schedule to begin from where there is one."""
+    """Return the orders to try next, with a schedule to start from where there is one."""
 
     def limit_s() -> float:
         return min(MOVING_LIMIT_S, max(0.0, deadline_s - time.monotonic()) / 2)
@@ -172,7 +172,7 @@ def _claim(
     log: tuple[str, ...],
     solve_s: float,
 ) -> SolveResult:
-    """What may be said of the best schedule."""
+    """Return what is proven about the best schedule."""
     result = replace(best.result, log=log, solve_s=solve_s)
     result = replace(result, global_bound_ns=anywhere.lower_bound_ns)
     if result.schedule is None:
@@ -207,7 +207,7 @@ def _claim(
 
 
 def _proven(found: _Found, anywhere: OrderFreeBound, gap: float) -> bool:
-    """Whether no order can do better, or by less than was asked for."""
+    """Whether no order can do better by more than the requested gap."""
     return _cost(found) <= (1 + max(gap, OPTIMAL_GAP)) * anywhere.lower_bound_ns
 
 

@@ -6,11 +6,10 @@ block's forward and backward parts, then its backward part. That middle operator
 reads what the next block needs and hands in the gradients. What is alive across
 it, and read after it, is what the block saves.
 
-Not counted inside is what is held at that moment whatever the plan. That is
-counted from outside, by base position: kept storages, storages that the chain
-holds, and backward storages between their production and their last use. Of
-these, the ones that die within the block's backward part are counted inside,
-from the middle on.
+What is held at that moment under every plan is not counted inside. It is counted from
+outside, by base position: kept storages, storages that the chain holds, and backward
+storages between their production and their last use. Of these, the ones that die within
+the block's backward part are counted inside, from the middle on.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Block:
 
 
 class Held:
-    """Bytes that are there at each base position whatever the plan, resident ones left out."""
+    """Bytes held at each base position under every plan, without resident ones."""
 
     def __init__(self, g: GraphArrays, chain: Chain) -> None:
         num = g.num_operators
@@ -97,12 +96,12 @@ class Held:
 
 
 def cut_out(graph: CostGraph, g: GraphArrays, chain: Chain, held: Held, i: int) -> Block:
-    """Block ``i`` of ``chain``."""
+    """Cut block ``i`` out of ``chain``."""
     return _Cutting(graph, g, chain, held, i).block()
 
 
 class _Cutting:
-    """Storages and operators of the small graph while it is put together."""
+    """The storages and operators of the small graph while it is built."""
 
     def __init__(self, graph: CostGraph, g: GraphArrays, chain: Chain, held: Held, i: int) -> None:
         self.graph, self.g, self.held = graph, g, held
@@ -184,7 +183,7 @@ class _Cutting:
         return tuple(outputs)
 
     def _held_inputs(self) -> tuple[int, ...]:
-        """What the backward part reads of the storages that are held when it begins."""
+        """Return what the backward part reads of the storages held when it begins."""
         outputs = []
         for v in self.backward:
             for k in self.graph.operators[v].inputs:
@@ -198,7 +197,8 @@ class _Cutting:
 
 
 def needed_runs(g: GraphArrays, runs: Iterable[int], wanted: Iterable[int]) -> tuple[int, ...]:
-    """Those of ``runs`` that ``wanted`` storages need; pinned and kept ones are at hand."""
+    """Return those of ``runs`` that ``wanted`` storages need; pinned and kept ones are
+    available."""
     need = {k for k in wanted if not g.kept[k]}
     taken = []
     for v in reversed(list(runs)):
@@ -217,7 +217,7 @@ def sweep_peak(
     wanted: Iterable[int],
     carried: Iterable[int] = (),
 ) -> int:
-    """Highest memory of runs that begin with ``carried`` alive and leave ``wanted`` behind.
+    """Return the peak of runs that begin with ``carried`` alive and leave ``wanted`` behind.
 
     ``carried`` storages die at their last use; others that were made before the
     runs are not counted. ``size`` stands in for the graph's own sizes.

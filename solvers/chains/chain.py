@@ -1,4 +1,4 @@
-"""Find the chain in a graph: blocks, what flows between them, which backward part is whose.
+"""Find the chain in a graph: its blocks, what flows between them, and their backward parts.
 
 A *cut* is a position of the forward pass where hardly anything crosses: at most
 one storage that is made before it and read in the forward pass at or after it.
@@ -34,7 +34,7 @@ LARGEST_SHARE = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A graph seen as a chain of ``num_blocks`` blocks.
+    """A graph viewed as a chain of ``num_blocks`` blocks.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class Chain:
 
 
 def find_chain(g: GraphArrays, turn: int) -> Chain | None:
-    """The finest chain of ``g``; ``None`` when it has too few cuts to be of use.
+    """Find the finest chain of ``g``; ``None`` when it has too few cuts to be useful.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def find_chain(g: GraphArrays, turn: int) -> Chain | None:
 
 
 def chain_of_cuts(g: GraphArrays, cuts: tuple[int, ...], held: frozenset[int]) -> Chain:
-    """The chain with these cuts, from 0 to the turning point."""
+    """Build the chain with these cuts, from 0 to the turning point."""
     turn, num = cuts[-1], g.num_operators
     first_forward, last_forward = _forward_stretch(g, turn)
     first_backward = np.full(g.num_storages, num, dtype=np.int64)
@@ -113,7 +113,7 @@ def chain_of_cuts(g: GraphArrays, cuts: tuple[int, ...], held: frozenset[int]) -
 
 
 def coarsen(g: GraphArrays, chain: Chain, cuts: Iterable[int]) -> Chain:
-    """``chain`` with only these of its cuts."""
+    """Return ``chain`` with only these of its cuts."""
     wanted = {0, chain.turn, *cuts}
     return chain_of_cuts(g, tuple(p for p in chain.cuts if p in wanted), chain.held)
 
@@ -131,7 +131,7 @@ def _read_late(g: GraphArrays, cuts: tuple[int, ...], ends: list[int]) -> frozen
 
 
 class _Spans:
-    """Over which stretch of the forward pass each storage is read."""
+    """The stretch of the forward pass over which each storage is read."""
 
     def __init__(self, g: GraphArrays, turn: int) -> None:
         self.g, self.turn = g, turn

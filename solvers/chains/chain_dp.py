@@ -1,20 +1,20 @@
-"""Dynamic programming on a chain of blocks with menus: schedules that recompute again and again.
+"""Dynamic programming on a chain of blocks with menus: schedules that recompute repeatedly.
 
 1. Find the chain (``chains/chain.py``), block by block (``chains/blocks.py``).
 2. Make the menu of each block (``chains/menu.py``); equal blocks share one.
-3. Solve for all stretches of blocks and all amounts of memory (``chains/table.py``).
-4. Write down the operators of the decisions, and replay (``chains/problem.py``).
+3. Solve for all stretches of blocks and amounts of memory (``chains/table.py``).
+4. Turn the decisions into operators, and replay (``chains/problem.py``).
 
-Where the blocks repeat (the layers of a network), the programme is run for the
-finest chain, for one block per layer, and if there is time for one block per
-two layers: fine blocks allow more splits, coarse ones may save something inside
-without saving what crosses their middle.
+Where the blocks repeat (the layers of a network), the dynamic program is run for the
+finest chain, for one block per layer, and, if there is time, for one block per two
+layers: fine blocks allow more splits; coarse ones may save something inside without
+saving what crosses their middle.
 
 On a chain of unit blocks without menus this is Griewank and Walther's revolve; without
-menus on any chain it is rotor as published (``chains/rotor.py``).
-Guarantee: the best persistent schedule of the chain for the menus found, up to
-the slots; nothing beyond what the replay says where the graph is no pure chain.
-First runs keep the base order.
+menus on any chain it is rotor as published (``chains/rotor.py``). Guarantee: the best
+persistent schedule of the chain for the menus found, up to the slots. Where the graph
+is not a pure chain, nothing beyond what the replay says. First runs keep the base
+order.
 
 Known imperfections: boundaries are saved and dropped whole, menus come from
 annealing, and operators of the backward pass run again only within their block.
@@ -55,7 +55,7 @@ def chain_dp(
     seed: int = 0,
     stop: threading.Event | None = None,
 ) -> ChainOutcome:
-    """The fastest schedule of a chain within ``budget_bytes``.
+    """Find the fastest schedule of a chain within ``budget_bytes``.
 
     Parameters
     ----------
@@ -63,8 +63,8 @@ def chain_dp(
         Most of it goes to the menus; the rest sets the number of slots.
         Compiling, some seconds after an installation, is not covered.
     seed
-        Of the menus' search. The same seed gives the same schedule unless the
-        time limit cuts.
+        For the search of the menus. The same seed gives the same schedule unless the
+        time limit cuts it.
     stop
         Ends the search soon when another thread sets it.
     """
@@ -98,7 +98,7 @@ def chain_dp(
 
 
 def is_plain_chain(graph: CostGraph) -> bool:
-    """Whether blocks are so small that there is no menu to search: the programme takes no time."""
+    """Whether blocks are too small to need menus, so that the dynamic program takes no time."""
     g = graph_arrays(graph)
     chain = find_chain(g, turning_point(graph))
     return chain is not None and g.num_operators <= PLAIN_OPERATORS * chain.num_blocks
@@ -109,7 +109,7 @@ def _is_better(a: ChainOutcome, b: ChainOutcome) -> bool:
 
 
 def small_enough(g: GraphArrays, chains: Sequence[Chain]) -> list[Chain]:
-    """Without chains of too many blocks; if all have, the first one with blocks joined."""
+    """Drop chains of too many blocks; if all have too many, join blocks of the first one."""
     small = [chain for chain in chains if chain.num_blocks <= MOST_BLOCKS]
     if small:
         return small
@@ -118,7 +118,8 @@ def small_enough(g: GraphArrays, chains: Sequence[Chain]) -> list[Chain]:
 
 
 def _coarser(g: GraphArrays, chain: Chain, blocks: Sequence[Block]) -> list[Chain]:
-    """Chains with one block for one period and for two, if blocks repeat with a period above 1."""
+    """Return chains with one block per period and per two, if blocks repeat with a period above
+    1."""
     period, repeats = find_period([block.key() for block in blocks])
     if period == 1:
         return []
@@ -133,7 +134,7 @@ def _coarser(g: GraphArrays, chain: Chain, blocks: Sequence[Block]) -> list[Chai
 
 
 def find_period(keys: Sequence[Hashable]) -> tuple[int, list[int]]:
-    """The shortest distance at which most keys repeat, and the positions that repeat at it.
+    """Find the shortest distance at which most keys repeat, and the positions that repeat.
 
     Examples
     --------

@@ -1,16 +1,15 @@
-"""The menu of a block: what it may save, and what that costs in time and memory.
+"""The menu of a block: what it can save, and what that costs in time and memory.
 
-An option is a schedule of the block's small graph (see ``chains/blocks.py``).
-Its part before the middle is the forward part, that after the middle the
-backward part with the recomputations inside the block; what the second reads of
-the first is saved. The menu of Zhao et al., *Rockmate: an Efficient, Fast,
-Automatic and Generic Tool for Re-materialization in PyTorch* (ICML 2023),
-Section 3.2, asks an integer programme for the fastest option within each of
-some limits on the saved bytes and on the backward part's peak. Here annealing
-answers: a block has some dozens of operators.
+An option is a schedule of the block's small graph (see ``chains/blocks.py``). Its part
+before the middle is the forward part, that after the middle the backward part with the
+recomputations inside the block; what the second reads of the first is saved. The menu
+of Zhao et al., *Rockmate: an Efficient, Fast, Automatic and Generic Tool for
+Re-materialization in PyTorch* (ICML 2023), Section 3.2, solves an integer program for
+the fastest option within each of several limits on the saved bytes and on the backward
+part's peak. Here annealing finds them: a block has some dozens of operators.
 
-Guarantee: figures are those of a replay; options that are no better than
-another in any figure are left out. That the best are found is not guaranteed.
+Guarantee: figures come from a replay, and options that are no better than another in
+any figure are left out. Nothing guarantees that the best are found.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Option:
     back_ns: int
 
     def figures(self) -> tuple[int, ...]:
-        """What counts when options are compared; less is better."""
+        """The figures by which options are compared; less is better."""
         return (
             self.saved_bytes,
             self.forward_peak_bytes,
@@ -93,7 +92,7 @@ class Option:
 def block_menu(
     block: Block, *, deadline_s: float, seed: int = 0, stop: threading.Event | None = None
 ) -> tuple[Option, ...]:
-    """Options of ``block`` that are no worse than another in every figure.
+    """Return the options of ``block`` that no other option beats in every figure.
 
     Parameters
     ----------
@@ -134,10 +133,10 @@ def block_menu(
 
 
 def everything(block: Block) -> Option:
-    """The option that saves all that the backward part reads, and recomputes nothing."""
+    """Return the option that saves all that the backward part reads and recomputes nothing."""
     gaps = find_gaps(block.arrays)
     option = option_of(block, gaps, keep_all_plan(gaps))
-    assert option is not None  # nothing is recomputed, so no limit on repetitions is met
+    assert option is not None  # nothing is recomputed, so no limit on repetitions applies
     return option
 
 
@@ -156,7 +155,7 @@ def _simple_plans(block: Block, gaps: Gaps) -> list[RetentionPlan]:
 
 
 class _Search:
-    """Anneals options within given limits, each from the best start known so far."""
+    """Anneal options within given limits, each from the best start known so far."""
 
     def __init__(
         self,
@@ -172,7 +171,7 @@ class _Search:
         self.tried: set[tuple[int, int]] = set()
 
     def run(self, saved_bytes: int, peak_bytes: int, deadline_s: float) -> None:
-        """Look for the fastest option within both limits, unless the time is over.
+        """Look for the fastest option within both limits, unless the time is up.
 
         The limits become one budget for the annealer: workspace of the middle
         stands for all that may not be saved, the filler for all that the
@@ -225,7 +224,7 @@ def option_of(block: Block, gaps: Gaps, plan: RetentionPlan) -> Option | None:
         return None
     order = schedule.order
     at = order.index(middle)
-    first, back = order[1:at], order[at + 1 :]  # the owner's run is nobody's
+    first, back = order[1:at], order[at + 1 :]  # the owner's run belongs to no block
     memory = fast_replay(g, np.array(order, dtype=np.int64)).memory_bytes
     boundary = [int(k) for k in g.outputs(0)]
     made = {int(k) for k in g.outputs(middle)}
@@ -265,7 +264,7 @@ def _own_needs(g: GraphArrays) -> np.ndarray:
 
 
 def _best(options: list[Option]) -> tuple[Option, ...]:
-    """Without options that another one is as good as in every figure."""
+    """Drop options that another one equals or beats in every figure."""
     kept: list[Option] = []
     for option in sorted(options, key=Option.figures):
         figures = option.figures()

@@ -1,4 +1,4 @@
-"""The chain's programme put together: figures of blocks and menus in, a schedule out.
+"""Assemble the chain's dynamic program: figures of blocks and menus in, a schedule out.
 
 The table's memory is rounded to slots and a little pessimistic where a storage
 dies within a block, so decisions are read for somewhat more memory than the
@@ -49,7 +49,7 @@ class ChainOutcome:
     num_options
         In all menus together.
     num_slots
-        Into how many slots the budget was divided.
+        Number of slots the budget was divided into.
     reason
         Why there is no schedule; empty when there is one.
     """
@@ -94,7 +94,7 @@ class ChainProblem:
         seed: int,
         stop: threading.Event | None = None,
     ) -> None:
-        """Look up the blocks' menus, and search those that nobody has searched yet."""
+        """Look up the blocks' menus, and search those that are not known yet."""
         keys = [block.key() for block in self.blocks]
         weight: dict[Hashable, int] = {}  # time goes where the bytes are
         for key, block in zip(keys, self.blocks, strict=True):
@@ -109,7 +109,8 @@ class ChainProblem:
         self.menus = [menus[key] for key in keys]
 
     def add_everything(self) -> None:
-        """Give each block one option, to save everything; its boundary alone is the table's split.
+        """Give each block one option, to save everything; saving its boundary alone is the table's
+        split.
 
         These are the two choices that a stage has in rotor.
         """
@@ -121,7 +122,7 @@ class ChainProblem:
             self.menus.append(menus[key])
 
     def figures(self) -> ChainFigures:
-        """What the table needs to know."""
+        """The figures that the table needs."""
         g, chain = self.g, self.chain
         size = np.where(self.held.last >= 0, 0, g.size)
         num = chain.num_blocks
@@ -161,7 +162,7 @@ class ChainProblem:
         )
 
     def solve(self, budget_bytes: int, time_limit_s: float) -> ChainOutcome:
-        """Fill the table and read the fastest schedule that fits."""
+        """Fill the table and read off the fastest schedule that fits."""
         free_bytes = budget_bytes - self.g.resident_bytes
         num_options = sum(len(menu) for menu in self.menus)
         if free_bytes <= 0:
@@ -200,7 +201,7 @@ class ChainProblem:
                 best = Schedule(tuple(order)), outcome.cost_ns, outcome.peak_bytes
             return True
 
-        low, high = 0, len(memories)  # all below low fit, so it seems; none from high on
+        low, high = 0, len(memories)  # all below low seem to fit; none from high on
         while low < high:
             middle = (low + high) // 2
             if fits(memories[middle]):

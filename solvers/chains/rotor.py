@@ -7,11 +7,11 @@ backward part reads is saved, or its input alone, or nothing; in the recurrence 
 ``chains/table.py`` the first is the one option that every block has, the other two
 are the splits.
 
-Stages are what their users hand it: the modules of a sequential model. Here these
-are the given stretches of operators, and outside of them the chain's own blocks.
+In the paper's software, stages are the modules of a sequential model. Here they are the
+given stretches of operators, and outside of them the chain's own blocks.
 
 Guarantee: the best persistent schedule of the chain of stages, up to the slots.
-Known imperfection: memory is read off the table in slots; replay judges what comes of it.
+Known imperfection: the table counts memory in slots; replay judges the result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def rotor(
     stages: Sequence[range] = (),
     time_limit_s: float = MOST_TABLE_S,
 ) -> ChainOutcome:
-    """The fastest schedule of rotor within ``budget_bytes``.
+    """Find rotor's fastest schedule within ``budget_bytes``.
 
     Parameters
     ----------
@@ -61,7 +61,8 @@ def rotor(
 
 
 def chain_of_stages(g: GraphArrays, finest: Chain, stages: Sequence[range]) -> Chain:
-    """``finest`` without its cuts inside ``stages``; as it is where it does not part them."""
+    """Return ``finest`` without its cuts inside ``stages``; unchanged where it does not part
+    them."""
     parted = {stage.start for stage in stages}.intersection(finest.cuts)
     if not stages or 2 * len(parted) < len(stages):
         return finest

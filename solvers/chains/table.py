@@ -1,4 +1,4 @@
-"""The dynamic programme over (first block, last block, memory), compiled.
+"""The dynamic program over (first block, last block, memory), compiled.
 
 Beaumont, Eyraud-Dubois, Herrmann, Joly and Shilova, *Optimal checkpointing for
 heterogeneous chains: how to train deep neural networks with limited memory*
@@ -44,7 +44,7 @@ NEVER = np.iinfo(np.int64).max // 4
 class ChainFigures(NamedTuple):
     """Bytes and nanoseconds of a chain's blocks; options of block i: ``ptr[i] … ptr[i + 1] - 1``.
 
-    ``first`` and ``again`` speak of a first run and of repetitions.
+    ``first`` is for a first run, ``again`` for repetitions.
     """
 
     boundary_bytes: IntArray
@@ -87,7 +87,7 @@ class ChainTable(NamedTuple):
 
 
 def row(i: int, j: int, num_blocks: int) -> int:
-    """Row of blocks i … j among all pairs with i <= j."""
+    """Return the row of blocks i … j among all pairs with i <= j."""
     return i * num_blocks - i * (i - 1) // 2 + j - i
 
 
@@ -103,7 +103,7 @@ def fill_table(figures: ChainFigures, num_slots: int, slot_bytes: int) -> ChainT
 
 @njit(cache=True, nogil=True)
 def slots_of(size_bytes, slot_bytes):  # type: ignore[no-untyped-def]
-    """The nearest number of slots."""
+    """Return the nearest number of slots."""
     return (size_bytes + slot_bytes // 2) // slot_bytes
 
 

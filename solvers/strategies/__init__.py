@@ -1,8 +1,8 @@
-"""The field's rematerialization strategies on one graph, judged by one replay.
+"""The field's rematerialization strategies, applied to one graph and judged by one replay.
 
 ``STRATEGIES`` maps names to strategies, :func:`apply_strategy` replays what one
-proposes and takes the best within a budget, :func:`register_strategy` gives a
-registry with one more. Knows nothing of torch.
+proposes and takes the best within a budget, :func:`register_strategy` returns a
+registry with one more. Does not depend on torch.
 """
 
 from .blocks import Block, Blocks, find_blocks, module_blocks

@@ -1,4 +1,4 @@
-"""Checkmate's generalizations of Chen's strategies to graphs that are no chains.
+"""Checkmate's generalizations of Chen's strategies to graphs that are not chains.
 
 Jain et al., *Checkmate* (MLSys 2020, arXiv:1910.02653), Section 6.1 (its Table 1
 names the baselines). Candidates to save are
@@ -34,13 +34,13 @@ from .strategy import Candidate, Propose, Strategy, StrategyError, StrategyOptio
 
 
 def articulation_points(graph: CostGraph) -> list[int]:
-    """Forward operators through which all data flows, in base order.
+    """Return the forward operators through which all data flows, in base order.
 
     They part the last operator of the undirected forward graph from the first.
-    Operators on which no input of the model has any bearing (random states, causal
-    masks that all layers share) are left out of the graph before: they carry no
-    data, and would connect what data does not. The first is the first that
-    reads an input; where no storage is called an input, all operators are data.
+    Operators that do not depend on any input of the model (random states, causal masks
+    that all layers share) are left out of the graph: they carry no data, and would
+    connect what data does not. The first is the first that reads an input; where no
+    storage is called an input, all operators are data.
 
     Raises
     ------
@@ -66,7 +66,8 @@ def articulation_points(graph: CostGraph) -> list[int]:
 
 
 def _data_operators(graph: CostGraph, turn: int) -> list[int]:
-    """Forward operators on which an input has a bearing; all, where nothing is called an input."""
+    """Return forward operators that depend on an input; all of them where no storage is an
+    input."""
     found: list[int] = []
     carries = {k for k, s in enumerate(graph.storages) if s.category == "input"}
     for v, op in enumerate(graph.operators[:turn]):
@@ -77,7 +78,7 @@ def _data_operators(graph: CostGraph, turn: int) -> list[int]:
 
 
 def _parts(forward: nx.Graph, v: int, first: int, last: int) -> bool:
-    """Whether without ``v``, ``first`` and ``last`` are not connected."""
+    """Whether removing ``v`` disconnects ``first`` from ``last``."""
     if v in (first, last):
         return False
     rest = nx.restricted_view(forward, [v], [])
@@ -85,7 +86,7 @@ def _parts(forward: nx.Graph, v: int, first: int, last: int) -> bool:
 
 
 def forward_operators(graph: CostGraph) -> list[int]:
-    """All forward operators that make something, in base order.
+    """Return all forward operators that make something, in base order.
 
     Raises
     ------
@@ -99,7 +100,7 @@ def forward_operators(graph: CostGraph) -> list[int]:
 
 
 def every_sqrt(graph: CostGraph, candidates: Sequence[int]) -> Schedule:
-    """Save every ``floor(sqrt(n))``-th of the candidates, and what follows the last of them."""
+    """Save every ``floor(sqrt(n))``-th candidate, and what follows the last of them."""
     step = max(1, math.isqrt(len(candidates)))
     return schedule_for_ends(graph, candidates[step - 1 :: step], keep_tail=True)
 

@@ -31,12 +31,12 @@ BATCHED_PRODUCTS = frozenset({"bmm", "baddbmm", "matmul", "einsum"})
 
 
 def megatron_selective(graph: CostGraph) -> Schedule:
-    """Only the attention cores recomputed, each in one go."""
+    """Recompute only the attention cores, each in one go."""
     return schedule_for_segments(graph, attention_cores(graph), early_stop=False)
 
 
 def attention_cores(graph: CostGraph) -> list[list[int]]:
-    """The operators of each attention core, in base order.
+    """Return the operators of each attention core, in base order.
 
     Raises
     ------
@@ -122,7 +122,7 @@ class _Cores:
         return ways
 
     def _with_feeders(self, core: set[int]) -> set[int]:
-        """With what prepares the core's arguments, where that saves no more bytes."""
+        """Add what prepares the core's arguments, where that saves no more bytes."""
         while True:
             arguments = self._arguments(core)
             for u in sorted({self.runs.producer(k) for k in arguments}, reverse=True):
@@ -144,7 +144,7 @@ class _Cores:
         )
 
     def _arguments(self, core: set[int]) -> set[int]:
-        """What the core reads from outside and would have to be saved for it."""
+        """Return what the core reads from outside, which would have to be saved for it."""
         return {
             k
             for v in core

@@ -1,4 +1,4 @@
-"""The blocks of a model: what people mean by "layers" when they checkpoint them.
+"""Find the blocks of a model: the "layers" that people checkpoint.
 
 Modules that repeat are children of one container and have numbers for names
 (``transformer.h.0``, ``encoder.layer.3``, ``layer2.1``), and every operator knows
@@ -8,9 +8,9 @@ children are alike and feed each other, those are the blocks (the stages of a
 ResNet hold its blocks; the sublayers of a T5 block are not alike, and the experts
 of a mixture do not feed each other).
 
-A graph without such paths (an instance of another paper, a model that is no
-stack) is cut where its chain can be cut (``chains/chain.py``), or, where it has
-none either, behind every operator.
+A graph without such paths (an instance of another paper, a model that is not a stack)
+is cut where its chain can be cut (``chains/chain.py``), or, where it has none either,
+behind every operator.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Blocks:
     Parameters
     ----------
     origin
-        Where they come from. What lies between blocks from module paths, before
-        the first and behind the last (embeddings, head, loss) is in none; from
-        elsewhere they cover the whole forward pass.
+        Where the blocks come from. Blocks from module paths leave out what lies
+        between, before and behind them (embeddings, head, loss); blocks from elsewhere
+        cover the whole forward pass.
     """
 
     blocks: tuple[Block, ...]
@@ -64,7 +64,7 @@ class Blocks:
         return len(self.blocks)
 
     def groups(self, size: int) -> list[range]:
-        """Segments of ``size`` blocks each, the last perhaps of fewer.
+        """Group blocks into segments of ``size``; the last one may be smaller.
 
         What lies between the blocks of a group belongs to it.
         """
@@ -77,12 +77,12 @@ class Blocks:
 
 
 def find_blocks(graph: CostGraph) -> Blocks:
-    """Blocks by module paths, else of the chain, else the operators themselves.
+    """Find blocks by module paths, else by the chain, else take the operators themselves.
 
     Raises
     ------
     StrategyError
-        When the forward pass has less than two operators.
+        When the forward pass has fewer than two operators.
     """
     by_path = _by_path(graph)
     if by_path:
@@ -99,7 +99,7 @@ def find_blocks(graph: CostGraph) -> Blocks:
 
 
 def module_blocks(graph: CostGraph) -> Blocks:
-    """Blocks by module paths.
+    """Find blocks by module paths.
 
     Raises
     ------
@@ -142,7 +142,7 @@ class _Paths:
             if all(nested):
                 result += [block for blocks in nested for block in blocks]
             elif len(container) > 1 or self.num_modules(next(iter(container.values()))) > 1:
-                result += list(container.items())  # a lone module (a head's linear) is no block
+                result += list(container.items())  # a lone module (a head's linear) is not a block
         return result
 
     def containers(self, operators: list[int], depth: int) -> dict[str, dict[str, list[int]]]:

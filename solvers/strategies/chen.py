@@ -12,8 +12,8 @@ What is not saved is recomputed lazily (``saved.py``), which is the paper's
 Algorithm 2 with a mirror count of one: so is the last segment.
 
 For a budget all plans that Algorithm 3 can give are tried, where they are few enough.
-The memonger that came with the paper searches differently: ``b`` is guessed anew three
-times from the plan before it, and six values follow.
+The memonger that came with the paper searches differently: ``b`` is estimated anew
+three times from the previous plan, and six values follow.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EFFORT_RUNS = 300_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GreedyPlan:
-    """What Algorithm 3 gives.
+    """The result of Algorithm 3.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class GreedyPlan:
 
 
 def greedy_plan(graph: CostGraph, candidates: Iterable[int], b_bytes: float) -> GreedyPlan:
-    """Algorithm 3 with the budget ``b_bytes`` of a segment."""
+    """Run Algorithm 3 with the budget ``b_bytes`` per segment."""
     return _plan(_sums(graph, candidates), b_bytes)
 
 
@@ -98,7 +98,7 @@ def _plan(sums: Sequence[tuple[int, int, int]], b_bytes: float) -> GreedyPlan:
 
 
 def paper_grid(graph: CostGraph, candidates: Iterable[int]) -> list[float]:
-    """The values of ``b`` of Appendix A, from small to large."""
+    """Return the values of ``b`` of Appendix A, from small to large."""
     first = greedy_plan(graph, candidates, 0.0)
     middle = math.sqrt(first.saved_bytes * first.segment_bytes)
     low, high = middle / math.sqrt(2.0), middle * math.sqrt(2.0)
@@ -106,13 +106,13 @@ def paper_grid(graph: CostGraph, candidates: Iterable[int]) -> list[float]:
 
 
 def chen_greedy(graph: CostGraph, b_bytes: float) -> Schedule:
-    """The plan of Algorithm 3 over the model's blocks for one ``b``, in bytes."""
+    """Return the plan of Algorithm 3 over the model's blocks for one ``b``, in bytes."""
     plan = greedy_plan(graph, block_ends(graph), b_bytes)
     return schedule_for_saved(graph, operators=plan.saved)
 
 
 def block_ends(graph: CostGraph) -> list[int]:
-    """The last operator of each block that makes something."""
+    """Return, for each block, the last operator that makes something."""
     ends = []
     for block in find_blocks(graph).blocks:
         makes = [v for v in range(block.begin, block.end) if graph.operators[v].outputs]
@@ -121,7 +121,8 @@ def block_ends(graph: CostGraph) -> list[int]:
 
 
 def all_budgets(graph: CostGraph, may_end: Iterable[int]) -> Iterator[int]:
-    """The least ``b`` of each plan that Algorithm 3 can give, the last of which saves nothing."""
+    """Return the least ``b`` of each plan that Algorithm 3 can give; the last plan saves
+    nothing."""
     sums = _sums(graph, may_end)
     b_bytes = 0
     while (plan := _plan(sums, b_bytes)).saved:
@@ -143,7 +144,8 @@ def schedule_for_ends(graph: CostGraph, ends: Sequence[int], *, keep_tail: bool)
 def greedy_candidates(
     graph: CostGraph, may_end: Sequence[int], options: StrategyOptions, *, keep_tail: bool
 ) -> Iterator[Candidate]:
-    """First the plan of the paper's grid with the lowest peak; for a budget all others, or many."""
+    """Yield the plan of the paper's grid with the lowest peak; with a budget, all others or
+    many."""
     grid = paper_grid(graph, may_end)
     plans = {b: greedy_plan(graph, may_end, b).saved for b in grid}
     schedules = {
@@ -158,7 +160,7 @@ def greedy_candidates(
     tried = {plans[best]}
     sums = _sums(graph, may_end)
     wider = _wider(graph, may_end)
-    # Coarsely first, for a caller who does not wait for all.
+    # Coarsely first, for a caller that does not wait for all.
     for b in (*grid, *wider[::8], *wider):
         saved = _plan(sums, b).saved
         if saved not in tried:

@@ -45,15 +45,15 @@ MOST_RUNS = 10
 def dtr(
     graph: CostGraph, budget_bytes: int, *, give_up: Callable[[], bool] | None = None
 ) -> Schedule:
-    """The runs of a step under DTR with ``budget_bytes`` of memory.
+    """Return the runs of a step under DTR with ``budget_bytes`` of memory.
 
-    Where everything fits as it is, nothing is evicted.
+    Where everything fits, nothing is evicted.
 
     Parameters
     ----------
     give_up
-        Asked before each run, recomputations included; the simulation ends once
-        it is true.
+        Called before each run, recomputations included; the simulation ends once it
+        returns true.
 
     Raises
     ------
@@ -78,7 +78,7 @@ class _Simulation:
         self.last = last_uses(graph)
         self.fixed = set(self.runs.fixed)
         self.completed = -1  # the program's last operator that has run
-        self.waiting: set[int] = set()  # fixed, and needed by the program no more
+        self.waiting: set[int] = set()  # fixed, and no longer needed by the program
         self.cost = [op.cost_ns for op in graph.operators]
         self.size = [s.size_bytes for s in graph.storages]
         self.used_bytes = graph.resident_bytes
@@ -106,7 +106,7 @@ class _Simulation:
         return self.runs.schedule()
 
     def _lock(self, v: int) -> None:
-        """What an operator waits for is not evicted before it has run."""
+        """Protect what an operator waits for from eviction until it has run."""
         for k in self.runs.inputs[v]:
             self.locks[k] += 1
 
@@ -184,7 +184,7 @@ class _Simulation:
     def _make_room(self, v: int, need_bytes: int) -> None:
         """Evict until ``v`` fits."""
         while self.used_bytes + need_bytes > self.budget_bytes:
-            made = self.graph.operators[v].outputs  # siblings at hand are made anew, not evicted
+            made = self.graph.operators[v].outputs  # siblings in memory are made anew, not evicted
             candidates = [
                 k
                 for k in self.runs.at_hand
@@ -226,7 +226,8 @@ class _Simulation:
                 self.effort.pop(j, None)
 
     def _reach(self, k: int, *, down: bool) -> tuple[set[int], set[int]]:
-        """Evicted storages reached from ``k`` through evicted ones, and those at hand beside."""
+        """Return evicted storages reached from ``k`` through evicted ones, and adjacent ones in
+        memory."""
         inside: set[int] = set()
         rim: set[int] = set()
         stack = [k]

@@ -1,4 +1,4 @@
-"""Nested strategies: states are saved sparsely, and again more densely when needed.
+"""Nested strategies: save states sparsely, and more densely when they are needed.
 
 The forward pass is a chain of blocks, and the *state* before a block is all that
 earlier blocks made and the forward pass still reads there. A strategy of this
@@ -46,21 +46,21 @@ Place = Callable[[int, int], list[int]]
 
 
 def revolve(graph: CostGraph, slots: int) -> Schedule:
-    """Binomial snapshots of the blocks' states in ``slots`` slots."""
+    """Take binomial snapshots of the blocks' states in ``slots`` slots."""
     if slots < 1:
         raise StrategyError(f"revolve needs at least one slot, not {slots}")
     return _Nested(graph, revolve_places, slots).schedule()
 
 
 def recursive(graph: CostGraph, k: int = 1) -> Schedule:
-    """Each stretch divided by ``k`` snapshots, and each part again: log n for ``k = 1``."""
+    """Divide each stretch by ``k`` snapshots, and each part again: log n for ``k = 1``."""
     if k < 1:
         raise StrategyError(f"a stretch is divided by at least one snapshot, not {k}")
     return _Nested(graph, lambda length, free: recursive_places(length, k), slots=None).schedule()
 
 
 def repeated_steps(length: int, slots: int) -> int:
-    """P(l, s): the steps that reversing ``length`` steps in ``slots`` slots advances.
+    """Return P(l, s): the repeated steps when ``length`` steps are reversed in ``slots`` slots.
 
     By the closed form ``r l - C(s + r, r - 1)``, where ``r`` is the least
     number with ``C(s + r, s) >= l``.
@@ -80,7 +80,8 @@ def repeated_steps(length: int, slots: int) -> int:
 
 @cache
 def best_split(length: int, slots: int) -> int:
-    """Where the first snapshot of a stretch goes that has ``slots`` slots, its begin's included."""
+    """Return where a stretch's first snapshot goes, with ``slots`` slots, one of them for its
+    start."""
     return min(
         range(1, length),
         key=lambda m: m + repeated_steps(length - m, slots - 1) + repeated_steps(m, slots),
@@ -88,7 +89,7 @@ def best_split(length: int, slots: int) -> int:
 
 
 def revolve_places(length: int, free: int) -> list[int]:
-    """Revolve's snapshots in a stretch of ``length`` steps with ``free`` slots."""
+    """Return revolve's snapshots in a stretch of ``length`` steps with ``free`` slots."""
     found, at = [], 0
     while free > 0 and length - at > 1:
         at += best_split(length - at, free + 1)

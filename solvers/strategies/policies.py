@@ -56,7 +56,7 @@ _LAYER = re.compile(r"(^|_)conv\d*(d|d_transpose)?$")
 
 
 def calls_of(op: Operator) -> list[str]:
-    """Names of an operator's calls without namespace, overload and number.
+    """Return the names of an operator's calls without namespace, overload and number.
 
     Examples
     --------
@@ -82,7 +82,7 @@ def is_matrix_product(op: Operator) -> bool:
 
 
 def matrix_products(graph: CostGraph) -> list[int]:
-    """Forward operators that are matrix products, convolutions or fused attention.
+    """Return the forward operators that are matrix products, convolutions or fused attention.
 
     Raises
     ------
@@ -98,12 +98,12 @@ def matrix_products(graph: CostGraph) -> list[int]:
 
 
 def save_only_matmuls(graph: CostGraph) -> Schedule:
-    """Matrix products saved, everything else recomputed lazily."""
+    """Save matrix products, and recompute everything else lazily."""
     return schedule_for_saved(graph, operators=matrix_products(graph))
 
 
 def save_matmuls_per_block(graph: CostGraph) -> Schedule:
-    """Blocks' inputs and matrix products saved, each block recomputed in one go."""
+    """Save blocks' inputs and matrix products, and recompute each block in one go."""
     saved = {k for v in matrix_products(graph) for k in graph.operators[v].outputs}
     return schedule_for_segments(graph, module_blocks(graph).groups(1), saved=saved)
 

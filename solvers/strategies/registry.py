@@ -1,4 +1,4 @@
-"""The strategies by name. A registry is a mapping and is never changed: it is extended by copy."""
+"""The strategies by name. A registry is an immutable mapping; extending it makes a copy."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def register_strategy(
     summary: str = "",
     source: str = "a user's function",
 ) -> Registry:
-    """``registry`` with one strategy more; the given one stays as it is.
+    """Return ``registry`` with one more strategy; the given one is unchanged.
 
     Parameters
     ----------
@@ -127,12 +127,12 @@ def register_strategy(
 
 
 def find_strategy(name: str, registry: Registry = STRATEGIES) -> Strategy:
-    """The strategy of that name.
+    """Return the strategy of that name.
 
     Raises
     ------
     ValueError
-        When there is none; the message names the nearest and lists those there are.
+        When there is none; the message suggests the nearest and lists all.
     """
     if name not in registry:
         raise ValueError(unknown_name("strategy", name, registry))

@@ -1,6 +1,6 @@
 """rotor (Beaumont et al., arXiv:1911.13214) on the blocks of a model.
 
-Its programme is ``chains/rotor.py``. A stage is a block of the model
+Its dynamic program is ``chains/rotor.py``. A stage is a block of the model
 (``strategies/blocks.py``); what lies outside of the blocks is cut wherever the
 chain can be cut, as is a model without blocks.
 """

@@ -1,4 +1,4 @@
-"""Runs of a schedule as a strategy writes them down, and what is at hand meanwhile.
+"""Record the runs of a strategy's schedule, and what is in memory meanwhile.
 
 The schedule itself knows no frees (``solvers/schedule.py``): a version dies at its
 last use. What a strategy *drops* is therefore no more than what it will not read
@@ -19,7 +19,7 @@ LONGEST = 200
 
 
 class Runs:
-    """A schedule in the making.
+    """A schedule under construction.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class Runs:
         return v
 
     def run(self, v: int) -> None:
-        """Write down one run of ``v``; its inputs are at hand."""
+        """Record one run of ``v``, whose inputs are available."""
         if len(self.order) >= LONGEST * self.graph.num_operators:
             raise StrategyError(
                 f"the schedule takes more than {LONGEST} runs an operator: too few are saved"
@@ -67,7 +67,7 @@ class Runs:
         self.at_hand.update(self.graph.operators[v].outputs)
 
     def missing(self, v: int) -> list[int]:
-        """What ``v`` reads and is not at hand."""
+        """Return what ``v`` reads and is not available."""
         return [k for k in self.inputs[v] if k not in self.at_hand]
 
     def keep_only(self, storages: Iterable[int]) -> None:
@@ -75,7 +75,7 @@ class Runs:
         self.at_hand &= self.fixed | set(storages)
 
     def needed(self, wanted: Iterable[int]) -> list[int]:
-        """Operators that must run again for ``wanted`` to be at hand, in base order."""
+        """Return the operators that must run again to make ``wanted`` available, in base order."""
         chosen: set[int] = set()
         stack = [k for k in wanted if k not in self.at_hand]
         while stack:
@@ -86,12 +86,12 @@ class Runs:
         return sorted(chosen)
 
     def recompute(self, wanted: Iterable[int]) -> None:
-        """Run again what ``wanted`` takes, in base order."""
+        """Rerun what ``wanted`` needs, in base order."""
         for v in self.needed(wanted):
             self.run(v)
 
     def schedule(self) -> Schedule:
-        """What was written down."""
+        """Return the recorded schedule."""
         return Schedule(tuple(self.order))
 
 

@@ -1,13 +1,13 @@
-"""From a set of saved storages to the schedule that recomputes the rest lazily.
+"""Turn a set of saved storages into the schedule that recomputes the rest lazily.
 
-Most policies of the field say no more than what to keep from the forward to the
-backward pass: save the matrix products, save every k-th layer, save what a
-minimum cut says. What runs again, and when, follows from that:
+Most policies of the field only say what to keep from the forward to the backward pass:
+the matrix products, every k-th layer, what a minimum cut selects. What runs again, and
+when, follows from that:
 
 - the forward pass runs in base order, and what is not saved dies at its last
   use in it;
-- just before an operator of the backward pass runs, what it misses is
-  recomputed, with whatever that misses in turn, in base order;
+- just before an operator of the backward pass runs, what it is missing is recomputed, with whatever
+  that is missing in turn, in base order;
 - what was recomputed stays until its last use in the backward pass, reads by
   other recomputations included, so nothing runs a third time.
 
@@ -34,15 +34,15 @@ from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
 def schedule_for_saved(
     graph: CostGraph, saved: Iterable[int] = (), *, operators: Iterable[int] = ()
 ) -> Schedule:
-    """The schedule that keeps ``saved`` from forward to backward and recomputes the rest.
+    """Return the schedule that keeps ``saved`` from forward to backward and recomputes the rest.
 
     Parameters
     ----------
     saved
-        Storages that are kept to their last use. Those of the backward pass,
-        and resident ones, may be named and change nothing.
+        Storages that are kept to their last use. Naming storages of the backward pass,
+        or resident ones, changes nothing.
     operators
-        Operators all of whose outputs are saved, beside ``saved``.
+        Operators all of whose outputs are saved, in addition to ``saved``.
 
     Raises
     ------
@@ -92,7 +92,7 @@ def saved_set_strategy(
     summary: str = "a given set of storages is saved, the rest recomputed lazily",
     source: str = "a saved set that was given",
 ) -> Strategy:
-    """A strategy of one candidate, for a set that another tool has chosen."""
+    """Return a strategy with one candidate, for a set that another tool chose."""
     storages = frozenset(saved)
 
     def propose(graph: CostGraph, options: StrategyOptions) -> list[Candidate]:

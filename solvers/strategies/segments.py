@@ -38,13 +38,13 @@ def schedule_for_segments(
     saved: Iterable[int] = (),
     early_stop: bool = True,
 ) -> Schedule:
-    """The schedule that recomputes each of ``segments`` when the backward pass reaches it.
+    """Return the schedule that recomputes each of ``segments`` when the backward pass reaches it.
 
     Parameters
     ----------
     segments
-        Forward operators of each; no two have one in common. What is in none
-        is saved as autograd would.
+        Forward operators of each segment; segments do not overlap. What is in no
+        segment is saved as autograd would.
     saved
         Storages that are saved although they lie inside a segment. An operator
         all of whose outputs are saved does not run again (selective activation
@@ -55,7 +55,7 @@ def schedule_for_segments(
     Raises
     ------
     StrategyError
-        When a segment holds what is no forward operator, or two overlap.
+        When a segment holds something other than a forward operator, or two overlap.
     """
     turn = turning_point(graph)
     owner = _owners(segments, turn)

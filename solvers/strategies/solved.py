@@ -1,4 +1,4 @@
-"""Strategies that are solvers of this package, wrapped: ``solvers.solve`` by name."""
+"""Wrap the solvers of this package as strategies: ``solvers.solve`` by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from graph_capture.cost_graph import CostGraph
 
-from .. import portfolio  # as a module: it reads strategies of this package itself
+from .. import portfolio  # as a module, because it imports strategies of this package itself
 from ..incumbent import GLOBAL_SCOPE
 from ..result import SolveResult, SolveStatus
 from ..stages import STAGED_SCOPE
@@ -14,7 +14,7 @@ from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
 
 
 def solver_strategy(name: str, solver: str, *, summary: str, source: str) -> Strategy:
-    """A strategy that solves with ``solver`` for the budget that it is given.
+    """Return a strategy that solves with ``solver`` for its budget.
 
     Where nothing is found it raises :class:`StrategyError`, which says whether
     that is proven, and what the solver noted last.
@@ -63,7 +63,7 @@ def status_in_words(result: SolveResult) -> str:
 AUTO = solver_strategy(
     "auto",
     "auto",
-    summary="slice refinement with search and chain programmes beside it: ours",
+    summary="slice refinement, helped by local search and chain dynamic programs: ours",
     source="this package, solvers/portfolio.py",
 )
 UNIFORM_BYTES = solver_strategy(

@@ -1,8 +1,8 @@
-"""What a strategy is, and how the best of its schedules within a budget is taken.
+"""Define strategies, and take the best of a strategy's schedules within a budget.
 
-A *strategy* looks at a cost graph, and at nothing else, and proposes schedules:
-one, or one for each value of its parameter. :func:`apply_strategy` replays every
-proposal by the one judge (``solvers/replay.py``), so a strategy can claim nothing.
+A *strategy* looks only at a cost graph and proposes schedules: one, or one for each
+value of its parameter. :func:`apply_strategy` replays every proposal by the one judge
+(``solvers/replay.py``), so a strategy can claim nothing.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyOptions:
-    """What a strategy may know beside the graph.
+    """What a strategy may know besides the graph.
 
     Parameters
     ----------
     budget_bytes
-        Peak that must not be exceeded; ``None`` where there is no budget.
+        Peak that must not be exceeded; ``None`` for no budget.
     time_limit_s
         For strategies that solve.
     seed, workers
@@ -81,7 +81,7 @@ class Strategy:
         is no budget. Raises :class:`StrategyError` where the strategy does not
         apply.
     needs_budget
-        Whether it cannot do without a budget.
+        Whether it requires a budget.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyOutcome:
-    """What a strategy came to on a graph, by replay.
+    """The result of a strategy on a graph, from the replay.
 
     Parameters
     ----------
@@ -130,7 +130,7 @@ def apply_strategy(
     seed: int = 0,
     workers: int = 2,
 ) -> StrategyOutcome:
-    """The cheapest of a strategy's candidates within the budget.
+    """Return the cheapest of a strategy's candidates within the budget.
 
     Without a budget its first candidate is taken. Of equal costs the lower peak
     wins, then the earlier candidate.

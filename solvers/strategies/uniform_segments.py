@@ -19,7 +19,7 @@ from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
 
 
 def uniform_every(graph: CostGraph, size: int) -> Schedule:
-    """Segments of ``size`` blocks; the last one is kept, as its backward pass comes at once.
+    """Segments of ``size`` blocks; the last one is kept, because its backward pass comes at once.
 
     As in ``torch.utils.checkpoint.checkpoint_sequential``, every segment but the
     last is recomputed. That function is told a number of segments, though, and adds
@@ -42,7 +42,7 @@ def uniform_sqrt(graph: CostGraph) -> Schedule:
 
 
 def uniform_segments(graph: CostGraph, num_segments: int) -> Schedule:
-    """``num_segments`` segments as ``checkpoint_sequential`` cuts them; the last is kept."""
+    """Cut ``num_segments`` segments as ``checkpoint_sequential`` does; the last is kept."""
     blocks = find_blocks(graph)
     if not 1 <= num_segments <= len(blocks):
         raise StrategyError(f"{num_segments} segments of {len(blocks)} blocks")
@@ -51,7 +51,7 @@ def uniform_segments(graph: CostGraph, num_segments: int) -> Schedule:
 
 
 def per_layer(graph: CostGraph, *, early_stop: bool = True) -> Schedule:
-    """Every block is a segment of its own, the last one, too.
+    """Make every block a segment of its own, including the last one.
 
     What ``model.gradient_checkpointing_enable()`` of Transformers does: each
     layer's input is saved and the layer runs again before its backward pass.
