@@ -25,8 +25,11 @@ from planner.comparing.execution.training_run import (
     TrainingRun,
 )
 from planner.measuring.preserve_state import preserve_state
-
-from .peer_models import Stack, Statistics, made
+from tests.planner.comparing.peers.peer_models import (
+    Stack,
+    Statistics,
+    made,
+)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from planner.comparing.execution.run_peer import peers_warnings, run_peer
 from planner.comparing.peers import COMPILE_BUDGETS, PEERS, compile_peer
-
-from .peer_models import WIDTH, made
-from .test_peers import prepared
+from tests.planner.comparing.peers.peer_models import (
+    WIDTH,
+    made,
+)
+from tests.planner.comparing.peers.test_peers import prepared
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ import pytest
 
 from planner.base.atomic_write import write_whole
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_symbolic_link_stays(tmp_path: Path) -> None:
@@ -81,9 +81,9 @@ def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from planner import whole_file
+from planner.base import atomic_write
 os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-whole_file.write_whole(Path(sys.argv[1]), "half")
+atomic_write.write_whole(Path(sys.argv[1]), "half")
 """
 
 

@@ -11,8 +11,12 @@ from torch import nn
 from graph_capture.cost_graph import CostGraph
 from graph_capture.step_capture import capture
 from tests.capturing import capture_step, measure_optimizer
-
-from .odd import WIDTH, Three, mean_square, normal
+from tests.graph_capture.odd import (
+    WIDTH,
+    Three,
+    mean_square,
+    normal,
+)
 
 LINEAR_BYTES = (WIDTH * WIDTH + WIDTH) * 4
 ROWS_BYTES = 16 * WIDTH * 4

@@ -24,9 +24,16 @@ from planner.comparing.peers.segments import (
     divide,
     record_calls,
 )
-
-from .peer_models import Between, Peeking, Stack, made
-from .test_peers import BLOCKS, prepared
+from tests.planner.comparing.peers.peer_models import (
+    Between,
+    Peeking,
+    Stack,
+    made,
+)
+from tests.planner.comparing.peers.test_peers import (
+    BLOCKS,
+    prepared,
+)
 
 SQRT = PEERS["checkpoint_sqrt"]
 

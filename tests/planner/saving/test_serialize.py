@@ -123,7 +123,7 @@ torch.save({name: p.grad for name, p in model.named_parameters()}, sys.argv[2])
 def test_a_plan_in_another_process(plan, tmp_path):
     """Another process applies the file without solving and gets the same gradients."""
     plan.save(tmp_path / "plan.json")
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     subprocess.run(
         [sys.executable, "-c", PROGRAM, tmp_path / "plan.json", tmp_path / "grads.pt"],
         check=True,

@@ -18,8 +18,12 @@ from planner import Plan, measure, optimize
 from planner.comparing.execution.run_peer import release, run_peer
 from planner.comparing.peers import PEERS, Peer, Ready, Situation, blocks_of, compile_peer
 from solvers.strategies import STRATEGIES, apply_strategy
-
-from .peer_models import Stack, Statistics, calls_of_step, made
+from tests.planner.comparing.peers.peer_models import (
+    Stack,
+    Statistics,
+    calls_of_step,
+    made,
+)
 
 CHECKPOINTS = ["checkpoint_per_block", "checkpoint_sqrt", "sac_save_matmuls"]
 BLOCKS = tuple(f"layers.{i}" for i in range(9))
