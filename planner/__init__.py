@@ -1,4 +1,4 @@
-"""Train a PyTorch model under a byte budget: plan what to recompute, apply it, measure it."""
+"""Train a PyTorch model within a memory budget: plan what to recompute, apply it, measure it."""
 
 from graph_capture.costs.profile import Profile
 

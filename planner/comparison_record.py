@@ -1,4 +1,4 @@
-"""What a comparison found: a row for each strategy and budget, and what no strategy can beat."""
+"""The results of a comparison: a row for each strategy and budget, and the lower bounds."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Bits = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
-    """Real steps, beside eager's in turn.
+    """Measured steps, run alternately with eager's.
 
     Parameters
     ----------
     peak_bytes
-        Of a whole step, optimizer included.
+        Peak of a whole step, optimizer included.
     step_us, eager_us
         Medians, in microseconds, of the steps and of the eager steps they were paired with.
     ratio
@@ -73,7 +73,7 @@ class ComparisonRow:
     setting, note
         The strategy's parameters, and what else is known.
     error
-        Why there are no figures; ``""`` if there are.
+        Why there are no figures; ``""`` if there are any.
     fits
         Whether the predicted peak is within the budget; ``None`` without budget or figures.
     predicted_peak_bytes, predicted_step_us, overhead
@@ -111,7 +111,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetBound:
-    """What is proven of every schedule within a budget.
+    """What is proven about every schedule within a budget.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class BudgetBound:
         No schedule of ``scope`` within the budget takes less; ``None`` where
         nothing fits.
     scope
-        What the bound speaks of.
+        What the bound covers.
     """
 
     budget: str
@@ -132,7 +132,7 @@ class BudgetBound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparisonRecord:
-    """Strategies and peers on one step, by one judge: the figures.
+    """Figures of strategies and peers on one step, replayed the same way.
 
     :class:`planner.Comparison` adds tables, files and plots.
 
@@ -148,7 +148,7 @@ class ComparisonRecord:
     baseline_peak_bytes, baseline_step_us
         Predicted, of the step that recomputes nothing in eager's own order.
     least_bytes, least_bound_bytes
-        The least peak known to be possible, and below which none is.
+        The least peak known to be possible, and the proven lower bound on peaks.
     eager, eager_error
         Real eager steps beside eager steps: the spread of their ratio is the
         machine's noise. ``None`` where nothing was measured, or they failed:
@@ -156,9 +156,9 @@ class ComparisonRecord:
     device, cost_model
         What predicted times are for, and where they come from.
     ours
-        Name of the strategy that the others are held against.
+        Name of the strategy that the others are compared with.
     gap
-        How near the least possible time its solves were allowed to end.
+        Gap at which its solves were allowed to stop.
     time_limit_s, workers
         Of each solve; ``None`` where it was not recorded.
     fingerprint
@@ -212,7 +212,7 @@ class ComparisonRecord:
     # -- questions ---------------------------------------------------------------------
 
     def row(self, strategy: str, budget: str = "") -> ComparisonRow:
-        """The row of a strategy or a peer; ``budget`` as it was asked for, ``""`` for none.
+        """Return the row of a strategy or a peer; ``budget`` as it was requested, ``""`` for none.
 
         Raises
         ------
@@ -225,7 +225,7 @@ class ComparisonRecord:
         raise KeyError(f"no row of {strategy!r} at budget {budget!r}")
 
     def bound(self, budget: str) -> BudgetBound:
-        """What is proven of a budget.
+        """Return what is proven for a budget.
 
         Raises
         ------
@@ -240,10 +240,10 @@ class ComparisonRecord:
         )
 
     def below_ours(self, tolerance: float | None = None) -> tuple[ComparisonRow, ...]:
-        """Strategies' rows whose predicted point lies below our curve: each is a fault of ours.
+        """Return the rows whose predicted point lies below our curve; each is a fault of ours.
 
-        A row is one of them when its peak is within one of our budgets and it
-        takes less time than we do there, or we found nothing there.
+        A row counts when its peak is within one of our budgets and it takes less time
+        than we do there, or we found nothing there.
 
         Parameters
         ----------
@@ -254,7 +254,7 @@ class ComparisonRecord:
         Raises
         ------
         ValueError
-            When ours took no part, so that nothing can be said.
+            When ours took no part.
         """
         ours = [r for r in self.rows if r.strategy == self.ours and r.budget_bytes is not None]
         if not ours and self.bounds:

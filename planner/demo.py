@@ -1,8 +1,7 @@
-"""Train GPT-2 for some steps at half its memory: ``make demo``.
+"""Train GPT-2 for a few steps at half its memory: ``make demo``.
 
-Two copies of the same model see the same data. One trains as it is, one by a
-plan for half the peak; their losses are printed side by side and must be equal
-to the last bit.
+Two copies of the same model see the same data. One trains as it is, the other by a plan
+for half the peak. Their losses are printed side by side and must be bitwise equal.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ Batch = dict[str, torch.Tensor]
 
 
 def build(num_layers: int, width: int, length: int) -> nn.Module:
-    """GPT-2 from its configuration, random weights, dropout on; nothing is downloaded."""
+    """Build GPT-2 from its configuration, with random weights and dropout; nothing is
+    downloaded."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -47,7 +47,7 @@ def build(num_layers: int, width: int, length: int) -> nn.Module:
 
 
 def batch(seed: int, size: int, length: int) -> Batch:
-    """Counting modulo a random step: something to learn."""
+    """Make a batch that counts modulo a random step, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(0, 4096, (size, 1), generator=generator)
     stride = torch.randint(1, 8, (size, 1), generator=generator)
@@ -75,7 +75,7 @@ def train(plain: nn.Module, planned: nn.Module, num_steps: int, size: int, lengt
 
 
 def plan_at(model: nn.Module, sample: Batch, fraction: float) -> Plan:
-    """A plan for a fraction of the model's own peak, or for the least that is possible."""
+    """Make a plan for a fraction of the model's own peak, or for the least possible peak."""
     peak_bytes = measure(model, sample, optimizer="adamw", repeats=0).peak_bytes
     try:
         return optimize(

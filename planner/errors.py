@@ -1,4 +1,4 @@
-"""Errors that a user of the planner meets, each with the next step."""
+"""The planner's errors; each message says what to do next."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class PlanError(ValueError):
 
 
 class InfeasibleBudgetError(PlanError):
-    """No schedule was found that fits.
+    """No schedule within the budget was found.
 
     Parameters
     ----------
     message
-        For the reader.
+        The error's text.
     budget_bytes
-        What was asked for, headroom included.
+        The requested budget, headroom included.
     min_budget_bytes
         A budget for which a schedule is known, with the same ``headroom=``.
     lower_bound_bytes
@@ -46,11 +46,11 @@ class CallMismatchError(PlanError):
 
 
 class PlanWarning(UserWarning):
-    """A training step is right, but not as its plan promised: unplanned, or above the budget."""
+    """A training step is correct, but not as its plan promised: unplanned, or above the budget."""
 
 
 class OutcomeChangedError(CallMismatchError):
-    """A value that decides a branch or a size is another one than the plan was made for."""
+    """A value that decides a branch or a size differs from the one the plan was made for."""
 
 
 __all__ = [

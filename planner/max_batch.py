@@ -1,4 +1,4 @@
-"""The largest batch within a budget, without a plan and with one."""
+"""Find the largest batch within a budget, with and without a plan."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def max_batch(
     seed: int = 0,
     progress: ShowLines = None,
 ) -> MaxBatch[Plan]:
-    """The largest batch of ``model`` that fits a budget, without a plan and with one.
+    """Find the largest batch of ``model`` that fits a budget, with and without a plan.
 
     Parameters
     ----------
@@ -54,8 +54,7 @@ def max_batch(
         As for :func:`planner.optimize`. The sample, and targets in the closure
         of ``loss_fn``, are resized by the rule of :mod:`planner.sizing.samples`.
     budget_gb, budget_bytes
-        At most one of them; without, the device's memory less what its context
-        takes.
+        At most one of them. By default, the device's memory minus what its context takes.
     never_recompute, always_recompute
         As for :func:`planner.optimize`.
     batch_dim
@@ -64,22 +63,22 @@ def max_batch(
         Called with a batch size and ``None`` instead of resizing the sample;
         its tensors may lie on ``meta``.
     largest
-        No batch above it is tried.
+        Largest batch to try.
     time_limit_s
-        For searching schedules and solving the plan; captures come on top. ``None``
-        for 0.1 s an operator of the step, 10 s at least and 60 s at most.
+        For searching schedules and solving the plan; captures come on top. ``None`` for
+        0.1 s per operator of the step, 10 s at least and 60 s at most.
     progress
-        ``True`` shows what is being done, a function receives it line by line.
+        ``True`` shows progress; a function receives it line by line.
 
     Raises
     ------
     InfeasibleBudgetError
-        When not even a batch of one fits; says the least budget that would do.
+        When not even a batch of one fits; the message says the least budget that would.
     CaptureError
         When the step cannot be captured at a batch size that the search needs.
     TypeError, ValueError
-        When an argument makes no sense, or neither a budget is given nor the
-        device's memory known.
+        When an argument is invalid, or no budget is given and the device's memory is
+        unknown.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The way from a model and a budget to a plan. Read this first."""
+"""From a model and a budget to a plan. Read this first."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ def optimize(
 
     The budget is the device's peak during a whole step: parameters, buffers,
     gradients, optimizer state, inputs, outputs, activations, temporaries and
-    scratch. The model is left as it is; :meth:`Plan.apply` makes it train by
-    the plan.
+    scratch. The model is not changed; :meth:`Plan.apply` makes it train by the plan.
 
     Parameters
     ----------
@@ -80,16 +79,16 @@ def optimize(
     never_recompute, always_recompute
         Patterns that name operators, see ``graph_capture.policies``.
     reorder
-        Operators may run first in another order than eager's, at the same time
-        and with the same bits. The search for orders shares the time limit;
-        convnets gain a little, transformers next to nothing (``docs/design.md``).
+        Whether operators may first run in an order other than eager's, in the same time
+        and with the same bits. The search for orders shares the time limit; convnets
+        gain a little, transformers next to nothing (``docs/design.md``).
     device
         Where the step will run: ``"h100"`` or another name of
-        ``graph_capture.costs.devices``, which need not be at hand. ``None`` means
-        where the model lies; a model on ``meta`` is planned for the CPU.
+        ``graph_capture.costs.devices``, which need not be present. ``None`` means the
+        model's device; a model on ``meta`` is planned for the CPU.
     autocast
-        The dtype of the autocast to plan under, for a device that is not at
-        hand; ``None`` for the autocast that is on.
+        The dtype of the autocast to plan under, for a device that is not present;
+        ``None`` for the active autocast.
     cost_model
         ``"roofline"`` (data sheets), ``"profile"`` (each distinct call is timed
         on the device and remembered on disk; ``graph_capture.costs.profile.Profile``
@@ -97,7 +96,7 @@ def optimize(
         ``graph_capture.costs.cost_model.Call`` that returns microseconds, or
         ``None`` to leave a call to the roofline.
     headroom
-        Part of the budget that the plan leaves alone: a fraction of it (``0.05``,
+        Part of the budget that the plan leaves free: a fraction of it (``0.05``,
         ``"5%"``), or bytes such as ``"2GB"``. ``None`` for the device's default:
         none on CPU, 3 % on CUDA for fragmentation and the prediction's error
         (``planner.base.budget.DEFAULT_HEADROOM``).
@@ -108,13 +107,14 @@ def optimize(
     Raises
     ------
     InfeasibleBudgetError
-        When nothing fits; says the least budget that would and what holds it up.
+        When nothing fits; the message says the least budget that would, and what
+        determines it.
     CaptureError
-        When the step cannot be captured; names the line that stands in the way.
+        When the step cannot be captured; the message names the line responsible.
     TypeError
-        When ``model`` is no module, or the sample does not fit its signature.
+        When ``model`` is not a module, or the sample does not fit its signature.
     ValueError
-        When an argument makes no sense.
+        When an argument is invalid.
     """
     spec = StepSpec(
         model=model,

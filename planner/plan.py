@@ -1,4 +1,4 @@
-"""A plan as users hold it: what was decided, and all that can be done with it."""
+"""The plan that users hold: the decision, and everything they can do with it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from .sizing.samples import MakeSample
 class Plan(PlanRecord):
     """A schedule for one training step of one model under a byte budget.
 
-    Made by :func:`planner.optimize`; read from a file by :meth:`load`. What was
-    decided and what it is predicted to take are the attributes of
+    Made by :func:`planner.optimize`, or read from a file by :meth:`load`. The decision
+    and its predicted figures are the attributes of
     :class:`planner.plan_record.PlanRecord`.
     """
 
@@ -40,7 +40,7 @@ class Plan(PlanRecord):
 
     @classmethod
     def of(cls, record: PlanRecord, live: LiveState | None = None) -> Plan:
-        """A record as a plan, with what this process knows beside it."""
+        """Make a plan of a record and what this process knows besides it."""
         decided = {f.name: getattr(record, f.name) for f in fields(PlanRecord)}
         return cls(**decided, _live=live)
 
@@ -48,12 +48,12 @@ class Plan(PlanRecord):
         return {**self.__dict__, "_live": None}
 
     def apply(self, model: nn.Module, *, on_shape_change: OnShapeChange = "error") -> nn.Module:
-        """Let ``model`` train by this plan; returns the same object.
+        """Make ``model`` train by this plan; returns the same object.
 
-        The module keeps its class, parameters, buffers, hooks and
-        ``state_dict``. In ``eval()`` mode and under ``no_grad`` it runs its own
-        forward. A plan that is applied to it already is replaced by this one, and
-        one :meth:`remove` gives the own forward back.
+        The module keeps its class, parameters, buffers, hooks and ``state_dict``. In
+        ``eval()`` mode and under ``no_grad`` it runs its own forward. This plan
+        replaces one that is already applied, and a single :meth:`remove` restores the
+        model's own forward.
 
         Parameters
         ----------
@@ -69,14 +69,14 @@ class Plan(PlanRecord):
         PlanMismatchError
             When the plan was made for another model, input, version or device.
         PlanError
-            When it is known by now that other steps take another way through the
-            model, and ``on_shape_change`` is ``"error"``.
+            When other steps are known to take another path through the model, and
+            ``on_shape_change`` is ``"error"``.
         """
         return apply_plan(self, self._live, model, on_shape_change, replan)
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:
-        """Give ``model`` its own forward back; returns the same object.
+        """Restore the own forward of ``model``; returns the same object.
 
         Raises
         ------
@@ -97,17 +97,17 @@ class Plan(PlanRecord):
         time_limit_s: float | None = None,
         progress: ShowLines = None,
     ) -> MaxBatch[Plan]:
-        """The largest batch that fits this plan's budget, without a plan and with one.
+        """Find the largest batch that fits this plan's budget, with and without a plan.
 
-        Everything else is as this plan was asked for: loss, optimizer, autocast,
-        rules, device, headroom. See :func:`planner.max_batch` for the arguments
-        and the errors.
+        Everything else is as it was requested for this plan: loss, optimizer, autocast,
+        rules, device, headroom. See :func:`planner.max_batch` for the arguments and the
+        errors.
 
         Parameters
         ----------
         loss_fn
-            In the place of the plan's own, which must take outputs of every
-            batch size; needed for a plan from a file that was made with one.
+            Replaces the plan's own, which must accept outputs of every batch size.
+            Needed for a plan from a file that was made with one.
 
         Raises
         ------
@@ -140,10 +140,10 @@ class Plan(PlanRecord):
         bits: bool = True,
         seed: int = 0,
     ) -> Validation:
-        """Run real training steps by this plan and put them beside its predictions.
+        """Run real training steps by this plan and compare them with its predictions.
 
-        The plan need not be applied. Model, gradients, buffers, optimizer state,
-        random generators and an applied plan are afterwards as they were.
+        The plan need not be applied. Model, gradients, buffers, optimizer state, random
+        generators and an applied plan are restored afterwards.
 
         Parameters
         ----------
@@ -151,19 +151,19 @@ class Plan(PlanRecord):
             As for :func:`planner.optimize`, on the device; under the autocast
             that was planned under.
         loss_fn
-            The plan's own where it is known; needed for a plan from a file that
-            was made with one.
+            By default the plan's own. Needed for a plan from a file that was made with
+            one.
         optimizer
             The one that the plan counts; ``None`` for a new one of the same kind,
             where that has a name.
         repeats
-            How many pairs of an unplanned and a planned step are timed, rounded up to an
+            Number of timed pairs of an unplanned and a planned step, rounded up to an
             even number.
         unplanned
-            Whether the step without the plan runs, too: its peak, the overhead
-            and the bits need it. Where it runs out of memory this is reported.
+            Whether to run the step without the plan, too; its peak, the overhead and
+            the bits need it. Running out of memory there is reported.
         bits
-            Whether outputs, loss, gradients, buffers and random state are compared.
+            Whether to compare outputs, loss, gradients, buffers and random state.
         seed
             Given to ``torch.manual_seed`` before each step.
 
@@ -175,9 +175,9 @@ class Plan(PlanRecord):
         Raises
         ------
         CallMismatchError, PlanMismatchError
-            When the call or the model is not the planned one.
+            When the call or the model differs from the planned one.
         PlanError
-            When a loss or an optimizer is needed that is not known.
+            When a loss or an optimizer is needed but unknown.
         """
         return validate_plan(
             self,
@@ -203,7 +203,7 @@ class Plan(PlanRecord):
         Raises
         ------
         PlanError
-            When the file is no such plan, or is damaged.
+            When the file is not such a plan, or is damaged.
         """
         return Plan.of(load_plan(Path(path)))
 

@@ -1,4 +1,4 @@
-"""What was decided for a step, and its figures; knows nothing of models, files and runs."""
+"""The decision for a step, and its figures; independent of models, files and runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PeakMemory:
 
     @classmethod
     def of(cls, graph: CostGraph, schedule: Schedule, outcome: Replay) -> PeakMemory:
-        """What is there at the peak of a replayed schedule."""
+        """Return what is in memory at the peak of a replayed schedule."""
         step = outcome.peak_step
         operator = graph.operators[schedule.order[step]]
         parts: dict[str, int] = {}
@@ -78,9 +78,9 @@ class PeakMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRecord:
-    """What was decided for one training step of one model, and what it is predicted to take.
+    """The decision for one training step of one model, and its predicted figures.
 
-    It knows nothing of models, files and runs; :class:`planner.Plan` adds these.
+    It does not depend on models, files or runs; :class:`planner.Plan` adds these.
 
     Parameters
     ----------
@@ -103,15 +103,15 @@ class PlanRecord:
     optimizer
         The optimizer whose state and step are in the budget, or ``None``.
     loss
-        What is differentiated, and what that takes.
+        What is differentiated, and its costs.
     never_recompute, always_recompute
-        As they were asked for.
+        As they were requested.
     reorder
         Whether first runs were free to leave eager's order.
     detached
         Names of the outputs that come back detached.
     device_type, torch_version
-        Where it runs and with what it was planned.
+        Where it runs, and the version it was planned with.
     costs
         Where its times come from.
     device_name
@@ -122,8 +122,8 @@ class PlanRecord:
         model, so that the plan follows the path that libraries keep for
         ``torch.compile`` (``torch.compiler.is_compiling()``).
     outcomes
-        What forward was answered, in order, when it asked for values of tensors; each
-        step checks that it still is so. ``None`` in a plan from a file that is older.
+        The answers, in order, when forward asked for values of tensors; each step
+        checks that they still hold. ``None`` in a plan from an older file.
     """
 
     graph: CostGraph
@@ -155,7 +155,7 @@ class PlanRecord:
 
     @cached_property
     def replay(self) -> Replay:
-        """Memory and time of the schedule, moment by moment."""
+        """The schedule's memory and time, moment by moment."""
         return replay(self.graph, self.schedule)
 
     # -- figures ---------------------------------------------------------------
@@ -189,5 +189,5 @@ class PlanRecord:
 
     @property
     def memory(self) -> PeakMemory:
-        """What the predicted peak consists of, and where it is."""
+        """What the predicted peak consists of, and where it occurs."""
         return PeakMemory.of(self.graph, self.schedule, self.replay)

@@ -17,7 +17,7 @@ from .base.budget import (
 from .base.live_state import LiveState
 from .plan_record import PlanRecord
 
-# Both names are read by every torch that is supported; the second is the older one.
+# Every supported torch reads both names; the second is the older one.
 EXPANDABLE_SEGMENTS = (
     "PYTORCH_ALLOC_CONF=expandable_segments:True (or PYTORCH_CUDA_ALLOC_CONF) in the environment "
     "keeps fragmentation low"
@@ -25,7 +25,7 @@ EXPANDABLE_SEGMENTS = (
 
 
 def report(plan: PlanRecord, live: LiveState | None = None) -> str:
-    """Some twenty lines: memory, time, proof, and what is recomputed."""
+    """Return some twenty lines: memory, time, proof, and what is recomputed."""
     memory = plan.memory
     at = memory.module_path or memory.source or "the training loop"
     lines = [
@@ -66,7 +66,7 @@ def report(plan: PlanRecord, live: LiveState | None = None) -> str:
 
 
 def _held_outputs(plan: PlanRecord, live: LiveState | None) -> list[str]:
-    """What outputs that are not differentiated hold at the peak; nothing for a plan from a file."""
+    """Return what undifferentiated outputs hold at the peak; nothing for a plan from a file."""
     if live is None:
         return []
     captured = live.captured
@@ -117,7 +117,7 @@ def _headroom(plan: PlanRecord, live: LiveState | None) -> list[str]:
 
 
 def _device(plan: PlanRecord, live: LiveState | None) -> Device | None:
-    """The device that the plan is for: the user's own, or a known one by its title."""
+    """Return the plan's device: the user's own, or a known one by its title."""
     if live is not None:
         return live.captured.target.device
     return next((d for d in DEVICES.values() if d.title == plan.costs.device), None)

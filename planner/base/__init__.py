@@ -1,1 +1,1 @@
-"""What every room of the planner may use: budgets, calls, a training step, progress, files."""
+"""What every part of the planner may use: budgets, calls, a training step, progress, files."""

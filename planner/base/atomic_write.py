@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _LONGEST_NAME = 180  # bytes; what stands around it must fit into a file's name,
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write beside ``path`` and move it there when it is complete; text as UTF-8.
+    """Write to a file next to ``path`` and move it there once complete; text as UTF-8.
 
-    A symbolic link stays and what it names is written; a file that was there
-    before hands its permissions on. What a process that was killed left behind is
-    taken away when the same file is written again.
+    A symbolic link stays, and its target is written. An existing file passes its
+    permissions on. What a killed process left behind is removed when the same file is
+    written again.
 
     Raises
     ------
     OSError
-        When it cannot be written; what was there before still is.
+        When it cannot be written; the previous content is still there.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     target = Path(os.path.realpath(path))
@@ -46,12 +46,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except OSError as error:
         if error.errno is None or error.filename is None:
             raise
-        # The user named the file, not what is written beside it.
+        # The user named the file, not the partial file next to it.
         raise OSError(error.errno, f"{error.strerror}; nothing was written", str(path)) from error
 
 
 def _mode_of(target: Path) -> int | None:
-    """Permissions of the file that will be replaced; ``None`` where there is none."""
+    """Return the permissions of the file that will be replaced; ``None`` where there is none."""
     try:
         mode = os.stat(target).st_mode
     except FileNotFoundError:
@@ -66,21 +66,21 @@ def _mode_of(target: Path) -> int | None:
 
 
 def _stem(target: Path) -> str:
-    """What partial files of a target are named after; hashed where it is too long."""
+    """Return the stem of a target's partial files; hashed where it is too long."""
     name = os.fsencode(target.name)
     return target.name if len(name) <= _LONGEST_NAME else hashlib.sha256(name).hexdigest()
 
 
 @contextlib.contextmanager
 def _partial(target: Path) -> Iterator[tuple[int, Path]]:
-    """A new file beside the target, locked while it is written, gone where that fails."""
+    """Open a new file next to the target, locked while it is written and removed on failure."""
     while True:
         partial = target.with_name(f".{_stem(target)}.{secrets.token_hex(8)}.partial")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         handle = os.open(partial, flags, 0o666)  # less the umask
         if _lock(handle) and _still_there(handle, partial):
             break
-        os.close(handle)  # another writer took it for a killed one's
+        os.close(handle)  # another writer took it for a killed process's file
     try:
         yield handle, partial
     except BaseException:
@@ -92,16 +92,16 @@ def _partial(target: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _clear_partials(target: Path) -> None:
-    """Take away what killed writers of a target left: files that nobody holds locked."""
+    """Remove what killed writers of a target left: files that nobody holds locked."""
     prefix, suffix = f".{_stem(target)}.", ".partial"
     try:
         names = os.listdir(target.parent)
     except OSError:
-        return  # said where the file is written
+        return  # reported where the file is written
     for name in names:
         token = name[len(prefix) : -len(suffix)]
         if name.startswith(prefix) and name.endswith(suffix) and _is_token(token):
-            with contextlib.suppress(OSError):  # it is another's, or gone
+            with contextlib.suppress(OSError):  # it belongs to another process, or is gone
                 _unlink_unlocked(target.with_name(name))
 
 
@@ -115,7 +115,7 @@ def _unlink_unlocked(partial: Path) -> None:
 
 
 def _lock(handle: int, *, without_locks: bool = True) -> bool:
-    """Hold a file until it is closed; ``without_locks`` is the answer where there are none."""
+    """Lock a file until it is closed; return ``without_locks`` where there are no locks."""
     if fcntl is None:
         return without_locks
     try:

@@ -1,10 +1,10 @@
-"""The byte budget, as users write it, what of it a plan may use, and what to say when nothing fits.
+"""The memory budget: as users write it, the part a plan may use, and the error when nothing fits.
 
 Headroom
 --------
-A plan's predicted peak stays below the budget less the headroom. It is for what
-a prediction cannot know: how the caching allocator cuts its memory up
-(reserved less allocated), and the prediction's own error.
+A plan's predicted peak stays below the budget minus the headroom. The headroom covers what a
+prediction cannot know: how the caching allocator divides its memory (reserved minus allocated), and
+the prediction's own error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from solvers.replay import replay
 
 from ..errors import InfeasibleBudgetError
 
-# Part of the budget that is left alone unless the user says otherwise, by torch's device type.
+# Part of the budget that is left free unless the user says otherwise, by torch's device type.
 # CPU: predictions of planned steps are exact there, and the allocator holds nothing back.
-# CUDA: an assumption about fragmentation and the prediction's error, which no measurement backs.
+# CUDA: an assumption about fragmentation and the prediction's error, not backed by a measurement.
 DEFAULT_HEADROOM: Mapping[str, float] = {"cpu": 0.0, "cuda": 0.03}
 
 _PERCENT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*%\s*")
@@ -32,14 +32,14 @@ _PERCENT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*%\s*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """A budget and what of it stays free.
+    """A budget, and the part of it that stays free.
 
     Parameters
     ----------
     total_bytes
-        What was asked for.
+        The requested budget.
     headroom_bytes
-        Part of it that a plan leaves alone.
+        Part of it that a plan leaves free.
     fraction
         The headroom as a fraction of the total; ``None`` when it was given in bytes.
     """
@@ -50,11 +50,11 @@ class Budget:
 
     @property
     def usable_bytes(self) -> int:
-        """The highest peak that a plan may have."""
+        """The highest peak allowed for a plan."""
         return self.total_bytes - self.headroom_bytes
 
     def total_for(self, peak_bytes: int) -> int:
-        """The least budget that leaves ``peak_bytes`` beside the same headroom.
+        """Return the least budget that leaves ``peak_bytes`` after the same headroom.
 
         >>> Budget(total_bytes=100, headroom_bytes=3, fraction=0.03).total_for(970)
         999
@@ -62,7 +62,7 @@ class Budget:
         if self.fraction is None:
             return peak_bytes + self.headroom_bytes
         total = int(peak_bytes / (1 - self.fraction))
-        # What is left grows with the total, by 0 or 1 a byte; the quotient is off by rounding.
+        # What is left grows with the total, by 0 or 1 per byte; the quotient is off by rounding.
         low, high = peak_bytes, total + 2
         while high - int(self.fraction * high) < peak_bytes:
             high *= 2
@@ -76,7 +76,7 @@ class Budget:
 
 
 def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) -> int:
-    """The budget in bytes; exactly one of the two must be given.
+    """Return the budget in bytes; exactly one of the two must be given.
 
     >>> parse_budget("1GiB", None)
     1073741824
@@ -84,7 +84,7 @@ def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) 
     Raises
     ------
     ValueError
-        When none or both are given, or it is no positive amount.
+        When neither or both are given, or the amount is not positive.
     """
     if (budget_gb is None) == (budget_bytes is None):
         raise ValueError("give the budget once: budget_gb=40, budget_gb='40GiB' or budget_bytes=…")
@@ -110,25 +110,25 @@ def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) 
 
 
 def parse_headroom(headroom: float | str | None, budget_bytes: int, device_type: str) -> Budget:
-    """The budget with its headroom.
+    """Return the budget with its headroom.
 
     Parameters
     ----------
     headroom
-        A fraction of the budget below one, a whole number of bytes from 100 on,
-        a string such as ``"5%"`` or ``"2GB"``, or ``None`` for
-        :data:`DEFAULT_HEADROOM`. Numbers from one to below 100 are refused:
-        they look like per cent. So are strings without ``%`` or a unit
-        (``"0.05"``, ``"5"``), which might be a fraction, per cent or bytes.
+        A fraction of the budget below one, a whole number of bytes from 100 on, a
+        string such as ``"5%"`` or ``"2GB"``, or ``None`` for :data:`DEFAULT_HEADROOM`.
+        Numbers from 1 to below 100 are refused, because they look like percentages. So
+        are strings without ``%`` or a unit (``"0.05"``, ``"5"``), which might be a
+        fraction, a percentage or bytes.
     budget_bytes
-        What it is a part of.
+        The whole budget.
     device_type
         ``"cpu"`` or ``"cuda"``.
 
     Raises
     ------
     ValueError
-        When it is no such amount or leaves nothing of the budget.
+        When it is not such an amount, or leaves nothing of the budget.
 
     Examples
     --------
@@ -147,7 +147,7 @@ def parse_headroom(headroom: float | str | None, budget_bytes: int, device_type:
 
 
 def _amount(headroom: float | str) -> float | int:
-    """A fraction as a float, or bytes as an integer."""
+    """Return a fraction as a float, or bytes as an integer."""
     if isinstance(headroom, str):
         percent = _PERCENT.fullmatch(headroom)
         if percent is None and headroom.strip()[-1:].isalpha():
@@ -177,9 +177,9 @@ def _amount(headroom: float | str) -> float | int:
 
 
 def beyond_device(budget_bytes: int, device: Device) -> str | None:
-    """What to say when a device has less memory than the budget; ``None`` if it has enough.
+    """Return a message if a device has less memory than the budget; ``None`` if it has enough.
 
-    A device whose memory is not known has enough.
+    A device whose memory is unknown counts as having enough.
     """
     memory_bytes, context_bytes = device.memory_bytes, device.context_bytes or 0
     if memory_bytes is None or budget_bytes <= memory_bytes - context_bytes:
@@ -189,7 +189,7 @@ def beyond_device(budget_bytes: int, device: Device) -> str | None:
 
 
 def nothing_fits(graph: CostGraph, budget: Budget, least: LeastMemory) -> InfeasibleBudgetError:
-    """The error for a budget that no schedule was found for."""
+    """Build the error for a budget for which no schedule was found."""
     outcome = replay(graph, least.schedule)
     at = outcome.peak_step
     operator = graph.operators[least.schedule.order[at]]

@@ -1,4 +1,4 @@
-"""The call and the state of a module that a plan is for, and how another one differs."""
+"""Record the call and the module state that a plan is for, and say how another one differs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graph_capture.call_spec import TensorSpec, describe, difference, moved, ten
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallGuard:
-    """What must be the same for a plan to hold.
+    """What must stay the same for a plan to be valid.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class CallGuard:
         device_type: str,
         place: Callable[[torch.device], torch.device] = lambda device: device,
     ) -> CallGuard:
-        """Describe a call; tensors count as lying where ``place`` puts them."""
+        """Describe a call; tensors count as being on the device that ``place`` gives."""
         return cls(
             arguments=moved(describe(arguments), place),
             autocast=autocast_dtype(device_type),
@@ -57,7 +57,7 @@ class CallGuard:
         )
 
     def difference_to(self, other: CallGuard) -> str | None:
-        """The first thing in which another call differs, in words."""
+        """Describe the first difference to another call."""
         if self.autocast != other.autocast:
             return f"autocast is {other.autocast or 'off'}, planned was {self.autocast or 'off'}"
         if self.evaluating != other.evaluating:
@@ -70,16 +70,16 @@ class CallGuard:
 
 
 def autocast_dtype(device_type: str) -> str | None:
-    """Name of autocast's dtype on a device type, ``None`` when it is off."""
+    """Return the name of autocast's dtype on a device type; ``None`` when it is off."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
 
 
 def lazy_input(arguments: Mapping[str, Any]) -> str | None:
-    """Names a tensor whose conjugation or negation has not been carried out yet.
+    """Return the name of a tensor with a pending conjugation or negation.
 
-    Kernels see to that themselves, each in its own way; a plan holds the calls for
+    Kernels handle these themselves, each in its own way; a plan holds the calls for
     plain tensors.
     """
     for tensor in tensors_of(arguments):

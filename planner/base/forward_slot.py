@@ -1,4 +1,4 @@
-"""The ``forward`` of a module instance: what stands there, and what it stands in for."""
+"""The ``forward`` of a module instance: what is there, and what it replaces."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 from .unwrap import find_wrapped
 
-# Where a module keeps its stand-in: what is in ``forward`` may be wrapped or replaced by others.
+# Where a module keeps its stand-in, since others may wrap or replace what is in ``forward``.
 _KEPT = "_remat_planned_forward"
 
 Forward = Callable[..., Any]
 
 
 class StandIn:
-    """What may stand in a module for its forward; made by ``planner.running`` alone.
+    """What may replace a module's forward; only ``planner.running`` makes one.
 
     Parameters
     ----------
@@ -34,30 +34,30 @@ class StandIn:
 
     @property
     def unplanned(self) -> Forward:
-        """The forward that this stands in for."""
+        """The forward that this replaces."""
         if self.own_forward is not None:
             return self.own_forward
         return type(self.model).forward.__get__(self.model)
 
     @property
     def constants(self) -> Sequence[torch.Tensor]:
-        """Tensors that its steps read and that lie neither in the module nor in its arguments."""
+        """Tensors that its steps read and that are neither in the module nor in its arguments."""
         return ()
 
 
 def stand_in_of(model: nn.Module) -> StandIn | None:
-    """What stands in for the forward of a module, whatever was put around it or in its place."""
+    """Return a module's stand-in, even if its forward has been wrapped or replaced since."""
     found = model.__dict__.get(_KEPT)
     return found if isinstance(found, StandIn) else None
 
 
 def put_stand_in(model: nn.Module, stand_in: StandIn) -> None:
-    """Let a module call ``stand_in`` from now on."""
+    """Make a module call ``stand_in`` from now on."""
     model.__dict__["forward"] = model.__dict__[_KEPT] = stand_in
 
 
 def take_stand_in(model: nn.Module, stand_in: StandIn) -> None:
-    """Give a module its own forward back, unless somebody else has put theirs there."""
+    """Restore a module's own forward, unless someone else has replaced it."""
     del model.__dict__[_KEPT]
     forward: Any = model.__dict__.get("forward")
     if stand_in in (forward, getattr(forward, "__func__", None)):
@@ -65,20 +65,20 @@ def take_stand_in(model: nn.Module, stand_in: StandIn) -> None:
 
 
 def original_forward(model: nn.Module) -> Forward:
-    """The module's forward without a plan."""
+    """Return the module's forward without a plan."""
     stand_in = find_wrapped(model.__dict__.get("forward"), StandIn)
     return model.forward if stand_in is None else stand_in.unplanned
 
 
 def own_forward(model: nn.Module) -> Forward | None:
-    """What stands in the module for its class' forward when no plan is applied."""
+    """Return what the module holds in place of its class's forward when no plan is applied."""
     forward: Any = model.__dict__.get("forward")
     return forward.own_forward if isinstance(forward, StandIn) else forward
 
 
 @contextmanager
 def forward_set(model: nn.Module, forward: Forward | None) -> Iterator[None]:
-    """Let a module run another forward for a while; ``None`` stands for its class' own."""
+    """Temporarily give a module another forward; ``None`` means its class's own."""
     before = model.__dict__.get("forward")
     stand_in = stand_in_of(model)
     _set_forward(model, forward)
@@ -94,10 +94,10 @@ def forward_set(model: nn.Module, forward: Forward | None) -> Iterator[None]:
 
 @contextmanager
 def unplanned(model: nn.Module) -> Iterator[None]:
-    """Let a planned module run its own forward for a while, outside its budget.
+    """Temporarily let a planned module run its own forward, outside its budget.
 
-    For calls that a plan does not hold, such as one whose gradient is
-    differentiated again. Without a plan this changes nothing.
+    For calls that a plan does not cover, such as one whose gradient is differentiated
+    again. Without a plan this changes nothing.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What the process that made a plan knows beside it, and no file holds."""
+"""What the process that made a plan knows besides it, and no file stores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .request import Request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveState:
-    """What the process that made a plan knows beside it.
+    """What the process that made a plan knows besides it.
 
     Parameters
     ----------
@@ -20,9 +20,9 @@ class LiveState:
         The step that was planned, under the user's own rules. It does not keep the
         model alive.
     structure
-        How the model was built then.
+        The model's structure at that time.
     request
-        What was asked for; ``None`` for a plan that came from a file.
+        The request; ``None`` for a plan that came from a file.
     """
 
     captured: CapturedStep

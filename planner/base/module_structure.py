@@ -1,4 +1,4 @@
-"""The objects that a module is built of: whether a graph traced from it still is its graph."""
+"""Record a module's objects, to tell whether a graph traced from it is still valid."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GLOBAL_HOOKS = (
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One module as it was.
+    """One module, as it was recorded.
 
     Parameters
     ----------
@@ -36,7 +36,8 @@ class _Part:
     kind
         Its class.
     forward
-        Identity of what stands in its ``__dict__`` for its class' forward; ``None`` for nothing.
+        Identity of what replaces its class's forward in its ``__dict__``; ``None`` for
+        nothing.
     hooks
         Registration numbers of its hooks, which PyTorch gives out once each.
     """
@@ -50,7 +51,7 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """Modules by their identity, their hooks, and which tensors are one under several names.
+    """Modules by identity, their hooks, and which tensors are shared under several names.
 
     Hooks and forward of the root are not part of it: they run around a planned step.
 
@@ -70,7 +71,7 @@ class Structure:
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
-        """Remember how ``model`` is built; holds none of it alive."""
+        """Record how ``model`` is built, without keeping any of it alive."""
         tied = []
         parts = {path: _part(module, root=not path) for path, module in model.named_modules()}
         first: dict[int, _Slot] = {}
@@ -85,7 +86,7 @@ class Structure:
         return cls(parts, tuple(tied), _hooks_everywhere())
 
     def holds(self) -> bool:
-        """Whether the model is built as it was."""
+        """Whether the model is still built the same way."""
         return self.difference() is None
 
     def difference(self) -> str | None:
@@ -114,9 +115,9 @@ class Structure:
 
 
 class LiveStructure:
-    """Sees in a moment whether a model that is at hand is built as it was.
+    """Checks quickly whether a live model is still built the same way.
 
-    Keeps the modules alive, as whoever trains them does.
+    Keeps the modules alive, as their training loop does.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""How a running solve is shown, and what takes its time before it."""
+"""Show the progress of a running solve, and of the timing before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ShowLines = bool | Callable[[str], None] | None
 
 @contextmanager
 def showing(progress: ShowProgress) -> Iterator[Callable[[ProgressEvent], None] | None]:
-    """A listener for a solve: the caller's own, a progress bar, or none."""
+    """Return a listener for a solve: the caller's own, a progress bar, or none."""
     if callable(progress):
         yield progress
         return
@@ -41,11 +41,11 @@ def showing(progress: ShowProgress) -> Iterator[Callable[[ProgressEvent], None] 
 
 @contextmanager
 def showing_timing(progress: ShowProgress) -> Iterator[TimingProgress | None]:
-    """A listener for a cost model that times calls.
+    """Return a listener for a cost model that times calls.
 
-    The caller's own function is told in the message of a
-    :class:`~solvers.progress.ProgressEvent` that knows no schedule and no bound.
-    A bar appears with the first call that is timed.
+    The caller's own function receives the message of a
+    :class:`~solvers.progress.ProgressEvent` without a schedule or a bound. A bar
+    appears with the first call that is timed.
     """
     if callable(progress):
         began_s = time.monotonic()
@@ -81,7 +81,7 @@ def showing_timing(progress: ShowProgress) -> Iterator[TimingProgress | None]:
     try:
         yield show
     finally:
-        if bar.live.is_started:  # else stopping it would print an empty line
+        if bar.live.is_started:  # otherwise stopping it would print an empty line
             bar.stop()
 
 
@@ -91,7 +91,7 @@ def _timing(place: int, num_calls: int) -> str:
 
 @contextmanager
 def showing_lines(progress: ShowLines) -> Iterator[Callable[[str], None]]:
-    """A listener for lines of text: the caller's own, a spinner, or one that drops them.
+    """Return a listener for lines of text: the caller's own, a spinner, or one that drops them.
 
     Raises
     ------

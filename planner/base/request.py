@@ -1,4 +1,4 @@
-"""What a plan was asked for, as far as another call of the same model needs it."""
+"""The request behind a plan, as far as another call of the same model needs it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .step_spec import StepSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What :func:`planner.optimize` was asked for, beside the model and its sample.
+    """The arguments of :func:`planner.optimize`, apart from the model and its sample.
 
     Parameters
     ----------
     budget_bytes, headroom, never_recompute, always_recompute, progress
         As of :func:`planner.optimize`.
     options
-        How hard a schedule is looked for.
+        How hard to search for a schedule.
     loss_fn, device, cost_model
         Of the step, for the same step at another shape.
 
     Raises
     ------
     ValueError
-        When one makes no sense.
+        When one is invalid.
     """
 
     budget_bytes: int
@@ -48,7 +48,7 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.progress, (bool, NoneType)) and not callable(self.progress):
             raise ValueError(f"progress must be True or a function, got {self.progress!r}")
-        parse_headroom(self.headroom, self.budget_bytes, "cpu")  # wrong ones are refused at once
+        parse_headroom(self.headroom, self.budget_bytes, "cpu")  # refuse invalid ones at once
 
     @classmethod
     def of(
@@ -62,7 +62,7 @@ class Request:
         always_recompute: Sequence[str] = (),
         progress: ShowProgress = None,
     ) -> Request:
-        """The request for a plan of a step."""
+        """Build the request for a plan of a step."""
         return cls(
             budget_bytes=budget_bytes,
             headroom=headroom,

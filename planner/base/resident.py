@@ -1,4 +1,4 @@
-"""What is there before a step begins, and how many bytes that is."""
+"""The tensors that exist before a step begins, and their bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def resident_tensors(
     loss_fn: LossFn | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> list[Tensor]:
-    """Every tensor that is there before a step begins, aliases included.
+    """Return every tensor that exists before a step begins, aliases included.
 
     Parameters, buffers, other tensors that are attributes of a module, the
     inputs, the optimizer's state, and what ``loss_fn`` carries with it (a
@@ -52,7 +52,7 @@ def resident_bytes_by_category(
     loss_fn: LossFn | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, int]:
-    """Bytes that are there before a step begins, by the cost graph's categories.
+    """Return the bytes held before a step begins, by the cost graph's categories.
 
     A storage counts once, in the first category of these: parameter, buffer (a
     module's plain tensors, too), input (what ``loss_fn`` carries, too), optimizer
@@ -76,10 +76,10 @@ def resident_bytes_by_category(
 
 
 def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Bytes of the distinct storages of the tensors that lie on the device."""
+    """Return the bytes of the distinct storages of the tensors on the device."""
     sizes: dict[int, int] = {}
     for t in tensors:
-        # A tensor that is known to be zero, as some gradients are, has no memory to ask for.
+        # A tensor that is known to be zero, as some gradients are, has no memory.
         if t.device == device and t.layout == torch.strided and not t._is_zerotensor():
             storage = t.untyped_storage()
             sizes[storage.data_ptr()] = max(storage.nbytes(), sizes.get(storage.data_ptr(), 0))
@@ -89,12 +89,12 @@ def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
 
 
 def single_device(model: nn.Module, sample_input: Sample) -> torch.device:
-    """The one device on which a model's parameters lie, or its inputs if it has none.
+    """Return the one device of a model's parameters, or of its inputs if it has none.
 
     Raises
     ------
     ValueError
-        When there is not exactly one, or it is neither a CPU nor a CUDA device.
+        When there is not exactly one device, or it is neither a CPU nor a CUDA device.
     """
     tensors: list[Tensor] = [*model.parameters()] or [*output_tensors(sample_input)]
     devices = {t.device for t in tensors}
@@ -130,7 +130,7 @@ def _carried_tensors(function: Callable[..., Any]) -> list[Tensor]:
 
 
 def _contents(cell: CellType) -> Any:
-    """What a closure holds in a cell; ``None`` while its variable has no value yet."""
+    """Return the contents of a closure's cell; ``None`` while its variable has no value."""
     try:
         return cell.cell_contents
     except ValueError:

@@ -1,4 +1,4 @@
-"""How hard a schedule is looked for, checked once at the door."""
+"""How hard to search for a schedule, validated once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ DEFAULT_GAP = 0.001
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SolveOptions:
-    """How hard a schedule is looked for.
+    """How hard to search for a schedule.
 
     Parameters
     ----------
     solver, time_limit_s, gap, seed, reorder
         As of :func:`planner.optimize`.
     workers
-        Threads of solvers that can use more than one.
+        Number of threads, for solvers that can use more than one.
 
     Raises
     ------
     ValueError
-        When one makes no sense.
+        When one is invalid.
     """
 
     solver: str = "auto"

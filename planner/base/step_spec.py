@@ -1,4 +1,4 @@
-"""The training step that is asked about, checked once at the door."""
+"""The training step in question, validated once."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class StepSpec:
     Raises
     ------
     TypeError
-        When ``model`` is no module, or ``optimizer`` neither an instance nor a name.
+        When ``model`` is not a module, or ``optimizer`` neither an instance nor a name.
     ValueError
-        When the model is in eval mode or runs a graph of its own, or ``loss_fn`` is
-        no function.
+        When the model is in eval mode or runs a graph of its own, or ``loss_fn`` is not
+        a function.
     """
 
     model: nn.Module
@@ -51,12 +51,12 @@ class StepSpec:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what is no module in training mode, or would not run by a plan.
+    """Refuse what is not a module in training mode, or could not run by a plan.
 
     Raises
     ------
     TypeError
-        When it is no module.
+        When it is not a module.
     ValueError
         When it runs a graph of its own or is in eval mode.
     """

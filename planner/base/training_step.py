@@ -1,14 +1,14 @@
-"""One training step, defined once: what is differentiated, and in which order things happen.
+"""One training step, defined once: what it differentiates, and the order of its parts.
 
 The planner, the measuring tool and the tests all mean this step:
 
 1. the model runs on the sample, then ``loss_fn`` when there is one, under
    whatever autocast is on;
-2. the backward pass runs from what :func:`differentiate` names, with autocast
-   off and its cache of casts emptied, as a training loop does that closes
-   ``with torch.autocast(...)`` before it calls ``backward()``;
+2. the backward pass runs from what :func:`differentiate` names, with autocast off and its cache of
+   casts emptied, as in a training loop that closes ``with torch.autocast(...)`` before
+   it calls ``backward()``;
 3. the optimizer steps, when there is one;
-4. outputs and loss stay in the caller's hands until the step has ended.
+4. the caller holds outputs and loss until the step has ended.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Differentiated:
 
 
 def differentiate(output: Any, loss_fn: LossFn | None = None) -> Differentiated:
-    """Say what a step differentiates: a loss where there is one, else every output.
+    """Return what a step differentiates: a loss where there is one, else every output.
 
     In this order: ``loss_fn(output)``; the output itself when it is a tensor of
     one element; ``output.loss``; every tensor of the output that requires grad.
 
-    A plain dict with a ``"loss"`` key falls under the last rule: only an
-    attribute named ``loss`` is taken for the loss without being asked, since the
-    other outputs then come back detached from a planned module. Say
-    ``loss_fn=lambda output: output["loss"]`` to mean it.
+    A plain dict with a ``"loss"`` key falls under the last rule. Only an attribute
+    named ``loss`` is taken for the loss by default, since the other outputs then come
+    back detached from a planned module. Pass ``loss_fn=lambda output: output["loss"]``
+    to differentiate the entry.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def differentiate(output: Any, loss_fn: LossFn | None = None) -> Differentiated:
     Raises
     ------
     TypeError
-        When the loss is no tensor.
+        When the loss is not a tensor.
     ValueError
         When the loss has more than one element or does not require grad, or
         when no output requires grad.
@@ -88,10 +88,10 @@ def differentiate(output: Any, loss_fn: LossFn | None = None) -> Differentiated:
 
 
 def output_tensors(output: Any) -> tuple[Tensor, ...]:
-    """Every tensor of a nested output, in order.
+    """Return every tensor of a nested output, in order.
 
-    Looks into tuples, lists, dicts, Transformers' outputs and whatever else is
-    registered with ``torch.utils._pytree``; any other object is not looked into.
+    Descends into tuples, lists, dicts, Transformers' outputs and whatever else is
+    registered with ``torch.utils._pytree``, but not into other objects.
     """
     return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
@@ -151,7 +151,7 @@ def make_step(
     model, sample_input, loss_fn
         As :func:`train_step` takes them.
     optimizer
-        Steps after each backward pass; ``None`` leaves the parameters alone.
+        Steps after each backward pass; ``None`` leaves the parameters unchanged.
     seed
         Given to ``torch.manual_seed`` before each call; ``None`` seeds nothing.
 
@@ -176,7 +176,8 @@ def make_step(
 def clear_gradients(
     model: Callable[..., Any], sample_input: Sample = (), loss_fn: LossFn | None = None
 ) -> None:
-    """Set to ``None`` each gradient that a step leaves, of modules and of inputs that want one."""
+    """Set every gradient that a step leaves to ``None``, for modules and inputs that require
+    grad."""
     for part in (model, loss_fn):
         if isinstance(part, nn.Module):
             part.zero_grad(set_to_none=True)
@@ -186,7 +187,7 @@ def clear_gradients(
 
 
 def build_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer that a name stands for, with PyTorch's own defaults.
+    """Build an optimizer by name, with PyTorch's defaults.
 
     Raises
     ------
@@ -219,7 +220,7 @@ def _of_loss(loss: Any, what: str) -> Differentiated:
 
 @contextmanager
 def _outside_autocast() -> Iterator[None]:
-    """Leave every autocast that is on, as the end of its ``with`` block would."""
+    """Exit every active autocast, as the end of its ``with`` block would."""
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device_type):

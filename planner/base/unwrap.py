@@ -1,4 +1,4 @@
-"""Find a planned forward behind what others put around it.
+"""Find a planned forward inside other tools' wrappers.
 
 Libraries bind a module's forward as a method, wrap it in functions that name
 what they wrap (``functools.wraps``), and unwrap it again.
@@ -16,7 +16,7 @@ _MAX_DEPTH = 32
 
 
 def find_wrapped(forward: Any, kind: type[_T]) -> _T | None:
-    """The first object of a class behind methods, partial functions and wrappers."""
+    """Return the first object of a class behind methods, partial functions and wrappers."""
     for _ in range(_MAX_DEPTH):
         if isinstance(forward, kind):
             return forward
@@ -31,5 +31,5 @@ def find_wrapped(forward: Any, kind: type[_T]) -> _T | None:
 
 
 def is_reached(model: nn.Module, forward: object) -> bool:
-    """Whether a call of ``model`` comes to ``forward``."""
+    """Whether a call of ``model`` reaches ``forward``."""
     return find_wrapped(vars(model).get("forward"), type(forward)) is forward

@@ -1,1 +1,1 @@
-"""From a model and a sample to a decision: capture the call, solve it, write it down."""
+"""From a model and a sample to a decision: capture the call, solve it, record it."""

@@ -1,4 +1,4 @@
-"""A user's model and sample as a captured step: what everything that is planned begins with."""
+"""Capture a user's model and sample as a step: where all planning begins."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from ..base.step_spec import StepSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedCall:
-    """A step that was captured, and the call that it is of.
+    """A captured step, and the call that it came from.
 
     Parameters
     ----------
     model
-        Whose step it is.
+        The model of the step.
     arguments
-        Of the model's own forward, by name.
+        Arguments of the model's own forward, by name.
     captured
         The step.
     """
@@ -46,9 +46,9 @@ class CapturedCall:
 
 @contextmanager
 def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[CapturedCall]:
-    """Capture the step; the autocast that was asked for stays on until the context ends.
+    """Capture the step; the requested autocast stays on until the context ends.
 
-    An applied plan is looked through.
+    An applied plan is ignored.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
     TypeError
         When the sample does not fit the model's signature.
     ValueError
-        When the sample cannot be looked at, or the optimizer's name is unknown.
+        When the sample cannot be read, or the optimizer's name is unknown.
     """
     model = spec.model
     forward = original_forward(model)

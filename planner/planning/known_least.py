@@ -1,7 +1,7 @@
-"""The least memory of a model's step, searched for once.
+"""Search once for the least memory of a model's step.
 
-The search may be cut by its clock. What it found is kept for as long as the model
-lives, so that the least budget that an error names is found again when it is asked for.
+The clock may cut the search. Its result is kept for as long as the model lives, so that
+the least budget that an error names is found again when it is requested.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _found = WeakIdKeyDictionary()  # of each model: what was found, by _Key
 def known_least_memory(
     model: nn.Module, graph: CostGraph, seed: int, *, any_order: bool = False
 ) -> LeastMemory:
-    """The least memory of a step of ``model``; searched for where it is not known.
+    """Return the least memory of a step of ``model``, searching for it where unknown.
 
     Parameters
     ----------
@@ -54,5 +54,5 @@ def known_least_memory(
 def already_found(
     model: nn.Module, graph: CostGraph, seed: int, *, any_order: bool = False
 ) -> LeastMemory | None:
-    """What an earlier search found; ``None`` where there was none."""
+    """Return what an earlier search found; ``None`` where there was none."""
     return _found.get(model, {}).get((graph, seed, any_order))

@@ -1,4 +1,4 @@
-"""Solve a captured step and write down the plan."""
+"""Solve a captured step and make the plan."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ from .known_least import known_least_memory
 def make_plan(
     call: CapturedCall, request: Request, hint: Schedule | None = None
 ) -> tuple[PlanRecord, LiveState]:
-    """Solve a captured step under the user's own rules, and write down what was decided.
+    """Solve a captured step under the user's rules, and record the decision.
 
     Parameters
     ----------
     hint
-        A schedule that is known to fit, to begin with.
+        A schedule that is known to fit, as a start.
 
     Raises
     ------
@@ -101,12 +101,12 @@ def make_plan(
 
 
 def request_again(plan: PlanRecord) -> Request:
-    """What a plan from a file was asked for, as far as the file says; without its ``loss_fn``.
+    """Return the request of a plan from a file, as far as the file says; without its ``loss_fn``.
 
     Raises
     ------
     PlanError
-        When its times come from the user's own function, which no file holds.
+        When its times come from the user's own function, which no file stores.
     """
     if plan.costs.model not in ("roofline", "profile"):
         raise PlanError(
@@ -125,7 +125,7 @@ def request_again(plan: PlanRecord) -> Request:
 
 
 def _table_name(device: str | Device | None) -> str | None:
-    """The name by which another process finds a device that was asked for."""
+    """Return the name by which another process finds the requested device."""
     name = device.name if isinstance(device, Device) else device
     if name is None or name not in DEVICES:
         return None  # "cuda", too: the card at hand
@@ -133,7 +133,7 @@ def _table_name(device: str | Device | None) -> str | None:
 
 
 def _priced(optimizer: OptimizerStep, graph: CostGraph) -> OptimizerStep:
-    """An optimizer without its calls, with the time that they were priced at."""
+    """Return an optimizer without its calls, with their estimated time."""
     step_ns = sum(op.cost_ns for op in graph.operators if op.phase == "optimizer")
     return replace(optimizer, calls=(), step_ns=step_ns)
 
@@ -145,7 +145,7 @@ def replan(
     arguments: Mapping[str, Any],
     forward: Callable[..., Any],
 ) -> tuple[PlanRecord, LiveState]:
-    """A plan with the same budget and rules for another call.
+    """Make a plan with the same budget and rules for another call.
 
     Raises
     ------
@@ -184,7 +184,7 @@ def _solve(
     budget_bytes, options = budget.usable_bytes, request.options
 
     def least() -> LeastMemory:
-        """In eager's order where that fits the budget, else in every order that may be used."""
+        """Return the least memory in eager's order where that fits, else in every allowed order."""
         found = known_least_memory(model, graph, options.seed)
         if options.reorder and found.peak_bytes > budget_bytes:
             return known_least_memory(model, graph, options.seed, any_order=True)

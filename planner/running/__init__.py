@@ -1,1 +1,1 @@
-"""A decision at work: put in the place of a forward pass, and run step after step."""
+"""Run a plan: put it in place of a forward pass, and execute it step by step."""

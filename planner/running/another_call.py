@@ -1,10 +1,10 @@
-"""What is said of a call that is not the planned one."""
+"""Error texts for calls that differ from the planned one."""
 
 from __future__ import annotations
 
 from ..errors import CallMismatchError
 
-# What trainers add to a batch, by the name that a difference says.
+# What trainers add to a batch, by the name in a difference.
 _ADDED = {
     "num_items_in_batch": "Transformers' Trainer adds num_items_in_batch to every batch",
     "use_cache": "trainers pass use_cache=False",
@@ -13,7 +13,7 @@ _ADDED = {
 
 
 def mismatch(different: str) -> CallMismatchError:
-    """The error for a call that differs in what ``different`` says."""
+    """Build the error for a call with the difference ``different``."""
     return CallMismatchError(
         f"this call is not the planned one: {different}{hint_at(different)}. Make a plan for it, "
         "or apply the plan with on_shape_change='unplanned' or 'replan'"
@@ -21,7 +21,7 @@ def mismatch(different: str) -> CallMismatchError:
 
 
 def hint_at(different: str) -> str:
-    """Where an argument that the sample lacks comes from, for those that trainers add."""
+    """Return where an argument that the sample lacks comes from, for those that trainers add."""
     place = different.partition(" is ")[0]
     who = _ADDED.get(place.rpartition(".")[2])
     return "" if who is None else f" ({who}: have it in the sample, too)"

@@ -1,4 +1,4 @@
-"""Put a plan in the place of a module's forward, and take it away again."""
+"""Put a plan in place of a module's forward, and remove it again."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _POLICIES = ("error", "unplanned", "replan")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppliedPlan:
-    """How a module has trained by a plan so far.
+    """How a module has trained under a plan so far.
 
     Parameters
     ----------
     plan
         The plan that was applied.
     on_shape_change
-        What a call does that is not the planned one.
+        What a call does when it differs from the planned one.
     planned_steps
         Training calls that ran by the plan, or by one that was made for another
         call under ``"replan"``.
@@ -41,8 +41,8 @@ class AppliedPlan:
         Training steps that ran the model's own forward, or another that was put in
         its place.
     last_mismatch
-        Why the last of those, or of the calls that were refused, was not the planned
-        one; ``None`` when there was none.
+        Why the last of those, or of the refused calls, differed from the planned one;
+        ``None`` when there was none.
     """
 
     plan: PlanRecord
@@ -64,9 +64,9 @@ def apply_plan(
     Parameters
     ----------
     live
-        What this process knows beside the plan.
+        What this process knows besides the plan.
     replan
-        Makes another plan, for a call that is not the planned one.
+        Makes another plan, for a call that differs from the planned one.
     """
     if on_shape_change not in _POLICIES:
         raise ValueError(f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}")
@@ -103,7 +103,7 @@ def _refuse_passing_way(captured: CapturedStep) -> None:
 
 
 def _is_wrapped(model: nn.Module, planned: PlannedForward) -> bool:
-    """Whether calls come to a planned forward through a function that somebody put around it."""
+    """Whether calls reach a planned forward through someone else's wrapper."""
     forward: Any = model.__dict__.get("forward")
     bare = planned in (forward, getattr(forward, "__func__", None))
     return not bare and is_reached(model, planned)
@@ -120,9 +120,9 @@ def remove_plan(model: nn.Module) -> nn.Module:
 
 
 def applied_plan(model: nn.Module) -> AppliedPlan | None:
-    """The plan that is applied to a module, and how many steps it has run.
+    """Return the plan applied to a module, and how many steps it has run.
 
-    Also where something else was put in the place of the module's forward since.
+    This also works where something else has replaced the module's forward since.
 
     Returns
     -------

@@ -1,8 +1,8 @@
-"""Notice that several training steps run within one autocast region.
+"""Detect several training steps within one autocast region.
 
-Autocast keeps its casts of parameters until its outermost region ends. A loop
-that steps the optimizer within goes on with casts of the old parameters in eager;
-a planned step casts what is there.
+Autocast keeps its casts of parameters until its outermost region ends. In eager, a loop
+that steps the optimizer inside it goes on with casts of the old parameters; a planned
+step casts the current ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AutocastRegion:
         self._versions: list[int] = []
 
     def ran_in(self, model: nn.Module, device: torch.device) -> None:
-        """A backward pass of ``model`` has begun."""
+        """Record that a backward pass of ``model`` has begun."""
         if not (torch.is_autocast_enabled(device.type) and torch.is_autocast_cache_enabled()):
             return
         if self._cast() is None:
@@ -34,12 +34,12 @@ class AutocastRegion:
         self._versions = _versions(model)
 
     def has_casts_of_old(self, model: nn.Module) -> bool:
-        """Whether that region goes on, and parameters of ``model`` were written to since."""
+        """Whether that region is still open, and parameters of ``model`` were written to since."""
         return self._cast() is not None and self._versions != _versions(model)
 
 
 def _cast_of_a_leaf(device: torch.device) -> Callable[[], torch.Tensor | None]:
-    """A cast that autocast alone holds: it is gone when the region ends."""
+    """Make a cast that only autocast holds, so that it dies when the region ends."""
     with torch.enable_grad():
         leaf = torch.ones(1, 1, device=device, requires_grad=True)
         made: torch.Tensor = torch.mm(leaf, leaf)

@@ -1,4 +1,4 @@
-"""Nodes of the autograd graph around a planned step: gradients handed over, or refused."""
+"""Nodes of the autograd graph around a planned step: they pass gradients on or refuse."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..errors import CallMismatchError
 class HandOver(torch.autograd.Function):
     """Passes an output's gradient on in a list instead of as an argument.
 
-    The engine holds a node's arguments until the node has finished; for the one
-    node of a planned step that is the whole backward pass. Handed over in a
-    list, the gradient of the logits, say, is freed at its last use.
+    The engine holds a node's arguments until the node has finished; for the single node
+    of a planned step that is the whole backward pass. Passed in a list, the gradient of
+    the logits, say, is freed at its last use.
     """
 
     @staticmethod
@@ -30,12 +30,12 @@ class HandOver(torch.autograd.Function):
 
 
 class FirstDerivative(torch.autograd.Function):
-    """A gradient that a plan computed: it can be used, not differentiated.
+    """A gradient that a plan computed; it can be used but not differentiated.
 
     Eager adds what comes from a loss and what comes from its gradient at each
     activation; a plan that ran already could only add at the parameters, with other
-    last bits. It hangs on the step's inputs, so that whoever asks for second derivatives
-    by one of them comes here.
+    last bits. It is connected to the step's inputs, so that second derivatives with
+    respect to one of them end up here.
     """
 
     @staticmethod
@@ -55,10 +55,9 @@ class FirstDerivative(torch.autograd.Function):
 
 
 class NotPlanned(torch.autograd.Function):
-    """An output that requires grad in eager, and that the plan has no gradient for.
+    """An output that requires grad in eager, but has no gradient in the plan.
 
-    Who uses it for a loss would get none, and would train something else without a
-    word.
+    A loss that used it would get no gradient, and would silently train something else.
     """
 
     @staticmethod
@@ -75,12 +74,12 @@ class NotPlanned(torch.autograd.Function):
 
 
 def refuse_batched(gradient: torch.Tensor | None) -> None:
-    """Many backward passes at once, in one batched tensor.
+    """Refuse many backward passes at once, in one batched tensor.
 
     Raises
     ------
     CallMismatchError
-        Says how to get them.
+        Always; the message says how to get the gradients.
     """
     functorch = torch._C._functorch
     if gradient is not None and (
@@ -94,5 +93,5 @@ def refuse_batched(gradient: torch.Tensor | None) -> None:
 
 
 def anchor() -> torch.Tensor:
-    """Makes what is computed beside it require grad; takes no memory."""
+    """Return a tensor without memory that makes the step's outputs require grad."""
     return torch.empty((), device="meta", requires_grad=True)

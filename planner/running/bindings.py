@@ -1,4 +1,4 @@
-"""Where a planned step finds its inputs on a module, and where it leaves what forward makes."""
+"""Where a planned step reads its inputs from a module, and where it stores results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Table = dict[str, Any]
 
 
 def fetch_of(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor]) -> Fetch:
-    """How to get at an input of the step when it is called."""
+    """Return how to read an input of the step when it is called."""
     role, target = node.meta["role"], node.meta["target"]
     if role == "input":
         place = int(target)
@@ -36,7 +36,7 @@ def fetch_of(node: Node, model: nn.Module, constants: Mapping[str, torch.Tensor]
 
 
 def put_back_of(entry: Reassigned, model: nn.Module) -> Callable[[list[torch.Tensor]], None]:
-    """Lets a buffer or an attribute be what forward made it."""
+    """Return how to set a buffer or an attribute to what forward made of it."""
     table, name = _place(entry.target, entry.role, model)
 
     def replace(outputs: list[torch.Tensor]) -> None:
@@ -59,7 +59,7 @@ def put_back_of(entry: Reassigned, model: nn.Module) -> Callable[[list[torch.Ten
 
 
 def leave_of(entry: LeftValue, model: nn.Module) -> Callable[[], None]:
-    """Puts into an attribute what forward puts there."""
+    """Return how to set an attribute to what forward puts there."""
     table, name = _place(entry.target, "attribute", model)
 
     def leave() -> None:

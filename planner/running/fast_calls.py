@@ -1,11 +1,11 @@
-"""Call PyTorch's own Python functions where they come to the very operator of a graph.
+"""Call PyTorch's own Python functions where they dispatch to exactly the graph's operator.
 
 ``torch.ops.aten.add.Tensor(a, b)`` goes through a generic path that boxes every
-argument; ``torch.add(a, b)`` is the same call at half of its price, which counts
-in models of small kernels. Which overload a Python function comes to depends on
-what it is given, so each kind of call is tried once, on stand-ins, under a mode
-that looks at the first operator dispatched and stops there: only where that is
-the operator of the graph, with the arguments of the graph, is the function taken.
+argument; ``torch.add(a, b)`` is the same call at half the cost, which counts in models
+with small kernels. Which overload a Python function reaches depends on its arguments,
+so each kind of call is tried once, on stand-ins, under a mode that looks at the first
+operator dispatched and stops there. The function is used only where that is the graph's
+operator with the graph's arguments.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _LIBRARIES: tuple[Any, ...] = (
 
 
 def fast_call(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
-    """What to call in the place of an operator, with the same arguments.
+    """Return what to call in place of an operator, with the same arguments.
 
     Parameters
     ----------
     func
-        An operator of ``torch.ops.aten``; anything else has no such function.
+        An operator of ``torch.ops.aten``; others have no such function.
     args, kwargs
         Nodes of a traced step where the call has tensors.
 
@@ -47,13 +47,13 @@ def fast_call(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
     -------
     Callable, str or None
         A function of PyTorch, the name of a method of its first argument, or
-        ``None`` where only the operator itself will do.
+        ``None`` where only the operator itself works.
     """
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
         return None
     nodes = [x for x in tree_flatten((args, dict(kwargs)))[0] if isinstance(x, Node)]
     if not nodes or not all(isinstance(n.meta["val"], torch.Tensor) for n in nodes):
-        return None  # without a tensor, a default device may have its say
+        return None  # without a tensor, a default device may decide
     kind = _kind(func, args, kwargs)
     if kind not in _known:
         _known[kind] = _find(func, args, kwargs)
@@ -88,7 +88,7 @@ class _Seen(Exception):
 
 
 class _First(TorchDispatchMode):
-    """Looks at the first operator that is dispatched, and does not run it."""
+    """Look at the first operator that is dispatched, without running it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def _find(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
     given, named = tree_map(value_of, args), tree_map(value_of, dict(kwargs))
     name = func._schema.name.removeprefix("aten::")
     if func is torch.ops.aten._to_copy.default and named.keys() == {"dtype"}:
-        return "to" if named["dtype"] != given[0].dtype else None  # else it copies nothing
+        return "to" if named["dtype"] != given[0].dtype else None  # otherwise it copies nothing
     candidates: list[_Found] = []
     if given and isinstance(given[0], torch.Tensor) and _is_compiled(name):
         candidates.append(name)
@@ -131,12 +131,12 @@ def _find(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
 def _is_found_by_name(function: Any) -> bool:
     """Whether generated code, which writes a function by name, would call this one.
 
-    Of ``block_diag`` and a few others PyTorch has a wrapper of the same name, which
-    takes its arguments otherwise.
+    For ``block_diag`` and a few others, PyTorch has a wrapper of the same name that
+    takes its arguments differently.
     """
     try:
         parts = _get_qualified_name(function).split(".")
-    except RuntimeError:  # it has none, as unique_dim
+    except RuntimeError:  # it has none, like unique_dim
         return False
     found: Any = torch
     for part in parts[1:]:
@@ -145,9 +145,9 @@ def _is_found_by_name(function: Any) -> bool:
 
 
 def _is_compiled(name: str) -> bool:
-    """Whether a method is the binding of an operator, which hands out what the operator does.
+    """Whether a method is the binding of an operator, returning exactly what the operator does.
 
-    A method written in Python may hand out something else: of the three tensors that
+    A method written in Python may return something else: of the three tensors that
     the operator ``unique_consecutive`` makes, ``Tensor.unique_consecutive`` returns one.
     """
     return isinstance(getattr(torch.Tensor, name, None), MethodDescriptorType)
@@ -175,14 +175,14 @@ def _comes_to(candidate: _Found, func: Any, args: tuple, kwargs: dict[str, Any])
     if first.call is None:
         return False
     called, its_args, its_kwargs = first.call
-    if not kwargs.get("pin_memory"):  # which functions say and operators leave out
+    if not kwargs.get("pin_memory"):  # which functions pass and operators leave out
         its_kwargs = {k: v for k, v in its_kwargs.items() if k != "pin_memory" or v}
     wanted = (_WITH_NUMBER.get(func, func), func)
     return called in wanted and _same((its_args, its_kwargs), (args, kwargs))
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two calls are one: tensors by identity, lists and tuples of any kind by items."""
+    """Whether two calls are equal: tensors by identity, lists and tuples of any kind by items."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -1,4 +1,4 @@
-"""Random generators in generated code: read, set back for a repeated draw, and put right again.
+"""Random generators in generated code: read, rewound for a repeated draw, and restored.
 
 A repeated draw runs on the state that the first one found. Between the two
 settings an error may come from the kernel, or Ctrl-C at any moment; generated
@@ -17,7 +17,7 @@ import torch
 
 
 class _Rewound(threading.local):
-    """What undoes the rewindings that this thread is in, the innermost last."""
+    """What undoes this thread's open rewindings, the innermost last."""
 
     def __init__(self) -> None:
         self.undo: list[Callable[[], object]] = []
@@ -27,7 +27,8 @@ _REWOUND = _Rewound()
 
 
 class PutRightOnError:
-    """When an error leaves it, generators and grad mode are as without the interrupted draw."""
+    """When an error leaves it, generators and grad mode are restored as if the draw had not
+    begun."""
 
     __slots__ = ("_depth", "_grad_enabled")
 
@@ -50,15 +51,15 @@ class PutRightOnError:
 
 
 def read_cpu_generator() -> torch.Tensor:
-    """State of the default CPU generator, uint8[5056]."""
+    """Return the state of the default CPU generator, uint8[5056]."""
     return torch.get_rng_state()
 
 
 def rewind_cpu_generator(state: torch.Tensor) -> np.ndarray:
-    """Set the state of the default CPU generator; returns the one that it had.
+    """Set the state of the default CPU generator; returns the previous one.
 
-    The state in between, 5 kB, lies in NumPy's memory: a tensor would stand
-    beside the call's outputs in the device's memory, which is what is planned.
+    The saved state, 5 kB, is in NumPy's memory: a tensor would occupy the device's
+    memory, which is what is planned.
     """
     before = torch.get_rng_state().numpy().copy()
     _REWOUND.undo.append(lambda: torch.set_rng_state(torch.from_numpy(before)))
@@ -67,18 +68,18 @@ def rewind_cpu_generator(state: torch.Tensor) -> np.ndarray:
 
 
 def resume_cpu_generator(before: np.ndarray) -> None:
-    """Go on from the state that :func:`rewind_cpu_generator` returned."""
+    """Resume from the state that :func:`rewind_cpu_generator` returned."""
     torch.set_rng_state(torch.from_numpy(before))
     _REWOUND.undo.pop()
 
 
 def read_cuda_generator(device: torch.device) -> torch.Tensor:
-    """State of a device's default generator, uint8[16] in host memory."""
+    """Return the state of a device's default generator, uint8[16] in host memory."""
     return torch.cuda.get_rng_state(device)
 
 
 def rewind_cuda_generator(state: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Set the state of a device's default generator; returns the one that it had."""
+    """Set the state of a device's default generator; returns the previous one."""
     before = torch.cuda.get_rng_state(device)
     _REWOUND.undo.append(lambda: torch.cuda.set_rng_state(before, device))
     torch.cuda.set_rng_state(state, device)

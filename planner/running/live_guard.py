@@ -1,4 +1,4 @@
-"""Compare a module's calls with the planned one, fast enough for every step."""
+"""Compare a module's calls with the planned one, fast enough to do it in every step."""
 
 from __future__ import annotations
 
@@ -28,23 +28,22 @@ _TRAINING = attrgetter("training")
 
 
 class LiveGuard:
-    """What a call and the state of a module must be for a plan to hold.
+    """What a call and a module's state must be for a plan to be valid.
 
-    The first call of a kind is compared word by word; one that was found to be
-    the planned one is recognized by what its tensors look like. Parameters and
-    buffers are looked at again where one of them is another object or lies at
-    another place in memory.
+    The first call of a kind is compared in full; a call known to match is then
+    recognized by its tensors' metadata. Parameters and buffers are checked again where
+    one of them is another object or has moved in memory.
 
     Parameters
     ----------
     guard
-        What was planned.
+        The planned call.
     model
-        Must be built as it was.
+        Must still be built the same way.
     device_type
         Whose autocast counts.
     signature
-        Of the model's own forward: its defaults belong to the call.
+        Signature of the model's own forward, whose defaults belong to the call.
     """
 
     def __init__(
@@ -68,20 +67,20 @@ class LiveGuard:
         """Of parameters that others took the place of, while they are in memory."""
 
     def difference(self, arguments: Mapping[str, Any]) -> str | None:
-        """The first thing in which a call differs from the planned one, in words."""
+        """Describe the first difference between a call and the planned one."""
         return self.another_call(arguments) or self._another_state()
 
     def difference_now(self) -> str | None:
-        """As :meth:`difference`, of training flags, parameters and buffers alone.
+        """Like :meth:`difference`, but only for training flags, parameters and buffers.
 
-        The autocast that is on does not count: a backward pass runs outside of it.
+        The active autocast does not count: a backward pass runs outside of it.
         """
         return None if self._is_as_seen() else self._state_difference(self._guard.autocast)
 
     # -- the call ----------------------------------------------------------------
 
     def another_call(self, arguments: Mapping[str, Any]) -> str | None:
-        """How the arguments of a call differ from the planned ones, in words."""
+        """Describe how a call's arguments differ from the planned ones."""
         looks = _looks_of(arguments)
         if looks is not None and looks in self._known_calls:
             return None
@@ -130,7 +129,7 @@ class LiveGuard:
 
 
 def described_defaults(signature: inspect.Signature) -> dict[str, Any]:
-    """What an argument is that a call leaves out, by its name."""
+    """Return the defaults of arguments that a call may leave out, by name."""
     of_kind: dict[Any, Any] = {
         inspect.Parameter.VAR_POSITIONAL: (),
         inspect.Parameter.VAR_KEYWORD: {},
@@ -143,17 +142,18 @@ def described_defaults(signature: inspect.Signature) -> dict[str, Any]:
 
 
 def _nothing() -> None:
-    """Has the place of a weak reference to a parameter or buffer that is ``None``."""
+    """Stand in for a weak reference to a parameter or buffer that is ``None``."""
 
 
 def _places(tensors: list[torch.Tensor | None]) -> tuple[list[bool], list[int]]:
-    """What changes when a tensor object is given other contents or stops requiring grad."""
+    """Return what changes when a tensor object gets other contents or stops requiring grad."""
     there = [t for t in tensors if t is not None]
     return list(map(_REQUIRES_GRAD, there)), list(map(torch.Tensor.data_ptr, there))
 
 
 def _looks_of(value: Any) -> Any:
-    """What the guard sees of a call, hashable; ``None`` where it holds another kind of object."""
+    """Return the guard's hashable view of a call; ``None`` where it holds another kind of
+    object."""
     if isinstance(value, torch.Tensor):
         return (
             value.shape,

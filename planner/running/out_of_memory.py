@@ -1,12 +1,12 @@
-"""What a planned step adds to an out-of-memory error.
+"""The note that a planned step adds to an out-of-memory error.
 
-The error that PyTorch raised goes on unchanged, with its own type and message,
-so ``except torch.OutOfMemoryError`` works as ever. It carries a *note*
-(``BaseException.add_note``), which Python prints below the message: what the
-plan predicted, which operator ran, what was alive by the plan, what the device
-held, and what to change. A note and not a subclass: the exception's identity
-stays, and whoever compares types or prints only the message sees what they
-always saw. Where nothing fails this costs nothing.
+The error that PyTorch raised goes on unchanged, with its own type and message, so
+``except torch.OutOfMemoryError`` works as ever. It carries a *note*
+(``BaseException.add_note``), which Python prints below the message: what the plan
+predicted, which operator ran, what was alive by the plan, what the device held, and
+what to change. It is a note rather than a subclass, so that the exception's identity
+stays, and code that compares types or prints the message sees what it always saw. Where
+nothing fails, this costs nothing.
 
 Which operator ran is read from the traceback: its line in the generated code
 assigns to the name of a torch.fx node, and each node knows its run in the
@@ -37,7 +37,7 @@ from ..plan_record import PlanRecord
 
 HEADER = "Out of memory in a planned step."
 
-# What allocators and libraries say that raise a plain RuntimeError.
+# Messages of allocators and libraries that raise a plain RuntimeError.
 _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -51,16 +51,16 @@ _NUM_LARGEST = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMemory:
-    """What a CUDA device held at the moment of the error.
+    """What a CUDA device held when the error occurred.
 
     Parameters
     ----------
     allocated_bytes, reserved_bytes
-        By this process' allocator: in tensors, and with what it keeps back.
+        By this process's allocator: in tensors, and including its cache.
     free_bytes, total_bytes
         Of the device, all processes together.
     expandable
-        Whether the allocator was told to use expandable segments.
+        Whether the allocator uses expandable segments.
     """
 
     allocated_bytes: int
@@ -71,7 +71,7 @@ class DeviceMemory:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator said that there is no more memory."""
+    """Whether an error is an allocator's report that memory is exhausted."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(m in str(error) for m in _MESSAGES)
@@ -83,11 +83,11 @@ def explain(error: BaseException, plan: PlanRecord, model: nn.Module, graph: Gra
     Parameters
     ----------
     error
-        As it was caught around a call of ``graph``.
+        The error caught around a call of ``graph``.
     plan
         The plan that ran.
     model
-        Whose gradients from earlier backward passes are counted.
+        The model whose gradients from earlier backward passes are counted.
     graph
         The forward or the backward graph of the plan.
     """
@@ -107,12 +107,12 @@ def explain(error: BaseException, plan: PlanRecord, model: nn.Module, graph: Gra
             )
         )
     except (MemoryError, RuntimeError, LookupError, OSError, ValueError) as failure:
-        # The user's error must not be replaced by one of the explanation's.
+        # An error in the explanation must not replace the user's error.
         error.add_note(f"{HEADER} No more can be said: {type(failure).__name__}: {failure}")
 
 
 def moment_of(traceback: TracebackType | None, graph: GraphModule) -> int | None:
-    """Index into the schedule of the run that was in progress, if the graph's code ran."""
+    """Return the schedule index of the run in progress, if the graph's code ran."""
     code = type(graph).forward.__code__
     while traceback is not None and traceback.tb_frame.f_code is not code:
         traceback = traceback.tb_next
@@ -132,7 +132,7 @@ def account(
     host: Mapping[str, int] | None = None,
     held_gradient_bytes: int = 0,
 ) -> str:
-    """The note, in some fifteen lines.
+    """Return the note, some fifteen lines.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def account(
     memory
         Of the CUDA device.
     host
-        Of this process, by what it is.
+        Host memory of this process, by kind.
     held_gradient_bytes
         Of gradients that were there before the step.
     """
@@ -209,13 +209,13 @@ def _about_run(plan: PlanRecord, moment: int, before_bytes: int) -> list[str]:
 
 
 def _live(plan: PlanRecord, moment: int) -> list[int]:
-    """Storages that are alive before a run: resident ones, and those computed earlier."""
+    """Return the storages alive before a run: resident ones, and those computed earlier."""
     live = [k for k, s in enumerate(plan.graph.storages) if s.producer is None]
     return live + [k for k, born, last in plan.replay.live if born < moment <= last]
 
 
 def _taken_bytes(plan: PlanRecord, moment: int) -> int:
-    """What a run takes beside what is there: its outputs and its scratch."""
+    """Return what a run allocates: its outputs and its scratch."""
     operator = plan.graph.operators[plan.schedule.order[moment]]
     over = {new for run, _, new in plan.replay.in_place if run == moment}
     outputs = sum(plan.graph.storages[k].size_bytes for k in operator.outputs if k not in over)
@@ -282,7 +282,7 @@ def _device_of(model: nn.Module, device_type: str) -> torch.device:
 
 
 def _gradient_bytes(model: nn.Module, device: torch.device) -> int:
-    """Gradients of parameters now: a planned step hands out its own only when it has ended."""
+    """Return current gradients of parameters; a planned step returns its own only at its end."""
     return storage_bytes((p.grad for p in model.parameters() if p.grad is not None), device)
 
 
@@ -301,7 +301,7 @@ def _memory_of(device: torch.device) -> DeviceMemory | None:
 
 
 def _host_memory() -> dict[str, int]:
-    """What this process has of the machine, where the system tells."""
+    """Return this process's host memory, where the system reports it."""
     found: dict[str, int] = {}
     pages = Path("/proc/self/statm")
     if pages.exists():

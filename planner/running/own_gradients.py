@@ -1,20 +1,19 @@
-"""Gradients by the model's own forward, where a plan's backward cannot give them.
+"""Compute gradients by the model's own forward, where a plan's backward cannot.
 
-A planned backward is one graph for one question: these gradients, from all of
-the outputs that were planned as differentiated, once. Asked for gradients from some
-of the outputs alone, the model's own forward runs once more, from the same
-inputs, buffers and generator state, and autograd answers as it would have
-without a plan. The numbers are eager's to the bit; memory and time are outside
-the plan.
+A planned backward is one graph for one purpose: these gradients, from all outputs
+planned as differentiated, once. When gradients are requested from only some of the
+outputs, the model's own forward runs again, from the same inputs, buffers and generator
+state, and autograd computes them as it would have without a plan. The numbers are
+eager's to the bit; memory and time are outside the plan.
 
-Gradients that are differentiated again are not given this way: eager adds what
-comes from the loss and what comes from its gradient at each activation, here
-they would meet at the parameters, with other last bits.
+Gradients that are differentiated again are not computed this way: eager adds what comes
+from the loss and what comes from its gradient at each activation, whereas here they
+would be added at the parameters, with different last bits.
 
-A model that was changed between forward and backward is refused by the caller.
-What is imperfect: plain Python effects of forward happen a second time, and
-parameters that the loop changed in place between forward and backward are
-noticed only where the plan saved them.
+The caller refuses a model that was changed between forward and backward. Imperfections:
+plain Python effects of forward happen a second time, and parameters that the loop
+changed in place between forward and backward are noticed only where the plan saved
+them.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ def own_gradients(
     device: torch.device,
     autocast: torch.dtype | None,
 ) -> list[torch.Tensor | None]:
-    """Gradients of ``inputs``, ``None`` for those that nothing depends on.
+    """Return the gradients of ``inputs``; ``None`` for those that nothing depends on.
 
     Parameters
     ----------
     model, forward, arguments
-        The module, its own forward, and the call by argument name.
+        The module, its own forward, and the call's arguments by name.
     outputs
         Gradients of output tensors, by their place in the output.
     inputs
@@ -81,7 +80,7 @@ def own_gradients(
 
 @contextmanager
 def _generator_at(state: np.ndarray | None, device: torch.device) -> Iterator[None]:
-    """Draw again what was drawn from ``state`` on; afterwards the generator is as it was."""
+    """Draw again from ``state``; afterwards the generator is restored."""
     if state is None:
         yield
         return
@@ -94,10 +93,10 @@ def _generator_at(state: np.ndarray | None, device: torch.device) -> Iterator[No
 
 
 def generator_state(device: torch.device) -> np.ndarray:
-    """State of a device's default generator, uint8.
+    """Return the state of a device's default generator, uint8.
 
-    It lies in NumPy's memory: a tensor, 5 kB on the CPU, would stand beside the
-    step's tensors in the device's memory, which is what is planned.
+    It is in NumPy's memory: a tensor, 5 kB on the CPU, would occupy the device's
+    memory, which is what is planned.
     """
     if device.type == "cuda":
         return torch.cuda.get_rng_state(device).numpy()
@@ -114,7 +113,8 @@ def set_generator(state: np.ndarray, device: torch.device) -> None:
 
 @contextmanager
 def _buffers_copied(model: nn.Module) -> Iterator[None]:
-    """Let forward write to copies of the buffers: it has written to the buffers once already."""
+    """Let forward write to copies of the buffers, since it has already written to the buffers
+    once."""
     tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
     copies: dict[int, torch.Tensor] = {}
     for table, before in tables:

@@ -1,4 +1,4 @@
-"""What stands in for a module's forward while a plan is applied."""
+"""The replacement for a module's forward while a plan is applied."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ _NUM_REMEMBERED = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A captured step of a module, its two graphs, and what must stay as it was.
+    """A captured step of a module, its two graphs, and what must not change.
 
     Parameters
     ----------
     captured
         The step.
     step
-        Its graphs, bound to the module.
+        The step's graphs, bound to the module.
     structure, guard
-        What the module is built of; what a call looks like.
+        The module's structure, and the planned call.
     """
 
     captured: CapturedStep
@@ -80,9 +80,9 @@ class Prepared:
     guard: LiveGuard
 
     def changed(self) -> str | None:
-        """What is another one on the module than when the step was captured, in words.
+        """Describe what has changed on the module since the step was captured.
 
-        That is how it is built, or something that its forward or backward read.
+        This is its structure, or something that its forward or backward reads.
         """
         return self.structure.difference() or self.captured.step.reads.difference()
 
@@ -98,13 +98,13 @@ class Replan(Protocol):
         arguments: Mapping[str, Any],
         forward: Callable[..., Any],
     ) -> tuple[PlanRecord, LiveState]:
-        """The plan, and what is known beside it."""
+        """Return the plan, and what is known besides it."""
 
 
 class PlannedForward(StandIn):
-    """Stands in for a module's ``forward`` while a plan is applied.
+    """Replaces a module's ``forward`` while a plan is applied.
 
-    A copy of the module takes a copy of it along, bound to the copy.
+    Copying the module copies this, bound to the copy.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class PlannedForward(StandIn):
         self._begin()
 
     def _begin(self) -> None:
-        """What no copy and no pickle takes along."""
+        """Set what neither a copy nor a pickle includes."""
         self._prepared: list[Prepared] = []  # the one used last comes first
         self._others: list[PlannedForward] = []
         self._used_other = False  # by the last call
@@ -183,7 +183,7 @@ class PlannedForward(StandIn):
         if self._used_other and self._others and self._others[0]._still_is_for(arguments):
             return self._replanned(arguments, args, kwargs)
         self._used_other = False
-        if self.on_shape_change != "error":  # nothing is captured for a call that is another one
+        if self.on_shape_change != "error":  # nothing is captured for another call
             different = self._another_call(arguments)
             if different is not None:
                 return self._otherwise(mismatch(different), arguments, args, kwargs)
@@ -217,11 +217,12 @@ class PlannedForward(StandIn):
 
     @property
     def constants(self) -> list[torch.Tensor]:
-        """Tensors that are not the model's and that its planned steps carry along."""
+        """Tensors that do not belong to the model and that its planned steps hold."""
         return [t for p in self._prepared for t in p.captured.step.constants.values()]
 
     def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
-        """How a call differs from the planned one, however the model is built by now."""
+        """Describe how a call differs from the planned one, whatever the model's current
+        structure."""
         if self._prepared:
             return self._prepared[0].guard.another_call(arguments)
         if self._signature is None:
@@ -235,7 +236,7 @@ class PlannedForward(StandIn):
     def _otherwise(
         self, error: Exception, arguments: Mapping[str, Any], args: tuple, kwargs: dict
     ) -> Any:
-        """What a call does that is not the planned one, by the policy that was asked for."""
+        """Handle a call that differs from the planned one, by the requested policy."""
         self.tally.last_mismatch = str(error)
         if self.on_shape_change == "unplanned":
             return self._by_own_forward(str(error), args, kwargs)
@@ -254,12 +255,12 @@ class PlannedForward(StandIn):
         return self.unplanned(*args, **kwargs)
 
     def watch_backward(self, captured: CapturedStep) -> None:
-        """Notice from now on when a training step does not come here."""
+        """From now on, notice training steps that bypass this forward."""
         self.watching = True
         self._watch = UnplannedBackward.of(self, captured)
 
     def stop(self) -> None:
-        """Run the model's own forward from now on, whoever still calls this."""
+        """Run the model's own forward from now on, for callers that still hold this."""
         self.removed = True
         if self._watch is not None:
             self._watch.stop()
@@ -272,17 +273,17 @@ class PlannedForward(StandIn):
         on_shape_change: str,
         replan: Replan,
     ) -> None:
-        """Go on with another plan, in the place where this one is called."""
+        """Continue with another plan, in place of this one."""
         self.stop()
         self._start(plan, live, captured, on_shape_change, replan)
 
     def check(self, arguments: Mapping[str, Any]) -> None:
-        """Make the graphs if they are not made yet, and see whether a call is the planned one.
+        """Make the graphs if necessary, and check that a call is the planned one.
 
         Raises
         ------
         CallMismatchError
-            Names the first difference.
+            The message names the first difference.
         """
         different = self._current().guard.difference(arguments)
         if different is not None:
@@ -291,7 +292,7 @@ class PlannedForward(StandIn):
     # -- the step of the model as it is now ----------------------------------------
 
     def _current(self) -> Prepared:
-        """The step of the model as it is built now, captured again where it has to be.
+        """Return the step of the model's current structure, captured again if necessary.
 
         Raises
         ------
@@ -398,11 +399,11 @@ class PlannedForward(StandIn):
         return other(*args, **kwargs)
 
     def _changed(self) -> str | None:
-        """How the model is another one than for the plan that ran last."""
+        """Describe how the model has changed since the plan that ran last."""
         return self._prepared[0].changed() if self._prepared else None
 
     def _still_is_for(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether the step that ran last is the one for a call; nothing is captured."""
+        """Whether the step that ran last is valid for a call; captures nothing."""
         prepared = self._prepared[0] if self._prepared else None
         return (
             prepared is not None
@@ -421,7 +422,7 @@ class PlannedForward(StandIn):
     # -- what is said once ----------------------------------------------------------
 
     def _say_gradients_held(self) -> None:
-        """Gradients of an earlier step that are still there when a forward pass begins."""
+        """Warn about gradients of an earlier step that still exist when a forward pass begins."""
         main = self if self._main is None else self._main
         if main._watch is None:
             return
@@ -443,7 +444,7 @@ class PlannedForward(StandIn):
         )
 
     def _say_buckets(self) -> None:
-        """Under ``DistributedDataParallel``: gradients are added up in memory of its own."""
+        """Warn that ``DistributedDataParallel`` accumulates gradients in its own memory."""
         wrapper = DistributedDataParallel._active_ddp_module
         if wrapper is None or self._buckets_said:
             return
@@ -477,7 +478,7 @@ class PlannedForward(StandIn):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a pickle keeps: the graphs are made again on the first call."""
+        """Return what a pickle keeps; the graphs are made again on the first call."""
         made = {"_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand"}
         made |= {"_used_other", "_not_planned", "_not_replanned", "_main", "_buckets_said", "_live"}
         return {name: value for name, value in self.__dict__.items() if name not in made}
@@ -489,7 +490,7 @@ class PlannedForward(StandIn):
 
 
 def _anew(error: Exception) -> Exception:
-    """The same error, without what led to it: that holds frames, and they hold tensors."""
+    """Return the same error without its causes, whose frames hold tensors."""
     twin = type(error).__new__(type(error), *error.args)
     twin.__dict__.update(error.__dict__)
     return twin

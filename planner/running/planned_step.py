@@ -1,4 +1,4 @@
-"""Run a planned step under autograd, in the place of a module's own forward."""
+"""Run a planned step under autograd, in place of a module's own forward."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from .tally import Tally
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """Where arguments come from and results go, by position."""
+    """Where arguments come from and where results go, by position."""
 
     fetch: tuple[Fetch, ...]  # inputs of the forward graph, from the call's tensors
     saved_at: tuple[int, ...]  # positions of saved inputs among them
@@ -115,14 +115,14 @@ class PlannedStep:
     Parameters
     ----------
     forward
-        The model's own, for gradients that the plan cannot give; without it they
-        are an error.
+        The model's own, for gradients that the plan cannot give; without it they are
+        errors.
     changed
-        How the model is another one than while planning, in words.
+        Describes how the model has changed since planning.
     plan
-        What an out-of-memory error is explained by; without it, it is not.
+        Explains out-of-memory errors; without it they are not explained.
     tally
-        Where it counts and says what a reader must know.
+        Counts steps and issues warnings.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class PlannedStep:
     def run_forward(
         self, ctx: Any, call: StepCall, inputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """Outputs of the step; what backward needs is kept in ``ctx`` and ``call``."""
+        """Return the step's outputs; ``ctx`` and ``call`` keep what backward needs."""
         # As in eager: below autograd, with grad mode on (some kernels save more when it is).
         changed: OutcomeChanged | None = None
         layout = self._layout
@@ -247,7 +247,7 @@ class PlannedStep:
     def run_backward(
         self, ctx: Any, call: StepCall, gradients: tuple[torch.Tensor | None, ...]
     ) -> list[torch.Tensor | None]:
-        """Gradients of the step's inputs, by the plan where it can give what is asked for."""
+        """Return the gradients of the step's inputs, by the plan where it can give them."""
         return _outside_compilers()(self, ctx, call, gradients)
 
     def _run_backward(
@@ -313,7 +313,8 @@ class PlannedStep:
     def _by_own_forward(
         self, ctx: Any, call: StepCall, given: list[torch.Tensor | None], *, retained: bool
     ) -> list[torch.Tensor | None]:
-        """Gradients from some of the outputs alone, see :mod:`planner.running.own_gradients`."""
+        """Return gradients from only some of the outputs, see
+        :mod:`planner.running.own_gradients`."""
         if self._own_forward is None or self._rewrites_state:
             raise CallMismatchError(
                 "a backward pass from some of the outputs alone is asked of a planned model. Its "
@@ -359,14 +360,15 @@ class PlannedStep:
         )
 
     def differentiated_inputs(self, call: StepCall) -> list[torch.Tensor]:
-        """Parameters and tensors of a call that require grad, while the call is held."""
+        """Return the parameters and tensors of a call that require grad, while the call is held."""
         if not call.arguments:
             return []
         given = tensors_of(call.arguments)
         return [t for t in (fetch(given) for fetch in self._layout.fetch) if t.requires_grad]
 
     def _let_go(self, call: StepCall) -> None:
-        """After the last backward pass; the autograd graph may outlive it by a whole step."""
+        """Release tensors after the last backward pass; the autograd graph may live a whole step
+        longer."""
         call.arguments, call.saved = {}, []
         self._waiting = lambda: None
 
@@ -408,7 +410,8 @@ class PlannedStep:
 
 @cache
 def _outside_compilers() -> Callable[..., list[torch.Tensor | None]]:
-    """The backward pass as one opaque call; made late, since this imports the compiler."""
+    """Return backward as one opaque call for compilers; made late, since this imports the
+    compiler."""
     return torch.compiler.disable(PlannedStep._run_backward)
 
 
@@ -434,7 +437,7 @@ class _Step(torch.autograd.Function):
 
 
 def _reads_what_it_writes(captured: CapturedStep) -> bool:
-    """Whether a second forward would begin from other buffers than the first."""
+    """Whether a second forward would start from different buffers than the first."""
     nodes = captured.step.graph.find_nodes(op="placeholder")
     read = {node.meta["target"] for node in nodes if node.meta["role"] == "attribute"}
     if any(e.role == "buffer" or e.target in read for e in captured.step.reassigned):
@@ -470,7 +473,7 @@ def _what_changed(changed: OutcomeChanged, check: Check) -> str:
 
 
 def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """The gradient of an output, in the layout that the backward graph was traced with."""
+    """Return an output's gradient in the layout that the backward graph was traced with."""
     if tangent.stride() == expected.stride() or tangent.is_contiguous():
         return tangent
     return tangent.contiguous()

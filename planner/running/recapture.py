@@ -1,4 +1,4 @@
-"""Capture again the step that a plan was made for, on the model that it is applied to."""
+"""Capture a plan's step again, on the model that the plan is applied to."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from ..plan_record import PlanRecord
 def on_card_of(
     plan: PlanRecord, live: LiveState | None, model: nn.Module
 ) -> tuple[PlanRecord, LiveState | None]:
-    """The plan for the card that ``model`` lies on: each rank of a job has one of its own."""
+    """Return the plan for the GPU that ``model`` is on: each rank of a job has its own."""
     cards = {t.device for t in model.parameters() if t.device.type == "cuda"}
     planned = {torch.device(spec.device) for spec in plan.guard.state.values()}
     if plan.device_type != "cuda" or len(cards) != 1 or cards <= planned:
@@ -66,11 +66,11 @@ def on_card_of(
 def capture_for(
     plan: PlanRecord, live: LiveState | None, model: nn.Module, forward: Callable[..., Any]
 ) -> CapturedStep:
-    """The captured step of ``model`` for ``plan``, checked to be the one that was planned.
+    """Capture the step of ``model`` for ``plan``, and check that it is the planned one.
 
-    Of a plan from a file nothing counts but the order of its runs, its times, and what
-    the training loop's own loss and optimizer take: sizes, pins, the order of draws and
-    the kernels' scratch are found here, and the order is judged by them.
+    From a plan file, only the order of its runs, its times, and the costs of the
+    training loop's own loss and optimizer are used. Sizes, pins, the order of draws and
+    the kernels' scratch are found here, and the order is checked against them.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def capture_for(
 def as_captured(
     plan: PlanRecord, live: LiveState | None, captured: CapturedStep
 ) -> tuple[PlanRecord, LiveState | None]:
-    """The plan with the figures of the step that :func:`capture_for` found for it."""
+    """Return the plan with the figures of the step that :func:`capture_for` found for it."""
     if captured.graph == plan.graph:
         return plan, live
     step, model = captured.step, captured.model()
@@ -144,7 +144,7 @@ def as_captured(
 
 
 def _priced_as_planned(planned: CostGraph, found: CostGraph, measured: bool) -> CostGraph:
-    """The graph found here with the plan's times, with its scratch where that was measured.
+    """Return the graph found here with the plan's times, and its scratch where that was measured.
 
     What the loop's loss and optimizer take cannot be found here.
     """
@@ -171,7 +171,7 @@ def _priced_rewrites(there: Operator, here: Operator) -> tuple[tuple[int, int, i
 
 
 def _judge(plan: PlanRecord, graph: CostGraph) -> None:
-    """Whether the plan's order computes this graph within its budget.
+    """Check that the plan's order computes this graph within its budget.
 
     A plan that was made without the device did not count scratch: the headroom is for it.
     """
@@ -197,7 +197,8 @@ def _judge(plan: PlanRecord, graph: CostGraph) -> None:
 
 
 def _refuse_absent_devices(plan: PlanRecord) -> None:
-    """Before a tensor is made of a specification: PyTorch may end the process."""
+    """Refuse absent devices before making tensors of a specification: PyTorch may end the
+    process."""
     specs = [*specs_of(plan.guard.arguments), *plan.loss.tangents]
     for device in {plan.device_type, *(spec.device for spec in specs)}:
         kind, _, index = device.partition(":")
@@ -215,7 +216,7 @@ def _refuse_absent_devices(plan: PlanRecord) -> None:
 
 
 def _refuse_another_call(plan: PlanRecord, model: nn.Module, forward: Callable[..., Any]) -> None:
-    """A call that this module cannot get, which would never be the planned one."""
+    """Refuse a planned call that this module can never receive."""
     unknown = set(plan.guard.arguments) - set(inspect.signature(forward).parameters)
     if unknown:
         raise _another_model(f"forward has no argument {min(unknown)!r}")
@@ -254,7 +255,7 @@ def _capture_again(
     rules = plan.never_recompute, plan.always_recompute
 
     def check(graph: CostGraph) -> None:
-        """Nothing is run for a step that is not the planned one; rules change the graph."""
+        """Run nothing for a step that differs from the planned one; rules change the graph."""
         if not any(rules) and graph.fingerprint != plan.fingerprint:
             raise _another_model(_first_difference(plan.graph, graph))
 
