@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from planner.comparing.machine import machine, version_of
-from solvers.incumbent import GLOBAL_SCOPE
+from solvers.scopes import BoundScope
 
 from .run import Run, as_record, best_costs
 
@@ -55,9 +55,9 @@ def _status(row: Run) -> str:
     """The solver's word, with what its proof speaks of where that is not every schedule."""
     if row.error:
         return f"{row.status}: {row.error}"
-    if row.bound_scope in ("", GLOBAL_SCOPE):
+    if row.bound_scope in (None, BoundScope.BASE_ORDER):
         return row.status
-    return f"{row.status}, of {row.bound_scope}"
+    return f"{row.status}, of {row.bound_scope.words}"
 
 
 def _figure(value: float | None, digits: int) -> str:

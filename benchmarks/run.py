@@ -14,6 +14,7 @@ from typing import Any
 
 from solvers.instances import budget_of
 from solvers.result import OPTIMAL_GAP
+from solvers.scopes import BoundScope
 
 from .instances import Instance
 
@@ -63,7 +64,7 @@ class Run:
     budget_bytes: int
     solver: str
     status: str
-    bound_scope: str = ""
+    bound_scope: BoundScope | None = None
     global_bound_ns: int | None = None
     peak_bytes: int | None = None
     solve_s: float | None = None
@@ -195,7 +196,7 @@ def heard(row: Run, output: str) -> Run:
         row = replace(
             row,
             status=result["status"],
-            bound_scope=result["bound_scope"],
+            bound_scope=BoundScope(result["bound_scope"]),
             global_bound_ns=result["global_bound_ns"],
             peak_bytes=result["peak_bytes"],
             solve_s=result["solve_s"],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from solvers.result import OPTIMAL_GAP
+from solvers.scopes import BoundScope
 
 from .base.solve_options import DEFAULT_GAP
 
@@ -127,7 +128,7 @@ class BudgetBound:
     budget: str
     budget_bytes: int
     lower_bound_us: float | None
-    scope: str
+    scope: BoundScope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from graph_capture.outcomes import Outcome
 from solvers.replay import Replay, replay
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule
+from solvers.scopes import BoundScope
 
 from .base.call_guard import CallGuard
 
@@ -133,7 +134,7 @@ class PlanRecord:
     baseline_peak_bytes: int
     baseline_step_us: float
     lower_bound_us: float
-    bound_scope: str
+    bound_scope: BoundScope
     status: SolveStatus
     solver: str
     solve_s: float

@@ -48,7 +48,7 @@ def report(plan: PlanRecord, live: LiveState | None = None) -> str:
         *(f"            {note}" for note in plan.costs.notes),
         f"  proof     {plan.status}, gap {plan.gap:.2%} ({plan.solver}, {plan.solve_s:.1f} s); "
         f"at least {format_us(plan.lower_bound_us)} in",
-        f"            {plan.bound_scope}",
+        f"            {plan.bound_scope.words}",
         *_recomputed(plan),
         f"  counts    {_covers(plan)}",
     ]

@@ -12,9 +12,7 @@ from .progress import Progress, ProgressEvent
 from .replay import InvalidScheduleError, replay
 from .result import OPTIMAL_GAP, SolveResult, SolveStatus, relative_gap
 from .schedule import Schedule
-from .stages import STAGED_SCOPE
-
-GLOBAL_SCOPE = "every schedule whose first runs keep the base order"
+from .scopes import BoundScope
 
 
 class Incumbent:
@@ -77,11 +75,11 @@ class Incumbent:
         return bound_ns if self.cost_ns is None else min(bound_ns, self.cost_ns)
 
     @property
-    def bound_scope(self) -> str:
+    def bound_scope(self) -> BoundScope:
         """The scope of :attr:`bound_ns`: the wider one where both bounds prove as much."""
         if self.bound_ns <= self.global_bound_ns or self._proven_by(self.global_bound_ns):
-            return GLOBAL_SCOPE
-        return STAGED_SCOPE
+            return BoundScope.BASE_ORDER
+        return BoundScope.STAGED
 
     @property
     def gap(self) -> float | None:
@@ -202,7 +200,7 @@ class Incumbent:
             status = SolveStatus.OPTIMAL
         else:
             status = SolveStatus.FEASIBLE
-        proven_globally = self.bound_scope == GLOBAL_SCOPE
+        proven_globally = self.bound_scope is BoundScope.BASE_ORDER
         return SolveResult(
             status=status,
             schedule=self.schedule,

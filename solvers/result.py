@@ -8,6 +8,7 @@ from enum import StrEnum
 from graph_capture.units import format_bytes, format_us
 
 from .schedule import Schedule
+from .scopes import BoundScope
 
 
 class SolveStatus(StrEnum):
@@ -37,10 +38,8 @@ class SolveResult:
     lower_bound_ns
         No schedule within ``bound_scope`` takes less time.
     bound_scope
-        What the bound covers: every schedule whose first runs keep the base order, or
-        staged schedules (``stages.py``) only, or every order (``any_order/solve.py``).
-        ``status`` has the same scope; a schedule outside a scope may take less than its
-        bound.
+        What the bound covers. ``status`` has the same scope; a schedule
+        outside a scope may take less than its bound.
     global_bound_ns
         No schedule whose first runs keep the base order takes less time.
     peak_bytes
@@ -57,7 +56,7 @@ class SolveResult:
     schedule: Schedule | None
     cost_ns: int | None
     lower_bound_ns: int
-    bound_scope: str
+    bound_scope: BoundScope
     global_bound_ns: int
     peak_bytes: int | None
     solver: str

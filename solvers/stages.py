@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 from .retention_plan import base_fronts
 from .schedule import Schedule
 
-STAGED_SCOPE = "schedules that run each operator at most once, in base order, between first runs"
-
 
 def stages_of(schedule: Schedule) -> list[list[int]]:
     """Return what each stage recomputes, ascending, for the nearest staged schedule.

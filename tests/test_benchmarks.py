@@ -35,7 +35,7 @@ def said(*moments: tuple[float, int | None, int], status: str = "feasible") -> s
         "status": status,
         "cost_ns": cost,
         "bound_ns": bound,
-        "bound_scope": "all",
+        "bound_scope": "any_order",
         "global_bound_ns": bound,
         "peak_bytes": 90,
         "solve_s": moments[-1][0] + 1,

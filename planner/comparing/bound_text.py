@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from graph_capture.units import format_bytes
-from solvers.incumbent import GLOBAL_SCOPE
+from solvers.scopes import BoundScope
 
 EAGERS_ORDER = "in eager's order"
 """Of schedules whose first runs keep the order in which eager runs them."""
@@ -14,9 +14,9 @@ OTHER_ORDER = "not in eager's order: the bound does not speak of it"
 """What is noted of a row whose schedule the bounds say nothing about."""
 
 
-def scope_words(scope: str) -> str:
+def scope_words(scope: BoundScope) -> str:
     """What a bound speaks of, to stand behind it."""
-    return EAGERS_ORDER if scope == GLOBAL_SCOPE else f"for {scope}"
+    return EAGERS_ORDER if scope is BoundScope.BASE_ORDER else f"for {scope.words}"
 
 
 def bytes_rounded_down(num_bytes: int) -> str:

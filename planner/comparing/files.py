@@ -15,8 +15,11 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from solvers.scopes import BoundScope, code_of
 
 from ..base.atomic_write import write_whole
 from ..comparison_record import ComparisonRecord
@@ -167,6 +170,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             return None
         (inner,) = (part for part in parts if part is not types.NoneType)
         return _value(inner, value, path)
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return _member(hint, value, path)
     if origin is Literal:
         fits = isinstance(value, str) and value in parts
     elif origin is tuple:
@@ -193,6 +198,15 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if not fits:
         raise ComparisonFileError(f"at {path}: {value!r:.60} is not {_words(hint)}")
     return value
+
+
+def _member(kind: type[StrEnum], value: Any, path: str) -> StrEnum:
+    """A member of an enum by its code; scopes of bounds were written in words at first."""
+    if isinstance(value, str):
+        code = code_of(value) if kind is BoundScope else value
+        if code in set(kind):
+            return kind(code)
+    raise ComparisonFileError(f"at {path}: {value!r:.60} is not one of {', '.join(kind)}")
 
 
 def _finite(value: int | float, path: str) -> float:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from graph_capture.cost_graph import CostGraph
 from graph_capture.units import format_bytes
 from solvers.any_order.permutation import first_runs
-from solvers.incumbent import GLOBAL_SCOPE
 from solvers.least_memory import LeastMemory
 from solvers.portfolio import solve
 from solvers.result import SolveResult, SolveStatus
 from solvers.schedule import Schedule
+from solvers.scopes import BoundScope
 from solvers.strategies.solved import AUTO, status_in_words
 from solvers.strategies.strategy import Strategy, StrategyError, StrategyOutcome, apply_strategy
 
@@ -96,7 +96,7 @@ class Predictor:
             budget=budget.label,
             budget_bytes=num_bytes,
             lower_bound_us=None if own is None else own / 1e3,
-            scope=GLOBAL_SCOPE,
+            scope=BoundScope.BASE_ORDER,
         )
 
     # -- rows ------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solvers.incumbent import GLOBAL_SCOPE
+from solvers.scopes import BoundScope
 
 from ..comparison_record import ComparisonRecord
 from .points import Point, curves, staircase, unreachable
@@ -73,7 +73,7 @@ _LOOKS = (  # colour, marker, line: any two differ in two of them
     (ORANGE, "p", "-."),
 )
 _EAGERS_ORDER = "in eager's order"
-_SHORT_SCOPES = {GLOBAL_SCOPE: _EAGERS_ORDER}
+_SHORT_SCOPES = {BoundScope.BASE_ORDER: _EAGERS_ORDER}
 
 _PEER_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "h")
 
@@ -232,7 +232,7 @@ class _Pareto:
     def _scope(self) -> str:
         """In few words what the bounds speak of: an order of its own may get below them."""
         scopes = dict.fromkeys(bound.scope for bound in self.comparison.bounds)
-        return "; ".join(_SHORT_SCOPES.get(scope, scope) for scope in scopes) or _EAGERS_ORDER
+        return "; ".join(_SHORT_SCOPES.get(scope, scope.words) for scope in scopes) or _EAGERS_ORDER
 
     def _curve(
         self,

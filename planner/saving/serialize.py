@@ -30,6 +30,7 @@ from graph_capture.regular_file import read_regular
 from solvers.replay import InvalidScheduleError
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule
+from solvers.scopes import BoundScope, code_of
 
 from ..base.atomic_write import write_whole
 from ..base.call_guard import CallGuard
@@ -131,7 +132,7 @@ def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
             "name": plan.solver,
             "status": str(plan.status),
             "lower_bound_us": plan.lower_bound_us,
-            "bound_scope": plan.bound_scope,
+            "bound_scope": str(plan.bound_scope),
             "seed": plan.seed,
             "reorder": plan.reorder,
             "solve_s": plan.solve_s,
@@ -198,6 +199,7 @@ def plan_from_dict(data: Any) -> PlanRecord:
             f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}; "
             "make the plan again"
         )
+    data = _with_scope_code(data)
     try:
         problem = best_match(_validator().iter_errors(data))
         if problem is not None:
@@ -230,6 +232,14 @@ def plan_from_dict(data: Any) -> PlanRecord:
     if wrong is not None:
         raise PlanError(wrong)
     return plan
+
+
+def _with_scope_code(data: dict[str, Any]) -> dict[str, Any]:
+    """The same with a code for ``bound_scope``, which files had in words at first."""
+    solver = data.get("solver")
+    if not isinstance(solver, dict) or not isinstance(solver.get("bound_scope"), str):
+        return data  # the schema says what is wrong with it
+    return {**data, "solver": {**solver, "bound_scope": code_of(solver["bound_scope"])}}
 
 
 def _differences(said: Any, found: Any, path: str) -> Iterator[str]:
@@ -279,7 +289,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
         baseline_peak_bytes=prediction["baseline_peak_bytes"],
         baseline_step_us=prediction["baseline_step_us"],
         lower_bound_us=solver["lower_bound_us"],
-        bound_scope=solver["bound_scope"],
+        bound_scope=BoundScope(solver["bound_scope"]),
         status=SolveStatus(solver["status"]),
         solver=solver["name"],
         solve_s=solver["solve_s"],

@@ -32,8 +32,6 @@ from ..slices.model import build_slice_model
 from ..slices.slicing import Slicing
 from .precedence import fixed_operators
 
-ANY_ORDER_SCOPE = "every schedule whose first runs stay on eager's side of the loss, in any order"
-
 ABSOLUTE_GAP = 0.3
 """Units of the objective (0.01 % of the step) within which the relaxation counts as solved."""
 

@@ -36,11 +36,10 @@ from ..progress import Progress
 from ..replay import replay
 from ..result import OPTIMAL_GAP, SolveResult, SolveStatus
 from ..schedule import Schedule
-from .order_free_bound import ANY_ORDER_SCOPE, OrderFreeBound, order_free_bound
+from ..scopes import BoundScope
+from .order_free_bound import OrderFreeBound, order_free_bound
 from .permutation import first_runs, permuted, relabelled, unpermuted
 from .reorder import reorder, reorder_runs
-
-OWN_ORDER = "which here is the order of this plan and not eager's"
 
 FIRST_SHARE = 0.6
 """Of the time limit, for eager's own order."""
@@ -180,7 +179,7 @@ def _claim(
             result,
             status=SolveStatus.INFEASIBLE if anywhere.infeasible else SolveStatus.UNKNOWN,
             lower_bound_ns=anywhere.lower_bound_ns,
-            bound_scope=ANY_ORDER_SCOPE,
+            bound_scope=BoundScope.ANY_ORDER,
         )
     outcome = replay(graph, result.schedule)
     if (outcome.cost_ns, outcome.peak_bytes) != (result.cost_ns, result.peak_bytes):
@@ -196,13 +195,13 @@ def _claim(
             result,
             status=SolveStatus.OPTIMAL,
             lower_bound_ns=anywhere.lower_bound_ns,
-            bound_scope=ANY_ORDER_SCOPE,
+            bound_scope=BoundScope.ANY_ORDER,
         )
     if best.order == eager:
         global_bound_ns = max(best.result.global_bound_ns, anywhere.lower_bound_ns)
         result = replace(result, global_bound_ns=global_bound_ns)
     else:
-        result = replace(result, bound_scope=f"{result.bound_scope}, {OWN_ORDER}")
+        result = replace(result, bound_scope=result.bound_scope.in_own_order)
     return replace(result, lower_bound_ns=max(result.lower_bound_ns, anywhere.lower_bound_ns))
 
 

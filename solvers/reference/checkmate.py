@@ -38,7 +38,7 @@ from ..incumbent import Incumbent
 from ..replay import replay
 from ..result import OPTIMAL_GAP
 from ..schedule import Schedule
-from ..stages import STAGED_SCOPE
+from ..scopes import BoundScope
 from .checkmate_model import CheckmateModel, build_checkmate_model, count_columns, schedule_of
 from .checkmate_rounding import rounded_schedules
 from .ortools_process import BACKENDS, RunOutcome, RunStatus, run_ortools
@@ -293,4 +293,4 @@ def _report(state: Incumbent, name: str, result: CheckmateOutcome) -> None:
         return
     state.raise_bound(result.class_bound_ns, name, staged=True)
     if result.proven:
-        state.note(f"{name}: optimal among {STAGED_SCOPE}")
+        state.note(f"{name}: optimal among {BoundScope.STAGED.words}")

@@ -30,7 +30,8 @@ from ..incumbent import Incumbent
 from ..replay import replay
 from ..result import OPTIMAL_GAP
 from ..schedule import Schedule
-from ..stages import STAGED_SCOPE, order_of, stages_of
+from ..scopes import staged_words
+from ..stages import order_of, stages_of
 from .moccasin_model import MoccasinModel, build_moccasin_model, schedule_of
 from .ortools_process import RunOutcome, RunStatus, run_ortools
 
@@ -205,7 +206,7 @@ class _Search:
 
 def _report(state: Incumbent, outcome: MoccasinOutcome) -> None:
     """Say what is proven of the class."""
-    scope = f"{STAGED_SCOPE}, and no more than {outcome.num_runs} times"
+    scope = staged_words(outcome.num_runs)
     if outcome.infeasible:
         state.note(f"{NAME}: nothing fits among {scope}")
         return

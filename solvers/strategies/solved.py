@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from graph_capture.cost_graph import CostGraph
 
 from .. import portfolio  # as a module, because it imports strategies of this package itself
-from ..incumbent import GLOBAL_SCOPE
 from ..result import SolveResult, SolveStatus
-from ..stages import STAGED_SCOPE
+from ..scopes import BoundScope, short_words
 from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
 
 
@@ -47,16 +46,10 @@ def solver_strategy(name: str, solver: str, *, summary: str, source: str) -> Str
     return Strategy(name=name, summary=summary, source=source, propose=propose, needs_budget=True)
 
 
-_SHORT_SCOPES = {STAGED_SCOPE: "staged schedules"}
-
-
 def status_in_words(result: SolveResult) -> str:
     """The status of a solve, and of what it is where its bound does not speak of every schedule."""
-    if result.status is SolveStatus.OPTIMAL and result.bound_scope != GLOBAL_SCOPE:
-        scope = result.bound_scope
-        for long, short in _SHORT_SCOPES.items():
-            scope = scope.replace(long, short)
-        return f"{result.status} among {scope}"
+    if result.status is SolveStatus.OPTIMAL and result.bound_scope is not BoundScope.BASE_ORDER:
+        return f"{result.status} among {short_words(result.bound_scope)}"
     return str(result.status)
 
 

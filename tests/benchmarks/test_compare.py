@@ -37,6 +37,7 @@ from planner.comparison_record import BudgetBound, ComparisonRow
 from solvers.instances import keep_all_peak_bytes
 from solvers.least_memory import least_memory
 from solvers.portfolio import solve
+from solvers.scopes import BoundScope
 from tests.solvers.strategy_graphs import layered, unit_chain
 
 
@@ -59,7 +60,14 @@ def comparison(others_us: float) -> Comparison:
     return Comparison(
         model="tiny",
         rows=(other, row, replace(other, budget="", budget_bytes=None, fits=None)),
-        bounds=(BudgetBound(budget="50%", budget_bytes=500_000, lower_bound_us=108.0, scope="x"),),
+        bounds=(
+            BudgetBound(
+                budget="50%",
+                budget_bytes=500_000,
+                lower_bound_us=108.0,
+                scope=BoundScope.BASE_ORDER,
+            ),
+        ),
         baseline_peak_bytes=1_000_000,
         baseline_step_us=100.0,
         least_bytes=400_000,

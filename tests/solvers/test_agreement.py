@@ -14,13 +14,13 @@ from hypothesis import Phase, event, example, given, settings
 from hypothesis import strategies as st
 
 from graph_capture.cost_graph import CostGraph
-from solvers.incumbent import GLOBAL_SCOPE
 from solvers.instances import keep_all_peak_bytes
 from solvers.least_memory import least_memory
 from solvers.portfolio import SOLVERS, solve
 from solvers.replay import replay
 from solvers.result import SolveResult, SolveStatus
-from solvers.stages import STAGED_SCOPE, is_staged
+from solvers.scopes import BoundScope
+from solvers.stages import is_staged
 
 from .brute_force import least_cost, least_memory_exact
 from .graphs import budget_within, random_dag, random_step
@@ -86,11 +86,11 @@ def check_claims(graph: CostGraph, budget_bytes: int, result: SolveResult) -> No
         assert optimum is None
     if optimum is not None:
         assert result.global_bound_ns <= optimum
-    if result.bound_scope == GLOBAL_SCOPE:
+    if result.bound_scope is BoundScope.BASE_ORDER:
         assert result.lower_bound_ns == result.global_bound_ns
         if result.status is SolveStatus.OPTIMAL and keeps_order:
             assert result.cost_ns == optimum
-    elif result.bound_scope == STAGED_SCOPE:
+    elif result.bound_scope is BoundScope.STAGED:
         staged = least_cost(graph, budget_bytes, checkmate_class=True)
         if staged is not None:
             assert result.lower_bound_ns <= staged

@@ -6,6 +6,7 @@ from graph_capture.cost_graph import CostGraph, Operator, Storage
 from solvers.replay import replay
 from solvers.result import SolveResult, SolveStatus
 from solvers.schedule import Schedule
+from solvers.scopes import BoundScope
 
 
 def _graph(count: int) -> CostGraph:
@@ -37,7 +38,7 @@ def test_a_schedule_is_not_spelled_out() -> None:
         schedule=schedule,
         cost_ns=outcome.cost_ns,
         lower_bound_ns=160_000,
-        bound_scope="all",
+        bound_scope=BoundScope.BASE_ORDER,
         global_bound_ns=160_000,
         peak_bytes=outcome.peak_bytes,
         solver="keep_all",

@@ -19,7 +19,7 @@ from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveResult, SolveStatus
 from solvers.schedule import Schedule
-from solvers.stages import STAGED_SCOPE
+from solvers.scopes import BoundScope
 from solvers.strategies import STRATEGIES, apply_strategy
 from tests.planner.small import Net, make, sample, square
 
@@ -274,7 +274,7 @@ def test_an_optimum_among_staged_schedules_is_called_that(
             result,
             status=SolveStatus.OPTIMAL,
             lower_bound_ns=result.cost_ns,
-            bound_scope=STAGED_SCOPE,
+            bound_scope=BoundScope.STAGED,
         )
 
     monkeypatch.setattr("planner.comparing.predict.solve", staged)

@@ -17,7 +17,7 @@ from planner.base.solve_options import DEFAULT_GAP
 from planner.comparing.bound_text import OTHER_ORDER
 from planner.comparing.files import ComparisonFileError
 from planner.comparison_record import BudgetBound, MeasuredStep
-from solvers.incumbent import GLOBAL_SCOPE
+from solvers.scopes import BoundScope
 
 
 def step(ratio: float = 1.25) -> MeasuredStep:
@@ -57,8 +57,12 @@ def comparison() -> Comparison:
             ComparisonRow(strategy="compiled", kind="peer", measured=step(math.nan)),
         ),
         bounds=(
-            BudgetBound(budget="60%", budget_bytes=600, lower_bound_us=120.5, scope="all"),
-            BudgetBound(budget="1B", budget_bytes=1, lower_bound_us=None, scope="all"),
+            BudgetBound(
+                budget="60%", budget_bytes=600, lower_bound_us=120.5, scope=BoundScope.ANY_ORDER
+            ),
+            BudgetBound(
+                budget="1B", budget_bytes=1, lower_bound_us=None, scope=BoundScope.ANY_ORDER
+            ),
         ),
         baseline_peak_bytes=1000,
         baseline_step_us=100.0,
@@ -222,8 +226,11 @@ def test_the_table_shows_it(comparison: Comparison) -> None:
         "hand-made: torch 2, seed 0",
         "predicted: times by roofline for a device",
     ]
-    assert "budget 60%: 600 B; proven: no overhead below +20.50% for all" in lines
-    assert "budget 1B: 1 B; proven: nothing fits for all" in lines
+    assert (
+        f"budget 60%: 600 B; proven: no overhead below +20.50% for {BoundScope.ANY_ORDER.words}"
+        in lines
+    )
+    assert f"budget 1B: 1 B; proven: nothing fits for {BoundScope.ANY_ORDER.words}" in lines
     (ours,) = [line for line in lines if line.startswith("*  auto")]
     assert " ".join(ours.split()) == (
         "* auto k=3, n=2 600 B 60.0% +20.50% 0.00% 7 0.25 s 601 B 1.250 1.250 – 2.250 equal"
@@ -277,7 +284,7 @@ def test_a_file_of_before_is_read(comparison: Comparison, tmp_path: Path) -> Non
 def test_proofs_have_their_scope_and_are_rounded_down(comparison: Comparison) -> None:
     """No more is claimed than is proven: of eager's order, and at most the bound."""
     bounds = tuple(
-        replace(b, scope=GLOBAL_SCOPE, lower_bound_us=b.lower_bound_us and 120.5678)
+        replace(b, scope=BoundScope.BASE_ORDER, lower_bound_us=b.lower_bound_us and 120.5678)
         for b in comparison.bounds
     )
     proven = replace(comparison, bounds=bounds, least_bound_bytes=299_999, least_bytes=400_000)
@@ -285,7 +292,11 @@ def test_proofs_have_their_scope_and_are_rounded_down(comparison: Comparison) ->
     assert "budget 60%: 600 B; proven: no overhead below +20.56% in eager's order" in lines
     assert "budget 1B: 1 B; proven: nothing fits in eager's order" in lines
     assert any("proven impossible below 299 kB in eager's order" in line for line in lines)
-    assert [r["bound_scope"] for r in proven.records()] == [GLOBAL_SCOPE, GLOBAL_SCOPE, None]
+    assert [r["bound_scope"] for r in proven.records()] == [
+        BoundScope.BASE_ORDER,
+        BoundScope.BASE_ORDER,
+        None,
+    ]
 
 
 def test_notes_that_bear_on_figures_are_printed(comparison: Comparison) -> None:

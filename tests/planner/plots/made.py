@@ -7,7 +7,7 @@ from typing import Any
 from graph_capture.cost_graph import CostGraph, Operator, Storage
 from planner.comparing.comparison import Comparison
 from planner.comparison_record import BudgetBound, ComparisonRow, MeasuredStep
-from solvers.incumbent import GLOBAL_SCOPE
+from solvers.scopes import BoundScope
 
 MB = 10**6
 
@@ -96,7 +96,7 @@ def bound(budget_bytes: int, overhead: float | None) -> BudgetBound:
         budget=f"{budget_bytes}B",
         budget_bytes=budget_bytes,
         lower_bound_us=None if overhead is None else 100.0 * (1 + overhead),
-        scope=GLOBAL_SCOPE,
+        scope=BoundScope.BASE_ORDER,
     )
 
 

@@ -203,7 +203,8 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
 def test_control_characters_of_a_file_are_shown(written: dict[str, Any]) -> None:
     """A terminal would obey them."""
     data = copy.deepcopy(written)
-    data["solver"].update(name="\x1b]0;title\x07\x1b[2J", bound_scope="x\r\x1b[31m\n\u202e")
+    data["solver"]["name"] = "\x1b]0;title\x07\x1b[2J"
+    data["costs"]["device"] = "x\r\x1b[31m\n\u202e"
     data["operators"][0]["module_path"] = "\x1b[2J"
     text = str(Plan.of(plan_from_dict(data)))
     assert all(line.isprintable() for line in text.split("\n"))
