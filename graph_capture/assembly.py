@@ -18,6 +18,7 @@ from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.allocator import block_bytes
 from .costs.cost_model import Call
 from .costs.library_workspace import STORAGE_NAME, library_workspace_bytes
+from .loss import LossSource
 from .operators import item_index
 from .optimizer_step import OptimizerStep
 from .pricing import Pricing
@@ -181,7 +182,7 @@ class Assembly:
             code,
             Operator(
                 name="loss",
-                target=region.label,
+                target=str(region.source),
                 inputs=tuple(sorted({self._storage_of[k] for k in code.reads.values()})),
                 outputs=tuple(outputs),
                 cost_ns=self._region_ns(region.calls),
@@ -201,7 +202,7 @@ class Assembly:
         """
         storage = self._add_block(k, v, "loss")
         scalar = self._blocks[k].carriers[0].meta["val"].numel() <= 1
-        if scalar or self._step.loss.label == "outputs":
+        if scalar or self._step.loss.source is LossSource.OUTPUTS:
             self.storages[storage] = replace(self.storages[storage], kept=True)
         return storage
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -28,14 +29,23 @@ from .recorder import storage_id
 LossFn = Callable[[Any], torch.Tensor]
 
 
+class LossSource(StrEnum):
+    """Where the loss of a step comes from, by a code that files and graphs keep."""
+
+    OUTPUT = "output"  # forward returns it
+    OUTPUT_LOSS = "output.loss"  # forward returns it beside other things
+    LOSS_FN = "loss_fn"  # a function of the output makes it
+    OUTPUTS = "outputs"  # the loop makes it; every output that wants a gradient gets one
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossRegion:
     """What the training loop does between forward and backward.
 
     Parameters
     ----------
-    label
-        ``"output"``, ``"output.loss"``, ``"loss_fn"`` or ``"outputs"``.
+    source
+        Where the loss comes from.
     held_bytes
         Bytes that stay allocated afterwards beside the tangents: the loss, its own
         gradient, and the element that stands for each tangent handed over (see
@@ -51,7 +61,7 @@ class LossRegion:
         and the tangents; may be negative.
     """
 
-    label: str
+    source: LossSource
     held_bytes: int = 0
     constant_bytes: int = 0
     workspace_bytes: int = 0
@@ -221,12 +231,14 @@ def differentiate(
     loss = find_loss(output)
     if loss is not None:
         i = next(i for i, t in enumerate(tensors) if t is loss)
-        label = "output" if output is loss else "output.loss"
-        return [i], [torch.ones_like(loss)], LossRegion(label=label)
+        source = LossSource.OUTPUT if output is loss else LossSource.OUTPUT_LOSS
+        return [i], [torch.ones_like(loss)], LossRegion(source=source)
     return (
         wanting,
         [torch.ones_like(tensors[i]) for i in wanting],
-        LossRegion(label="outputs", held_bytes=sum(tensors[i].element_size() for i in wanting)),
+        LossRegion(
+            source=LossSource.OUTPUTS, held_bytes=sum(tensors[i].element_size() for i in wanting)
+        ),
     )
 
 
@@ -271,7 +283,7 @@ def _through_loss_fn(
     loss_bytes = memory.nbytes()
     tangent_bytes = sum({storage_id(g): g.untyped_storage().nbytes() for _, g in pairs}.values())
     region = LossRegion(
-        label="loss_fn",
+        source=LossSource.LOSS_FN,
         held_bytes=loss_bytes + element_bytes + sum(g.element_size() for _, g in pairs),
         constant_bytes=sum(meter.constants.values()),
         workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - loss_bytes),

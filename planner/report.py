@@ -151,5 +151,5 @@ def _covers(plan: PlanRecord) -> str:
     scratch = "" if SCRATCH_NOT_COUNTED in plan.costs.notes else ", scratch"
     return (
         f"parameters, buffers, gradients, inputs, outputs, activations, temporaries{scratch}; "
-        f"{optimizer}; backward of {plan.loss.region.label}"
+        f"{optimizer}; backward of {plan.loss.region.source}"
     )

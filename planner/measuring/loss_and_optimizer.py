@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from graph_capture.loss import LossSource
 from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
 from graph_capture.target import target_of
 
@@ -27,10 +28,10 @@ def planned_loss_fn(
     PlanError, PlanMismatchError
         When it is needed and not known, or given and not planned.
     """
-    planned_with = plan.loss.region.label == "loss_fn"
+    planned_with = plan.loss.region.source is LossSource.LOSS_FN
     if loss_fn is not None and not planned_with:
         raise PlanMismatchError(
-            f"the plan differentiates {plan.loss.region.label}, not a loss_fn: leave it out, or "
+            f"the plan differentiates {plan.loss.region.source}, not a loss_fn: leave it out, or "
             "plan with it"
         )
     if loss_fn is None and planned_with:

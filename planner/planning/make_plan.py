@@ -12,6 +12,7 @@ from torch import nn
 from graph_capture.call_spec import tensors_of
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES, Device
+from graph_capture.loss import LossSource
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
 from graph_capture.step_capture import capture_step
@@ -154,7 +155,7 @@ def replan(
     """
     request = None if live is None else live.request
     if request is None:
-        if plan.loss.region.label == "loss_fn":
+        if plan.loss.region.source is LossSource.LOSS_FN:
             raise PlanError(
                 "a plan from a file cannot be made again for another shape: its loss_fn is not in "
                 "the file; call optimize() with it"

@@ -24,6 +24,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
 from graph_capture.errors import CaptureError, NotFittingError
+from graph_capture.loss import LossSource
 from graph_capture.outcomes import OutcomeMismatchError
 from graph_capture.policies import apply_policies
 from graph_capture.spread_out import refuse_spread_out
@@ -266,7 +267,7 @@ def _capture_again(
         model,
         plan.guard.arguments,
         # What needs no code of the user's is found again instead of believed.
-        loss=plan.loss if plan.loss.region.label == "loss_fn" else None,
+        loss=plan.loss if plan.loss.region.source is LossSource.LOSS_FN else None,
         optimizer=plan.optimizer,
         forward=forward,
         target=target_of(model, tensors_of(plan.guard.arguments)),

@@ -77,7 +77,7 @@ def _check_loss(plan: PlanRecord) -> None:
     if len(losses) != 1:
         raise ValueError(f"at operators: {len(losses)} are the loss, one must be")
     region = plan.loss.region
-    _agree("the loss's label", region.label, losses[0].target)
+    _agree("the loss's label", str(region.source), losses[0].target)
     held = _held(plan.graph, "held by loss_fn")
     _agree("the loss's constant_bytes", region.constant_bytes, held)
     for i, place in enumerate(plan.loss.memory):

@@ -22,7 +22,7 @@ from graph_capture.call_spec import TensorSpec, from_json, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
 from graph_capture.costs.cost_model import CostRecord
 from graph_capture.json_text import read_json
-from graph_capture.loss import LossRegion, LossSpec, TangentMemory
+from graph_capture.loss import LossRegion, LossSource, LossSpec, TangentMemory
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.outcomes import Outcome
 from graph_capture.printable import printable
@@ -166,7 +166,7 @@ def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
             "workspace_bytes": plan.optimizer.workspace_bytes,
         },
         "loss": {
-            "label": region.label,
+            "label": str(region.source),
             "held_bytes": region.held_bytes,
             "constant_bytes": region.constant_bytes,
             "workspace_bytes": region.workspace_bytes,
@@ -300,7 +300,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
         else OptimizerStep(**data["optimizer"], step_ns=_optimizer_ns(graph)),
         loss=LossSpec(
             region=LossRegion(
-                label=loss["label"],
+                source=LossSource(loss["label"]),
                 held_bytes=loss["held_bytes"],
                 constant_bytes=loss["constant_bytes"],
                 workspace_bytes=loss["workspace_bytes"],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.loss import LossFn
+from graph_capture.loss import LossFn, LossSource
 
 from ..base.budget import Budget, parse_headroom
 from ..base.live_state import LiveState
@@ -52,7 +52,7 @@ def max_batch_of(
     check_model(model)
     request = None if live is None else live.request
     if request is None:
-        if loss_fn is None and plan.loss.region.label == "loss_fn":
+        if loss_fn is None and plan.loss.region.source is LossSource.LOSS_FN:
             raise PlanError(
                 "a plan from a file does not hold its loss_fn, which other batch sizes need: give "
                 "max_batch(..., loss_fn=...)"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.errors import CaptureError
+from graph_capture.loss import LossSource
 from planner import InfeasibleBudgetError, Plan, measure, optimize
 
 from .odd import ODD, WIDTH, Three, mean_square, normal, sample
@@ -198,7 +199,7 @@ def test_a_loss_with_weight_decay_is_planned() -> None:
         budget_bytes=10**9,
         loss_fn=lambda out: out.mean() + 1e-3 * model.a.weight.pow(2).sum(),
     )
-    assert plan.loss.region.label == "loss_fn"
+    assert plan.loss.region.source is LossSource.LOSS_FN
 
 
 class Grows(Three):

@@ -82,7 +82,7 @@ def test_what_is_differentiated() -> None:
     ]
     for forward, loss, differentiated, label in cases:
         step = trace_step(model, {}, loss, forward=forward)
-        assert (step.differentiated, step.loss.label) == (differentiated, label)
+        assert (step.differentiated, step.loss.source) == (differentiated, label)
 
 
 def test_outputs_that_come_back_detached_are_known() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
+from benchmarks.testing.bitwise import assert_same_training
 from planner import Plan
 from planner.saving.serialize import plan_from_dict, plan_to_dict, schema
 from solvers.any_order.permutation import first_runs
 from solvers.scopes import BoundScope
-from tests.bitwise import assert_same_training
 from tests.planner.small import make, sample, square
 
 FIXTURES = Path(__file__).parent / "fixtures"
