@@ -1,4 +1,4 @@
-"""From a model and a sample to a cost graph: what a training step computes, and what it costs.
+"""Turn a model and a sample into a cost graph: what a training step computes and what it costs.
 
 What needs torch is loaded when it is first asked for, so that the solvers can
 speak of cost graphs without it.

@@ -1,4 +1,4 @@
-"""Fake CUDA tensors on a machine whose PyTorch knows no CUDA device.
+"""Fake CUDA tensors on a machine where PyTorch has no CUDA device.
 
 Autograd asks the guard of a tensor's device for its current stream whenever it
 makes a node. A build without CUDA has no such guard and ends the process. What
@@ -24,7 +24,7 @@ _NUM_VIRTUALS = 64  # more than the interface has
 
 
 def ensure_cuda_guard() -> None:
-    """Let autograd run on fake CUDA tensors here.
+    """Let autograd run on fake CUDA tensors on this machine.
 
     Does nothing where a CUDA device is there. Else a guard without devices takes
     the place of a missing one, for as long as the process lives:

@@ -1,4 +1,4 @@
-"""Gradients as ``AccumulateGrad`` takes them over: as they are, or copied."""
+"""Accumulate gradients as ``AccumulateGrad`` does: take them over, or copy them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def settle_gradients(
     outputs: list[torch.Tensor],
     recorder: Recorder,
 ) -> list[tuple[Node, Node]]:
-    """Copy the gradients that autograd would copy, so that the copies are in the graph.
+    """Copy the gradients that autograd would copy, so that the graph contains the copies.
 
     ``AccumulateGrad`` takes a gradient over as it is when nothing else holds
     its memory and its layout is the parameter's; it clones it otherwise

@@ -1,4 +1,4 @@
-"""Whether two captures of a model are one step."""
+"""Decide whether two captures of a model are the same step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .traced_step import TracedStep
 
 
 def calls_of(step: TracedStep) -> list[str]:
-    """Every call with its arguments, in words that are the same for the same calls."""
+    """Describe every call and its arguments; equal calls get equal descriptions."""
     return [f"{n.name} {n.target} {n.args} {n.kwargs}" for n in step.graph.nodes]
 
 
 def same_step(step: TracedStep, other: TracedStep) -> bool:
-    """Whether two steps compute the same, and leave and hand out the same plain values."""
+    """Whether two steps compute the same, and store and return the same plain values."""
     return (
         calls_of(step) == calls_of(other)
         and _same_tensors(step.constants, other.constants)

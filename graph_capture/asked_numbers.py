@@ -1,4 +1,4 @@
-"""What ``.item()`` of a stand-in hands out: a number whose value is asked for when it matters.
+"""The result of ``.item()`` on a stand-in: a number whose value is read only when it matters.
 
 Most numbers that a forward reads out of tensors are compared (``x.max().item() >= n``)
 or handed on (a loss that is returned for the log). The first needs an answer of one
@@ -57,13 +57,13 @@ class AskedNumber:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """To the model's code a number."""
+        """Look like a number to the model's code."""
         if sys._getframe(1).f_code.co_filename.startswith(OWN_ROOTS):
             return AskedNumber
         return float if self.tensor.is_floating_point() else int
 
     def settle(self) -> None:
-        """Keep the number for later, whatever happens to the tensor."""
+        """Keep the number, whatever happens to the tensor later."""
         if self.copy is None:
             with torch.no_grad():
                 self.copy = self._held().detach().clone()

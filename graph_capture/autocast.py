@@ -1,4 +1,4 @@
-"""Autocast for devices that need not be there."""
+"""Autocast for devices that need not be present."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def autocast_as(torch_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast to ``dtype`` on a device type, off where it is ``None``.
+    """Autocast to ``dtype`` on a device type; disable autocast where it is ``None``.
 
     ``torch.autocast("cuda")`` switches itself off on a machine without CUDA;
     this does not, so a step can be captured there as it will run elsewhere.

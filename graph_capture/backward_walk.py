@@ -1,4 +1,4 @@
-"""Walk an autograd graph in Python, call for call as PyTorch's engine does.
+"""Walk an autograd graph in Python, making the same calls as PyTorch's engine.
 
 The engine asks the device for its current stream, so it cannot differentiate
 tensors of a device that is not there. Its nodes can be called from Python. What
@@ -32,7 +32,7 @@ _Gradients = tuple[torch.Tensor | None, ...]
 
 
 class Differentiator(Protocol):
-    """Computes gradients: PyTorch's engine, or the walk in its place."""
+    """Computes gradients, by PyTorch's engine or by the walk in its place."""
 
     def grad(
         self,
@@ -40,13 +40,13 @@ class Differentiator(Protocol):
         inputs: Sequence[torch.Tensor],
         grad_outputs: Sequence[torch.Tensor | None] | None = None,
     ) -> _Gradients:
-        """Gradients of ``inputs``, ``None`` where nothing depends on one.
+        """Return the gradients of ``inputs``; ``None`` where nothing depends on one.
 
         ``outputs`` is emptied, so that what only they keep alive can be freed.
         """
 
     def current_node(self) -> Any:
-        """The node that is being differentiated, or ``None``."""
+        """Return the node that is being differentiated, or ``None``."""
 
 
 class Engine:
@@ -118,7 +118,7 @@ class BackwardWalk:
             self._current = before
 
     def enter(self, node: Any) -> None:
-        """From here on ``node`` is differentiated."""
+        """Record that ``node`` is now differentiated."""
         self._current = _Place(node._sequence_nr())
 
     def wants_zeros(self, function: Any) -> bool:
@@ -179,7 +179,7 @@ class BackwardWalk:
 
 
 def refuse_backward_hooks(model: nn.Module) -> None:
-    """A module with backward hooks, which a walk would not call.
+    """Refuse a module with backward hooks, which a walk would not call.
 
     Raises
     ------
@@ -196,7 +196,7 @@ def refuse_backward_hooks(model: nn.Module) -> None:
 
 @contextmanager
 def hooks_refused() -> Iterator[None]:
-    """While active, a tensor that is given a hook raises."""
+    """While active, registering a hook on a tensor raises."""
     names = ("register_hook", "register_post_accumulate_grad_hook", "retain_grad")
     before = {name: getattr(torch.Tensor, name) for name in names}
 
@@ -219,7 +219,7 @@ def hooks_refused() -> Iterator[None]:
 
 
 class _Task:
-    """One walk: what the engine keeps in a ``GraphTask``."""
+    """The state of one walk, which the engine keeps in a ``GraphTask``."""
 
     def __init__(
         self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], walk: BackwardWalk
@@ -242,7 +242,7 @@ class _Task:
         self._needed = self._lead_to_captures(nodes)
 
     def run(self, gradients: list[torch.Tensor | None]) -> _Gradients:
-        """Hand ``gradients`` to the roots and walk; each node is let go when it has run."""
+        """Pass ``gradients`` to the roots and walk; each node is released once it has run."""
         self._found: list[torch.Tensor | None] = [None] * self._num_inputs
         roots, self._roots = self._roots, []
         self._hand_on(roots, [_fitting(g, *edge) for g, edge in zip(gradients, roots, strict=True)])

@@ -1,4 +1,4 @@
-"""What a step has changed by the time that its last check is made.
+"""What a step has changed by the time of its last check.
 
 When a check fails, the step is given up and this is put back, with the generator.
 """
@@ -28,13 +28,13 @@ class BeforeChecks:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the copies that are needed to put it back."""
+        """Bytes of the copies needed to undo them."""
         values = [node.meta["val"] for node in self.written]
         return sum(value.numel() * value.element_size() for value in values)
 
 
 def before_checks(graph: Graph) -> BeforeChecks:
-    """What a traced graph does before its last check; nothing if there is none."""
+    """Return a traced graph's effects before its last check; none if it has no check."""
     nodes = list(graph.nodes)
     last = max((i for i, node in enumerate(nodes) if is_check(node.target)), default=0)
     calls = [

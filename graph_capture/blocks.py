@@ -9,7 +9,7 @@ from torch.fx import Node
 
 @dataclass(kw_only=True, eq=False)
 class OperatorCode:
-    """The fx nodes of one operator, while it is being put together; equal only to itself.
+    """The fx nodes of one operator under construction; equal only to itself.
 
     Parameters
     ----------

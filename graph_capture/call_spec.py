@@ -1,4 +1,4 @@
-"""What a model was called with: shapes, dtypes, devices, and plain values.
+"""Specify a model's call: shapes, dtypes, devices, and plain values.
 
 A specification can be compared with a later call (and name the difference),
 written as JSON, and turned into stand-in tensors again.
@@ -59,7 +59,7 @@ class TensorSpec:
 
 
 def bind_call(forward: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict:
-    """Arguments by the names in the signature of ``forward``.
+    """Bind arguments to the names in the signature of ``forward``.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def call_forward(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> A
 
 
 def split_sample(sample_input: Any) -> tuple[tuple, dict[str, Any]]:
-    """A tensor, a tuple of positional or a dict of keyword arguments, as (args, kwargs)."""
+    """Split a tensor, a tuple of positional or a dict of keyword arguments into (args, kwargs)."""
     if isinstance(sample_input, torch.Tensor):
         return (sample_input,), {}
     if isinstance(sample_input, (tuple, list)):
@@ -90,19 +90,19 @@ def split_sample(sample_input: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def describe(value: Any) -> Any:
-    """The specification of a value: tensors become :class:`TensorSpec`, the rest stays."""
+    """Return the specification of a value: tensors become :class:`TensorSpec`, the rest stays."""
     return _map(value, TensorSpec.of)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
-    """Tensors in ``value``, in the order in which :func:`describe` meets them."""
+    """Return the tensors in ``value``, in the order in which :func:`describe` meets them."""
     found: list[torch.Tensor] = []
     _map(value, lambda t: found.append(t))
     return found
 
 
 def objects_of(value: Any) -> list[Any]:
-    """Arguments in ``value`` that are objects with attributes: not looked into, passed on."""
+    """Return the objects with attributes in ``value``, which are passed on as they are."""
     found: list[Any] = []
 
     def note(leaf: Any) -> Any:
@@ -115,19 +115,19 @@ def objects_of(value: Any) -> list[Any]:
 
 
 def specs_of(spec: Any) -> list[TensorSpec]:
-    """Tensors in a specification, in the order of :func:`tensors_of`."""
+    """Return the tensors in a specification, in the order of :func:`tensors_of`."""
     found: list[TensorSpec] = []
     _map(spec, _same, lambda tensor: found.append(tensor))
     return found
 
 
 def realize(spec: Any) -> Any:
-    """The inverse of :func:`describe`, with new tensors (fake ones under a fake mode)."""
+    """Invert :func:`describe`, with new tensors (fake ones under a fake mode)."""
     return _map(spec, lambda tensor: tensor, TensorSpec.empty)
 
 
 def moved(spec: Any, place: Callable[[torch.device], torch.device]) -> Any:
-    """A specification whose tensors lie where ``place`` puts them."""
+    """Return a specification with its tensors on the devices that ``place`` gives."""
 
     def move(tensor: TensorSpec) -> TensorSpec:
         return replace(tensor, device=str(place(torch.device(tensor.device))))
@@ -136,7 +136,7 @@ def moved(spec: Any, place: Callable[[torch.device], torch.device]) -> Any:
 
 
 def changed(spec: Any, change: Callable[[TensorSpec], TensorSpec]) -> Any:
-    """A specification with another one in the place of each tensor."""
+    """Return a specification with each tensor replaced by another one."""
     return _map(spec, lambda tensor: change(TensorSpec.of(tensor)), change)
 
 
@@ -167,7 +167,7 @@ def _map(
 
 
 def difference(expected: Any, got: Any, path: str = "input") -> str | None:
-    """The first difference between two specifications in words, or ``None``."""
+    """Describe the first difference between two specifications; ``None`` if they are equal."""
     if isinstance(expected, TensorSpec) or isinstance(got, TensorSpec):
         if isinstance(expected, TensorSpec) and isinstance(got, TensorSpec):
             same = (expected.shape, expected.dtype, expected.device, expected.requires_grad) == (
@@ -207,7 +207,7 @@ def difference(expected: Any, got: Any, path: str = "input") -> str | None:
 
 
 def to_json(spec: Any) -> Any:
-    """A specification as JSON.
+    """Return a specification as JSON.
 
     Raises
     ------
@@ -241,7 +241,7 @@ def to_json(spec: Any) -> Any:
 
 
 def from_json(data: Any) -> Any:
-    """The inverse of :func:`to_json`.
+    """Invert :func:`to_json`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""One capture at a time in a process.
+"""Allow one capture at a time per process.
 
 While a step is captured, PyTorch and Transformers are patched in places that all
 threads share (hooks of all modules, checkpointing, ``is_compiling()``, the
@@ -20,7 +20,7 @@ _capturing = threading.RLock()
 
 
 def holds_capture_lock(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """A function that waits until no other thread is in one of these functions."""
+    """Decorate a function to wait until no other thread is in one of these functions."""
 
     @wraps(function)
     def waiting(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

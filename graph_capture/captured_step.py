@@ -1,4 +1,4 @@
-"""A step as it was captured: its graph, its cost graph, and how the two belong together."""
+"""A captured step: its graph, its cost graph, and how the two correspond."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .traced_step import TracedStep
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedStep:
-    """A traced step, its cost graph, and what each operator of it stands for.
+    """A traced step, its cost graph, and the meaning of each operator.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Let a model run through ``torch.utils.checkpoint`` as if it were not there.
+"""Run a model as if it did not use ``torch.utils.checkpoint``.
 
 What is recomputed is for the plan to decide. Traced as it stands, a
 checkpointed part would run twice in the unplanned step already, and its second
@@ -16,7 +16,7 @@ import torch.utils.checkpoint as implementation
 
 
 class _CallThrough:
-    """Has the place of the autograd function behind ``checkpoint(use_reentrant=True)``."""
+    """Replaces the autograd function behind ``checkpoint(use_reentrant=True)``."""
 
     @staticmethod
     def apply(function: Callable[..., Any], _preserve_rng_state: bool, *args: Any) -> Any:
@@ -24,7 +24,7 @@ class _CallThrough:
 
 
 def _keep_everything(*_args: Any, **_kwargs: Any) -> Iterator[None]:
-    """Has the place of the generator behind ``checkpoint(use_reentrant=False)``."""
+    """Replace the generator behind ``checkpoint(use_reentrant=False)``."""
     yield
 
 

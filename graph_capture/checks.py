@@ -1,4 +1,4 @@
-"""Calls of a planned step that see whether a value is the one that it was planned for.
+"""Calls in a planned step that check values against those it was planned for.
 
 They stand in the traced graph where the code asked for the value. An operator
 without outputs is pinned and keeps its place, so each check runs once, where
@@ -26,7 +26,7 @@ _library.define("expect_values(Tensor asked, Tensor planned, int place) -> ()")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What a planned step looks at to see that it is still the right one.
+    """A value that a planned step checks to see whether it still applies.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class Check:
 
 
 class OutcomeChanged(Exception):  # a signal, which never reaches users
-    """A check did not find what was planned for.
+    """A check did not find the planned value.
 
     Parameters
     ----------

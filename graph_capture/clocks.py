@@ -1,4 +1,4 @@
-"""Clocks that forward reads, and whether what they show goes into what it computes.
+"""Clocks that forward reads, and whether their readings affect what it computes.
 
 A model may take the time for a log, which a plan need not repeat, or compute with
 it, which a plan would do with the one reading for ever. Which of the two it is is
@@ -35,7 +35,7 @@ _STEP_S = 17.3  # between two readings, so that what is between them is another 
 
 
 class ClocksMet:
-    """Which functions of the user's name a clock, and by which globals of their own."""
+    """The user's functions that name a clock, and the globals by which they do."""
 
     def __init__(self) -> None:
         self.where: str | None = None
@@ -96,7 +96,7 @@ class ClocksMet:
 
 
 class _Shifted:
-    """Makes clocks that are ahead, further with each reading."""
+    """Make clocks that run ahead, further with each reading."""
 
     def __init__(self) -> None:
         self._mine = threading.get_ident()
@@ -109,7 +109,7 @@ class _Shifted:
         return _SHIFT_S + self._num_read * _STEP_S
 
     def instead_of(self, clock: Any) -> Any:
-        """What stands in for a clock; ``None`` for something else."""
+        """Return the replacement for a clock; ``None`` for something else."""
         if isinstance(clock, type) and clock in _DATES:
             return self._date(clock)
         if not _is_clock(clock):

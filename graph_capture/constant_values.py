@@ -1,4 +1,4 @@
-"""Values that a step knows before it runs: those made of nothing but constants.
+"""Values known before a step runs, because they are made of constants only.
 
 Eager code branches on them (Transformers asks whether the positions that it has
 just counted are those of packed sequences), and a capture must take the branch
@@ -57,7 +57,7 @@ class ConstantValues:
         self._in_memory: dict[int, list[int]] = {}  # storage -> stand-ins of it that are known
 
     def copy(self) -> ConstantValues:
-        """The same values; what one of the two learns or forgets the other does not."""
+        """Return an independent copy with the same values."""
         twin = ConstantValues()
         twin._value_of = dict(self._value_of)
         twin._memory_of = dict(self._memory_of)
@@ -65,7 +65,7 @@ class ConstantValues:
         return twin
 
     def answers(self, func: Any, args: tuple) -> bool:
-        """Whether the call asks for the number that a known tensor holds."""
+        """Whether the call reads the number in a known tensor."""
         return func is _item and self._knows(args[0])
 
     def _knows(self, tensor: torch.Tensor) -> bool:
@@ -77,16 +77,16 @@ class ConstantValues:
         )
 
     def number(self, args: tuple) -> Any:
-        """That number."""
+        """Return that number."""
         with _disable_current_modes():
             return self._value_of[id(args[0])].item()
 
     def value_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The value of a tensor, if it is known."""
+        """Return the value of a tensor, if it is known."""
         return self._value_of[id(tensor)] if self._knows(tensor) else None
 
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        """Compute what a call makes, if everything that it reads is known."""
+        """Compute the result of a call if everything that it reads is known."""
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
         if func._schema.is_mutable:
             self._forget(given)
@@ -122,7 +122,7 @@ class ConstantValues:
 
 
 class ReplayAnswersMode(ReadsWhole):
-    """Answers for values as a recorder did, and writes nothing down.
+    """Answers requests for values as a recorder did, without recording anything.
 
     Parameters
     ----------
@@ -161,7 +161,7 @@ class ReplayAnswersMode(ReadsWhole):
         return out
 
     def asked_number(self, tensor: torch.Tensor) -> AskedNumber | None:
-        """A number as the recorder handed it out."""
+        """Return a number as the recorder returned it."""
         if tensor.dtype == torch.bool or tensor.is_complex() or self._knows(tensor):
             return None
         return AskedNumber(tensor, unknown=next(self._unknown, False))
@@ -170,7 +170,7 @@ class ReplayAnswersMode(ReadsWhole):
         return self._known.value_of(tensor) is not None
 
     def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """All values of a stand-in, as the recorder read them."""
+        """Return all values of a stand-in, as the recorder read them."""
         known = self._known.value_of(tensor)
         if known is not None:
             return known

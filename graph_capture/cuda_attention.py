@@ -1,4 +1,4 @@
-"""Which kernel PyTorch takes for attention on a CUDA card that is not there.
+"""Choose the attention kernel that PyTorch would take on an absent CUDA GPU.
 
 Written after ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` and
 ``attention.cpp`` of torch 2.11 to 2.13, in builds for CUDA 13.
@@ -62,12 +62,12 @@ class Attention:
 
 
 def known_capability(device: Device) -> tuple[int, int] | None:
-    """Compute capability of an NVIDIA card, or ``None``."""
+    """Return the compute capability of an NVIDIA GPU, or ``None``."""
     return _CAPABILITIES.get(device.name)
 
 
 def capability_of(device: Device) -> tuple[int, int]:
-    """Compute capability of a card; 8.0 where it is not known."""
+    """Return the compute capability of a GPU; 8.0 where it is unknown."""
     return known_capability(device) or (8, 0)
 
 

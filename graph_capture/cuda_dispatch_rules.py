@@ -1,4 +1,4 @@
-"""What PyTorch would choose on a CUDA card that is not there.
+"""The choices that PyTorch would make on an absent CUDA GPU.
 
 A few functions look at the card before they decide which operator to dispatch:
 attention (``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``), batch
@@ -171,7 +171,7 @@ _FORMS = ("input", "data")
 
 
 def refuse_recurrent(model: nn.Module) -> None:
-    """A recurrent network, which would run in cuDNN.
+    """Refuse a recurrent network, which would run in cuDNN.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Tell numbers that somebody draws from a generator from a state that somebody sets."""
+"""Distinguish drawing numbers from a generator from setting its state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_BLOCKS = 20_000
 
 
 def is_ahead(now: np.ndarray, then: np.ndarray) -> bool:
-    """Whether drawing alone leads a generator of PyTorch's from one state to another.
+    """Whether drawing alone takes a PyTorch generator from one state to another.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Split dropout into its mask, one byte an element, and the noise made from it.
+"""Split dropout into its mask, one byte per element, and the noise made from it.
 
 Eager dropout on CPU draws ``noise = empty_like(x).bernoulli_(q)`` in the dtype
 of ``x``, divides it by ``q`` in place, multiplies, and saves the noise for

@@ -1,4 +1,4 @@
-"""Let a capture take the gradient formulas that eager takes without a dispatch mode.
+"""Make a capture use the gradient formulas that eager uses without a dispatch mode.
 
 PyTorch asks ``isTensorSubclassLike`` in its gradient formulas, which is true of
 every tensor while a dispatch mode records. Where the answer decides which bits
@@ -184,7 +184,7 @@ _PRODUCTS = ("ProdBackward0", "ProdBackward1")
 
 
 def as_eager(node: Any, made: _Gradients, given: _Gradients) -> tuple[torch.Tensor | None, ...]:
-    """The gradients that eager would have made of ``given`` where the node made ``made``."""
+    """Return the gradients that eager would have computed from ``given`` instead of ``made``."""
     found = list(made)
     if given[0] is not None:
         for i, formula in _formulas_of(node, given[0]).items():

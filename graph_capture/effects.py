@@ -1,4 +1,4 @@
-"""What forward leaves behind beside its output, and what becomes of it.
+"""Side effects of forward, and how a planned step reproduces or refuses them.
 
 A planned step runs a graph, not the code of forward. So what forward puts into
 attributes, lists, dicts, closures and globals is either carried out after each
@@ -79,7 +79,7 @@ class LeftValue:
 
 
 class Effects:
-    """Compares what modules, arguments and whatever else forward met hold with what they held.
+    """Compares the contents of modules, arguments and other objects before and after forward.
 
     Parameters
     ----------

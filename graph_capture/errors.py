@@ -1,4 +1,4 @@
-"""Errors of capture, worded for the person whose model it is."""
+"""Errors of capture, written for the model's author."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from .printable import printable
 
 
 class CaptureError(RuntimeError):
-    """The model's step cannot be written down as one graph."""
+    """The model's step cannot be captured as one graph."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, lines=True))
 
 
 class NotFittingError(CaptureError):
-    """The step was traced but is no training step."""
+    """The step was traced but is not a training step."""

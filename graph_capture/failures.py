@@ -1,4 +1,4 @@
-"""Why a model could not be captured, in the words of the person whose model it is."""
+"""Explain why a model could not be captured, in terms of the user's model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def explain_failures(failures: list[tuple[str, BaseException]]) -> str:
-    """What stopped each attempt, and what to do about it."""
+    """Return what stopped each attempt, and what to do about it."""
     reasons: dict[str, list[str]] = {}
     for how, error in failures:
         where = _user_frame(error) or next(iter(getattr(error, "__notes__", ())), None)

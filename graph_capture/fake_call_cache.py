@@ -1,4 +1,4 @@
-"""Run a call on stand-ins once, and make the like of its result for every call like it.
+"""Run each kind of call on stand-ins once, and reuse the form of its result.
 
 A step of twelve layers makes the same calls twelve times. To ask PyTorch what one
 hands out takes some 200 us, mostly for finding out that it was asked before; here
@@ -29,7 +29,7 @@ class _Unusual(Exception):
 
 
 class FakeCallCache:
-    """What calls on stand-ins of one mode hand out.
+    """The results of calls on stand-ins of one mode.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class FakeCallCache:
         self._known: dict[Any, int | _Made | tuple[_Made, ...] | None] = {}
 
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """The same as ``func(*args, **kwargs)``, in less time where it was called before."""
+        """Return ``func(*args, **kwargs)``, faster where it was called before."""
         key = self._key(func, args, kwargs)
         if key is None:
             return self._as_real(func, args, kwargs, self._asked(func, args, kwargs))

@@ -1,4 +1,4 @@
-"""Fake tensors in the place of a step's real ones, on the device that the step is for."""
+"""Fake tensors in place of a step's real ones, on the step's target device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FakeInputs:
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The twin of a parameter or buffer; a leaf if it requires grad."""
+        """Return the twin of a parameter or buffer; a leaf if it requires grad."""
         where = self._target.place(tensor.device)
         fake: torch.Tensor
         if where == tensor.device and not isinstance(tensor, FakeTensor):
@@ -49,7 +49,7 @@ class FakeInputs:
         return fake
 
     def of_arguments(self, arguments: Any) -> Any:
-        """Twins of the tensors in a call, each with memory of its own."""
+        """Return twins of the tensors in a call, each with its own memory."""
         with self._fake_mode:
             return realize(moved(describe(arguments), self._target.place))
 

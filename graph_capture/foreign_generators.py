@@ -1,4 +1,4 @@
-"""Random generators that are not PyTorch's own, held by a model or named in its code.
+"""Random generators outside PyTorch, held by a model or named in its code.
 
 Their numbers are no part of a traced step: it would repeat what they gave while it
 was captured. Python's and NumPy's global ones are looked at by the recorder, which
@@ -52,20 +52,20 @@ class _Met:
 
 
 class ForeignGenerators:
-    """Those that a step has met, in the state in which it met them."""
+    """The generators that a step has met, with their states at that time."""
 
     def __init__(self) -> None:
         self._met: dict[int, _Met] = {}
         self._in_place = WrittenInPlace()
 
     def meet(self, value: Any, path: str) -> None:
-        """Remember a value's state if it is a generator, an array or an iterator."""
+        """Record a value's state if it is a generator, an array or an iterator."""
         if isinstance(value, _KINDS) and id(value) not in self._met:
             self._met[id(value)] = _Met(path, value, _state_of(value))
         self._in_place.meet(value, path)
 
     def refuse_draws(self) -> None:
-        """Nobody has drawn from them.
+        """Refuse a step that drew from them.
 
         Raises
         ------

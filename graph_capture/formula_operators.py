@@ -1,4 +1,4 @@
-"""Gradient formulas that eager PyTorch chooses by values, as operators of one call each.
+"""Gradient formulas that eager PyTorch chooses by values, as single-call operators.
 
 While a dispatch mode is active PyTorch's own formulas avoid every look at a value
 (``isTensorSubclassLike`` is true of every tensor then), and compute the same

@@ -1,4 +1,4 @@
-"""Get at what an object holds without asking the object itself."""
+"""Read an object's contents without running its code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .named_reads import is_users_file
 
 
 def dict_of(holder: Any) -> dict[str, Any]:
-    """Its ``__dict__``, empty where it has none."""
+    """Return an object's ``__dict__``; empty where it has none."""
     try:
         held = object.__getattribute__(holder, "__dict__")
     except AttributeError:  # slots only
@@ -19,7 +19,7 @@ def dict_of(holder: Any) -> dict[str, Any]:
 
 
 def in_class(cls: type, name: str) -> tuple[type | None, Any]:
-    """The class that an attribute is found in, and what lies there."""
+    """Return the class in which an attribute is found, and its value there."""
     for base in cls.__mro__:
         if name in vars(base):
             return base, vars(base)[name]
@@ -27,7 +27,7 @@ def in_class(cls: type, name: str) -> tuple[type | None, Any]:
 
 
 def weakly(holder: Any) -> Any:
-    """A weak reference to it, or itself."""
+    """Return a weak reference to an object, or the object itself."""
     try:
         return weakref.ref(holder)
     except TypeError:  # slots without room for one
@@ -45,6 +45,6 @@ def may_change(module: types.ModuleType, name: str) -> bool:
 
 
 def is_users_module(module: types.ModuleType) -> bool:
-    """Whether a module is neither PyTorch's nor Python's."""
+    """Whether a module belongs to neither PyTorch nor Python."""
     file = getattr(module, "__file__", None)
     return module.__name__ == "__main__" or (file is not None and is_users_file(file))

@@ -1,4 +1,4 @@
-"""Run a model's forward on stand-ins and leave no trace of it.
+"""Run a model's forward on stand-ins without leaving a trace.
 
 A forward may cache tensors on its modules, append to lists, count steps and
 draw random numbers. While a model is captured its parameters are stand-ins, so
@@ -23,7 +23,7 @@ from .ledger import Ledger
 
 @contextmanager
 def undisturbed(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[None]:
-    """Afterwards the modules, the random generators and autocast's cache are as before.
+    """Restore the modules, the random generators and autocast's cache afterwards.
 
     So are the attributes of ``others``, objects that forward is called with.
     """
@@ -37,7 +37,7 @@ def undisturbed(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[None]:
 
 @contextmanager
 def generators_put_back() -> Iterator[None]:
-    """Afterwards Python's, NumPy's and PyTorch's global random generators are as before.
+    """Restore the global random generators of Python, NumPy and PyTorch afterwards.
 
     Those of all CUDA devices, too, if CUDA is in use: ``torch.manual_seed`` seeds them.
     """
@@ -52,7 +52,8 @@ def generators_put_back() -> Iterator[None]:
 
 
 def generator_states() -> tuple[np.ndarray, ...]:
-    """State of PyTorch's own generators: the CPU's, and each CUDA device's if CUDA is in use.
+    """Return the states of PyTorch's generators: the CPU's, and each CUDA device's if CUDA is in
+    use.
 
     It lies in NumPy's memory: a tensor, 5 kB on the CPU, would stand beside the step that is
     captured again in the middle of training.
@@ -70,7 +71,7 @@ def set_generator_states(states: tuple[np.ndarray, ...]) -> None:
 
 @contextmanager
 def attributes_put_back(holders: Iterable[Any]) -> Iterator[None]:
-    """Afterwards the objects have the attributes that they had.
+    """Restore the objects' attributes afterwards.
 
     With the contents of lists, dicts and sets in them, at any depth; what a tensor
     or another object holds is not looked into. What did not change is not written to.
@@ -85,7 +86,7 @@ def attributes_put_back(holders: Iterable[Any]) -> Iterator[None]:
 
 
 def swap_tensors(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Put stand-ins in the place of every tensor of a module (undone by ``undisturbed``).
+    """Replace every tensor of a module by a stand-in (undone by ``undisturbed``).
 
     Goes through ``setattr`` so that modules which keep second references, as
     ``nn.LSTM`` does in ``_flat_weights``, notice.

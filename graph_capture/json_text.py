@@ -1,4 +1,4 @@
-"""JSON as files of this project have it: UTF-8, finite numbers, no key twice."""
+"""JSON as this project's files use it: UTF-8, finite numbers, no duplicate keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ask a kernel what it hands out, where PyTorch's stand-in for it refuses what it takes.
+"""Ask the real kernel for its results, where PyTorch's fake kernel refuses the arguments.
 
 ``_grouped_mm`` on the CPU multiplies float32, and its stand-in says that it
 takes bfloat16 only. Told so, a library that looks for another way finds one
@@ -19,7 +19,7 @@ from .costs.trial import REFUSALS, as_in_a_step, blank_arguments, is_safe
 
 
 def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Stand-ins of what a call makes; ``None`` if its kernel cannot be asked or refuses, too.
+    """Return stand-ins of a call's results; ``None`` if its kernel cannot be asked or refuses, too.
 
     Must be called where stand-ins are made, under their mode.
     """

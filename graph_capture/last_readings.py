@@ -1,4 +1,4 @@
-"""Whether anybody still reads what a call in place is about to write over.
+"""Determine whether anything still reads what an in-place call is about to overwrite.
 
 Chunked losses work in one buffer: each chunk's logits are written over the last
 one's. What was there is of no use to anybody then, so a planned step may let the
@@ -45,7 +45,7 @@ class _Event:
 
 
 class LastReadings:
-    """Knows which parts of which memory are read after each call of a step.
+    """Tracks which parts of which memory are read after each call of a step.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ class LastReadings:
 
 
 def overwritten(call: Node) -> Node | None:
-    """The one argument that a call fills without reading it, if that is what it does."""
+    """Return the one argument that a call fills without reading, if there is one."""
     func = call.target
     if not isinstance(func, torch._ops.OpOverload) or hidden_writes(func, call.args):
         return None
@@ -126,7 +126,7 @@ def overwritten(call: Node) -> Node | None:
 
 
 def lies_within(part: torch.Tensor, whole: torch.Tensor) -> bool:
-    """Whether every element of ``part`` is one of ``whole``, a view of the same memory.
+    """Whether ``whole`` contains every element of ``part``, both views of the same memory.
 
     ``False`` also where that is hard to say.
 

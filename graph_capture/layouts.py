@@ -1,4 +1,4 @@
-"""Only dense tensors can be planned: what to do about sparse and nested ones, by their place."""
+"""Refuse sparse and nested tensors: only dense ones can be planned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PAD = (
 
 
 def refuse_argument(tensor: torch.Tensor) -> None:
-    """An argument is dense."""
+    """Refuse an argument that is not dense."""
     if is_nested(tensor):
         raise NotFittingError(
             "an argument is a nested tensor; only dense tensors can be planned: pad it "
@@ -36,7 +36,7 @@ def refuse_argument(tensor: torch.Tensor) -> None:
 
 
 def refuse_state(tensor: torch.Tensor, name: str) -> None:
-    """What a model holds is dense; ``name`` is in words."""
+    """Refuse a model's tensor that is not dense; ``name`` is in words."""
     if is_nested(tensor) or tensor.layout != torch.strided:
         raise NotFittingError(
             f"{name} is a {_kind(tensor)}; only dense tensors can be planned: hold it dense "
@@ -45,7 +45,7 @@ def refuse_state(tensor: torch.Tensor, name: str) -> None:
 
 
 def refuse_result(tensor: torch.Tensor, line: str, phase: str) -> None:
-    """What a step makes or uses is dense."""
+    """Refuse a tensor of the step that is not dense."""
     if is_nested(tensor):
         raise CaptureError(
             f"a nested tensor is made ({line}); only dense ones can be planned: {_PAD}"
@@ -64,7 +64,7 @@ def refuse_result(tensor: torch.Tensor, line: str, phase: str) -> None:
 
 
 def refuse_nesting(func: Any, line: Callable[[], str]) -> None:
-    """No call makes nested tensors, of which stand-ins know no sizes."""
+    """Refuse a call that makes nested tensors, whose sizes stand-ins do not know."""
     if "nested" in func._schema.name:
         raise CaptureError(
             f"{func} works on nested tensors ({line()}); only dense ones can be planned: {_PAD}"
@@ -72,7 +72,7 @@ def refuse_nesting(func: Any, line: Callable[[], str]) -> None:
 
 
 def is_nested(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is nested, in either of PyTorch's two layouts for that."""
+    """Whether a tensor is nested, in either of PyTorch's two nested layouts."""
     return tensor.is_nested or tensor.layout == torch.jagged
 
 

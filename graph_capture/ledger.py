@@ -1,4 +1,4 @@
-"""Containers and attributes as they were, to see what changed in them and to undo it.
+"""Record containers and attributes, to find what changed in them and to undo it.
 
 Nothing is written to a container that did not change: some refuse to be written to
 (a configuration that is frozen, the tables of a TorchScript module).
@@ -22,7 +22,7 @@ _SETS = (set,)
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Another object in a place.
+    """A place that holds another object than before.
 
     Parameters
     ----------
@@ -107,13 +107,13 @@ class _Names:
 
 
 class Ledger:
-    """Remembers contents, at any depth; tensors and modules are not looked into."""
+    """Records contents at any depth, but does not descend into tensors and modules."""
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
     def attributes(self, holder: Any, label: str = "") -> None:
-        """Remember the attributes of an object, in its ``__dict__`` and in slots."""
+        """Record an object's attributes, in its ``__dict__`` and in slots."""
         table = getattr(holder, "__dict__", None)
         if isinstance(table, dict):
             self.contents(table, label, attributes=True)
@@ -124,7 +124,7 @@ class Ledger:
                 self.contents(value, _joined(label, name))
 
     def contents(self, value: Any, label: str = "", *, attributes: bool = False) -> None:
-        """Remember a dict, list, deque or set, and what lies in those."""
+        """Record a dict, list, deque or set, and their contents."""
         if id(value) in self._entries:
             return
         if isinstance(value, dict):
@@ -147,19 +147,19 @@ class Ledger:
                 self.contents(item, _joined(label, key) if attributes else f"{label}[{key!r}]")
 
     def slot(self, holder: Any, key: str, label: str) -> None:
-        """Remember what a global name or a closure cell stands for."""
+        """Record the value of a global name or a closure cell."""
         place = _Slot(holder, key)
         number = hash((id(holder), key))
         self._entries.setdefault(number, _Entry(label, place, place.get()))
 
     def names(self, holder: Any, label: str) -> None:
-        """Remember what lies in a class, or in the globals of a file, but not what that holds."""
+        """Record the names in a class or in a file's globals, but not their contents."""
         if id(holder) not in self._entries:
             place = _Names(holder)
             self._entries[id(holder)] = _Entry(label, place, place.get())
 
     def as_now(self) -> Ledger:
-        """The same places, as they are now."""
+        """Return the same places with their current contents."""
         later = Ledger()
         for entry in self._entries.values():
             if isinstance(entry.container, _Slot):
@@ -173,7 +173,7 @@ class Ledger:
         return later
 
     def changes(self) -> Iterator[Change]:
-        """Every place that holds another object than it did."""
+        """Return every place that holds another object than before."""
         for entry in self._entries.values():
             yield from _changes(entry)
 
@@ -185,7 +185,7 @@ class Ledger:
 
 
 def make_again(change: Change) -> None:
-    """Change a dict again as it was changed; what lies elsewhere is left alone."""
+    """Repeat a recorded change of a dict, and nothing else."""
     if not isinstance(change.holder, dict):
         return
     if change.now is ABSENT:
@@ -195,7 +195,7 @@ def make_again(change: Change) -> None:
 
 
 def slots_of(holder: Any) -> dict[str, Any]:
-    """The attributes of an object that lie in slots."""
+    """Return an object's attributes in slots."""
     found = {}
     for cls in type(holder).__mro__:
         if "__slots__" not in vars(cls):

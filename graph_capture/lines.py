@@ -1,4 +1,4 @@
-"""Whose code a file holds: lines in messages are the user's or a library's, not the machinery's."""
+"""Tell user and library code from machinery, so that messages name useful lines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWN_ROOTS = tuple(
 
 @lru_cache(maxsize=4096)
 def is_machinery(file_name: str) -> bool:
-    """Whether a file is PyTorch's, this project's, or none at all (generated code)."""
+    """Whether a file belongs to PyTorch or this project, or is generated code."""
     return file_name.startswith((TORCH_ROOT, *OWN_ROOTS, "<"))
 
 

@@ -1,4 +1,4 @@
-"""What the training loop does between forward and backward, and what that takes.
+"""What the training loop does between forward and backward, and what that costs.
 
 The loss stays in the user's loop and runs eagerly, so its memory is metered on
 real lifetimes instead of being planned.
@@ -69,7 +69,7 @@ class LossRegion:
     moments: tuple[Moment, ...] = ()
 
     def with_scratch(self, scratch_bytes: Callable[[Call], int]) -> LossRegion:
-        """The same with the memory that its kernels take for themselves.
+        """Return a copy that includes its kernels' scratch memory.
 
         Parameters
         ----------
@@ -87,7 +87,7 @@ class LossRegion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TangentMemory:
-    """Where the gradient of an output lies.
+    """Where the gradient of an output is stored.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class TangentMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
-    """A loss as an earlier capture saw it, for capturing again without the code of it.
+    """A loss as an earlier capture saw it, for capturing again without its code.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class LossSpec:
         tangents: list[torch.Tensor],
         outputs: list[torch.Tensor],
     ) -> LossSpec:
-        """Describe what :func:`differentiate` found."""
+        """Describe the result of :func:`differentiate`."""
         specs = tuple(TensorSpec.of(t) for t in tangents)
         output_of = {storage_id(t): i for i, t in reversed(list(enumerate(outputs)))}
         blocks: dict[int, int] = {}
@@ -191,7 +191,7 @@ def differentiate(
     real: RealResults | None = None,
     named: Callable[[torch.Tensor], str | None] = lambda _tensor: None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
-    """Which outputs are differentiated, with which gradients, and what that takes.
+    """Return which outputs are differentiated, with which gradients, and what that costs.
 
     Parameters
     ----------

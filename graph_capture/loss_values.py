@@ -1,4 +1,4 @@
-"""Values that a loss asks for, while it runs on stand-ins.
+"""Values that a loss reads while it runs on stand-ins.
 
 The targets that a ``loss_fn`` brings along are real, so what is computed of them
 alone is known: a mask of them has the sizes that it will have. What is computed
@@ -53,18 +53,18 @@ class _Value:
 
 
 class LossValues:
-    """Values of the stand-ins that a loss computes with."""
+    """The values of the stand-ins in a loss computation."""
 
     def __init__(self) -> None:
         self._values: Any = WeakIdKeyDictionary()
         self._num_writes: dict[int, int] = {}  # to the memory of a storage
 
     def give(self, output: torch.Tensor, compute: Callable[[], torch.Tensor]) -> None:
-        """Say how to get at the value of an output of the model on the sample."""
+        """Register how to compute the value of a model's output on the sample."""
         self._set(output, _Value(compute, of_output=True))
 
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        """Remember how a call made ``out``."""
+        """Record how a call made ``out``."""
         before = self._snapshot(args, kwargs)
         if func._schema.is_mutable:
             for tensor in tree_iter((args, kwargs)):
@@ -90,7 +90,7 @@ class LossValues:
                     self._set(tensor, _Value(partial(_item, whole, i), of_output=of_output))
 
     def answer(self, func: Any, args: tuple, kwargs: dict, error: Exception) -> Any:
-        """What a call that asks for values hands out.
+        """Return the result of a call that reads values.
 
         Raises
         ------
@@ -113,7 +113,7 @@ class LossValues:
         return made_like(Outcome.of(result), func, args) if makes else result
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """All values of a stand-in, on the CPU."""
+        """Return all values of a stand-in, on the CPU."""
         found = self._snapshot((tensor,), {})
         if found is None:
             return None

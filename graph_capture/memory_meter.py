@@ -1,4 +1,4 @@
-"""Follow what code that stays eager allocates on fake tensors."""
+"""Track the allocations on fake tensors of code that stays eager."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .recorder import storage_id
 
 
 class Moment(NamedTuple):
-    """What is allocated once a call has its results, and the grad mode that it ran in."""
+    """The memory allocated once a call has its results, and its grad mode."""
 
     live_bytes: int
     grad_enabled: bool

@@ -1,4 +1,4 @@
-"""What a model holds, and what its forward changes of it."""
+"""The state of a model, and what its forward changes in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Registered = dict[str, tuple[str, torch.Tensor, int]]
 
 
 def registered(model: nn.Module) -> Registered:
-    """Role, tensor and storage of every parameter and buffer by name, in each of its places."""
+    """Return role, tensor and storage of every parameter and buffer, under each of its names."""
     return {
         f"{path}.{key}" if path else key: (role, tensor, storage_id(tensor))
         for path, module in model.named_modules()
@@ -59,7 +59,7 @@ def reassigned_buffers(
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """A stand-in of what a step is given, and how it lay before forward ran.
+    """A stand-in of a step's input, with its layout before forward ran.
 
     Parameters
     ----------
@@ -78,12 +78,12 @@ class LaidOut:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, name: str) -> LaidOut:
-        """As it is now."""
+        """Record its current layout."""
         return cls(tensor, name, TensorSpec.of(tensor), int(tensor.storage_offset()))
 
     @property
     def is_so_still(self) -> bool:
-        """Whether it lies as it did; ``requires_grad_()`` is no change of that."""
+        """Whether its layout is unchanged; ``requires_grad_()`` does not change it."""
         now, then = LaidOut.of(self.tensor, self.name), self
         return (now.spec.shape, now.spec.stride, now.offset) == (
             then.spec.shape,
@@ -93,7 +93,7 @@ class LaidOut:
 
 
 def refuse_laid_out_anew(state: Iterable[LaidOut]) -> None:
-    """Nothing that a step is given gets another shape in place (``resize_``, ``squeeze_``).
+    """Refuse steps that change an input's shape in place (``resize_``, ``squeeze_``).
 
     Raises
     ------
@@ -110,7 +110,7 @@ def refuse_laid_out_anew(state: Iterable[LaidOut]) -> None:
 
 
 def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]]:
-    """Every parameter and buffer once, with all the names that it has."""
+    """Return every parameter and buffer once, with all its names."""
     names: dict[int, list[str]] = {}
     first: dict[int, tuple[str, torch.Tensor]] = {}
     for role, named in (
@@ -124,7 +124,7 @@ def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]
 
 
 def loose_tensors(model: nn.Module) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
-    """Tensors that lie in modules as plain attributes, each once with all its names.
+    """Return tensors in plain attributes of modules, each once with all its names.
 
     Without parameters and buffers that lie there a second time, and without those
     that no plan takes as an input: tensors that require grad, subclasses, sparse ones.

@@ -1,4 +1,4 @@
-"""Files of the user's that a function gets at by another way than by a global of its own.
+"""User files that a function reaches other than through its own globals.
 
 ``import settings`` inside forward, ``self.settings.GAIN``, ``getattr(settings, "GAIN")``:
 what such a module is asked for is not seen, since modules answer for themselves. So
@@ -24,7 +24,7 @@ _FOLLOWED = (*BY_VALUE, *CONTAINERS, types.FunctionType, type, torch.Tensor)
 
 
 class ModulesMet:
-    """Modules that functions have got hold of.
+    """The modules that functions have accessed.
 
     Parameters
     ----------
@@ -38,14 +38,14 @@ class ModulesMet:
         self._imports: dict[int, tuple[types.CodeType, str | None]] = {}
 
     def meet(self, module: types.ModuleType) -> None:
-        """Remember a module if it is of the user's."""
+        """Record a module if it is the user's."""
         if is_users_module(module):
             self._met[id(module)] = module
             if not is_library_file(getattr(module, "__file__", None) or ""):
                 self._remember(vars(module), module.__name__)
 
     def imports_of(self, code: types.CodeType, package: str | None) -> None:
-        """Remember what a function imports while it runs."""
+        """Record what a function imports while it runs."""
         self._imports[id(code)] = (code, package)
         self._meet_imported(code, package)
 

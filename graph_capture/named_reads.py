@@ -1,4 +1,4 @@
-"""What a function names outside itself: globals, closure cells, and attributes of those.
+"""Find what a function names outside itself: globals, closure cells, and their attributes.
 
 ``TAU``, ``config.gain``, ``Scale.k`` are found in the bytecode, where a name is
 followed by the attributes that are asked of it. What is fetched by other ways
@@ -30,7 +30,7 @@ PAST_CLASSES = frozenset({"__getattribute__", "getattr_static"})
 
 
 def is_users(code: types.CodeType) -> bool:
-    """Whether a function is neither PyTorch's, nor Python's, nor of this project."""
+    """Whether a function belongs to neither PyTorch, Python nor this project."""
     return is_users_file(code.co_filename)
 
 
@@ -46,7 +46,7 @@ def is_library_file(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_users_file(name: str) -> bool:
-    """Whether a file is neither PyTorch's, nor Python's, nor of this project."""
+    """Whether a file belongs to neither PyTorch, Python nor this project."""
     if name.startswith(("<frozen", "<eval_with_key>", "<__array_function__", TORCH_ROOT)):
         return False
     if name.startswith(OWN_ROOTS):
@@ -55,7 +55,7 @@ def is_users_file(name: str) -> bool:
 
 
 def is_users_class(cls: type) -> bool:
-    """Whether a class is neither PyTorch's nor Python's."""
+    """Whether a class belongs to neither PyTorch nor Python."""
     root = (cls.__module__ or "").partition(".")[0]
     return root == "__main__" or (root != "torch" and root not in sys.stdlib_module_names)
 

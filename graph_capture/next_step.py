@@ -1,4 +1,4 @@
-"""Whether an answer that decides the way through a model is another one in the next step.
+"""Predict whether a value that decides a model's path will differ in the next step.
 
 A plan holds for one way. Most answers hold from step to step: that labels lie in
 range, that a mask is whole. Two kinds do not, and are seen while planning:
@@ -30,7 +30,7 @@ MAX_ELEMENTS = 2**22
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """A question, to be asked again.
+    """A question that can be asked again.
 
     Parameters
     ----------

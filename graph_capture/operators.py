@@ -65,7 +65,7 @@ class Folder:
         return self.current[sid]
 
     def produce_outside(self, nodes: Iterable[Node]) -> OperatorCode:
-        """Declare memory that comes into being here, but by code that is not in the graph."""
+        """Declare memory that is created here, but by code outside the graph."""
         code = OperatorCode(calls=[], pinned="it belongs to the training loop", ordered=True)
         self._place_last(code)
         for node in nodes:
@@ -73,7 +73,7 @@ class Folder:
         return code
 
     def block_of(self, node: Node) -> int:
-        """The block that a node's value looks at."""
+        """Return the block that a node's value is a view of."""
         return self.current[storage_id(node.meta["val"])]
 
     def fold(self, nodes: Iterable[Node]) -> None:
@@ -368,7 +368,7 @@ def pin_readers_of_written(folder: Folder) -> None:
 
 
 def drop_unused(operators: list[OperatorCode], wanted: set[int]) -> list[OperatorCode]:
-    """Without operators that nobody reads from and that change nothing."""
+    """Drop operators whose results are not read and that change nothing."""
     needed = set(wanted)
     kept = []
     for code in reversed(operators):
@@ -385,7 +385,7 @@ def _place(code: OperatorCode) -> int:
 
 
 def item_index(item: Node) -> int:
-    """Which output a tuple getter takes."""
+    """Return the index of the output that a tuple getter takes."""
     index = item.args[1]
     assert isinstance(index, int)
     return index

@@ -1,4 +1,4 @@
-"""What an optimizer holds and how much its step takes, without running it for real."""
+"""Measure an optimizer's state and the cost of its step, without running it for real."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class OptimizerStep:
 def measure_optimizer(
     optimizer: torch.optim.Optimizer | str | None, model: nn.Module, target: Target
 ) -> OptimizerStep | None:
-    """State and workspace of ``optimizer`` on the parameters of ``model``.
+    """Measure state and workspace of ``optimizer`` on the parameters of ``model``.
 
     A twin of the optimizer takes two steps on stand-ins of its parameters, so
     this holds for any optimizer that allocates what it needs in ``step``. On

@@ -1,4 +1,4 @@
-"""What a value of a traced step follows from: parameters, buffers, inputs, random numbers."""
+"""Trace where a value comes from: parameters, buffers, inputs, random numbers."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from .purity import draws, hidden_writes
 
 
 class Origins:
-    """What a value follows from."""
+    """The origins of a value."""
 
     def __init__(self, part: set[Node]) -> None:
         self._part = part
 
     @property
     def part(self) -> frozenset[Node]:
-        """All nodes that have a share in it."""
+        """All nodes that contribute to it."""
         return frozenset(self._part)
 
     @property
     def is_drawn(self) -> bool:
-        """Whether random numbers have a share in it, and parameters have none."""
+        """Whether random numbers contribute to it and parameters do not."""
         learned = any(n.op == "placeholder" and n.meta["role"] == "parameter" for n in self._part)
         return not learned and any(n.op != "placeholder" and draws(n) for n in self._part)
 
     @property
     def is_activation(self) -> bool:
-        """Whether parameters or random numbers have a share in it."""
+        """Whether parameters or random numbers contribute to it."""
         return any(
             (n.op == "placeholder" and n.meta["role"] in ("parameter", "tangent"))
             or (n.op != "placeholder" and draws(n))
@@ -39,7 +39,7 @@ class Origins:
 
     @property
     def state(self) -> str | None:
-        """Name of a buffer or attribute that has a share in it."""
+        """Name of a buffer or attribute that contributes to it."""
         held = (n for n in self._part if n.op == "placeholder")
         names = (n.meta["target"] for n in held if n.meta["role"] in ("buffer", "attribute"))
         return min(map(str, names), default=None)
@@ -57,14 +57,14 @@ class Origins:
 
 
 def written_by(node: Node) -> tuple[Node, ...]:
-    """The nodes whose memory a call writes to."""
+    """Return the nodes whose memory a call writes to."""
     if node.op != "call_function" or node.target is operator.getitem:
         return ()
     return (*node.meta.get("writes", ()), *hidden_writes(node.target, node.args))
 
 
 def memory_of(node: Node) -> list[int]:
-    """Identity of the memory behind a node's tensor, if it has one."""
+    """Return the identity of the memory behind a node's tensor, if it has one."""
     value = node.meta.get("val")
     return [value.untyped_storage()._cdata] if isinstance(value, torch.Tensor) else []
 
@@ -81,7 +81,7 @@ def written_after(last: Node, node: Node) -> bool:
 
 
 def deciding(func: Any, args: Any, kwargs: Any) -> Any:
-    """The arguments whose values say what a call that asks for values hands out.
+    """Return the arguments whose values determine the result of a call that reads values.
 
     Of a call that picks elements it is the mask: the shape of what it picks from is known.
     """

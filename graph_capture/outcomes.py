@@ -1,4 +1,4 @@
-"""What a step's code was answered when it asked for values of tensors, in order.
+"""The answers a step's code received when it read values of tensors, in order.
 
 A plan follows the branches and sizes that these answers led to. Written into a
 plan file, they let the step be captured again where there is no sample.
@@ -36,12 +36,12 @@ Number = bool | int | float | complex
 
 
 class OutcomeMismatchError(NotFittingError):
-    """The step asks for other values than it did when its plan was made."""
+    """The step reads other values than it did when its plan was made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One answer; exactly one of the three is set.
+    """One answer; exactly one of the three fields is set.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class Outcome:
 
     @classmethod
     def of(cls, result: Any) -> Outcome:
-        """The outcome of a call that handed ``result`` out."""
+        """Return the outcome of a call that returned ``result``."""
         if isinstance(result, torch.Tensor):
             return cls(made=(TensorSpec.of(result),))
         if isinstance(result, (tuple, list)):
@@ -73,12 +73,12 @@ class Outcome:
 
     @classmethod
     def read(cls, tensor: torch.Tensor) -> Outcome:
-        """The outcome of reading a real tensor as a whole."""
+        """Return the outcome of reading a real tensor as a whole."""
         with _disable_current_modes():
             return cls(values=tuple(tensor.flatten().tolist()))
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON; NaN and infinities by name."""
+        """Return plain JSON; NaN and infinities are named."""
         if self.number is not None:
             return {"number": _number_to_json(self.number)}
         if self.made is not None:
@@ -88,7 +88,7 @@ class Outcome:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
-        """The inverse of :meth:`to_json`."""
+        """Invert :meth:`to_json`."""
         if "number" in data:
             return cls(number=_number_from_json(data["number"]))
         if "made" in data:
@@ -97,7 +97,7 @@ class Outcome:
 
 
 class GivenOutcomes:
-    """Hands out answers that an earlier capture got, in their order.
+    """Returns the answers of an earlier capture, in order.
 
     Raises
     ------
@@ -110,7 +110,7 @@ class GivenOutcomes:
         self._num_taken = 0
 
     def of_call(self, func: Any, where: str) -> Outcome:
-        """The answer to a call."""
+        """Return the answer to a call."""
         outcome = self._next(str(func), where)
         returns = [str(r.type) for r in func._schema.returns]
         num_made = sum(r == "Tensor" for r in returns)
@@ -123,7 +123,7 @@ class GivenOutcomes:
         return outcome
 
     def of_reading(self, tensor: torch.Tensor, where: str) -> Outcome:
-        """The answer to a tensor's being read as a whole."""
+        """Return the answer to reading a tensor as a whole."""
         outcome = self._next("reading a tensor", where)
         if outcome.values is None or len(outcome.values) != tensor.numel():
             raise OutcomeMismatchError(
@@ -168,7 +168,7 @@ def read_like(outcome: Outcome, tensor: torch.Tensor) -> torch.Tensor:
 
 
 class ReadsWhole(TorchDispatchMode):
-    """A mode that can say all values of a fake tensor at once."""
+    """A mode that can return all values of a fake tensor at once."""
 
     def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The values on the CPU, ``None`` if this mode leaves the question to PyTorch."""
@@ -180,7 +180,7 @@ class ReadsWhole(TorchDispatchMode):
 
 
 def reader_of(tensor: torch.Tensor) -> ReadsWhole | None:
-    """The innermost active mode that answers for fake tensors."""
+    """Return the innermost active mode that answers for fake tensors."""
     if not isinstance(tensor, FakeTensor):
         return None
     for mode in reversed(_get_current_dispatch_mode_stack()):

@@ -1,4 +1,4 @@
-"""Take a model's output apart into tensors, and put it together from others.
+"""Take a model's output apart into tensors, and rebuild it from others.
 
 Known containers go through torch's pytree. Any other object that holds tensors (a
 key-value cache, a dataclass, one with slots) is copied with the new tensors in the
@@ -27,7 +27,7 @@ _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A leaf that is the number which a tensor holds."""
+    """A leaf that is the number in a tensor."""
 
     index: int
 
@@ -51,7 +51,7 @@ class OutputTemplate:
         tensors: list[torch.Tensor],
         number: Callable[[torch.Tensor], Any] = torch.Tensor.item,
     ) -> Any:
-        """The output with ``tensors`` in place of the ones it was made from."""
+        """Rebuild the output with ``tensors`` in place of the original ones."""
         rebuilt = []
         for leaf, slot in zip(self.leaves, self.slots, strict=True):
             if slot is None:  # an array is the caller's to change
@@ -66,7 +66,7 @@ class OutputTemplate:
 
 
 def take_apart(output: Any) -> tuple[OutputTemplate, list[torch.Tensor]]:
-    """The template of ``output`` and its tensors, each once."""
+    """Return the template of ``output`` and its tensors, each once."""
     tensors: list[torch.Tensor] = []
     names: list[str] = []
     index_of: dict[int, int] = {}
@@ -128,7 +128,7 @@ def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
 
 
 def settle_numbers(output: Any) -> None:
-    """Keep the numbers in an output for the end of the step."""
+    """Keep an output's numbers until the end of the step."""
     for _, leaf in _flattened(output)[0]:
         if isinstance(leaf, AskedNumber):
             leaf.settle()
@@ -160,7 +160,7 @@ _HOLD_NOTHING = (type, str, int, float, complex, bytes, bytearray, types.ModuleT
 
 
 def tensors_within(value: Any) -> list[torch.Tensor]:
-    """Tensors that an object holds, at any depth; modules are not looked into."""
+    """Return the tensors in an object, at any depth but not inside modules."""
     return [item for item in _within(value) if isinstance(item, torch.Tensor)]
 
 
@@ -217,7 +217,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def find_loss(output: Any) -> torch.Tensor | None:
-    """The scalar that training differentiates: the output itself or its attribute ``loss``."""
+    """Return the scalar that training differentiates: the output itself or its ``loss``."""
     candidate = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
     if isinstance(candidate, torch.Tensor) and candidate.numel() == 1 and candidate.requires_grad:
         return candidate

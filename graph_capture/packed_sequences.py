@@ -1,4 +1,4 @@
-"""Packed sequences of stand-ins: PyTorch reads their lengths out of memory.
+"""Packed sequences of stand-ins, whose lengths PyTorch reads from memory.
 
 ``pack_padded_sequence`` and what follows it walk over batch sizes in C++, which
 a stand-in has none of. Lengths are read on the sample and checked, as any list
@@ -20,7 +20,7 @@ PACK = torch.ops.aten._pack_padded_sequence.default
 
 
 def packed(data: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
-    """What packing hands out: stand-ins of the elements, and real batch sizes.
+    """Return the result of packing: stand-ins of the elements, and real batch sizes.
 
     Parameters
     ----------

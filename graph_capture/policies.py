@@ -1,4 +1,4 @@
-"""The user's own word on what is recomputed: never this, always that.
+"""The user's rules for recomputation: what to recompute never, and what always.
 
 A pattern names operators by the path of their module (``"encoder.layer.0"``
 means everything below it, too), by a glob over it (``"*.attention"``), or by

@@ -1,4 +1,4 @@
-"""What operators and storages of a step are priced with."""
+"""What the costs of a step's operators and storages are computed from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .target import Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pricing:
-    """What operators and storages of a step are priced with.
+    """What the costs of a step's operators and storages are computed from.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Text that a terminal shows and does not obey.
+"""Make text safe to print on a terminal.
 
 Names come from users' modules and from files. A terminal takes control
 characters in them for commands: a title, a cleared screen, a line gone back.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""``text`` with every character that is not shown written as an escape.
+    r"""Return ``text`` with every non-printable character escaped.
 
     Parameters
     ----------

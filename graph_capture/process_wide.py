@@ -1,4 +1,4 @@
-"""Settings of the whole process that decide which operators a forward runs."""
+"""Process-wide settings that decide which operators a forward runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ProcessWide:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """By name, as they are now."""
+        """Return the current settings by name."""
         now = {name: ask() for name, ask in _SETTINGS.items()}
         if now != self._held:
             self._held = now

@@ -1,4 +1,4 @@
-"""Which calls may run again, and how.
+"""Decide which calls may run again, and how.
 
 A call may be repeated when it computes the same bits from the same inputs and
 changes nothing else. Three kinds need care: calls that draw random numbers
@@ -47,7 +47,7 @@ _PURE_NAMESPACES = {"aten", "prims", "torchvision"}
 
 
 def written_arguments(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """Tensors that the call writes to, by its schema."""
+    """Return the tensors that the call writes to, by its schema."""
     written: list[torch.Tensor] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
@@ -58,14 +58,14 @@ def written_arguments(func: torch._ops.OpOverload, args: tuple, kwargs: dict) ->
 
 
 def hidden_writes(func: Any, args: tuple) -> tuple[torch.Tensor, ...]:
-    """Tensors that a call writes to without its schema saying so."""
+    """Return the tensors that a call writes to although its schema does not say so."""
     if func in _UNDECLARED_STATISTICS and args[5]:
         return tuple(t for t in args[3:5] if t is not None)
     return ()
 
 
 def repeated_arguments(func: Any, args: tuple) -> tuple:
-    """Arguments for a repetition: batch statistics are computed, running ones left alone.
+    """Return arguments for a repetition: batch statistics are computed, running ones unchanged.
 
     With ``training=True`` the output does not depend on the running
     statistics, so leaving them out changes no bit of it.
@@ -76,12 +76,12 @@ def repeated_arguments(func: Any, args: tuple) -> tuple:
 
 
 def repeats_without_writing(func: Any, args: tuple) -> bool:
-    """Whether :func:`repeated_arguments` takes every effect out of the call."""
+    """Whether :func:`repeated_arguments` removes every effect of the call."""
     return func in _UNDECLARED_STATISTICS and bool(args[5])
 
 
 def draws(node: Node) -> bool:
-    """Whether the call takes numbers from a random generator."""
+    """Whether the call draws from a random generator."""
     func = node.target
     if not isinstance(func, torch._ops.OpOverload):
         return False
@@ -97,7 +97,7 @@ def draws(node: Node) -> bool:
 
 
 def why_pinned(node: Node) -> str | None:
-    """Why the call must run exactly once, or ``None``."""
+    """Return why the call must run exactly once, or ``None``."""
     func = node.target
     assert isinstance(func, torch._ops.OpOverload)
     if func._schema.name in _CHOICES:

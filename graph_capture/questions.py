@@ -1,4 +1,4 @@
-"""What a recorder does when the code that it traces asks for a tensor's value.
+"""Answer traced code that reads a tensor's value.
 
 The value is the one on the sample, so that the branch is taken that eager takes
 there; and a check goes into the graph at this place, since another step may
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 class Recording(Protocol):
-    """The recorder whose calls ask, as far as the answers need it."""
+    """The part of a recorder that the answers need."""
 
     graph: Graph
     constants: dict[str, torch.Tensor]
@@ -67,7 +67,7 @@ class Questions:
         self._of_state: list[Asked] = []
 
     def asked_number(self, tensor: torch.Tensor) -> AskedNumber:
-        """The number that a tensor holds now, whose value may never be asked for."""
+        """Return the number in a tensor, whose value may never be read."""
         node = self._recorder.node_of(tensor)
         last = next(iter(reversed(self._recorder.graph.nodes)))
         unknown = self.values.follows_from(node).is_activation
@@ -107,7 +107,7 @@ class Questions:
             self.checks[place] = replace(self.checks[place], next_step=words)
 
     def answer(self, func: Any, args: tuple, kwargs: dict, error: Exception) -> Any:
-        """What the call hands out on the sample.
+        """Return the result of the call on the sample.
 
         Raises
         ------

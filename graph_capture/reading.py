@@ -1,4 +1,4 @@
-"""See what a step reads beside its arguments, while it is traced.
+"""Observe what a step reads besides its arguments while it is traced.
 
 Attributes of modules are seen because ``nn.Module.__getattribute__`` is exchanged
 for the time of the trace, those of other objects that are met (a configuration, a
@@ -177,15 +177,15 @@ class Watcher:
             _put_back(cls, own)
 
     def was_read(self, module: nn.Module, name: str) -> bool:
-        """Whether a module was asked for what it held in an attribute before the step."""
+        """Whether the step read an attribute's value from before the step."""
         return self._noted.get((id(module), name), (None, ""))[0] is not None
 
     def was_used(self, module: nn.Module, name: str) -> bool:
-        """Whether the step asked for what it had put into an attribute itself."""
+        """Whether the step read an attribute that it had set itself."""
         return self._noted.get((id(module), name), (module, ""))[0] is None
 
     def was_written(self, module: nn.Module, name: str) -> bool:
-        """Whether the step put anything into an attribute, be it what lay there."""
+        """Whether the step set an attribute, even to the same value."""
         return (id(module), name) in self._written
 
     def look_at_stack(self, frame: types.FrameType | None, until: str) -> None:
@@ -430,7 +430,7 @@ class Watcher:
     # -- afterwards ----------------------------------------------------------------
 
     def reads(self) -> Reads:
-        """What was read, as it is now that the trace has ended."""
+        """Return what was read, with its values at the end of the trace."""
         if self._unresolved:
             codes = {id(code) for code in self._unresolved}
             for function in gc.get_referrers(*self._unresolved):

@@ -1,4 +1,4 @@
-"""What a traced step read beside its arguments, and whether that still is as it was.
+"""What a traced step read besides its arguments, and whether that is unchanged.
 
 A graph holds the numbers that forward and backward read from attributes of modules
 and of other objects, from globals, class attributes and closures: a dropout's
@@ -42,7 +42,7 @@ _facts_of = attrgetter("requires_grad", "dtype", "device", "shape")
 
 
 class Where(Enum):
-    """How to get at a place."""
+    """How to reach a place."""
 
     DICT = "in the __dict__ of an object, which is known by a weak reference"
     SHADOW = "not in the __dict__ of an object: its class had it, or nothing had"
@@ -72,7 +72,7 @@ class Place:
     held: Snapshot
 
     def is_gone(self) -> bool:
-        """Whether the object that was read of is no more."""
+        """Whether the object that was read is gone."""
         return isinstance(self.holder, weakref.ref) and self.holder() is None
 
     def now(self) -> Any:
@@ -93,14 +93,14 @@ class Place:
 def place_of(
     label: str, where: Where, holder: Any, key: str, *, replaceable: bool = False
 ) -> Place:
-    """A place with what it holds now; ``replaceable`` is as for a snapshot."""
+    """Return a place with its current contents; ``replaceable`` is as for a snapshot."""
     place = Place(label=label, where=where, holder=holder, key=key, held=snapshot(None))
     held = snapshot(place.now(), replaceable=replaceable)
     return Place(label=label, where=where, holder=holder, key=key, held=held)
 
 
 def refuse_too_large(places: Iterable[Place]) -> None:
-    """No array was read that is too large to be compared in each step.
+    """Refuse arrays that are too large to compare in each step.
 
     Raises
     ------
@@ -131,7 +131,7 @@ class Reads:
         return self._places
 
     def difference(self) -> str | None:
-        """The first place that holds something else than it did, in words, or ``None``."""
+        """Describe the first place whose contents changed; ``None`` if there is none."""
         if self._fast is not None and self._fast.unchanged():
             return None
         of_the_model = [place for place in self._places if place.label != SETTINGS]
@@ -222,7 +222,7 @@ class _Fast:
         ]
 
     def unchanged(self) -> bool:
-        """Whether nothing is another object than before."""
+        """Whether every place still holds the same object."""
         try:
             dicts = [*map(_dict_of, map(call, self._owners))]
             if [*map(len, dicts)] != self._lengths:

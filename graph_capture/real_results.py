@@ -1,4 +1,4 @@
-"""How the results of real kernels lie in memory, where stand-ins know it wrongly.
+"""The memory layout of real kernels' results, where stand-ins get it wrong.
 
 What PyTorch says of a call on fake tensors is written by hand for each operator,
 and for arguments that are not contiguous it is now and then not what the kernel
@@ -74,7 +74,7 @@ _Found = tuple[tuple[int, ...], int, int]  # strides, offset, elements of the me
 
 
 class RealResults:
-    """Makes stand-ins of results lie as real ones do.
+    """Gives stand-ins of results the layout of real ones.
 
     Parameters
     ----------

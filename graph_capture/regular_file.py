@@ -1,4 +1,4 @@
-"""Read a file that was named by someone: whole, of limited size, and never waiting."""
+"""Read a whole file of limited size, without ever blocking."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 class UnreadableFileError(ValueError):
-    """What was named is no regular file, or is larger than it may be."""
+    """The path is not a regular file, or the file is too large."""
 
 
 def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file.
+    """Return the bytes of a regular file.
 
     A named pipe would be waited for, a device may have no end: neither is opened.
     The limit holds for what is read, whatever size the system gives.

@@ -1,4 +1,4 @@
-"""Write a result over an argument that nobody else reads.
+"""Write a result over an argument that nothing else reads.
 
 Eager PyTorch allocates a result beside its arguments even when an argument is
 dead right after. Where an elementwise call is the only reader of an argument of
@@ -53,7 +53,7 @@ class Reuse:
 
 @dataclass
 class ReuseFinder:
-    """Knows who reads what in a traced graph.
+    """Tracks which calls read what in a traced graph.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class ReuseFinder:
                 seen |= fresh
 
     def candidates(self, node: Node) -> list[Reuse]:
-        """Arguments that the call may overwrite, the one computed last first."""
+        """Return the arguments that the call may overwrite, the last computed first."""
         func, value = node.target, node.meta["val"]
         if not isinstance(func, torch._ops.OpOverload) or not isinstance(value, torch.Tensor):
             return []
@@ -124,14 +124,14 @@ class ReuseFinder:
 
 
 def results_of(node: Node) -> list[torch.Tensor]:
-    """The tensors that a call hands out."""
+    """Return the tensors that a call returns."""
     if isinstance(node.meta["val"], torch.Tensor):
         return [node.meta["val"]]
     return [u.meta["val"] for u in node.users if u.target is operator.getitem]
 
 
 def fills_its_storage(tensor: torch.Tensor) -> bool:
-    """Whether the memory behind a tensor has no byte that is not the tensor's."""
+    """Whether a tensor occupies every byte of its storage."""
     num_bytes = tensor.numel() * tensor.element_size()
     return num_bytes > 0 and tensor.untyped_storage().nbytes() == num_bytes
 

@@ -1,4 +1,4 @@
-"""Values of a traced step's tensors on the sample that it is traced with.
+"""Values of a traced step's tensors on its sample.
 
 A graph is traced on stand-ins, and code that asks for a value must get the one
 that eager would get. So the part of the graph that the value follows from is
@@ -77,7 +77,7 @@ class SampleValues:
         self._state_before: dict[Node, _States] = {}
 
     def give(self, node: Node, tensor: torch.Tensor) -> None:
-        """Say the value of a placeholder, if the tensor has any."""
+        """Set the value of a placeholder, if the tensor has one."""
         if not isinstance(tensor, FakeTensor) and tensor.device.type != "meta":
             self._given[node] = tensor
             device = node.meta["val"].device
@@ -108,7 +108,7 @@ class SampleValues:
         return made[0]
 
     def tensor(self, node: Node) -> torch.Tensor:
-        """The value of a node now; not to be written to.
+        """Return the current value of a node, which must not be written to.
 
         Raises
         ------
@@ -158,7 +158,7 @@ class SampleValues:
                 yield given[0][0] if func is None else self._run(func, *given)
 
     def value(self, node: Node) -> torch.Tensor:
-        """The value of a node now, on the CPU and nobody else's."""
+        """Return a copy of a node's current value, on the CPU."""
         with for_real():
             return self.tensor(node).detach().cpu().clone()
 
@@ -334,7 +334,7 @@ def _nodes_in(tree: Any) -> dict[Node, None]:
 
 @contextmanager
 def for_real() -> Iterator[None]:
-    """As a step's kernels run, below autograd and autocast; generators come back unchanged."""
+    """Run as a step's kernels do, below autograd and autocast; generators are restored."""
     with (
         _disable_current_modes(),
         torch._C._AutoDispatchBelowAutograd(),

@@ -1,4 +1,4 @@
-"""What a place held: plain values by value, containers by content, the rest by identity.
+"""Snapshots of places: plain values by value, containers by content, the rest by identity.
 
 A snapshot keeps no tensor and no module alive: it knows those by weak references.
 """
@@ -86,14 +86,14 @@ _MAX_DEPTH = 6
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """A value that cannot change by itself."""
+    """An immutable value."""
 
     value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A container with what it held.
+    """A container with its contents.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def parts_of(wrapper: Any) -> tuple[Any, ...]:
 def snapshot(
     value: Any, *, replaceable: bool = False, keep: bool = False, depth: int = 0
 ) -> Snapshot:
-    """What a place holds now.
+    """Take a snapshot of a place's contents.
 
     Parameters
     ----------
@@ -301,7 +301,7 @@ def _reference(value: Any) -> Callable[[], Any] | None:
 
 
 def difference(then: Snapshot, now: Any, label: str) -> str | None:
-    """The first change in words, or ``None``."""
+    """Describe the first change; ``None`` if there is none."""
     if isinstance(then, Atom):
         return None if same_atom(then.value, now) else f"{label} is {brief(now)}, {was(then.value)}"
     if isinstance(then, Held):
@@ -388,7 +388,7 @@ def contents_in(value: Snapshot) -> Iterator[Content]:
 
 
 def brief(value: Any) -> str:
-    """A value in few words."""
+    """Describe a value briefly."""
     if isinstance(value, torch.Tensor):
         return f"a tensor ({TensorSpec.of(value)})" if value.layout == torch.strided else "a tensor"
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):

@@ -1,4 +1,4 @@
-"""``tensor_split`` by a tensor: PyTorch reads its places out of memory, which stand-ins lack.
+"""``tensor_split`` by a tensor: PyTorch reads its indices from memory, which stand-ins lack.
 
 They are read as any list of numbers is: on the sample, and checked in each step.
 """

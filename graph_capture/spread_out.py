@@ -1,4 +1,4 @@
-"""Models that several processes train together, and what of it can be planned."""
+"""Refuse what cannot be planned in models that several processes train together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import NotFittingError
 
 
 def refuse_spread_out(model: nn.Module) -> None:
-    """A model whose parameters are sharded, or whose wrapper talks to others in forward.
+    """Refuse sharded parameters, and wrappers that communicate in forward.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""From a model and a sample to a cost graph: the one door of this package."""
+"""From a model and a sample to a cost graph: the entry point of this package."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def capture(
     device: str | Device | None = None,
     cost_model: CostModelChoice = "roofline",
 ) -> CostGraph:
-    """The cost graph of one training step of ``model`` on inputs like ``sample_input``.
+    """Return the cost graph of a training step of ``model`` on inputs like ``sample_input``.
 
     Parameters
     ----------

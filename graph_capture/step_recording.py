@@ -56,7 +56,7 @@ def record_step(
     target: Target,
     outcomes: Sequence[Outcome] | None,
 ) -> TracedStep:
-    """One step of ``model`` on stand-ins, as a graph.
+    """Record one step of ``model`` on stand-ins as a graph.
 
     Parameters
     ----------

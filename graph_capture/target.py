@@ -1,4 +1,4 @@
-"""The device that a step is captured for, which need not be the one at hand."""
+"""The device that a step is captured for, which need not be present."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .errors import CaptureError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where a step shall run.
+    """Where a step will run.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class Target:
 def target_of(
     model: nn.Module, inputs: Iterable[torch.Tensor], device: str | Device | None = None
 ) -> Target:
-    """Where ``model`` shall run.
+    """Return where ``model`` will run.
 
     Parameters
     ----------

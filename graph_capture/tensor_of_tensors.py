@@ -1,4 +1,4 @@
-"""``torch.tensor([a, b, 3])`` of stand-ins: the same values by calls that can be traced.
+"""``torch.tensor([a, b, 3])`` of stand-ins, by calls that can be traced.
 
 PyTorch reads the elements out of their memory, which a stand-in has none of.
 """

@@ -1,4 +1,4 @@
-"""What tracing hands over: one training step as a torch.fx graph, and what it says of itself."""
+"""The result of tracing: one training step as a torch.fx graph, with its properties."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMPILING = "with torch.compiler.is_compiling()"
 
 @dataclass(frozen=True, kw_only=True)
 class TakenPath:
-    """Which way an earlier capture went through the model.
+    """The path that an earlier capture took through the model.
 
     Parameters
     ----------
@@ -122,12 +122,12 @@ class TracedStep:
 
     @property
     def branch_free(self) -> bool:
-        """Whether libraries were told that a compiler is looking."""
+        """Whether libraries were told that a compiler is tracing."""
         return self.how == COMPILING
 
     @property
     def taken(self) -> TakenPath:
-        """The way through the model, for going it again."""
+        """The path through the model, for taking it again."""
         return TakenPath(branch_free=self.branch_free, outcomes=self.outcomes)
 
     @cached_property

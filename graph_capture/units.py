@@ -1,4 +1,4 @@
-"""Bytes and times, as people write them. 1 GB is 10^9 bytes, 1 GiB is 2^30."""
+"""Parse and format bytes and times. 1 GB is 10^9 bytes, 1 GiB is 2^30."""
 
 from __future__ import annotations
 

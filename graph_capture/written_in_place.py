@@ -1,4 +1,4 @@
-"""What forward changes in place that no container shows: numbers of arrays, places of iterators.
+"""In-place changes that no container shows: array elements and iterator positions.
 
 A planned step would not write to the array again, and would repeat for ever what it
 got from the iterator.
@@ -34,7 +34,7 @@ class _Met:
 
 
 class WrittenInPlace:
-    """Arrays and iterators that a step has met, as they were then."""
+    """Arrays and iterators that a step has met, as recorded then."""
 
     def __init__(self) -> None:
         self._arrays: dict[int, _Met] = {}
@@ -49,7 +49,7 @@ class WrittenInPlace:
             self._iterators[id(value)] = _Met(path, value, _state_of(value))
 
     def refuse_changes(self) -> None:
-        """Nothing was written to and nothing was advanced.
+        """Refuse a step that wrote to an array or advanced an iterator.
 
         Raises
         ------

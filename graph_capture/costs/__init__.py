@@ -1,1 +1,1 @@
-"""What a call costs: time by a roofline, scratch memory by rule."""
+"""Estimate what a call costs: time by a roofline, scratch memory by rules."""

@@ -1,4 +1,4 @@
-"""What PyTorch's allocators report while a call runs.
+"""Read what PyTorch's allocators report while a call runs.
 
 The CPU allocator reports every allocation and free to the profiler. The recorder
 used here is the one behind ``torch.autograd.profiler_legacy``: it hears the
@@ -23,7 +23,7 @@ CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
 
 
 def block_bytes(num_bytes: int, torch_type: str) -> int:
-    """Bytes that the allocator hands out for a tensor: whole blocks on CUDA.
+    """Return the bytes that the allocator takes for a tensor: whole blocks on CUDA.
 
     >>> block_bytes(513, "cuda"), block_bytes(513, "cpu")
     (1024, 513)
@@ -34,7 +34,7 @@ def block_bytes(num_bytes: int, torch_type: str) -> int:
 
 
 def peak_extra_bytes(call: Callable[[], Any]) -> int:
-    """Most bytes that a call holds at once, on CPU, beyond what was there before it.
+    """Return the peak bytes of a call on the CPU, beyond what was allocated before it.
 
     What the call returns counts and stays alive until the record has ended.
     """

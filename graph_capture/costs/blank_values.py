@@ -1,4 +1,4 @@
-"""Values with which a call takes all the scratch that it may take, where zeros do not do.
+"""Values with which a call takes its maximal scratch memory, where zeros do not work.
 
 Most kernels take the same memory whatever the values are. Of the others some
 refuse zeros (pivots count from one, probabilities must sum to something, the
@@ -31,7 +31,7 @@ _ALL_THE_SAME = {
 
 
 def runs_on_blanks(func: Any) -> bool:
-    """Whether a call may run on the values that are made here."""
+    """Whether a call may run on the values made here."""
     from ..formula_operators import PURE
 
     name = func._schema.name

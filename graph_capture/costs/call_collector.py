@@ -1,4 +1,4 @@
-"""Which calls a step will be priced by, before anything is known about their times."""
+"""Collect the calls that a step's times depend on, before any time is known."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .cost_model import (
 
 
 class CallCollector:
-    """A cost model that answers zero and remembers what it was asked for."""
+    """A cost model that returns zero and records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
     def time_ns(self, call: Call) -> int:
-        """No time at all."""
+        """Return zero."""
         self.calls.append(call)
         return 0
 

@@ -1,4 +1,4 @@
-"""What every cost model answers: how long one call takes on a device.
+"""The interface of cost models: how long one call takes on a device.
 
 Three are built in: :class:`~.roofline.Roofline` (from shapes and a data sheet),
 :class:`~.profile.Profile` (timed on the device) and :class:`~.user_costs.UserCosts`
@@ -55,17 +55,17 @@ class CostRecord:
 
 @runtime_checkable
 class CostModel(Protocol):
-    """Says how long calls take.
+    """Estimates how long calls take.
 
     The same call gets the same answer for as long as the object lives.
     """
 
     def time_ns(self, call: Call) -> int:
-        """Nanoseconds of one run."""
+        """Return the nanoseconds of one run."""
         ...
 
     def record(self) -> CostRecord:
-        """What was asked so far and where the answers came from."""
+        """Return the requests so far, and where the answers came from."""
         ...
 
 
@@ -75,12 +75,12 @@ TimingProgress = Callable[[int, int], None]
 
 @runtime_checkable
 class PreparedCostModel(CostModel, Protocol):
-    """A cost model that wants to know all calls before it is asked for the first."""
+    """A cost model that must know all calls before the first request."""
 
     def prepare(self, calls: Iterable[Call], progress: TimingProgress | None = None) -> None:
-        """Get ready for these calls; may be called again with others."""
+        """Prepare for these calls; may be called again with others."""
         ...
 
     def save(self) -> None:
-        """Remember what was found for another process."""
+        """Save the results for other processes."""
         ...

@@ -1,4 +1,4 @@
-"""Which card is at hand: by its name, else from what the driver says of it."""
+"""Identify the GPU: by its name, else from what the driver reports."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ LARGE_WORKSPACE_BYTES = 32 * 1024**2
 
 
 def entry_name(card: str) -> str | None:
-    """The key in the device table of a card, or ``None``.
+    """Return a GPU's key in the device table, or ``None``.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def entry_name(card: str) -> str | None:
 
 
 def device_from_properties(card: str, properties: Any) -> Device:
-    """A device for a card that is in no table, from its clocks and its size.
+    """Build a device for a GPU that is not in the table, from its clocks and its size.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a roofline and a budget must know of a device."""
+"""What a roofline and a budget need to know about a device."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Device:
             raise ValueError(f"device {self.name!r}: rates and efficiencies are positive")
 
     def flops_rate(self, dtype: torch.dtype, *, tf32: bool = False) -> float:
-        """Peak rate of products in ``dtype``, FLOP/s."""
+        """Return the peak rate of products in ``dtype``, in FLOP/s."""
         if tf32 and dtype == torch.float32 and self.tf32_flops_per_s is not None:
             return self.tf32_flops_per_s
         return self.flops_per_s.get(dtype, self.flops_per_s[torch.float32])

@@ -246,7 +246,7 @@ DEVICES: Mapping[str, Device] = {
 
 
 def device_for(device_type: str) -> Device:
-    """The entry for a torch device type; ``cuda`` is looked up by the card's name.
+    """Return the entry for a torch device type; ``cuda`` is looked up by the GPU's name.
 
     A card that is in no table is described by its clocks and sizes.
 

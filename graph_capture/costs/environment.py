@@ -1,4 +1,4 @@
-"""What a measured time depends on beside the call: the machine, the libraries, their settings."""
+"""What a measured time depends on besides the call: machine, libraries, and their settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's or the card's name."""
+    """Return the name of the CPU or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -29,7 +29,7 @@ def device_name(device: torch.device) -> str:
 
 
 def environment_of(device: torch.device) -> str:
-    """All of it as JSON text: times are remembered for each such text apart."""
+    """Return all of it as JSON text; each distinct text has its own measured times."""
     parts: dict[str, object] = {
         "method": _METHOD,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Floating-point operations of a call, from the shapes of its arguments.
+"""Count the floating-point operations of a call, from the shapes of its arguments.
 
 A multiplication and an addition count as two, as vendors count them. The
 formulas are written here and not taken from ``torch.utils.flop_counter``
@@ -52,7 +52,7 @@ _RECURRENT = {
 
 
 def count_flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
-    """Operations of products, convolutions, attention and recurrent layers; else 0.
+    """Count operations of products, convolutions, attention and recurrent layers; 0 for others.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def count_flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
 
 
 def product_dtype(args: tuple, kwargs: dict, out: Any) -> torch.dtype:
-    """The dtype in which a product multiplies: the narrowest among its arguments.
+    """Return the dtype in which a product multiplies: the narrowest among its arguments.
 
     An output may be wider (``mm`` with ``out_dtype``), as may statistics and
     scales that come with it.

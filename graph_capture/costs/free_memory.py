@@ -1,4 +1,4 @@
-"""How much memory a device has left, for calls that are run on it alone."""
+"""Measure how much memory a device has left, for calls that run on it alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can be allocated on ``device`` now; ``None`` where nothing says.
+    """Return the bytes that can be allocated on ``device`` now; ``None`` where unknown.
 
     On CUDA what the card has left and what the caching allocator holds unused;
     on CPU what the kernel calls available, within the limit of the container.

@@ -1,4 +1,4 @@
-"""What share of a GPU's roofline kernels reach, where somebody measured it, and assumptions.
+"""The share of a GPU's roofline that kernels reach: published measurements and assumptions.
 
 None of these figures was measured by this project. ``benchmarks/calibrate.py``
 replaces them where the card is at hand.
@@ -55,7 +55,7 @@ _FLASH_2 = {"a100": 0.6, "h100": 0.35}
 
 
 def sourced(card: str) -> dict[str, float]:
-    """:data:`ASSUMED`, with the published figures of a card in their place."""
+    """Return :data:`ASSUMED`, with the published figures of a GPU in their place."""
     efficiency = dict(ASSUMED)
     if card in _BEST_MATMUL:
         efficiency[MATMUL] = _BEST_MATMUL[card]

@@ -1,4 +1,4 @@
-"""Memory that a library takes from the allocator once and keeps."""
+"""Memory that a library allocates once and keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CUBLAS_CALLS = {
 
 
 def library_workspace_bytes(targets: Iterable[Any], device: Device) -> int:
-    """Bytes that cuBLAS holds from the first product of a step on.
+    """Return the bytes that cuBLAS holds from the first product of a step on.
 
     PyTorch gives it a workspace from its own allocator when a product runs first
     and never takes it back (``aten/src/ATen/cuda/CublasHandlePool.cpp``). Where

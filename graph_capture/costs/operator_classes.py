@@ -1,4 +1,4 @@
-"""Sorts operators into the few classes whose kernels reach similar shares of a device's peak."""
+"""Sort operators into a few classes whose kernels reach similar shares of a device's peak."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ _COMPILED = tuple((name, re.compile(pattern)) for name, pattern in _PATTERNS)
 
 
 def operator_class(func: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> str:
-    """The class of a call, one of :data:`OPERATOR_CLASSES`.
+    """Return the class of a call, one of :data:`OPERATOR_CLASSES`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Times measured on the device: each distinct call of a step runs alone, a few times.
+"""Measure times on the device: each distinct call of a step runs alone, a few times.
 
 A step of a 12-layer transformer makes some 3,000 calls, of which about a
 hundred are distinct. Those that cannot be run alone (see :mod:`~.trial`), that
@@ -38,7 +38,7 @@ _REFUSED = "refused made-up arguments"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Asks for times measured on the device: ``cost_model=Profile(cache_dir=…)``.
+    """Request times measured on the device: ``cost_model=Profile(cache_dir=…)``.
 
     ``cost_model="profile"`` is short for ``Profile()``.
 
@@ -90,7 +90,7 @@ class ProfiledCosts:
         self.num_timed = 0
 
     def prepare(self, calls: Iterable[Call], progress: TimingProgress | None = None) -> None:
-        """Time what is not known yet; an interrupt leaves what was timed so far.
+        """Time what is not known yet; an interrupt keeps what was timed so far.
 
         Parameters
         ----------
@@ -116,7 +116,7 @@ class ProfiledCosts:
             self._time(allowed, progress)
 
     def time_ns(self, call: Call) -> int:
-        """Nanoseconds of one run, by measurement where there is one."""
+        """Return the nanoseconds of one run, as measured where possible."""
         if _is_annotation(call):
             return 0
         key = call_key(call, self._device.type)
@@ -140,7 +140,7 @@ class ProfiledCosts:
         return CostRecord(model="profile", device=where, notes=tuple(notes))
 
     def save(self) -> None:
-        """Write what was measured to the cache on disk."""
+        """Write the measurements to the cache on disk."""
         self.cache.save()
 
     # -- which calls -------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Measured times and scratch sizes, remembered on disk in one SQLite file.
+"""Store measured times and scratch sizes on disk in one SQLite file.
 
 SQLite because it is made for this: several processes read and write at once,
 each transaction whole or not at all, a process that is killed leaves no half of
@@ -38,7 +38,7 @@ Kind = Literal["time_ns", "scratch_bytes"]
 
 
 class ProfileCacheWarning(UserWarning):
-    """Measured times are not remembered, or were thrown away."""
+    """Measured times cannot be stored, or were discarded."""
 
 
 def default_cache_dir() -> Path | None:
@@ -53,7 +53,7 @@ def default_cache_dir() -> Path | None:
 
 
 class ProfileCache:
-    """What was measured in one environment: in memory, and on disk after :meth:`save`.
+    """The measurements of one environment: in memory, and on disk after :meth:`save`.
 
     Parameters
     ----------
@@ -75,16 +75,16 @@ class ProfileCache:
             self._load(self._path)
 
     def get(self, kind: Kind, call: str) -> int | None:
-        """What was measured of a call, if anything was."""
+        """Return the measurement of a call, if there is one."""
         return self._known.get((_digest(call), kind))
 
     def put(self, kind: Kind, call: str, value: int) -> None:
-        """Remember; the file has it after the next :meth:`save`."""
+        """Store a measurement; the next :meth:`save` writes it to the file."""
         key = _digest(call), kind
         self._known[key] = self._unsaved[key] = value
 
     def save(self) -> None:
-        """Write what is new to the file; entries of other processes stay."""
+        """Write new entries to the file; entries of other processes stay."""
         if self._path is None or not self._unsaved:
             return
         rows = [(self._environment, call, kind, n) for (call, kind), n in self._unsaved.items()]

@@ -1,4 +1,4 @@
-"""From what the user asks for to a cost model."""
+"""Resolve the user's choice to a cost model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CostModelChoice = str | Profile | CostModel | TimeFunction
 
 
 def resolve_cost_model(asked: CostModelChoice, target: Target) -> CostModel:
-    """The cost model that ``asked`` names.
+    """Return the cost model that ``asked`` names.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Time of a call by the roofline model.
+"""Estimate the time of a call by the roofline model.
 
 The larger of arithmetic at the device's peak rate and memory traffic at its
 bandwidth (Williams et al., "Roofline: an insightful visual performance model",
@@ -29,7 +29,7 @@ LONGEST_TRIAL_NS = 2_000_000_000
 
 
 class Roofline:
-    """Times from a device's data sheet; nothing runs.
+    """Times from a device's data sheet, without running anything.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class Roofline:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a call does, whatever it runs on.
+    """The work of a call, independent of the device.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class Work:
 
 
 def call_cost_ns(func: Any, args: tuple, kwargs: dict, out: Any, device: Device) -> int:
-    """Nanoseconds of one call, from the shapes of its arguments and outputs.
+    """Return the nanoseconds of one call, from the shapes of its arguments and outputs.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def call_cost_ns(func: Any, args: tuple, kwargs: dict, out: Any, device: Device)
 
 
 def work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work:
-    """Arithmetic and traffic of a call."""
+    """Return the arithmetic and traffic of a call."""
     outputs = list(_tensors(out))
     class_name = operator_class(func, args, kwargs)
     return Work(
@@ -126,7 +126,7 @@ def _traffic(
 
 
 def time_of_work_ns(work: Work, device: Device) -> int:
-    """Nanoseconds that a device takes for some work."""
+    """Return the nanoseconds that a device takes for some work."""
     per_element = device.element_ns.get(
         work.name, device.element_ns.get(work.name.removesuffix("_"))
     )
@@ -137,7 +137,7 @@ def time_of_work_ns(work: Work, device: Device) -> int:
 
 
 def roofline_ns(work: Work, device: Device) -> float:
-    """Nanoseconds at the device's peaks, whichever of the two bounds."""
+    """Return the nanoseconds at the device's peaks, the slower of the two."""
     rate = device.flops_rate(work.dtype, tf32=_allows_tf32(work.operator_class))
     return max(work.flops / rate, work.num_bytes / device.bytes_per_s) * 1e9
 

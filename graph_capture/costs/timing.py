@@ -1,4 +1,4 @@
-"""Time calls as a step runs them: each in its turn, not each again and again.
+"""Time calls as a step runs them: in turn, rather than one call repeatedly.
 
 A call that runs twice in a row finds its arguments in cache, and the memory of
 its output, too. In a step other calls have run in between. So all calls of a
@@ -33,7 +33,7 @@ _MAX_CUDA_RUNS = 20  # in one reading
 
 
 def run_once(trial: Trial, device: torch.device) -> None:
-    """Run a call and wait for it, untimed: libraries build what they need at the first run."""
+    """Run a call untimed and wait for it, since libraries initialize on the first run."""
     trial.refresh()
     with torch.set_grad_enabled(trial.grad_enabled):
         trial()
@@ -77,7 +77,7 @@ def time_in_turn(
 
 
 def median_ns(samples: list[int]) -> int | None:
-    """The median, or ``None`` where there are too few samples to trust."""
+    """Return the median, or ``None`` where there are too few samples to trust."""
     return round(statistics.median(samples)) if len(samples) >= MIN_RUNS else None
 
 

@@ -1,4 +1,4 @@
-"""Run one call of a step alone, on made-up arguments that are like the step's own.
+"""Run one call of a step alone, on synthetic arguments that resemble the step's own.
 
 A call is known by its operator, the shapes, strides and dtypes of its tensors,
 its other arguments and the grad mode; values are made up. They are made so that
@@ -61,7 +61,7 @@ _RUN_LENGTH = 64  # of equal values in a mask, as padding and causal masks have 
 
 
 def is_safe(func: Any) -> bool:
-    """Whether a call may run on made-up values, normal numbers among them."""
+    """Whether a call may run on synthetic values, including normal random numbers."""
     if func._schema.name in _SAFE_ALL_THE_SAME:
         return True
     if func in (aten.bernoulli.default, aten.bernoulli_.Tensor, aten.bernoulli.out):
@@ -70,7 +70,7 @@ def is_safe(func: Any) -> bool:
 
 
 def call_key(call: Call, torch_type: str) -> str:
-    """What tells a call from others that may take another time or other scratch.
+    """Return the key that tells a call from others with possibly different time or scratch.
 
     Text, the same in every process; which tensor is passed twice is part of it, and
     which lies on the CPU beside a device of another type, ``torch_type``.
@@ -102,7 +102,7 @@ def argument_bytes(call: Call) -> int:
 
 
 def output_bytes(call: Call) -> int:
-    """Bytes of what a call hands out."""
+    """Return the bytes of a call's results."""
     return sum(_extent(t) * t.element_size() for t in tree_iter(call.out) if _is(t))
 
 
@@ -138,7 +138,7 @@ class Trial:
 
 @contextmanager
 def as_in_a_step(device: torch.device) -> Iterator[None]:
-    """Below autograd and autocast, where a step's kernels run; generators come back unchanged."""
+    """Run below autograd and autocast, as a step's kernels do; generators are restored."""
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),

@@ -1,4 +1,4 @@
-"""Times that the user knows better: a function of the call, another model where it is silent."""
+"""Times from the user's function of a call, with another model as a fallback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TimeFunction = Callable[[Call], float | None]
 
 
 class UserCosts:
-    """Asks the user's function first.
+    """Ask the user's function first.
 
     Parameters
     ----------

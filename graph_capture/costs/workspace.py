@@ -1,4 +1,4 @@
-"""Scratch memory that kernels take from the allocator while they run.
+"""Scratch memory that kernels allocate while they run.
 
 How much a kernel takes depends on the library behind it (oneDNN reorders
 weights into blocks that suit the processor, attention keeps tiles for each
@@ -109,7 +109,7 @@ class WorkspaceProbe:
         self._known: dict[str, int] = {}
 
     def bytes_of(self, call: Call) -> int:
-        """Bytes that the call allocates and frees again beside its outputs."""
+        """Return the bytes that the call allocates and frees, in addition to its outputs."""
         func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
         if not self._measures or not self._scratch:
             return 0
@@ -144,7 +144,7 @@ class WorkspaceProbe:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the memory figures must know."""
+        """Return what a reader of the memory figures must know."""
         if self._scratch and not self._measures:
             return (SCRATCH_NOT_COUNTED,)
         if not self._unknown:
@@ -159,7 +159,7 @@ class WorkspaceProbe:
         return self._device.type == "cpu"
 
     def output_bytes(self, func: Any, args: tuple, kwargs: dict) -> tuple[int, ...] | None:
-        """Real bytes of each output, for the calls whose fake outputs do not tell."""
+        """Return the real bytes of each output, for calls whose fake outputs do not tell."""
         if not (self._measures and self._on_cpu) or func._schema.name not in _OPAQUE_OUTPUTS:
             return None
         args, kwargs = blank_arguments(func, args, kwargs, self._device)

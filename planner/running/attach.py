@@ -90,7 +90,7 @@ def apply_plan(
 
 
 def _refuse_passing_way(captured: CapturedStep) -> None:
-    """A step that is known to take another way should not be the first to say so."""
+    """Refuse a plan whose next steps are known to take another path through the model."""
     for check in captured.step.checks:
         if check.next_step:
             module = f" in module {check.module_path!r}" if check.module_path else ""

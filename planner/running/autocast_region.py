@@ -39,7 +39,7 @@ class AutocastRegion:
 
 
 def _cast_of_a_leaf(device: torch.device) -> Callable[[], torch.Tensor | None]:
-    """Make a cast that only autocast holds, so that it dies when the region ends."""
+    """Return a weak reference to a cast that only autocast holds and that dies with the region."""
     with torch.enable_grad():
         leaf = torch.ones(1, 1, device=device, requires_grad=True)
         made: torch.Tensor = torch.mm(leaf, leaf)

@@ -74,12 +74,12 @@ class NotPlanned(torch.autograd.Function):
 
 
 def refuse_batched(gradient: torch.Tensor | None) -> None:
-    """Refuse many backward passes at once, in one batched tensor.
+    """Refuse a batched gradient, which stands for many backward passes at once.
 
     Raises
     ------
     CallMismatchError
-        Always; the message says how to get the gradients.
+        When the gradient is batched; the message says how to get the gradients.
     """
     functorch = torch._C._functorch
     if gradient is not None and (

@@ -221,8 +221,7 @@ class PlannedForward(StandIn):
         return [t for p in self._prepared for t in p.captured.step.constants.values()]
 
     def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
-        """Describe how a call differs from the planned one, whatever the model's current
-        structure."""
+        """Describe how a call differs from the planned one, whatever the model's structure now."""
         if self._prepared:
             return self._prepared[0].guard.another_call(arguments)
         if self._signature is None:

@@ -367,8 +367,7 @@ class PlannedStep:
         return [t for t in (fetch(given) for fetch in self._layout.fetch) if t.requires_grad]
 
     def _let_go(self, call: StepCall) -> None:
-        """Release tensors after the last backward pass; the autograd graph may live a whole step
-        longer."""
+        """Release the call's tensors after backward; the autograd graph may live a step longer."""
         call.arguments, call.saved = {}, []
         self._waiting = lambda: None
 
