@@ -290,10 +290,6 @@ def _nearly(expected: dict[str, Any], actual: dict[str, Any]) -> bool:
     )
 
 
-def _so_far(said: list[str]) -> str:
-    return f" (said: {said[-1][:120]})" if said else " (nothing said)"
-
-
 def _name_of(world: World) -> str:
     return next(name for name, case in MODELS.items() if case is world.case)
 

@@ -48,10 +48,6 @@ def _rows(seed: int) -> tuple[Tensor]:
     return (_normal(seed, BATCH, WIDTH),)
 
 
-def _sequences(seed: int) -> tuple[Tensor]:
-    return (_normal(seed, 4, 8, WIDTH),)
-
-
 def _pictures(seed: int) -> tuple[Tensor]:
     return (_normal(seed, 4, 3, 16, 16),)
 

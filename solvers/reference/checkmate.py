@@ -99,7 +99,7 @@ def checkmate_milp(
     workers
         Threads, where the backend has them (SCIP has one).
     backend
-        One of :data:`~solvers.ortools_process.BACKENDS`.
+        One of :data:`~solvers.reference.ortools_process.BACKENDS`.
 
     Raises
     ------
