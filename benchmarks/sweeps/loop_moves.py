@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from . import moves_calls, moves_hooks, moves_objects, moves_parts, moves_read
-from .world import MOVES
+from .loop_side import MOVES
 
 __all__ = ["MOVES", "moves_calls", "moves_hooks", "moves_objects", "moves_parts", "moves_read"]

@@ -1,7 +1,7 @@
 """One loop of the sweep, on a planned model and on its twin: the same bits, or a word about it.
 
 A loop is drawn from a seed: a model, a policy, and a few changes with a step after each. Both
-worlds get the same changes and the same seeds. After each step everything that the loop
+sides get the same changes and the same seeds. After each step everything that the loop
 could see is compared: losses, gradients, parameters, buffers and the generator.
 """
 
@@ -31,9 +31,9 @@ from planner.planning import known_least
 from ..testing.bitwise import assert_same_tensors
 from .loop_models import MODELS
 from .loop_moves import MOVES
+from .loop_side import LoopSide, Unfit
 from .loop_steps import STEPS
 from .verdicts import BROKEN
-from .world import Unfit, World
 
 POLICIES = ("error", "unplanned", "replan")
 PART_OF_PEAK = 0.8
@@ -137,11 +137,11 @@ def plan_for(model: str) -> Plan:
 
 def run_loop(loop: Loop) -> Verdict:
     """Run a loop until it ends or something about it is not as promised."""
-    worlds = [_world(loop, planned=planned) for planned in (False, True)]
+    sides = [_side(loop, planned=planned) for planned in (False, True)]
     said: list[str] = []
     verdict = Verdict()
     for at, (move, step) in enumerate((("", "plain"), *loop.acts)):
-        found = _act(worlds, move, step, loop.seed + 7 * at + 1, said, verdict)
+        found = _act(sides, move, step, loop.seed + 7 * at + 1, said, verdict)
         if found == "unfit":
             continue
         if found != "equal" and verdict.verdict in ("equal", "said and equal"):
@@ -155,28 +155,28 @@ _NO_TRAINING = ("no_grad", "inference_mode")
 """Steps that no plan runs and no budget is for."""
 
 
-def _world(loop: Loop, *, planned: bool) -> World:
+def _side(loop: Loop, *, planned: bool) -> LoopSide:
     case = MODELS[loop.model]
     torch.manual_seed(0)
     model = case.make().train()
     if planned:
         plan_for(loop.model).apply(model, on_shape_change=loop.policy)  # type: ignore[arg-type]
-    return World(
+    return LoopSide(
         case=case, model=model, call=model, planned=planned, policy=loop.policy, loss=case.loss
     )
 
 
 def _act(
-    worlds: list[World], move: str, step: str, seed: int, said: list[str], verdict: Verdict
+    sides: list[LoopSide], move: str, step: str, seed: int, said: list[str], verdict: Verdict
 ) -> str:
-    """Do one change and one step in both worlds, and say how it went."""
+    """Do one change and one step in both sides, and say how it went."""
     outcomes = []
-    for world in worlds:
+    for side in sides:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             over_before = verdict.over_budget
-            outcome = _one(world, move, step, seed, verdict if world.planned else None)
-        if world.planned:
+            outcome = _one(side, move, step, seed, verdict if side.planned else None)
+        if side.planned:
             said += [str(w.message) for w in caught if _is_ours(w)]
             if verdict.over_budget > over_before:
                 verdict.over_said = bool(said)
@@ -205,8 +205,8 @@ def _act(
             f" (said: {said[-1][:120]})" if said else " (nothing said)"
         )
         return "other bits"
-    ran_unplanned = _ran_unplanned(worlds[1], step)
-    if ran_unplanned and not said and worlds[1].policy != "unplanned":
+    ran_unplanned = _ran_unplanned(sides[1], step)
+    if ran_unplanned and not said and sides[1].policy != "unplanned":
         verdict.words = "the step ran without the plan and nothing was said"
         return "silent"
     if said:
@@ -215,50 +215,49 @@ def _act(
 
 
 def _one(
-    world: World, move: str, step: str, seed: int, verdict: Verdict | None
+    side: LoopSide, move: str, step: str, seed: int, verdict: Verdict | None
 ) -> tuple[dict[str, Any], BaseException | None]:
     seen: list[Any] = []
 
     def run() -> None:
         if move:
-            MOVES[move](world)
-        world.counts = _counts(world.model)
-        optimizer = world.build_optimizer(
-            [p for p in world.model.parameters() if p.requires_grad]
-            or [nn.Parameter(torch.ones(1))]
+            MOVES[move](side)
+        side.counts = _counts(side.model)
+        optimizer = side.build_optimizer(
+            [p for p in side.model.parameters() if p.requires_grad] or [nn.Parameter(torch.ones(1))]
         )
-        world.optimizer = optimizer
+        side.optimizer = optimizer
         torch.manual_seed(seed)
-        seen.extend(STEPS[step](world, optimizer, seed))
+        seen.extend(STEPS[step](side, optimizer, seed))
 
     try:
         if verdict is not None and not move and step not in _NO_TRAINING:
-            _peak(world, run, step, verdict)
+            _peak(side, run, step, verdict)
         else:
             run()
     except Exception as error:  # noqa: BLE001  # whatever comes out is what is judged
         return {}, error
     found: dict[str, Any] = {f"number {i}": value for i, value in enumerate(seen)}
-    for name, p in world.model.named_parameters():
+    for name, p in side.model.named_parameters():
         found[f"parameter {name}"] = p
         found[f"gradient of {name}"] = p.grad
-    found |= {f"buffer {name}": b for name, b in world.model.named_buffers()}
+    found |= {f"buffer {name}": b for name, b in side.model.named_buffers()}
     found["the generator"] = torch.get_rng_state()
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}, None
 
 
-def _peak(world: World, run: Callable[[], None], step: str, verdict: Verdict) -> None:
+def _peak(side: LoopSide, run: Callable[[], None], step: str, verdict: Verdict) -> None:
     """Run under the allocator's record; notes a peak above the budget."""
-    plan = plan_for(_name_of(world))
+    plan = plan_for(_name_of(side))
     gc.collect()
     held = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in (*world.model.parameters(), *world.model.buffers())
+        for t in (*side.model.parameters(), *side.model.buffers())
     }
     errors: list[Exception] = []
 
     def recorded() -> None:
-        for p in world.model.parameters():  # the record knows the end only of what began in it
+        for p in side.model.parameters():  # the record knows the end only of what began in it
             p.grad = None if p.grad is None else p.grad.clone()
         try:
             run()
@@ -268,11 +267,11 @@ def _peak(world: World, run: Callable[[], None], step: str, verdict: Verdict) ->
     peak = sum(held.values()) + peak_extra_bytes(recorded)
     if errors:
         raise errors[0]
-    assert world.optimizer is not None
+    assert side.optimizer is not None
     # The plans were asked to count no optimizer; a move may have chosen one that has a state.
     state_bytes = sum(
         value.untyped_storage().nbytes()
-        for state in world.optimizer.state.values()
+        for state in side.optimizer.state.values()
         for value in state.values()
         if isinstance(value, Tensor)
     )
@@ -290,8 +289,8 @@ def _nearly(expected: dict[str, Any], actual: dict[str, Any]) -> bool:
     )
 
 
-def _name_of(world: World) -> str:
-    return next(name for name, case in MODELS.items() if case is world.case)
+def _name_of(side: LoopSide) -> str:
+    return next(name for name, case in MODELS.items() if case is side.case)
 
 
 def documented(error: BaseException) -> bool:
@@ -329,12 +328,12 @@ _NO_TRAINING = (
 )
 
 
-def _ran_unplanned(world: World, step: str) -> bool:
+def _ran_unplanned(side: LoopSide, step: str) -> bool:
     """Whether a training step left the number of planned ones as it was."""
-    after = _counts(world.model)
-    if world.counts is None or after is None or step in _NO_TRAINING:
+    after = _counts(side.model)
+    if side.counts is None or after is None or step in _NO_TRAINING:
         return False
-    return after[0] == world.counts[0]
+    return after[0] == side.counts[0]
 
 
 def _brief(error: BaseException) -> str:

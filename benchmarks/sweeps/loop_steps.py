@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .loop_models import TwoHeads
-from .world import Unfit, World
+from .loop_side import LoopSide, Unfit
 
-Step = Callable[[World, torch.optim.Optimizer, int], list[Any]]
+Step = Callable[[LoopSide, torch.optim.Optimizer, int], list[Any]]
 """Runs one step with a seed; returns the numbers that it computed."""
 
 STEPS: dict[str, Step] = {}
@@ -32,45 +32,45 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def _autocast(world: World) -> Iterator[None]:
-    with torch.autocast("cpu", torch.bfloat16, enabled=world.autocast):
+def _autocast(side: LoopSide) -> Iterator[None]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=side.autocast):
         yield
 
 
-def forward(world: World, seed: int, batch: int | None = None) -> Tensor:
+def forward(side: LoopSide, seed: int, batch: int | None = None) -> Tensor:
     """One forward and its loss."""
-    sample = world.change_sample(world.case.sample(seed, batch or world.batch))
-    with _autocast(world):
-        return loss_of(world, world.call(**sample))
+    sample = side.change_sample(side.case.sample(seed, batch or side.batch))
+    with _autocast(side):
+        return loss_of(side, side.call(**sample))
 
 
-def loss_of(world: World, output: Any) -> Tensor:
-    if world.loss is not None:
-        return world.loss(output)
+def loss_of(side: LoopSide, output: Any) -> Tensor:
+    if side.loss is not None:
+        return side.loss(output)
     return output.loss
 
 
 @_step("plain")
-def plain(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def plain(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    loss = forward(world, seed)
+    loss = forward(side, seed)
     loss.backward()
     optimizer.step()
     return [loss]
 
 
 @_step("gradients set to zero, not to None")
-def _zeroed(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _zeroed(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad(set_to_none=False)
-    loss = forward(world, seed)
+    loss = forward(side, seed)
     loss.backward()
     optimizer.step()
     return [loss]
 
 
 @_step("zero_grad after forward")
-def _zero_after(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    loss = forward(world, seed)
+def _zero_after(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    loss = forward(side, seed)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -78,11 +78,11 @@ def _zero_after(world: World, optimizer: torch.optim.Optimizer, seed: int) -> li
 
 
 @_step("accumulated over two")
-def _accumulated(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _accumulated(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
     losses = []
     for i in range(2):
-        loss = forward(world, seed + 500 * i)
+        loss = forward(side, seed + 500 * i)
         (loss / 2).backward()
         losses.append(loss)
     optimizer.step()
@@ -90,18 +90,18 @@ def _accumulated(world: World, optimizer: torch.optim.Optimizer, seed: int) -> l
 
 
 @_step("two forwards, one backward")
-def _two_forwards(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _two_forwards(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    first, second = forward(world, seed), forward(world, seed + 500)
+    first, second = forward(side, seed), forward(side, seed + 500)
     (first + second).backward()
     optimizer.step()
     return [first, second]
 
 
 @_step("two forwards, backwards crossed")
-def _crossed(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _crossed(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    first, second = forward(world, seed), forward(world, seed + 500)
+    first, second = forward(side, seed), forward(side, seed + 500)
     first.backward()
     second.backward()
     optimizer.step()
@@ -109,9 +109,9 @@ def _crossed(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[
 
 
 @_step("two backwards of one forward")
-def _two_backwards(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _two_backwards(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    loss = forward(world, seed)
+    loss = forward(side, seed)
     loss.backward(retain_graph=True)
     (2 * loss).backward()
     optimizer.step()
@@ -119,24 +119,24 @@ def _two_backwards(world: World, optimizer: torch.optim.Optimizer, seed: int) ->
 
 
 @_step("a second backward without retain_graph")
-def _freed(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _freed(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    loss = forward(world, seed)
+    loss = forward(side, seed)
     loss.backward()
     loss.backward()
     return [loss]
 
 
 @_step("a backward for each of two losses")
-def _separate(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _separate(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    sample = world.change_sample(world.case.sample(seed, world.batch))
-    with _autocast(world):
-        output = world.call(**sample)
-        if isinstance(world.model, TwoHeads):
+    sample = side.change_sample(side.case.sample(seed, side.batch))
+    with _autocast(side):
+        output = side.call(**sample)
+        if isinstance(side.model, TwoHeads):
             losses = [output.main.pow(2).mean(), output.side.pow(2).mean()]
         else:
-            loss = loss_of(world, output)
+            loss = loss_of(side, output)
             losses = [loss * 0.5, loss * 0.25]
     losses[0].backward(retain_graph=True)
     losses[1].backward()
@@ -145,10 +145,10 @@ def _separate(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list
 
 
 @_step("gradients by autograd.grad")
-def _grad(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _grad(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    loss = forward(world, seed)
-    parameters = [p for p in world.model.parameters() if p.requires_grad]
+    loss = forward(side, seed)
+    parameters = [p for p in side.model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g
@@ -157,19 +157,19 @@ def _grad(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any
 
 
 @_step("gradients of some parameters only")
-def _some(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _some(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    loss = forward(world, seed)
-    loss.backward(inputs=[p for p in world.model.parameters() if p.requires_grad][:2])
+    loss = forward(side, seed)
+    loss.backward(inputs=[p for p in side.model.parameters() if p.requires_grad][:2])
     optimizer.step()
     return [loss]
 
 
 @_step("a gradient penalty")
-def _penalty(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _penalty(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    loss = forward(world, seed)
-    parameters = [p for p in world.model.parameters() if p.requires_grad]
+    loss = forward(side, seed)
+    parameters = [p for p in side.model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
     penalty = torch.stack([g.pow(2).sum() for g in grads if g is not None]).sum()
     (loss + 0.1 * penalty).backward()
@@ -178,14 +178,14 @@ def _penalty(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[
 
 
 @_step("a gradient penalty by the input")
-def _input_penalty(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    if world.case.loss is None:
+def _input_penalty(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    if side.case.loss is None:
         raise Unfit("tokens")
     optimizer.zero_grad()
-    sample = world.change_sample(world.case.sample(seed, world.batch))
+    sample = side.change_sample(side.case.sample(seed, side.batch))
     sample["x"] = sample["x"].detach().requires_grad_()
-    with _autocast(world):
-        loss = loss_of(world, world.call(**sample))
+    with _autocast(side):
+        loss = loss_of(side, side.call(**sample))
     (g,) = torch.autograd.grad(loss, sample["x"], create_graph=True)
     (loss + g.pow(2).sum()).backward()
     optimizer.step()
@@ -193,91 +193,91 @@ def _input_penalty(world: World, optimizer: torch.optim.Optimizer, seed: int) ->
 
 
 @_step("no_grad")
-def _no_grad(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _no_grad(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     with torch.no_grad():
-        return [forward(world, seed)]
+        return [forward(side, seed)]
 
 
 @_step("inference_mode")
-def _inference(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _inference(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     with torch.inference_mode():
-        return [forward(world, seed).clone()]
+        return [forward(side, seed).clone()]
 
 
 @_step("evaluated in between")
-def _evaluated(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    world.model.eval()
+def _evaluated(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    side.model.eval()
     with torch.no_grad():
-        score = forward(world, seed, batch=3)
-    world.model.train()
-    return [score, *plain(world, optimizer, seed)]
+        score = forward(side, seed, batch=3)
+    side.model.train()
+    return [score, *plain(side, optimizer, seed)]
 
 
 @_step("trained in eval mode")
-def _eval_training(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    world.model.eval()
+def _eval_training(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    side.model.eval()
     try:
-        return plain(world, optimizer, seed)
+        return plain(side, optimizer, seed)
     finally:
-        world.model.train()
+        side.model.train()
 
 
 @_step("no backward")
-def _no_backward(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    return [forward(world, seed)]
+def _no_backward(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    return [forward(side, seed)]
 
 
 @_step("an exception in the loss")
-def _exception_loss(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _exception_loss(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
     with contextlib.suppress(Interrupted):
-        forward(world, seed)
+        forward(side, seed)
         raise Interrupted
-    return plain(world, optimizer, seed)
+    return plain(side, optimizer, seed)
 
 
-def _with_hook(world: World, seed: int, error: type[BaseException]) -> None:
+def _with_hook(side: LoopSide, seed: int, error: type[BaseException]) -> None:
     def stop(g: Tensor) -> None:
         raise error("stopped in the backward pass")
 
-    parameter = next(p for p in world.model.parameters() if p.requires_grad)
+    parameter = next(p for p in side.model.parameters() if p.requires_grad)
     handle = parameter.register_hook(stop)
     try:
-        forward(world, seed).backward()
+        forward(side, seed).backward()
     finally:
         handle.remove()
 
 
 @_step("an exception in the backward pass")
-def _exception_backward(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _exception_backward(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
     with contextlib.suppress(Interrupted):
-        _with_hook(world, seed, Interrupted)
+        _with_hook(side, seed, Interrupted)
     optimizer.zero_grad()  # which gradients are there by then nobody promises
     return [torch.get_rng_state()]
 
 
 @_step("Ctrl-C in the backward pass")
-def _ctrl_c(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _ctrl_c(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
     with contextlib.suppress(KeyboardInterrupt):
-        _with_hook(world, seed, KeyboardInterrupt)
+        _with_hook(side, seed, KeyboardInterrupt)
     optimizer.zero_grad()
     return [torch.get_rng_state()]
 
 
 @_step("a wrong argument")
-def _wrong(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _wrong(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     with contextlib.suppress(TypeError):
-        world.call(nothing_of_this_name=1)
-    return plain(world, optimizer, seed)
+        side.call(nothing_of_this_name=1)
+    return plain(side, optimizer, seed)
 
 
 @_step("a closure, twice")
-def _closure(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _closure(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = forward(world, seed)
+        loss = forward(side, seed)
         loss.backward()
         return loss
 
@@ -287,30 +287,30 @@ def _closure(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[
 
 
 @_step("gradients clipped")
-def _clipped(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _clipped(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    loss = forward(world, seed)
+    loss = forward(side, seed)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(world.model.parameters(), 0.01)
+    norm = torch.nn.utils.clip_grad_norm_(side.model.parameters(), 0.01)
     optimizer.step()
     return [loss, norm]
 
 
 @_step("parameters changed before the backward pass")
-def _changed(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    plain(world, optimizer, seed)
-    loss = forward(world, seed + 1)
+def _changed(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    plain(side, optimizer, seed)
+    loss = forward(side, seed + 1)
     optimizer.step()
     loss.backward()
     return [loss]
 
 
 @_step("an input changed before the backward pass")
-def _input_changed(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _input_changed(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    sample = world.change_sample(world.case.sample(seed, world.batch))
-    with _autocast(world):
-        loss = loss_of(world, world.call(**sample))
+    sample = side.change_sample(side.case.sample(seed, side.batch))
+    with _autocast(side):
+        loss = loss_of(side, side.call(**sample))
     with torch.no_grad():
         next(iter(sample.values())).mul_(0)
     loss.backward()
@@ -319,21 +319,21 @@ def _input_changed(world: World, optimizer: torch.optim.Optimizer, seed: int) ->
 
 
 @_step("saved tensors on the CPU")
-def _save_on_cpu(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _save_on_cpu(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     with torch.autograd.graph.save_on_cpu():
-        return plain(world, optimizer, seed)
+        return plain(side, optimizer, seed)
 
 
 @_step("anomaly detection")
-def _anomaly(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _anomaly(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     with torch.autograd.detect_anomaly(check_nan=True):
-        return plain(world, optimizer, seed)
+        return plain(side, optimizer, seed)
 
 
 @_step("backward in another thread")
-def _thread(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+def _thread(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
     optimizer.zero_grad()
-    loss = forward(world, seed)
+    loss = forward(side, seed)
     failed: list[BaseException] = []
 
     def run() -> None:
@@ -352,36 +352,36 @@ def _thread(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[A
 
 
 @_step("torch.func.grad")
-def _functional(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    sample = world.change_sample(world.case.sample(seed, world.batch))
-    parameters = {k: v.detach() for k, v in world.model.named_parameters()}
+def _functional(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    sample = side.change_sample(side.case.sample(seed, side.batch))
+    parameters = {k: v.detach() for k, v in side.model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor]) -> Tensor:
-        return loss_of(world, torch.func.functional_call(world.model, parameters, (), sample))
+        return loss_of(side, torch.func.functional_call(side.model, parameters, (), sample))
 
     grads = torch.func.grad(loss)(parameters)
     return [g for _, g in sorted(grads.items())]
 
 
 @_step("functional_call with other parameters")
-def _other_parameters(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    sample = world.change_sample(world.case.sample(seed, world.batch))
-    parameters = {k: (v.detach() * 0.5).requires_grad_() for k, v in world.model.named_parameters()}
-    loss = loss_of(world, torch.func.functional_call(world.model, parameters, (), sample))
+def _other_parameters(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    sample = side.change_sample(side.case.sample(seed, side.batch))
+    parameters = {k: (v.detach() * 0.5).requires_grad_() for k, v in side.model.named_parameters()}
+    loss = loss_of(side, torch.func.functional_call(side.model, parameters, (), sample))
     loss.backward()
     return [loss, *(v.grad for v in parameters.values() if v.grad is not None)]
 
 
 @_step("forward-mode derivative")
-def _forward_mode(world: World, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
-    if world.case.loss is None:
+def _forward_mode(side: LoopSide, optimizer: torch.optim.Optimizer, seed: int) -> list[Any]:
+    if side.case.loss is None:
         raise Unfit("tokens")
     import torch.autograd.forward_ad as fwd
 
-    sample = world.change_sample(world.case.sample(seed, world.batch))
+    sample = side.change_sample(side.case.sample(seed, side.batch))
     with fwd.dual_level():
         sample["x"] = fwd.make_dual(sample["x"], torch.ones_like(sample["x"]))
-        loss = loss_of(world, world.call(**sample))
+        loss = loss_of(side, side.call(**sample))
         value, tangent = fwd.unpack_dual(loss)
         if tangent is None:
             return [value.detach().clone()]

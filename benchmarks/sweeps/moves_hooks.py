@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import loop_models
-from .world import Unfit, World, named_move
+from .loop_side import LoopSide, Unfit, named_move
 
 
 def _doubled(module: nn.Module, args: Any, output: Any) -> Any:
@@ -19,40 +19,40 @@ def _half_gradient(module: nn.Module, grad_in: Any, grad_out: Any) -> Any:
 
 
 @named_move("a forward hook on a layer")
-def _forward_hook(world: World) -> None:
-    world.handles.append(world.part(world.case.hooked).register_forward_hook(_doubled))
+def _forward_hook(side: LoopSide) -> None:
+    side.handles.append(side.part(side.case.hooked).register_forward_hook(_doubled))
 
 
 @named_move("a pre-hook on a layer")
-def _pre_hook(world: World) -> None:
-    world.handles.append(
-        world.part(world.case.hooked).register_forward_pre_hook(lambda m, a: (a[0] * 0.5, *a[1:]))
+def _pre_hook(side: LoopSide) -> None:
+    side.handles.append(
+        side.part(side.case.hooked).register_forward_pre_hook(lambda m, a: (a[0] * 0.5, *a[1:]))
     )
 
 
 @named_move("a backward hook on a layer")
-def _backward_hook(world: World) -> None:
-    world.handles.append(world.part(world.case.hooked).register_full_backward_hook(_half_gradient))
+def _backward_hook(side: LoopSide) -> None:
+    side.handles.append(side.part(side.case.hooked).register_full_backward_hook(_half_gradient))
 
 
 @named_move("a backward pre-hook on a layer")
-def _backward_pre_hook(world: World) -> None:
-    world.handles.append(
-        world.part(world.case.hooked).register_full_backward_pre_hook(
+def _backward_pre_hook(side: LoopSide) -> None:
+    side.handles.append(
+        side.part(side.case.hooked).register_full_backward_pre_hook(
             lambda m, g: tuple(x * 0.5 for x in g)
         )
     )
 
 
 @named_move("a forward hook on the root")
-def _root_hook(world: World) -> None:
-    world.handles.append(world.model.register_forward_hook(_doubled))
+def _root_hook(side: LoopSide) -> None:
+    side.handles.append(side.model.register_forward_hook(_doubled))
 
 
 @named_move("a pre-hook on the root")
-def _root_pre_hook(world: World) -> None:
-    world.handles.append(
-        world.model.register_forward_pre_hook(
+def _root_pre_hook(side: LoopSide) -> None:
+    side.handles.append(
+        side.model.register_forward_pre_hook(
             lambda m, a, k: (
                 a,
                 {
@@ -67,23 +67,23 @@ def _root_pre_hook(world: World) -> None:
 
 
 @named_move("a backward hook on the root")
-def _root_backward_hook(world: World) -> None:
-    if world.case.loss is None or isinstance(world.model, loop_models.TwoHeads):
+def _root_backward_hook(side: LoopSide) -> None:
+    if side.case.loss is None or isinstance(side.model, loop_models.TwoHeads):
         raise Unfit("outputs in an object")
-    world.handles.append(world.model.register_full_backward_hook(_half_gradient))
+    side.handles.append(side.model.register_full_backward_hook(_half_gradient))
 
 
 @named_move("a hook on a parameter's gradient")
-def _parameter_hook(world: World) -> None:
-    parameter = next(world.model.parameters())
+def _parameter_hook(side: LoopSide) -> None:
+    parameter = next(side.model.parameters())
     if not parameter.requires_grad:
         raise Unfit("frozen")
-    world.handles.append(parameter.register_hook(lambda g: g * 3.0))
+    side.handles.append(parameter.register_hook(lambda g: g * 3.0))
 
 
 @named_move("a hook after a gradient is accumulated")
-def _accumulate_hook(world: World) -> None:
-    parameter = next(world.model.parameters())
+def _accumulate_hook(side: LoopSide) -> None:
+    parameter = next(side.model.parameters())
     if not parameter.requires_grad:
         raise Unfit("frozen")
 
@@ -91,12 +91,12 @@ def _accumulate_hook(world: World) -> None:
         assert p.grad is not None
         p.grad.clamp_(-1e-3, 1e-3)
 
-    world.handles.append(parameter.register_post_accumulate_grad_hook(clip))
+    side.handles.append(parameter.register_post_accumulate_grad_hook(clip))
 
 
 @named_move("a hook on all modules")
-def _global_hook(world: World) -> None:
-    if world.planned:  # the twin goes first; its registration is seen by both
+def _global_hook(side: LoopSide) -> None:
+    if side.planned:  # the twin goes first; its registration is seen by both
         return
     nn.modules.module.register_module_forward_hook(
         lambda m, a, out: out * 1.5 if isinstance(m, nn.Linear) else None
@@ -104,9 +104,9 @@ def _global_hook(world: World) -> None:
 
 
 @named_move("hooks taken off")
-def _hooks_off(world: World) -> None:
-    if not world.handles:
+def _hooks_off(side: LoopSide) -> None:
+    if not side.handles:
         raise Unfit("no hooks")
-    for handle in world.handles:
+    for handle in side.handles:
         handle.remove()
-    world.handles.clear()
+    side.handles.clear()

@@ -12,76 +12,76 @@ from typing import Any
 import torch
 from torch import nn
 
-from .world import MOVES, Unfit, World, named_move
+from .loop_side import MOVES, LoopSide, Unfit, named_move
 
 
 @named_move("deep copy")
-def _deepcopy(world: World) -> None:
-    world.model = copy.deepcopy(world.model)
-    world.call = world.model
+def _deepcopy(side: LoopSide) -> None:
+    side.model = copy.deepcopy(side.model)
+    side.call = side.model
 
 
 @named_move("pickled")
-def _pickled(world: World) -> None:
-    world.model = pickle.loads(pickle.dumps(world.model))
-    world.call = world.model
+def _pickled(side: LoopSide) -> None:
+    side.model = pickle.loads(pickle.dumps(side.model))
+    side.call = side.model
 
 
 @named_move("saved whole and loaded")
-def _saved(world: World) -> None:
+def _saved(side: LoopSide) -> None:
     stream = io.BytesIO()
-    torch.save(world.model, stream)
+    torch.save(side.model, stream)
     stream.seek(0)
-    world.model = torch.load(stream, weights_only=False)
-    world.call = world.model
+    side.model = torch.load(stream, weights_only=False)
+    side.call = side.model
 
 
 @named_move("forward replaced by a wrapper")
-def _forward_wrapped(world: World) -> None:
-    before = world.model.forward
+def _forward_wrapped(side: LoopSide) -> None:
+    before = side.model.forward
 
     @functools.wraps(before)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return before(*args, **kwargs)
 
-    world.model.forward = forward  # type: ignore[method-assign]
+    side.model.forward = forward  # type: ignore[method-assign]
 
 
 @named_move("forward replaced by the class' own")
-def _forward_class(world: World) -> None:
-    world.model.forward = type(world.model).forward.__get__(world.model)  # type: ignore[method-assign]
+def _forward_class(side: LoopSide) -> None:
+    side.model.forward = type(side.model).forward.__get__(side.model)  # type: ignore[method-assign]
 
 
 @named_move("forward under autocast, as accelerate does")
-def _forward_accelerate(world: World) -> None:
-    function = world.model.forward
+def _forward_accelerate(side: LoopSide) -> None:
+    function = side.model.forward
     function = getattr(function, "__func__", function)
-    model = world.model
-    before = world.model.forward
+    model = side.model
+    before = side.model.forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return before(*args, **kwargs)
 
-    world.model.forward = forward.__get__(model)  # type: ignore[method-assign]
+    side.model.forward = forward.__get__(model)  # type: ignore[method-assign]
 
 
 @named_move("called through forward")
-def _through_forward(world: World) -> None:
-    world.call = world.model.forward
+def _through_forward(side: LoopSide) -> None:
+    side.call = side.model.forward
 
 
 @named_move("compiled wrapper")
-def _compiled(world: World) -> None:
-    world.call = torch.compile(world.model, backend="eager")
+def _compiled(side: LoopSide) -> None:
+    side.call = torch.compile(side.model, backend="eager")
 
 
 @named_move("data parallel wrapper")
-def _data_parallel(world: World) -> None:
-    world.call = nn.DataParallel(world.model)
+def _data_parallel(side: LoopSide) -> None:
+    side.call = nn.DataParallel(side.model)
 
 
 @named_move("inside another module")
-def _inside(world: World) -> None:
+def _inside(side: LoopSide) -> None:
     class Outer(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -90,26 +90,26 @@ def _inside(world: World) -> None:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.inner(*args, **kwargs)
 
-    world.call = Outer(world.model)
+    side.call = Outer(side.model)
 
 
 @named_move("plan taken off and put on again")
-def _again(world: World) -> None:
-    if world.planned:
+def _again(side: LoopSide) -> None:
+    if side.planned:
         from planner import Plan
         from planner.running.attach import applied_plan
 
-        plan = applied_plan(world.model)
+        plan = applied_plan(side.model)
         plan = getattr(plan, "plan", plan)
         if plan is None:
             raise Unfit("no plan")
-        Plan.remove(world.model)
-        plan.apply(world.model, on_shape_change=world.policy)
+        Plan.remove(side.model)
+        plan.apply(side.model, on_shape_change=side.policy)
 
 
 def _optimizer(label: str, build: Callable[..., torch.optim.Optimizer]) -> None:
-    def change(world: World) -> None:
-        world.build_optimizer = build
+    def change(side: LoopSide) -> None:
+        side.build_optimizer = build
 
     MOVES[label] = change
 
@@ -121,5 +121,5 @@ _optimizer("AdamW, fused", functools.partial(torch.optim.AdamW, lr=1e-3, fused=T
 
 
 @named_move("deterministic algorithms")
-def _deterministic(world: World) -> None:
+def _deterministic(side: LoopSide) -> None:
     torch.use_deterministic_algorithms(True)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.sweeps.loop_run import Loop, drawn, run_loop, shrunk
+from benchmarks.sweeps.loop_side import MOVES, LoopSide
 from benchmarks.sweeps.loop_table import loop_table
 from benchmarks.sweeps.verdicts import FINE
-from benchmarks.sweeps.world import MOVES, World
 
 PLAIN = ("", "plain")
 
@@ -28,12 +28,12 @@ def test_the_same_seed_draws_the_same_loop() -> None:
 
 
 def test_other_bits_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change that happens in the planned world alone is a broken promise."""
+    """A change that happens in the planned side alone is a broken promise."""
 
-    def only_planned(world: World) -> None:
-        if world.planned:
+    def only_planned(side: LoopSide) -> None:
+        if side.planned:
             with torch.no_grad():
-                next(world.model.parameters()).add_(1e-3)
+                next(side.model.parameters()).add_(1e-3)
 
     monkeypatch.setitem(MOVES, "spoil", only_planned)
     loop = Loop(model="perceptron", policy="error", acts=(("spoil", "plain"),))
@@ -43,8 +43,8 @@ def test_other_bits_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_loop_is_shrunk_to_what_breaks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three changes the one that matters is left."""
 
-    def crash(world: World) -> None:
-        if world.planned:
+    def crash(side: LoopSide) -> None:
+        if side.planned:
             raise KeyError("of nobody")
 
     monkeypatch.setitem(MOVES, "crash", crash)

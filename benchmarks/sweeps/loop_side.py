@@ -17,7 +17,7 @@ _SGD = functools.partial(torch.optim.SGD, lr=0.05)
 
 
 @dataclass(slots=True, kw_only=True)
-class World:
+class LoopSide:
     """One of the two runs of a loop: the planned one, or its twin without a plan.
 
     Parameters
@@ -70,7 +70,7 @@ class Unfit(Exception):
     """A move does not apply to this model; the loop draws another."""
 
 
-Move = Callable[[World], None]
+Move = Callable[[LoopSide], None]
 MOVES: dict[str, Move] = {}
 
 
