@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 from solvers.result import OPTIMAL_GAP
@@ -12,6 +13,20 @@ from solvers.scopes import BoundScope
 from .base.solve_options import DEFAULT_GAP
 
 RowKind = Literal["strategy", "peer"]
+
+
+class RowOutcome(StrEnum):
+    """What a row came to, by a code that files keep."""
+
+    FOUND = "found"  # it has figures
+    OVER_BUDGET = "over_budget"  # it has, and its peak is above the budget
+    PROVEN_INFEASIBLE = "proven_infeasible"  # nothing fits
+    NOTHING_FOUND = "nothing_found"  # in time, and nothing proven
+    OUT_OF_MEMORY = "out_of_memory"  # what it would do does not fit
+    NOT_APPLICABLE = "not_applicable"  # to this step
+    FAILED = "failed"  # it ended in an error
+
+
 Bits = Literal[
     "equal", "right", "WRONG", "different", "other draws", "not repeatable", "not compared"
 ]
@@ -75,6 +90,10 @@ class ComparisonRow:
         The strategy's parameters, and what else is known.
     error
         Why there are no figures; ``""`` if there are any.
+    outcome
+        What the row came to; of a strategy before any schedule ran.
+    off_order
+        Whether first runs leave eager's order, so that the bounds say nothing of it.
     fits
         Whether the predicted peak is within the budget; ``None`` without budget or figures.
     predicted_peak_bytes, predicted_step_us, overhead
@@ -83,7 +102,7 @@ class ComparisonRow:
     gap
         ``(step - lower bound) / lower bound``, of this budget; ``None`` where
         the row does not fit, or has no budget. The bound speaks of its scope
-        only: a schedule in another order, which ``note`` tells, may be below it.
+        only: a schedule in another order (``off_order``) may be below it.
     num_recomputed
         Runs beyond the first of each operator.
     solve_s
@@ -100,6 +119,8 @@ class ComparisonRow:
     setting: str = ""
     note: str = ""
     error: str = ""
+    outcome: RowOutcome = RowOutcome.FOUND
+    off_order: bool = False
     fits: bool | None = None
     predicted_peak_bytes: int | None = None
     predicted_step_us: float | None = None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 
-from planner.comparing.bound_text import OTHER_ORDER
-from planner.comparison_record import ComparisonRow
+from planner.comparison_record import ComparisonRow, RowOutcome
 
 OVER = "–"
 NOTHING_FITS = "×"
@@ -24,29 +22,26 @@ LEGEND = (
     "are rounded down."
 )
 
-_PROVEN = ("proven: nothing fits",)
-_NOT_FOUND = ("no schedule found", "nothing found that fits")
-_NO_ROOM = ("runs out of memory:", "DTR thrashes:")
-_EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Iteration|Warning)\b: ")
+_SIGNS = {
+    RowOutcome.FOUND: "",
+    RowOutcome.OVER_BUDGET: OVER,
+    RowOutcome.PROVEN_INFEASIBLE: NOTHING_FITS,
+    RowOutcome.NOTHING_FOUND: NOTHING_FOUND,
+    RowOutcome.OUT_OF_MEMORY: OVER,  # what it would do does not fit
+    RowOutcome.NOT_APPLICABLE: NOT_APPLICABLE,
+    RowOutcome.FAILED: FAILED,
+}
 
 
 def sign(row: ComparisonRow) -> str:
     """Why a row has no figure at its budget; ``""`` where it has one."""
-    if row.predicted_step_us is not None:
-        return OVER if row.fits is False else ""
-    if any(words in row.error for words in _PROVEN):
-        return NOTHING_FITS
-    if any(words in row.error for words in _NOT_FOUND):
-        return NOTHING_FOUND
-    if any(words in row.error for words in _NO_ROOM):
-        return OVER  # what it would do does not fit
-    return FAILED if _EXCEPTION.match(row.error) else NOT_APPLICABLE
+    return _SIGNS[row.outcome]
 
 
 def off_order(row: ComparisonRow) -> str:
     """A mark where bounds do not speak of a row's schedule, or its figures would disprove one."""
     disproves = row.gap is not None and row.gap < 0
-    return OFF_ORDER if disproves or OTHER_ORDER in row.note else ""
+    return OFF_ORDER if disproves or row.off_order else ""
 
 
 def rounded_down(value: float, digits: int) -> str:

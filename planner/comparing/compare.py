@@ -135,7 +135,7 @@ def compare(
     -----
     The bound of a budget is proven by the solver ``"auto"``, which runs at every
     budget, and holds for every schedule whose first runs keep the base order.
-    A strategy of your own that leaves that order may be below it; its note says so.
+    A strategy of your own that leaves that order may be below it; ``off_order`` of its row says so.
     ``"auto"`` starts from the schedule of the least peak that was found, where that
     fits: the search for it is in ``least_solve_s`` and in no row's ``solve_s``.
 

@@ -23,6 +23,7 @@ from solvers.scopes import BoundScope, code_of
 
 from ..base.atomic_write import write_whole
 from ..comparison_record import ComparisonRecord
+from .older_rows import with_outcome
 from .views import records
 
 FORMAT = "remat-comparison"
@@ -129,6 +130,8 @@ def from_dict(data: Any) -> ComparisonRecord:
         )
     body = {name: value for name, value in data.items() if name not in ("format", "version")}
     defaults = {f.name: f.default for f in fields(ComparisonRecord) if f.name in _ADDED}
+    if isinstance(body.get("rows"), list):
+        body["rows"] = [with_outcome(row) for row in body["rows"]]
     found = _dataclass(ComparisonRecord, {**defaults, **body}, "$")
     if found.baseline_peak_bytes == 0:
         raise ComparisonFileError("at $.baseline_peak_bytes: 0 is no peak that shares could be of")

@@ -17,11 +17,10 @@ from solvers.strategies.solved import AUTO, status_in_words
 from solvers.strategies.strategy import Strategy, StrategyError, StrategyOutcome, apply_strategy
 
 from ..base.solve_options import SolveOptions
-from ..comparison_record import BudgetBound, ComparisonRow
+from ..comparison_record import BudgetBound, ComparisonRow, RowOutcome
 from ..planning.make_plan import fits_easily
 from .bound_text import (
     EAGERS_ORDER,
-    OTHER_ORDER,
     bytes_rounded_down,
 )
 from .budgets import NamedBudget
@@ -29,6 +28,14 @@ from .cached_strategy import CachedStrategy
 from .execution.runner import LONGEST_ERROR
 
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _NoSchedule:
+    """Why a strategy came to nothing: for the program, and in words."""
+
+    outcome: RowOutcome
+    error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +78,7 @@ class Predictor:
         self._cached: dict[str, CachedStrategy] = {}
         self._solved: dict[int, SolveResult] = {}
         self._bounds: dict[int, int | None] = {}
-        self._outcomes: dict[tuple[str, int | None], StrategyOutcome | str] = {}
+        self._outcomes: dict[tuple[str, int | None], StrategyOutcome | _NoSchedule] = {}
 
     # -- bounds ----------------------------------------------------------------------
 
@@ -109,13 +116,16 @@ class Predictor:
             self._outcomes[key] = self._outcome(strategy, num_bytes)
         row = ComparisonRow(strategy=strategy.name, budget=label, budget_bytes=num_bytes)
         outcome = self._outcomes[key]
-        if isinstance(outcome, str):
-            return Predicted(row=replace(row, error=outcome))
+        if isinstance(outcome, _NoSchedule):
+            return Predicted(row=replace(row, error=outcome.error, outcome=outcome.outcome))
+        misses = budget is not None and not outcome.fits
         step_us = outcome.cost_ns / 1e3
         row = replace(
             row,
             setting=outcome.setting,
-            note=self._note(outcome),
+            note=outcome.note,
+            outcome=RowOutcome.OVER_BUDGET if misses else RowOutcome.FOUND,
+            off_order=self._off_order(outcome.schedule),
             fits=None if budget is None else outcome.fits,
             predicted_peak_bytes=outcome.peak_bytes,
             predicted_step_us=step_us,
@@ -125,12 +135,9 @@ class Predictor:
         )
         return Predicted(row=row, schedule=outcome.schedule)
 
-    def _note(self, outcome: StrategyOutcome) -> str:
-        """What the strategy says, and whether the bounds say nothing of its schedule."""
-        first = first_runs(outcome.schedule)
-        if first == tuple(range(self.graph.num_operators)):
-            return outcome.note
-        return "; ".join(part for part in (outcome.note, OTHER_ORDER) if part)
+    def _off_order(self, schedule: Schedule) -> bool:
+        """Whether the bounds say nothing of a schedule."""
+        return first_runs(schedule) != tuple(range(self.graph.num_operators))
 
     def own_peak_bytes(self, strategy: Strategy) -> int:
         """The peak of a strategy at its own choice.
@@ -145,7 +152,7 @@ class Predictor:
             raise ValueError(f"the peak of {strategy.name!r} cannot be a budget: {predicted.error}")
         return predicted.predicted_peak_bytes
 
-    def _outcome(self, strategy: Strategy, num_bytes: int | None) -> StrategyOutcome | str:
+    def _outcome(self, strategy: Strategy, num_bytes: int | None) -> StrategyOutcome | _NoSchedule:
         """What a strategy comes to, or why it comes to nothing."""
         if num_bytes is not None and strategy.needs_budget:
             if num_bytes < self.least.lower_bound_bytes:
@@ -155,11 +162,12 @@ class Predictor:
         try:
             return self._applied(strategy, num_bytes)
         except StrategyError as error:
-            return str(error)[:LONGEST_ERROR]
+            return _NoSchedule(RowOutcome(error.failure), str(error)[:LONGEST_ERROR])
         # A strategy may be anybody's function: whatever it raises is told in its row, and the
         # others go on. KeyboardInterrupt is no Exception and ends the comparison.
         except Exception as error:  # noqa: BLE001
-            return f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
+            text = f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
+            return _NoSchedule(RowOutcome.FAILED, text)
 
     def _applied(self, strategy: Strategy, num_bytes: int | None) -> StrategyOutcome:
         cached = None
@@ -176,7 +184,7 @@ class Predictor:
         )
         return outcome if cached is None else cached.with_full_time(outcome)
 
-    def _ours(self, num_bytes: int) -> StrategyOutcome | str:
+    def _ours(self, num_bytes: int) -> StrategyOutcome | _NoSchedule:
         """The solve that gave the bound is ours, too."""
         result = self.solved(num_bytes)
         if result.schedule is None:
@@ -211,7 +219,7 @@ class Predictor:
             )
         return self._solved[num_bytes]
 
-    def _infeasible(self, num_bytes: int, *, proven: bool) -> str:
+    def _infeasible(self, num_bytes: int, *, proven: bool) -> _NoSchedule:
         least, bound = self.least.peak_bytes, self.least.lower_bound_bytes
         if proven:
             need = (
@@ -219,10 +227,14 @@ class Predictor:
                 if bound > num_bytes
                 else "the solver has excluded every schedule"
             )
-            return f"proven: nothing fits in {num_bytes} bytes {EAGERS_ORDER}; {need}"
-        return (
+            return _NoSchedule(
+                RowOutcome.PROVEN_INFEASIBLE,
+                f"proven: nothing fits in {num_bytes} bytes {EAGERS_ORDER}; {need}",
+            )
+        return _NoSchedule(
+            RowOutcome.NOTHING_FOUND,
             f"nothing found that fits in {num_bytes} bytes; the least peak known to be possible is "
-            f"{format_bytes(least)} ({least} bytes), and that nothing fits is not proven"
+            f"{format_bytes(least)} ({least} bytes), and that nothing fits is not proven",
         )
 
 

@@ -192,7 +192,7 @@ def _shown_note(row: ComparisonRow) -> str:
     """What a reader of the figures must know; what strategies say of themselves is in records."""
     if row.kind == "peer":
         return _line(row.note)
-    return OTHER_ORDER if OTHER_ORDER in row.note else ""
+    return OTHER_ORDER if row.off_order else ""
 
 
 def _cells(c: ComparisonRecord, row: ComparisonRow, shows_measured: bool) -> tuple[str, ...]:

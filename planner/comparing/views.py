@@ -51,6 +51,8 @@ def _record(
         "setting": row.setting,
         "note": row.note,
         "error": row.error,
+        "outcome": str(row.outcome),
+        "off_order": row.off_order,
         "fits": row.fits,
         "predicted_peak_bytes": peak_bytes,
         "peak_share": None if peak_bytes is None else peak_bytes / unplanned_bytes,

@@ -36,7 +36,7 @@ from ..replay import replay
 from ..schedule import Schedule
 from ..uniform import turning_point
 from .runs import Runs, last_uses
-from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
+from .strategy import Candidate, Strategy, StrategyError, StrategyFailure, StrategyOptions
 
 MOST_RUNS = 10
 """Runs an operator, on average, beyond which the simulation gives up: it thrashes."""
@@ -121,7 +121,8 @@ class _Simulation:
         if len(self.runs.order) >= MOST_RUNS * self.graph.num_operators:
             raise StrategyError(
                 f"DTR thrashes: more than {MOST_RUNS} runs an operator within "
-                f"{self.budget_bytes} bytes"
+                f"{self.budget_bytes} bytes",
+                StrategyFailure.OUT_OF_MEMORY,
             )
         self.runs.run(v)
         for k in new:
@@ -196,7 +197,8 @@ class _Simulation:
                 raise StrategyError(
                     f"DTR runs out of memory: {self.graph.operators[v].name!r} needs {need_bytes} "
                     f"bytes beside {self.used_bytes} that cannot be evicted; the budget is "
-                    f"{self.budget_bytes}"
+                    f"{self.budget_bytes}",
+                    StrategyFailure.OUT_OF_MEMORY,
                 )
             self._evict(min(candidates, key=lambda k: (self._score(k), k)))
 

@@ -15,7 +15,7 @@ from ..chains import rotor
 from ..replay import replay
 from ..schedule import Schedule
 from .blocks import module_blocks
-from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
+from .strategy import Candidate, Strategy, StrategyError, StrategyFailure, StrategyOptions
 
 
 def _propose(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
@@ -30,7 +30,10 @@ def _propose(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
         graph, budget_bytes, stages=_stages(graph), time_limit_s=options.time_limit_s
     )
     if outcome.schedule is None:
-        raise StrategyError(f"rotor: no schedule found in {budget_bytes} bytes ({outcome.reason})")
+        raise StrategyError(
+            f"rotor: no schedule found in {budget_bytes} bytes ({outcome.reason})",
+            StrategyFailure.NOTHING_FOUND,
+        )
     note = f"{outcome.num_blocks} stages, {outcome.num_slots} slots"
     yield Candidate(schedule=outcome.schedule, note=note)
 

@@ -9,7 +9,7 @@ from graph_capture.cost_graph import CostGraph
 from .. import portfolio  # as a module, because it imports strategies of this package itself
 from ..result import SolveResult, SolveStatus
 from ..scopes import BoundScope, short_words
-from .strategy import Candidate, Strategy, StrategyError, StrategyOptions
+from .strategy import Candidate, Strategy, StrategyError, StrategyFailure, StrategyOptions
 
 
 def solver_strategy(name: str, solver: str, *, summary: str, source: str) -> Strategy:
@@ -36,7 +36,8 @@ def solver_strategy(name: str, solver: str, *, summary: str, source: str) -> Str
             why = f" ({result.log[-1]})" if result.log else ""
             raise StrategyError(
                 f"{name}: {'proven: nothing fits' if proven else 'no schedule found'} in "
-                f"{options.budget_bytes} bytes within {options.time_limit_s:g} s{scope}{why}"
+                f"{options.budget_bytes} bytes within {options.time_limit_s:g} s{scope}{why}",
+                StrategyFailure.PROVEN_INFEASIBLE if proven else StrategyFailure.NOTHING_FOUND,
             )
         gap = result.gap
         words = status_in_words(result)

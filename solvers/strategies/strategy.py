@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from graph_capture.cost_graph import CostGraph
 
@@ -18,8 +19,23 @@ from ..replay import replay
 from ..schedule import Schedule
 
 
+class StrategyFailure(StrEnum):
+    """Why a strategy came to no schedule."""
+
+    NOT_APPLICABLE = "not_applicable"  # not to this graph, or not without a budget
+    PROVEN_INFEASIBLE = "proven_infeasible"
+    NOTHING_FOUND = "nothing_found"  # in time, and nothing proven
+    OUT_OF_MEMORY = "out_of_memory"  # what it would do does not fit
+
+
 class StrategyError(ValueError):
-    """A strategy cannot be applied to a graph; the message says why."""
+    """A strategy cannot be applied to a graph; the message says why, ``failure`` what kind."""
+
+    def __init__(
+        self, message: str, failure: StrategyFailure = StrategyFailure.NOT_APPLICABLE
+    ) -> None:
+        super().__init__(message)
+        self.failure = failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

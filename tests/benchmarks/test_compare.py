@@ -31,9 +31,9 @@ from benchmarks.compare.tables import (
 )
 from benchmarks.compare.worker import Job
 from graph_capture.cost_graph import CostGraph
-from planner.comparing.bound_text import OTHER_ORDER
 from planner.comparing.comparison import Comparison
-from planner.comparison_record import BudgetBound, ComparisonRow
+from planner.comparing.older_rows import with_outcome
+from planner.comparison_record import BudgetBound, ComparisonRow, RowOutcome
 from solvers.instances import keep_all_peak_bytes
 from solvers.least_memory import least_memory
 from solvers.portfolio import solve
@@ -190,11 +190,11 @@ def test_a_bound_is_rounded_down() -> None:
 
 
 def test_a_row_that_the_bound_does_not_speak_of_is_marked() -> None:
-    """By its note, or because it is below a bound of eager's order."""
+    """By its flag, or because it is below a bound of eager's order."""
     whole = comparison(105.0)
     rows = (replace(whole.rows[0], gap=-0.03), *whole.rows[1:])
     assert "| 5.00%† |" in predicted_table(replace(whole, rows=rows))
-    rows = (replace(whole.rows[0], note=OTHER_ORDER), *whole.rows[1:])
+    rows = (replace(whole.rows[0], off_order=True), *whole.rows[1:])
     assert "| 5.00%† |" in predicted_table(replace(whole, rows=rows))
 
 
@@ -212,7 +212,8 @@ def test_a_row_that_the_bound_does_not_speak_of_is_marked() -> None:
 )
 def test_each_reason_for_no_figure_has_its_sign(error: str, expected: str) -> None:
     """Not one dash for all; the legend has every sign."""
-    row = ComparisonRow(strategy="x", budget="50%", budget_bytes=5, error=error)
+    outcome = RowOutcome(with_outcome({"error": error})["outcome"])  # as of an older file
+    row = ComparisonRow(strategy="x", budget="50%", budget_bytes=5, error=error, outcome=outcome)
     assert sign(row) == expected
     assert f"{expected}: " in LEGEND
 
@@ -221,9 +222,17 @@ def test_what_failed_or_does_not_apply_is_said_below_the_table() -> None:
     """Once for each reason, and a failure with where it was."""
     whole = comparison(130.0)
     crashed = ComparisonRow(
-        strategy="dtr", budget="50%", budget_bytes=500_000, error="KeyError: 'mm'"
+        strategy="dtr",
+        budget="50%",
+        budget_bytes=500_000,
+        error="KeyError: 'mm'",
+        outcome=RowOutcome.FAILED,
     )
-    refused = ComparisonRow(strategy="megatron_selective", error="no attention core: no softmax")
+    refused = ComparisonRow(
+        strategy="megatron_selective",
+        error="no attention core: no softmax",
+        outcome=RowOutcome.NOT_APPLICABLE,
+    )
     words = no_figures(replace(whole, rows=(*whole.rows, crashed, refused, refused)))
     assert words.splitlines() == [
         "- `dtr` (failed, at 50%): KeyError: 'mm'",

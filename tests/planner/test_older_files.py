@@ -10,7 +10,8 @@ import pytest
 from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_training
-from planner import Plan
+from planner import Comparison, Plan
+from planner.comparison_record import RowOutcome
 from planner.saving.serialize import plan_from_dict, plan_to_dict, schema
 from solvers.any_order.permutation import first_runs
 from solvers.scopes import BoundScope
@@ -104,3 +105,35 @@ def test_the_older_plan_was_written_by_the_older_version() -> None:
     """The fixtures have sentences, or these tests would show nothing."""
     assert _written(IN_EAGERS_ORDER)["solver"]["bound_scope"] == WORDS[BoundScope.BASE_ORDER]
     assert _written(IN_ITS_OWN_ORDER)["solver"]["bound_scope"] == WORDS[BoundScope.OWN_ORDER]
+
+
+SIGNS = {
+    ("none", "1kB"): RowOutcome.OVER_BUDGET,
+    ("auto", "1kB"): RowOutcome.PROVEN_INFEASIBLE,
+    ("rotor", "50%"): RowOutcome.NOTHING_FOUND,
+    ("uniform_bytes", "50%"): RowOutcome.NOTHING_FOUND,
+    ("auto", "50%"): RowOutcome.FOUND,
+    ("megatron_selective", "90%"): RowOutcome.NOT_APPLICABLE,
+    ("broken", "90%"): RowOutcome.FAILED,
+    ("gradient_checkpointing_enable", ""): RowOutcome.FAILED,
+    ("checkpoint_per_block", ""): RowOutcome.FOUND,
+}
+
+
+def test_an_older_comparison_loads() -> None:
+    """Its rows get the outcome and the flag that their texts stood for."""
+    path = FIXTURES / "net_comparison.json"
+    assert "outcome" not in _written(path)["rows"][0]
+    found = Comparison.load(path)
+    assert {key: found.row(*key).outcome for key in SIGNS} == SIGNS
+    assert {row.strategy for row in found.rows if row.off_order} == {"swapped"}
+    assert {bound.scope for bound in found.bounds} == {BoundScope.BASE_ORDER}
+    assert "swapped: not in eager's order: the bound does not speak of it" in str(found)
+
+
+def test_an_older_comparison_is_written_as_one_of_today(tmp_path: Path) -> None:
+    """With codes, and the same after reading."""
+    found = Comparison.load(FIXTURES / "net_comparison.json")
+    found.save(tmp_path / "again.json")
+    assert _written(tmp_path / "again.json")["rows"][0]["outcome"] == "over_budget"
+    assert Comparison.load(tmp_path / "again.json") == found

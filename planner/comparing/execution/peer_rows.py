@@ -13,6 +13,7 @@ from ...comparison_record import ComparisonRow
 from ..events import ProgressReporter
 from .runner import (
     Execution,
+    outcome_of,
     said,
 )
 
@@ -89,4 +90,9 @@ def _row(peer: Peer, blocks: tuple[str, ...] | None, e: Execution) -> Comparison
         )
     # Another tool may fail in any way, in code of its own: it is told in its row.
     except Exception as error:  # noqa: BLE001
-        return ComparisonRow(strategy=peer.name, kind="peer", error=said(error, "when it ran"))
+        return ComparisonRow(
+            strategy=peer.name,
+            kind="peer",
+            error=said(error, "when it ran"),
+            outcome=outcome_of(error),
+        )

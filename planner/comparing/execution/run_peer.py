@@ -40,7 +40,7 @@ from ..peers.peer import (
     Situation,
     blocks_of,
 )
-from .runner import measured_step
+from .runner import measured_step, outcome_of
 from .step_verdict import (
     StepVerdict,
     judge_steps,
@@ -144,7 +144,7 @@ def _row(
                 measured = _measured(sides, sample_input, loss_fn, repeats, seeds, situation.device)
                 return replace(row, measured=measured)
         except PEER_ERRORS as error:
-            return replace(row, error=error_text(error))
+            return replace(row, error=error_text(error), outcome=outcome_of(error))
 
 
 @contextmanager

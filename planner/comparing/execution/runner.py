@@ -30,6 +30,7 @@ from ...base.training_step import (
 from ...comparison_record import (
     Bits,
     MeasuredStep,
+    RowOutcome,
 )
 from ...measuring.measure import (
     PairedTiming,
@@ -272,6 +273,11 @@ def caught(
     if execution.device.type == "cuda":
         torch.cuda.empty_cache()
     return None, error
+
+
+def outcome_of(error: Exception) -> RowOutcome:
+    """What a row came to that ended in an error."""
+    return RowOutcome.OUT_OF_MEMORY if is_out_of_memory(error) else RowOutcome.FAILED
 
 
 def said(error: Exception, when: str) -> str:

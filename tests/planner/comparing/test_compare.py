@@ -138,7 +138,7 @@ def test_what_steps_ran_on_is_kept(measured: Comparison) -> None:
 
 
 def test_another_order_is_noted() -> None:
-    """The bound speaks of eager's order; a schedule that leaves it has that in its note."""
+    """The bound speaks of eager's order; a schedule that leaves it has that in its row."""
 
     def swapped(graph: CostGraph, budget_bytes: int | None) -> Schedule | None:
         order = list(range(graph.num_operators))
@@ -152,8 +152,8 @@ def test_another_order_is_noted() -> None:
         raise AssertionError("no two operators can be swapped")
 
     found = predicted(strategies=["none", swapped], budgets=[1.0])
-    assert OTHER_ORDER in found.row("swapped", "100%").note
-    assert OTHER_ORDER not in found.row("none", "100%").note
+    assert found.row("swapped", "100%").off_order
+    assert not found.row("none", "100%").off_order
     assert f"swapped: {OTHER_ORDER}" in str(found)
 
 
