@@ -1,4 +1,4 @@
-"""The command ``remat``: plans from the shell, and a look into plan files."""
+"""The command ``remat``: make plans from the shell, and inspect plan files."""
 
 from __future__ import annotations
 

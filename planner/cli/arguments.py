@@ -1,4 +1,4 @@
-"""What the commands of ``remat`` are given, read and checked."""
+"""Read and check the arguments of ``remat``'s commands."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _BUILDS = (
 
 
 def load_object(target: str, wanted: str = "give module:function") -> Any:
-    """What ``module:name`` names; modules are looked up beside the current folder, too.
+    """Return what ``module:name`` names; modules in the current folder are found, too.
 
     ``wanted`` ends the message where there is no such thing.
     """
@@ -83,12 +83,12 @@ def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | Non
 
 
 def read_names(text: str | None) -> tuple[str, ...] | None:
-    """``"a,b"`` as its parts; ``None`` where the option was not given."""
+    """Split ``"a,b"`` into its parts; ``None`` where the option was not given."""
     return None if text is None else tuple(part.strip() for part in text.split(","))
 
 
 def read_integers(option: str, text: str) -> tuple[int, ...]:
-    """``"1,2,4"`` as whole numbers from 1 on."""
+    """Read ``"1,2,4"`` as positive integers."""
     parts = [part.strip() for part in text.split(",")]
     wrong = [part for part in parts if not part.isascii() or not part.isdigit() or int(part) < 1]
     if wrong:
@@ -97,7 +97,7 @@ def read_integers(option: str, text: str) -> tuple[int, ...]:
 
 
 def read_autocast(text: str | None) -> torch.dtype | None:
-    """Autocast's dtype by name."""
+    """Return autocast's dtype by name."""
     if text is None:
         return None
     if text not in _DTYPES:
@@ -106,7 +106,7 @@ def read_autocast(text: str | None) -> torch.dtype | None:
 
 
 def read_headroom(text: str | None) -> float | str | None:
-    """A bare number as a number, everything else as it is."""
+    """Return a bare number as a number, everything else unchanged."""
     if text is None:
         return None
     try:
@@ -134,7 +134,7 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 
 def say_error(error: BaseException) -> NoReturn:
-    """End the command with an error in words, notes included."""
+    """End the command with an error's text, notes included."""
     fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
 
 

@@ -1,4 +1,4 @@
-"""The command that holds strategies against each other: ``remat compare``."""
+"""The command that compares strategies: ``remat compare``."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _show(text: str) -> None:
 
 
 def _extended(sources: list[str]) -> tuple[Registry, list[str]]:
-    """The registry with the user's own functions, and their names."""
+    """Return the registry with the user's own functions, and their names."""
     registry: Registry = STRATEGIES
     added = []
     for source in sources:

@@ -1,4 +1,4 @@
-"""The command that tries whether planning works on this machine: ``remat doctor``."""
+"""The command that checks whether planning works on this machine: ``remat doctor``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def doctor_command() -> None:
 
 
 def _passes(name: str, check: Callable[[], str]) -> bool:
-    """Run a check and say what it came to."""
+    """Run a check and report its result."""
     try:
         found, passed = check(), True
     except Exception as error:  # noqa: BLE001  whatever breaks is what the report is about
@@ -67,7 +67,7 @@ def _check_reference_solver() -> str:
 
 
 def _check_planned_step() -> str:
-    """A step by a plan has the numbers of a step without one."""
+    """Check that a planned step gives the same numbers as an unplanned one."""
     model, sample = _model()
     keep_all = optimize(model, sample, budget_gb=1000, loss_fn=torch.sum)
     plan = optimize(
@@ -89,7 +89,7 @@ def _applied(plan: Plan, model: nn.Module) -> nn.Module:
 
 
 def _gradients(model: nn.Module, sample: torch.Tensor) -> list[torch.Tensor]:
-    """The loss and the gradients of one step."""
+    """Return the loss and the gradients of one step."""
     model.zero_grad(set_to_none=True)
     loss = model(sample).sum()
     loss.backward()

@@ -9,7 +9,7 @@ from ..plots import plot_layers, plot_memory
 
 
 def draw_plan(plan: Plan, folder: Path, name: str = "") -> list[Path]:
-    """Write ``memory.png`` and ``layers.png``; the folder is made where it is not there.
+    """Write ``memory.png`` and ``layers.png``, creating the folder if necessary.
 
     Parameters
     ----------

@@ -1,1 +1,1 @@
-"""Every strategy on one step: same graph, same judge, same run."""
+"""Compare strategies on one step: same graph, same replay, same run."""

@@ -1,4 +1,4 @@
-"""What is proven, in words that claim no more: with its scope, and rounded down."""
+"""State what is proven and no more: with its scope, and rounded down."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ OTHER_ORDER = "not in eager's order: the bound does not speak of it"
 
 
 def scope_words(scope: BoundScope) -> str:
-    """What a bound speaks of, to stand behind it."""
+    """Return a bound's scope in words, to append to it."""
     return EAGERS_ORDER if scope is BoundScope.BASE_ORDER else f"for {scope.words}"
 
 
 def bytes_rounded_down(num_bytes: int) -> str:
-    """Bytes with three digits, never more than there are.
+    """Format bytes with three digits, rounded down.
 
     >>> bytes_rounded_down(1_239_999_999)
     '1.23 GB'

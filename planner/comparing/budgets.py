@@ -29,7 +29,7 @@ _EXAMPLES = "write 0.6 or '60%' (of the unplanned peak), 12_000_000_000 or '12GB
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadBudget:
-    """A budget that makes sense, before the step's peaks are known.
+    """A valid budget, before the step's peaks are known.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class ReadBudget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedBudget:
-    """A budget in bytes, with the words that it was asked for in."""
+    """A budget in bytes, with its text as requested."""
 
     label: str
     num_bytes: int
@@ -58,7 +58,7 @@ class NamedBudget:
 def read_budgets(
     budgets: Iterable[AskedBudget], strategies: Container[str]
 ) -> tuple[ReadBudget, ...]:
-    """What was asked for, read and checked.
+    """Read and check the requested budgets.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def read_budgets(
 def in_bytes(
     read: Sequence[ReadBudget], *, unplanned_peak_bytes: int, own_peak_bytes: Callable[[str], int]
 ) -> tuple[NamedBudget, ...]:
-    """Budgets in bytes.
+    """Convert budgets to bytes.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ def in_bytes(
 def even_budgets(
     least_bytes: int, unplanned_peak_bytes: int, count: int = NUM_DEFAULT_BUDGETS
 ) -> tuple[NamedBudget, ...]:
-    """Budgets evenly from the least peak that is possible up to the unplanned one, both included.
+    """Space budgets evenly from the least possible peak to the unplanned one, both included.
 
     Labels say the share of the unplanned peak, with as many digits as tell them apart.
 

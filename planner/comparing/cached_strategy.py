@@ -1,4 +1,4 @@
-"""Ask a strategy once that proposes the same at every budget."""
+"""Run a strategy only once if it proposes the same at every budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from solvers.strategies.strategy import Candidate, Strategy, StrategyOptions, St
 
 
 class CachedStrategy:
-    """Keeps a strategy's candidates, and what it took to propose them.
+    """Keeps a strategy's candidates, and the time it took to propose them.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ class CachedStrategy:
         self._fresh_s = 0.0
 
     def with_full_time(self, outcome: StrategyOutcome) -> StrategyOutcome:
-        """What the last call came to, with the time that it would have taken alone."""
+        """Return the last call's outcome, with the time that it would have taken alone."""
         alone_s = sum(self._took_s[: outcome.num_candidates])
         return replace(outcome, solve_s=outcome.solve_s + max(0.0, alone_s - self._fresh_s))
 

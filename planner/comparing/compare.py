@@ -1,4 +1,4 @@
-"""Every strategy on one step: the same graph, the same judge, the same run."""
+"""Compare every strategy on one step: the same graph, the same replay, the same run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def compare(
     name: str | None = None,
     progress: ShowComparison = None,
 ) -> Comparison:
-    """Hold rematerialization strategies against each other on one training step.
+    """Compare rematerialization strategies on one training step.
 
     The step is captured once. Each strategy proposes schedules of it, at each
     budget and at its own choice; one judge (``solvers.replay``) says what they

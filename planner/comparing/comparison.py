@@ -1,4 +1,4 @@
-"""A comparison as users hold it: its figures as tables, files and plots."""
+"""The comparison that users hold: its figures as tables, files and plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison(ComparisonRecord):
-    """Strategies and peers on one step, by one judge; ``str()`` is a table.
+    """Strategies and peers on one step, replayed the same way; ``str()`` is a table.
 
     Made by :func:`planner.compare`; read from a file by :meth:`load`. The figures are
     the attributes of :class:`planner.comparison_record.ComparisonRecord`.
@@ -27,15 +27,16 @@ class Comparison(ComparisonRecord):
 
     @classmethod
     def of(cls, record: ComparisonRecord) -> Comparison:
-        """A record as a comparison."""
+        """Make a comparison of a record."""
         return cls(**{f.name: getattr(record, f.name) for f in fields(ComparisonRecord)})
 
     def records(self) -> list[dict[str, Any]]:
-        """A flat dictionary for each row, as the CSV has it; ``None`` where there is no figure."""
+        """Return a flat dictionary for each row, as in the CSV; ``None`` where there is no
+        figure."""
         return records(self)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The records as a data frame.
+        """Return the records as a data frame.
 
         Raises
         ------
@@ -48,11 +49,11 @@ class Comparison(ComparisonRecord):
         return table(self)
 
     def plot_pareto(self, path: str | Path | None = None, *, measured: bool = False) -> Figure:
-        """Peak memory against overhead, see :func:`planner.plots.plot_pareto`."""
+        """Plot peak memory against overhead, see :func:`planner.plots.plot_pareto`."""
         return plot_pareto(self, path, measured=measured)
 
     def plot_predicted(self, path: str | Path | None = None) -> Figure:
-        """Measured against predicted, see :func:`planner.plots.plot_predicted`."""
+        """Plot measured against predicted, see :func:`planner.plots.plot_predicted`."""
         return plot_predicted(self, path)
 
     # -- files -------------------------------------------------------------------------

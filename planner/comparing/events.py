@@ -1,4 +1,4 @@
-"""How far a comparison is, for people."""
+"""Report the progress of a comparison to people."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ShowComparison = bool | Callable[[ComparisonEvent], None] | None
 
 
 class ProgressReporter:
-    """Counts the parts, and tells a listener of each."""
+    """Counts the parts, and reports each to a listener."""
 
     def __init__(self, listener: Callable[[ComparisonEvent], None] | None) -> None:
         self._listener = listener
@@ -40,11 +40,11 @@ class ProgressReporter:
         self.num_parts = 0
 
     def expect(self, num_parts: int) -> None:
-        """There are so many parts more."""
+        """Add a number of parts to the total."""
         self.num_parts += num_parts
 
     def __call__(self, message: str) -> None:
-        """The next part begins."""
+        """Report that the next part begins."""
         self.num_done += 1
         if self._listener is not None:
             self._listener(

@@ -1,4 +1,4 @@
-"""Comparisons as files: JSON both ways, CSV one way; written whole or not at all.
+"""Write comparisons as JSON or CSV, whole or not at all, and read the JSON.
 
 A JSON file holds what the dataclasses hold, field for field, with ``null`` for a
 time that was not taken. It is believed only after every value was found to be of
@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 
 
 class ComparisonFileError(ValueError):
-    """A file is no comparison that this version reads."""
+    """A file is not a comparison that this version can read."""
 
 
 def save_comparison(comparison: ComparisonRecord, path: Path) -> None:
@@ -97,13 +97,13 @@ def _again(path: Path) -> str:
 
 
 def to_json(comparison: ComparisonRecord) -> str:
-    """Everything a comparison holds."""
+    """Return everything in a comparison as JSON."""
     data = {"format": FORMAT, "version": FORMAT_VERSION, **_plain(asdict(comparison))}
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
 def to_csv(comparison: ComparisonRecord) -> str:
-    """The records, a line each; empty where there is no figure."""
+    """Return the records, a line each; empty where there is no figure."""
     text = io.StringIO()
     found = records(comparison)
     if found:
@@ -114,7 +114,7 @@ def to_csv(comparison: ComparisonRecord) -> str:
 
 
 def from_dict(data: Any) -> ComparisonRecord:
-    """The inverse of :func:`to_json`, after JSON.
+    """Invert :func:`to_json`, after parsing.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure was made with."""
+"""The machine and the versions behind a figure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "remat-planner", "transformers", "highspy", "ortools", "num
 
 
 def cpu_name() -> str:
-    """The processor, as it calls itself."""
+    """Return the processor's own name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8").splitlines():
@@ -29,12 +29,12 @@ def cpu_name() -> str:
 
 
 def num_cpus() -> int | None:
-    """How many CPUs this process may use; ``None`` where the system does not say."""
+    """Return how many CPUs this process may use; ``None`` where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package; ``None`` where it is not there."""
+    """Return the installed version of a package; ``None`` where it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -42,17 +42,17 @@ def version_of(package: str) -> str | None:
 
 
 def name_of(device: torch.device) -> str:
-    """The card, or the CPU, as it calls itself."""
+    """Return the own name of the GPU or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def threads_of(device: torch.device) -> int | None:
-    """How many threads PyTorch's kernels have on a CPU; ``None`` elsewhere."""
+    """Return how many threads PyTorch's kernels have on a CPU; ``None`` elsewhere."""
     return torch.get_num_threads() if device.type == "cpu" else None
 
 
 def dtype_of(model: nn.Module) -> str:
-    """The dtype of most of the parameters' numbers; ``""`` where there are none."""
+    """Return the dtype of most parameter elements; ``""`` where there are none."""
     sizes: Counter[str] = Counter()
     for parameter in model.parameters():
         sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
@@ -60,7 +60,7 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def autocast_of(device_type: str) -> str:
-    """The dtype of the autocast that is on; ``""`` where none is."""
+    """Return the dtype of the active autocast; ``""`` where there is none."""
     if not torch.is_autocast_enabled(device_type):
         return ""
     return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")

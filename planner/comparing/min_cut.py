@@ -1,4 +1,4 @@
-"""PyTorch's min-cut partitioner as a strategy: what it saves, replayed on our graph.
+"""PyTorch's min-cut partitioner as a strategy: its saved set, replayed on our graph.
 
 The partitioner of ``torch.compile`` (``torch._functorch.partitioners``) cuts a joint
 graph of forward and backward where the least bytes cross, after banning from
@@ -47,7 +47,7 @@ BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 
 
 def min_cut_strategy(captured: CapturedStep, budgets: Sequence[float] = BUDGETS) -> Strategy:
-    """The partitioner's choices for one captured step, a candidate for each of ``budgets``.
+    """Return the partitioner's choices for a captured step, a candidate per budget.
 
     Parameters
     ----------

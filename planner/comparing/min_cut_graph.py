@@ -1,4 +1,4 @@
-"""A captured step as the functional joint graph that PyTorch's partitioners take.
+"""Convert a captured step to the functional joint graph that PyTorch's partitioners take.
 
 ``torch.compile`` hands its partitioner one graph of forward and backward in which
 nothing is written in place, with parameters and inputs as ``primals_…`` and the
@@ -40,7 +40,7 @@ STATIC_ROLES = ("parameter", "buffer", "attribute", "constant")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JointGraph:
-    """Forward and backward of a captured step, nothing written in place.
+    """Forward and backward of a captured step, without in-place writes.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class JointGraph:
 
 
 def joint_graph(captured: CapturedStep) -> JointGraph:
-    """Write a captured step without in-place calls.
+    """Rewrite a captured step without in-place calls.
 
     Raises
     ------
@@ -350,7 +350,7 @@ class _StorageOf:
 
 @cache
 def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
-    """The overload that computes the same and writes nowhere.
+    """Return the overload that computes the same without writing in place.
 
     ``aten.add_.Tensor`` gives ``aten.add.Tensor``, ``aten.mul.out`` gives
     ``aten.mul.Tensor``. Overload names differ between the two, so the arguments

@@ -1,4 +1,4 @@
-"""Every strategy at every budget, by replay, and what is proven of every schedule."""
+"""Predict every strategy at every budget by replay, and prove lower bounds."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class _NoSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """A row, and the schedule that it is of; ``None`` where the strategy failed."""
+    """A row and its schedule; ``None`` where the strategy failed."""
 
     row: ComparisonRow
     schedule: Schedule | None = None
 
 
 class Predictor:
-    """Applies strategies to one graph; what was found for a budget is found once.
+    """Applies strategies to one graph; each budget is solved once.
 
     Parameters
     ----------
@@ -244,7 +244,7 @@ def predict_all(
     budgets: Sequence[NamedBudget],
     tell: Tell,
 ) -> tuple[list[Predicted], tuple[BudgetBound, ...]]:
-    """A row for each strategy at each budget, then at its own choice, and the bounds.
+    """Return the bounds, and a row for each strategy at each budget and at its own choice.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Which strategies take part in a comparison."""
+"""Choose the strategies of a comparison."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SOLVED = (
 def choose_strategies(
     strategies: Iterable[str | Strategy | PlainStrategy] | None, registry: Registry
 ) -> tuple[Registry, tuple[str, ...]]:
-    """The registry with everything that was asked for, and the names of that, in its order.
+    """Return the registry with everything requested, and the requested names in its order.
 
     ``"min_cut"`` can be asked for, too: it needs the captured step, so that its
     strategy is made by :func:`with_min_cut`, and a stand-in holds its place until then.

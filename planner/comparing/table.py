@@ -1,4 +1,4 @@
-"""A comparison as a text that people read."""
+"""Format a comparison as a table for people."""
 
 from __future__ import annotations
 

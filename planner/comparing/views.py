@@ -1,4 +1,4 @@
-"""A comparison as flat records and as a data frame."""
+"""Convert a comparison to flat records and to a data frame."""
 
 from __future__ import annotations
 

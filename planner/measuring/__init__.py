@@ -1,1 +1,1 @@
-"""Real steps on the device: peaks, times, bits, and a plan's predictions beside them."""
+"""Measure real steps on the device: peaks, times, bits, and a plan's predictions."""

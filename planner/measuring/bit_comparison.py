@@ -1,4 +1,4 @@
-"""Whether two ways to run a step come out the same to the last bit."""
+"""Decide whether two ways to run a step agree bitwise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Results = dict[str, Tensor | None]
 def compare_bits(
     expected: Callable[[], Results], actual: Callable[[], Results]
 ) -> tuple[Bits, str | None]:
-    """The verdict, and the first thing that is not the same.
+    """Return the verdict and the first difference.
 
     Where the two differ the first runs again: if it does not repeat itself
     (kernels on CUDA that add up in any order), nothing can be said of the second.
@@ -41,7 +41,7 @@ def compare_bits(
 def step_results(
     model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, seed: int
 ) -> Results:
-    """Everything that a step without an optimizer leaves, copied to the CPU.
+    """Return everything that a step without an optimizer leaves, copied to the CPU.
 
     The model, the inputs and the random generators are afterwards as before.
     """
@@ -67,7 +67,7 @@ def step_results(
 
 
 def first_difference(expected: Results, actual: Results) -> str | None:
-    """The name of the first value that is missing or has other bits in one of the two."""
+    """Return the name of the first value that is missing or differs in one of the two."""
     for name in dict.fromkeys((*expected, *actual)):
         a, b = expected.get(name), actual.get(name)
         if (a is None) != (b is None):
@@ -78,7 +78,7 @@ def first_difference(expected: Results, actual: Results) -> str | None:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether shape, dtype and every bit are the same."""
+    """Whether shape, dtype and every bit are equal."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     first, second = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))

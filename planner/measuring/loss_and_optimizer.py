@@ -1,4 +1,4 @@
-"""Loss and optimizer of the step that a plan was made for."""
+"""The loss and optimizer of a plan's step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..plan_record import PlanRecord
 def planned_loss_fn(
     plan: PlanRecord, live: LiveState | None, loss_fn: LossFn | None
 ) -> LossFn | None:
-    """The loss of the step that was planned.
+    """Return the loss of the planned step.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def planned_loss_fn(
 def planned_optimizer(
     plan: PlanRecord, model: nn.Module, optimizer: torch.optim.Optimizer | str | None
 ) -> torch.optim.Optimizer | str | None:
-    """The optimizer whose state and step the plan counts.
+    """Return the optimizer whose state and step the plan counts.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A real training step's peak and time, as the device itself records them.
+"""Measure a real training step's peak and time, as the device records them.
 
 Everything that a budget counts is counted: what is there before the step
 (parameters, buffers, optimizer state, inputs) and every byte that the step
@@ -73,7 +73,7 @@ from .preserve_state import preserve_state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What a training step took.
+    """The measurements of a training step.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedTiming:
-    """Times of two callables that ran in turn.
+    """Times of two callables that ran alternately.
 
     Parameters
     ----------
@@ -162,7 +162,7 @@ def measure(
     repeats: int = 5,
     seed: int = 0,
 ) -> Measurement:
-    """Run training steps and report their peak memory and their time.
+    """Run training steps and measure their peak memory and time.
 
     Parameters, buffers, gradients, optimizer state, inputs and the random
     generators are afterwards what they were before. One step runs first that is
@@ -244,7 +244,7 @@ def measure_pair(
     warmup: int = 2,
     device: torch.device | str = "cpu",
 ) -> PairedTiming:
-    """Time two callables in turn, for a ratio that a busy machine cannot tilt.
+    """Time two callables alternately, for a ratio that a busy machine does not bias.
 
     Pairs run as A B B A, so that each of the two goes first equally often, also in
     the warm-up: the second of a pair finds caches as the first left them. Each pair
@@ -294,7 +294,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """Most bytes that a call holds at once beyond what was there before it.
+    """Return the peak bytes of a call, beyond what was allocated before it.
 
     What the call returns stays alive until the record has ended.
     """
@@ -353,7 +353,7 @@ def _record_cuda(call: Callable[[], Any], device: torch.device) -> tuple[int, in
 
 
 def timed_us(call: Callable[[], Any], device: torch.device) -> float:
-    """Microseconds of a call, what it started on the device included."""
+    """Return the microseconds of a call, including the work it started on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start_ns = time.perf_counter_ns()

@@ -1,4 +1,4 @@
-"""Give back, after a trial step, every value that it changed."""
+"""Restore every value that a trial step changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run real steps under a plan and put what they take beside what was predicted.
+"""Run real steps under a plan and compare their measurements with its predictions.
 
 Two steps run in turn on the same model, the planned and the unplanned one; see
 ``planner/base/training_step.py`` for what a step is and ``planner/measuring/measure.py`` for

@@ -1,4 +1,4 @@
-"""Prediction beside measurement: what :meth:`planner.Plan.validate` found."""
+"""Prediction against measurement: the result of :meth:`planner.Plan.validate`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """A plan's predictions beside real training steps.
+    """A plan's predictions compared with real training steps.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class Validation:
         return self.peak.measured <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, ready for JSON, each figure with its error."""
+        """Return plain numbers and lists, ready for JSON, each figure with its error."""
 
         def figure(f: Figure | None) -> dict[str, Any] | None:
             if f is None:

@@ -1,4 +1,4 @@
-"""Which operators are saved and which recomputed, by layer: the numbers of a figure."""
+"""The numbers of a figure: which operators are saved and which recomputed, by layer."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class LayerTable:
     recomputed_bytes: NDArray[np.int64]
 
     def without(self, drop: NDArray[np.bool_]) -> LayerTable:
-        """The table without some of its rows."""
+        """Return the table without some of its rows."""
         keep = np.flatnonzero(~drop)
         return LayerTable(
             columns=self.columns,
@@ -103,7 +103,7 @@ class LayerTable:
 
 
 def layer_table(graph: CostGraph, schedule: Schedule) -> LayerTable:
-    """Sort the forward operators of a graph by layer and kind, and say what becomes of each.
+    """Sort a graph's forward operators by layer and kind, with the fate of each.
 
     Layers are the repeated blocks of the model
     (:func:`solvers.strategies.blocks.module_blocks`). Where there are none, the
@@ -138,7 +138,7 @@ def layer_table(graph: CostGraph, schedule: Schedule) -> LayerTable:
 
 
 def short_call(target: str) -> str:
-    """A target as people say it.
+    """Return a target's short name.
 
     >>> short_call("aten.native_layer_norm.default")
     'layer_norm'

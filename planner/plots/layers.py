@@ -1,4 +1,4 @@
-"""What a plan saves and what it recomputes, by layer: a table of operators in colours."""
+"""Draw what a plan saves and recomputes, by layer, as a coloured table of operators."""
 
 from __future__ import annotations
 

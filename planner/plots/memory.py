@@ -1,4 +1,4 @@
-"""Memory over the step: what it holds, moment by moment, for several plans under each other."""
+"""Draw memory over the step, moment by moment, for several plans below each other."""
 
 from __future__ import annotations
 

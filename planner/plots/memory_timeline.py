@@ -1,4 +1,4 @@
-"""Memory over a step by what it holds: the numbers of a figure. Exact, by replay."""
+"""The numbers of a figure: memory over a step by what it holds, exact, by replay."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class MemoryTimeline:
 
 
 def memory_timeline(graph: CostGraph, schedule: Schedule) -> MemoryTimeline:
-    """Replay a schedule and say what its memory holds, run by run.
+    """Replay a schedule and return what its memory holds, run by run.
 
     What the user sees keeps its own group all the time (parameters, gradients
     of parameters, optimizer state, inputs, outputs). Of the rest, a version

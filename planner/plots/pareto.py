@@ -1,4 +1,4 @@
-"""Peak memory against overhead for all strategies, and the region that none can reach."""
+"""Draw peak memory against overhead for all strategies, and the unreachable region."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a comparison's rows to points and regions: the numbers of its figures."""
+"""The numbers of a comparison's figures: points and regions from its rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROUNDING = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """Where a row stands.
+    """A row's point in a figure.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def staircase(points: Iterable[Point]) -> list[Point]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreachable:
-    """What is proven to be out of reach: below ``tops``, strip by strip.
+    """The region proven unreachable: below ``tops``, strip by strip.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class Unreachable:
 
 
 def unreachable(comparison: ComparisonRecord) -> Unreachable:
-    """What the comparison's bounds prove, and no more.
+    """Return exactly the region that the comparison's bounds prove unreachable.
 
     A bound at a budget holds for every peak up to it; so between two budgets
     what is proven is the bound at the upper one. Right of the highest budget

@@ -1,4 +1,4 @@
-"""Measured against predicted: how far the predictions of a comparison can be trusted."""
+"""Draw measured against predicted figures, to show how reliable predictions are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How figures look: colours, markers, lines and hatches, and how they are made and written.
+"""The style of figures: colours, markers, lines and hatches; making and writing them.
 
 Colours are Okabe and Ito's, which colour-blind people can tell apart (*Color Universal
 Design*, 2008); markers, line styles and hatches say the same once more.
@@ -59,7 +59,7 @@ _RC = {
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Inside it matplotlib draws as the figures here look; outside nothing changes.
+    """Within this context, matplotlib draws in this project's style; outside nothing changes.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def house_style() -> Iterator[None]:
 
 
 def check_matplotlib() -> None:
-    """Refuse to begin what ends with a figure that cannot be drawn.
+    """Refuse early if figures cannot be drawn.
 
     Raises
     ------
@@ -141,7 +141,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def check_suffix(path: str | Path | None) -> None:
-    """Refuse a file that is neither PNG nor SVG, before anything is drawn.
+    """Refuse a file that is neither PNG nor SVG before drawing anything.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What stands above a figure: what it shows, on which device, in which dtype."""
+"""Titles of figures: what they show, on which device, in which dtype."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Many shapes from few captures: ``estimate`` and ``max_batch``."""
+"""Answer for many shapes from few captures: ``estimate`` and ``max_batch``."""

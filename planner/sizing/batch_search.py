@@ -1,4 +1,4 @@
-"""The search for the largest batch: which sizes are captured, and which schedules are tried there.
+"""Search for the largest batch: which sizes to capture, and which schedules to try there.
 
 Memory at each moment of a step is nearly affine in the batch size
 (``fitting.py``), so two captures say where the budget ends, for the unplanned
@@ -97,7 +97,7 @@ class BatchSearch:
         self._schedules: dict[Wiring, list[Schedule]] = {}
 
     def allow(self, time_limit_s: float | None) -> None:
-        """What searching and solving may take; ``None`` for what suits the step's size."""
+        """Set the time for searching and solving; ``None`` to choose by the step's size."""
         if time_limit_s is None:
             graph = self.at(self._start).captured.graph
             by_size_s = S_PER_OPERATOR * graph.num_operators
@@ -111,7 +111,7 @@ class BatchSearch:
         return min(self._family.sample.batch or 1, self._largest)
 
     def at(self, batch: int) -> BatchCapture:
-        """The step at this batch size, captured once."""
+        """Return the step at this batch size, captured once."""
         if batch not in self.captures:
             self._say(f"batch {batch}: capturing")
             request = self._request
@@ -134,11 +134,11 @@ class BatchSearch:
         return self.captures[batch]
 
     def without_plan(self) -> int:
-        """The largest batch whose unplanned step fits; 0 if there is none."""
+        """Return the largest batch whose unplanned step fits; 0 if there is none."""
         return self._largest_of(self._fits_unplanned, self._guess_unplanned, 0, self._start)
 
     def with_plan(self, without: int) -> int:
-        """The largest batch for which a schedule within the limit is found.
+        """Return the largest batch for which a schedule within the limit is found.
 
         Raises
         ------
@@ -153,7 +153,7 @@ class BatchSearch:
         return batch
 
     def plan(self, batch: int) -> tuple[PlanRecord, LiveState]:
-        """A plan for this batch, from the schedule that was found for it."""
+        """Make a plan for this batch, from the schedule that was found for it."""
         step = self.at(batch)
         fit = self._fits.get(batch) or self._find(batch)
         left_s = max(self._time_limit_s * (1 - SEARCH_SHARE), self._left_s)

@@ -1,4 +1,4 @@
-"""The budget of a question that need not name one: the memory of the device."""
+"""Take the device's memory as the budget where none is given."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def budget_or_device(
     budget_bytes: int | str | None = None,
     headroom: float | str | None = None,
 ) -> Budget | None:
-    """The budget that was given, else what the device has; ``None`` where neither is known.
+    """Return the given budget, else the device's memory; ``None`` where neither is known.
 
     Raises
     ------
@@ -36,7 +36,7 @@ def budget_or_device(
 
 
 def device_bytes(device: Device) -> int | None:
-    """Memory of a device less what its context takes; ``None`` if it is not known."""
+    """Return a device's memory minus what its context takes; ``None`` if unknown."""
     if device.memory_bytes is None:
         return None
     return device.memory_bytes - (device.context_bytes or 0)

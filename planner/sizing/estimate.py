@@ -1,4 +1,4 @@
-"""What a training step would take, for many shapes and any device, with nothing run."""
+"""Estimate a training step for many shapes and any device, without running anything."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def estimate(
     seed: int = 0,
     progress: ShowLines = None,
 ) -> Estimate:
-    """Memory by category, step time and whether it fits, for each batch size and sequence length.
+    """Estimate memory by category, step time and fit, for each batch size and sequence length.
 
     Each step is captured on stand-ins: no batch is allocated and nothing runs,
     so a model on ``meta`` can be estimated for a device that is not at hand.

@@ -1,4 +1,4 @@
-"""An estimate in words: a table of its rows, for ``print(estimate)``."""
+"""Format an estimate as a table, for ``print(estimate)``."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ class Estimate:
 
 
 def report(estimate: Estimate) -> str:
-    """What was asked, a row for each shape, and what the figures leave out."""
+    """Return the request, a row for each shape, and what the figures leave out."""
     return "\n".join([*_head(estimate), *_table(estimate), *_foot(estimate)])
 
 
@@ -218,7 +218,7 @@ def dimension_notes(rows: Sequence[EstimateRow], sequence_dim: int | None) -> tu
 
 
 def verdict(row: EstimateRow) -> str:
-    """Whether the step fits, in words; empty where no budget is known."""
+    """Say whether the step fits; empty where no budget is known."""
     if row.error is not None:
         return "cannot be captured"
     if row.fits is None:

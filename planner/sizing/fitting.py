@@ -1,4 +1,4 @@
-"""Whether a step fits in a number of bytes, what that costs, and at which size it still would.
+"""Determine whether a step fits in a limit, at what cost, and up to which size.
 
 A schedule is valid for every step of the same wiring: the same operators reading
 and making the same storages, whatever their sizes. So a schedule that was found
@@ -28,7 +28,7 @@ Wiring = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """What is known of a step within a limit.
+    """What is known about a step within a limit.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuickPlan:
-    """A schedule within a limit, as a short solve left it.
+    """A schedule within a limit, found by a short solve.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def find_fit(
     time_limit_s: float,
     seed: int = 0,
 ) -> Fit:
-    """A schedule within ``limit_bytes``: the easy ones, those that are ``known``, then by search.
+    """Find a schedule within ``limit_bytes``: easy ones, then ``known`` ones, then by search.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def find_fit(
 def quick_plan(
     graph: CostGraph, limit_bytes: int, start: Schedule, *, time_limit_s: float, seed: int = 0
 ) -> QuickPlan:
-    """The best schedule within ``limit_bytes`` that a short solve finds from ``start``."""
+    """Return the best schedule within ``limit_bytes`` that a short solve finds from ``start``."""
     result = solve(graph, limit_bytes, time_limit_s=time_limit_s, seed=seed, hint=start)
     assert result.schedule is not None
     assert result.cost_ns is not None

@@ -1,4 +1,4 @@
-"""The largest batch that a byte budget takes, without a plan and with one.
+"""Find the largest batch within a byte budget, with and without a plan.
 
 Read ``batch_search.py`` for how it is found. With a plan it is the largest
 batch *known*: the least memory of a step is found by a search, so unless a

@@ -1,1 +1,1 @@
-"""The strategies and peers of a comparison, run on the device beside eager."""
+"""Run a comparison's strategies and peers on the device, alongside eager."""

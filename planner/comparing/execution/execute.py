@@ -1,4 +1,4 @@
-"""Run the schedules of a comparison for real, each distinct one once."""
+"""Execute a comparison's schedules, each distinct one once."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def executed(
     execution: Execution,
     tell: ProgressReporter,
 ) -> ComparisonRecord:
-    """The comparison with what real steps took.
+    """Return the comparison with the measurements of real steps.
 
     Each distinct schedule that fits its budget, or is a strategy's own choice,
     runs once; every row that has the same schedule gets its figures.
@@ -132,7 +132,7 @@ def runner_of(
 
 
 def with_schedule(plan: PlanRecord, schedule: Schedule) -> PlanRecord:
-    """The plan with another schedule; a budget that its own peak is within."""
+    """Return the plan with another schedule, and a budget that its peak fits."""
     other = replace(plan, schedule=schedule)
     return replace(other, budget_bytes=max(plan.budget_bytes, other.predicted_peak_bytes))
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
-    """The peers that were asked for.
+    """Return the requested peers.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
 def peer_rows(
     peers: Iterable[Peer], graph: CostGraph, execution: Execution, tell: ProgressReporter
 ) -> list[ComparisonRow]:
-    """A row for each peer, run beside eager.
+    """Make a row for each peer, run alongside eager.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Run a peer beside eager: peak, time in pairs, and whether its steps are right."""
+"""Run a peer alongside eager: its peak, paired times, and whether its steps are right."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run_peer(
     num_seeds: int = 2,
     blocks: tuple[str, ...] | None = None,
 ) -> ComparisonRow:
-    """Execute a peer on a copy of a model, beside the model's own steps.
+    """Execute a peer on a copy of a model, alongside the model's own steps.
 
     The model is never changed: the peer works on a deep copy. On a card that is one
     more set of weights (and of the optimizer's state, where an instance is given),
@@ -149,20 +149,20 @@ def _row(
 
 @contextmanager
 def peers_warnings() -> Iterator[None]:
-    """What compilers and other tools warn of is not of a comparison."""
+    """Suppress the warnings of compilers and other tools during a comparison."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def error_text(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Return the type and first line of an error."""
     first_line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first_line}"[:300]
 
 
 def release(device: torch.device) -> None:
-    """Let go of what nobody needs, so that the next figure starts from a clean allocator."""
+    """Free unused memory, so that the next figure starts from a clean allocator."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

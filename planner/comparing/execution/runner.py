@@ -1,4 +1,4 @@
-"""Real steps of a comparison: eager ones, and those of a plan beside them in turn.
+"""Run a comparison's real steps: eager ones and a plan's, alternately.
 
 Peaks are recorded by :func:`planner.measure`, times taken in turn with eager's
 (``measure_pair``), and everything that two successive steps leave is held against
@@ -73,12 +73,12 @@ class Execution:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The model's device."""
         return single_device(self.spec.model, self.spec.sample_input)
 
 
 class Runner:
-    """Runs steps on a model whose state its caller gives back afterwards.
+    """Runs steps on a model whose state the caller restores afterwards.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class Runner:
         )
 
     def planned(self, plan: PlanRecord) -> MeasuredStep:
-        """Steps by a plan, beside eager steps where those could run."""
+        """Run steps by a plan, alongside eager steps where those could run."""
         forward = self._planned_forward(plan)
         bits, difference = self._bits(forward)
         peak_bytes = self._peak_bytes(forward)
@@ -132,7 +132,7 @@ class Runner:
         return measured_step(peak_bytes, times, bits, difference)
 
     def in_turn(self, first: PlanRecord, second: PlanRecord) -> PairedTiming:
-        """Steps by one plan and by another, in turn, as often as asked for."""
+        """Run steps by two plans alternately, as often as requested."""
         return self._pairs(self._planned_forward(first), self._planned_forward(second))
 
     def _planned_forward(self, plan: PlanRecord) -> PlannedForward:
@@ -281,7 +281,7 @@ def outcome_of(error: Exception) -> RowOutcome:
 
 
 def said(error: Exception, when: str) -> str:
-    """An error in the words of a row."""
+    """Return an error's text for a row."""
     what = "out of memory" if is_out_of_memory(error) else type(error).__name__
     return f"{what} {when}: {error}"[:LONGEST_ERROR]
 

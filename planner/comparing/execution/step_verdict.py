@@ -1,4 +1,4 @@
-"""Whether steps of two models come out the same: to the last bit, to rounding, or not.
+"""Decide whether steps of two models agree: bitwise, up to rounding, or not.
 
 What is compared is what a training loop goes on with (see :mod:`.training_run`), over two
 steps without seeding again: a tool may be right in its first step only.
@@ -159,7 +159,7 @@ def judge_results(
 
 
 def rounding_dtype(model: nn.Module, device: torch.device) -> torch.dtype | None:
-    """The dtype that rounds most in a step; ``None`` for float32 and wider."""
+    """Return the coarsest dtype of a step; ``None`` for float32 and wider."""
     dtypes = {p.dtype for p in model.parameters()}
     if torch.is_autocast_enabled(device.type):
         dtypes.add(torch.get_autocast_dtype(device.type))
@@ -169,7 +169,7 @@ def rounding_dtype(model: nn.Module, device: torch.device) -> torch.dtype | None
 def verdict_word(
     loss_error: float, error: float, dtype: torch.dtype | None, *, draws: bool = True
 ) -> Word:
-    """What errors of a step mean, by the rounding of a dtype.
+    """Classify errors of a step by the rounding of a dtype.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Steps of one model, one after another, and everything that each leaves.
+"""Run successive steps of one model, and record everything that each leaves.
 
 What a training loop goes on with: the loss, all gradients, the buffers and the state
 of the random generators; where asked for also what the model returned. A small step
@@ -37,7 +37,7 @@ _STEP = 1e-3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResults:
-    """What one step left, copied to the CPU.
+    """The results of one step, copied to the CPU.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class StepResults:
 
 
 class TrainingRun:
-    """One model's own succession of steps, with random states of its own.
+    """One model's successive steps, with their own random states.
 
     Parameters change from step to step; the caller gives them back
     (:func:`planner.measuring.preserve_state.preserve_state` with the optimizer ``"sgd"``).

@@ -1,4 +1,4 @@
-"""What other tools do in a real step, by name: read this first."""
+"""The other tools in a comparison, by name. Read this first."""
 
 from __future__ import annotations
 

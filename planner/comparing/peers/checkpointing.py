@@ -1,4 +1,4 @@
-"""Peers that recompute each block: ``torch.utils.checkpoint`` and what is built on it.
+"""Peers that recompute each block: ``torch.utils.checkpoint`` and tools built on it.
 
 All of them are run without reentrance, which PyTorch recommends and Transformers
 takes by default, and with PyTorch's other defaults (early stop, the random state
@@ -65,7 +65,7 @@ def per_block_saving_matmuls(model: nn.Module, situation: Situation) -> Iterator
 
 @contextmanager
 def by_transformers(model: nn.Module, situation: Situation) -> Iterator[Ready]:
-    """Let Transformers do it.
+    """Let Transformers checkpoint each layer.
 
     Raises
     ------

@@ -77,7 +77,7 @@ def compile_peer(budget: float, backend: str | None = None, *, eager_draws: bool
 
 
 def compile_backend(device: torch.device) -> str:
-    """Inductor where it can generate kernels for the card, else AOTAutograd with eager's."""
+    """Return Inductor where it can generate kernels for the GPU, else AOTAutograd with eager's."""
     has_triton = importlib.util.find_spec("triton") is not None
     return "inductor" if device.type == "cuda" and has_triton else "aot_eager"
 

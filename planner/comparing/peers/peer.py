@@ -1,4 +1,4 @@
-"""What a peer is: another tool, or a setting of PyTorch, that trains with less memory."""
+"""Define peers: other tools, or settings of PyTorch, that train with less memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PEER_ERRORS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What a peer may know of the step, beside the model.
+    """What a peer may know about the step, besides the model.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A model that trains the peer's way.
+    """A model that is ready to train the peer's way.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ Prepare = Callable[[nn.Module, Situation], AbstractContextManager[Ready]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """A way to train with less memory that is run as its users run it.
+    """A way to train with less memory, run as its users run it.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The peer that checkpoints about sqrt(L) segments of L blocks, in any model.
+"""A peer that checkpoints about sqrt(L) segments of L blocks, in any model.
 
 ``checkpoint_sequential`` takes a list of functions of one argument. A model whose
 forward calls its blocks one after another, with masks and other arguments beside,
