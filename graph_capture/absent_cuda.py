@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .errors import CaptureError
+from .private_torch.devices import cuda_guard_setter
 
 # A std::array of atomic pointers to guards, by device type.
 _REGISTRY = "_ZN3c104impl26device_guard_impl_registryE"
@@ -37,7 +38,7 @@ def ensure_cuda_guard() -> None:
     """
     if torch.cuda.is_available():
         return
-    install = getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
+    install = cuda_guard_setter()
     if install is None:
         raise _cannot("it has no torch._C._ensureCUDADeviceGuardSet")
     registry = _registry()

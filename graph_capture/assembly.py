@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_map
 
 from .blocks import Block, OperatorCode
 from .captured_step import CapturedStep
@@ -22,6 +21,8 @@ from .loss import LossSource
 from .operators import item_index
 from .optimizer_step import OptimizerStep
 from .pricing import Pricing
+from .private_torch.operators import OpOverload, schema_of
+from .private_torch.trees import tree_map
 from .recorder import storage_id
 from .traced_step import TracedStep
 
@@ -263,13 +264,13 @@ class Assembly:
 
     def _priced(self, call: Node) -> tuple[int, int]:
         args, kwargs = self._values(call)
-        assert isinstance(call.target, torch._ops.OpOverload)
+        assert isinstance(call.target, OpOverload)
         out = call.meta["val"]
         if out is None:
             items = {
                 item_index(u): u.meta["val"] for u in call.users if u.target is operator.getitem
             }
-            out = tuple(items.get(i) for i in range(len(call.target._schema.returns)))
+            out = tuple(items.get(i) for i in range(len(schema_of(call.target).returns)))
         made = Call(
             func=call.target,
             args=args,

@@ -27,6 +27,8 @@ from torch import nn
 
 from .eager_formulas import as_eager
 from .errors import NotFittingError
+from .private_torch.autograd import current_node, input_metadata_of, sequence_number_of
+from .private_torch.modules import has_backward_hooks
 
 _Gradients = tuple[torch.Tensor | None, ...]
 
@@ -66,7 +68,7 @@ class Engine:
 
     def current_node(self) -> Any:
         """See :class:`Differentiator`."""
-        return torch._C._current_autograd_node()
+        return current_node()
 
 
 class _Place:
@@ -119,7 +121,7 @@ class BackwardWalk:
 
     def enter(self, node: Any) -> None:
         """Record that ``node`` is now differentiated."""
-        self._current = _Place(node._sequence_nr())
+        self._current = _Place(sequence_number_of(node))
 
     def wants_zeros(self, function: Any) -> bool:
         """Whether a Python function is given zeros for a missing gradient (the default)."""
@@ -187,7 +189,7 @@ def refuse_backward_hooks(model: nn.Module) -> None:
         Names the module.
     """
     for name, module in model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
+        if has_backward_hooks(module):
             raise NotFittingError(
                 f"module {name!r} has backward hooks, which cannot be captured for a CUDA device "
                 "that is not there; plan on the device, or without them"
@@ -317,7 +319,7 @@ class _Task:
         """The gradients that a node makes; ``gradients`` is emptied."""
         in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
         if in_python and self._walk.wants_zeros(node):
-            for i, meta in enumerate(node._input_metadata):
+            for i, meta in enumerate(input_metadata_of(node)):
                 if gradients[i] is None:
                     gradients[i] = torch.zeros(meta.shape, dtype=meta.dtype, device=meta.device)
         arguments = tuple(gradients)
@@ -340,10 +342,10 @@ class _Task:
             self._dependencies[key] -= 1
             if key in self._needed or key in self._captures:
                 if key not in self._buffers:
-                    self._buffers[key] = [None] * len(node._input_metadata)
+                    self._buffers[key] = [None] * len(input_metadata_of(node))
                 self._add(self._buffers[key], slot, gradient)
                 if self._dependencies[key] == 0:
-                    heapq.heappush(self._ready, (-node._sequence_nr(), self._num_pushed, node))
+                    heapq.heappush(self._ready, (-sequence_number_of(node), self._num_pushed, node))
                     self._num_pushed += 1
 
     @staticmethod
@@ -365,7 +367,7 @@ def _fitting(gradient: torch.Tensor | None, node: Any, slot: int) -> torch.Tenso
     """A gradient in the shape, dtype and place of what was differentiated."""
     if gradient is None or node is None:
         return gradient
-    meta = node._input_metadata[slot]
+    meta = input_metadata_of(node)[slot]
     if tuple(gradient.shape) != tuple(meta.shape):
         gradient = gradient.sum_to_size(meta.shape)
     if gradient.dtype != meta.dtype:

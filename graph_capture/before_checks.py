@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from .checks import is_check
+from .private_torch.tensors import identity_of_storage
 from .purity import hidden_writes
 
 
@@ -52,7 +53,7 @@ def before_checks(graph: Graph) -> BeforeChecks:
 
 
 def _memory(node: Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata
+    return identity_of_storage(node.meta["val"].untyped_storage())
 
 
 __all__ = ["BeforeChecks", "before_checks"]

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch.utils.checkpoint as implementation
 
+from .private_torch.replacing import CHECKPOINT_GENERATOR
+
 
 class _CallThrough:
     """Replaces the autograd function behind ``checkpoint(use_reentrant=True)``."""
@@ -37,7 +39,7 @@ def checkpoints_inlined() -> Iterator[None]:
     """
     stand_ins = {
         "CheckpointFunction": _CallThrough,
-        "_checkpoint_without_reentrant_generator": _keep_everything,
+        CHECKPOINT_GENERATOR.name: _keep_everything,
     }
     before = {name: getattr(implementation, name) for name in stand_ins}
     vars(implementation).update(stand_ins)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .outcomes import same_number
+from .private_torch.operators import OpOverload, schema_of
 
 NAMESPACE = "remat"
 
@@ -112,7 +113,7 @@ expect_values = torch.ops.remat.expect_values.default
 
 def is_check(target: Any) -> bool:
     """Whether a call of a traced graph is a check."""
-    return isinstance(target, torch._ops.OpOverload) and target._schema.name.startswith(
+    return isinstance(target, OpOverload) and schema_of(target).name.startswith(
         f"{NAMESPACE}::expect_"
     )
 

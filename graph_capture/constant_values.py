@@ -15,9 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_iter, tree_map
 
 from .asked_numbers import AskedNumber
 from .outcomes import (
@@ -28,6 +25,12 @@ from .outcomes import (
     made_like,
     read_like,
 )
+from .private_torch.aten import local_scalar_dense
+from .private_torch.dispatch import disable_current_modes
+from .private_torch.fake_tensors import FakeTensor
+from .private_torch.operators import schema_of
+from .private_torch.tensors import identity_of_storage
+from .private_torch.trees import tree_iter, tree_map
 
 MAX_ELEMENTS = 1 << 20
 
@@ -40,7 +43,7 @@ _FACTORIES = {
     "aten::scalar_tensor",
     "aten::zeros",
 }
-_item = torch.ops.aten._local_scalar_dense.default
+_item = local_scalar_dense.default
 
 
 class ConstantValues:
@@ -72,13 +75,13 @@ class ConstantValues:
         value = self._value_of.get(id(tensor))
         return (
             value is not None
-            and self._memory_of[id(tensor)] == tensor.untyped_storage()._cdata
+            and self._memory_of[id(tensor)] == identity_of_storage(tensor.untyped_storage())
             and (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
         )
 
     def number(self, args: tuple) -> Any:
         """Return that number."""
-        with _disable_current_modes():
+        with disable_current_modes():
             return self._value_of[id(args[0])].item()
 
     def value_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -88,20 +91,20 @@ class ConstantValues:
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         """Compute the result of a call if everything that it reads is known."""
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             self._forget(given)
         elif isinstance(out, FakeTensor) and out.numel() <= MAX_ELEMENTS:
             if given:
                 follows = _is_pure(func) and all(self._knows(t) for t in given)
             else:
-                follows = func._schema.name in _FACTORIES
+                follows = schema_of(func).name in _FACTORIES
             if follows:
                 self._compute(func, args, kwargs, out)
 
     def _forget(self, written: list[torch.Tensor]) -> None:
         for tensor in written:
             self._value_of.pop(id(tensor), None)
-            for known in self._in_memory.pop(tensor.untyped_storage()._cdata, ()):
+            for known in self._in_memory.pop(identity_of_storage(tensor.untyped_storage()), ()):
                 self._value_of.pop(known, None)
 
     def _compute(self, func: Any, args: tuple, kwargs: dict, out: FakeTensor) -> None:
@@ -110,12 +113,12 @@ class ConstantValues:
                 return self._value_of[id(x)]
             return torch.device("cpu") if isinstance(x, torch.device) else x
 
-        with _disable_current_modes(), torch.no_grad():
+        with disable_current_modes(), torch.no_grad():
             try:
                 value = func(*tree_map(real, args), **tree_map(real, kwargs))
             except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
                 return  # a kernel that the CPU lacks, say: not known
-        memory = out.untyped_storage()._cdata
+        memory = identity_of_storage(out.untyped_storage())
         self._value_of[id(out)] = value
         self._memory_of[id(out)] = memory
         self._in_memory.setdefault(memory, []).append(id(out))
@@ -185,7 +188,7 @@ def _is_pure(func: Any) -> bool:
     return (
         func.namespace == "aten"
         and torch.Tag.nondeterministic_seeded not in func.tags
-        and "empty" not in func._schema.name
+        and "empty" not in schema_of(func).name
     )
 
 

@@ -15,6 +15,13 @@ from torch.nn.attention import SDPBackend
 
 from .costs.devices import Device
 from .errors import NotFittingError
+from .private_torch.aten import (
+    attention_in_cudnn,
+    attention_in_efficient,
+    attention_in_flash,
+    attention_in_math,
+)
+from .private_torch.settings import attention_priorities
 
 aten = torch.ops.aten
 
@@ -101,12 +108,12 @@ def attention_as_on(
     cudnn = backend == SDPBackend.CUDNN_ATTENTION
     bias = _additive(attn_mask, query.dtype, _CUDNN_MASKED_OUT if cudnn else float("-inf"))
     if cudnn:
-        return aten._scaled_dot_product_cudnn_attention(
+        return attention_in_cudnn(
             query, key, value, bias, call.needs_grad, dropout_p, is_causal, False, scale=scale
         )[0]
     if backend == SDPBackend.FLASH_ATTENTION:
         width = query.size(-1)
-        out = aten._scaled_dot_product_flash_attention(
+        out = attention_in_flash(
             *(_padded(t, 8) for t in (query, key, value)),
             dropout_p,
             is_causal,
@@ -117,10 +124,10 @@ def attention_as_on(
     if backend == SDPBackend.EFFICIENT_ATTENTION:
         if bias is not None:
             bias = _aligned_bias(bias, query, key)
-        return aten._scaled_dot_product_efficient_attention(
+        return attention_in_efficient(
             query, key, value, bias, call.needs_grad, dropout_p, is_causal, scale=scale
         )[0]
-    return aten._scaled_dot_product_attention_math(
+    return attention_in_math(
         query, key, value, bias, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
 
@@ -154,7 +161,7 @@ def _order(device: Device) -> list[SDPBackend]:
     """Preferences, best first; cuDNN's kernel comes first on Hopper and Blackwell."""
     order = [
         SDPBackend(number)
-        for number in torch._C._get_sdp_priority_order()
+        for number in attention_priorities()
         if number in {int(b.value) for b in SDPBackend.__members__.values()}
     ]
     default = [

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._prims_common import suggest_memory_format
 
 from .costs.devices import Device
 from .cuda_attention import (
@@ -38,6 +37,9 @@ from .errors import (
     CaptureError,
     NotFittingError,
 )
+from .private_torch.devices import suggest_memory_format
+from .private_torch.operators import has_kernel, temporary_library
+from .private_torch.replacing import CONVOLUTION_LAYOUT
 from .target import Target
 
 aten = torch.ops.aten
@@ -66,11 +68,11 @@ def dispatch_as_on(target: Target) -> Iterator[None]:
             for form in _FORMS
         }
     with ExitStack() as stack:
-        library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        library = stack.enter_context(temporary_library("aten", "IMPL"))
         for name, choice in choices.items():
             library.impl(name, choice, "AutogradCUDA")
         for name in ONE_KERNEL_ON_CUDA:
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CUDA"):
+            if not has_kernel(f"aten::{name}", "CUDA"):
                 library.impl(name, partial(_never_runs, name), "CUDA")
         stack.enter_context(_layouts_of_cudnn())
         yield
@@ -146,8 +148,7 @@ def _grid_sampler(
 @contextmanager
 def _layouts_of_cudnn() -> Iterator[None]:
     """While active, convolutions of CUDA tensors have the layout that cuDNN gives them."""
-    name = "_conv_determine_backend_memory_format"
-    own = getattr(torch._C, name)
+    own = CONVOLUTION_LAYOUT.value
 
     def layout(input: torch.Tensor, weight: torch.Tensor, backend: Any) -> torch.memory_format:
         on_cudnn = torch.backends.cudnn.enabled and input.dtype != torch.float64
@@ -157,11 +158,8 @@ def _layouts_of_cudnn() -> Iterator[None]:
         suggested = {suggest_memory_format(input), suggest_memory_format(weight)}
         return last if last in suggested else torch.contiguous_format
 
-    setattr(torch._C, name, layout)
-    try:
+    with CONVOLUTION_LAYOUT.holding(layout):
         yield
-    finally:
-        setattr(torch._C, name, own)
 
 
 # -- what runs in cuDNN -------------------------------------------------------------------

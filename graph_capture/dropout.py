@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from .private_torch.aten import to_copy
+
 aten = torch.ops.aten
 
 _ALLOCATIONS = {aten.empty_like.default, aten.empty.memory_format, aten.new_empty.default}
@@ -49,7 +51,7 @@ def _split(graph: Graph, draw: Node) -> bool:
         drawn = graph.call_function(draw.target, (mask, *draw.args[1:]))
         drawn.meta.update({**draw.meta, "val": mask.meta["val"], "writes": (mask,)})
     with graph.inserting_before(division):
-        scaled = graph.call_function(aten._to_copy.default, (mask,), {"dtype": value.dtype})
+        scaled = graph.call_function(to_copy.default, (mask,), {"dtype": value.dtype})
         scaled.meta.update({**division.meta, "val": value, "writes": ()})
         divided = graph.call_function(aten.div_.Scalar, (scaled, keep_probability))
         divided.meta.update({**division.meta, "val": value, "writes": (scaled,)})

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 
 from .formula_operators import NAMESPACE, cumprod_without_zeros, prod_without_zeros
+from .private_torch.autograd import current_node, is_wrapped_by_transform, saved_by
+from .private_torch.replacing import ENGINE
 
 _Gradients = Sequence[torch.Tensor | None]
 _Formula = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -36,49 +38,57 @@ _HOOKED = "remat takes eager's formula"  # in the metadata of a node
 
 
 def _dim_of(node: Any) -> int:
-    dim = node._saved_dim
+    dim = saved_by(node, "dim")
     dim = dim - 2 * _SIGNED if dim >= _SIGNED else dim
-    return dim % node._saved_self.dim()
+    return dim % saved_by(node, "self").dim()
 
 
 def _prod(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    if node._saved_self.dim() == 0:
+    if saved_by(node, "self").dim() == 0:
         return None
-    return _own("prod_backward")(grad, node._saved_self.to(grad.dtype), node._saved_result)
+    return _own("prod_backward")(
+        grad, saved_by(node, "self").to(grad.dtype), saved_by(node, "result")
+    )
 
 
 def _prod_dim(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given = node._saved_self
+    given = saved_by(node, "self")
     if given.dim() == 0:
         return None
     return _own("prod_dim_backward")(
-        grad, given.to(grad.dtype), node._saved_result, _dim_of(node), node._saved_keepdim
+        grad,
+        given.to(grad.dtype),
+        saved_by(node, "result"),
+        _dim_of(node),
+        saved_by(node, "keepdim"),
     )
 
 
 def _cumprod(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given = node._saved_self
+    given = saved_by(node, "self")
     if given.numel() <= 1 or given.shape[_dim_of(node)] == 1:
         return None
-    return _own("cumprod_backward")(grad.to(given.dtype), given, node._saved_result, _dim_of(node))
+    return _own("cumprod_backward")(
+        grad.to(given.dtype), given, saved_by(node, "result"), _dim_of(node)
+    )
 
 
 def _evenly(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given = node._saved_self
+    given = saved_by(node, "self")
     if given.device.type == "cuda":
         return None  # there eager's formula is the one that is taken under a mode
-    return _own("evenly_distribute_backward")(grad, given, node._saved_result)
+    return _own("evenly_distribute_backward")(grad, given, saved_by(node, "result"))
 
 
 def _masked_fill(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor:
-    return _own("masked_fill_value_backward")(grad, node._saved_mask)
+    return _own("masked_fill_value_backward")(grad, saved_by(node, "mask"))
 
 
 def _laid_out_as(saved: str) -> _Formula:
     """Eager writes parts into zeros like the argument; under a mode they are joined or copied."""
 
     def laid_out(node: Any, _grad: torch.Tensor, made: torch.Tensor) -> torch.Tensor | None:
-        argument = getattr(node, saved)
+        argument = saved_by(node, saved)
         if argument.shape != made.shape:
             return None  # was summed, since it was broadcast
         like = torch.empty_like(argument)
@@ -96,30 +106,32 @@ def _has_zeros(given: torch.Tensor) -> bool:
 
 
 def _prod_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given = node._saved_self.to(grad.dtype)
+    given = saved_by(node, "self").to(grad.dtype)
     if given.dim() == 0 or _has_zeros(given):
         return None  # with a zero in it eager takes what is taken under a mode
-    return prod_without_zeros(grad, given, node._saved_result)
+    return prod_without_zeros(grad, given, saved_by(node, "result"))
 
 
 def _prod_dim_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given, result = node._saved_self.to(grad.dtype), node._saved_result
+    given, result = saved_by(node, "self").to(grad.dtype), saved_by(node, "result")
     if given.dim() == 0 or _has_zeros(given):
         return None
-    if not node._saved_keepdim:
+    if not saved_by(node, "keepdim"):
         grad, result = grad.unsqueeze(_dim_of(node)), result.unsqueeze(_dim_of(node))
     return prod_without_zeros(grad, given, result)
 
 
 def _cumprod_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given = node._saved_self
+    given = saved_by(node, "self")
     if given.numel() <= 1 or given.shape[_dim_of(node)] == 1 or _has_zeros(given):
         return None
-    return cumprod_without_zeros(grad.to(given.dtype), given, node._saved_result, _dim_of(node))
+    return cumprod_without_zeros(
+        grad.to(given.dtype), given, saved_by(node, "result"), _dim_of(node)
+    )
 
 
 def _evenly_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
-    given, value = node._saved_self, node._saved_result
+    given, value = saved_by(node, "self"), saved_by(node, "result")
     if given.device.type == "cuda":
         return None
     mask = (given == value) | (given.isnan() & value.isnan())
@@ -143,7 +155,7 @@ class _MaskedSum(torch.autograd.Function):
 
 
 def _masked_fill_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor:
-    made = _MaskedSum.apply(grad, node._saved_mask)
+    made = _MaskedSum.apply(grad, saved_by(node, "mask"))
     assert isinstance(made, torch.Tensor)
     return made
 
@@ -158,11 +170,11 @@ _FORMULAS: dict[str, dict[int, _Formula]] = {
     "MedianBackward0": {0: _evenly},
     "NanmedianBackward0": {0: _evenly},
     "MaskedFillBackward1": {1: _masked_fill},
-    "MaskedSelectBackward0": {0: _laid_out_as("_saved_self")},
-    "OrmqrBackward0": {0: _laid_out_as("_saved_self"), 1: _laid_out_as("_saved_input2")},
+    "MaskedSelectBackward0": {0: _laid_out_as("self")},
+    "OrmqrBackward0": {0: _laid_out_as("self"), 1: _laid_out_as("input2")},
     "LinalgHouseholderProductBackward0": {
-        0: _laid_out_as("_saved_input"),
-        1: _laid_out_as("_saved_tau"),
+        0: _laid_out_as("input"),
+        1: _laid_out_as("tau"),
     },
 }
 
@@ -202,21 +214,20 @@ def _formulas_of(node: Any, grad: torch.Tensor) -> dict[int, _Formula]:
     if name not in _FORMULAS:
         return {}
     if _is_wrapped(grad):  # products alone ask their argument only, once it has been cast
-        asks = name in _PRODUCTS and not _is_wrapped(node._saved_self.to(grad.dtype))
+        asks = name in _PRODUCTS and not _is_wrapped(saved_by(node, "self").to(grad.dtype))
         return _FORMULAS_AGAIN[name] if asks else {}
     return (_FORMULAS_AGAIN if torch.is_grad_enabled() else _FORMULAS)[name]
 
 
 def _is_wrapped(gradient: torch.Tensor) -> bool:
     """Whether it is one of ``torch.func``'s: of those eager asks for no values either."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(gradient))
+    return bool(is_wrapped_by_transform(gradient))
 
 
 @contextmanager
 def eager_formulas_taken() -> Iterator[None]:
     """While active, whoever differentiates takes eager's formulas, forward itself included."""
-    autograd: Any = torch.autograd  # grad() and backward() look the engine up there
-    before = autograd._engine_run_backward
+    before = ENGINE.value  # grad() and backward() look it up there
     mine = threading.get_ident()  # others train models of their own
 
     def run(outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -224,11 +235,8 @@ def eager_formulas_taken() -> Iterator[None]:
             take_eager_formulas(outputs)
         return before(outputs, *args, **kwargs)
 
-    autograd._engine_run_backward = run
-    try:
+    with ENGINE.holding(run):
         yield
-    finally:
-        autograd._engine_run_backward = before
 
 
 def take_eager_formulas(outputs: Iterable[Any]) -> None:
@@ -257,7 +265,7 @@ def take_eager_formulas(outputs: Iterable[Any]) -> None:
 def _hook(node: Any) -> None:
     # A hook that knows its own node would keep it alive for ever: it is asked for when it runs.
     def replace(made: _Gradients, given: _Gradients) -> tuple[torch.Tensor | None, ...]:
-        return as_eager(torch._C._current_autograd_node(), made, given)
+        return as_eager(current_node(), made, given)
 
     node.register_hook(replace)
 

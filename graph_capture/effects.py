@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .asked_numbers import AskedNumber
 from .call_spec import TensorSpec
 from .errors import NotFittingError
 from .ledger import Change, Ledger
 from .outputs import tensors_within
+from .private_torch.fake_tensors import FakeTensor
 from .reading import Watcher
 from .recorder import Recorder
 from .snapshots import (

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
-
 from .errors import CaptureError
 from .lines import is_machinery
+from .private_torch.fake_tensors import DataDependentOutputException, DynamicOutputShapeException
 
 _DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 

@@ -14,8 +14,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_iter
+
+from .private_torch.dispatch import without_torch_dispatch
+from .private_torch.fake_tensors import FakeTensor, FakeTensorMode
+from .private_torch.operators import schema_of
+from .private_torch.tensors import identity_of_storage
+from .private_torch.trees import tree_iter
 
 if TYPE_CHECKING:
     from .real_results import RealResults
@@ -78,7 +82,7 @@ class FakeCallCache:
 
     def _make(self, made: _Made) -> FakeTensor:
         shape, stride, dtype, device = made
-        with torch._C._DisableTorchDispatch():
+        with without_torch_dispatch():
             element = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         return FakeTensor(self._fake_mode, element, device)
 
@@ -136,7 +140,7 @@ class FakeCallCache:
         self, func: Any, args: tuple, kwargs: dict, out: Any, key: Any
     ) -> int | _Made | tuple[_Made, ...] | None:
         """How to make the like of ``out``; ``None`` where it must be asked for each time."""
-        schema = func._schema
+        schema = schema_of(func)
         if schema.is_mutable:
             written = [
                 i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write
@@ -154,7 +158,9 @@ class FakeCallCache:
         if not isinstance(out, tuple) or not out:
             return None
         made = tuple(self._made(o) for o in out)
-        memory = {o.untyped_storage()._cdata for o in out if isinstance(o, torch.Tensor)}
+        memory = {
+            identity_of_storage(o.untyped_storage()) for o in out if isinstance(o, torch.Tensor)
+        }
         if any(m is None for m in made) or len(memory) != len(out):
             return None
         return made  # type: ignore[return-value]
@@ -181,8 +187,16 @@ def _dense(out: Any) -> bool:
 
 def _shares(args: tuple, out: Any) -> bool:
     """Whether a result looks at an argument's memory, as ``_unsafe_view``'s does unsaid."""
-    given = {t.untyped_storage()._cdata for t in tree_iter(args) if isinstance(t, torch.Tensor)}
-    made = {t.untyped_storage()._cdata for t in tree_iter(out) if isinstance(t, torch.Tensor)}
+    given = {
+        identity_of_storage(t.untyped_storage())
+        for t in tree_iter(args)
+        if isinstance(t, torch.Tensor)
+    }
+    made = {
+        identity_of_storage(t.untyped_storage())
+        for t in tree_iter(out)
+        if isinstance(t, torch.Tensor)
+    }
     return bool(given & made)
 
 

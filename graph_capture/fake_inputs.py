@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .call_spec import (
     describe,
     moved,
     realize,
 )
+from .private_torch.fake_tensors import FakeTensor, FakeTensorMode, pass_for_parameter
 from .recorder import storage_id
 from .target import Target
 
@@ -63,5 +63,5 @@ class FakeInputs:
         )
         fake = FakeTensor(self._fake_mode, element, where).requires_grad_(tensor.requires_grad)
         if isinstance(tensor, nn.Parameter):
-            fake._is_param = True  # what isinstance(…, nn.Parameter) looks at
+            pass_for_parameter(fake)
         return fake

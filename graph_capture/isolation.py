@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .ledger import Ledger
+from .private_torch.modules import buffers_of, parameters_of
 
 
 @contextmanager
@@ -92,10 +93,10 @@ def swap_tensors(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tens
     ``nn.LSTM`` does in ``_flat_weights``, notice.
     """
     for module in list(model.modules()):
-        for name, parameter in list(module._parameters.items()):
+        for name, parameter in list(parameters_of(module).items()):
             if parameter is not None:
                 setattr(module, name, stand_in(parameter))
-        for name, buffer in list(module._buffers.items()):
+        for name, buffer in list(buffers_of(module).items()):
             if buffer is not None:
                 setattr(module, name, stand_in(buffer))
         for name, value in list(vars(module).items()):

@@ -11,11 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
 from .costs.trial import REFUSALS, as_in_a_step, blank_arguments, is_safe
+from .private_torch.aten import ctc_loss_backward, unsafe_view
+from .private_torch.dispatch import disable_current_modes
+from .private_torch.fake_tensors import FakeTensor
+from .private_torch.operators import schema_of
+from .private_torch.trees import tree_flatten, tree_iter, tree_unflatten
 
 
 def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -23,9 +25,9 @@ def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
 
     Must be called where stand-ins are made, under their mode.
     """
-    if func.namespace != "aten" or func._schema.is_mutable or not is_safe(func):
+    if func.namespace != "aten" or schema_of(func).is_mutable or not is_safe(func):
         return None
-    if any(r.alias_info is not None for r in func._schema.returns):
+    if any(r.alias_info is not None for r in schema_of(func).returns):
         return None
     given = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
     devices = {t.device for t in given} - {torch.device("cpu")} or {torch.device("cpu")}
@@ -34,7 +36,7 @@ def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
     (device,) = devices
     if device.type != "cpu" and not torch.cuda.is_available():
         return None
-    with _disable_current_modes(), as_in_a_step(device):
+    with disable_current_modes(), as_in_a_step(device):
         try:
             made_args, made_kwargs = blank_arguments(func, args, kwargs, device)
             made = func(*made_args, **made_kwargs)
@@ -63,7 +65,7 @@ def _as_meta_views(tensor: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
     They move nothing, but kernels ask them for the memory format of their result.
     """
-    with _disable_current_modes():
+    with disable_current_modes():
         like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         stride = like.view(view.shape).stride()
     if stride == view.stride():
@@ -72,12 +74,12 @@ def _as_meta_views(tensor: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
 
 # Stand-ins of these are computed in Python, by another rule.
-_VIEWS = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+_VIEWS = {torch.ops.aten.view.default, unsafe_view.default}
 
 # Whatever the strides of their arguments (aten/src/ATen/native/LossCTC.cpp).
 _CONTIGUOUS = {
-    torch.ops.aten._ctc_loss_backward.default,
-    torch.ops.aten._ctc_loss_backward.Tensor,
+    ctc_loss_backward.default,
+    ctc_loss_backward.Tensor,
 }
 
 

@@ -14,8 +14,9 @@ from itertools import pairwise
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_iter
 
+from .private_torch.operators import OpOverload, schema_of
+from .private_torch.trees import tree_iter
 from .purity import hidden_writes
 from .recorder import storage_id
 from .reuse import results_of
@@ -110,7 +111,7 @@ class LastReadings:
 def overwritten(call: Node) -> Node | None:
     """Return the one argument that a call fills without reading, if there is one."""
     func = call.target
-    if not isinstance(func, torch._ops.OpOverload) or hidden_writes(func, call.args):
+    if not isinstance(func, OpOverload) or hidden_writes(func, call.args):
         return None
     written = call.meta["writes"]
     if len(written) != 1:
@@ -118,10 +119,10 @@ def overwritten(call: Node) -> Node | None:
     target: Node = written[0]
     if sum(x is target for x in tree_iter((call.args, call.kwargs))) > 1:
         return None  # addmm(total, a, b, out=total) reads it, too
-    is_out = any(call.kwargs.get(a.name) is target for a in func._schema.arguments if a.is_out)
+    is_out = any(call.kwargs.get(a.name) is target for a in schema_of(func).arguments if a.is_out)
     if is_out and isinstance(call.meta["val"], torch.Tensor):
         return target if call.meta["val"].shape == target.meta["val"].shape else None
-    fills = func._schema.name in _OVERWRITES and call.args and call.args[0] is target
+    fills = schema_of(func).name in _OVERWRITES and call.args and call.args[0] is target
     return target if fills else None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .errors import CaptureError, NotFittingError
+from .private_torch.operators import schema_of
 
 _INSTEAD = (
     "keep indices and values in dense tensors and multiply with index_select and index_add, or "
@@ -65,7 +66,7 @@ def refuse_result(tensor: torch.Tensor, line: str, phase: str) -> None:
 
 def refuse_nesting(func: Any, line: Callable[[], str]) -> None:
     """Refuse a call that makes nested tensors, whose sizes stand-ins do not know."""
-    if "nested" in func._schema.name:
+    if "nested" in schema_of(func).name:
         raise CaptureError(
             f"{func} works on nested tensors ({line()}); only dense ones can be planned: {_PAD}"
         )

@@ -23,6 +23,8 @@ from .errors import NotFittingError
 from .loss_values import LossValues, derivatives_through_model_refused
 from .memory_meter import MemoryMeter, Moment
 from .outputs import OutputTemplate, find_loss
+from .private_torch import dispatch
+from .private_torch.autograd import next_sequence_number, sequence_number_of
 from .real_results import RealResults
 from .recorder import storage_id
 
@@ -255,7 +257,7 @@ def _through_loss_fn(
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
     known = {storage_id(t) for t in tensors}
-    first = torch.autograd._get_sequence_nr()
+    first = next_sequence_number()
     values = LossValues()
     if value_of is not None:
         for i, tensor in enumerate(tensors):
@@ -307,7 +309,7 @@ def _refuse_side_door(loss: torch.Tensor, first: int) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node._sequence_nr() < first:
+        if sequence_number_of(node) < first:
             raise NotFittingError(
                 f"loss_fn uses a tensor that forward computed ({node.name()}) and did not return, "
                 "through an attribute of a module, say; return it from forward"
@@ -318,5 +320,5 @@ def _refuse_side_door(loss: torch.Tensor, first: int) -> None:
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """A training loop leaves autocast before it calls ``backward()``."""
-    with torch._C._DisableAutocast():
+    with dispatch.without_autocast():
         yield

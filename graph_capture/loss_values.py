@@ -16,14 +16,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .costs.trial import REFUSALS, blank_arguments
 from .errors import NotFittingError
 from .origins import deciding
 from .outcomes import Outcome, made_like
+from .private_torch.fake_tensors import FakeTensor
+from .private_torch.operators import schema_of
+from .private_torch.tensors import identity_of_storage
+from .private_torch.trees import tree_iter, tree_map
 from .sample_values import UnknowableError, for_real
 
 _ADVICE = (
@@ -66,17 +68,17 @@ class LossValues:
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         """Record how a call made ``out``."""
         before = self._snapshot(args, kwargs)
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, torch.Tensor):
-                    memory = tensor.untyped_storage()._cdata
+                    memory = identity_of_storage(tensor.untyped_storage())
                     self._num_writes[memory] = self._num_writes.get(memory, 0) + 1
         if before is None or torch.Tag.nondeterministic_seeded in func.tags:
             return
-        if "empty" in func._schema.name or func.namespace != "aten":
+        if "empty" in schema_of(func).name or func.namespace != "aten":
             return
         value_args, value_kwargs, of_output = before
-        copies = bool(func._schema.is_mutable)
+        copies = bool(schema_of(func).is_mutable)
 
         def compute() -> Any:
             return _run(func, value_args, value_kwargs, copies=copies)
@@ -99,7 +101,7 @@ class LossValues:
         """
         asks = deciding(func, args, kwargs)
         found = self._snapshot(asks, {})
-        makes = any(str(r.type) == "Tensor" for r in func._schema.returns)
+        makes = any(str(r.type) == "Tensor" for r in schema_of(func).returns)
         if makes and (found is None or found[2]):
             raise NotFittingError(
                 f"loss_fn makes a size out of values of the model's output ({func}), which each "
@@ -159,11 +161,11 @@ class LossValues:
         if found is None:
             return None
         value, num_writes = found
-        memory = tensor.untyped_storage()._cdata
+        memory = identity_of_storage(tensor.untyped_storage())
         return value if self._num_writes.get(memory, 0) == num_writes else None
 
     def _set(self, tensor: torch.Tensor, value: _Value) -> None:
-        memory = tensor.untyped_storage()._cdata
+        memory = identity_of_storage(tensor.untyped_storage())
         self._values[tensor] = (value, self._num_writes.get(memory, 0))
 
 

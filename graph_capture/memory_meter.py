@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_iter, tree_map
 
 from .loss_values import LossValues
 from .outcomes import ASKS, ReadsWhole
+from .private_torch.dispatch import disable_current_modes
+from .private_torch.fake_tensors import FakeTensor
+from .private_torch.tensors import identity_of_storage
+from .private_torch.trees import tree_iter, tree_map
 from .real_results import RealResults
 from .recorder import storage_id
 
@@ -76,7 +77,7 @@ class MemoryMeter(ReadsWhole):
                 out = self._real.corrected(func, args, kwargs, out)
             self._values.note(func, own_args, own_kwargs, out)
         if func.namespace != "prim":  # a fake tensor is asked for its device
-            with _disable_current_modes():  # a plain meta tensor is made at a tenth of the cost
+            with disable_current_modes():  # a plain meta tensor is made at a tenth of the cost
                 self.calls.append((func, _shapes(args), _shapes(kwargs), _shapes(out)))
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
@@ -99,7 +100,7 @@ class MemoryMeter(ReadsWhole):
 
     def _follow(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        sid = storage._cdata
+        sid = identity_of_storage(storage)
         if sid in self._seen or self._known(sid):
             return
         num_bytes = storage.nbytes()

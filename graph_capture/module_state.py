@@ -10,6 +10,7 @@ from torch import nn
 
 from .call_spec import TensorSpec
 from .errors import NotFittingError
+from .private_torch.modules import buffers_of, parameters_of
 from .recorder import storage_id
 
 Registered = dict[str, tuple[str, torch.Tensor, int]]
@@ -20,7 +21,7 @@ def registered(model: nn.Module) -> Registered:
     return {
         f"{path}.{key}" if path else key: (role, tensor, storage_id(tensor))
         for path, module in model.named_modules()
-        for role, table in (("parameter", module._parameters), ("buffer", module._buffers))
+        for role, table in (("parameter", parameters_of(module)), ("buffer", buffers_of(module)))
         for key, tensor in table.items()
         if tensor is not None
     }

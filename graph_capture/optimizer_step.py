@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.optim.optimizer import _foreach_supported_types
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .absent_cuda import ensure_cuda_guard
 from .capture_lock import holds_capture_lock
@@ -20,6 +17,10 @@ from .costs.allocator import block_bytes
 from .fake_call_cache import FakeCallCache
 from .fake_inputs import FakeInputs
 from .memory_meter import MemoryMeter
+from .private_torch.aten import local_scalar_dense
+from .private_torch.dispatch import TorchDispatchMode
+from .private_torch.fake_tensors import FakeTensor, FakeTensorMode
+from .private_torch.modules import FOREACH_TYPES
 from .recorder import storage_id
 from .target import Target
 
@@ -134,7 +135,7 @@ class _NumbersOfFakeTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if func is local_scalar_dense.default and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
             return True if dtype == torch.bool else 0.5 if dtype.is_floating_point else 1
         return self._repeated.run(func, args, kwargs or {})
@@ -143,11 +144,11 @@ class _NumbersOfFakeTensors(TorchDispatchMode):
 @contextmanager
 def _fake_tensors_are_parameters() -> Iterator[None]:
     """While active, optimizers choose between their implementations as for real parameters."""
-    _foreach_supported_types.append(FakeTensor)
+    FOREACH_TYPES.append(FakeTensor)
     try:
         yield
     finally:
-        _foreach_supported_types.remove(FakeTensor)
+        FOREACH_TYPES.remove(FakeTensor)
 
 
 def _twin(

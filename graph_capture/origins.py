@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .private_torch.aten import ctc_loss
+from .private_torch.tensors import identity_of_storage
 from .purity import draws, hidden_writes
 
 
@@ -66,7 +68,7 @@ def written_by(node: Node) -> tuple[Node, ...]:
 def memory_of(node: Node) -> list[int]:
     """Return the identity of the memory behind a node's tensor, if it has one."""
     value = node.meta.get("val")
-    return [value.untyped_storage()._cdata] if isinstance(value, torch.Tensor) else []
+    return [identity_of_storage(value.untyped_storage())] if isinstance(value, torch.Tensor) else []
 
 
 def written_after(last: Node, node: Node) -> bool:
@@ -93,7 +95,7 @@ _PICKS = {
     torch.ops.aten.index.Tensor: 1,
     torch.ops.aten.masked_select.default: 1,
     torch.ops.aten.bincount.default: slice(0, 1),
-    torch.ops.aten._ctc_loss.Tensor: slice(2, 4),
+    ctc_loss.Tensor: slice(2, 4),
 }
 
 

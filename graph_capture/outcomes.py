@@ -13,21 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-)
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _disable_current_modes,
-    _get_current_dispatch_mode_stack,
-)
-from torch.utils._pytree import tree_iter
 
 from .asked_numbers import AskedNumber
 from .call_spec import TensorSpec, from_json, to_json
 from .errors import NotFittingError
+from .private_torch.dispatch import TorchDispatchMode, current_dispatch_modes, disable_current_modes
+from .private_torch.fake_tensors import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+)
+from .private_torch.operators import schema_of
+from .private_torch.trees import tree_iter
 
 ASKS = (DataDependentOutputException, DynamicOutputShapeException)
 """What a fake tensor raises when its value is asked for."""
@@ -74,7 +71,7 @@ class Outcome:
     @classmethod
     def read(cls, tensor: torch.Tensor) -> Outcome:
         """Return the outcome of reading a real tensor as a whole."""
-        with _disable_current_modes():
+        with disable_current_modes():
             return cls(values=tuple(tensor.flatten().tolist()))
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +109,7 @@ class GivenOutcomes:
     def of_call(self, func: Any, where: str) -> Outcome:
         """Return the answer to a call."""
         outcome = self._next(str(func), where)
-        returns = [str(r.type) for r in func._schema.returns]
+        returns = [str(r.type) for r in schema_of(func).returns]
         num_made = sum(r == "Tensor" for r in returns)
         fits = len(outcome.made) == num_made if outcome.made is not None else num_made == 0
         if not fits or outcome.values is not None:
@@ -158,12 +155,12 @@ def made_like(outcome: Outcome, func: Any, args: tuple) -> Any:
     assert outcome.made is not None
     device = next(t.device for t in tree_iter(args) if isinstance(t, torch.Tensor))
     tensors = tuple(replace(spec, device=str(device)).empty() for spec in outcome.made)
-    return tensors if len(func._schema.returns) > 1 else tensors[0]
+    return tensors if len(schema_of(func).returns) > 1 else tensors[0]
 
 
 def read_like(outcome: Outcome, tensor: torch.Tensor) -> torch.Tensor:
     """A real tensor on the CPU with an outcome's values in the shape of ``tensor``."""
-    with _disable_current_modes():
+    with disable_current_modes():
         return torch.tensor(outcome.values, dtype=tensor.dtype, device="cpu").reshape(tensor.shape)
 
 
@@ -183,7 +180,7 @@ def reader_of(tensor: torch.Tensor) -> ReadsWhole | None:
     """Return the innermost active mode that answers for fake tensors."""
     if not isinstance(tensor, FakeTensor):
         return None
-    for mode in reversed(_get_current_dispatch_mode_stack()):
+    for mode in reversed(current_dispatch_modes()):
         if isinstance(mode, ReadsWhole):
             return mode
     return None
@@ -221,7 +218,7 @@ def read_as_a_whole(handed: Handed | None = None) -> Iterator[None]:
         value = whole(tensor)
         if value is None:
             return before["tolist"](tensor)
-        with _disable_current_modes():
+        with disable_current_modes():
             return value.tolist()
 
     def as_array(tensor: torch.Tensor, *, force: bool = False) -> Any:
@@ -229,7 +226,7 @@ def read_as_a_whole(handed: Handed | None = None) -> Iterator[None]:
         value = None if reader is None else reader.read_whole(tensor)
         if value is None:
             return torch.Tensor.numpy(tensor, force=force)
-        with _disable_current_modes():
+        with disable_current_modes():
             return value.numpy()
 
     def array(tensor: torch.Tensor, dtype: Any = None) -> Any:

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from .asked_numbers import AskedNumber
 from .errors import NotFittingError
 from .ledger import slots_of
+from .private_torch.trees import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code defines
 

@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-PACK = torch.ops.aten._pack_padded_sequence.default
+from .private_torch.aten import pack_padded_sequence
+from .private_torch.dispatch import disable_current_modes
+from .private_torch.fake_tensors import FakeTensor
+from .private_torch.replacing import PAD_PACKED_SEQUENCE
+
+PACK = pack_padded_sequence.default
 
 
 def packed(data: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
@@ -29,7 +32,7 @@ def packed(data: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
     lengths
         Real ones, longest first.
     """
-    with _disable_current_modes():
+    with disable_current_modes():
         blank = torch.empty(data.shape[:2])
         elements, batch_sizes = PACK(blank, lengths, batch_first)
         num_elements = elements.shape[0]
@@ -39,8 +42,7 @@ def packed(data: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
 @contextmanager
 def sequences_padded() -> Iterator[None]:
     """While active, padding a packed sequence of stand-ins is traced."""
-    functions: Any = torch._VF
-    own = functions._pad_packed_sequence
+    own = PAD_PACKED_SEQUENCE.value
 
     def pad(
         data: torch.Tensor,
@@ -51,7 +53,7 @@ def sequences_padded() -> Iterator[None]:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(data, FakeTensor) or isinstance(batch_sizes, FakeTensor):
             return own(data, batch_sizes, batch_first, padding_value, total_length)
-        with _disable_current_modes():
+        with disable_current_modes():
             sizes = batch_sizes.tolist()
         if 0 < total_length < len(sizes):
             raise ValueError(
@@ -69,15 +71,12 @@ def sequences_padded() -> Iterator[None]:
             part = data[start : start + count * (end - begin)]
             output[begin:end, :count].copy_(part.view(end - begin, count, *data.shape[1:]))
         lengths = [sum(size > i for size in sizes) for i in range(sizes[0])]
-        with _disable_current_modes():
+        with disable_current_modes():
             made = torch.tensor(lengths)
         return (output.transpose(0, 1) if batch_first else output), made
 
-    functions._pad_packed_sequence = pad
-    try:
+    with PAD_PACKED_SEQUENCE.holding(pad):
         yield
-    finally:
-        del functions.__dict__["_pad_packed_sequence"]
 
 
 def _stretches(sizes: list[int]) -> Iterator[tuple[int, int, int]]:

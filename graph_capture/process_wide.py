@@ -7,15 +7,25 @@ from typing import Any
 
 import torch
 
+from .private_torch.settings import (
+    cudnn_attention_enabled,
+    cudnn_enabled,
+    deterministic_algorithms,
+    efficient_attention_enabled,
+    flash_attention_enabled,
+    math_attention_enabled,
+    onednn_enabled,
+)
+
 _SETTINGS: dict[str, Callable[[], Any]] = {
     "default dtype": torch.get_default_dtype,
-    "oneDNN": torch._C._get_mkldnn_enabled,
-    "cuDNN": torch._C._get_cudnn_enabled,
-    "flash attention": torch._C._get_flash_sdp_enabled,
-    "memory-efficient attention": torch._C._get_mem_efficient_sdp_enabled,
-    "attention by plain operators": torch._C._get_math_sdp_enabled,
-    "cuDNN attention": torch._C._get_cudnn_sdp_enabled,
-    "deterministic algorithms": torch._C._get_deterministic_algorithms,
+    "oneDNN": onednn_enabled,
+    "cuDNN": cudnn_enabled,
+    "flash attention": flash_attention_enabled,
+    "memory-efficient attention": efficient_attention_enabled,
+    "attention by plain operators": math_attention_enabled,
+    "cuDNN attention": cudnn_attention_enabled,
+    "deterministic algorithms": deterministic_algorithms,
 }
 
 

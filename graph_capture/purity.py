@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils._pytree import tree_iter
 
 from .checks import is_check
 from .formula_operators import PURE
+from .private_torch.operators import OpOverload, schema_of
+from .private_torch.trees import tree_iter
 
 aten = torch.ops.aten
 
@@ -46,10 +47,10 @@ _CHOICES = {
 _PURE_NAMESPACES = {"aten", "prims", "torchvision"}
 
 
-def written_arguments(func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+def written_arguments(func: OpOverload, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """Return the tensors that the call writes to, by its schema."""
     written: list[torch.Tensor] = []
-    for i, argument in enumerate(func._schema.arguments):
+    for i, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = kwargs.get(argument.name, args[i] if i < len(args) else None)
@@ -83,11 +84,11 @@ def repeats_without_writing(func: Any, args: tuple) -> bool:
 def draws(node: Node) -> bool:
     """Whether the call draws from a random generator."""
     func = node.target
-    if not isinstance(func, torch._ops.OpOverload):
+    if not isinstance(func, OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    for i, argument in enumerate(func._schema.arguments):
+    for i, argument in enumerate(schema_of(func).arguments):
         if argument.name == "dropout_p":
             value = node.kwargs.get(
                 "dropout_p", node.args[i] if i < len(node.args) else argument.default_value
@@ -99,12 +100,12 @@ def draws(node: Node) -> bool:
 def why_pinned(node: Node) -> str | None:
     """Return why the call must run exactly once, or ``None``."""
     func = node.target
-    assert isinstance(func, torch._ops.OpOverload)
-    if func._schema.name in _CHOICES:
+    assert isinstance(func, OpOverload)
+    if schema_of(func).name in _CHOICES:
         return "its choice decides what later calls read"
     if is_check(func):
         return "a check of what the plan was made for"
-    if func.namespace not in _PURE_NAMESPACES and func._schema.name not in PURE:
+    if func.namespace not in _PURE_NAMESPACES and schema_of(func).name not in PURE:
         return "a custom operator; what else it does is unknown"
     if any(isinstance(v, torch.Generator) for v in (*node.args, *node.kwargs.values())):
         return "draws from a generator of its own"

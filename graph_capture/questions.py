@@ -15,8 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_iter
 
 from . import checks
 from .asked_numbers import AskedNumber
@@ -25,6 +23,9 @@ from .errors import CaptureError
 from .next_step import Asked, by_chance, prepared
 from .origins import Origins, deciding, written_after
 from .outcomes import GivenOutcomes, Outcome, made_like, read_like
+from .private_torch.aten import local_scalar_dense
+from .private_torch.dispatch import disable_current_modes
+from .private_torch.trees import tree_iter
 from .sample_values import SampleValues, UnknowableError
 
 aten = torch.ops.aten
@@ -199,16 +200,16 @@ class Questions:
                 return None
             self._refuse_useless(value, self.values.follows_from(node), "reading", source)
         self.outcomes.append(Outcome.read(value))
-        with _disable_current_modes():  # to make a stand-in is no call of the step
+        with disable_current_modes():  # to make a stand-in is no call of the step
             planned = recorder.node_of(value)
         self._check(checks.expect_values, (node, planned), "the values of a tensor")
         self._look_at_chance(None, (node,), {}, self.outcomes[-1])
-        with _disable_current_modes():
+        with disable_current_modes():
             return value.clone()  # the planned one is nobody else's
 
     def _expect_number(self, func: Any, args: tuple, kwargs: dict, number: Any) -> None:
         what = _words(func)
-        if func is aten._local_scalar_dense.default:
+        if func is local_scalar_dense.default:
             self._check(checks.expect_number, (args[0], number), what)
         elif func is aten.equal.default:
             self._check(checks.expect_equal, (args[0], args[1], number), what)
@@ -313,7 +314,7 @@ def _fills_least_length(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
 
 def _words(func: Any) -> str:
     name = str(func)
-    if func is aten._local_scalar_dense.default:
+    if func is local_scalar_dense.default:
         return "a tensor's value"
     if func in (aten.equal.default, aten.allclose.default):
         return "whether two tensors are equal"

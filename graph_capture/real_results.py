@@ -28,9 +28,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_iter, tree_leaves
 
 from .costs.blank_values import runs_on_blanks
 from .costs.cost_model import Call
@@ -43,6 +40,11 @@ from .costs.trial import (
     call_key,
     output_bytes,
 )
+from .private_torch.dispatch import disable_current_modes, without_torch_dispatch
+from .private_torch.fake_tensors import FakeTensor, FakeTensorMode
+from .private_torch.operators import schema_of
+from .private_torch.tensors import identity_of_storage
+from .private_torch.trees import tree_iter, tree_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class RealResults:
         """``out``, or the like of it as the kernel makes it."""
         if not _may_differ(func, args, kwargs, out):
             return out
-        with _disable_current_modes():
+        with disable_current_modes():
             call = Call(
                 func=func, args=args, kwargs=kwargs, out=out, grad_enabled=torch.is_grad_enabled()
             )
@@ -135,7 +137,9 @@ class RealResults:
         said, real = _as_list(call.out), _as_list(made)
         if len(said) != len(real):
             return None
-        given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _is(t)}
+        given = {
+            identity_of_storage(t.untyped_storage()) for t in tree_iter((args, kwargs)) if _is(t)
+        }
         found = tuple(_found(s, r, given) for s, r in zip(said, real, strict=True))
         return found if any(found) else None
 
@@ -144,7 +148,7 @@ class RealResults:
             return said
         strides, offset, num_elements = found
         device = said.fake_device if isinstance(said, FakeTensor) else said.device
-        with torch._C._DisableTorchDispatch():
+        with without_torch_dispatch():
             memory = torch.empty(num_elements, dtype=said.dtype, device="meta")
             element = memory.as_strided(said.shape, strides, offset)
         return FakeTensor(self._fake_mode, element, device)
@@ -153,21 +157,21 @@ class RealResults:
 def _may_differ(func: Any, args: tuple, kwargs: dict, out: Any) -> bool:
     if func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
         return False
-    if any(r.alias_info is not None for r in func._schema.returns):
+    if any(r.alias_info is not None for r in schema_of(func).returns):
         return False
     given = [t for t in tree_leaves((args, kwargs)) if _is(t)]
     strided = [t for t in given if t.layout is torch.strided]
     two_formats = any(_in_two_formats(t) for t in strided)
-    if _ELEMENTWISE_AS_SAID.fullmatch(func._schema.name) is not None and not two_formats:
+    if _ELEMENTWISE_AS_SAID.fullmatch(schema_of(func).name) is not None and not two_formats:
         return False
     as_usual = all(t.is_contiguous() for t in strided) and not two_formats
-    if as_usual and _HOLDS_MORE.fullmatch(func._schema.name) is None:
+    if as_usual and _HOLDS_MORE.fullmatch(schema_of(func).name) is None:
         return False
     if any(t.layout is not torch.strided or t.dtype.is_complex for t in given):
         return False
-    if func._schema.name == "aten::mkldnn_rnn_layer_backward":
+    if schema_of(func).name == "aten::mkldnn_rnn_layer_backward":
         return False  # reads a workspace whose size only the kernel of the forward pass knows
-    if _LIES_AS_SAID.fullmatch(func._schema.name) is not None or not runs_on_blanks(func):
+    if _LIES_AS_SAID.fullmatch(schema_of(func).name) is not None or not runs_on_blanks(func):
         return False
     if not isinstance(out, (torch.Tensor, tuple, list)):
         return False
@@ -182,7 +186,7 @@ def _found(said: torch.Tensor, real: Any, given: set[int]) -> _Found | None:
     if (said.shape, said.dtype) != (real.shape, real.dtype) or said.numel() == 0:
         return None
     memory = real.untyped_storage()
-    if memory._cdata in given:
+    if identity_of_storage(memory) in given:
         return None
     num_elements = math.ceil(memory.nbytes() / real.element_size())
     same_memory = said.untyped_storage().nbytes() == memory.nbytes()

@@ -19,10 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
 from .asked_numbers import AskedNumber
 from .constant_values import (
@@ -38,6 +35,13 @@ from .layouts import refuse_nesting, refuse_result
 from .lines import is_machinery
 from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
 from .packed_sequences import PACK, packed
+from .private_torch.aten import assert_async
+from .private_torch.autograd import current_node, next_sequence_number, sequence_number_of
+from .private_torch.dispatch import disable_current_modes
+from .private_torch.fake_tensors import FakeTensor, FakeTensorMode
+from .private_torch.operators import OpOverload, schema_of
+from .private_torch.tensors import identity_of_storage
+from .private_torch.trees import tree_flatten, tree_iter, tree_map
 from .purity import written_arguments
 from .questions import Questions
 
@@ -47,24 +51,24 @@ if TYPE_CHECKING:
 _RESIZES = {"aten::resize_", "aten::resize_as_"}
 _EXCHANGES = {getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads()}
 # Their effect is that they raise, which no stand-in does.
-_ASSERTIONS = {torch.ops.aten._assert_async.default, torch.ops.aten._assert_async.msg}
+_ASSERTIONS = {assert_async.default, assert_async.msg}
 
 
 def storage_id(tensor: torch.Tensor) -> int:
     """Identity of the memory behind ``tensor``; views share it."""
-    return tensor.untyped_storage()._cdata
+    return identity_of_storage(tensor.untyped_storage())
 
 
-def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
+def functional_twin(func: OpOverload) -> OpOverload:
     """``aten.squeeze_.dim`` -> ``aten.squeeze.dim``, ``aten.transpose_`` -> ``aten.transpose.int``.
 
     Overload names differ between the two, so the arguments decide.
     """
-    packet = getattr(getattr(torch.ops, func.namespace), func._schema.name.split("::")[1][:-1])
-    wanted = [(a.name, str(a.type)) for a in func._schema.arguments]
+    packet = getattr(getattr(torch.ops, func.namespace), schema_of(func).name.split("::")[1][:-1])
+    wanted = [(a.name, str(a.type)) for a in schema_of(func).arguments]
     for name in packet.overloads():
         twin = getattr(packet, name)
-        if [(a.name, str(a.type)) for a in twin._schema.arguments] == wanted:
+        if [(a.name, str(a.type)) for a in schema_of(twin).arguments] == wanted:
             return twin
     raise CaptureError(f"{func} has no counterpart that returns a view")
 
@@ -105,7 +109,7 @@ class Recorder(ReadsWhole):
 
     def __init__(
         self,
-        current_node: Callable[[], Any] = torch._C._current_autograd_node,
+        current_node: Callable[[], Any] = current_node,
         repeated: FakeCallCache | None = None,
         on_call: Callable[[], None] = lambda: None,
         outcomes: Sequence[Outcome] | None = None,
@@ -276,14 +280,14 @@ class Recorder(ReadsWhole):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, OpOverload):
             raise CaptureError(f"{func} cannot be recorded ({self._where()})")
         refuse_nesting(func, self._where)
         self._on_call()
         args, kwargs = self._with_twins(func, (args, kwargs))
         if self._known.answers(func, args):
             return self._known.number(args)
-        if torch.Tag.inplace_view in func.tags and func._schema.name != "aten::set_":
+        if torch.Tag.inplace_view in func.tags and schema_of(func).name != "aten::set_":
             return self._inplace_view(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._check_generator(args, kwargs)
@@ -317,14 +321,14 @@ class Recorder(ReadsWhole):
             self._refuse_resized(tensor, size)
         if func in _ASSERTIONS:
             self.call(func, self.as_nodes(args), self.as_nodes(kwargs)).meta["val"] = None
-        elif any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or func._schema.is_mutable:
+        elif any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or schema_of(func).is_mutable:
             self.record(func, args, kwargs, out)
         return out
 
     def _look_at_stand_in(self, real: torch.Tensor, fake_mode: FakeTensorMode) -> None:
         """Let views of a real tensor be views: PyTorch makes them of its one stand-in."""
         node = self.node_of(real)
-        with _disable_current_modes():
+        with disable_current_modes():
             stand_in = fake_mode.fake_tensor_converter.from_real_tensor(fake_mode, real)
         self.bind(node, stand_in)
 
@@ -336,7 +340,7 @@ class Recorder(ReadsWhole):
                 "use the default generator, or draw outside and pass the numbers as an argument"
             )
         self.check_generators()
-        with _disable_current_modes():  # so that a state that is put back later is another one
+        with disable_current_modes():  # so that a state that is put back later is another one
             torch.rand(())
             if torch.cuda.is_initialized():
                 for generator in torch.cuda.default_generators:
@@ -351,7 +355,7 @@ class Recorder(ReadsWhole):
         CaptureError
             When they are not where the last draw has left them.
         """
-        with _disable_current_modes():
+        with disable_current_modes():
             pairs = [*zip(generator_states(), self._generator_states, strict=True)]
             moved = [(now, then) for now, then in pairs if not np.array_equal(now, then)]
             ahead = bool(moved) and all(is_ahead(now, then) for now, then in moved)
@@ -383,7 +387,7 @@ class Recorder(ReadsWhole):
         self._keep_alive.append(frozen)
         node_args = self.as_nodes(args)
         out = func(*args, **kwargs)
-        if func._schema.name in _RESIZES and source.op != "placeholder":
+        if schema_of(func).name in _RESIZES and source.op != "placeholder":
             self._refuse_resized(tensor, size)
             return out
         node = self.call(functional_twin(func), node_args, kwargs)
@@ -452,9 +456,9 @@ class Recorder(ReadsWhole):
         """Module path and source line; a backward call has those of its forward call."""
         current = self._current_node()
         if self.phase == "backward" and current is not None:
-            return self._module_of_sequence.get(current._sequence_nr(), ("", ""))
+            return self._module_of_sequence.get(sequence_number_of(current), ("", ""))
         origin = (self._module_stack[-1], self._where())
-        self._module_of_sequence[torch.autograd._get_sequence_nr() - 1] = origin
+        self._module_of_sequence[next_sequence_number() - 1] = origin
         return origin
 
     @staticmethod
@@ -509,13 +513,13 @@ def _outside_generators() -> tuple[Any, ...]:
     return random.getstate(), inner["key"].tobytes(), inner["pos"]
 
 
-def _apart(func: torch._ops.OpOverload, out: Any) -> Any:
+def _apart(func: OpOverload, out: Any) -> Any:
     """Outputs of a call that by its schema share no memory, as different tensors.
 
     Some fake kernels return one tensor twice (``mkldnn_rnn_layer_backward`` its
     gradient of the bias) where the real one returns two.
     """
-    if not isinstance(out, (tuple, list)) or any(r.alias_info for r in func._schema.returns):
+    if not isinstance(out, (tuple, list)) or any(r.alias_info for r in schema_of(func).returns):
         return out
     seen: set[int] = set()
     results = []

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .private_torch.operators import OpOverload, overload_name_of, packet_of, schema_of
 from .purity import draws, hidden_writes
 from .recorder import storage_id
 
@@ -83,12 +84,12 @@ class ReuseFinder:
     def candidates(self, node: Node) -> list[Reuse]:
         """Return the arguments that the call may overwrite, the last computed first."""
         func, value = node.target, node.meta["val"]
-        if not isinstance(func, torch._ops.OpOverload) or not isinstance(value, torch.Tensor):
+        if not isinstance(func, OpOverload) or not isinstance(value, torch.Tensor):
             return []
         if node.meta["writes"] or draws(node) or hidden_writes(func, node.args):
             return []
         by_rows = (
-            func._schema.name in _BY_ROWS_ON_CPU
+            schema_of(func).name in _BY_ROWS_ON_CPU
             and value.device.type == "cpu"
             and all(a.meta["val"].is_contiguous() for a in node.all_input_nodes)  # rows, then
         )
@@ -142,16 +143,16 @@ def _variant(func: Any, *, in_place: bool) -> tuple[Any, str | None] | None:
 
     Generated ``out`` overloads are left out: they compute a result and copy it.
     """
-    arguments = [(a.name, str(a.type)) for a in func._schema.arguments]
-    for name in func._overloadpacket.overloads():
-        other = getattr(func._overloadpacket, name)
-        outs = [a.name for a in other._schema.arguments if a.is_out]
-        rest = [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out]
+    arguments = [(a.name, str(a.type)) for a in schema_of(func).arguments]
+    for name in packet_of(func).overloads():
+        other = getattr(packet_of(func), name)
+        outs = [a.name for a in schema_of(other).arguments if a.is_out]
+        rest = [(a.name, str(a.type)) for a in schema_of(other).arguments if not a.is_out]
         if len(outs) == 1 and rest == arguments and torch.Tag.generated not in other.tags:
             return other, outs[0]
     if in_place:
-        packet = getattr(torch.ops.aten, func._schema.name.removeprefix("aten::") + "_", None)
-        other = getattr(packet, func._overloadname, None) if packet is not None else None
+        packet = getattr(torch.ops.aten, schema_of(func).name.removeprefix("aten::") + "_", None)
+        other = getattr(packet, overload_name_of(func), None) if packet is not None else None
         if other is not None and torch.Tag.generated not in other.tags:
             return other, None
     return None

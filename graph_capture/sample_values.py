@@ -16,15 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_iter
 
 from .costs.trial import REFUSALS, blank_arguments
 from .isolation import generator_states, set_generator_states
 from .origins import Origins, deciding, memory_of, written_by
+from .private_torch.dispatch import below_autograd, disable_current_modes, without_autocast
+from .private_torch.fake_tensors import FakeTensor
+from .private_torch.tensors import identity_of_storage
+from .private_torch.trees import tree_iter
 from .purity import draws
 
 CACHE_BYTES = 256 * 2**20
@@ -72,7 +73,7 @@ class SampleValues:
         self._device_of: dict[torch.device, torch.device] = {}  # of the step -> of the values
         self._known: dict[Node, torch.Tensor] = {}
         self._known_bytes = 0
-        with _disable_current_modes():
+        with disable_current_modes():
             self._next_states = generator_states()
         self._state_before: dict[Node, _States] = {}
 
@@ -244,11 +245,11 @@ class SampleValues:
         if not any(memory in self._writers for memory in memory_of(node)):
             return value
         storage = value.untyped_storage()
-        if storage._cdata not in copies:
-            copies[storage._cdata] = storage.clone()
+        if identity_of_storage(storage) not in copies:
+            copies[identity_of_storage(storage)] = storage.clone()
         copy = torch.empty(0, dtype=value.dtype, device=value.device)
         return copy.set_(
-            copies[storage._cdata],
+            copies[identity_of_storage(storage)],
             value.storage_offset(),
             value.shape,
             value.stride(),
@@ -336,9 +337,9 @@ def _nodes_in(tree: Any) -> dict[Node, None]:
 def for_real() -> Iterator[None]:
     """Run as a step's kernels do, below autograd and autocast; generators are restored."""
     with (
-        _disable_current_modes(),
-        torch._C._AutoDispatchBelowAutograd(),
-        torch._C._DisableAutocast(),
+        disable_current_modes(),
+        below_autograd(),
+        without_autocast(),
         torch.no_grad(),
     ):
         states = generator_states()

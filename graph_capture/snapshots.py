@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from .call_spec import TensorSpec
+from .private_torch.operators import OpOverload, OpOverloadPacket
 
 ABSENT: Any = type("_Absent", (), {"__repr__": lambda _self: "not there"})()
 """Stands for the value of a place that holds none."""
@@ -60,8 +61,8 @@ _BY_IDENTITY = (
     torch.device,
     torch.layout,
     torch.memory_format,
-    torch._ops.OpOverload,
-    torch._ops.OpOverloadPacket,
+    OpOverload,
+    OpOverloadPacket,
 )
 ATOMS = (*BY_VALUE, *_BY_IDENTITY)
 SEQUENCES = (list, tuple, deque)

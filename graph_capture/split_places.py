@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from .private_torch.fake_tensors import FakeTensor
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from .accumulated import settle_gradients
@@ -39,6 +38,7 @@ from .module_state import (
 )
 from .outcomes import Outcome
 from .outputs import settle_numbers, take_apart, tensors_within
+from .private_torch.fake_tensors import FakeTensorMode
 from .reading import Watcher
 from .real_results import RealResults
 from .recorder import Recorder, storage_id

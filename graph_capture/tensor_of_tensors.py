@@ -11,7 +11,8 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from .private_torch.fake_tensors import FakeTensor
 
 
 @contextmanager

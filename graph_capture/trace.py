@@ -31,6 +31,8 @@ from .ledger import Change, make_again
 from .loss import LossFn, LossSpec
 from .outcomes import Handed, read_as_a_whole
 from .packed_sequences import sequences_padded
+from .private_torch.fake_tensors import FAKE_TENSOR_LOGGER
+from .private_torch.replacing import IS_COMPILING
 from .reading import Watcher
 from .snapshots import brief
 from .split_places import split_places_read
@@ -174,7 +176,7 @@ def _first_that_works(
 @contextmanager
 def _quiet_fake_tensors() -> Iterator[None]:
     """What fails on fake tensors is raised; torch writes it to stderr as well."""
-    its_logger = logging.getLogger("torch._subclasses.fake_tensor")
+    its_logger = logging.getLogger(FAKE_TENSOR_LOGGER)
     before = its_logger.level
     its_logger.setLevel(logging.CRITICAL)
     try:
@@ -185,9 +187,5 @@ def _quiet_fake_tensors() -> Iterator[None]:
 
 @contextmanager
 def _pretend_compiling() -> Iterator[None]:
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = True
-    try:
+    with IS_COMPILING.holding(True):
         yield
-    finally:
-        torch.compiler._is_compiling_flag = before

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("graph_capture.cost_graph",),
     ("solvers",),
+    ("graph_capture.private_torch",),
     ("graph_capture",),
     ("planner.errors",),
     ("planner.base",),

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import (
     ProfilerConfig,
     ProfilerState,
-    _disable_profiler_legacy,
-    _enable_profiler_legacy,
 )
+
+from ..private_torch.profiler import ExperimentalConfig, start_legacy_profiler, stop_legacy_profiler
 
 CUDA_BLOCK_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize
 
@@ -45,13 +44,13 @@ def peak_extra_bytes(call: Callable[[], Any]) -> int:
         False,  # stack
         False,  # flops
         False,  # modules
-        _ExperimentalConfig(),
+        ExperimentalConfig(),
     )
-    _enable_profiler_legacy(config)
+    start_legacy_profiler(config)
     try:
         returned = call()
     finally:
-        records = _disable_profiler_legacy()
+        records = stop_legacy_profiler()
     del returned
     sizes = [e.cpu_memory_usage() for e in _in_order(records) if e.kind() == "memory_alloc"]
     alive = peak = 0

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..private_torch.operators import schema_of
+
 _Named = dict[str, Any]
 ONE_ZERO = "ones, and a zero"
 _Fill = int | str | tuple[int, ...]  # a string: ONE_ZERO
@@ -34,7 +36,7 @@ def runs_on_blanks(func: Any) -> bool:
     """Whether a call may run on the values made here."""
     from ..formula_operators import PURE
 
-    name = func._schema.name
+    name = schema_of(func).name
     if name in _ALL_THE_SAME or name in PURE:
         return True
     return func.namespace == "aten" and _NEVER.fullmatch(name) is None
@@ -42,9 +44,9 @@ def runs_on_blanks(func: Any) -> bool:
 
 def fills_of(func: Any, args: tuple, kwargs: dict) -> dict[int, _Fill]:
     """By ``id`` the tensors that are not filled with zeros: with a number, or with these."""
-    names = [a.name for a in func._schema.arguments]
+    names = [a.name for a in schema_of(func).arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    chosen = _FILLS.get(func._schema.name.split("::")[1].rstrip("_"))
+    chosen = _FILLS.get(schema_of(func).name.split("::")[1].rstrip("_"))
     found = {} if chosen is None else chosen(given)
     return {
         id(given[name]): fill

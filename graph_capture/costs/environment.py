@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..private_torch.devices import cuda_driver_version
+
 _METHOD = 1  # of graph_capture.costs.timing; another method gives other times
 
 _READ_BY_LIBRARIES = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE")
@@ -42,7 +44,7 @@ def environment_of(device: torch.device) -> str:
     if device.type == "cuda":
         # Both are private or depend on the build; where they are missing, times of two drivers
         # are not told apart.
-        driver = getattr(torch._C, "_cuda_getDriverVersion", None)
+        driver = cuda_driver_version()
         parts["driver"] = driver() if driver is not None else None
         parts["cuda"] = torch.version.cuda
         parts["cudnn"] = torch.backends.cudnn.version()

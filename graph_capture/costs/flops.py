@@ -15,8 +15,10 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+
+from ..private_torch.operators import packet_of, schema_of
+from ..private_torch.trees import tree_iter
 
 _ATTENTION = re.compile(
     r"aten::_(scaled_dot_product_(?P<library>\w+?)|(?P<low>flash|efficient))_attention"
@@ -61,7 +63,7 @@ def count_flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     args, kwargs, out
         Its arguments and outputs; only metadata is read.
     """
-    name = func._schema.name.removesuffix("_")  # in place or not
+    name = schema_of(func).name.removesuffix("_")  # in place or not
     if name in _PRODUCTS:
         return _product(args, _PRODUCTS[name])
     if name in _RECURRENT:
@@ -78,7 +80,7 @@ def count_flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     if _CONVOLUTION_BACKWARD.fullmatch(name):
         once = _convolution(args[1], args[2], args[0], named["transposed"])
         return once * sum(named["output_mask"][:2])  # the bias's gradient is a sum
-    formula: Callable[..., Any] | None = flop_registry.get(func._overloadpacket)
+    formula: Callable[..., Any] | None = flop_registry.get(packet_of(func))
     return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
 
 
@@ -140,5 +142,5 @@ def _recurrent(args: tuple) -> int:
 
 def _named(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Arguments by the names of the schema."""
-    names = [a.name for a in func._schema.arguments]
+    names = [a.name for a in schema_of(func).arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
+from ..private_torch.operators import OpOverload, schema_of
 from .device import Device
 
 STORAGE_NAME = "library workspace"  # of the storage that stands for it in a cost graph
@@ -35,7 +34,7 @@ def library_workspace_bytes(targets: Iterable[Any], device: Device) -> int:
         Where they run.
     """
     multiplies = any(
-        isinstance(target, torch._ops.OpOverload) and target._schema.name in _CUBLAS_CALLS
+        isinstance(target, OpOverload) and schema_of(target).name in _CUBLAS_CALLS
         for target in targets
     )
     return device.library_workspace_bytes if multiplies else 0

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..private_torch.operators import schema_of
+
 MATMUL = "matmul"
 CONVOLUTION = "convolution"
 DEPTHWISE = "depthwise_convolution"
@@ -105,7 +107,7 @@ def operator_class(func: Any, args: tuple = (), kwargs: Mapping[str, Any] | None
 
 
 def _class_by_name(func: Any) -> str:
-    namespace, _, name = func._schema.name.partition("::")
+    namespace, _, name = schema_of(func).name.partition("::")
     if namespace == "aten":
         for class_name, pattern in _COMPILED:
             if pattern.fullmatch(name):
@@ -118,9 +120,9 @@ def _class_by_name(func: Any) -> str:
 
 def _is_depthwise(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether each channel has a filter of its own; such kernels are far from a product's rate."""
-    if "depthwise" in func._schema.name:
+    if "depthwise" in schema_of(func).name:
         return True
-    names = [a.name for a in func._schema.arguments]
+    names = [a.name for a in schema_of(func).arguments]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     weight = named.get("weight")
     return bool(named.get("groups", 1) > 1 and weight is not None and weight.shape[1] == 1)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_iter
 
+from ..private_torch.operators import schema_of
+from ..private_torch.trees import tree_iter
 from .cost_model import Call, CostRecord
 from .device import Device
 from .flops import count_flops, product_dtype
@@ -94,7 +95,7 @@ def work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work:
     outputs = list(_tensors(out))
     class_name = operator_class(func, args, kwargs)
     return Work(
-        name=func._schema.name,
+        name=schema_of(func).name,
         operator_class=class_name,
         flops=count_flops(func, args, kwargs, out),
         dtype=product_dtype(args, kwargs, out),
@@ -105,16 +106,16 @@ def work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work:
 
 def _moves_nothing(func: Any) -> bool:
     """Whether a call only makes room or looks at memory in another way."""
-    aliases = [r.alias_info for r in func._schema.returns]
+    aliases = [r.alias_info for r in schema_of(func).returns]
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
-    return is_view or func.namespace == "prim" or "empty" in func._schema.name
+    return is_view or func.namespace == "prim" or "empty" in schema_of(func).name
 
 
 def _traffic(
     func: Any, args: tuple, kwargs: dict, outputs: list[torch.Tensor], class_name: str
 ) -> int:
     """Bytes read and written, each tensor once."""
-    written = {a.name for a in func._schema.arguments if a.is_out}  # counted as the output
+    written = {a.name for a in schema_of(func).arguments if a.is_out}  # counted as the output
     read = [
         _touched_bytes(t)
         for t in _tensors((args, {k: v for k, v in kwargs.items() if k not in written}))

@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_flatten, tree_iter, tree_map
 
+from ..private_torch.dispatch import below_autograd, without_autocast
+from ..private_torch.operators import schema_of
+from ..private_torch.tensors import negated_view
+from ..private_torch.trees import tree_flatten, tree_iter, tree_map
 from ..purity import written_arguments
 from .blank_values import ONE_ZERO, fills_of
 from .cost_model import Call
@@ -62,11 +65,11 @@ _RUN_LENGTH = 64  # of equal values in a mask, as padding and causal masks have 
 
 def is_safe(func: Any) -> bool:
     """Whether a call may run on synthetic values, including normal random numbers."""
-    if func._schema.name in _SAFE_ALL_THE_SAME:
+    if schema_of(func).name in _SAFE_ALL_THE_SAME:
         return True
     if func in (aten.bernoulli.default, aten.bernoulli_.Tensor, aten.bernoulli.out):
         return False  # its argument holds probabilities
-    return func.namespace == "aten" and _UNSAFE.fullmatch(func._schema.name) is None
+    return func.namespace == "aten" and _UNSAFE.fullmatch(schema_of(func).name) is None
 
 
 def call_key(call: Call, torch_type: str) -> str:
@@ -142,8 +145,8 @@ def as_in_a_step(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=devices),
-        torch._C._AutoDispatchBelowAutograd(),
-        torch._C._DisableAutocast(),
+        below_autograd(),
+        without_autocast(),
         torch.no_grad(),
     ):
         yield
@@ -153,7 +156,7 @@ def blank_arguments(
     func: Any, args: tuple, kwargs: dict, device: torch.device
 ) -> tuple[tuple, dict]:
     """Arguments of zeros, or of what the operator wants in their place: what scratch needs."""
-    regular = _WANTS_REGULAR.fullmatch(func._schema.name) is not None
+    regular = _WANTS_REGULAR.fullmatch(schema_of(func).name) is not None
     written = {id(t) for t in written_arguments(func, args, kwargs)}  # these may be resized
     fills = fills_of(func, args, kwargs)
 
@@ -185,7 +188,7 @@ def blank_arguments(
         made = make(x)
         if _is(x) and x.is_conj():
             made = made.conj()
-        return torch._neg_view(made) if _is(x) and x.is_neg() else made
+        return negated_view(made) if _is(x) and x.is_neg() else made
 
     return tree_map(with_bits, args), tree_map(with_bits, kwargs)
 
@@ -195,7 +198,7 @@ def fill_mask(call: Call, args: tuple) -> None:
 
     What it picks is listed in scratch memory, 8 bytes for each place and dimension.
     """
-    name = call.func._schema.name.split("::")[1].strip("_").removesuffix("_impl")
+    name = schema_of(call.func).name.split("::")[1].strip("_").removesuffix("_impl")
     if name not in ("index", "index_put", "unsafe_index", "masked_select", "nonzero"):
         return
     position = 0 if name == "nonzero" else 1
@@ -351,14 +354,14 @@ class _Kinds:
             ranges=_index_ranges(call),
             positive=_positive(call),
             pointwise=torch.Tag.pointwise in call.func.tags,
-            regular=_WANTS_REGULAR.fullmatch(call.func._schema.name) is not None,
+            regular=_WANTS_REGULAR.fullmatch(schema_of(call.func).name) is not None,
         )
 
 
 def _positive(call: Call) -> set[int]:
     by_name = _by_name(call)
     found = {id(by_name[n]) for n in _POSITIVE_ARGUMENTS if n in by_name}
-    if call.func._schema.name.split("::")[1].rstrip("_") in _OF_POSITIVE:
+    if schema_of(call.func).name.split("::")[1].rstrip("_") in _OF_POSITIVE:
         found.update(id(t) for t in tree_iter(call.args) if _is(t))
     return found
 
@@ -368,13 +371,13 @@ _OF_POSITIVE = {"sqrt", "rsqrt", "log", "log2", "log10", "addcdiv", "_foreach_sq
 
 
 def _by_name(call: Call) -> dict[str, Any]:
-    names = [a.name for a in call.func._schema.arguments]
+    names = [a.name for a in schema_of(call.func).arguments]
     return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 
 def _index_ranges(call: Call) -> dict[int, tuple[int, bool]]:
     given = _by_name(call)
-    name = call.func._schema.name.split("::")[1].rstrip("_").removeprefix("_unsafe_")
+    name = schema_of(call.func).name.split("::")[1].rstrip("_").removeprefix("_unsafe_")
     ends: list[tuple[Any, int]] = []
     in_order = False
     if name == "embedding":

@@ -19,8 +19,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_iter
 
+from ..private_torch.operators import has_kernel, overload_name_of, schema_of
+from ..private_torch.tensors import identity_of_storage
+from ..private_torch.trees import tree_iter
 from .allocator import CUDA_BLOCK_BYTES, peak_extra_bytes, peak_extra_bytes_on_card
 from .blank_values import runs_on_blanks
 from .cost_model import Call
@@ -113,7 +115,7 @@ class WorkspaceProbe:
         func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
         if not self._measures or not self._scratch:
             return 0
-        name = func._schema.name
+        name = schema_of(func).name
         given = [t for t in tree_iter((args, kwargs)) if _is(t)]
         lazy = any(t.is_conj() or t.is_neg() for t in given)  # a kernel may copy it first
         pointwise = torch.Tag.pointwise in func.tags and not lazy
@@ -160,7 +162,7 @@ class WorkspaceProbe:
 
     def output_bytes(self, func: Any, args: tuple, kwargs: dict) -> tuple[int, ...] | None:
         """Return the real bytes of each output, for calls whose fake outputs do not tell."""
-        if not (self._measures and self._on_cpu) or func._schema.name not in _OPAQUE_OUTPUTS:
+        if not (self._measures and self._on_cpu) or schema_of(func).name not in _OPAQUE_OUTPUTS:
             return None
         args, kwargs = blank_arguments(func, args, kwargs, self._device)
         with as_in_a_step(self._device), torch.enable_grad():
@@ -174,10 +176,12 @@ def _is_one_loop(func: Any) -> bool:
 
     With a number in the place of a tensor it is: the number becomes a tensor first.
     """
-    if func._overloadname.startswith("Scalar"):
+    if overload_name_of(func).startswith("Scalar"):
         return True
-    name = func._schema.name + (f".{func._overloadname}" if func._overloadname != "default" else "")
-    return not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+    name = schema_of(func).name + (
+        f".{overload_name_of(func)}" if overload_name_of(func) != "default" else ""
+    )
+    return not has_kernel(name, "CompositeExplicitAutograd")
 
 
 def _only_moves(name: str, given: list[torch.Tensor]) -> bool:
@@ -216,9 +220,9 @@ def _plain_rows(call: Call) -> bool:
         return False
     if not all(t.is_contiguous() for t in tensors):
         return False
-    if call.func._schema.name.startswith("aten::nll_loss"):
+    if schema_of(call.func).name.startswith("aten::nll_loss"):
         return True
-    position = 2 if "backward" in call.func._schema.name else 1
+    position = 2 if "backward" in schema_of(call.func).name else 1
     return call.args[position] in (-1, tensors[0].dim() - 1)
 
 
@@ -260,24 +264,30 @@ def _measure(call: Call, device: torch.device) -> int | None:
     except REFUSALS as error:
         logger.debug("%s does not run on zeros, no scratch known: %s", call.func, error)
         return None
-    given = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs)) if _is(t)}
+    given = {identity_of_storage(t.untyped_storage()) for t in tree_iter((args, kwargs)) if _is(t)}
     block = CUDA_BLOCK_BYTES if device.type == "cuda" else 1
     produced = {
-        t.untyped_storage()._cdata: -(-t.untyped_storage().nbytes() // block) * block
+        identity_of_storage(t.untyped_storage()): -(-t.untyped_storage().nbytes() // block) * block
         for t in tree_iter(results)
         if _is(t) and t.device.type == device.type
     }
     handed_out = sum(size for sid, size in produced.items() if sid not in given)
-    if call.func._schema.name not in _OPAQUE_OUTPUTS and any(_is(t) for t in tree_iter(call.out)):
+    if schema_of(call.func).name not in _OPAQUE_OUTPUTS and any(
+        _is(t) for t in tree_iter(call.out)
+    ):
         handed_out = min(handed_out, _said_bytes(call, block))
     return max(0, peak - handed_out)
 
 
 def _said_bytes(call: Call, block: int) -> int:
     """Bytes behind the stand-ins of what a call hands out; real ones may hold more unsaid."""
-    given = {t.untyped_storage()._cdata for t in tree_iter((call.args, call.kwargs)) if _is(t)}
+    given = {
+        identity_of_storage(t.untyped_storage())
+        for t in tree_iter((call.args, call.kwargs))
+        if _is(t)
+    }
     said = {
-        t.untyped_storage()._cdata: -(-t.untyped_storage().nbytes() // block) * block
+        identity_of_storage(t.untyped_storage()): -(-t.untyped_storage().nbytes() // block) * block
         for t in tree_iter(call.out)
         if _is(t)
     }

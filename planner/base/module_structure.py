@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graph_capture.private_torch.modules import buffers_of, children_of, parameters_of
+
 _Slot = tuple[weakref.ref[nn.Module], str]  # a module and a name among its parameters or buffers
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -76,7 +78,7 @@ class Structure:
         parts = {path: _part(module, root=not path) for path, module in model.named_modules()}
         first: dict[int, _Slot] = {}
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            for table in (parameters_of(module), buffers_of(module)):
                 for name, tensor in table.items():
                     if tensor is None:
                         continue
@@ -128,8 +130,8 @@ class LiveStructure:
         self._attributes = [vars(module) for module in below]
         self._tables = list(map(_TABLES, self._attributes))
         self._forwards = list(map(_FORWARD, self._attributes))
-        self._parents = [m._modules for m in modules if m._modules]
-        self._leaves = [m._modules for m in modules if not m._modules]
+        self._parents = [children_of(m) for m in modules if children_of(m)]
+        self._leaves = [children_of(m) for m in modules if not children_of(m)]
         self._children = [tuple(children.values()) for children in self._parents]
         hooks = [
             *chain.from_iterable(map(_HOOK_TABLES, self._attributes)),
@@ -168,7 +170,7 @@ def _part(module: nn.Module, *, root: bool) -> _Part:
         module=weakref.ref(module),
         children=tuple(
             (name, None if child is None else weakref.ref(child))
-            for name, child in module._modules.items()
+            for name, child in children_of(module).items()
         ),
         kind=type(module),
         forward=None if forward is None else id(forward),
@@ -206,4 +208,4 @@ def _at(slot: _Slot) -> object:
     module = reference()
     if module is None:
         return None
-    return module._parameters.get(name, module._buffers.get(name))
+    return parameters_of(module).get(name, buffers_of(module).get(name))

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graph_capture.private_torch.tensors import is_zero_tensor
+
 from .forward_slot import StandIn
 from .training_step import (
     LossFn,
@@ -80,7 +82,7 @@ def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
     sizes: dict[int, int] = {}
     for t in tensors:
         # A tensor that is known to be zero, as some gradients are, has no memory.
-        if t.device == device and t.layout == torch.strided and not t._is_zerotensor():
+        if t.device == device and t.layout == torch.strided and not is_zero_tensor(t):
             storage = t.untyped_storage()
             sizes[storage.data_ptr()] = max(storage.nbytes(), sizes.get(storage.data_ptr(), 0))
     if device.type == "cuda":

@@ -12,6 +12,7 @@ from torch import nn
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.loss import LossFn
+from graph_capture.private_torch.modules import compiled_from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,9 +63,7 @@ def check_model(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule) or isinstance(
-        getattr(model, "_orig_mod", None), nn.Module
-    ):
+    if isinstance(model, torch.jit.ScriptModule) or isinstance(compiled_from(model), nn.Module):
         raise ValueError(
             f"a {type(model).__name__} runs a graph of its own, which a plan would replace; plan "
             "the module that was compiled or scripted"

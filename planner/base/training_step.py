@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from graph_capture.optimizer_step import OPTIMIZERS
+from graph_capture.private_torch.trees import tree_leaves
 
 LossFn = Callable[[Any], Tensor]
 Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]

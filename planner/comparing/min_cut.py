@@ -36,6 +36,7 @@ from torch.fx.graph import Graph
 
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
+from graph_capture.private_torch.compiler import functorch_config, functorch_partitioners
 from graph_capture.units import format_bytes
 from solvers.strategies.saved import schedule_for_saved
 from solvers.strategies.strategy import Candidate, Strategy, StrategyError, StrategyOptions
@@ -118,7 +119,7 @@ class Partitioner:
             When this torch has none that takes what we give.
         """
         try:
-            from torch._functorch import config, partitioners
+            config, partitioners = functorch_config(), functorch_partitioners()
         except ImportError as error:
             raise _cannot_ask(str(error)) from error
         partition = getattr(partitioners, "min_cut_rematerialization_partition", None)

@@ -27,9 +27,11 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._pytree import tree_map
 
 from graph_capture.captured_step import CapturedStep
+from graph_capture.private_torch.aten import to_copy
+from graph_capture.private_torch.operators import OpOverload, schema_of
+from graph_capture.private_torch.trees import tree_map
 from graph_capture.recorder import storage_id
 
 aten = torch.ops.aten
@@ -146,9 +148,9 @@ class _Functional:
 
     def _call(self, node: Node) -> Node:
         """The functional twin of a call, on what its arguments hold by now."""
-        assert isinstance(node.target, torch._ops.OpOverload)
+        assert isinstance(node.target, OpOverload)
         twin = functional_twin(node.target)
-        taken = {a.name for a in twin._schema.arguments}
+        taken = {a.name for a in schema_of(twin).arguments}
         kwargs = {k: v for k, v in node.kwargs.items() if k in taken}
         inner = [w for w in node.meta["writes"] if _memory(w) not in self._resident]
         one_result = isinstance(node.meta["val"], torch.Tensor)
@@ -166,7 +168,7 @@ class _Functional:
         )
         new.meta["val"] = node.meta["val"] if one_result else _items(node)
         new.meta["phase"] = node.meta["phase"]
-        if twin._schema.is_mutable and node.meta["phase"] == "backward":
+        if schema_of(twin).is_mutable and node.meta["phase"] == "backward":
             new.meta["partitioner_tag"] = "is_backward"
         return new
 
@@ -276,7 +278,7 @@ def _dropout_of(draw: Node) -> _Dropout | None:
     the tensor's dtype, that divided by the probability, and products with it; or
     eager's own, which draws in the tensor's dtype.
     """
-    copy = _only_user(draw, aten._to_copy.default)
+    copy = _only_user(draw, to_copy.default)
     noise = _only_user(copy or draw, aten.div.Scalar)
     keep = draw.args[1] if len(draw.args) > 1 else 0.5  # a default is not written down
     if noise is None or not isinstance(keep, float) or not 0 < keep < 1:
@@ -349,7 +351,7 @@ class _StorageOf:
 
 
 @cache
-def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
+def functional_twin(func: OpOverload) -> OpOverload:
     """Return the overload that computes the same without writing in place.
 
     ``aten.add_.Tensor`` gives ``aten.add.Tensor``, ``aten.mul.out`` gives
@@ -361,18 +363,18 @@ def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
     >>> functional_twin(torch.ops.aten.bernoulli_.float)
     <OpOverload(op='aten.bernoulli', overload='p')>
     """
-    if not func._schema.is_mutable:
+    if not schema_of(func).is_mutable:
         return func
-    has_out = any(a.is_out for a in func._schema.arguments)
-    wanted = [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]
-    namespace, name = func._schema.name.split("::")
+    has_out = any(a.is_out for a in schema_of(func).arguments)
+    wanted = [(a.name, str(a.type)) for a in schema_of(func).arguments if not a.is_out]
+    namespace, name = schema_of(func).name.split("::")
     packets = [name] if has_out else [name.removesuffix("_"), name + "_functional"]
     for packet_name in packets:
         packet = getattr(getattr(torch.ops, namespace), packet_name, None)
         for overload in packet.overloads() if packet is not None else ():
             twin = getattr(packet, overload)
-            same = [(a.name, str(a.type)) for a in twin._schema.arguments] == wanted
-            if same and not twin._schema.is_mutable:
+            same = [(a.name, str(a.type)) for a in schema_of(twin).arguments] == wanted
+            if same and not schema_of(twin).is_mutable:
                 return twin
     return func
 
@@ -380,8 +382,8 @@ def functional_twin(func: torch._ops.OpOverload) -> torch._ops.OpOverload:
 def _items(node: Node) -> tuple[Any, ...]:
     """The results of a call that gives several; ``None`` for those that nobody takes."""
     taken = {u.args[1]: u.meta["val"] for u in node.users if u.target is operator.getitem}
-    assert isinstance(node.target, torch._ops.OpOverload)
-    return tuple(taken.get(i) for i in range(len(node.target._schema.returns)))
+    assert isinstance(node.target, OpOverload)
+    return tuple(taken.get(i) for i in range(len(schema_of(node.target).returns)))
 
 
 def _memory(node: Node) -> int:

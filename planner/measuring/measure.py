@@ -54,6 +54,8 @@ import torch
 from torch import nn
 
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
+from graph_capture.private_torch.devices import cublas_workspace_clearer
+from graph_capture.private_torch.tensors import is_zero_tensor
 
 from ..base.resident import (
     resident_tensors,
@@ -313,7 +315,7 @@ def record_peak(
         tensors, is held during the call, so that nobody frees what the record has
         not seen being made.
     """
-    dense = [t for t in resident if t.layout == torch.strided and not t._is_zerotensor()]
+    dense = [t for t in resident if t.layout == torch.strided and not is_zero_tensor(t)]
     kept = [t.untyped_storage() for t in dense] if device.type == "cpu" else []
     resident.clear()
     del dense
@@ -333,7 +335,7 @@ def record_peak(
 def _record_cuda(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     torch.cuda.synchronize(device)
     # cuBLAS workspaces outlive the step that made them; made anew they are counted.
-    clear_workspaces = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    clear_workspaces = cublas_workspace_clearer()
     if clear_workspaces is None:
         raise RuntimeError(
             f"torch {torch.__version__} does not let cuBLAS' workspace be made anew, so a step's "

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from graph_capture.isolation import attributes_put_back, generators_put_back
+from graph_capture.private_torch.modules import buffers_of
 
 from ..base.training_step import (
     LossFn,
@@ -31,7 +32,7 @@ def preserve_state(
     and PyTorch.
     """
     parts = [part for part in (model, loss_fn) if isinstance(part, nn.Module)]
-    registered = [(m, dict(m._buffers.items())) for part in parts for m in part.modules()]
+    registered = [(m, dict(buffers_of(m).items())) for part in parts for m in part.modules()]
     inputs = output_tensors(sample_input)
     tensors = [*inputs, *(b for part in parts for b in part.buffers())]
     leaves = [t for t in inputs if t.requires_grad and t.is_leaf]
@@ -61,8 +62,8 @@ def preserve_state(
                     t.copy_(copy)
             for module, saved in registered:
                 for name, buffer in saved.items():
-                    if module._buffers[name] is not buffer:
-                        module._buffers[name] = buffer
+                    if buffers_of(module)[name] is not buffer:
+                        buffers_of(module)[name] = buffer
             if isinstance(optimizer, torch.optim.Optimizer):
                 optimizer.state.clear()
                 optimizer.state.update(states)

@@ -13,6 +13,9 @@ from weakref import ref
 import torch
 from torch import nn
 
+from graph_capture.private_torch.autograd import saved_by
+from graph_capture.private_torch.tensors import version_of
+
 
 def _nothing() -> None:
     """No cast is known."""
@@ -43,11 +46,11 @@ def _cast_of_a_leaf(device: torch.device) -> Callable[[], torch.Tensor | None]:
     with torch.enable_grad():
         leaf = torch.ones(1, 1, device=device, requires_grad=True)
         made: torch.Tensor = torch.mm(leaf, leaf)
-    return ref(made.grad_fn._saved_self)  # type: ignore[union-attr]
+    return ref(saved_by(made.grad_fn, "self"))
 
 
 def _versions(model: nn.Module) -> list[int]:
-    return [parameter._version for parameter in model.parameters()]
+    return [version_of(parameter) for parameter in model.parameters()]
 
 
 __all__ = ["AutocastRegion"]

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from graph_capture.private_torch.autograd import is_batched, is_legacy_batched
+
 from ..errors import CallMismatchError
 
 
@@ -81,10 +83,7 @@ def refuse_batched(gradient: torch.Tensor | None) -> None:
     CallMismatchError
         When the gradient is batched; the message says how to get the gradients.
     """
-    functorch = torch._C._functorch
-    if gradient is not None and (
-        functorch.is_legacy_batchedtensor(gradient) or functorch.is_batchedtensor(gradient)
-    ):
+    if gradient is not None and (is_legacy_batched(gradient) or is_batched(gradient)):
         raise CallMismatchError(
             "many backward passes at once (is_grads_batched=True, jacobian(vectorize=True)) are "
             "asked of a planned model, and a plan holds one: make this call of the model under "

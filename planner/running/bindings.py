@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from graph_capture.effects import LeftValue
+from graph_capture.private_torch.modules import buffers_of, parameters_of
 from graph_capture.traced_step import Reassigned
 
 from .autograd_nodes import (
@@ -73,4 +74,4 @@ def _place(target: str, role: str, model: nn.Module) -> tuple[_Table, str]:
     owner = model.get_submodule(path)
     if role == "attribute":
         return vars(owner), name
-    return (owner._parameters if role == "parameter" else owner._buffers), name
+    return (parameters_of(owner) if role == "parameter" else buffers_of(owner)), name

@@ -16,21 +16,23 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import _get_qualified_name
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+
+from graph_capture.private_torch.aten import to_copy
+from graph_capture.private_torch.dispatch import (
+    TorchDispatchMode,
+    below_autograd,
+    without_autocast,
+    without_torch_function,
+)
+from graph_capture.private_torch.operators import (
+    FUNCTION_TABLES,
+    OpOverload,
+    qualified_name_of,
+    schema_of,
+)
+from graph_capture.private_torch.trees import tree_flatten, tree_map
 
 _Found = Callable[..., Any] | str | None  # a function, the name of a method of Tensor, neither
-
-_C: Any = torch._C  # its stubs lack some of these
-
-_LIBRARIES: tuple[Any, ...] = (
-    _C._VariableFunctions,
-    _C._nn,
-    _C._linalg,
-    _C._fft,
-    _C._special,
-)
 
 
 def fast_call(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
@@ -49,7 +51,7 @@ def fast_call(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
         A function of PyTorch, the name of a method of its first argument, or
         ``None`` where only the operator itself works.
     """
-    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
+    if not isinstance(func, OpOverload) or func.namespace != "aten":
         return None
     nodes = [x for x in tree_flatten((args, dict(kwargs)))[0] if isinstance(x, Node)]
     if not nodes or not all(isinstance(n.meta["val"], torch.Tensor) for n in nodes):
@@ -117,13 +119,13 @@ def _find(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
         return made[x] if isinstance(x, Node) else x
 
     given, named = tree_map(value_of, args), tree_map(value_of, dict(kwargs))
-    name = func._schema.name.removeprefix("aten::")
-    if func is torch.ops.aten._to_copy.default and named.keys() == {"dtype"}:
+    name = schema_of(func).name.removeprefix("aten::")
+    if func is to_copy.default and named.keys() == {"dtype"}:
         return "to" if named["dtype"] != given[0].dtype else None  # otherwise it copies nothing
     candidates: list[_Found] = []
     if given and isinstance(given[0], torch.Tensor) and _is_compiled(name):
         candidates.append(name)
-    functions = [getattr(library, name) for library in _LIBRARIES if hasattr(library, name)]
+    functions = [getattr(library, name) for library in FUNCTION_TABLES if hasattr(library, name)]
     candidates += [f for f in functions if _is_found_by_name(f)]
     return next((c for c in candidates if _comes_to(c, func, given, named)), None)
 
@@ -135,7 +137,7 @@ def _is_found_by_name(function: Any) -> bool:
     takes its arguments differently.
     """
     try:
-        parts = _get_qualified_name(function).split(".")
+        parts = qualified_name_of(function).split(".")
     except RuntimeError:  # it has none, like unique_dim
         return False
     found: Any = torch
@@ -158,9 +160,9 @@ def _comes_to(candidate: _Found, func: Any, args: tuple, kwargs: dict[str, Any])
     try:
         with (
             torch.no_grad(),
-            torch._C._AutoDispatchBelowAutograd(),
-            torch._C._DisableAutocast(),
-            torch._C.DisableTorchFunction(),
+            below_autograd(),
+            without_autocast(),
+            without_torch_function(),
             first,
         ):
             if isinstance(candidate, str):

@@ -15,6 +15,8 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from graph_capture.private_torch.autograd import set_grad_enabled
+
 
 class _Rewound(threading.local):
     """What undoes this thread's open rewindings, the innermost last."""
@@ -44,7 +46,7 @@ class PutRightOnError:
     ) -> None:
         if kind is None:
             return
-        torch._C._set_grad_enabled(self._grad_enabled)
+        set_grad_enabled(self._grad_enabled)
         while len(_REWOUND.undo) > self._depth:
             _REWOUND.undo[-1]()
             _REWOUND.undo.pop()

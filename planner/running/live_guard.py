@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graph_capture.call_spec import describe, difference
+from graph_capture.private_torch.modules import buffers_of, parameters_of
 
 from ..base.call_guard import (
     CallGuard,
@@ -59,7 +60,7 @@ class LiveGuard:
         self._modules = [module for _, module in named]
         self._training = [name not in evaluating for name, _ in named]
         self._tables = [
-            table for m in self._modules for table in (m._parameters, m._buffers) if table
+            table for m in self._modules for table in (parameters_of(m), buffers_of(m)) if table
         ]
         self._tensors: list[Callable[[], torch.Tensor | None]] = []
         self._places: tuple[list[bool], list[int]] = ([], [])

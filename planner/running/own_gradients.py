@@ -29,6 +29,7 @@ from torch import nn
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import call_forward
 from graph_capture.outputs import take_apart
+from graph_capture.private_torch.modules import buffers_of
 
 
 def own_gradients(
@@ -115,7 +116,7 @@ def set_generator(state: np.ndarray, device: torch.device) -> None:
 def _buffers_copied(model: nn.Module) -> Iterator[None]:
     """Let forward write to copies of the buffers, since it has already written to the buffers
     once."""
-    tables = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
+    tables = [(buffers_of(m), dict(buffers_of(m))) for m in model.modules() if buffers_of(m)]
     copies: dict[int, torch.Tensor] = {}
     for table, before in tables:
         for name, buffer in before.items():

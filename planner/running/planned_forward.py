@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from graph_capture.call_spec import describe, difference
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
+from graph_capture.private_torch.modules import active_data_parallel, bucketed_parameters_of
 from graph_capture.units import format_bytes
 
 from ..base.forward_slot import StandIn
@@ -444,13 +444,13 @@ class PlannedForward(StandIn):
 
     def _say_buckets(self) -> None:
         """Warn that ``DistributedDataParallel`` accumulates gradients in its own memory."""
-        wrapper = DistributedDataParallel._active_ddp_module
+        wrapper = active_data_parallel()
         if wrapper is None or self._buckets_said:
             return
         self._buckets_said = True
         self._say_held(
             "buckets",
-            sum(p.numel() * p.element_size() for p in wrapper._module_parameters),
+            sum(p.numel() * p.element_size() for p in bucketed_parameters_of(wrapper)),
             "gradients lie in the buckets of a DistributedDataParallel",
             "Plan with a budget that is lower by these bytes",
         )

@@ -17,6 +17,12 @@ from graph_capture.call_spec import parse_dtype, tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import Check, OutcomeChanged
 from graph_capture.outputs import OutputTemplate
+from graph_capture.private_torch.autograd import keeps_graph
+from graph_capture.private_torch.dispatch import (
+    below_autograd,
+    without_autocast,
+    without_torch_function,
+)
 
 from ..errors import (
     CallMismatchError,
@@ -217,9 +223,9 @@ class PlannedStep:
             with (
                 PutRightOnError(),
                 torch.enable_grad(),
-                torch._C._AutoDispatchBelowAutograd(),
-                torch._C._DisableAutocast(),
-                torch._C.DisableTorchFunction(),
+                below_autograd(),
+                without_autocast(),
+                without_torch_function(),
             ):
                 results = self._forward(list(inputs[: self._num_forward]))
         except (RuntimeError, MemoryError) as error:
@@ -257,7 +263,7 @@ class PlannedStep:
             refuse_batched(gradient)
         self._tally.num_backward += 1
         self._region.ran_in(self._model, self._device)
-        retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        retained = keeps_graph()
         outputs = self._layout.differentiated
         given = [
             gradients[i] if handed is None else handed
@@ -299,9 +305,9 @@ class PlannedStep:
         try:
             with (
                 PutRightOnError(),
-                torch._C._AutoDispatchBelowAutograd(),
-                torch._C._DisableAutocast(),
-                torch._C.DisableTorchFunction(),
+                below_autograd(),
+                without_autocast(),
+                without_torch_function(),
             ):
                 found = self._backward(boxed)
             self._say_nan(found)
@@ -451,7 +457,7 @@ def _reads_what_it_writes(captured: CapturedStep) -> bool:
 
 
 def _write_below_autograd(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+    with torch.no_grad(), below_autograd():
         tensor.copy_(value)
 
 

@@ -23,6 +23,7 @@ from torch.fx.graph import CodeGen
 
 from graph_capture.blocks import OperatorCode
 from graph_capture.captured_step import CapturedStep
+from graph_capture.private_torch.autograd import set_grad_enabled
 from graph_capture.purity import draws, repeated_arguments
 from graph_capture.recorder import storage_id
 from solvers.replay import InvalidScheduleError, replay
@@ -235,7 +236,7 @@ class _Emitter:
     def _set_grad_mode(self, enabled: bool) -> None:
         """Repeat forward's operators in forward's grad mode: some kernels save more in it."""
         if enabled != self._grad_enabled:
-            self._call(torch._C._set_grad_enabled, (enabled,), {}, "grad_mode")
+            self._call(set_grad_enabled, (enabled,), {}, "grad_mode")
             self._grad_enabled = enabled
 
     def _emit(self, v: int, code: OperatorCode, *, first: bool) -> None:

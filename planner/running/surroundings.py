@@ -8,24 +8,28 @@ something else than the model's own operators.
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
 
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+from graph_capture.private_torch.autograd import (
+    forward_derivative_level,
+    innermost_transform,
+    jit_tracing_state,
+    top_saved_tensors_hooks,
+)
 
 
 def foreign_surroundings() -> str | None:
     """Why this call is not the plan's to run, in words, or ``None``."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if innermost_transform() is not None:
         return "it is called under a transform of torch.func"
-    if forward_ad._current_level >= 0:
+    if forward_derivative_level() >= 0:
         return "it is called in forward_ad.dual_level(), and a plan holds no forward derivatives"
-    if _saved_tensors_hooks(False) is not None:
+    if top_saved_tensors_hooks(False) is not None:
         return (
             "it is called under saved_tensors_hooks (save_on_cpu, an activation offloader, an "
             "outer torch.utils.checkpoint), and what a plan saves is not what the model's "
             "operators save; leave the hooks off where a plan is applied"
         )
-    if torch._C._get_tracing_state() is not None:
+    if jit_tracing_state() is not None:
         return "it is called by torch.jit.trace"
     if torch.compiler.is_exporting():
         return "it is called by torch.export"

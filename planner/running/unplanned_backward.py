@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from graph_capture.captured_step import CapturedStep
+from graph_capture.private_torch.modules import parameters_of
 
 from ..base.unwrap import is_reached
 from .tally import Tally
@@ -67,7 +68,7 @@ class UnplannedBackward:
         for node, _ in captured.step.gradients:
             path, _, name = node.meta["target"].rpartition(".")
             module = modules.get(path)
-            parameter = None if module is None else module._parameters.get(name)
+            parameter = None if module is None else parameters_of(module).get(name)
             if node.meta["role"] == "parameter" and module is not None and parameter is not None:
                 watch = cls(
                     planned=weakref.ref(planned),
@@ -85,7 +86,7 @@ class UnplannedBackward:
         return (
             module is not None
             and parameter is not None
-            and module._parameters.get(self.name) is parameter
+            and parameters_of(module).get(self.name) is parameter
         )
 
     def stop(self) -> None:

@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
+from graph_capture.private_torch.operators import OpOverload, schema_of
 
 # Calls that hand on the values of their first argument, or some of them.
 _HAND_ON = {
@@ -56,9 +57,9 @@ def refuse_short_tables(captured: CapturedStep) -> None:
 
 def largest_counted(value: Any) -> float | None:
     """The largest of the numbers that an ``arange`` counted; ``None`` where they are not known."""
-    if not isinstance(value, Node) or not isinstance(value.target, torch._ops.OpOverload):
+    if not isinstance(value, Node) or not isinstance(value.target, OpOverload):
         return None
-    name = value.target._schema.name
+    name = schema_of(value.target).name
     if name == "aten::arange":
         return _last(value.args)
     if name in _HAND_ON:

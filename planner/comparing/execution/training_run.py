@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graph_capture.outputs import take_apart
+from graph_capture.private_torch.modules import COMPILED_PREFIX
 
 from ...base.resident import single_device
 from ...base.training_step import (
@@ -157,4 +158,4 @@ def _set_random_state(states: list[Tensor], device: torch.device) -> None:
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix("_orig_mod.")
+    return name.removeprefix(COMPILED_PREFIX)

@@ -32,6 +32,12 @@ from typing import cast
 import torch
 from torch import nn
 
+from graph_capture.private_torch.compiler import (
+    forget_compiled_code,
+    functorch_config,
+    inductor_config,
+)
+
 from .peer import (
     Peer,
     Ready,
@@ -91,20 +97,17 @@ def _compiled(
     backend: str | None,
     eager_draws: bool,
 ) -> Iterator[Ready]:
-    import torch._functorch.config as functorch_config
-
+    config = functorch_config()
     backend = backend or compile_backend(situation.device)
     with ExitStack() as settings:
-        settings.enter_context(functorch_config.patch(activation_memory_budget=budget))
-        if hasattr(functorch_config, "enable_autograd_cache"):
+        settings.enter_context(config.patch(activation_memory_budget=budget))
+        if hasattr(config, "enable_autograd_cache"):
             # No partition of an earlier run, whatever its budget was.
-            settings.enter_context(functorch_config.patch(enable_autograd_cache=False))
+            settings.enter_context(config.patch(enable_autograd_cache=False))
         if eager_draws:
-            import torch._inductor.config as inductor_config
-
-            settings.enter_context(inductor_config.patch(fallback_random=True))
-        torch._dynamo.reset()
-        settings.callback(torch._dynamo.reset)
+            settings.enter_context(inductor_config().patch(fallback_random=True))
+        forget_compiled_code()
+        settings.callback(forget_compiled_code)
         compiled = torch.compile(model, backend=backend, dynamic=False)
         setting = f"budget={budget:g}, {backend}" + ", fallback_random" * eager_draws
         yield Ready(model=cast(nn.Module, compiled), setting=setting)

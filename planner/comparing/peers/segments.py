@@ -29,8 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
+
+from graph_capture.private_torch.dispatch import without_torch_function_of_subclasses
+from graph_capture.private_torch.trees import TreeSpec, tree_flatten, tree_unflatten
 
 from ...base.training_step import call_model
 from ...measuring.preserve_state import preserve_state
@@ -238,7 +240,7 @@ class Promised(Tensor):
             When anything else is asked.
         """
         if func in _NEEDS_NO_VALUE:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function_of_subclasses():
                 return func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
         asked = func.__self__.__name__ if name == "__get__" else name  # of an attribute

@@ -1,0 +1,18 @@
+"""The one door to what PyTorch keeps private.
+
+Every private name of PyTorch that this project relies on is named here, once, with what
+it is for and the PyTorch that has it: "2.11+" says that it is there from the oldest
+version that is supported on, and may be older. Everything else imports from here, and
+``tests/graph_capture/test_private_torch.py`` tries each of them and keeps the door shut.
+
+This file imports nothing, so that one pays for no more than what one asks for:
+
+- ``trees``: nested arguments; ``tensors``: what lies beneath a tensor
+- ``operators``: what an operator is; ``aten``: operators whose names are private
+- ``dispatch``: modes and guards; ``fake_tensors``: tensors without memory
+- ``autograd``: nodes, the engine, the state of a thread
+- ``modules``: the tables of ``nn.Module``, and of what wraps one
+- ``settings``: of the process; ``devices``: of CUDA; ``profiler``: what allocators report
+- ``replacing``: functions of PyTorch that are replaced while a step is captured
+- ``compiler``: what ``torch.compile`` partitions and compiles with; takes a second to import
+"""
