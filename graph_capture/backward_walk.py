@@ -155,7 +155,7 @@ class BackwardWalk:
             if is_grads_batched or materialize_grads:
                 raise NotFittingError(
                     "forward calls torch.autograd.grad with is_grads_batched or materialize_grads, "
-                    "which cannot be captured for a CUDA device that is not there"
+                    "which cannot be captured for a CUDA device that is not present"
                 )
             found = self.grad(
                 _as_list(outputs),
@@ -192,7 +192,7 @@ def refuse_backward_hooks(model: nn.Module) -> None:
         if has_backward_hooks(module):
             raise NotFittingError(
                 f"module {name!r} has backward hooks, which cannot be captured for a CUDA device "
-                "that is not there; plan on the device, or without them"
+                "that is not present; plan on the device, or without them"
             )
 
 
@@ -206,7 +206,7 @@ def hooks_refused() -> Iterator[None]:
         def refuse(*_args: Any, **_kwargs: Any) -> Any:
             raise NotFittingError(
                 f"forward calls Tensor.{name}, which cannot be captured for a CUDA device that is "
-                "not there; plan on the device, or without it"
+                "not present; plan on the device, or without it"
             )
 
         return refuse

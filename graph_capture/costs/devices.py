@@ -259,7 +259,7 @@ def device_for(device_type: str) -> Device:
         return DEVICES["cpu"]
     if not torch.cuda.is_available():
         raise ValueError(
-            "no CUDA device is at hand: name the one that the step will run on, such as "
+            "no CUDA device is present: name the one that the step will run on, such as "
             f"device='h100' (known are {', '.join(d.name for d in _GPUS)})"
         )
     card = torch.cuda.get_device_name()

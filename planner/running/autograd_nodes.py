@@ -86,7 +86,7 @@ def refuse_batched(gradient: torch.Tensor | None) -> None:
     if gradient is not None and (is_legacy_batched(gradient) or is_batched(gradient)):
         raise CallMismatchError(
             "many backward passes at once (is_grads_batched=True, jacobian(vectorize=True)) are "
-            "asked of a planned model, and a plan holds one: make this call of the model under "
+            "requested from a planned model, and a plan covers one: call the model under "
             "`with planner.unplanned(model):`, or ask for the gradients one after another"
         )
 

@@ -323,25 +323,25 @@ class PlannedStep:
         :mod:`planner.running.own_gradients`."""
         if self._own_forward is None or self._rewrites_state:
             raise CallMismatchError(
-                "a backward pass from some of the outputs alone is asked of a planned model. Its "
-                "plan does not hold that, and the model's own forward cannot be run again for it, "
-                "since it reads buffers that it has written to: make the call under `with "
+                "a backward pass from some of the outputs alone is requested of a planned model. "
+                "Its plan does not cover that, and the model's own forward cannot be run again for "
+                "it, since it reads buffers that it has written to: make the call under `with "
                 "planner.unplanned(model):`, or let one loss differentiate all outputs"
             )
         changed = self._changed()
         if changed is not None:
             raise CallMismatchError(
-                "a backward pass from some of the outputs alone is asked of a planned model, for "
-                "which its own forward runs again, and the model has changed since the call: "
+                "a backward pass from some of the outputs alone is requested of a planned model, "
+                "for which its own forward runs again, and the model has changed since the call: "
                 f"{changed}. Change it after the last backward pass, or make the call under `with "
                 "planner.unplanned(model):`"
             )
         self._tally.say(
             "own forward",
-            "a backward pass from some of the outputs alone is asked of a planned model: the "
-            "model's own forward runs again for it, with the same numbers, but neither its memory "
-            "nor its time are in the plan. Planned is one backward pass of all outputs, by one "
-            "loss_fn=",
+            "a backward pass from some of the outputs alone is requested of a planned model: "
+            "the model's own forward runs again for it, with the same numbers, but neither its "
+            "memory nor its time are in the plan. The plan has one backward pass of all outputs, "
+            "by one loss_fn=",
         )
         call.by_own_forward = True
         _ = ctx.saved_tensors  # autograd's own error where one was changed meanwhile

@@ -130,7 +130,7 @@ def test_a_card_that_nothing_is_known_of_is_refused(
 def test_without_a_card_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No card is made up where there is none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"no CUDA device is at hand.*h100"):
+    with pytest.raises(ValueError, match=r"no CUDA device is present.*h100"):
         device_for("cuda")
 
 
