@@ -298,7 +298,7 @@ def predictor_of(step: Step, job: Job) -> Predictor:
     return Predictor(
         step.graph,
         step.baseline.cost_ns / 1e3,
-        known_least_memory(step.spec.model, step.graph, job.seed),
+        known_least_memory(step.graph, job.seed),
         SolveOptions(time_limit_s=job.limit_s, gap=OPTIMAL_GAP, seed=job.seed, workers=WORKERS),
     )
 
@@ -328,7 +328,7 @@ def write_rows(path: Path, rows: Sequence[SolvedAtPeak | MatchedRow | PairedRun]
 
 def budgets_of(step: Step, job: Job) -> list[AskedBudget]:
     """Evenly from the least peak to the unplanned one, and the rivals' own peaks by name."""
-    least_bytes = known_least_memory(step.spec.model, step.graph, job.seed).peak_bytes
+    least_bytes = known_least_memory(step.graph, job.seed).peak_bytes
     span = max(0, step.baseline.peak_bytes - least_bytes)
     parts = max(1, job.num_budgets - 1)
     even = sorted({least_bytes + span * i // parts for i in range(job.num_budgets)})

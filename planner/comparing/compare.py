@@ -206,9 +206,9 @@ def _predicted_part(
     baseline = replay(captured.unplanned, Schedule.keep_all(captured.unplanned))
     tell.expect(1)
     tell("least memory")
-    was_known = already_found(call.model, captured.graph, options.seed) is not None
+    was_known = already_found(captured.graph, options.seed) is not None
     begin_s = time.monotonic()
-    least = known_least_memory(call.model, captured.graph, options.seed)
+    least = known_least_memory(captured.graph, options.seed)
     least_solve_s = None if was_known else time.monotonic() - begin_s
     predictor = Predictor(captured.graph, baseline.cost_ns / 1e3, least, options, once=(MIN_CUT,))
     budgets: tuple[NamedBudget, ...]

@@ -1,13 +1,11 @@
-"""Search once for the least memory of a model's step.
+"""The least memory of a step, searched for once.
 
-The clock may cut the search. Its result is kept for as long as the model lives, so that
-the least budget that an error names is found again when it is requested.
+The search may be cut by its clock. What it found is kept, so that the least budget
+that an error names is found again when it is asked for, of another instance of the
+model as well.
 """
 
 from __future__ import annotations
-
-from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from graph_capture.cost_graph import CostGraph
 from solvers.any_order.memory import least_memory_in_any_order
@@ -16,43 +14,44 @@ from solvers.least_memory import LeastMemory, least_memory
 LEAST_MEMORY_LIMIT_S = 20.0
 """Of one search."""
 
-_MAX_KEPT = 8  # of one model
+_MAX_KEPT = 8
 
-_Key = tuple[CostGraph, int, bool]
-_found = WeakIdKeyDictionary()  # of each model: what was found, by _Key
+_Key = tuple[str, int, int, bool]
+_found: dict[_Key, LeastMemory] = {}  # the one used last comes last; holds no graph
 
 
-def known_least_memory(
-    model: nn.Module, graph: CostGraph, seed: int, *, any_order: bool = False
-) -> LeastMemory:
-    """Return the least memory of a step of ``model``, searching for it where unknown.
+def known_least_memory(graph: CostGraph, seed: int, *, any_order: bool = False) -> LeastMemory:
+    """The least memory of a step; searched for where it is not known.
 
     Parameters
     ----------
     any_order
         Whether first runs may leave eager's order.
     """
-    known = already_found(model, graph, seed, any_order=any_order)
-    if known is not None:
-        return known
-    if any_order:
+    least = already_found(graph, seed, any_order=any_order)
+    if least is None and any_order:
         least = least_memory_in_any_order(
             graph,
-            start=known_least_memory(model, graph, seed),
+            start=known_least_memory(graph, seed),
             time_limit_s=LEAST_MEMORY_LIMIT_S,
             seed=seed,
         )
-    else:
+    elif least is None:
         least = least_memory(graph, time_limit_s=LEAST_MEMORY_LIMIT_S, seed=seed)
-    kept: dict[_Key, LeastMemory] = _found.setdefault(model, {})
-    kept[graph, seed, any_order] = least
-    while len(kept) > _MAX_KEPT:
-        del kept[next(iter(kept))]
+    key = _key(graph, seed, any_order)
+    _found.pop(key, None)
+    _found[key] = least
+    while len(_found) > _MAX_KEPT:
+        _found.pop(next(iter(_found)), None)
     return least
 
 
-def already_found(
-    model: nn.Module, graph: CostGraph, seed: int, *, any_order: bool = False
-) -> LeastMemory | None:
-    """Return what an earlier search found; ``None`` where there was none."""
-    return _found.get(model, {}).get((graph, seed, any_order))
+def already_found(graph: CostGraph, seed: int, *, any_order: bool = False) -> LeastMemory | None:
+    """What an earlier search found; ``None`` where there was none."""
+    return _found.get(_key(graph, seed, any_order))
+
+
+def _key(graph: CostGraph, seed: int, any_order: bool) -> _Key:
+    """What the search depends on: the fingerprint does not say what kernels take for themselves."""
+    scratch = hash(tuple((op.workspace_bytes, op.rewrites) for op in graph.operators))
+    return graph.fingerprint, scratch, seed, any_order

@@ -63,7 +63,7 @@ def make_plan(
     model, captured, options = call.model, call.captured, request.options
     constrained = apply_policies(captured, request.never_recompute, request.always_recompute)
     budget = parse_headroom(request.headroom, request.budget_bytes, captured.target.torch_type)
-    result = _solve(model, constrained.graph, budget, request, hint)
+    result = _solve(constrained.graph, budget, request, hint)
     assert result.schedule is not None
     assert captured.costs is not None
     assert captured.unplanned is not None
@@ -176,7 +176,6 @@ def replan(
 
 
 def _solve(
-    model: nn.Module,
     graph: CostGraph,
     budget: Budget,
     request: Request,
@@ -186,9 +185,9 @@ def _solve(
 
     def least() -> LeastMemory:
         """Return the least memory in eager's order where that fits, else in every allowed order."""
-        found = known_least_memory(model, graph, options.seed)
+        found = known_least_memory(graph, options.seed)
         if options.reorder and found.peak_bytes > budget_bytes:
-            return known_least_memory(model, graph, options.seed, any_order=True)
+            return known_least_memory(graph, options.seed, any_order=True)
         return found
 
     if hint is None and options.solver == "auto" and not fits_easily(graph, budget_bytes):

@@ -159,10 +159,7 @@ def test_another_order_is_noted() -> None:
 
 def test_the_least_memory_search_has_its_own_time() -> None:
     """It is in no row's time; a search that this process remembers takes none."""
-    model, x = make(), sample()
-    first, again = (
-        compare(model, x, loss_fn=square, strategies=["auto"], measure=False) for _ in range(2)
-    )
+    first, again = (predicted(strategies=["auto"], seed=7) for _ in range(2))
     assert first.least_solve_s is not None
     assert again.least_solve_s is None
 

@@ -1,0 +1,26 @@
+"""The least memory of a step is searched for once."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from planner import InfeasibleBudgetError, optimize
+from planner.planning import known_least
+from tests.planner.small import make, sample, square
+
+
+def _plan(budget_bytes: int, model: nn.Module) -> int:
+    plan = optimize(model, sample(), loss_fn=square, budget_bytes=budget_bytes)
+    return plan.predicted_peak_bytes
+
+
+def test_what_an_error_names_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another instance of the model, too, and were the second search cut by its clock."""
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        _plan(1000, make())
+    searches: list[float] = []
+    monkeypatch.setattr(known_least, "least_memory", lambda *_, **__: searches.append(1.0))
+    least_bytes = caught.value.min_budget_bytes
+    assert _plan(least_bytes, make()) <= least_bytes
+    assert searches == []
