@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from planner import InfeasibleBudgetError, optimize
@@ -24,3 +25,15 @@ def test_what_an_error_names_is_found_again(monkeypatch: pytest.MonkeyPatch) -> 
     least_bytes = caught.value.min_budget_bytes
     assert _plan(least_bytes, make()) <= least_bytes
     assert searches == []
+
+
+def test_each_loss_has_its_own_least_memory() -> None:
+    """Steps that differ only in what their losses hold are not taken for one another."""
+    x, mask = torch.ones(64, 32), torch.ones(64, 32) > 0.5
+    losses = (lambda y: y.pow(2).mean(), lambda y: (y.pow(2) * mask).sum() / mask.sum())
+    for loss in losses:
+        model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            optimize(model, x, loss_fn=loss, budget_bytes=1000)
+        budget = caught.value.min_budget_bytes
+        assert optimize(model, x, loss_fn=loss, budget_bytes=budget).budget_bytes == budget
