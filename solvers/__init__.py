@@ -7,11 +7,14 @@ from .least_memory import LeastMemory, least_memory
 from .portfolio import SOLVERS, solve
 from .progress import ProgressEvent
 from .replay import InvalidScheduleError, Replay, replay
-from .result import SolveResult, SolveStatus
+from .result import Ending, SolveResult, SolveStatus
 from .schedule import Schedule
+from .scopes import BoundScope
 
 __all__ = [
     "SOLVERS",
+    "BoundScope",
+    "Ending",
     "InvalidScheduleError",
     "LeastMemory",
     "ProgressEvent",

@@ -10,7 +10,7 @@ from graph_capture.cost_graph import CostGraph
 from .checked import checked_budget
 from .progress import Progress, ProgressEvent
 from .replay import InvalidScheduleError, replay
-from .result import OPTIMAL_GAP, SolveResult, SolveStatus, relative_gap
+from .result import OPTIMAL_GAP, Ending, SolveResult, SolveStatus, relative_gap
 from .schedule import Schedule
 from .scopes import BoundScope
 
@@ -52,6 +52,7 @@ class Incumbent:
         self.staged_bound_ns = graph.base_cost_ns
         self.infeasible = False
         self.staged_infeasible = False
+        self.gave_up: Ending | None = None
         self.solver = ""
         self.log: list[str] = []
 
@@ -115,7 +116,7 @@ class Incumbent:
         try:
             outcome = replay(self.graph, schedule)
         except InvalidScheduleError as error:
-            self.note(f"{solver}: schedule refused: {error}")
+            self.note(solver, f"schedule refused: {error}")
             return False
         if outcome.peak_bytes > self.budget_bytes:
             return False
@@ -129,7 +130,7 @@ class Incumbent:
         self.cost_ns = outcome.cost_ns
         self.peak_bytes = outcome.peak_bytes
         self.solver = solver
-        self.note(f"{solver}: schedule with {self._overhead(outcome.cost_ns)} overhead")
+        self.note(solver, f"schedule with {self._overhead(outcome.cost_ns)} overhead")
         return True
 
     def raise_bound(self, bound_ns: int, solver: str, *, staged: bool = False) -> bool:
@@ -155,7 +156,7 @@ class Incumbent:
         else:
             self.global_bound_ns = bound_ns
         scope = ", of staged schedules" if staged else ""
-        self.note(f"{solver}: bound of {self._overhead(bound_ns)} overhead{scope}")
+        self.note(solver, f"bound of {self._overhead(bound_ns)} overhead{scope}")
         return True
 
     def exclude(self, solver: str, reason: str, *, staged: bool = False) -> None:
@@ -169,15 +170,21 @@ class Incumbent:
         """
         if staged:
             self.staged_infeasible = True
-            self.note(f"{solver}: no staged schedule fits: {reason}")
+            self.note(solver, f"no staged schedule fits: {reason}")
             return
         if self.schedule is not None:
             raise RuntimeError(f"{solver}: excludes a budget that a schedule fits in: {reason}")
         self.infeasible = True
-        self.note(f"{solver}: nothing fits in {self.budget_bytes} bytes: {reason}")
+        self.note(solver, f"nothing fits in {self.budget_bytes} bytes: {reason}")
 
-    def note(self, message: str) -> None:
-        """Log an event and report it to the caller."""
+    def give_up(self, solver: str, ending: Ending, reason: str) -> None:
+        """Record that a method ended before it had searched to its end."""
+        self.gave_up = ending
+        self.note(solver, reason)
+
+    def note(self, solver: str, words: str) -> None:
+        """Log what a method says and report it to the caller."""
+        message = f"{solver}: {words}"
         elapsed_s = self.elapsed_s
         self.log.append(f"{elapsed_s:8.2f} s  {message}")
         if self.progress is not None:
@@ -189,6 +196,7 @@ class Incumbent:
                     gap=self.gap,
                     message=message,
                     global_bound_ns=self.global_bound_ns,
+                    solver=solver,
                 )
             )
 
@@ -203,16 +211,29 @@ class Incumbent:
         proven_globally = self.bound_scope is BoundScope.BASE_ORDER
         return SolveResult(
             status=status,
+            ending=self._ending(),
             schedule=self.schedule,
             cost_ns=self.cost_ns,
             lower_bound_ns=self.global_bound_ns if proven_globally else self.bound_ns,
             bound_scope=self.bound_scope,
             global_bound_ns=self.global_bound_ns,
+            staged_infeasible=self.staged_infeasible,
             peak_bytes=self.peak_bytes,
             solver=self.solver,
             solve_s=self.elapsed_s,
             log=tuple(self.log),
         )
+
+    def _ending(self) -> Ending:
+        if self.solved:
+            return Ending.SOLVED
+        if self.done:
+            return Ending.GAP
+        if self.stopped:
+            return Ending.STOPPED
+        if self.gave_up is not None:
+            return self.gave_up
+        return Ending.TIME_LIMIT if self.left_s <= 0 else Ending.EXHAUSTED
 
     def _overhead(self, cost_ns: int) -> str:
         base = max(1, self.graph.base_cost_ns)

@@ -218,7 +218,7 @@ def _chain(state: Incumbent, seed: int, time_limit_s: float) -> None:
     )
     state.offer(outcome.schedule, "chain_dp")
     if outcome.schedule is None:
-        state.note(f"chain_dp: {outcome.reason}")
+        state.note("chain_dp", outcome.reason)
 
 
 SOLVERS: dict[str, Callable[[Incumbent, int, int], None]] = {

@@ -24,6 +24,8 @@ class ProgressEvent:
         ``bound_ns`` may cover staged schedules only; ``None`` before a solve.
     message
         Who found what.
+    solver
+        Name of the method that speaks; ``None`` before a solve.
     """
 
     elapsed_s: float
@@ -32,6 +34,7 @@ class ProgressEvent:
     gap: float | None
     message: str
     global_bound_ns: int | None = None
+    solver: str | None = None
 
 
 Progress = Callable[[ProgressEvent], None]

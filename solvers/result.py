@@ -20,6 +20,18 @@ class SolveStatus(StrEnum):
     UNKNOWN = "unknown"  # no schedule found, and none ruled out
 
 
+class Ending(StrEnum):
+    """Why a solve stopped searching."""
+
+    SOLVED = "solved"  # proven: the optimum, or that nothing fits
+    GAP = "gap"  # within the gap that was asked for
+    TIME_LIMIT = "time_limit"
+    STOPPED = "stopped"  # by the caller
+    EXHAUSTED = "exhausted"  # the method has nothing left to try
+    TOO_LARGE = "too_large"  # the method does not take a graph of this size
+    FAILED = "failed"  # OR-tools' process died, was killed, or its solver gave up
+
+
 OPTIMAL_GAP = 1e-4
 
 
@@ -31,6 +43,8 @@ class SolveResult:
     ----------
     status
         See :class:`SolveStatus`.
+    ending
+        Why the search ended there.
     schedule
         ``None`` when no schedule was found.
     cost_ns
@@ -42,6 +56,9 @@ class SolveResult:
         outside a scope may take less than its bound.
     global_bound_ns
         No schedule whose first runs keep the base order takes less time.
+    staged_infeasible
+        Proven: no staged schedule fits, so that Checkmate and MOCCASIN have none.
+        Others may fit.
     peak_bytes
         From the replay.
     solver
@@ -53,11 +70,13 @@ class SolveResult:
     """
 
     status: SolveStatus
+    ending: Ending
     schedule: Schedule | None
     cost_ns: int | None
     lower_bound_ns: int
     bound_scope: BoundScope
     global_bound_ns: int
+    staged_infeasible: bool
     peak_bytes: int | None
     solver: str
     solve_s: float

@@ -34,7 +34,7 @@ from ..checked import check_time_limit, checked_budget
 from ..portfolio import solve
 from ..progress import Progress
 from ..replay import replay
-from ..result import OPTIMAL_GAP, SolveResult, SolveStatus
+from ..result import OPTIMAL_GAP, Ending, SolveResult, SolveStatus
 from ..schedule import Schedule
 from ..scopes import BoundScope
 from .order_free_bound import OrderFreeBound, order_free_bound
@@ -137,8 +137,17 @@ def solve_in_any_order(
         if not improved:
             break
     log.append(f"in eager's order: at least {base.result.lower_bound_ns} ns")
+    if anywhere.infeasible or _proven(best, anywhere, 0.0):
+        ending = Ending.SOLVED
+    elif _proven(best, anywhere, gap):
+        ending = Ending.GAP
+    else:
+        ending = Ending.TIME_LIMIT if time.monotonic() >= deadline_s else Ending.EXHAUSTED
     solve_s = time.monotonic() - begin_s
-    return _claim(graph, budget_bytes, best, eager, anywhere, tuple(log), solve_s)
+    best = replace(
+        best, result=replace(best.result, ending=ending, log=tuple(log), solve_s=solve_s)
+    )
+    return _claim(graph, budget_bytes, best, eager, anywhere)
 
 
 def _other_orders(
@@ -168,12 +177,9 @@ def _claim(
     best: _Found,
     eager: tuple[int, ...],
     anywhere: OrderFreeBound,
-    log: tuple[str, ...],
-    solve_s: float,
 ) -> SolveResult:
     """Return what is proven about the best schedule."""
-    result = replace(best.result, log=log, solve_s=solve_s)
-    result = replace(result, global_bound_ns=anywhere.lower_bound_ns)
+    result = replace(best.result, global_bound_ns=anywhere.lower_bound_ns)
     if result.schedule is None:
         return replace(
             result,

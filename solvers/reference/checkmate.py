@@ -27,7 +27,8 @@ Known imperfections
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ from ..arrays import GraphArrays, graph_arrays
 from ..highs import OBJECTIVE_SCALE, rounded_bound
 from ..incumbent import Incumbent
 from ..replay import replay
-from ..result import OPTIMAL_GAP
+from ..result import OPTIMAL_GAP, Ending
 from ..schedule import Schedule
 from ..scopes import BoundScope
 from .checkmate_model import CheckmateModel, build_checkmate_model, count_columns, schedule_of
@@ -72,6 +73,9 @@ class CheckmateOutcome:
         Proven: no staged schedule fits.
     allowance
         Share of the budget left free for the rounding that gave ``schedule``.
+    relaxations
+        How each relaxation that was solved for the rounding ended, by the share of the
+        budget that it left free.
     """
 
     schedule: Schedule | None = None
@@ -79,6 +83,7 @@ class CheckmateOutcome:
     class_bound_ns: int = 0
     infeasible: bool = False
     allowance: float = 0.0
+    relaxations: Mapping[float, RunStatus] = field(default_factory=dict)
 
     @property
     def proven(self) -> bool:
@@ -127,7 +132,7 @@ def checkmate_milp(
                 deadline_s=state.deadline_s,
             )
         except TimeoutError as error:
-            state.note(f"{NAME}: {error}")
+            state.note(NAME, str(error))
             break
         outcome = _run(state, g, model, best, seed=seed, workers=workers, backend=backend)
         if outcome is None:
@@ -141,7 +146,7 @@ def checkmate_milp(
         if excess <= 0:
             break
         room -= excess
-        state.note(f"{NAME}: a solution is {excess} bytes over the budget; again with less room")
+        state.note(NAME, f"a solution is {excess} bytes over the budget; again with less room")
     result = CheckmateOutcome(
         schedule=best.schedule,
         cost_ns=best.cost_ns,
@@ -164,6 +169,7 @@ def checkmate_lp_rounding(state: Incumbent, *, seed: int = 0) -> CheckmateOutcom
     best = _Best(state, ROUNDING_NAME)
     bound_ns, infeasible = state.graph.base_cost_ns, False
     used = 0.0
+    relaxations: dict[float, RunStatus] = {}
     too_much = math.inf  # allowances from which on nothing is left to solve
     for allowance in ALLOWANCES:
         if allowance >= too_much:
@@ -174,18 +180,20 @@ def checkmate_lp_rounding(state: Incumbent, *, seed: int = 0) -> CheckmateOutcom
         try:
             model = build_checkmate_model(g, room, integer=False, deadline_s=state.deadline_s)
         except TimeoutError as error:
-            state.note(f"{ROUNDING_NAME}: {error}")
+            state.note(ROUNDING_NAME, str(error))
             break
         outcome = _run(state, g, model, None, seed=seed, workers=1, backend="highs")
         if outcome is None:
             break
+        relaxations[allowance] = outcome.status
         if allowance == 0.0:
             bound_ns = _class_bound(state, outcome)
             infeasible = outcome.status is RunStatus.INFEASIBLE
         if outcome.status is not RunStatus.OPTIMAL or outcome.values is None:
             state.note(
-                f"{ROUNDING_NAME}: relaxation at {1 - allowance:.2f} of the budget: "
-                f"{outcome.status} {outcome.message}"
+                ROUNDING_NAME,
+                f"relaxation at {1 - allowance:.2f} of the budget: "
+                f"{outcome.status} {outcome.message}",
             )
             if outcome.status is not RunStatus.INFEASIBLE:
                 break
@@ -201,13 +209,14 @@ def checkmate_lp_rounding(state: Incumbent, *, seed: int = 0) -> CheckmateOutcom
         if best.cost_ns is not None and best.cost_ns <= bound_ns:
             break
     if best.schedule is None:
-        state.note(f"{ROUNDING_NAME}: nothing that was rounded fits")
+        state.note(ROUNDING_NAME, "nothing that was rounded fits")
     result = CheckmateOutcome(
         schedule=best.schedule,
         cost_ns=best.cost_ns,
         class_bound_ns=bound_ns,
         infeasible=infeasible,
         allowance=used,
+        relaxations=relaxations,
     )
     _report(state, ROUNDING_NAME, result)
     return result
@@ -234,11 +243,12 @@ class _Best:
 def _out_of_reach(state: Incumbent, g: GraphArrays, name: str) -> bool:
     """Whether there is no time left, or the program is too large; says so."""
     if state.left_s <= 0:
-        state.note(f"{name}: no time left")
+        state.note(name, "no time left")
         return True
     num = count_columns(g)
     if num > MAX_COLUMNS:
-        state.note(f"{name}: {num} binaries for {g.num_operators} operators are too many")
+        reason = f"{num} binaries for {g.num_operators} operators are too many"
+        state.give_up(name, Ending.TOO_LARGE, reason)
         return True
     return False
 
@@ -260,9 +270,9 @@ def _run(
             best.take(schedule_of(g, model, values))
 
     if state.left_s <= 0:
-        state.note(f"{backend}: no time left after building {len(model.program.cost)} columns")
+        state.note(backend, f"no time left after building {len(model.program.cost)} columns")
         return None
-    state.note(f"{backend}: {len(model.program.cost)} columns, {len(model.program.row_lower)} rows")
+    state.note(backend, f"{len(model.program.cost)} columns, {len(model.program.row_lower)} rows")
     nanosecond = OBJECTIVE_SCALE / max(1, state.graph.base_cost_ns)
     outcome = run_ortools(
         model.program,
@@ -275,7 +285,7 @@ def _run(
         on_solution=take,
     )
     if outcome.status in (RunStatus.KILLED, RunStatus.DIED, RunStatus.FAILED):
-        state.note(f"{backend}: {outcome.status}: {outcome.message}")
+        state.give_up(backend, Ending.FAILED, f"{outcome.status}: {outcome.message}")
     return outcome
 
 
@@ -293,4 +303,4 @@ def _report(state: Incumbent, name: str, result: CheckmateOutcome) -> None:
         return
     state.raise_bound(result.class_bound_ns, name, staged=True)
     if result.proven:
-        state.note(f"{name}: optimal among {BoundScope.STAGED.words}")
+        state.note(name, f"optimal among {BoundScope.STAGED.words}")

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ..arrays import GraphArrays, graph_arrays
 from ..incumbent import Incumbent
 from ..replay import replay
-from ..result import OPTIMAL_GAP
+from ..result import OPTIMAL_GAP, Ending
 from ..schedule import Schedule
 from ..scopes import staged_words
 from ..stages import order_of, stages_of
@@ -145,7 +145,7 @@ class _Search:
             return None
         schedule = schedule_of(self.g, model, outcome.values.tolist())
         if replay(self.state.graph, schedule).peak_bytes > self.state.budget_bytes:
-            self.state.note(f"{NAME}: phase 1 found nothing that fits")
+            self.state.note(NAME, "phase 1 found nothing that fits")
             return None
         return schedule
 
@@ -182,10 +182,10 @@ class _Search:
         )
         phase = 1 if least_peak else 2
         if state.left_s <= 0:
-            state.note(f"{NAME}: no time left for phase {phase}")
+            state.note(NAME, f"no time left for phase {phase}")
             return None, model
         num_columns, num_intervals = len(model.program.domains), len(model.program.intervals)
-        state.note(f"{NAME}: phase {phase}, {num_columns} columns, {num_intervals} intervals")
+        state.note(NAME, f"phase {phase}, {num_columns} columns, {num_intervals} intervals")
 
         def found(values: NDArray[np.float64]) -> None:
             if not least_peak:
@@ -200,7 +200,7 @@ class _Search:
             on_solution=found,
         )
         if outcome.status in (RunStatus.KILLED, RunStatus.DIED, RunStatus.FAILED):
-            state.note(f"{NAME}: {outcome.status}: {outcome.message}")
+            state.give_up(NAME, Ending.FAILED, f"{outcome.status}: {outcome.message}")
         return outcome, model
 
 
@@ -208,9 +208,9 @@ def _report(state: Incumbent, outcome: MoccasinOutcome) -> None:
     """Say what is proven of the class."""
     scope = staged_words(outcome.num_runs)
     if outcome.infeasible:
-        state.note(f"{NAME}: nothing fits among {scope}")
+        state.note(NAME, f"nothing fits among {scope}")
         return
     base = max(1, state.graph.base_cost_ns)
     overhead = 100 * (outcome.class_bound_ns - base) / base
     word = "optimal" if outcome.proven else "bound"
-    state.note(f"{NAME}: {word}, {overhead:.3f} % overhead at least, among {scope}")
+    state.note(NAME, f"{word}, {overhead:.3f} % overhead at least, among {scope}")

@@ -145,18 +145,19 @@ def slice_refinement(
             return
         state.raise_bound(bound_ns(graph, relaxed.bound), NAME, staged=slicing.staged)
         if relaxed.outdated:
-            state.note(f"{NAME}: once more, from a better schedule")
+            state.note(NAME, "once more, from a better schedule")
             continue
         if not relaxed.solutions:
-            state.note(f"{NAME}: no solution of {_describe(slicing, model)} in time")
+            state.note(NAME, f"no solution of {_describe(slicing, model)} in time")
             return
         schedule = relaxed.solutions[-1]
         outcome = replay(graph, schedule)
         state.note(
-            f"{NAME}: {_describe(slicing, model)}, {time.monotonic() - begin_s:.2f} s: "
+            NAME,
+            f"{_describe(slicing, model)}, {time.monotonic() - begin_s:.2f} s: "
             f"bound {relaxed.bound / 100:.3f} %, solution "
             f"{100 * (outcome.cost_ns / max(1, graph.base_cost_ns) - 1):.3f} % at "
-            f"{outcome.peak_bytes / max(1, state.budget_bytes):.3f} of the budget"
+            f"{outcome.peak_bytes / max(1, state.budget_bytes):.3f} of the budget",
         )
         took_s = time.monotonic() - begin_s
         if relaxed.cut or model.num_cols > MANY_COLUMNS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
 from solvers.replay import replay
-from solvers.result import SolveResult, SolveStatus
+from solvers.result import Ending, SolveResult, SolveStatus
 from solvers.schedule import Schedule
 from solvers.scopes import BoundScope
 
@@ -35,11 +35,13 @@ def test_a_schedule_is_not_spelled_out() -> None:
     outcome = replay(graph, schedule)
     result = SolveResult(
         status=SolveStatus.FEASIBLE,
+        ending=Ending.TIME_LIMIT,
         schedule=schedule,
         cost_ns=outcome.cost_ns,
         lower_bound_ns=160_000,
         bound_scope=BoundScope.BASE_ORDER,
         global_bound_ns=160_000,
+        staged_infeasible=False,
         peak_bytes=outcome.peak_bytes,
         solver="keep_all",
         solve_s=0.5,
