@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from graph_capture.cost_graph import CostGraph
 from solvers.least_memory import LeastMemory
@@ -32,11 +33,18 @@ WANTED_PEAK = 0.7
 """Share of the rival's peak, at its overhead."""
 
 NUM_SOLVES = 6
-IMPOSSIBLE = "proven impossible in eager's order"
-NOTHING_RECOMPUTED = "it recomputes nothing here"
-NO_OVERHEAD = "it has no overhead here that could be halved"
-
 Solved = Callable[[int], SolveResult]
+
+
+class Wanted(StrEnum):
+    """Whether ours is as good as wanted beside a strategy, or why not."""
+
+    MET = "met"
+    IMPOSSIBLE = "impossible"  # proven, for every schedule in eager's order
+    OPEN = "open"  # neither found nor excluded
+    NOTHING_FOUND = "nothing_found"  # of ours that is as good as the strategy
+    NOTHING_RECOMPUTED = "nothing_recomputed"  # by the strategy
+    NO_OVERHEAD = "no_overhead"  # of the strategy, that could be halved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +57,8 @@ class MatchedRow:
         The other one, at its own choice.
     error
         Why it does not apply; then all figures are zero or ``None``.
+    recomputes
+        Whether the other one recomputes anything.
     peak_bytes, overhead
         Of the other one. Overheads are over the schedule that recomputes nothing
         (``none``), not over the unplanned step: both of the same graph.
@@ -62,13 +72,14 @@ class MatchedRow:
         budget of which it is proven that nothing within it costs no more, in eager's order.
     peak_ratio
         Ours over its.
-    overhead_verdict, peak_verdict
-        ``"met"``, or why it is not.
+    least_bound_bytes
+        No schedule in eager's order needs less, whatever it costs.
     """
 
     strategy: str
     setting: str = ""
     error: str = ""
+    recomputes: bool = False
     peak_bytes: int = 0
     overhead: float = 0.0
     our_overhead: float | None = None
@@ -77,8 +88,85 @@ class MatchedRow:
     our_peak_bytes: int | None = None
     bound_peak_bytes: int | None = None
     peak_ratio: float | None = None
-    overhead_verdict: str = ""
-    peak_verdict: str = ""
+    least_bound_bytes: int = 0
+
+    @property
+    def half_overhead(self) -> Wanted:
+        """Whether ours has :data:`WANTED_OVERHEAD` of its overhead at its peak."""
+        if not self.recomputes:
+            return Wanted.NOTHING_RECOMPUTED
+        if self.our_overhead is None:
+            return Wanted.NOTHING_FOUND
+        if self.overhead <= 0:
+            return Wanted.NO_OVERHEAD
+        if self.our_overhead / self.overhead <= WANTED_OVERHEAD:
+            return Wanted.MET
+        impossible = self._bound_overhead_ratio > WANTED_OVERHEAD
+        return Wanted.IMPOSSIBLE if impossible else Wanted.OPEN
+
+    @property
+    def low_peak(self) -> Wanted:
+        """Whether ours needs :data:`WANTED_PEAK` of its peak in its time."""
+        if not self.recomputes:
+            return Wanted.NOTHING_RECOMPUTED
+        if self.peak_ratio is None:
+            return Wanted.NOTHING_FOUND
+        if self.peak_ratio <= WANTED_PEAK:
+            return Wanted.MET
+        impossible = self._nothing_as_low or self._excluded_bytes >= self._wanted_bytes
+        return Wanted.IMPOSSIBLE if impossible else Wanted.OPEN
+
+    @property
+    def half_overhead_words(self) -> str:
+        """:attr:`half_overhead` for people, with figures."""
+        ratio = rounded_down(self._bound_overhead_ratio, 3) if self.overhead > 0 else ""
+        return {
+            Wanted.IMPOSSIBLE: f"{_IMPOSSIBLE}: nothing within its peak is below {ratio} of it",
+            Wanted.OPEN: f"open: the bound is {ratio} of it",
+            Wanted.NOTHING_FOUND: "nothing found within its peak",
+        }.get(self.half_overhead) or _WORDS[self.half_overhead]
+
+    @property
+    def low_peak_words(self) -> str:
+        """:attr:`low_peak` for people, with figures."""
+        bound = self.least_bound_bytes if self._nothing_as_low else self._excluded_bytes
+        share = rounded_down(bound / self.peak_bytes, 3) if self.peak_bytes else ""
+        why = (
+            f"every schedule needs {share} of it"
+            if self._nothing_as_low
+            else f"within {share} of it everything costs more"
+        )
+        return {
+            Wanted.IMPOSSIBLE: f"{_IMPOSSIBLE}: {why}",
+            Wanted.OPEN: f"open: nothing found, and excluded only up to {share} of it",
+            Wanted.NOTHING_FOUND: "nothing found that costs no more",
+        }.get(self.low_peak) or _WORDS[self.low_peak]
+
+    @property
+    def _bound_overhead_ratio(self) -> float:
+        assert self.bound_overhead is not None
+        return self.bound_overhead / self.overhead
+
+    @property
+    def _wanted_bytes(self) -> int:
+        return int(WANTED_PEAK * self.peak_bytes)
+
+    @property
+    def _excluded_bytes(self) -> int:
+        assert self.bound_peak_bytes is not None
+        return self.bound_peak_bytes
+
+    @property
+    def _nothing_as_low(self) -> bool:
+        return self.least_bound_bytes > self._wanted_bytes
+
+
+_IMPOSSIBLE = "proven impossible in eager's order"
+_WORDS = {
+    Wanted.MET: "met",
+    Wanted.NOTHING_RECOMPUTED: "it recomputes nothing here",
+    Wanted.NO_OVERHEAD: "it has no overhead here that could be halved",
+}
 
 
 def match_peak_and_time(
@@ -109,10 +197,10 @@ def match_peak_and_time(
     recomputes = bool(rival.schedule.recomputed())
     ratio = ours / overhead if recomputes and ours is not None and overhead > 0 else None
     peak, proven = _least_peak(rival, at_peak, least, solved)
-    peak_ratio = None if peak is None else peak / rival.peak_bytes
     return MatchedRow(
         strategy=strategy,
         setting=rival.setting,
+        recomputes=recomputes,
         peak_bytes=rival.peak_bytes,
         overhead=overhead,
         our_overhead=ours,
@@ -120,11 +208,8 @@ def match_peak_and_time(
         overhead_ratio=ratio,
         our_peak_bytes=peak,
         bound_peak_bytes=proven,
-        peak_ratio=peak_ratio,
-        overhead_verdict=_overhead_verdict(ours, bound, overhead, recomputes),
-        peak_verdict=_peak_verdict(peak_ratio, proven, rival.peak_bytes, least)
-        if recomputes
-        else NOTHING_RECOMPUTED,
+        peak_ratio=None if peak is None else peak / rival.peak_bytes,
+        least_bound_bytes=least.lower_bound_bytes,
     )
 
 
@@ -158,38 +243,3 @@ def _least_peak(
                 proven = max(proven, budget)
         budget = (low + high) // 2
     return high, proven
-
-
-def _overhead_verdict(ours: float | None, bound: float, overhead: float, recomputes: bool) -> str:
-    if not recomputes:
-        return NOTHING_RECOMPUTED
-    if ours is None:
-        return "nothing found within its peak"
-    if overhead <= 0:
-        return NO_OVERHEAD
-    if ours / overhead <= WANTED_OVERHEAD:
-        return "met"
-    least_ratio = bound / overhead
-    if least_ratio > WANTED_OVERHEAD:
-        return (
-            f"{IMPOSSIBLE}: nothing within its peak is below {rounded_down(least_ratio, 3)} of it"
-        )
-    return f"open: the bound is {rounded_down(least_ratio, 3)} of it"
-
-
-def _peak_verdict(
-    ratio: float | None, proven_bytes: int, peak_bytes: int, least: LeastMemory
-) -> str:
-    if ratio is None:
-        return "nothing found that costs no more"
-    if ratio <= WANTED_PEAK:
-        return "met"
-    wanted_bytes = int(WANTED_PEAK * peak_bytes)
-    if least.lower_bound_bytes > wanted_bytes:
-        share = least.lower_bound_bytes / peak_bytes
-        return f"{IMPOSSIBLE}: every schedule needs {rounded_down(share, 3)} of it"
-    if proven_bytes >= wanted_bytes:
-        share = proven_bytes / peak_bytes
-        return f"{IMPOSSIBLE}: within {rounded_down(share, 3)} of it everything costs more"
-    share = proven_bytes / peak_bytes
-    return f"open: nothing found, and excluded only up to {rounded_down(share, 3)} of it"

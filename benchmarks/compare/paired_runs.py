@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from scipy.stats import binom
 
@@ -39,11 +40,6 @@ from .signs import (
     one_line,
 )
 
-OURS_LESS = "ours takes less"
-NO_DIFFERENCE = "no difference seen"
-THEIRS_LESS = "theirs takes less"
-SAME = "the same schedule"
-
 BEYOND_NOISE = "measured better, beyond noise"
 WITHIN_NOISE = "measured better, within noise"
 OWN_PEAK = "its own peak"
@@ -61,6 +57,24 @@ LEGEND = (
 )
 
 InTurn = Callable[[Schedule, Schedule], PairedTiming]
+
+
+class WhoseTime(StrEnum):
+    """Whose schedule takes less time."""
+
+    OURS_LESS = "ours_less"
+    NO_DIFFERENCE = "no_difference"  # is seen
+    THEIRS_LESS = "theirs_less"
+    SAME_SCHEDULE = "same_schedule"  # so that nothing ran
+    NOT_RUN = "not_run"  # see the error
+
+
+_WORDS = {
+    WhoseTime.OURS_LESS: "ours takes less",
+    WhoseTime.NO_DIFFERENCE: "no difference seen",
+    WhoseTime.THEIRS_LESS: "theirs takes less",
+    WhoseTime.SAME_SCHEDULE: "the same schedule",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +98,10 @@ class PairedRun:
         its interval by order statistics at the level :data:`CONFIDENCE`.
     num_pairs
         Of steps.
-    verdict
-        One of :data:`OURS_LESS`, :data:`NO_DIFFERENCE`, :data:`THEIRS_LESS`,
-        :data:`SAME`, or why nothing ran.
+    same_schedule
+        Whether ours is the schedule of the other one.
+    error
+        Why nothing ran.
     """
 
     strategy: str
@@ -101,7 +116,25 @@ class PairedRun:
     ratio: float | None = None
     interval: tuple[float, float] | None = None
     num_pairs: int = 0
-    verdict: str = ""
+    same_schedule: bool = False
+    error: str = ""
+
+    @property
+    def verdict(self) -> WhoseTime:
+        """What the interval says."""
+        if self.same_schedule:
+            return WhoseTime.SAME_SCHEDULE
+        if self.interval is None:
+            return WhoseTime.NOT_RUN
+        low, high = self.interval
+        if high < 1:
+            return WhoseTime.OURS_LESS
+        return WhoseTime.THEIRS_LESS if low > 1 else WhoseTime.NO_DIFFERENCE
+
+    @property
+    def words(self) -> str:
+        """The verdict for people, or why nothing ran."""
+        return _WORDS.get(self.verdict, self.error)
 
 
 def runs_to_pair(comparison: Comparison) -> list[tuple[Ran, str]]:
@@ -163,12 +196,12 @@ def _run(
     pair: PairedRun, seen: ComparisonRow, predictor: Predictor, registry: Registry, in_turn: InTurn
 ) -> PairedRun:
     if pair.strategy not in registry:
-        return replace(pair, verdict=f"there is no strategy {pair.strategy} here")
+        return replace(pair, error=f"there is no strategy {pair.strategy} here")
     budget = pair.budget_bytes
     asked = None if budget is None else NamedBudget(label=seen.budget, num_bytes=budget)
     theirs = predictor.predicted(registry[pair.strategy], asked)
     if theirs.schedule is None:
-        return replace(pair, verdict=theirs.row.error)
+        return replace(pair, error=theirs.row.error)
     peak_bytes, theirs_us = theirs.row.predicted_peak_bytes, theirs.row.predicted_step_us
     assert peak_bytes is not None
     assert theirs_us is not None
@@ -176,7 +209,7 @@ def _run(
     pair = replace(pair, peak_bytes=peak_bytes, same_as_seen=same)
     ours = predictor.predicted(AUTO, NamedBudget(label=f"{peak_bytes}B", num_bytes=peak_bytes))
     if ours.schedule is None:
-        return replace(pair, verdict=ours.row.error)
+        return replace(pair, error=ours.row.error)
     assert ours.row.predicted_step_us is not None
     pair = replace(
         pair,
@@ -184,19 +217,17 @@ def _run(
         predicted_ratio=ours.row.predicted_step_us / theirs_us,
     )
     if ours.schedule == theirs.schedule:
-        return replace(pair, verdict=SAME)
+        return replace(pair, same_schedule=True)
     try:
         timing = in_turn(theirs.schedule, ours.schedule)
     # What one pair of schedules runs into says nothing of the others.
     except Exception as error:  # noqa: BLE001
-        return replace(pair, verdict=said(error, "when they ran"))
-    low, high = median_interval(timing.ratios)
+        return replace(pair, error=said(error, "when they ran"))
     return replace(
         pair,
         ratio=timing.ratio,
-        interval=(low, high),
+        interval=median_interval(timing.ratios),
         num_pairs=len(timing.ratios),
-        verdict=OURS_LESS if high < 1 else THEIRS_LESS if low > 1 else NO_DIFFERENCE,
     )
 
 
@@ -238,7 +269,7 @@ def _line(one: PairedRun) -> list[str]:
     if one.ratio is not None and one.interval is not None:
         low, high = one.interval
         measured = f"{one.ratio:.3f} ({low:.3f} to {high:.3f}, {one.num_pairs})"
-    verdict = one_line(one.verdict)
+    words = one_line(one.words)
     return [
         one.strategy,
         one.why,
@@ -247,5 +278,5 @@ def _line(one: PairedRun) -> list[str]:
         mb(one.our_peak_bytes),
         "" if one.predicted_ratio is None else f"{one.predicted_ratio:.3f}",
         measured,
-        f"**{verdict}**" if one.verdict == THEIRS_LESS else verdict,
+        f"**{words}**" if one.verdict is WhoseTime.THEIRS_LESS else words,
     ]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from planner.comparing.budgets import NamedBudget
 from planner.comparing.comparison import Comparison
@@ -22,9 +23,14 @@ from planner.comparing.predict import Predictor
 from solvers.result import OPTIMAL_GAP
 from solvers.strategies.solved import AUTO
 
-AT_MOST = "ours at most theirs"
-WITHIN = f"ours within {OPTIMAL_GAP:.2%} of theirs"
-BELOW = "below ours"
+
+class AtPeak(StrEnum):
+    """Ours against a point of others, at that point's peak."""
+
+    AT_MOST = "at_most"  # theirs, in time
+    WITHIN = "within"  # OPTIMAL_GAP of it
+    BELOW = "below"  # theirs takes less time
+    NOTHING_FOUND = "nothing_found"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +60,8 @@ class SolvedAtPeak:
         Our plan with that peak as its budget; ``None`` where nothing was found.
     bound_us
         No schedule in eager's order within that peak takes less; ``None`` where nothing fits.
-    verdict
-        :data:`AT_MOST`, :data:`WITHIN`, or :data:`BELOW` with by how much and why.
+    error
+        Why nothing of ours was found.
     """
 
     strategies: tuple[str, ...]
@@ -64,7 +70,29 @@ class SolvedAtPeak:
     ours_peak_bytes: int | None
     ours_us: float | None
     bound_us: float | None
-    verdict: str
+    error: str = ""
+
+    @property
+    def verdict(self) -> AtPeak:
+        """What the figures say."""
+        if self.ours_us is None:
+            return AtPeak.NOTHING_FOUND
+        if self.ours_us <= self.theirs_us:
+            return AtPeak.AT_MOST
+        within = self.ours_us <= self.theirs_us * (1 + OPTIMAL_GAP)
+        return AtPeak.WITHIN if within else AtPeak.BELOW
+
+    @property
+    def words(self) -> str:
+        """The verdict for people, with by how much and why."""
+        if self.verdict is AtPeak.AT_MOST:
+            return "ours at most theirs"
+        if self.verdict is AtPeak.WITHIN:
+            return f"ours within {OPTIMAL_GAP:.2%} of theirs"
+        if self.ours_us is None:
+            return f"below ours: {self.error}"
+        gap = self.bound_us and f"; our proven gap is {self.ours_us / self.bound_us - 1:.3%}"
+        return f"below ours by {1 - self.theirs_us / self.ours_us:.3%} of our time{gap or ''}"
 
 
 def took_part(comparison: Comparison) -> bool:
@@ -159,18 +187,7 @@ def solve_at_peaks(
                 ours_peak_bytes=row.predicted_peak_bytes,
                 ours_us=row.predicted_step_us,
                 bound_us=bound_us,
-                verdict=_verdict(point.step_us, row.predicted_step_us, bound_us, row.error),
+                error=row.error,
             )
         )
     return found
-
-
-def _verdict(theirs_us: float, ours_us: float | None, bound_us: float | None, error: str) -> str:
-    if ours_us is None:
-        return f"{BELOW}: {error}"
-    if ours_us <= theirs_us:
-        return AT_MOST
-    if ours_us <= theirs_us * (1 + OPTIMAL_GAP):
-        return WITHIN
-    gap = f"; our proven gap is {ours_us / bound_us - 1:.3%}" if bound_us else ""
-    return f"{BELOW} by {1 - theirs_us / ours_us:.3%} of our time{gap}"

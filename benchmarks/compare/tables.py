@@ -106,7 +106,7 @@ def _below(model: str, comparison: Comparison, at_peak: Sequence[SolvedAtPeak] |
         return [*line, *["–"] * 6]
     at_first = uncovered(points, points_of_ours(comparison))
     below = uncovered(points, points_of_ours(comparison, at_peak or ()))
-    verdicts = {one.peak_bytes: one.verdict for one in at_peak or ()}
+    verdicts = {one.peak_bytes: one.words for one in at_peak or ()}
     which = "; ".join(
         f"{', '.join(p.strategies)} at {mb(p.peak_bytes)}, {_overhead(comparison, p.step_us)}"
         + (f" ({one_line(verdicts[p.peak_bytes])})" if p.peak_bytes in verdicts else "")
@@ -222,10 +222,10 @@ def matched_table(matches: Mapping[str, Sequence[MatchedRow]]) -> str:
                     f"{m.overhead:.1%}",
                     "–" if m.our_overhead is None else f"{m.our_overhead:.1%}",
                     "–" if m.overhead_ratio is None else f"{m.overhead_ratio:.2f}",
-                    m.overhead_verdict,
+                    m.half_overhead_words,
                     mb(m.our_peak_bytes),
                     "–" if m.peak_ratio is None else f"{m.peak_ratio:.2f}",
-                    m.peak_verdict,
+                    m.low_peak_words,
                 ]
             )
     return markdown(header, rows)

@@ -12,13 +12,12 @@ from typer.testing import CliRunner
 from benchmarks.compare.__main__ import app, run_worker
 from benchmarks.compare.folder import Found, read
 from benchmarks.compare.match_peak_and_time import (
-    NO_OVERHEAD,
     MatchedRow,
+    Wanted,
     match_peak_and_time,
 )
 from benchmarks.compare.signs import LEGEND, sign
 from benchmarks.compare.solve_at_peaks import (
-    AT_MOST,
     SolvedAtPeak,
 )
 from benchmarks.compare.tables import (
@@ -109,13 +108,12 @@ def test_a_point_that_settling_covers_is_not_below_ours() -> None:
         ours_peak_bytes=499_000,
         ours_us=105.0,
         bound_us=104.0,
-        verdict=AT_MOST,
     )
     line = cells(below_table({"tiny": comparison(105.0)}, {"tiny": [found]}))
     assert line[4:8] == ["1", "1 (0)", "0", "–"]
     same = replace(found, ours_peak_bytes=500_000)
     assert cells(below_table({"tiny": comparison(105.0)}, {"tiny": [same]}))[5] == "1 (1)"
-    above = replace(found, ours_us=107.0, verdict="below ours by 1.869% of our time")
+    above = replace(found, ours_us=107.0, bound_us=None)
     line = cells(below_table({"tiny": comparison(105.0)}, {"tiny": [above]}))
     assert line[4:8] == [
         "1",
@@ -258,11 +256,11 @@ def test_ours_beside_a_strategy_on_a_chain() -> None:
     assert found.bound_peak_bytes is not None
     assert found.bound_peak_bytes < found.our_peak_bytes <= found.peak_bytes
     for ratio, limit, verdict in (
-        (found.overhead_ratio, 0.5, found.overhead_verdict),
-        (found.peak_ratio, 0.7, found.peak_verdict),
+        (found.overhead_ratio, 0.5, found.half_overhead),
+        (found.peak_ratio, 0.7, found.low_peak),
     ):
         assert ratio is not None
-        assert (ratio <= limit) == (verdict == "met")
+        assert (ratio <= limit) == (verdict is Wanted.MET)
 
 
 def test_a_rival_without_overhead_has_its_own_words() -> None:
@@ -278,7 +276,7 @@ def test_a_rival_without_overhead_has_its_own_words() -> None:
     )
     assert found.our_overhead is not None
     assert found.overhead_ratio is None
-    assert found.overhead_verdict == NO_OVERHEAD
+    assert found.half_overhead is Wanted.NO_OVERHEAD
 
 
 @pytest.mark.slow
@@ -292,7 +290,8 @@ def test_says_where_half_is_impossible() -> None:
         solved=partial(solve, graph, time_limit_s=5.0),
     )
     assert found.peak_bytes < keep_all_peak_bytes(graph)
-    assert found.overhead_verdict.startswith("proven impossible in eager's order")
+    assert found.half_overhead is Wanted.IMPOSSIBLE
+    assert found.half_overhead_words.startswith("proven impossible in eager's order: nothing")
 
 
 def test_a_strategy_that_does_not_apply_is_a_line() -> None:

@@ -14,7 +14,6 @@ from benchmarks.compare.folder import read, read_failures, write_settings
 from benchmarks.compare.paired_runs import (
     NUM_PAIRS,
     OWN_PEAK,
-    SAME,
     PairedRun,
 )
 from benchmarks.compare.worker import Job, as_compared, files_of, job_of, work, write_rows
@@ -181,7 +180,7 @@ def test_duels_are_read_again(tmp_path: Path) -> None:
         interval=(0.8, 1.0),
         num_pairs=4,
     )
-    failed = replace(ran, ratio=None, interval=None, num_pairs=0, verdict="nothing fits")
+    failed = replace(ran, ratio=None, interval=None, num_pairs=0, error="nothing fits")
     comparison(130.0).save(tmp_path / "unet.json")
     write_rows(tmp_path / "unet_duels.json", [ran, failed])
     assert read(tmp_path, ("unet",), {}).paired_runs == {"unet": [ran, failed]}
@@ -223,7 +222,7 @@ def test_paired_runs_of_a_tiny_model(tmp_path: Path) -> None:
     found = read(tmp_path, ("vgg16",), {}).paired_runs["vgg16"]
     assert found
     assert {one.strategy for one in found} == {"uniform_every_k"}
-    assert all(one.num_pairs == NUM_PAIRS or one.verdict == SAME for one in found)
+    assert all(one.num_pairs == NUM_PAIRS or one.same_schedule for one in found)
     assert "In turn with ours" in (tmp_path / "compare.md").read_text(encoding="utf-8")
 
 

@@ -9,13 +9,10 @@ import pytest
 
 from benchmarks.compare.paired_runs import (
     BEYOND_NOISE,
-    NO_DIFFERENCE,
-    OURS_LESS,
     OWN_PEAK,
-    SAME,
-    THEIRS_LESS,
     WITHIN_NOISE,
     PairedRun,
+    WhoseTime,
     median_interval,
     paired_runs,
     paired_runs_table,
@@ -131,14 +128,18 @@ def test_ours_runs_at_the_peak_of_what_the_other_proposes() -> None:
 
 @pytest.mark.parametrize(
     ("ours_us", "spread", "verdict"),
-    [(90.0, 5.0, OURS_LESS), (101.0, 2.0, NO_DIFFERENCE), (110.0, 5.0, THEIRS_LESS)],
+    [
+        (90.0, 5.0, WhoseTime.OURS_LESS),
+        (101.0, 2.0, WhoseTime.NO_DIFFERENCE),
+        (110.0, 5.0, WhoseTime.THEIRS_LESS),
+    ],
 )
-def test_the_verdict_is_of_the_interval(ours_us: float, spread: float, verdict: str) -> None:
+def test_the_verdict_is_of_the_interval(ours_us: float, spread: float, verdict: WhoseTime) -> None:
     """On one side of 1 both, or not."""
     (found,) = paired_runs(
         seen("transformers_per_layer"), predictor(), STRATEGIES, timed(ours_us, spread), silent
     )
-    assert found.verdict == verdict
+    assert found.verdict is verdict
 
 
 def test_a_strategy_is_asked_at_the_budget_that_it_was_asked_at() -> None:
@@ -148,7 +149,7 @@ def test_a_strategy_is_asked_at_the_budget_that_it_was_asked_at() -> None:
         raise AssertionError("nothing to run")
 
     (found,) = paired_runs(seen("rotor", 1000), predictor(), STRATEGIES, never, silent)
-    assert (found.verdict, found.budget_bytes) == (SAME, 1000)
+    assert (found.verdict, found.budget_bytes) == (WhoseTime.SAME_SCHEDULE, 1000)
 
 
 def test_what_cannot_run_is_said() -> None:
@@ -157,9 +158,10 @@ def test_what_cannot_run_is_said() -> None:
     ours, theirs = before.rows
     before = replace(before, rows=(ours, replace(theirs, fits=True)))  # it fitted then
     (found,) = paired_runs(before, predictor(), STRATEGIES, timed(1.0), silent)
-    assert "1 bytes" in found.verdict
+    assert found.verdict is WhoseTime.NOT_RUN
+    assert "1 bytes" in found.error
     (found,) = paired_runs(seen("my own"), predictor(), STRATEGIES, timed(1.0), silent)
-    assert found.verdict == "there is no strategy my own here"
+    assert found.error == "there is no strategy my own here"
 
 
 def test_another_step_is_refused() -> None:
@@ -184,7 +186,6 @@ def test_the_table() -> None:
         ratio=1.02,
         interval=(1.01, 1.03),
         num_pairs=20,
-        verdict=THEIRS_LESS,
     )
     table = paired_runs_table({"gpt2": [pair], "bert": []})
     assert (
@@ -201,4 +202,4 @@ def test_what_they_run_into_is_said() -> None:
         raise RuntimeError("no room")
 
     (found,) = paired_runs(seen("transformers_per_layer"), predictor(), STRATEGIES, no_room, silent)
-    assert found.verdict == "RuntimeError when they ran: no room"
+    assert found.words == "RuntimeError when they ran: no room"

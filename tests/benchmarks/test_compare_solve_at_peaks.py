@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.compare.solve_at_peaks import (
-    AT_MOST,
-    BELOW,
+    AtPeak,
     Point,
     points_of_others,
     points_to_solve,
@@ -104,7 +103,7 @@ def test_ours_is_solved_at_the_peak_of_the_point() -> None:
     said: list[str] = []
     (found,) = solve_at_peaks(comparison(rival, ours), solver, said.append)
     assert said == ["settling 1/1: ours at the peak of transformers_per_layer"]
-    assert found.verdict == AT_MOST
+    assert found.verdict is AtPeak.AT_MOST
     assert found.peak_bytes == rival.predicted_peak_bytes
     assert found.ours_peak_bytes is not None
     assert found.ours_us is not None
@@ -113,8 +112,8 @@ def test_ours_is_solved_at_the_peak_of_the_point() -> None:
     assert found.bound_us <= found.ours_us <= rival.predicted_step_us
     impossible = replace(rival, predicted_step_us=0.5 * rival.predicted_step_us)
     (lost,) = solve_at_peaks(comparison(impossible, ours), solver, said.append)
-    assert lost.verdict.startswith(f"{BELOW} by ")
-    assert "our proven gap is" in lost.verdict
+    assert lost.verdict is AtPeak.BELOW
+    assert "our proven gap is" in lost.words
 
 
 def test_where_nothing_is_found_the_point_stays_below_ours() -> None:
@@ -124,7 +123,8 @@ def test_where_nothing_is_found_the_point_stays_below_ours() -> None:
     (found,) = solve_at_peaks(
         comparison(impossible, row("auto", 80, 10.0, 80)), solver, lambda words: None
     )
-    assert found.verdict.startswith(f"{BELOW}: proven: nothing fits in 1 bytes")
+    assert found.verdict is AtPeak.NOTHING_FOUND
+    assert found.words.startswith("below ours: proven: nothing fits in 1 bytes")
     assert (found.ours_us, found.bound_us) == (None, None)
 
 
