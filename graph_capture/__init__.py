@@ -11,6 +11,7 @@ from .cost_graph import CostGraph, Operator, Storage
 if TYPE_CHECKING:
     from .captured_step import CapturedStep
     from .errors import CaptureError
+    from .loss import LossSource
     from .step_capture import capture, capture_step
 
 _LAZY = {
@@ -18,6 +19,7 @@ _LAZY = {
     "capture": "step_capture",
     "capture_step": "step_capture",
     "CaptureError": "errors",
+    "LossSource": "loss",
 }
 
 
@@ -33,6 +35,7 @@ __all__ = [
     "CaptureError",
     "CapturedStep",
     "CostGraph",
+    "LossSource",
     "Operator",
     "Storage",
     "capture",

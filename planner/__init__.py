@@ -6,7 +6,7 @@ from .base.forward_slot import unplanned
 from .comparing.compare import compare
 from .comparing.comparison import Comparison
 from .comparing.files import ComparisonFileError
-from .comparison_record import ComparisonRow
+from .comparison_record import BudgetBound, ComparisonRow, MeasuredStep, RowOutcome
 from .errors import (
     CallMismatchError,
     CaptureError,
@@ -17,9 +17,10 @@ from .errors import (
 )
 from .max_batch import max_batch
 from .measuring.measure import Measurement, measure
-from .measuring.validation import Validation
+from .measuring.validation import Figure, Validation
 from .optimize import optimize
 from .plan import Plan
+from .plan_record import PeakMemory
 from .running.attach import AppliedPlan, applied_plan
 from .sizing.estimate import estimate
 from .sizing.estimate_report import Estimate, EstimateRow
@@ -28,6 +29,7 @@ from .versions import show_versions
 
 __all__ = [
     "AppliedPlan",
+    "BudgetBound",
     "CallMismatchError",
     "CaptureError",
     "Comparison",
@@ -35,14 +37,18 @@ __all__ = [
     "ComparisonRow",
     "Estimate",
     "EstimateRow",
+    "Figure",
     "InfeasibleBudgetError",
     "MaxBatch",
+    "MeasuredStep",
     "Measurement",
+    "PeakMemory",
     "Plan",
     "PlanError",
     "PlanMismatchError",
     "PlanWarning",
     "Profile",
+    "RowOutcome",
     "Validation",
     "applied_plan",
     "compare",
