@@ -18,6 +18,7 @@ from .base.training_step import Sample
 from .measuring.validate import validate_plan
 from .measuring.validation import Validation
 from .plan_record import OnShapeChange, PlanRecord
+from .planning.adapt import adapt
 from .planning.make_plan import replan
 from .report import report
 from .running.attach import apply_plan, remove_plan
@@ -62,7 +63,9 @@ class Plan(PlanRecord):
             shapes, dtypes, plain arguments, the modules' training flags, …):
             ``"error"`` names the difference, ``"unplanned"`` runs the model's
             own forward, ``"replan"`` makes another plan with the same budget
-            and keeps it beside this one.
+            and keeps it beside this one; ``"adapt"`` does so without solving
+            wherever this plan's schedule can be transferred, which takes the
+            time of a capture: for loops whose shapes change.
 
         Raises
         ------
@@ -72,7 +75,8 @@ class Plan(PlanRecord):
             When other steps are known to take another path through the model, and
             ``on_shape_change`` is ``"error"``.
         """
-        return apply_plan(self, self._live, model, on_shape_change, replan)
+        replans = {"replan": replan, "adapt": adapt}
+        return apply_plan(self, self._live, model, on_shape_change, replans)
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:

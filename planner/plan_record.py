@@ -22,7 +22,7 @@ from .base.call_guard import CallGuard
 
 LIBRARY_WORKSPACE = "library_workspace"
 
-OnShapeChange = Literal["error", "unplanned", "replan"]
+OnShapeChange = Literal["error", "unplanned", "replan", "adapt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graph_capture.call_spec import tensors_of
+from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.loss import LossSource
@@ -60,10 +61,29 @@ def make_plan(
     InfeasibleBudgetError
         When no schedule fits.
     """
-    model, captured, options = call.model, call.captured, request.options
-    constrained = apply_policies(captured, request.never_recompute, request.always_recompute)
-    budget = parse_headroom(request.headroom, request.budget_bytes, captured.target.torch_type)
-    result = _solve(constrained.graph, budget, request, hint)
+    constrained = apply_policies(call.captured, request.never_recompute, request.always_recompute)
+    budget = budget_of(request, constrained)
+    return recorded(call, constrained, request, _solve(constrained.graph, budget, request, hint))
+
+
+def budget_of(request: Request, captured: CapturedStep) -> Budget:
+    """Return the requested budget and its headroom on the step's device."""
+    return parse_headroom(request.headroom, request.budget_bytes, captured.target.torch_type)
+
+
+def recorded(
+    call: CapturedCall, constrained: CapturedStep, request: Request, result: SolveResult
+) -> tuple[PlanRecord, LiveState]:
+    """Record the decision for a captured step.
+
+    Parameters
+    ----------
+    constrained
+        The step under the user's rules.
+    result
+        Must have a schedule.
+    """
+    model, captured = call.model, call.captured
     assert result.schedule is not None
     assert captured.costs is not None
     assert captured.unplanned is not None
@@ -74,7 +94,7 @@ def make_plan(
         schedule=result.schedule,
         guard=CallGuard.of(model, call.arguments, captured.device_type, captured.target.place),
         budget_bytes=request.budget_bytes,
-        headroom_bytes=budget.headroom_bytes,
+        headroom_bytes=budget_of(request, captured).headroom_bytes,
         baseline_peak_bytes=baseline.peak_bytes,
         baseline_step_us=baseline.cost_ns / 1e3,
         lower_bound_us=result.lower_bound_ns / 1e3,
@@ -82,13 +102,13 @@ def make_plan(
         status=result.status,
         solver=result.solver,
         solve_s=result.solve_s,
-        seed=options.seed,
+        seed=request.options.seed,
         log=result.log,
         optimizer=None if optimizer is None else _priced(optimizer, constrained.graph),
         loss=step.loss_spec,
         never_recompute=request.never_recompute,
         always_recompute=request.always_recompute,
-        reorder=options.reorder,
+        reorder=request.options.reorder,
         detached=tuple(dict.fromkeys(step.template.names[i] for i in step.detached)),
         device_type=captured.device_type,
         costs=captured.costs,
@@ -153,6 +173,17 @@ def replan(
     PlanError
         When the plan came from a file and needs a ``loss_fn`` that the file cannot hold.
     """
+    return make_plan(*another_call(plan, live, model, arguments, forward))
+
+
+def another_call(
+    plan: PlanRecord,
+    live: LiveState | None,
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    forward: Callable[..., Any],
+) -> tuple[CapturedCall, Request]:
+    """Capture another call of a planned model; see :func:`replan`."""
     request = None if live is None else live.request
     if request is None:
         if plan.loss.region.source is LossSource.LOSS_FN:
@@ -172,7 +203,7 @@ def replan(
             cost_model=request.cost_model,
             progress=timing,
         )
-    return make_plan(CapturedCall(model=model, arguments=arguments, captured=captured), request)
+    return CapturedCall(model=model, arguments=arguments, captured=captured), request
 
 
 def _solve(

@@ -16,7 +16,7 @@ def mismatch(different: str) -> CallMismatchError:
     """Build the error for a call with the difference ``different``."""
     return CallMismatchError(
         f"this call is not the planned one: {different}{hint_at(different)}. Make a plan for it, "
-        "or apply the plan with on_shape_change='unplanned' or 'replan'"
+        "or apply the plan with on_shape_change='adapt', 'replan' or 'unplanned'"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
@@ -21,7 +22,7 @@ from .recapture import (
     on_card_of,
 )
 
-_POLICIES = ("error", "unplanned", "replan")
+_POLICIES = get_args(OnShapeChange)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +37,21 @@ class AppliedPlan:
         What a call does when it differs from the planned one.
     planned_steps
         Training calls that ran by the plan, or by one that was made for another
-        call under ``"replan"``.
+        call under ``"replan"`` or ``"adapt"``.
     unplanned_steps
         Training steps that ran the model's own forward, or another that was put in
         its place.
     last_mismatch
         Why the last of those, or of the refused calls, differed from the planned one;
         ``None`` when there was none.
+    peak_bytes
+        The highest predicted peak of the planned steps so far; 0 before the first.
+    captures, capture_s
+        How many plans were made for other calls, and the seconds that the loop waited
+        for them.
+    other_plans
+        Plans for other calls that are kept, the one used last first; at most
+        ``planner.running.planned_forward.MAX_CALLS``.
     """
 
     plan: PlanRecord
@@ -50,6 +59,10 @@ class AppliedPlan:
     planned_steps: int
     unplanned_steps: int
     last_mismatch: str | None
+    peak_bytes: int
+    captures: int
+    capture_s: float
+    other_plans: tuple[PlanRecord, ...]
 
 
 def apply_plan(
@@ -57,7 +70,7 @@ def apply_plan(
     live: LiveState | None,
     model: nn.Module,
     on_shape_change: OnShapeChange,
-    replan: Replan,
+    replans: Mapping[str, Replan],
 ) -> nn.Module:
     """See :meth:`planner.Plan.apply`.
 
@@ -65,8 +78,8 @@ def apply_plan(
     ----------
     live
         What this process knows besides the plan.
-    replan
-        Makes another plan, for a call that differs from the planned one.
+    replans
+        Makers of plans for calls that differ from the planned one, by policy.
     """
     if on_shape_change not in _POLICIES:
         raise ValueError(f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}")
@@ -79,11 +92,11 @@ def apply_plan(
     planned = _planned_forward(model)
     if planned is not None and _is_wrapped(model, planned):
         # Whoever put something around it keeps it.
-        planned.renew(plan, live, captured, on_shape_change, replan)
+        planned.renew(plan, live, captured, on_shape_change, replans)
     else:
         if planned is not None:
             remove_plan(model)
-        planned = PlannedForward(model, plan, live, captured, on_shape_change, replan)
+        planned = PlannedForward(model, plan, live, captured, on_shape_change, replans)
         put_stand_in(model, planned)
     planned.watch_backward(captured)
     return model
@@ -138,6 +151,10 @@ def applied_plan(model: nn.Module) -> AppliedPlan | None:
         planned_steps=planned.tally.num_planned,
         unplanned_steps=planned.tally.num_unplanned,
         last_mismatch=planned.tally.last_mismatch,
+        peak_bytes=planned.tally.peak_bytes,
+        captures=planned.tally.num_captures,
+        capture_s=planned.tally.capture_s,
+        other_plans=planned.other_plans,
     )
 
 

@@ -67,9 +67,9 @@ class LiveGuard:
         self.replaced_bytes = 0
         """Of parameters that others took the place of, while they are in memory."""
 
-    def difference(self, arguments: Mapping[str, Any]) -> str | None:
+    def difference(self, arguments: Mapping[str, Any], looks: Any) -> str | None:
         """Describe the first difference between a call and the planned one."""
-        return self.another_call(arguments) or self._another_state()
+        return self.another_call(arguments, looks) or self._another_state()
 
     def difference_now(self) -> str | None:
         """Like :meth:`difference`, but only for training flags, parameters and buffers.
@@ -80,9 +80,18 @@ class LiveGuard:
 
     # -- the call ----------------------------------------------------------------
 
-    def another_call(self, arguments: Mapping[str, Any]) -> str | None:
-        """Describe how a call's arguments differ from the planned ones."""
-        looks = _looks_of(arguments)
+    def knows(self, looks: Any) -> bool:
+        """Whether a call that looks like this was found to be the planned one before."""
+        return looks is not None and looks in self._known_calls
+
+    def another_call(self, arguments: Mapping[str, Any], looks: Any) -> str | None:
+        """Describe how a call's arguments differ from the planned ones.
+
+        Parameters
+        ----------
+        looks
+            The call's :func:`looks_of`.
+        """
         if looks is not None and looks in self._known_calls:
             return None
         arguments = {**self._defaults, **arguments}
@@ -152,9 +161,9 @@ def _places(tensors: list[torch.Tensor | None]) -> tuple[list[bool], list[int]]:
     return list(map(_REQUIRES_GRAD, there)), list(map(torch.Tensor.data_ptr, there))
 
 
-def _looks_of(value: Any) -> Any:
-    """Return the guard's hashable view of a call; ``None`` where it holds another kind of
-    object."""
+def looks_of(value: Any) -> Any:
+    """Return a hashable view of a call, as its guard sees it; ``None`` where it holds another
+    kind of object."""
     if isinstance(value, torch.Tensor):
         return (
             value.shape,
@@ -178,7 +187,7 @@ def _looks_of(value: Any) -> Any:
         return None
     looks: list[Any] = [type(value)]
     for key, item in items:
-        found = _looks_of(item)
+        found = looks_of(item)
         if found is None:
             return None
         looks.append((key, found))

@@ -4,87 +4,43 @@ from __future__ import annotations
 
 import copy
 import inspect
-import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from graph_capture.call_spec import describe, difference
+from graph_capture.call_spec import describe
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.private_torch.modules import active_data_parallel, bucketed_parameters_of
-from graph_capture.units import format_bytes
+from graph_capture.units import format_bytes, format_us
+from solvers import transfer
 
 from ..base.forward_slot import StandIn
 from ..base.live_state import LiveState
-from ..base.module_structure import (
-    LiveStructure,
-    Structure,
-)
 from ..errors import (
     OutcomeChangedError,
     PlanError,
     PlanMismatchError,
 )
-from ..plan_record import PlanRecord
+from ..plan_record import OnShapeChange, PlanRecord
 from .another_call import (
     hint_at,
     mismatch,
 )
-from .live_guard import (
-    LiveGuard,
-    described_defaults,
-)
-from .planned_step import PlannedStep
-from .recapture import (
-    as_captured,
-    capture_for,
-)
-from .rewrite import rewrite
+from .live_guard import looks_of
+from .planned_call import PlannedCall
 from .surroundings import foreign_surroundings
 from .tally import Tally
 from .unplanned_backward import UnplannedBackward
 
-MAX_VARIANTS = 4
-"""Captures of one plan that are kept: a factor that goes back and forth is captured once each."""
-
-MAX_REPLANS = 16
+MAX_CALLS = 64
 """Plans for other calls that are kept, the ones used last."""
 
-_MANY_CAPTURES = 3
 _NUM_REMEMBERED = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A captured step of a module, its two graphs, and what must not change.
-
-    Parameters
-    ----------
-    captured
-        The step.
-    step
-        The step's graphs, bound to the module.
-    structure, guard
-        The module's structure, and the planned call.
-    """
-
-    captured: CapturedStep
-    step: PlannedStep
-    structure: LiveStructure
-    guard: LiveGuard
-
-    def changed(self) -> str | None:
-        """Describe what has changed on the module since the step was captured.
-
-        This is its structure, or something that its forward or backward reads.
-        """
-        return self.structure.difference() or self.captured.step.reads.difference()
 
 
 class Replan(Protocol):
@@ -105,6 +61,17 @@ class PlannedForward(StandIn):
     """Replaces a module's ``forward`` while a plan is applied.
 
     Copying the module copies this, bound to the copy.
+
+    Parameters
+    ----------
+    plan, live
+        The plan, and what this process knows besides it.
+    captured
+        The step of the module as it is now, where that is known.
+    on_shape_change
+        See :meth:`planner.Plan.apply`.
+    replans
+        Makers of plans for other calls, by the policy that uses them.
     """
 
     def __init__(
@@ -113,47 +80,59 @@ class PlannedForward(StandIn):
         plan: PlanRecord,
         live: LiveState | None,
         captured: CapturedStep | None,
-        on_shape_change: str = "error",
-        replan: Replan | None = None,
+        on_shape_change: OnShapeChange = "error",
+        replans: Mapping[str, Replan] | None = None,
     ) -> None:
         super().__init__(model)
-        self._start(plan, live, captured, on_shape_change, replan)
+        self._start(plan, live, captured, on_shape_change, replans or {})
 
     def _start(
         self,
         plan: PlanRecord,
         live: LiveState | None,
         captured: CapturedStep | None,
-        on_shape_change: str,
-        replan: Replan | None,
+        on_shape_change: OnShapeChange,
+        replans: Mapping[str, Replan],
     ) -> None:
-        model = self.model
-        self.plan = plan
-        self._live = live
         self.on_shape_change = on_shape_change
-        self._replan = replan
+        self._replans = replans
         self.removed = False
         self.suspended = self.unwatched = 0
         self.watching = False
         self.tally = Tally()
-        self._num_captures = 0
-        self._at_hand: tuple[CapturedStep, Structure] | None
-        self._at_hand = None if captured is None else (captured, Structure.of(model))
-        self._begin()
+        self._begin(plan, live, captured)
 
-    def _begin(self) -> None:
+    def _begin(
+        self, plan: PlanRecord, live: LiveState | None, captured: CapturedStep | None
+    ) -> None:
         """Set what neither a copy nor a pickle includes."""
-        self._prepared: list[Prepared] = []  # the one used last comes first
-        self._others: list[PlannedForward] = []
-        self._used_other = False  # by the last call
-        self._not_planned: dict[str, str] = {}  # changes that were captured in vain
+        # With another policy a capture in each step would only be slow.
+        in_vain = self.on_shape_change == "error"
+        self._main = PlannedCall(self, plan, live, captured, recaptures_in_vain=in_vain)
+        self._others: list[PlannedCall] = []  # the one used last comes first
+        self._last = self._main
         self._not_replanned: dict[str, Exception] = {}  # calls that were captured in vain
         self._buckets_said = False
-        self._main: PlannedForward | None = None  # of a plan for another call: where it belongs
         self._signature: inspect.Signature | None = None
         self._watch: UnplannedBackward | None = None
-        self._lock = threading.RLock()
+        self._watch_is_due = self.watching  # in a copy or from a pickle, with the first call
         self._train = torch.compiler.disable(self._call)  # torch.compile: one opaque call
+
+    @property
+    def plan(self) -> PlanRecord:
+        """The plan that was applied."""
+        return self._main.plan
+
+    @property
+    def other_plans(self) -> tuple[PlanRecord, ...]:
+        """Plans for other calls that are kept, the one used last first."""
+        return tuple(call.plan for call in self._others)
+
+    @property
+    def calls(self) -> Iterator[PlannedCall]:
+        """The planned call and the others that plans are kept for, the one used last first."""
+        yield self._last
+        yield from (c for c in (self._main, *self._others) if c is not self._last)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -180,68 +159,120 @@ class PlannedForward(StandIn):
         if self._signature is None:
             self._signature = self.__signature__
         arguments = self._signature.bind(*args, **kwargs).arguments
-        if self._used_other and self._others and self._others[0]._still_is_for(arguments):
-            return self._replanned(arguments, args, kwargs)
-        self._used_other = False
+        looks = looks_of(arguments)
+        if self._others:
+            for call in self.calls:
+                if not (call is self._last or call.knows(looks)):
+                    continue
+                if call.still_is_for(arguments, looks):
+                    try:
+                        return self._run(call, arguments)
+                    except OutcomeChangedError:  # for such a call, but on another way
+                        continue
+        main = self._main
         if self.on_shape_change != "error":  # nothing is captured for another call
-            different = self._another_call(arguments)
+            different = main.another_call(arguments, looks)
             if different is not None:
-                return self._otherwise(mismatch(different), arguments, args, kwargs)
+                return self._otherwise(mismatch(different), arguments, looks, args, kwargs)
         try:
-            prepared = self._current()
+            guard = main.current().guard
         except (PlanMismatchError, CaptureError) as error:
-            different = self._another_call(arguments)
+            different = main.another_call(arguments, looks)
             if different is not None:
                 different += hint_at(different)
                 error = type(error)(f"{error}. This call differs, too: {different}")
-            return self._otherwise(error, arguments, args, kwargs)
-        different = prepared.guard.difference(arguments)
+            return self._otherwise(error, arguments, looks, args, kwargs)
+        different = guard.difference(arguments, looks)
         if different is not None:
-            return self._otherwise(mismatch(different), arguments, args, kwargs)
-        self.tally.num_planned += 1
-        self._say_gradients_held()
-        self._say_buckets()
+            return self._otherwise(mismatch(different), arguments, looks, args, kwargs)
+        try:
+            return self._run(main, arguments)
+        except OutcomeChangedError as error:
+            changed = error.with_traceback(None)  # which holds what was computed so far
+        return self._otherwise(changed, arguments, looks, args, kwargs)
+
+    def _run(self, call: PlannedCall, arguments: Mapping[str, Any]) -> Any:
+        """Run a planned step that is known to be for this call.
+
+        Raises
+        ------
+        OutcomeChangedError
+            When a value decides a branch or a size otherwise than planned.
+        """
+        prepared = call.prepared[0]
+        self._say_gradients_held(call)
+        self._say_buckets(call)
         if prepared.guard.replaced_bytes:
             self._say_held(
+                call,
                 "parameters replaced",
                 prepared.guard.replaced_bytes,
                 "parameters are still in memory that others took the place of",
                 "Let go of them, or plan with a budget that is lower by these bytes",
             )
-        try:
-            return prepared.step(arguments)
-        except OutcomeChangedError as error:
-            changed = error.with_traceback(None)  # which holds what was computed so far
-        self.tally.num_planned -= 1
-        return self._otherwise(changed, arguments, args, kwargs)
+        output = prepared.step(arguments)
+        self.tally.ran(call.peak_bytes)
+        if call is not self._last:
+            self._use(call)
+        return output
 
-    @property
-    def constants(self) -> list[torch.Tensor]:
-        """Tensors that do not belong to the model and that its planned steps hold."""
-        return [t for p in self._prepared for t in p.captured.step.constants.values()]
-
-    def _another_call(self, arguments: Mapping[str, Any]) -> str | None:
-        """Describe how a call differs from the planned one, whatever the model's structure now."""
-        if self._prepared:
-            return self._prepared[0].guard.another_call(arguments)
-        if self._signature is None:
-            self._signature = self.__signature__
-        defaults = described_defaults(self._signature)
-        found = difference(
-            {**defaults, **self.plan.guard.arguments}, describe({**defaults, **arguments})
-        )
-        return found
+    def _use(self, call: PlannedCall) -> None:
+        """Note the call that ran last."""
+        self._last = call
+        if call is not self._main:
+            self._others = [call, *(c for c in self._others if c is not call)][:MAX_CALLS]
 
     def _otherwise(
-        self, error: Exception, arguments: Mapping[str, Any], args: tuple, kwargs: dict
+        self, error: Exception, arguments: Mapping[str, Any], looks: Any, args: tuple, kwargs: dict
     ) -> Any:
         """Handle a call that differs from the planned one, by the requested policy."""
         self.tally.last_mismatch = str(error)
         if self.on_shape_change == "unplanned":
             return self._by_own_forward(str(error), args, kwargs)
-        if self.on_shape_change == "replan":
-            return self._replanned(arguments, args, kwargs)
+        if self.on_shape_change in self._replans:
+            return self._by_another_plan(arguments, looks, args, kwargs)
         raise error
+
+    def _by_another_plan(
+        self, arguments: Mapping[str, Any], looks: Any, args: tuple, kwargs: dict
+    ) -> Any:
+        for call in self._others:
+            if call.is_for(arguments, looks):
+                try:
+                    return self._run(call, arguments)
+                except OutcomeChangedError:
+                    continue
+        kind = f"{describe(arguments)}, {self._last.changed() or ''}"
+        if kind in self._not_replanned:
+            raise _anew(self._not_replanned[kind])  # a capture in each step would be slow
+        make = self._replans[self.on_shape_change]
+        began = time.perf_counter()
+        try:
+            plan, live = make(self.plan, self._main.live, self.model, arguments, self.unplanned)
+        except (CaptureError, PlanError) as error:
+            cause = error.__cause__
+            if isinstance(error, CaptureError) and not isinstance(cause, (CaptureError, NoneType)):
+                self.unplanned(*args, **kwargs)  # an assertion fails: raise as eager does
+            if len(self._not_replanned) < _NUM_REMEMBERED:
+                self._not_replanned[kind] = _anew(error)
+            raise
+        taken_s = time.perf_counter() - began
+        self.tally.captured(taken_s)
+        if self.on_shape_change == "adapt":
+            self._say_solved(plan, taken_s)
+        call = PlannedCall(self, plan, live, live.captured)
+        self._use(call)
+        different = call.current().guard.difference(arguments, looks)
+        if different is not None:
+            raise mismatch(different)
+        return self._run(call, arguments)
+
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        """Tensors that do not belong to the model and that its planned steps hold."""
+        return [
+            t for c in self.calls for p in c.prepared for t in p.captured.step.constants.values()
+        ]
 
     def _by_own_forward(self, why: str, args: tuple, kwargs: dict) -> Any:
         self.tally.num_unplanned += 1
@@ -255,7 +286,7 @@ class PlannedForward(StandIn):
 
     def watch_backward(self, captured: CapturedStep) -> None:
         """From now on, notice training steps that bypass this forward."""
-        self.watching = True
+        self.watching, self._watch_is_due = True, False
         self._watch = UnplannedBackward.of(self, captured)
 
     def stop(self) -> None:
@@ -269,12 +300,12 @@ class PlannedForward(StandIn):
         plan: PlanRecord,
         live: LiveState | None,
         captured: CapturedStep,
-        on_shape_change: str,
-        replan: Replan,
+        on_shape_change: OnShapeChange,
+        replans: Mapping[str, Replan],
     ) -> None:
         """Continue with another plan, in place of this one."""
         self.stop()
-        self._start(plan, live, captured, on_shape_change, replan)
+        self._start(plan, live, captured, on_shape_change, replans)
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Make the graphs if necessary, and check that a call is the planned one.
@@ -284,157 +315,30 @@ class PlannedForward(StandIn):
         CallMismatchError
             The message names the first difference.
         """
-        different = self._current().guard.difference(arguments)
+        different = self._main.current().guard.difference(arguments, looks_of(arguments))
         if different is not None:
             raise mismatch(different)
 
-    # -- the step of the model as it is now ----------------------------------------
-
-    def _current(self) -> Prepared:
-        """Return the step of the model's current structure, captured again if necessary.
-
-        Raises
-        ------
-        PlanMismatchError, CaptureError
-            When the model is no longer the one that was planned.
-        """
-        if self._prepared and self._prepared[0].changed() is None:
-            return self._prepared[0]
-        with self._lock:  # several threads may call a module for the first time
-            for prepared in self._prepared:
-                if prepared.changed() is None:
-                    break
-            else:
-                prepared = self._prepare()
-            self._prepared = [prepared, *(p for p in self._prepared if p is not prepared)]
-            del self._prepared[MAX_VARIANTS:]
-            return prepared
-
-    def _prepare(self) -> Prepared:
-        changed = self._prepared[0].changed() if self._prepared else None
-        at_hand, self._at_hand = self._at_hand, None
-        captured = None
-        if at_hand is not None:
-            changed = at_hand[1].difference() or at_hand[0].step.reads.difference()
-            captured = at_hand[0] if changed is None else None
-        if captured is None:
-            known = None if changed is None else self._not_planned.get(changed)
-            if known is not None and (self.on_shape_change != "error" or self._main is not None):
-                raise PlanMismatchError(known)  # a capture in each step would be slow
-            try:
-                captured = capture_for(self.plan, self._live, self.model, self.unplanned)
-                self.plan, self._live = as_captured(self.plan, self._live, captured)
-            except PlanMismatchError as error:
-                if changed is None:
-                    raise
-                words = f"{changed}; {error}"
-                if len(self._not_planned) < _NUM_REMEMBERED:
-                    self._not_planned[changed] = words
-                raise PlanMismatchError(words) from error
-            if changed is not None:
-                self._say_captured_again(changed)
-        graphs = rewrite(captured, self.plan.schedule)
-        if self.watching and self._watch is None:
-            self._watch = UnplannedBackward.of(self, captured)
-        structure = LiveStructure(self.model)
-        guard = LiveGuard(self.plan.guard, self.model, self.plan.device_type, self.__signature__)
-
-        def changed_now() -> str | None:
-            return (
-                structure.difference() or captured.step.reads.difference() or guard.difference_now()
-            )
-
-        return Prepared(
-            captured=captured,
-            step=PlannedStep(
-                self.model,
-                captured,
-                graphs,
-                self.plan,
-                forward=self.unplanned,
-                changed=changed_now,
-                tally=self.tally,
-            ),
-            structure=structure,
-            guard=guard,
-        )
-
-    def _say_captured_again(self, changed: str) -> None:
-        self._num_captures += 1
-        if self._num_captures == _MANY_CAPTURES:
-            self.tally.say(
-                "captured often",
-                f"the step of a planned {type(self.model).__name__} was captured again "
-                f"{_MANY_CAPTURES} times because the model changed ({changed}), which takes the "
-                "time of a capture each; a number that changes often is better kept in a buffer",
-            )
-
-    def _replanned(self, arguments: Mapping[str, Any], args: tuple, kwargs: dict) -> Any:
-        for other in tuple(self._others):
-            if not other._is_for(arguments):
-                continue
-            with suppress(OutcomeChangedError):  # for such a call, but on another way
-                output = other(*args, **kwargs)
-                self._others = [other, *(o for o in self._others if o is not other)]
-                self._used_other = True
-                return output
-        kind = f"{describe(arguments)}, {self._changed() or ''}"
-        if kind in self._not_replanned:
-            raise _anew(self._not_replanned[kind])  # a capture in each step would be slow
-        assert self._replan is not None  # with "replan" it was handed in
-        try:
-            plan, live = self._replan(self.plan, self._live, self.model, arguments, self.unplanned)
-        except (CaptureError, PlanError) as error:
-            cause = error.__cause__
-            if isinstance(error, CaptureError) and not isinstance(cause, (CaptureError, NoneType)):
-                self.unplanned(*args, **kwargs)  # an assertion fails: raise as eager does
-            if len(self._not_replanned) < _NUM_REMEMBERED:
-                self._not_replanned[kind] = _anew(error)
-            raise
-        other = PlannedForward(self.model, plan, live, live.captured)
-        other.own_forward, other.tally, other._main = self.own_forward, self.tally, self
-        self._others = [other, *self._others][:MAX_REPLANS]
-        self._used_other = True
-        return other(*args, **kwargs)
-
-    def _changed(self) -> str | None:
-        """Describe how the model has changed since the plan that ran last."""
-        return self._prepared[0].changed() if self._prepared else None
-
-    def _still_is_for(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether the step that ran last is valid for a call; captures nothing."""
-        prepared = self._prepared[0] if self._prepared else None
-        return (
-            prepared is not None
-            and prepared.changed() is None
-            and prepared.guard.difference(arguments) is None
-        )
-
-    def _is_for(self, arguments: Mapping[str, Any]) -> bool:
-        if self._another_call(arguments) is not None:
-            return False
-        try:
-            return self._current().guard.difference(arguments) is None
-        except (PlanMismatchError, CaptureError):
-            return False
-
     # -- what is said once ----------------------------------------------------------
 
-    def _say_gradients_held(self) -> None:
+    def _say_gradients_held(self, call: PlannedCall) -> None:
         """Warn about gradients of an earlier step that still exist when a forward pass begins."""
-        main = self if self._main is None else self._main
-        if main._watch is None:
+        if self._watch_is_due:
+            self._watch = UnplannedBackward.of(self, call.prepared[0].captured)
+            self._watch_is_due = False
+        if self._watch is None:
             return
-        if not main._watch.is_in_place():
-            main._watch.stop()
-            main._watch = UnplannedBackward.of(main, self._prepared[0].captured)
-        watched = None if main._watch is None else main._watch.parameter()
+        if not self._watch.is_in_place():
+            self._watch.stop()
+            self._watch = UnplannedBackward.of(self, call.prepared[0].captured)
+        watched = None if self._watch is None else self._watch.parameter()
         if watched is None or watched.grad is None:
             return
         held = sum(
             p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None
         )
         self._say_held(
+            call,
             "gradients held",
             held,
             "gradients are there when a planned step begins",
@@ -442,50 +346,67 @@ class PlannedForward(StandIn):
             "by these bytes",
         )
 
-    def _say_buckets(self) -> None:
+    def _say_buckets(self, call: PlannedCall) -> None:
         """Warn that ``DistributedDataParallel`` accumulates gradients in its own memory."""
         wrapper = active_data_parallel()
         if wrapper is None or self._buckets_said:
             return
         self._buckets_said = True
         self._say_held(
+            call,
             "buckets",
             sum(p.numel() * p.element_size() for p in bucketed_parameters_of(wrapper)),
             "gradients lie in the buckets of a DistributedDataParallel",
             "Plan with a budget that is lower by these bytes",
         )
 
-    def _say_held(self, kind: str, held_bytes: int, what: str, advice: str) -> None:
-        peak = self.plan.predicted_peak_bytes + held_bytes
-        if peak > self.plan.budget_bytes:
+    def _say_held(
+        self, call: PlannedCall, kind: str, held_bytes: int, what: str, advice: str
+    ) -> None:
+        peak_bytes, budget_bytes = call.peak_bytes + held_bytes, call.plan.budget_bytes
+        if peak_bytes > budget_bytes:
             self.tally.say(
                 kind,
                 f"{format_bytes(held_bytes)} of {what}, which the plan does not count: its peak "
-                f"may be {format_bytes(peak)}, the budget is "
-                f"{format_bytes(self.plan.budget_bytes)}. {advice}",
+                f"may be {format_bytes(peak_bytes)}, the budget is {format_bytes(budget_bytes)}. "
+                f"{advice}",
+            )
+
+    def _say_solved(self, plan: PlanRecord, taken_s: float) -> None:
+        """Say that a training loop has waited for a solver, and for how long."""
+        if plan.solver not in transfer.NAMES:
+            self.tally.say(
+                "solved in the loop",
+                f"a call of a planned {type(self.model).__name__} could not take over the schedule "
+                f"of its plan within {format_bytes(plan.budget_bytes)} and was solved anew, which "
+                f"took {format_us(taken_s * 1e6)}: plan with the largest sample of the loop, or "
+                "make its plan ahead with plan.for_call()",
             )
 
     # -- copies -----------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlannedForward:
         model = copy.deepcopy(self.model, memo)
+        main = self._main
         twin = PlannedForward(
-            model, self.plan, self._live, None, self.on_shape_change, self._replan
+            model, main.plan, main.live, None, self.on_shape_change, self._replans
         )
         twin.own_forward = copy.deepcopy(self.own_forward, memo)
-        twin.watching, twin.removed = self.watching, self.removed
+        twin.watching = twin._watch_is_due = self.watching
+        twin.removed = self.removed
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle keeps; the graphs are made again on the first call."""
-        made = {"_prepared", "_others", "_signature", "_watch", "_lock", "_train", "_at_hand"}
-        made |= {"_used_other", "_not_planned", "_not_replanned", "_main", "_buckets_said", "_live"}
-        return {name: value for name, value in self.__dict__.items() if name not in made}
+        made = {"_main", "_others", "_last", "_signature", "_watch", "_train", "_watch_is_due"}
+        made |= {"_not_replanned", "_buckets_said"}
+        kept = {name: value for name, value in self.__dict__.items() if name not in made}
+        return {**kept, "plan": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        plan = state.pop("plan")
         self.__dict__.update(state)
-        self._at_hand = self._live = None
-        self._begin()
+        self._begin(plan, None, None)
 
 
 def _anew(error: Exception) -> Exception:

@@ -24,12 +24,30 @@ class Tally:
         Backward passes that came to a plan.
     last_mismatch
         Why the last call that was not by a plan was not the planned one.
+    peak_bytes
+        The highest predicted peak of the steps that ran by a plan.
+    num_captures, capture_s
+        Plans that were made for other calls while the loop waited, and seconds for them.
     """
 
     def __init__(self) -> None:
         self.num_planned = self.num_unplanned = self.num_backward = 0
         self.last_mismatch: str | None = None
+        self.peak_bytes = 0
+        self.num_captures = 0
+        self.capture_s = 0.0
         self._said: set[str] = set()
+
+    def ran(self, peak_bytes: int) -> None:
+        """Count a training call by a plan with this predicted peak."""
+        self.num_planned += 1
+        if peak_bytes > self.peak_bytes:
+            self.peak_bytes = peak_bytes
+
+    def captured(self, taken_s: float) -> None:
+        """Count a plan for another call."""
+        self.num_captures += 1
+        self.capture_s += taken_s
 
     @property
     def num_expected(self) -> int:

@@ -167,10 +167,10 @@ def test_a_number_that_changes_in_every_step_is_right_and_said_to_cost_captures(
 
 def test_what_forward_does_not_read_may_change(monkeypatch):
     """Counters of the loop on the module cost no capture."""
-    from planner.running import planned_forward
+    from planner.running import planned_call
 
     model = planned()
     step(model, 0)
-    monkeypatch.setattr(planned_forward, "capture_for", None)
+    monkeypatch.setattr(planned_call, "capture_for", None)
     model.global_step, model.config.note = 1, "another"
     step(model, 1)

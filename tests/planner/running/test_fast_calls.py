@@ -115,7 +115,7 @@ def test_every_function_comes_to_its_operator():
 
     model = plan.apply(make(Net))
     model(sample())
-    step = model.forward._prepared[0].step
+    step = model.forward._main.prepared[0].step
     inputs = [fetch([sample()]) for fetch in step._layout.fetch]
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), Watch():
         step._forward(inputs[: step._num_forward])

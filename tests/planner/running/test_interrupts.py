@@ -251,4 +251,4 @@ def test_the_first_calls_of_a_module_from_several_threads():
     for i, gradients in enumerate(found):
         expected = torch.autograd.grad(square(eager(sample(i))), list(eager.parameters()))
         assert all(map(torch.equal, gradients, expected)), i
-    assert len(model.forward._prepared) == 1
+    assert len(model.forward._main.prepared) == 1

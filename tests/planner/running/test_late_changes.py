@@ -25,7 +25,7 @@ from planner import (
     applied_plan,
     optimize,
 )
-from planner.running import planned_forward
+from planner.running import planned_call
 from tests.planner.small import Net, make, plan_for, sample, square
 
 
@@ -93,13 +93,13 @@ def test_another_forward_of_a_submodule():
 
 def test_captures_that_are_known_are_not_made_again(monkeypatch):
     """A hook that comes and goes is captured once, and said to cost time when there are many."""
-    from planner.running import planned_forward
+    from planner.running import planned_call
 
     captures = []
     monkeypatch.setattr(
-        planned_forward,
+        planned_call,
         "capture_for",
-        lambda *a, f=planned_forward.capture_for: captures.append(1) or f(*a),
+        lambda *a, f=planned_call.capture_for: captures.append(1) or f(*a),
     )
     model = planned()
     with pytest.warns(PlanWarning, match=r"captured again 3 times.*hook was put on"):  # noqa: PT031
@@ -286,10 +286,8 @@ def test_training_in_eval_mode_is_named_so():
 def test_a_model_that_stays_changed_is_captured_once(policy, monkeypatch):
     """Later steps of a changed model do not capture anew, nor does one that is changed back."""
     captures = []
-    own = planned_forward.capture_for
-    monkeypatch.setattr(
-        planned_forward, "capture_for", lambda *args: captures.append(1) or own(*args)
-    )
+    own = planned_call.capture_for
+    monkeypatch.setattr(planned_call, "capture_for", lambda *args: captures.append(1) or own(*args))
     eager, model = make(), planned(policy=policy)
     for p in (0.2, 0.0, 0.0, 0.0, 0.2):
         eager.dropout.p = model.dropout.p = p

@@ -32,7 +32,7 @@ def captures(monkeypatch) -> list[str]:
     """Which of the two ways to capture was taken, in order."""
     found: list[str] = []
     for name, place, own in (
-        ("capture_for", "planner.running.planned_forward.capture_for", capture_for),
+        ("capture_for", "planner.running.planned_call.capture_for", capture_for),
         ("replan", "planner.plan.replan", replan),
     ):
 

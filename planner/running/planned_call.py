@@ -1,0 +1,238 @@
+"""One plan on one module: its step's graphs, made again when the module changes."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from graph_capture.call_spec import describe, difference
+from graph_capture.captured_step import CapturedStep
+from graph_capture.errors import CaptureError
+
+from ..base.live_state import LiveState
+from ..base.module_structure import (
+    LiveStructure,
+    Structure,
+)
+from ..errors import PlanMismatchError
+from ..plan_record import PlanRecord
+from .live_guard import (
+    LiveGuard,
+    described_defaults,
+)
+from .planned_step import PlannedStep
+from .recapture import (
+    as_captured,
+    capture_for,
+)
+from .rewrite import rewrite
+from .tally import Tally
+
+MAX_VARIANTS = 4
+"""Captures of one plan that are kept: a factor that goes back and forth is captured once each."""
+
+_MANY_CAPTURES = 3
+_NUM_REMEMBERED = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A captured step of a module, its two graphs, and what must not change.
+
+    Parameters
+    ----------
+    captured
+        The step.
+    step
+        The step's graphs, bound to the module.
+    structure, guard
+        The module's structure, and the planned call.
+    """
+
+    captured: CapturedStep
+    step: PlannedStep
+    structure: LiveStructure
+    guard: LiveGuard
+
+    def changed(self) -> str | None:
+        """Describe what has changed on the module since the step was captured.
+
+        This is its structure, or something that its forward or backward reads.
+        """
+        return self.structure.difference() or self.captured.step.reads.difference()
+
+
+class Planned(Protocol):
+    """The stand-in for a module's forward that a plan belongs to."""
+
+    model: nn.Module
+    tally: Tally
+
+    @property
+    def unplanned(self) -> Callable[..., Any]:
+        """The module's own forward."""
+
+    @property
+    def __signature__(self) -> inspect.Signature: ...
+
+
+class PlannedCall:
+    """A plan, and the steps that were captured for it as the module changed.
+
+    Parameters
+    ----------
+    planned
+        The stand-in that calls this.
+    plan, live
+        The plan, and what this process knows besides it.
+    captured
+        The step of the module as it is now, where that is known.
+    recaptures_in_vain
+        Whether a change under which no capture was the plan's is captured again in each
+        step; else its error is remembered.
+    """
+
+    def __init__(
+        self,
+        planned: Planned,
+        plan: PlanRecord,
+        live: LiveState | None,
+        captured: CapturedStep | None,
+        *,
+        recaptures_in_vain: bool = False,
+    ) -> None:
+        self.plan = plan
+        self.live = live
+        self.prepared: list[Prepared] = []  # the one used last comes first
+        self._planned = planned
+        self._recaptures_in_vain = recaptures_in_vain
+        self._at_hand: tuple[CapturedStep, Structure] | None
+        self._at_hand = None if captured is None else (captured, Structure.of(planned.model))
+        self._not_planned: dict[str, str] = {}  # changes that were captured in vain
+        self._num_captures = 0
+        self._peak_bytes = 0
+        self._lock = threading.RLock()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The plan's predicted peak."""
+        return self._peak_bytes
+
+    def another_call(self, arguments: Mapping[str, Any], looks: Any) -> str | None:
+        """Describe how a call differs from the planned one, whatever the model's structure now."""
+        if self.prepared:
+            return self.prepared[0].guard.another_call(arguments, looks)
+        defaults = described_defaults(self._planned.__signature__)
+        return difference(
+            {**defaults, **self.plan.guard.arguments}, describe({**defaults, **arguments})
+        )
+
+    def knows(self, looks: Any) -> bool:
+        """Whether such a call was found to be the planned one before."""
+        return bool(self.prepared) and self.prepared[0].guard.knows(looks)
+
+    def changed(self) -> str | None:
+        """Describe how the model has changed since this ran last."""
+        return self.prepared[0].changed() if self.prepared else None
+
+    def still_is_for(self, arguments: Mapping[str, Any], looks: Any) -> bool:
+        """Whether the step that ran last is valid for a call; captures nothing."""
+        prepared = self.prepared[0] if self.prepared else None
+        return (
+            prepared is not None
+            and prepared.changed() is None
+            and prepared.guard.difference(arguments, looks) is None
+        )
+
+    def is_for(self, arguments: Mapping[str, Any], looks: Any) -> bool:
+        """Whether a call of the model as it is now is the planned one."""
+        if self.another_call(arguments, looks) is not None:
+            return False
+        try:
+            return self.current().guard.difference(arguments, looks) is None
+        except (PlanMismatchError, CaptureError):
+            return False
+
+    def current(self) -> Prepared:
+        """Return the step of the model's current structure, captured again if necessary.
+
+        Raises
+        ------
+        PlanMismatchError, CaptureError
+            When the model is no longer the one that was planned.
+        """
+        if self.prepared and self.prepared[0].changed() is None:
+            return self.prepared[0]
+        with self._lock:  # several threads may call a module for the first time
+            for prepared in self.prepared:
+                if prepared.changed() is None:
+                    break
+            else:
+                prepared = self._prepare()
+            self.prepared = [prepared, *(p for p in self.prepared if p is not prepared)]
+            del self.prepared[MAX_VARIANTS:]
+            return prepared
+
+    def _prepare(self) -> Prepared:
+        model = self._planned.model
+        changed = self.changed()
+        at_hand, self._at_hand = self._at_hand, None
+        captured = None
+        if at_hand is not None:
+            changed = at_hand[1].difference() or at_hand[0].step.reads.difference()
+            captured = at_hand[0] if changed is None else None
+        if captured is None:
+            known = None if changed is None else self._not_planned.get(changed)
+            if known is not None and not self._recaptures_in_vain:
+                raise PlanMismatchError(known)  # a capture in each step would be slow
+            try:
+                captured = capture_for(self.plan, self.live, model, self._planned.unplanned)
+                self.plan, self.live = as_captured(self.plan, self.live, captured)
+            except PlanMismatchError as error:
+                if changed is None:
+                    raise
+                words = f"{changed}; {error}"
+                if len(self._not_planned) < _NUM_REMEMBERED:
+                    self._not_planned[changed] = words
+                raise PlanMismatchError(words) from error
+            if changed is not None:
+                self._say_captured_again(changed)
+        return self._bound(captured)
+
+    def _bound(self, captured: CapturedStep) -> Prepared:
+        """Bind a captured step's graphs to the module as it is now."""
+        self._peak_bytes = self.plan.predicted_peak_bytes
+        planned, model = self._planned, self._planned.model
+        structure = LiveStructure(model)
+        guard = LiveGuard(self.plan.guard, model, self.plan.device_type, planned.__signature__)
+
+        def changed_now() -> str | None:
+            return (
+                structure.difference() or captured.step.reads.difference() or guard.difference_now()
+            )
+
+        step = PlannedStep(
+            model,
+            captured,
+            rewrite(captured, self.plan.schedule),
+            self.plan,
+            forward=planned.unplanned,
+            changed=changed_now,
+            tally=planned.tally,
+        )
+        return Prepared(captured=captured, step=step, structure=structure, guard=guard)
+
+    def _say_captured_again(self, changed: str) -> None:
+        self._num_captures += 1
+        if self._num_captures == _MANY_CAPTURES:
+            self._planned.tally.say(
+                "captured often",
+                f"the step of a planned {type(self._planned.model).__name__} was captured again "
+                f"{_MANY_CAPTURES} times because the model changed ({changed}), which takes the "
+                "time of a capture each; a number that changes often is better kept in a buffer",
+            )
