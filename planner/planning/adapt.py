@@ -11,7 +11,7 @@ from torch import nn
 
 from graph_capture.policies import apply_policies
 from solvers.replay import replay
-from solvers.result import OPTIMAL_GAP, SolveResult, SolveStatus, relative_gap
+from solvers.result import OPTIMAL_GAP, Ending, SolveResult, SolveStatus, relative_gap
 from solvers.schedule import Schedule
 from solvers.scopes import BoundScope
 from solvers.transfer import KEEP_ALL, TRANSFER, transfer
@@ -61,11 +61,13 @@ def adapt(
     keeps_all = schedule == Schedule.keep_all(graph)
     result = SolveResult(
         status=SolveStatus.OPTIMAL if optimal else SolveStatus.FEASIBLE,
+        ending=Ending.SOLVED if optimal else Ending.EXHAUSTED,
         schedule=schedule,
         cost_ns=outcome.cost_ns,
         lower_bound_ns=least_ns,  # no schedule takes less than one run of each operator
         bound_scope=BoundScope.BASE_ORDER,
         global_bound_ns=least_ns,
+        staged_infeasible=False,
         peak_bytes=outcome.peak_bytes,
         solver=KEEP_ALL if keeps_all else TRANSFER,
         solve_s=time.perf_counter() - began,
