@@ -7,6 +7,7 @@ same reports as ``torch.profiler``, in order, and does not write to stderr.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,29 +36,57 @@ def block_bytes(num_bytes: int, torch_type: str) -> int:
 def peak_extra_bytes(call: Callable[[], Any]) -> int:
     """Return the peak bytes of a call on the CPU, beyond what was allocated before it.
 
-    What the call returns counts and stays alive until the record has ended.
+    What the call returns counts and stays alive until the record has ended. Records may
+    be nested, as where a training loop is recorded that plans its first step.
     """
-    config = ProfilerConfig(
-        ProfilerState.CPU,
-        False,  # shapes
-        True,  # memory
-        False,  # stack
-        False,  # flops
-        False,  # modules
-        ExperimentalConfig(),
-    )
-    start_legacy_profiler(config)
+    around = _records.open[-1] if _records.open else None
+    if around is not None:  # the profiler has one record at a time
+        around += _sizes(stop_legacy_profiler())
+    sizes: list[int] = []
+    _records.open.append(sizes)
+    _start()
     try:
         returned = call()
     finally:
-        records = stop_legacy_profiler()
+        sizes += _sizes(stop_legacy_profiler())
+        _records.open.pop()
+        if around is not None:
+            around += sizes
+            _start()
     del returned
-    sizes = [e.cpu_memory_usage() for e in _in_order(records) if e.kind() == "memory_alloc"]
     alive = peak = 0
     for size in sizes:
         alive += size
         peak = max(peak, alive)
     return peak
+
+
+class _Records(threading.local):
+    """The records of this thread that are open, each as its allocations and frees so far."""
+
+    def __init__(self) -> None:
+        self.open: list[list[int]] = []
+
+
+_records = _Records()
+
+
+def _start() -> None:
+    start_legacy_profiler(
+        ProfilerConfig(
+            ProfilerState.CPU,
+            False,  # shapes
+            True,  # memory
+            False,  # stack
+            False,  # flops
+            False,  # modules
+            ExperimentalConfig(),
+        )
+    )
+
+
+def _sizes(records: list[list[Any]]) -> list[int]:
+    return [e.cpu_memory_usage() for e in _in_order(records) if e.kind() == "memory_alloc"]
 
 
 def peak_extra_bytes_on_card(call: Callable[[], Any], device: torch.device) -> int:

@@ -35,3 +35,20 @@ def test_an_error_ends_the_record() -> None:
     with pytest.raises(ZeroDivisionError):
         peak_extra_bytes(lambda: 1 // 0)
     assert peak_extra_bytes(lambda: torch.zeros(10)) == 40
+
+
+def test_records_may_be_nested() -> None:
+    """An inner record is complete, and what it saw counts in the outer one, too."""
+    inner: list[int] = []
+
+    def planning() -> None:
+        inner.append(peak_extra_bytes(lambda: torch.empty(3000, dtype=torch.uint8)))
+
+    def loop() -> torch.Tensor:
+        first = torch.empty(1000, dtype=torch.uint8)
+        planning()
+        del first
+        return torch.empty(2500, dtype=torch.uint8)
+
+    assert peak_extra_bytes(loop) == 4000
+    assert inner == [3000]
