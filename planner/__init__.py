@@ -26,6 +26,7 @@ from .sizing.estimate import estimate
 from .sizing.estimate_report import Estimate, EstimateRow
 from .sizing.max_batch_report import MaxBatch
 from .versions import show_versions
+from .watch import Watched, watch
 
 __all__ = [
     "AppliedPlan",
@@ -50,6 +51,7 @@ __all__ = [
     "Profile",
     "RowOutcome",
     "Validation",
+    "Watched",
     "applied_plan",
     "compare",
     "estimate",
@@ -58,4 +60,5 @@ __all__ = [
     "optimize",
     "show_versions",
     "unplanned",
+    "watch",
 ]

@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planner.measuring", "planner.sizing"),
     ("planner.plan",),
     ("planner.optimize", "planner.max_batch", "planner.comparing"),
+    ("planner.watch",),
     ("planner.versions",),
     ("planner",),
     ("planner.cli", "planner.demo"),

@@ -51,8 +51,13 @@ class StepSpec:
             raise TypeError(f"optimizer must be an instance or a name, got {self.optimizer!r}")
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, *, training: bool = True) -> None:
     """Refuse what is not a module in training mode, or could not run by a plan.
+
+    Parameters
+    ----------
+    training
+        Whether the model has to be in training mode already.
 
     Raises
     ------
@@ -68,5 +73,5 @@ def check_model(model: nn.Module) -> None:
             f"a {type(model).__name__} runs a graph of its own, which a plan would replace; plan "
             "the module that was compiled or scripted"
         )
-    if not model.training:
+    if training and not model.training:
         raise ValueError("the model is in eval mode; a plan is for training: call model.train()")

@@ -9,8 +9,16 @@ from typing import Any, get_args
 from torch import nn
 
 from graph_capture.captured_step import CapturedStep
+from graph_capture.units import format_bytes
 
-from ..base.forward_slot import original_forward, put_stand_in, stand_in_of, take_stand_in
+from ..base.forward_slot import (
+    StandIn,
+    keep_stand_in,
+    original_forward,
+    put_stand_in,
+    stand_in_of,
+    take_stand_in,
+)
 from ..base.live_state import LiveState
 from ..base.unwrap import is_reached
 from ..errors import PlanError
@@ -21,6 +29,7 @@ from .recapture import (
     capture_for,
     on_card_of,
 )
+from .watching_forward import WatchingForward
 
 _POLICIES = get_args(OnShapeChange)
 
@@ -52,6 +61,11 @@ class AppliedPlan:
     other_plans
         Plans for other calls that are kept, the one used last first; at most
         ``planner.running.planned_forward.MAX_CALLS``.
+
+    Notes
+    -----
+    ``str()`` of it is one line for the end of a training: ``200 of 200 steps by the
+    plan, peak 3.91 GB of budget 4.00 GB``.
     """
 
     plan: PlanRecord
@@ -63,6 +77,17 @@ class AppliedPlan:
     captures: int
     capture_s: float
     other_plans: tuple[PlanRecord, ...]
+
+    def __str__(self) -> str:
+        num_steps = self.planned_steps + self.unplanned_steps
+        text = (
+            f"{self.planned_steps} of {num_steps} steps by the plan, peak "
+            f"{format_bytes(self.peak_bytes)} of budget "
+            f"{format_bytes(self.plan.budget_bytes)}"
+        )
+        if self.unplanned_steps:
+            text += f"; the last that was not: {self.last_mismatch}"
+        return text
 
 
 def apply_plan(
@@ -97,9 +122,28 @@ def apply_plan(
         if planned is not None:
             remove_plan(model)
         planned = PlannedForward(model, plan, live, captured, on_shape_change, replans)
-        put_stand_in(model, planned)
+        _put(model, planned)
     planned.watch_backward(captured)
     return model
+
+
+def _put(model: nn.Module, planned: PlannedForward) -> None:
+    """Put a plan in the place of a forward, or of one that waits for the first training call."""
+    waiting = stand_in_of(model)
+    if not isinstance(waiting, WatchingForward):
+        put_stand_in(model, planned)
+        return
+    if not is_reached(model, waiting):  # somebody else's forward, which may call the other
+        waiting.stop()
+        take_stand_in(model, waiting)
+        put_stand_in(model, planned)
+        return
+    wrapped = _is_wrapped(model, waiting)
+    waiting.follow_with(planned)
+    if wrapped:
+        keep_stand_in(model, planned)  # whoever put something around the other keeps it
+    else:
+        put_stand_in(model, planned)
 
 
 def _refuse_passing_way(captured: CapturedStep) -> None:
@@ -115,8 +159,8 @@ def _refuse_passing_way(captured: CapturedStep) -> None:
             )
 
 
-def _is_wrapped(model: nn.Module, planned: PlannedForward) -> bool:
-    """Whether calls reach a planned forward through someone else's wrapper."""
+def _is_wrapped(model: nn.Module, planned: StandIn) -> bool:
+    """Whether calls reach a stand-in through someone else's wrapper."""
     forward: Any = model.__dict__.get("forward")
     bare = planned in (forward, getattr(forward, "__func__", None))
     return not bare and is_reached(model, planned)

@@ -23,6 +23,9 @@ from graph_capture.private_torch.modules import parameters_of
 from ..base.unwrap import is_reached
 from .tally import Tally
 
+_MISSED = "a training step of a planned {name} was not run by its plan, and its budget is not kept"
+_BUILD_FIRST = "build the trainer first, then plan and apply"
+
 
 def _nothing() -> None:
     """No gradient has arrived."""
@@ -50,12 +53,17 @@ class UnplannedBackward:
         The one that is watched; the hook on it is not to keep it alive either.
     module, name
         Where it lies.
+    missed, advice
+        What is said of a step that was not noticed, with the class of the model as
+        ``{name}``, and what to do where its forward was replaced.
     """
 
     planned: weakref.ref[Watched]
     parameter: weakref.ref[torch.Tensor]
     module: weakref.ref[nn.Module]
     name: str
+    missed: str = _MISSED
+    advice: str = _BUILD_FIRST
     _num_expected: int = 0
     _num_accompanied: int = 0  # planned backward passes beside which others came
     _gradient: Callable[[], torch.Tensor | None] = field(default=_nothing, repr=False)
@@ -70,15 +78,38 @@ class UnplannedBackward:
             module = modules.get(path)
             parameter = None if module is None else parameters_of(module).get(name)
             if node.meta["role"] == "parameter" and module is not None and parameter is not None:
-                watch = cls(
-                    planned=weakref.ref(planned),
-                    parameter=weakref.ref(parameter),
-                    module=weakref.ref(module),
-                    name=name,
-                )
-                watch._handle = parameter.register_post_accumulate_grad_hook(_listening(watch))
-                return watch
+                return cls._begun(planned, parameter, module, name)
         return None
+
+    @classmethod
+    def of_first(cls, planned: Watched, missed: str, advice: str) -> UnplannedBackward | None:
+        """Watch the first trainable parameter of a model; ``None`` where there is none."""
+        for module in planned.model.modules():
+            for name, parameter in parameters_of(module).items():
+                if parameter is not None and parameter.requires_grad:
+                    return cls._begun(planned, parameter, module, name, missed, advice)
+        return None
+
+    @classmethod
+    def _begun(
+        cls,
+        planned: Watched,
+        parameter: nn.Parameter,
+        module: nn.Module,
+        name: str,
+        missed: str = _MISSED,
+        advice: str = _BUILD_FIRST,
+    ) -> UnplannedBackward:
+        watch = cls(
+            planned=weakref.ref(planned),
+            parameter=weakref.ref(parameter),
+            module=weakref.ref(module),
+            name=name,
+            missed=missed,
+            advice=advice,
+        )
+        watch._handle = parameter.register_post_accumulate_grad_hook(_listening(watch))
+        return watch
 
     def is_in_place(self) -> bool:
         """Whether the parameter that is watched still is the model's."""
@@ -132,15 +163,11 @@ class UnplannedBackward:
             where = getattr(stand_in, "__module__", None) or type(stand_in).__module__
             what = getattr(stand_in, "__qualname__", type(stand_in).__qualname__)
             why = (
-                f"its forward was replaced by {where}.{what} after the plan was applied; build the "
-                "trainer first, then plan and apply"
+                f"its forward was replaced by {where}.{what} after the plan was applied; "
+                f"{self.advice}"
             )
         tally.last_mismatch = why
-        tally.say(
-            "unplanned",
-            f"a training step of a planned {name} was not run by its plan, and its budget is not "
-            f"kept: {why}",
-        )
+        tally.say("unplanned", f"{self.missed.format(name=name)}: {why}")
 
 
 def _listening(watch: UnplannedBackward) -> Callable[[torch.Tensor], None]:
