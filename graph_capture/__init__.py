@@ -1,7 +1,7 @@
 """Turn a model and a sample into a cost graph: what a training step computes and what it costs.
 
-What needs torch is loaded when it is first asked for, so that the solvers can
-speak of cost graphs without it.
+Names that need torch are imported on first use, so that the solvers can work with
+cost graphs without loading it.
 """
 
 from typing import TYPE_CHECKING, Any

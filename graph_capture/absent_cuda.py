@@ -1,10 +1,10 @@
 """Fake CUDA tensors on a machine where PyTorch has no CUDA device.
 
-Autograd asks the guard of a tensor's device for its current stream whenever it
-makes a node. A build without CUDA has no such guard and ends the process. What
-PyTorch has for this case, a guard that does nothing
-(``c10/core/impl/DeviceGuardImplInterface.h``), it only puts in the place of a
-guard that counts no devices; so one that counts none is put there first.
+Whenever autograd makes a node, it asks the guard of the tensor's device for the
+current stream. A build without CUDA has no such guard and aborts the process.
+PyTorch has a guard that does nothing
+(``c10/core/impl/DeviceGuardImplInterface.h``), but installs it only in place of a
+guard that counts no devices. So one that counts none is installed first.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _NUM_VIRTUALS = 64  # more than the interface has
 def ensure_cuda_guard() -> None:
     """Let autograd run on fake CUDA tensors on this machine.
 
-    Does nothing where a CUDA device is there. Else a guard without devices takes
-    the place of a missing one, for as long as the process lives:
+    Does nothing if a CUDA device is present. Otherwise a guard without devices
+    replaces the missing one for the life of the process.
     ``torch.cuda.is_available()`` and everything on the CPU stay as they are.
 
     Raises
     ------
     CaptureError
-        When this build of PyTorch does not let it happen.
+        When this build of PyTorch does not allow it.
     """
     if torch.cuda.is_available():
         return

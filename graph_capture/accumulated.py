@@ -16,8 +16,8 @@ def settle_gradients(
 ) -> list[tuple[Node, Node]]:
     """Copy the gradients that autograd would copy, so that the graph contains the copies.
 
-    ``AccumulateGrad`` takes a gradient over as it is when nothing else holds
-    its memory and its layout is the parameter's; it clones it otherwise
+    ``AccumulateGrad`` takes a gradient over as it is if nothing else holds its
+    memory and its layout is the parameter's. Otherwise it clones it
     (torch/csrc/autograd/functions/accumulate_grad.h).
     """
     taken = {storage_id(t) for t in outputs}

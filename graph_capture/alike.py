@@ -16,7 +16,7 @@ def calls_of(step: TracedStep) -> list[str]:
 
 
 def same_step(step: TracedStep, other: TracedStep) -> bool:
-    """Whether two steps compute the same, and store and return the same plain values."""
+    """Whether two steps make the same calls, and store and return the same plain values."""
     return (
         calls_of(step) == calls_of(other)
         and _same_tensors(step.constants, other.constants)

@@ -1,10 +1,10 @@
 """The result of ``.item()`` on a stand-in: a number whose value is read only when it matters.
 
-Most numbers that a forward reads out of tensors are compared (``x.max().item() >= n``)
-or handed on (a loss that is returned for the log). The first needs an answer of one
-bit, which holds in many steps, the second none at all: the planned step reads the
-number out of its own tensor. Only what computes with the number needs its value, and
-is planned for that value alone.
+Most numbers that forward reads out of tensors are compared (``x.max().item() >= n``)
+or returned (a loss for the log). A comparison needs only a yes or no, which holds in
+many steps. A returned number needs no value at all: the planned step reads it out of
+its own tensor. Only code that computes with the number needs its value, and its plan
+holds for that value alone.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class AskedNumber:
     tensor
         A stand-in.
     is_fresh
-        Whether the tensor still holds the number that it held.
+        Whether the tensor still holds the same number.
     unknown
-        Whether no plan may follow from the number itself.
+        Whether no plan may depend on the number's value.
     at_once
         Whether to ask for the value even where it is only compared.
     """
@@ -93,7 +93,7 @@ class AskedNumber:
         both_integers = not (self.tensor.is_floating_point() or _is_float(whole))
         if not asked and abs(other) >= _EXACT and not math.isinf(other):
             return compare(self.value(), other)
-        # As Python compares: a float32 is not rounded to, the other one is not either.
+        # Compare as Python does: neither number is rounded to float32.
         dtype = torch.int64 if both_integers else torch.float64
         with torch.no_grad():
             return bool(compare(self._as(dtype), other._as(dtype) if asked else other))
@@ -146,7 +146,7 @@ class AskedNumber:
         return repr(self._in_text())
 
     def _in_text(self) -> Any:
-        """The value, or for the log of a number that each step has another of: none."""
+        """The value, or nan with a warning if each step has another number."""
         if not (self._unknown and self.tensor.is_floating_point()):
             return self.value()
         warnings.warn(

@@ -1,18 +1,18 @@
 """Walk an autograd graph in Python, making the same calls as PyTorch's engine.
 
 The engine asks the device for its current stream, so it cannot differentiate
-tensors of a device that is not there. Its nodes can be called from Python. What
-is around them is done here, after ``torch/csrc/autograd/engine.cpp`` and
+tensors of an absent device. Its nodes can be called from Python. The rest of the
+engine's work is done here, after ``torch/csrc/autograd/engine.cpp`` and
 ``input_buffer.cpp``: the order in which ready nodes run, the sums of gradients
 that meet, and the reduction and cast of gradients to what was differentiated.
 
-What is known to differ:
+Known differences:
 
-- hooks on nodes cannot be seen. Those that tensors are given while it is being
-  traced are refused (:func:`hooks_refused`);
-- a node computes the gradients of all its inputs, where the engine leaves out
-  those that lead to nothing that was asked for. Calls whose result nobody reads
-  are dropped later, but a call with several results has them all.
+- hooks on nodes cannot be seen. Hooks put on tensors during tracing are refused
+  (:func:`hooks_refused`);
+- a node computes the gradients of all its inputs, while the engine skips those
+  that lead to nothing requested. Calls whose result nobody reads are dropped
+  later, but a call with several results has them all.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Engine:
 
 
 class _Place:
-    """Has the place of a node that may be gone already: knows its number."""
+    """Stands for a node that may be freed already: knows its sequence number."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -115,7 +115,7 @@ class BackwardWalk:
             with torch.set_grad_enabled(create_graph):
                 task = _Task(outputs, inputs, self)
                 outputs.clear()
-                return task.run(list(first))  # torch.autograd.grad holds them meanwhile, too
+                return task.run(list(first))  # torch.autograd.grad also holds them meanwhile
         finally:
             self._current = before
 
@@ -131,7 +131,7 @@ class BackwardWalk:
     def watching(self) -> Iterator[None]:
         """While active, tracing notes what a walk could not see afterwards.
 
-        ``torch.autograd.grad`` inside the model walks, too.
+        ``torch.autograd.grad`` inside the model uses the walk, too.
         """
         contexts: Any = torch.autograd.function.FunctionCtx
         seen = contexts.set_materialize_grads
@@ -257,7 +257,7 @@ class _Task:
     # -- the graph ---------------------------------------------------------------
 
     def _explore(self) -> list[Any]:
-        """All nodes, parents first seen first; counts how often each is pointed at."""
+        """All nodes in the order in which they are found; counts the edges to each."""
         todo: list[Any] = []
         seen: set[int] = set()
         nodes: list[Any] = []
@@ -280,7 +280,7 @@ class _Task:
         return nodes
 
     def _lead_to_captures(self, nodes: list[Any]) -> set[int]:
-        """Nodes that must run because a gradient that was asked for lies beyond them."""
+        """Nodes that must run because they lead to a requested gradient."""
         parents: dict[int, list[int]] = {}
         for node in nodes:
             for following, _ in node.next_functions:
@@ -316,7 +316,7 @@ class _Task:
         self._hand_on(edges, fitting)
 
     def _call(self, node: Any, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The gradients that a node makes; ``gradients`` is emptied."""
+        """Call a node and return its gradients; ``gradients`` is emptied."""
         in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
         if in_python and self._walk.wants_zeros(node):
             for i, meta in enumerate(input_metadata_of(node)):
@@ -329,10 +329,10 @@ class _Task:
         return _by_edge(node, returned) if in_python else list(as_eager(node, returned, arguments))
 
     def _hand_on(self, edges: Sequence[Any], gradients: list[torch.Tensor | None]) -> None:
-        """Add gradients to the buffers of the nodes that they go to; ready nodes queue up.
+        """Add gradients to the buffers of the next nodes; queue those that are ready.
 
-        As in the engine the node with the largest sequence number, made last, runs
-        first. Leaves have the largest of all.
+        As in the engine, the node with the largest sequence number, which was made
+        last, runs first. Leaves have the largest of all.
         """
         for i, (node, slot) in enumerate(edges):
             gradient, gradients[i] = gradients[i], None
@@ -364,7 +364,7 @@ def _edge_of(tensor: torch.Tensor) -> tuple[Any, int]:
 
 
 def _fitting(gradient: torch.Tensor | None, node: Any, slot: int) -> torch.Tensor | None:
-    """A gradient in the shape, dtype and place of what was differentiated."""
+    """A gradient in the shape and dtype, and on the device, of what was differentiated."""
     if gradient is None or node is None:
         return gradient
     meta = input_metadata_of(node)[slot]
@@ -384,8 +384,8 @@ def _fitting(gradient: torch.Tensor | None, node: Any, slot: int) -> torch.Tenso
 def _by_edge(function: Any, returned: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Gradients of a Python function, one for each edge instead of one for each argument.
 
-    It returns one for each argument of its forward, and has an edge for each that
-    is a tensor; an edge leads somewhere where the argument required grad.
+    The function returns one for each argument of its forward, and has an edge for
+    each argument that is a tensor. The edge leads somewhere if that tensor required grad.
     """
     wanted = list(function.needs_input_grad)
     extra = returned[len(wanted) :]

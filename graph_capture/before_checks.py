@@ -1,6 +1,6 @@
 """What a step has changed by the time of its last check.
 
-When a check fails, the step is given up and this is put back, with the generator.
+When a check fails, the step is abandoned and these changes are undone, with the generator's.
 """
 
 from __future__ import annotations

@@ -20,24 +20,24 @@ class OperatorCode:
     outputs
         Storages that it allocates.
     clones
-        ``(old, new)`` storages: it starts by cloning the old one into the new
-        one, because the call that follows overwrites what others have read, who may have to
-        read it again. A run after which nobody does writes in place
+        ``(old, new)`` storages: it starts by cloning the old one into the new one,
+        because the call that follows overwrites what others have read and may have to
+        read again. A run after which nobody reads it writes in place
         (``Operator.rewrites``).
     blanks
         Storages of ``outputs`` that it allocates without a value: the call that follows
-        overwrites all of them that is ever read.
+        overwrites every part of them that is ever read.
     draws
         Whether it takes numbers from the default generator.
     pinned, ordered
         As in :class:`~graph_capture.cost_graph.Operator`.
     repeats
-        Whether it stands for a repetition of another operator: even its first
+        Whether it stands for a repetition of another operator. Then even its first
         run draws from the recorded state and writes no statistics.
     place
-        Grows along the base order while the step is folded.
+        Its position while the step is folded; grows along the base order.
     hungriest_bytes
-        Most that one of its calls alone reads of what comes from other operators.
+        The most that any one of its calls reads of other operators' results.
     """
 
     calls: list[Node]

@@ -102,7 +102,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
 
 
 def objects_of(value: Any) -> list[Any]:
-    """Return the objects with attributes in ``value``, which are passed on as they are."""
+    """Return the objects with attributes in ``value``; a plan passes them on as they are."""
     found: list[Any] = []
 
     def note(leaf: Any) -> Any:

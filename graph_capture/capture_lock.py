@@ -1,9 +1,9 @@
 """Allow one capture at a time per process.
 
 While a step is captured, PyTorch and Transformers are patched in places that all
-threads share (hooks of all modules, checkpointing, ``is_compiling()``, the
+threads share (global module hooks, checkpointing, ``is_compiling()``, the
 allocator's record), and the model holds stand-ins. A second thread that captures
-waits for the first; one that trains meanwhile must not share the model.
+waits for the first. A thread that trains meanwhile must not share the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _capturing = threading.RLock()
 
 
 def holds_capture_lock(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorate a function to wait until no other thread is in one of these functions."""
+    """Decorate a function: it waits until no other thread runs a decorated function."""
 
     @wraps(function)
     def waiting(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -28,24 +28,24 @@ class CapturedStep:
     graph
         The cost graph; its operators are in the order of ``code``.
     code
-        For each operator its fx nodes; without calls for the loss, the
-        optimizer and the recording of a generator's state.
+        The fx nodes of each operator. The loss, the optimizer and the recording of
+        a generator's state have no calls.
     carriers
-        For each storage the nodes whose value owns its memory.
+        For each storage, the nodes whose value owns its memory.
     state_of
-        For each operator that draws, the operator that records the generator.
+        For each operator that draws, the operator that records the generator's state.
     state_node
-        Stands for any recorded state, which no node of the traced step is.
+        Stands for any recorded state; the traced step has no node for it.
     loss
-        Index of the operator that stands for the loss; what comes first runs
-        in forward, what comes after in backward.
+        Index of the operator that stands for the loss. Operators before it run in
+        forward, those after it in backward.
     target
         Where the step runs and whose memory is counted.
     optimizer
         The optimizer whose state and step are counted, if any.
     unplanned
-        The cost graph of the step as eager PyTorch runs it, which never writes
-        over an argument by itself; ``None`` while the step is being captured.
+        The cost graph of the step as eager PyTorch runs it, without the planner's own
+        writes over arguments; ``None`` while the step is being captured.
     model
         Refers weakly to the captured module.
     costs

@@ -1,9 +1,9 @@
 """Run a model as if it did not use ``torch.utils.checkpoint``.
 
-What is recomputed is for the plan to decide. Traced as it stands, a
-checkpointed part would run twice in the unplanned step already, and its second
-run would draw other random numbers: it sets the generator back, which is no
-call that could be recorded.
+The plan decides what is recomputed. If a checkpointed part were traced as written,
+it would run twice even in the unplanned step. Its second run would draw other
+random numbers, because it resets the generator, and that is not a call that can be
+recorded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Calls in a planned step that check values against those it was planned for.
 
-They stand in the traced graph where the code asked for the value. An operator
-without outputs is pinned and keeps its place, so each check runs once, where
-eager would have asked.
+A check stands in the traced graph where the code asked for the value. An operator
+without outputs is pinned and keeps its place, so each check runs once, at the point
+where eager would have asked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _library.define("expect_values(Tensor asked, Tensor planned, int place) -> ()")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A value that a planned step checks to see whether it still applies.
+    """A value that a planned step checks, to see whether the plan still applies.
 
     Parameters
     ----------
@@ -36,12 +36,12 @@ class Check:
     source
         The line that asked.
     module_path
-        Of the module that it belongs to.
+        The module that the line belongs to.
     state
-        A buffer or attribute that it follows from, if there is one.
+        A buffer or attribute that the value depends on, if there is one.
     next_step
-        Why other steps find something else though nothing changes, in words; empty
-        if that is not known.
+        In words, why other steps may find another value though nothing changes;
+        empty if unknown.
     """
 
     what: str
@@ -51,7 +51,7 @@ class Check:
     next_step: str = ""
 
 
-class OutcomeChanged(Exception):  # a signal, which never reaches users
+class OutcomeChanged(Exception):  # a signal that never reaches users
     """A check did not find the planned value.
 
     Parameters
@@ -59,7 +59,7 @@ class OutcomeChanged(Exception):  # a signal, which never reaches users
     place
         Index of the check.
     planned, got
-        For the reader.
+        The two values, for the message.
     """
 
     def __init__(self, place: int, planned: Any, got: Any) -> None:

@@ -1,11 +1,11 @@
 """Clocks that forward reads, and whether their readings affect what it computes.
 
-A model may take the time for a log, which a plan need not repeat, or compute with
-it, which a plan would do with the one reading for ever. Which of the two it is is
-found out by capturing the step once more under clocks that show another time.
+A model may read the time for a log, which a plan need not repeat. Or it may compute
+with the time, and a plan would use the one reading for ever. To tell the two apart,
+the step is captured once more under clocks that show another time.
 
-Known imperfection: a clock that is read by code of an installed package, or in C,
-is not seen.
+Known imperfection: a clock that is read by an installed package, or in C, is not
+seen.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _DATES = (datetime.datetime, datetime.date)
 _ASKS = frozenset({"now", "utcnow", "today"})
 _MODULES = ("time", "datetime")
 _SHIFT_S = 34_862_417.31  # another year, month, day of the week, hour and second
-_STEP_S = 17.3  # between two readings, so that what is between them is another time, too
+_STEP_S = 17.3  # between two readings, so that their difference changes, too
 
 
 class ClocksMet:
-    """The user's functions that name a clock, and the globals by which they do."""
+    """The user's functions that name a clock, and the globals that name it."""
 
     def __init__(self) -> None:
         self.where: str | None = None
@@ -52,9 +52,9 @@ class ClocksMet:
         Parameters
         ----------
         table
-            Its globals.
+            The function's globals.
         names
-            Those that it names, each with the attributes that are asked of it.
+            The globals that it names, each with the attributes read from it.
         """
         for name, attributes in names:
             value = table.get(name)
@@ -96,7 +96,7 @@ class ClocksMet:
 
 
 class _Shifted:
-    """Make clocks that run ahead, further with each reading."""
+    """Make clocks that run ahead, and further ahead with each reading."""
 
     def __init__(self) -> None:
         self._mine = threading.get_ident()

@@ -1,9 +1,9 @@
 """Values known before a step runs, because they are made of constants only.
 
-Eager code branches on them (Transformers asks whether the positions that it has
-just counted are those of packed sequences), and a capture must take the branch
-that eager takes. So what factories such as ``arange`` make, and what is computed
-from that alone, is computed for real beside its stand-in, as long as it is
+Eager code branches on them: Transformers asks whether the positions that it has
+just counted are those of packed sequences. A capture must take the branch that
+eager takes. So the results of factories such as ``arange``, and what is computed
+from these alone, are computed for real beside their stand-ins, as long as they are
 small.
 """
 
@@ -50,8 +50,8 @@ class ConstantValues:
     """Real values of some of the stand-ins of one capture.
 
     Parameters of its methods are those of ``__torch_dispatch__``. Stand-ins must
-    outlive it, since they are known by their identity, and by the memory that
-    they had when their value was found (``x.data = …`` exchanges it).
+    outlive this object: they are recognized by their identity, and by the memory
+    that they had when their value was found (``x.data = …`` replaces it).
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class ConstantValues:
         return twin
 
     def answers(self, func: Any, args: tuple) -> bool:
-        """Whether the call reads the number in a known tensor."""
+        """Whether the call reads a number out of a known tensor."""
         return func is _item and self._knows(args[0])
 
     def _knows(self, tensor: torch.Tensor) -> bool:
@@ -117,7 +117,7 @@ class ConstantValues:
             try:
                 value = func(*tree_map(real, args), **tree_map(real, kwargs))
             except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError):
-                return  # a kernel that the CPU lacks, say: not known
+                return  # not known; the CPU may lack this kernel
         memory = identity_of_storage(out.untyped_storage())
         self._value_of[id(out)] = value
         self._memory_of[id(out)] = memory
@@ -130,11 +130,11 @@ class ReplayAnswersMode(ReadsWhole):
     Parameters
     ----------
     known
-        What is known when it begins.
+        What is known at the start.
     outcomes
         What the recorder answered where it asked the sample.
     unknown
-        Of the numbers that it handed out, which have another value in each step.
+        For each number that the recorder returned, whether its value differs from step to step.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class ReplayAnswersMode(ReadsWhole):
 def _is_pure(func: Any) -> bool:
     """Whether a call computes its result from its arguments, and does nothing else.
 
-    Of other libraries' operators nobody knows: they may talk to other machines.
+    Other libraries' operators never count as pure: they may talk to other machines.
     """
     return (
         func.namespace == "aten"
@@ -196,8 +196,8 @@ def _is_pure(func: Any) -> bool:
 def disguise_fake_tensors() -> Iterator[None]:
     """While active, Transformers does not recognize stand-ins as such.
 
-    It asks whether a tensor is fake in order to avoid branches on values; where
-    the value is known, eager's branch is the right one.
+    Transformers avoids branches on values if a tensor is fake. If the value is
+    known, eager's branch is the right one.
     """
     library: Any = sys.modules.get("transformers.utils.import_utils")
     before = getattr(library, "is_fake_tensor", None)

@@ -1,21 +1,21 @@
 """The cost graph: what a training step computes, in order, and what that costs.
 
-A :class:`CostGraph` is pure data and knows nothing of torch. It is the only
-thing that solvers see, it travels as JSON, and a plain DAG (an instance of
-another paper) can be written in the same terms.
+A :class:`CostGraph` is pure data and knows nothing of torch. It is all that solvers
+see. It can be stored as JSON, and a plain DAG, such as an instance of another paper,
+can be written in the same terms.
 
 Vocabulary
 ----------
 operator
-    One call that creates memory or has an effect. Views and tuple getters are
-    no operators: they are folded into the storages that they look at.
+    One call that allocates memory or has an effect. Views and tuple getters are not
+    operators: they are folded into the storages that they look at.
 storage
     One block of memory. It has one producer, or none when it is *resident*
     (parameters, inputs, optimizer state), and as many aliases as the graph has
     views of it.
 base order
     ``operators[0], operators[1], …``: the order of the unplanned step. Every
-    operator runs at least once; first runs may be followed by more.
+    operator runs at least once, and may run again later.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Storage:
         Index of the operator that allocates it; ``None`` when it is resident
         from the first moment of the step to the last.
     category
-        What the breakdown of a peak counts it as.
+        What it counts as in the breakdown of a peak.
     kept
-        Whether its first version stays alive to the end of the step (outputs
-        in the user's hands, gradients).
+        Whether its first version stays alive to the end of the step (gradients, and
+        outputs that the training loop holds).
     """
 
     name: str
@@ -104,9 +104,9 @@ class Operator:
     module_path, source
         Where in the user's model it comes from.
     rewrites
-        ``(input, output, nanoseconds)``: what it writes the output over, as eager does. A
-        run of which the input's value is read again later writes to a copy instead,
-        which takes that long and another block.
+        ``(input, output, nanoseconds)``: it writes the output over the input, as eager
+        does. If the input's value is read again after a run, that run writes to a copy
+        instead, which takes that long and another block.
     """
 
     name: str
@@ -130,8 +130,8 @@ class CostGraph:
     Raises
     ------
     ValueError
-        When an index is out of range, an operator reads what is not there yet,
-        producer and outputs disagree, or a figure is negative.
+        When an index is out of range, an operator reads a storage before it is
+        produced, producer and outputs disagree, or a figure is negative.
     """
 
     operators: tuple[Operator, ...]
@@ -146,7 +146,7 @@ class CostGraph:
 
     @cached_property
     def resident_bytes(self) -> int:
-        """Bytes that are there during the whole step."""
+        """Bytes of the storages that live during the whole step."""
         return sum(s.size_bytes for s in self.storages if s.producer is None)
 
     @cached_property
@@ -156,7 +156,7 @@ class CostGraph:
 
     @cached_property
     def consumers(self) -> tuple[tuple[int, ...], ...]:
-        """For each storage the operators that read it, in base order."""
+        """For each storage, the operators that read it, in base order."""
         readers: list[list[int]] = [[] for _ in self.storages]
         for v, op in enumerate(self.operators):
             for k in op.inputs:
@@ -164,7 +164,7 @@ class CostGraph:
         return tuple(tuple(r) for r in readers)
 
     def working_set_bytes(self, v: int) -> int:
-        """Bytes that operator ``v`` alone needs at least beside the resident ones."""
+        """The least bytes that operator ``v`` alone needs, beside the resident ones."""
         op = self.operators[v]
         touched = {k for k in (*op.inputs, *op.outputs) if self.storages[k].producer is not None}
         over_bytes = sum(self.storages[old].size_bytes for old, _, _ in op.rewrites)
@@ -203,7 +203,7 @@ class CostGraph:
         Raises
         ------
         ValueError
-            When it is no such graph; names the place.
+            When ``data`` is not such a graph; names the place.
         """
         if not isinstance(data, Mapping):
             raise ValueError(f"not a cost graph but a {type(data).__name__}")
@@ -226,16 +226,16 @@ class CostGraph:
         Raises
         ------
         ValueError
-            When it is no such graph; names the place.
+            When ``text`` is not such a graph; names the place.
         """
         return cls.from_dict(read_json(text))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what is computed: targets, wiring and sizes, not what it costs.
+        """Hash of what is computed: targets, wiring and sizes, but not costs.
 
-        Resident storages that nobody reads are no part of it: what a module
-        happens to keep from an earlier step makes no other step.
+        Resident storages that nobody reads are left out: what a module happens to
+        keep from an earlier step does not make it another step.
         """
         part = [
             k for k, s in enumerate(self.storages) if s.producer is not None or self.consumers[k]
@@ -261,7 +261,7 @@ class CostGraph:
 
 
 def _record_of(op: Operator) -> dict[str, Any]:
-    """An operator as plain data; ``rewrites``, which hardly any has, only where there are."""
+    """An operator as plain data; ``rewrites``, which are rare, only if there are any."""
     record = asdict(op)
     if not op.rewrites:
         del record["rewrites"]

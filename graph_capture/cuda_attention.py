@@ -29,7 +29,7 @@ _HALF = (torch.float16, torch.bfloat16)
 _MASK_MULTIPLE = 8  # elements; attention.cpp, preprocess_mask
 _CUDNN_MASKED_OUT = -65504.0  # attention.cpp, convert_boolean_attn_mask_cudnn
 
-# Compute capability by name of the entry; other CUDA cards are taken for one of 8.0.
+# Compute capability by name of the entry; other CUDA cards are assumed to have 8.0.
 _CAPABILITIES = {
     "v100": (7, 0),
     "t4": (7, 5),
@@ -138,7 +138,7 @@ def attention_backend(call: Attention, device: Device) -> SDPBackend:
     Raises
     ------
     NotFittingError
-        When the user has switched off all that could be used.
+        When the user has switched off every kernel that could be used.
     """
     usable = {
         SDPBackend.CUDNN_ATTENTION: _cudnn_can,
@@ -289,7 +289,7 @@ def _same_dtypes(call: Attention) -> bool:
 
 
 def _matmul_multiple(dtype: torch.dtype, capability: tuple[int, int]) -> int:
-    """Elements that rows are a multiple of: ``minimum_gemm_alignment``."""
+    """Number of elements of which rows must be a multiple: ``minimum_gemm_alignment``."""
     half = dtype in _HALF
     least = 4 if capability >= (8, 0) else 1
     if capability >= (8, 0) or (capability >= (7, 0) and half):
@@ -300,7 +300,7 @@ def _matmul_multiple(dtype: torch.dtype, capability: tuple[int, int]) -> int:
 def _additive(
     mask: torch.Tensor | None, dtype: torch.dtype, masked_out: float
 ) -> torch.Tensor | None:
-    """A mask as what is added to the scores."""
+    """A mask in the form that is added to the scores."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     fill = torch.scalar_tensor(masked_out, dtype=dtype, device=mask.device)

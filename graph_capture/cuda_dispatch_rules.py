@@ -1,20 +1,19 @@
 """The choices that PyTorch would make on an absent CUDA GPU.
 
-A few functions look at the card before they decide which operator to dispatch:
+A few functions look at the card before they choose which operator to dispatch:
 attention (``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``), batch
 normalization (``Normalization.cpp``), recurrent networks (``RNN.cpp``), sampling
-on a grid (``GridSampler.cpp``) and the
-layout of a convolution's output (``Convolution.cpp``). Without the card they
-decide as for a plain tensor. Here the same decisions are taken for the card that
-a step is captured for, as torch 2.11 to 2.13 take them in builds for CUDA 13.
+on a grid (``GridSampler.cpp``) and the layout of a convolution's output
+(``Convolution.cpp``). Without the card they choose as for a plain tensor. This
+module makes the choices for the card that a step is captured for, as torch 2.11 to
+2.13 make them in builds for CUDA 13.
 
 What cannot be known here:
 
 - builds for CUDA 12 come with a cuDNN older than 9.15.1 (torch 2.11 for CUDA 13
   comes with 9.19), for which PyTorch does not prefer cuDNN's attention on Hopper
-  and Blackwell. A plan made here then does not fit
-  there, and applying it says so. ``torch.nn.attention.sdpa_kernel`` settles the
-  choice in both places;
+  and Blackwell. A plan made here does not fit there, and applying it says so.
+  ``torch.nn.attention.sdpa_kernel`` settles the choice in both places;
 - the decisions of builds for ROCm are only known for attention.
 """
 
@@ -44,8 +43,8 @@ from .target import Target
 
 aten = torch.ops.aten
 
-# Functions that autograd takes apart where there is no kernel, and does not on CUDA: all those that
-# have a composite implementation beside a CUDA kernel (torch 2.11 to 2.13).
+# Functions that autograd takes apart if there is no kernel, but not on CUDA: all those that have a
+# composite implementation beside a CUDA kernel (torch 2.11 to 2.13).
 ONE_KERNEL_ON_CUDA = ("_fused_rms_norm", "mish_backward", "silu_backward")
 
 
@@ -53,8 +52,8 @@ ONE_KERNEL_ON_CUDA = ("_fused_rms_norm", "mish_backward", "silu_backward")
 def dispatch_as_on(target: Target) -> Iterator[None]:
     """While active, CUDA tensors are dispatched as they would be on ``target``.
 
-    The kernels are put in at autograd's key, where composite functions are taken
-    apart: whichever way a function is called, and after autocast.
+    The kernels are registered at autograd's key, where composite functions are taken
+    apart. This covers every way of calling a function, and comes after autocast.
     """
     choices: dict[str, Callable[..., Any]] = {
         "scaled_dot_product_attention": partial(attention_as_on, target.device),
@@ -130,7 +129,7 @@ def _grid_sampler(
     padding_mode: int,
     align_corners: bool,
 ) -> torch.Tensor:
-    """``GridSampler.cpp``, ``grid_sampler``: cuDNN's kernel, of which no outputs are known here."""
+    """``GridSampler.cpp``, ``grid_sampler``: cuDNN's kernel, whose outputs are not known here."""
     if (
         torch.backends.cudnn.enabled
         and interpolation_mode == padding_mode == 0  # bilinear, zeros

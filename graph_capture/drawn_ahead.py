@@ -9,7 +9,7 @@ _WORDS = slice(24, 24 + 624 * 8)  # of PyTorch's Mersenne twister, behind seed a
 _NEXT = slice(16, 24)  # the position in them
 _NUM_WORDS = 624
 _MAX_BLOCKS = 20_000
-"""More than twelve million numbers ahead are not looked for; as many take a fifth of a second."""
+"""The search ends after some twelve million numbers, which take a fifth of a second."""
 
 
 def is_ahead(now: np.ndarray, then: np.ndarray) -> bool:
@@ -18,8 +18,8 @@ def is_ahead(now: np.ndarray, then: np.ndarray) -> bool:
     Parameters
     ----------
     now, then
-        As :func:`~.isolation.generator_states` has them: 16 bytes are a seed and an
-        offset of a CUDA device, others the CPU's state.
+        As :func:`~.isolation.generator_states` returns them. 16 bytes are the seed and
+        offset of a CUDA device; anything else is the CPU's state.
 
     Examples
     --------

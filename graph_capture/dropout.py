@@ -2,9 +2,9 @@
 
 Eager dropout on CPU draws ``noise = empty_like(x).bernoulli_(q)`` in the dtype
 of ``x``, divides it by ``q`` in place, multiplies, and saves the noise for
-backward: four bytes an element in float32. Drawing the same numbers as
-booleans and dividing afterwards gives the same bits and leaves the planner a
-choice of three: save the noise, save the mask, or draw the mask again.
+backward: four bytes per element in float32. Drawing the same numbers as booleans
+and dividing afterwards gives the same bits. It leaves the planner three choices:
+save the noise, save the mask, or draw the mask again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _split(graph: Graph, draw: Node) -> bool:
     with graph.inserting_before(draw):
         mask = graph.call_function(noise.target, noise.args, {**noise.kwargs, "dtype": torch.bool})
         mask.meta.update({**noise.meta, "val": _like(value, torch.bool)})
-        # without a probability it is one half: the dispatcher leaves out what is the default
+        # without a probability it is one half: the dispatcher omits default arguments
         drawn = graph.call_function(draw.target, (mask, *draw.args[1:]))
         drawn.meta.update({**draw.meta, "val": mask.meta["val"], "writes": (mask,)})
     with graph.inserting_before(division):
@@ -65,7 +65,7 @@ def _split(graph: Graph, draw: Node) -> bool:
 
 
 def _next_user(node: Node, *, after: Node) -> Node | None:
-    """The first user of ``node`` behind ``after`` in graph order; None if one stands before."""
+    """The first user of ``node`` after ``after`` in graph order; None if any comes before."""
     users = set(node.users)
     current = node.next
     while current.op != "root":

@@ -1,20 +1,23 @@
 """Make a capture use the gradient formulas that eager uses without a dispatch mode.
 
-PyTorch asks ``isTensorSubclassLike`` in its gradient formulas, which is true of
-every tensor while a dispatch mode records. Where the answer decides which bits
-come out, the node's own result is replaced by that of one operator that does
-what eager does (:mod:`~.formula_operators`); what the node has recorded is read
-by nobody then and is dropped.
+PyTorch's gradient formulas ask ``isTensorSubclassLike``, which is true of every
+tensor while a dispatch mode records. If the answer affects the bits, the node's own
+result is replaced by that of one operator that does what eager does
+(:mod:`~.formula_operators`). Nobody then reads what the node has recorded, and it is
+dropped.
 
-Which formulas ask was found by running the gradients of every operator of PyTorch's
-own database (2.13, on the CPU, real and complex, three layouts) with and without a
-mode; tests/graph_capture/test_eager_formulas.py does so again. Other bits come out
-of products (``prod``, ``cumprod``) and of the value of ``masked_fill``; another
-layout, and so other bits of what is summed up from there, of the even split of a
-full ``max``, ``min`` or ``median``, of ``masked_select`` and of products of
-Householder reflections: they are here. Not here are ``linalg.lstsq``, which is refused
-since its sizes depend on values, and ``linalg.pinv`` of complex matrices, whose bits
-differ while the mode runs and not in a planned step.
+The formulas that ask were found by running the gradients of every operator in
+PyTorch's own database (2.13, on the CPU, real and complex, three layouts) with and
+without a mode; tests/graph_capture/test_eager_formulas.py repeats this. Handled here
+are:
+
+- other bits: products (``prod``, ``cumprod``) and the value of ``masked_fill``;
+- another layout, and so other bits in later sums: the even split of a full ``max``,
+  ``min`` or ``median``, ``masked_select``, and products of Householder reflections.
+
+Not handled are ``linalg.lstsq``, which is refused because its sizes depend on values,
+and ``linalg.pinv`` of complex matrices, whose bits differ while the mode runs but not
+in a planned step.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ def _cumprod(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor
 def _evenly(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
     given = saved_by(node, "self")
     if given.device.type == "cuda":
-        return None  # there eager's formula is the one that is taken under a mode
+        return None  # eager takes the same formula as under a mode
     return _own("evenly_distribute_backward")(grad, given, saved_by(node, "result"))
 
 
@@ -85,7 +88,10 @@ def _masked_fill(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Te
 
 
 def _laid_out_as(saved: str) -> _Formula:
-    """Eager writes parts into zeros like the argument; under a mode they are joined or copied."""
+    """Lay a gradient out like ``saved``.
+
+    Eager writes parts into zeros like the argument; under a mode they are joined or copied.
+    """
 
     def laid_out(node: Any, _grad: torch.Tensor, made: torch.Tensor) -> torch.Tensor | None:
         argument = saved_by(node, saved)
@@ -108,7 +114,7 @@ def _has_zeros(given: torch.Tensor) -> bool:
 def _prod_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
     given = saved_by(node, "self").to(grad.dtype)
     if given.dim() == 0 or _has_zeros(given):
-        return None  # with a zero in it eager takes what is taken under a mode
+        return None  # with a zero in it, eager takes the same formula as under a mode
     return prod_without_zeros(grad, given, saved_by(node, "result"))
 
 
@@ -178,7 +184,7 @@ _FORMULAS: dict[str, dict[int, _Formula]] = {
     },
 }
 
-# The same where the gradient is differentiated again.
+# The same, for gradients that are differentiated again.
 _FORMULAS_AGAIN: dict[str, dict[int, _Formula]] = {
     **_FORMULAS,
     "ProdBackward0": {0: _prod_again},
@@ -205,7 +211,7 @@ def as_eager(node: Any, made: _Gradients, given: _Gradients) -> tuple[torch.Tens
                 continue
             replaced = formula(node, given[0], gradient)
             if replaced is not None:
-                found[i] = replaced.to(gradient.dtype)  # as the engine does with what a node makes
+                found[i] = replaced.to(gradient.dtype)  # as the engine casts a node's results
     return tuple(found)
 
 
@@ -213,20 +219,20 @@ def _formulas_of(node: Any, grad: torch.Tensor) -> dict[int, _Formula]:
     name = node.name()
     if name not in _FORMULAS:
         return {}
-    if _is_wrapped(grad):  # products alone ask their argument only, once it has been cast
+    if _is_wrapped(grad):  # only products ask about their argument alone, after its cast
         asks = name in _PRODUCTS and not _is_wrapped(saved_by(node, "self").to(grad.dtype))
         return _FORMULAS_AGAIN[name] if asks else {}
     return (_FORMULAS_AGAIN if torch.is_grad_enabled() else _FORMULAS)[name]
 
 
 def _is_wrapped(gradient: torch.Tensor) -> bool:
-    """Whether it is one of ``torch.func``'s: of those eager asks for no values either."""
+    """Whether it is a tensor of ``torch.func``: eager does not ask for their values either."""
     return bool(is_wrapped_by_transform(gradient))
 
 
 @contextmanager
 def eager_formulas_taken() -> Iterator[None]:
-    """While active, whoever differentiates takes eager's formulas, forward itself included."""
+    """While active, every derivative is taken by eager's formulas, in forward too."""
     before = ENGINE.value  # grad() and backward() look it up there
     mine = threading.get_ident()  # others train models of their own
 
@@ -240,7 +246,7 @@ def eager_formulas_taken() -> Iterator[None]:
 
 
 def take_eager_formulas(outputs: Iterable[Any]) -> None:
-    """Hook the nodes behind ``outputs`` whose formula is another without a mode.
+    """Hook the nodes behind ``outputs`` whose formula differs without a mode.
 
     Parameters
     ----------
@@ -263,7 +269,7 @@ def take_eager_formulas(outputs: Iterable[Any]) -> None:
 
 
 def _hook(node: Any) -> None:
-    # A hook that knows its own node would keep it alive for ever: it is asked for when it runs.
+    # A hook that held its own node would keep it alive for ever: it asks for the node when it runs.
     def replace(made: _Gradients, given: _Gradients) -> tuple[torch.Tensor | None, ...]:
         return as_eager(current_node(), made, given)
 

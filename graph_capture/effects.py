@@ -1,9 +1,9 @@
 """Side effects of forward, and how a planned step reproduces or refuses them.
 
-A planned step runs a graph, not the code of forward. So what forward puts into
-attributes, lists, dicts, closures and globals is either carried out after each
-planned step (a tensor or a plain value in an attribute of a module), or refused by
-its line while planning.
+A planned step runs a graph, not the code of forward. A tensor or a plain value that
+forward puts into an attribute of a module is put there after each planned step. Any
+other change to attributes, lists, dicts, closures and globals is refused while
+planning, with its line.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class LeftTensor:
     target
         Name of the attribute.
     tensor
-        Its stand-in; requires grad only where forward has used it from there, as old
+        Its stand-in. It requires grad only if forward has read it back from there, as old
         reparametrizations (``nn.utils.weight_norm``, pruning) do.
     is_number
-        Whether it is the number in the tensor that is put there.
+        Whether the attribute gets the number in the tensor instead of the tensor.
     """
 
     target: str
@@ -71,7 +71,7 @@ class LeftValue:
     target
         Name of the attribute.
     value
-        The same in every call like the planned one.
+        The value, which is the same in every call like the planned one.
     """
 
     target: str
@@ -84,13 +84,13 @@ class Effects:
     Parameters
     ----------
     model
-        Holds its stand-ins already.
+        The model, which already holds its stand-ins.
     arguments
         Containers and objects that forward is called with.
     watcher
         Has seen what forward read.
     recorder
-        Has seen what it computed.
+        Has seen what forward computed.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Effects:
         Raises
         ------
         NotFittingError
-            Names the first thing that a planned step would not do, and its line.
+            Names the first change that a planned step would not make, and its line.
         """
         found = []
         for change in [*self._changes(self._ledger), *self._watcher.outside.changes()]:
@@ -146,7 +146,7 @@ class Effects:
                     f"forward leaves a tensor in {self._name(change)!r} "
                     f"({self._recorder.source_of(held[0])}), which a planned step would not do: "
                     "return it from forward and keep it in the training loop, or in a buffer; "
-                    "where nobody needs it after the call, put back what lay there before forward "
+                    "if nobody needs it after the call, restore the old value before forward "
                     "ends, or let a module around this one do so"
                 )
             elif change.label.startswith("arguments"):
@@ -158,7 +158,7 @@ class Effects:
         return found
 
     def settle_numbers(self) -> None:
-        """Keep numbers that forward has put into attributes for the end of the step."""
+        """Keep the numbers that forward has put into attributes until the end of the step."""
         for change in self._changes(self._ledger):
             if isinstance(change.now, AskedNumber):
                 change.now.settle()
@@ -175,7 +175,7 @@ class Effects:
         return LeftTensor(target, number.copy, is_number=True)
 
     def _results_in(self, value: Any) -> list[torch.Tensor]:
-        """Tensors that the step has made; a list of weights, as ``nn.LSTM`` keeps, holds none."""
+        """Tensors in ``value`` that the step has made; ``nn.LSTM``'s list of weights has none."""
         return [
             t
             for t in tensors_within(value)
@@ -192,7 +192,7 @@ class Effects:
                 "forward, or detach it"
             )
         if not self._watcher.was_read(module, change.key):
-            return True  # whatever lay there does not matter
+            return True  # the old value does not matter
         if not isinstance(old, torch.Tensor):
             if self._recorder.is_known(new):
                 return False  # a cache of constants: made again in each planned step
@@ -221,13 +221,13 @@ class Effects:
     # -- plain values ------------------------------------------------------------
 
     def plain_changes(self) -> list[Change]:
-        """Changes that no tensor takes part in and that leave another value than before."""
+        """Changes that involve no tensor and leave a value other than before."""
         return [
             c for c in [*self._changes(self._ledger), *self._watcher.outside.changes()] if _plain(c)
         ]
 
     def settle(self, call_again: Callable[[], None]) -> tuple[list[LeftValue], list[Change]]:
-        """Plain values to be put into attributes after each step, and those that forward reads.
+        """Plain values to be put into attributes after each step, and changes that forward reads.
 
         Parameters
         ----------
@@ -254,7 +254,7 @@ class Effects:
         left, read = rewritten, []
         hooked = any(
             id(c.holder) in self._hooks for c in self._ledger.changes()
-        )  # what a flag stands for that says so cannot be made again
+        )  # forward put a hook somewhere: its flags can be set again, but not the hook
         for change in first:
             key = change.key if isinstance(change.holder, dict) else None
             if (id(change.holder), key) in again:
@@ -274,7 +274,7 @@ class Effects:
         return left, read
 
     def _rewritten(self, changed: set[tuple[int, Any]]) -> list[LeftValue]:
-        """Attributes into which forward puts what lies there already."""
+        """Attributes into which forward puts the value that they have already."""
         return [
             LeftValue(f"{path}.{name}" if path else name, copy.deepcopy(value))
             for path, module in self._modules.values()
@@ -287,7 +287,7 @@ class Effects:
         ]
 
     def refuse_in_backward(self, before: tuple[Ledger, Ledger]) -> None:
-        """Backward leaves nothing that forward had not left.
+        """Refuse a backward that leaves something that forward had not left.
 
         Parameters
         ----------
@@ -297,7 +297,7 @@ class Effects:
         Raises
         ------
         NotFittingError
-            Names the first thing that it does leave, and its line.
+            Names the first thing that it leaves, and its line.
         """
         inside, outside = before
         for change in [*self._changes(inside), *outside.changes()]:
@@ -311,12 +311,12 @@ class Effects:
                 )
 
     def remembered(self) -> tuple[Ledger, Ledger]:
-        """What is there now, in the modules and arguments and elsewhere."""
+        """The current contents of modules and arguments, and those of everything else."""
         return self._remember(), self._watcher.outside.as_now()
 
 
 def _plain(change: Change) -> bool:
-    """Whether a value is another one; two objects of one class may be the same to forward."""
+    """Whether a change leaves another value; two objects of one class count as the same."""
     if tensors_within(change.now):
         return False
     if not isinstance(change.now, (*ATOMS, *CONTAINERS)) and change.now is not ABSENT:

@@ -21,9 +21,9 @@ def explain_failures(failures: list[tuple[str, BaseException]]) -> str:
     lines += [f"  {' and '.join(ways)}: {reason}" for reason, ways in reasons.items()]
     if any(isinstance(error, _DECIDED_BY_VALUE) for _, error in failures):
         lines.append(
-            "  A branch or shape depends on a tensor's value, and nothing here says which it is: "
-            "the model or the sample is on meta (pass real ones), or it is asked for in backward. "
-            "Else write it with torch.where, pass the value as an argument, or plan the part of "
+            "  A branch or shape depends on a tensor's value, and the value is not known: "
+            "the model or the sample is on meta (pass real ones), or backward asks for it. "
+            "Otherwise use torch.where, pass the value as an argument, or plan the part of "
             "the model around it."
         )
     elif not any(isinstance(error, CaptureError) for _, error in failures):

@@ -1,12 +1,11 @@
 """Run each kind of call on stand-ins once, and reuse the form of its result.
 
-A step of twelve layers makes the same calls twelve times. To ask PyTorch what one
-hands out takes some 200 us, mostly for finding out that it was asked before; here
-the shapes of a call are compared with less care for what no capture has (symbolic
-shapes, sparse, quantized and complex tensors). Only calls whose result follows
-from their arguments' shapes are remembered: those that make dense tensors of
-their own, or write into an argument and hand it back. Views, and whatever else is
-unusual, go the long way each time.
+A step of twelve layers makes the same calls twelve times. Asking PyTorch for a
+call's result takes some 200 us, mostly to find out that the call was made before.
+The comparison here is simpler, because no capture has symbolic shapes or sparse,
+quantized or complex tensors. Only calls whose result follows from their arguments'
+shapes are cached: those that make dense tensors of their own, or write into an
+argument and return it. Views, and everything else that is unusual, are not cached.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _Made = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 
 
 class _Unusual(Exception):
-    """An argument that keeps a call from being remembered."""
+    """An argument that keeps a call from being cached."""
 
 
 class FakeCallCache:
@@ -40,7 +39,7 @@ class FakeCallCache:
     fake_mode
         The mode that all stand-ins belong to; must be active where calls run.
     real
-        Knows how results of real kernels lie; ``None`` leaves it to PyTorch.
+        Knows the layout of real kernels' results; ``None`` leaves it to PyTorch.
     """
 
     def __init__(self, fake_mode: FakeTensorMode, real: RealResults | None = None) -> None:
@@ -49,7 +48,7 @@ class FakeCallCache:
         self._known: dict[Any, int | _Made | tuple[_Made, ...] | None] = {}
 
     def run(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Return ``func(*args, **kwargs)``, faster where it was called before."""
+        """Return ``func(*args, **kwargs)``, faster if it was called before."""
         key = self._key(func, args, kwargs)
         if key is None:
             return self._as_real(func, args, kwargs, self._asked(func, args, kwargs))
@@ -66,10 +65,10 @@ class FakeCallCache:
         return tuple(self._make(made) for made in known)
 
     def _asked(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """What PyTorch itself hands out, whatever it was asked before in this process.
+        """PyTorch's own result, independent of earlier calls in this process.
 
-        Its stand-ins have a memory of their own, which forgets that a tensor may be
-        less than its block: a window of 16 made as 17 has another size the second time.
+        PyTorch has its own cache of fake results. It forgets that a tensor may be smaller
+        than its block: a window of 16 made as 17 has another size the second time.
         """
         before, self._fake_mode.cache_enabled = self._fake_mode.cache_enabled, False
         try:
@@ -89,7 +88,7 @@ class FakeCallCache:
     # -- which calls -------------------------------------------------------------
 
     def _key(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """What the result of a call follows from; ``None`` if that is not known."""
+        """All that determines the result of a call; ``None`` if that is not known."""
         if func.namespace != "aten" or torch.Tag.inplace_view in func.tags:
             return None
         found: list[Any] = [
@@ -107,7 +106,7 @@ class FakeCallCache:
                 self._add(value, found)
         except _Unusual:
             return None
-        # Without tensors a call is one of few, and may look at more than its arguments.
+        # Calls without tensors are rare, and may depend on more than their arguments.
         return tuple(found) if any(type(x) is _Tensor for x in found[before:]) else None
 
     def _add(self, value: Any, found: list[Any]) -> None:
@@ -139,7 +138,7 @@ class FakeCallCache:
     def _noted(
         self, func: Any, args: tuple, kwargs: dict, out: Any, key: Any
     ) -> int | _Made | tuple[_Made, ...] | None:
-        """How to make the like of ``out``; ``None`` where it must be asked for each time."""
+        """How to make results like ``out``; ``None`` if PyTorch must be asked each time."""
         schema = schema_of(func)
         if schema.is_mutable:
             written = [
@@ -166,7 +165,7 @@ class FakeCallCache:
         return made  # type: ignore[return-value]
 
     def _made(self, out: Any) -> _Made | None:
-        """A dense tensor that is all of its memory, else ``None``."""
+        """How to make a dense tensor that fills its memory; ``None`` for any other result."""
         if not isinstance(out, FakeTensor) or out.storage_offset() or out.requires_grad:
             return None
         try:
@@ -181,12 +180,12 @@ class FakeCallCache:
 
 
 def _dense(out: Any) -> bool:
-    """Whether what is handed out has memory to speak of; sparse tensors have not."""
+    """Whether all tensors of a result are dense: sparse ones have no storage to look at."""
     return all(t.layout is torch.strided for t in tree_iter(out) if isinstance(t, torch.Tensor))
 
 
 def _shares(args: tuple, out: Any) -> bool:
-    """Whether a result looks at an argument's memory, as ``_unsafe_view``'s does unsaid."""
+    """Whether a result shares an argument's memory; ``_unsafe_view`` does so undeclared."""
     given = {
         identity_of_storage(t.untyped_storage())
         for t in tree_iter(args)
@@ -201,7 +200,7 @@ def _shares(args: tuple, out: Any) -> bool:
 
 
 class _Tensor(tuple):
-    """What is known of a tensor, told apart from other tuples."""
+    """What is known of a tensor, as a type distinct from other tuples."""
 
     __slots__ = ()
 

@@ -40,7 +40,7 @@ class FakeInputs:
         if where == tensor.device and not isinstance(tensor, FakeTensor):
             fake = self._fake_mode.from_tensor(tensor, static_shapes=True)
             memory, num_bytes = fake.untyped_storage(), tensor.untyped_storage().nbytes()
-            if memory.nbytes() < num_bytes:  # a part of it is never looked at, and counts, too
+            if memory.nbytes() < num_bytes:  # memory that no view covers counts, too
                 memory.resize_(num_bytes)
         else:
             fake = self._moved(tensor, where)

@@ -1,8 +1,8 @@
 """Random generators outside PyTorch, held by a model or named in its code.
 
-Their numbers are no part of a traced step: it would repeat what they gave while it
-was captured. Python's and NumPy's global ones are looked at by the recorder, which
-knows the module that draws.
+Their numbers are not part of a traced step: a plan would repeat those drawn during
+capture. The recorder checks Python's and NumPy's global generators, because it knows
+the module that draws.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from .written_in_place import WrittenInPlace
 
 @contextmanager
 def new_generators_refused() -> Iterator[None]:
-    """While active, nobody makes a generator of NumPy's without a seed: its first number is another
-    one each time."""
+    """While active, refuse to make a NumPy generator without a seed.
+
+    Its first number would differ each time.
+    """
     before: Any = np.random.default_rng
 
     def default_rng(seed: Any = None) -> Any:
@@ -70,7 +72,7 @@ class ForeignGenerators:
         Raises
         ------
         NotFittingError
-            Names the first one that is in another state, be it an array or an iterator.
+            Names the first one whose state has changed; it may be an array or an iterator.
         """
         self._in_place.refuse_changes()
         for met in self._met.values():
@@ -102,7 +104,7 @@ def _bits_of(generator: Any) -> Any:
 
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, random.SystemRandom):
-        return None  # has none, and no two runs of eager draw alike
+        return None  # it has no state, and no two eager runs draw alike
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, np.random.RandomState):

@@ -1,10 +1,10 @@
 """Gradient formulas that eager PyTorch chooses by values, as single-call operators.
 
-While a dispatch mode is active PyTorch's own formulas avoid every look at a value
-(``isTensorSubclassLike`` is true of every tensor then), and compute the same
-gradient in another way, with other last bits. These operators do at run time
-what eager does without a mode, the look at the values included. They are pure:
-the same arguments give the same bits.
+While a dispatch mode is active, PyTorch's own formulas avoid reading values
+(``isTensorSubclassLike`` is true of every tensor then). They compute the same
+gradient in another way, with other last bits. These operators do at run time what
+eager does without a mode, and read the values, too. They are pure: the same
+arguments give the same bits.
 
 Source: the derivations in PyTorch's ``FunctionsManual.cpp`` and ``ReduceOps.cpp``
 (``prod_backward``, ``cumprod_backward``, ``evenly_distribute_backward``,
@@ -42,7 +42,7 @@ def prod_without_zeros(grad: Tensor, given: Tensor, result: Tensor) -> Tensor:
 
 
 def _prod_with_zeros(grad: Tensor, given: Tensor, dim: int) -> Tensor:
-    """The product of all others, from both ends."""
+    """Gradient of a product by the products of all other factors, from both ends."""
     if given.numel() == 0:
         return grad.expand_as(given).clone()
     if given.shape[dim] == 1:
@@ -60,7 +60,7 @@ def _prod_with_zeros(grad: Tensor, given: Tensor, dim: int) -> Tensor:
 
 
 def _laid_out_as(made: Tensor, like: Tensor) -> Tensor:
-    """The same values with the strides that the capture saw, those of the usual branch."""
+    """The same values with the strides that the capture saw: those of the usual branch."""
     if made.stride() == like.stride():
         return made
     return torch.empty_strided(
@@ -110,23 +110,23 @@ def cumprod_without_zeros(grad: Tensor, given: Tensor, output: Tensor, dim: int)
 
 
 def _places(t: Tensor, dim: int) -> Tensor:
-    """0, 1, … along a dimension, to be compared with what lies in the others."""
+    """0, 1, … along a dimension, shaped to be compared with the other dimensions."""
     shape = [1] * t.dim()
     shape[dim] = t.shape[dim]
     return torch.arange(t.shape[dim], device=t.device).view(shape)
 
 
 def _first_true(mask: Tensor, dim: int) -> Tensor:
-    """Where a mask is true first along a dimension; its length where it is nowhere."""
+    """The first place along a dimension where a mask is true; the length if there is none."""
     there, place = mask.max(dim, keepdim=True)
     return place.masked_fill_(~there, mask.shape[dim])
 
 
 def _cumprod_backward(grad: Tensor, input: Tensor, output: Tensor, dim: int) -> Tensor:
-    """In one pass over the dimension: before its first zero, at it, and nothing after it.
+    """In one pass over the dimension: before its first zero, at the zero, and zero after it.
 
-    Between the first zero and the second the gradient of what comes later is zero,
-    and that of the zero itself is the sum over the products that leave it out.
+    Between the first zero and the second, the gradient of what comes later is zero.
+    The gradient of the first zero itself is the sum over the products without it.
     """
     is_zero = input == 0
     if is_zero.any().item() == 0:

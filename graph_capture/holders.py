@@ -10,7 +10,7 @@ from .named_reads import is_users_file
 
 
 def dict_of(holder: Any) -> dict[str, Any]:
-    """Return an object's ``__dict__``; empty where it has none."""
+    """Return an object's ``__dict__``; empty if it has none."""
     try:
         held = object.__getattribute__(holder, "__dict__")
     except AttributeError:  # slots only
@@ -30,12 +30,12 @@ def weakly(holder: Any) -> Any:
     """Return a weak reference to an object, or the object itself."""
     try:
         return weakref.ref(holder)
-    except TypeError:  # slots without room for one
+    except TypeError:  # slots without __weakref__
         return holder
 
 
 def may_change(module: types.ModuleType, name: str) -> bool:
-    """A name in a module of the user's, or a function of PyTorch's, which some replace."""
+    """Whether a name is in a user's module, or is a PyTorch function, which some people replace."""
     if is_users_module(module):
         return True
     inside = module.__name__ == "torch" or module.__name__.startswith("torch.")

@@ -2,8 +2,8 @@
 
 A forward may cache tensors on its modules, append to lists, count steps and
 draw random numbers. While a model is captured its parameters are stand-ins, so
-anything that it leaves behind would poison later training. Everything that a
-module holds in its ``__dict__`` is put back, with the contents of lists, dicts
+anything that it leaves behind would corrupt later training. Everything that a
+module holds in its ``__dict__`` is restored, including the contents of lists, dicts
 and sets at any depth.
 """
 
@@ -26,7 +26,7 @@ from .private_torch.modules import buffers_of, parameters_of
 def undisturbed(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[None]:
     """Restore the modules, the random generators and autocast's cache afterwards.
 
-    So are the attributes of ``others``, objects that forward is called with.
+    The attributes of ``others``, objects that forward is called with, are restored, too.
     """
     torch.clear_autocast_cache()
     with generators_put_back(), attributes_put_back((*model.modules(), *others)):
@@ -40,7 +40,8 @@ def undisturbed(model: nn.Module, others: Iterable[Any] = ()) -> Iterator[None]:
 def generators_put_back() -> Iterator[None]:
     """Restore the global random generators of Python, NumPy and PyTorch afterwards.
 
-    Those of all CUDA devices, too, if CUDA is in use: ``torch.manual_seed`` seeds them.
+    If CUDA is in use, the generators of all CUDA devices are included, because
+    ``torch.manual_seed`` seeds them.
     """
     states = generator_states()
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -53,10 +54,9 @@ def generators_put_back() -> Iterator[None]:
 
 
 def generator_states() -> tuple[np.ndarray, ...]:
-    """Return the states of PyTorch's generators: the CPU's, and each CUDA device's if CUDA is in
-    use.
+    """Return the states of PyTorch's generators: the CPU's and, if CUDA is in use, each device's.
 
-    It lies in NumPy's memory: a tensor, 5 kB on the CPU, would stand beside the step that is
+    The states are NumPy arrays. Tensors (5 kB on the CPU) would count beside a step that is
     captured again in the middle of training.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -74,8 +74,8 @@ def set_generator_states(states: tuple[np.ndarray, ...]) -> None:
 def attributes_put_back(holders: Iterable[Any]) -> Iterator[None]:
     """Restore the objects' attributes afterwards.
 
-    With the contents of lists, dicts and sets in them, at any depth; what a tensor
-    or another object holds is not looked into. What did not change is not written to.
+    This includes the contents of lists, dicts and sets at any depth, but not of tensors
+    and other objects. What did not change is not written to.
     """
     ledger = Ledger()
     for holder in holders:
@@ -89,8 +89,8 @@ def attributes_put_back(holders: Iterable[Any]) -> Iterator[None]:
 def swap_tensors(model: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Replace every tensor of a module by a stand-in (undone by ``undisturbed``).
 
-    Goes through ``setattr`` so that modules which keep second references, as
-    ``nn.LSTM`` does in ``_flat_weights``, notice.
+    Uses ``setattr``, so that modules that keep second references notice, as ``nn.LSTM``
+    does in ``_flat_weights``.
     """
     for module in list(model.modules()):
         for name, parameter in list(parameters_of(module).items()):

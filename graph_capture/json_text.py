@@ -13,8 +13,8 @@ def read_json(text: str | bytes) -> Any:
     Raises
     ------
     ValueError
-        When it is no such JSON: no UTF-8, nested too deeply, an infinite number, a
-        key twice.
+        When it is not such JSON: not UTF-8, nested too deeply, with an infinite number
+        or a duplicate key.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text

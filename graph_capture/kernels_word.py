@@ -1,9 +1,8 @@
-"""Ask the real kernel for its results, where PyTorch's fake kernel refuses the arguments.
+"""Ask the real kernel for its results if PyTorch's fake kernel refuses the arguments.
 
-``_grouped_mm`` on the CPU multiplies float32, and its stand-in says that it
-takes bfloat16 only. Told so, a library that looks for another way finds one
-with other bits. A call of PyTorch's own is then run once on made-up arguments,
-for the shapes of its results.
+``_grouped_mm`` on the CPU multiplies float32, but its fake kernel accepts bfloat16
+only. A library that sees this error falls back on another way, with other bits. So
+PyTorch's own call is run once on made-up arguments, for the shapes of its results.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .private_torch.trees import tree_flatten, tree_iter, tree_unflatten
 def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
     """Return stand-ins of a call's results; ``None`` if its kernel cannot be asked or refuses, too.
 
-    Must be called where stand-ins are made, under their mode.
+    Must be called under the mode of the stand-ins.
     """
     if func.namespace != "aten" or schema_of(func).is_mutable or not is_safe(func):
         return None
@@ -52,7 +51,7 @@ def kernels_word(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def laid_out_rightly(func: Any, args: tuple, out: Any) -> Any:
-    """What a call hands out, where its stand-in has other strides than the kernel's result."""
+    """The result of a call, with the kernel's strides if those of the stand-in differ."""
     if func in _VIEWS and 1 in out.shape:
         return _as_meta_views(args[0], out)
     if func not in _CONTIGUOUS or out.is_contiguous():
@@ -63,7 +62,7 @@ def laid_out_rightly(func: Any, args: tuple, out: Any) -> Any:
 def _as_meta_views(tensor: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     """``view`` with the strides that PyTorch gives a dimension of one element.
 
-    They move nothing, but kernels ask them for the memory format of their result.
+    Such a stride moves no data, but kernels use it to choose the memory format of their result.
     """
     with disable_current_modes():
         like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -73,10 +72,10 @@ def _as_meta_views(tensor: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided(view.shape, stride, view.storage_offset())
 
 
-# Stand-ins of these are computed in Python, by another rule.
+# Their stand-ins are computed in Python, by another rule.
 _VIEWS = {torch.ops.aten.view.default, unsafe_view.default}
 
-# Whatever the strides of their arguments (aten/src/ATen/native/LossCTC.cpp).
+# Contiguous for any strides of their arguments (aten/src/ATen/native/LossCTC.cpp).
 _CONTIGUOUS = {
     ctc_loss_backward.default,
     ctc_loss_backward.Tensor,

@@ -1,8 +1,8 @@
 """Determine whether anything still reads what an in-place call is about to overwrite.
 
-Chunked losses work in one buffer: each chunk's logits are written over the last
-one's. What was there is of no use to anybody then, so a planned step may let the
-call write to new memory instead of to a copy of the old.
+Chunked losses work in one buffer: each chunk's logits are written over those of the
+last chunk. Nobody needs the old values then, so a planned step may let the call
+write to new memory instead of to a copy of the old.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .reuse import results_of
 
 aten = torch.ops.aten
 
-# They leave nothing of what they write to, and read none of it.
+# They overwrite all of their target, and read none of it.
 _OVERWRITES = {
     "aten::copy_",
     "aten::fill_",
@@ -33,7 +33,7 @@ _OVERWRITES = {
     "aten::exponential_",
 }
 
-_MOST_EVENTS = 4096  # of one memory: each writing looks at all that follow
+_MOST_EVENTS = 4096  # of one memory: each write looks at all that follow
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class LastReadings:
     Parameters
     ----------
     nodes
-        Of the whole step, in order.
+        The nodes of the whole step, in order.
     kept
         Nodes whose values outlive the step.
     """
@@ -88,7 +88,7 @@ class LastReadings:
         return fresh
 
     def leaves_nothing(self, call: Node) -> bool:
-        """Whether all that is read later of what the call writes to was written by it or later."""
+        """Whether the call, or a later one, writes all that is read later of its target."""
         target = overwritten(call)
         if target is None:
             return False
@@ -109,7 +109,7 @@ class LastReadings:
 
 
 def overwritten(call: Node) -> Node | None:
-    """Return the one argument that a call fills without reading, if there is one."""
+    """Return the one argument that a call fills without reading it, if there is one."""
     func = call.target
     if not isinstance(func, OpOverload) or hidden_writes(func, call.args):
         return None
@@ -129,7 +129,7 @@ def overwritten(call: Node) -> Node | None:
 def lies_within(part: torch.Tensor, whole: torch.Tensor) -> bool:
     """Whether ``whole`` contains every element of ``part``, both views of the same memory.
 
-    ``False`` also where that is hard to say.
+    ``False`` also if that is hard to decide.
 
     >>> x = torch.zeros(4, 8)
     >>> lies_within(x[1:, :2], x[:, :4]), lies_within(x[:, 3:5], x[:, :4])
@@ -162,7 +162,7 @@ def lies_within(part: torch.Tensor, whole: torch.Tensor) -> bool:
 
 
 def _merged(t: torch.Tensor) -> list[tuple[int, int]]:
-    """Sizes and strides, outer dimensions first, those together that lie densely in each other."""
+    """Sizes and strides, outer dimensions first, with dimensions merged that lie densely."""
     dims = sorted(
         ((size, abs(stride)) for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1),
         key=lambda d: -d[1],

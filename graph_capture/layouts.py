@@ -37,7 +37,7 @@ def refuse_argument(tensor: torch.Tensor) -> None:
 
 
 def refuse_state(tensor: torch.Tensor, name: str) -> None:
-    """Refuse a model's tensor that is not dense; ``name`` is in words."""
+    """Refuse a model's tensor that is not dense; ``name`` describes it in words."""
     if is_nested(tensor) or tensor.layout != torch.strided:
         raise NotFittingError(
             f"{name} is a {_kind(tensor)}; only dense tensors can be planned: hold it dense "
@@ -65,7 +65,7 @@ def refuse_result(tensor: torch.Tensor, line: str, phase: str) -> None:
 
 
 def refuse_nesting(func: Any, line: Callable[[], str]) -> None:
-    """Refuse a call that makes nested tensors, whose sizes stand-ins do not know."""
+    """Refuse a call that makes nested tensors: stand-ins do not know their sizes."""
     if "nested" in schema_of(func).name:
         raise CaptureError(
             f"{func} works on nested tensors ({line()}); only dense ones can be planned: {_PAD}"

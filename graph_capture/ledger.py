@@ -1,7 +1,7 @@
 """Record containers and attributes, to find what changed in them and to undo it.
 
-Nothing is written to a container that did not change: some refuse to be written to
-(a configuration that is frozen, the tables of a TorchScript module).
+A container that did not change is not written to: some are read-only (a frozen
+configuration, the tables of a TorchScript module).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _SETS = (set,)
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A place that holds another object than before.
+    """A place that holds a different object than before.
 
     Parameters
     ----------
     label
         The container in words, or ``"module.attribute"``.
     holder, key
-        The container, and where in it; an element of a set is its own key.
+        The container, and the place in it; an element of a set is its own key.
     before, now
-        ``ABSENT`` for none.
+        The two objects; ``ABSENT`` for none.
     """
 
     label: str
@@ -50,7 +50,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A name among globals, ``cell_contents`` of a cell, or what a context has in a variable."""
+    """A global name, the ``cell_contents`` of a cell, or a context's value of a variable."""
 
     holder: Any
     key: str
@@ -79,13 +79,13 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """The names of a class or of a file, each of which is put back by itself."""
+    """The names of a class or of a file, each restored by itself."""
 
     holder: Any
 
     def get(self) -> dict[str, Any]:
         table = vars(self.holder) if isinstance(self.holder, type) else self.holder
-        # A file that is imported meanwhile stays in the package that it belongs to.
+        # A file that is imported meanwhile stays in its package.
         return {
             name: value
             for name, value in table.items()
@@ -159,7 +159,7 @@ class Ledger:
             self._entries[id(holder)] = _Entry(label, place, place.get())
 
     def as_now(self) -> Ledger:
-        """Return the same places with their current contents."""
+        """Return a ledger of the same places with their current contents."""
         later = Ledger()
         for entry in self._entries.values():
             if isinstance(entry.container, _Slot):
@@ -173,7 +173,7 @@ class Ledger:
         return later
 
     def changes(self) -> Iterator[Change]:
-        """Return every place that holds another object than before."""
+        """Return every place that holds a different object than before."""
         for entry in self._entries.values():
             yield from _changes(entry)
 
@@ -185,7 +185,7 @@ class Ledger:
 
 
 def make_again(change: Change) -> None:
-    """Repeat a recorded change of a dict, and nothing else."""
+    """Repeat a recorded change if it is one of a dict."""
     if not isinstance(change.holder, dict):
         return
     if change.now is ABSENT:
@@ -199,7 +199,7 @@ def slots_of(holder: Any) -> dict[str, Any]:
     found = {}
     for cls in type(holder).__mro__:
         if "__slots__" not in vars(cls):
-            continue  # members of a class that is written in C may be read-only
+            continue  # members of a class written in C may be read-only
         for name, value in vars(cls).items():
             if isinstance(value, types.MemberDescriptorType):
                 try:
@@ -259,7 +259,7 @@ def _same_order(entry: _Entry) -> bool:
 
 
 def _write(entry: _Entry) -> None:
-    """As the base class writes, whatever a class of its own makes of it."""
+    """Write as the base class does, past what a subclass overrides."""
     container, saved = entry.container, entry.saved
     if isinstance(container, (_Slot, _Names)):
         container.set(saved)

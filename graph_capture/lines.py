@@ -1,4 +1,4 @@
-"""Tell user and library code from machinery, so that messages name useful lines."""
+"""Tell user and library code from internals, so that messages name useful lines."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Values that a loss reads while it runs on stand-ins.
 
-The targets that a ``loss_fn`` brings along are real, so what is computed of them
-alone is known: a mask of them has the sizes that it will have. What is computed
-of the model's output is known on the sample, which answers a question for a
-number (is the loss finite?) but settles no size: the memory of a loss is
-counted once, for all steps.
+The targets that a ``loss_fn`` brings along are real, so what is computed from them
+alone is known: a mask made from them picks as many elements as in a real step. What
+is computed from the model's output is known on the sample. That answers a question
+about a number (is the loss finite?) but not about a size, because the memory of a
+loss is counted once, for all steps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _INTO_FORWARD = (
 
 
 class _Value:
-    """What a tensor will be, computed when it is asked for; holds no stand-in."""
+    """What a tensor will be, computed on request; holds no stand-in."""
 
     def __init__(self, compute: Callable[[], Any], *, of_output: bool) -> None:
         self._compute: Callable[[], Any] | None = compute
@@ -97,7 +97,7 @@ class LossValues:
         Raises
         ------
         NotFittingError
-            When that is not known, or would be another size in each step.
+            When the value is not known, or would be a size that differs in each step.
         """
         asks = deciding(func, args, kwargs)
         found = self._snapshot(asks, {})
@@ -140,7 +140,7 @@ class LossValues:
         return _run(func, tree_map(value, args), tree_map(value, kwargs), copies=False)
 
     def _snapshot(self, args: Any, kwargs: Any) -> tuple[Any, Any, bool] | None:
-        """Arguments with values in the place of tensors, and whether the output is among them."""
+        """Arguments with values in place of tensors, and whether they depend on the output."""
         of_output = False
         for leaf in tree_iter((args, kwargs)):
             if isinstance(leaf, torch.Tensor):
@@ -207,9 +207,10 @@ def _run(func: Any, args: Any, kwargs: Any, *, copies: bool) -> Any:
 def derivatives_through_model_refused(
     named: Callable[[torch.Tensor], str | None],
 ) -> Iterator[None]:
-    """While active, a loss that differentiates through the model is told where that works.
+    """While active, refuse a loss that differentiates through the model, and say where it can.
 
-    By its own weights it may: no part of the planned step lies between them and the loss.
+    It may differentiate by its own weights: no part of the planned step lies between them
+    and the loss.
 
     Parameters
     ----------

@@ -26,11 +26,11 @@ class Moment(NamedTuple):
 
 
 class MemoryMeter(ReadsWhole):
-    """Peak of the memory that calls allocate while it is active, by real lifetimes.
+    """Measures the peak of the memory that calls allocate while it is active, by real lifetimes.
 
-    For code that stays eager (the user's loss, the optimizer): storages are
-    followed by weak references, so Python locals and what autograd saves count
-    for as long as they are really held.
+    For code that stays eager (the user's loss, the optimizer). Storages are tracked
+    by weak references, so Python locals and what autograd saves count for as long as
+    they are really held.
 
     Parameters
     ----------
@@ -39,9 +39,9 @@ class MemoryMeter(ReadsWhole):
     twin
         Makes a stand-in for each real tensor that the code brings along.
     values
-        Knows what the code asks for.
+        Knows the values that the code asks for.
     real
-        Knows how results of real kernels lie; ``None`` leaves it to PyTorch.
+        Knows the layout of real kernels' results; ``None`` leaves it to PyTorch.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class MemoryMeter(ReadsWhole):
         self._seen.add(sid)
         self.current_bytes += num_bytes
 
-        # Finalizers are held by the interpreter: one that held the meter would keep all that
-        # the meter knows, up to the model, for as long as a storage that the meter knows lives.
+        # The interpreter holds finalizers. One that held the meter would keep everything that the
+        # meter references, up to the model, alive for as long as a storage that the meter tracks.
         weakref.finalize(storage, _freed, weakref.ref(self), sid, num_bytes).atexit = False
 
     def _forget(self, sid: int, num_bytes: int) -> None:
@@ -123,7 +123,7 @@ def _freed(meter: weakref.ref[MemoryMeter], sid: int, num_bytes: int) -> None:
 
 
 def _shapes(tree: Any) -> Any:
-    """Tensors replaced by meta stand-ins of as much memory, so that no storage is held."""
+    """Replace tensors by meta tensors of the same memory size, so that no storage is held."""
     return tree_map(lambda x: _shape(x) if isinstance(x, torch.Tensor) else x, tree)
 
 

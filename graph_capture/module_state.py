@@ -17,7 +17,7 @@ Registered = dict[str, tuple[str, torch.Tensor, int]]
 
 
 def registered(model: nn.Module) -> Registered:
-    """Return role, tensor and storage of every parameter and buffer, under each of its names."""
+    """Return role, tensor and storage of every parameter and buffer, by each of its names."""
     return {
         f"{path}.{key}" if path else key: (role, tensor, storage_id(tensor))
         for path, module in model.named_modules()
@@ -67,9 +67,9 @@ class LaidOut:
     tensor
         The stand-in.
     name
-        In words.
+        The input in words.
     spec, offset
-        Its kind and its place in its memory, before forward ran.
+        Its specification and its offset in its memory, before forward ran.
     """
 
     tensor: torch.Tensor
@@ -127,8 +127,8 @@ def state_of(model: nn.Module) -> list[tuple[str, torch.Tensor, tuple[str, ...]]
 def loose_tensors(model: nn.Module) -> list[tuple[torch.Tensor, tuple[str, ...]]]:
     """Return tensors in plain attributes of modules, each once with all its names.
 
-    Without parameters and buffers that lie there a second time, and without those
-    that no plan takes as an input: tensors that require grad, subclasses, sparse ones.
+    Left out are parameters and buffers that also lie there, and tensors that no plan
+    takes as an input: those that require grad, subclasses, and sparse ones.
     """
     registered_ids = {id(tensor) for _, tensor, _ in state_of(model)}
     names: dict[int, list[str]] = {}

@@ -1,8 +1,8 @@
 """User files that a function reaches other than through its own globals.
 
 ``import settings`` inside forward, ``self.settings.GAIN``, ``getattr(settings, "GAIN")``:
-what such a module is asked for is not seen, since modules answer for themselves. So
-of each one that was met all names count that occur in the functions that were met.
+reads of a module's attributes are not seen, because modules cannot be watched. So for
+each module that was met, every name counts that occurs in the functions that were met.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ModulesMet:
     Parameters
     ----------
     remember
-        Called with the globals of each before anything is written to them, and its name.
+        Called with the globals of each module, before anything is written to them, and its name.
     """
 
     def __init__(self, remember: Callable[[Any, str], None]) -> None:
@@ -45,12 +45,12 @@ class ModulesMet:
                 self._remember(vars(module), module.__name__)
 
     def imports_of(self, code: types.CodeType, package: str | None) -> None:
-        """Record what a function imports while it runs."""
+        """Record the modules that a function imports while it runs."""
         self._imports[id(code)] = (code, package)
         self._meet_imported(code, package)
 
     def names(self, words: set[str]) -> Iterator[tuple[types.ModuleType, str]]:
-        """Each module with what may have been asked of it, a word for a word."""
+        """Each module with each of ``words`` that may have been read from it."""
         for code, package in self._imports.values():
             self._meet_imported(code, package)
         todo = list(self._met.values())

@@ -1,9 +1,9 @@
 """Find what a function names outside itself: globals, closure cells, and their attributes.
 
 ``TAU``, ``config.gain``, ``Scale.k`` are found in the bytecode, where a name is
-followed by the attributes that are asked of it. What is fetched by other ways
-(``getattr`` with a computed name, an object that was first put into a local
-variable) is not; attributes of objects are then seen while the function runs, see
+followed by the attributes read from it. Other ways of reading (``getattr`` with a
+computed name, an object that was first put into a local variable) are not found
+there. Attributes of objects are then seen while the function runs, see
 :mod:`~graph_capture.reading`.
 """
 
@@ -62,9 +62,9 @@ def is_users_class(cls: type) -> bool:
 
 @lru_cache(maxsize=4096)
 def names_in(code: types.CodeType) -> tuple[tuple[bool, str, tuple[str, ...]], ...]:
-    """Whether it is a free variable, its name, and the attributes asked of it one after another.
+    """For each name: whether it is a free variable, the name, and the chain of attributes read.
 
-    Those of functions inside the function, too.
+    Includes those of functions inside the function.
     """
     found: dict[tuple[bool, str, tuple[str, ...]], None] = {}
     for function in with_inner(code):
@@ -118,9 +118,10 @@ def strings_in(code: types.CodeType) -> frozenset[str]:
 
 @lru_cache(maxsize=4096)
 def asks_past_classes(code: types.CodeType) -> bool:
-    """Whether a function asks for attributes as ``object.__getattribute__(x, "gain")`` does.
+    """Whether a function reads attributes as ``object.__getattribute__(x, "gain")`` does.
 
-    What a class defines under these names asks so for what it was asked for itself.
+    Methods that a class defines under these names do not count: they read what they
+    were asked for themselves.
     """
     answers = code.co_name in ("__getattribute__", "__getattr__")
     return not answers and bool(PAST_CLASSES & words_in(code))

@@ -1,12 +1,12 @@
 """Predict whether a value that decides a model's path will differ in the next step.
 
-A plan holds for one way. Most answers hold from step to step: that labels lie in
-range, that a mask is whole. Two kinds do not, and are seen while planning:
+A plan holds for one path. Most answers hold from step to step: that labels lie in
+range, that a mask has no gap. Two kinds do not, and are detected while planning:
 
-- what random numbers decide, parameters having no share in it, such as
-  ``torch.rand([]) < layerdrop``: it is asked again with other draws;
-- what forward itself prepares, such as ``if not self.initialized``: it is asked
-  again with the buffers that the step leaves behind.
+- what random numbers decide without parameters, such as
+  ``torch.rand([]) < layerdrop``: the question is asked again with other draws;
+- what forward itself prepares, such as ``if not self.initialized``: the question is
+  asked again with the buffers that the step leaves behind.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .outcomes import Outcome, same_number
 from .sample_values import Other, SampleValues, UnknowableError
 
 NUM_DRAWS = 256
-"""A way that one step in a hundred takes is missed with a probability of 8 %."""
+"""A path that one step in a hundred takes is missed with a probability of 8 %."""
 
 MAX_ELEMENTS = 2**22
-"""Of all results that are computed anew for one question."""
+"""The most elements of all results that are recomputed for one question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +35,13 @@ class Asked:
     Parameters
     ----------
     func, args, kwargs
-        The call on nodes; without ``func`` a tensor that was read as a whole.
+        The call on nodes; without ``func``, a tensor that was read as a whole.
     part
-        The nodes that the answer followed from when it was asked.
+        The nodes that the answer depended on when the question was asked.
     outcome
         The answer.
     place
-        Index of the check that looks at it.
+        Index of the check of this answer.
     """
 
     func: Any
@@ -52,7 +52,7 @@ class Asked:
     place: int
 
     def other_answers(self, values: SampleValues, others: Iterable[Other]) -> int:
-        """How many of other steps answer it otherwise."""
+        """How many of the other steps give another answer."""
         call = (self.func, self.args, self.kwargs)
         return sum(not self._is(x) for x in values.again(self.part, call, others))
 
@@ -65,7 +65,7 @@ class Asked:
 
 
 def by_chance(values: SampleValues, question: Asked) -> str:
-    """In words: how often other draws give another answer; empty if none was seen to."""
+    """In words, how often other draws give another answer; empty if none did."""
     elements = sum(
         n.meta["val"].numel()
         for n in question.part
@@ -88,12 +88,12 @@ def by_chance(values: SampleValues, question: Asked) -> str:
 def prepared(
     values: SampleValues, asked: Sequence[Asked], state_after: Mapping[str, Node]
 ) -> dict[int, str]:
-    """By the place of a check, in words: what the step itself changes that it follows from.
+    """In words, by the place of a check: what it depends on that the step itself changes.
 
     Parameters
     ----------
     state_after
-        By name: what forward leaves in buffers and attributes that it changes.
+        By name, what forward leaves in the buffers and attributes that it changes.
     """
     concerned = [(q, names) for q in asked if (names := _state_in(q.part) & state_after.keys())]
     if not concerned:

@@ -1,11 +1,11 @@
 """Fold a traced step into operators and storages.
 
-Of a transformer's step two calls in three are views: they cost nothing and
-hold nothing, so they belong to the storage that they look at. In-place calls
-belong to the operator that allocated what they write to. What is left, calls
-that create memory or have an effect, are the operators that a plan decides on;
-each keeps the fx nodes that it stands for (:class:`OperatorCode`), so that a
-schedule can be turned into a graph again.
+In a transformer's step, two calls in three are views. They cost nothing and hold
+nothing, so they belong to the storage that they look at. In-place calls belong to
+the operator that allocated what they write to. The remaining calls, which create
+memory or have an effect, are the operators that a plan decides on. Each keeps the fx
+nodes that it stands for (:class:`OperatorCode`), so that a schedule can be turned
+into a graph again.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Folder:
     Parameters
     ----------
     placeholders
-        What comes from outside.
+        The step's inputs.
     last
-        Knows what of a memory is read after a call.
+        Knows which parts of a memory are read after a call.
     reuse
         Finds dead arguments to write over; ``None`` for the step as eager runs it,
-        in which nothing is repeated and calls in place are just that.
+        in which nothing is repeated and in-place calls stay as they are.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Folder:
         return self.current[sid]
 
     def produce_outside(self, nodes: Iterable[Node]) -> OperatorCode:
-        """Declare memory that is created here, but by code outside the graph."""
+        """Declare memory that is created at this point, but by code outside the graph."""
         code = OperatorCode(calls=[], pinned="it belongs to the training loop", ordered=True)
         self._place_last(code)
         for node in nodes:
@@ -77,7 +77,7 @@ class Folder:
         return self.current[storage_id(node.meta["val"])]
 
     def fold(self, nodes: Iterable[Node]) -> None:
-        """Take in calls in graph order."""
+        """Fold calls in graph order."""
         for node in nodes:
             if node.op == "call_function" and node.target is not operator.getitem:
                 self._fold_call(node)
@@ -89,7 +89,7 @@ class Folder:
         fresh = [r for r in results if storage_id(r.meta["val"]) not in self.current]
         written = self._written_blocks(node)
         if not fresh and not written and results:
-            return  # a view, or a call that hands its argument back
+            return  # a view, or a call that returns its argument
         code = OperatorCode(calls=[node], draws=draws(node), pinned=why_pinned(node))
         code.reads = {argument: self.block_of(argument) for argument in node.all_input_nodes}
         code.hungriest_bytes = self._moving_bytes(set(code.reads.values()))
@@ -140,10 +140,10 @@ class Folder:
         return False
 
     def _joins_cheaply(self, host: OperatorCode, code: OperatorCode, node: Node) -> bool:
-        """Whether the two together need no more memory than the hungrier of them alone.
+        """Whether the two together need no more memory than the larger of the two alone.
 
-        A joined operator needs all that both read at once; a schedule for a
-        small budget must not become impossible by it.
+        A joined operator needs at once everything that both read. This must not make
+        a schedule for a small budget impossible.
         """
         own = sum(self.blocks[k].size_bytes for k in host.outputs)
         before = self._moving_bytes(set(host.reads.values())) + own
@@ -153,11 +153,11 @@ class Folder:
         return self._moving_bytes(joined) + own <= max(before, alone)
 
     def _moving_bytes(self, blocks: set[int]) -> int:
-        """Bytes of the blocks that are not there during the whole step."""
+        """Bytes of the blocks that do not live during the whole step."""
         return sum(self.blocks[k].size_bytes for k in blocks if self.blocks[k].producer is not None)
 
     def _exist_before(self, host: OperatorCode, code: OperatorCode) -> bool:
-        """Whether what ``code`` reads, beside what ``host`` makes, is there when ``host`` runs."""
+        """Whether ``code``'s inputs, beside what ``host`` makes, exist when ``host`` runs."""
         others = {k for k in code.reads.values() if k not in host.outputs}
         return all(
             (producer := self.blocks[k].producer) is None or producer.place < host.place
@@ -169,8 +169,7 @@ class Folder:
         return list(dict.fromkeys(self.block_of(n) for n in nodes))
 
     def _guard_resident(self, node: Node, code: OperatorCode, written: list[int]) -> None:
-        """Writing to parameters, buffers or inputs happens once and in order; so does reading
-        what is written to."""
+        """Pin and order writes to parameters, buffers or inputs, and reads of what is written."""
         outside = [k for k in written if self.blocks[k].producer is None]
         if outside:
             code.ordered = True
@@ -182,9 +181,9 @@ class Folder:
     def _host(self, code: OperatorCode, inner: list[int]) -> OperatorCode | None:
         """The operator that an in-place call can join, or ``None``.
 
-        It can when nobody else has read what it overwrites. It runs where the
-        allocation runs if its other arguments exist by then, else the
-        allocation moves to where the call is.
+        It can if nobody else has read what it overwrites. It runs where the allocation
+        runs if its other arguments exist by then. Otherwise the allocation moves to
+        where the call is.
         """
         if len(inner) != 1:
             return None
@@ -208,10 +207,10 @@ class Folder:
     def _better_in_place(self, code: OperatorCode, inner: list[int]) -> bool:
         """Whether a call that could join an allocation is better kept apart from it.
 
-        A joined operator reads at once what eager reads one after the other: of a
-        sum over chunks all summands. Where the call writes in place instead, what it
-        writes to is made once and never again; in the backward pass that is no loss, in
-        forward one more tensor of that size is worth it (``out += residual``).
+        A joined operator reads at once what eager reads one by one: all summands of a
+        sum over chunks. If the call writes in place instead, its target is made once and
+        never again. In the backward pass that is no loss. In forward, one more tensor of
+        that size is worth it (``out += residual``).
         """
         if len(inner) != 1:
             return False
@@ -231,11 +230,11 @@ class Folder:
         return excess_bytes > least
 
     def _never_repeated(self, host: OperatorCode) -> bool:
-        """Whether nothing is lost where an operator cannot run again."""
+        """Whether nothing is lost if an operator cannot run again."""
         return self._reuse is None or host.calls[0].meta["phase"] == "backward"
 
     def _write(self, code: OperatorCode, inner: list[int], apart: bool) -> None:
-        """Let a call that joins no other write: over what is dead, in place, or to a copy."""
+        """Let a call that joins no other write over dead memory, in place, or to a copy."""
         (node,) = code.calls
         if len(inner) == 1 and self._last.leaves_nothing(node) and self._renew(code, inner[0]):
             return
@@ -250,7 +249,7 @@ class Folder:
             self._clone_first(code, inner)
 
     def _write_in_place(self, code: OperatorCode, inner: list[int]) -> None:
-        """As eager does; what is written to, and what reads it before that, is not made again."""
+        """Write as eager does; the target and its earlier readers then run only once."""
         for k in inner:
             block = self.blocks[k]
             assert block.producer is not None
@@ -261,7 +260,7 @@ class Folder:
             self.written_resident[k] = code.calls[0].name
 
     def _renew(self, code: OperatorCode, k: int) -> bool:
-        """Let a call that leaves nothing of a block write to another one, if that can be made."""
+        """Let a call that overwrites all of a block write to a new one, if possible."""
         old = self.blocks[k]
         carriers = [c for c in old.carriers if c not in old.overwritten]
         if len(carriers) != 1 or not fills_its_storage(carriers[0].meta["val"]):
@@ -298,7 +297,7 @@ class Folder:
         host.pinned = host.pinned or code.pinned
 
     def _clone_first(self, code: OperatorCode, inner: list[int]) -> None:
-        """Overwrite a copy, so that what others read stays what it was."""
+        """Overwrite a copy, so that what others read stays unchanged."""
         for k in inner:
             old = self.blocks[k]
             carriers = [c for c in old.carriers if c not in old.overwritten]
@@ -309,7 +308,7 @@ class Folder:
             code.clones.append((k, self._new_version(code, k, carriers)))
 
     def _new_version(self, code: OperatorCode, k: int, carriers: list[Node]) -> int:
-        """Another block for what a memory holds from now on."""
+        """Start another block for what a memory holds from now on."""
         old, new = self.blocks[k], len(self.blocks)
         self.blocks.append(
             Block(
@@ -349,7 +348,7 @@ class Folder:
 
 
 def pin_readers_of_written(folder: Folder) -> None:
-    """What reads a buffer that the step writes to would read something else the second time."""
+    """Pin readers of buffers that the step writes to: a second run would read other values."""
     for code in folder.operators:
         for argument, k in code.reads.items():
             if k not in folder.written_resident:
@@ -368,7 +367,7 @@ def pin_readers_of_written(folder: Folder) -> None:
 
 
 def drop_unused(operators: list[OperatorCode], wanted: set[int]) -> list[OperatorCode]:
-    """Drop operators whose results are not read and that change nothing."""
+    """Drop operators whose results nobody reads and that change nothing."""
     needed = set(wanted)
     kept = []
     for code in reversed(operators):

@@ -52,10 +52,10 @@ class OptimizerStep:
     workspace_bytes
         Bytes that its step takes beside parameters, gradients and state.
     calls
-        What the step dispatches, for costing.
+        The calls that the step dispatches, for costing.
     step_ns
-        What that takes, where the calls are not known any more, as in a plan from
-        a file; ``None`` where it was not priced.
+        Nanoseconds of the step if its calls are no longer known, as in a plan from a
+        file; ``None`` if it was not priced.
     """
 
     name: str
@@ -71,10 +71,10 @@ def measure_optimizer(
 ) -> OptimizerStep | None:
     """Measure state and workspace of ``optimizer`` on the parameters of ``model``.
 
-    A twin of the optimizer takes two steps on stand-ins of its parameters, so
-    this holds for any optimizer that allocates what it needs in ``step``. On
-    CUDA PyTorch's optimizers treat all parameters at once unless they are told
-    otherwise (``foreach``), with temporaries of the size of all of them.
+    A twin of the optimizer takes two steps on stand-ins of its parameters, so this
+    works for any optimizer that allocates what it needs in ``step``. On CUDA,
+    PyTorch's optimizers update all parameters at once by default (``foreach``), with
+    temporaries as large as all of them together.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def measure_optimizer(
             p.grad = torch.empty_like(p)
         try:
             twin.step()
-        except Exception as error:  # whatever a foreign optimizer raises on stand-ins
+        except Exception as error:  # a foreign optimizer may raise anything on stand-ins
             raise ValueError(
                 f"{name} cannot take a step on stand-ins of the parameters ({error}); "
                 "pass optimizer=None and leave room for its state in the budget"
@@ -122,10 +122,10 @@ def measure_optimizer(
 
 
 class _NumbersOfFakeTensors(TorchDispatchMode):
-    """``.item()`` of a stand-in is a half: memory depends on shapes, not on values.
+    """``.item()`` of a stand-in returns 0.5: memory depends on shapes, not on values.
 
-    Adafactor, for one, reads the norm of each parameter; NAdam divides by one
-    less a product that it keeps.
+    Adafactor, for example, reads the norm of each parameter; NAdam divides by one
+    minus a product that it keeps.
     """
 
     def __init__(self, repeated: FakeCallCache) -> None:

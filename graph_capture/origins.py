@@ -48,7 +48,7 @@ class Origins:
 
     @property
     def counted(self) -> str | None:
-        """Name of a buffer that the step writes to before it is read here, if there is one."""
+        """Name of a buffer that the step writes to before this value reads it, if there is one."""
         memory = {m: n for n in self._part if n.op == "placeholder" for m in memory_of(n)}
         for node in self._part:
             for written in written_by(node):
@@ -85,7 +85,7 @@ def written_after(last: Node, node: Node) -> bool:
 def deciding(func: Any, args: Any, kwargs: Any) -> Any:
     """Return the arguments whose values determine the result of a call that reads values.
 
-    Of a call that picks elements it is the mask: the shape of what it picks from is known.
+    For a call that picks elements this is the mask: the shape of what it picks from is known.
     """
     picks = _PICKS.get(func)
     return (args, kwargs) if picks is None else args[picks]

@@ -1,7 +1,7 @@
 """The answers a step's code received when it read values of tensors, in order.
 
-A plan follows the branches and sizes that these answers led to. Written into a
-plan file, they let the step be captured again where there is no sample.
+A plan follows the branches and sizes that these answers led to. A plan file holds
+them, so that the step can be captured again without a sample.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .private_torch.operators import schema_of
 from .private_torch.trees import tree_iter
 
 ASKS = (DataDependentOutputException, DynamicOutputShapeException)
-"""What a fake tensor raises when its value is asked for."""
+"""What fake tensors raise when their value is asked for."""
 
 Number = bool | int | float | complex
 
 
 class OutcomeMismatchError(NotFittingError):
-    """The step reads other values than it did when its plan was made."""
+    """The step reads other values than when its plan was made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,9 +43,9 @@ class Outcome:
     Parameters
     ----------
     number
-        Of a call that hands out a number, such as ``.item()``.
+        The result of a call that returns a number, such as ``.item()``.
     made
-        What was handed out by a call whose shapes depend on values.
+        The kinds of tensors that a call returned whose shapes depend on values.
     values
         All elements of a tensor that was read as a whole (``.tolist()``), in
         order.
@@ -114,7 +114,7 @@ class GivenOutcomes:
         fits = len(outcome.made) == num_made if outcome.made is not None else num_made == 0
         if not fits or outcome.values is not None:
             raise OutcomeMismatchError(
-                f"{func} ({where}) does not hand out what question {self._num_taken} did when "
+                f"{func} ({where}) does not return what question {self._num_taken} did when "
                 "the plan was made"
             )
         return outcome
@@ -130,7 +130,7 @@ class GivenOutcomes:
         return outcome
 
     def finish(self) -> None:
-        """Nothing more will be asked."""
+        """Declare that nothing more will be asked."""
         if self._num_taken != len(self._outcomes):
             raise OutcomeMismatchError(
                 f"forward asks for values of tensors {self._num_taken} times, "
@@ -150,7 +150,7 @@ class GivenOutcomes:
 def made_like(outcome: Outcome, func: Any, args: tuple) -> Any:
     """Tensors of the kinds that an outcome names (fake ones under a fake mode).
 
-    They lie where the arguments lie, which need not be where the sample does.
+    They lie on the device of the arguments, which need not be the sample's.
     """
     assert outcome.made is not None
     device = next(t.device for t in tree_iter(args) if isinstance(t, torch.Tensor))
@@ -168,11 +168,11 @@ class ReadsWhole(TorchDispatchMode):
     """A mode that can return all values of a fake tensor at once."""
 
     def read_whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The values on the CPU, ``None`` if this mode leaves the question to PyTorch."""
+        """The values on the CPU; ``None`` if this mode leaves the question to PyTorch."""
         raise NotImplementedError
 
     def asked_number(self, tensor: torch.Tensor) -> AskedNumber | None:
-        """What ``.item()`` hands out, ``None`` if that is the number itself."""
+        """What ``.item()`` returns; ``None`` if that is the number itself."""
         return None
 
 
@@ -188,23 +188,23 @@ def reader_of(tensor: torch.Tensor) -> ReadsWhole | None:
 
 @dataclass(slots=True)
 class Handed:
-    """How many numbers were handed out whose values nobody has asked for yet."""
+    """Counts the numbers that were returned but whose values nobody has asked for yet."""
 
     num_numbers: int = 0
 
 
 @contextmanager
 def read_as_a_whole(handed: Handed | None = None) -> Iterator[None]:
-    """While active, fake tensors hand their values out as NumPy arrays and as lists.
+    """While active, fake tensors can be read as NumPy arrays and as lists.
 
-    Where a mode answers for them: element by element a list of a hundred numbers
-    would be a hundred questions.
+    This needs a mode that answers for them. Read element by element, a list of a
+    hundred numbers would be a hundred questions.
 
     Parameters
     ----------
     handed
-        Counts what ``.item()`` hands out that is an
-        :class:`~graph_capture.asked_numbers.AskedNumber`; ``None`` for numbers at once.
+        Counts each :class:`~graph_capture.asked_numbers.AskedNumber` that ``.item()``
+        returns; ``None`` makes ``.item()`` return plain numbers at once.
     """
     cls: Any = FakeTensor
     names = ("tolist", "numpy", "item", "__array__", "__bool__", "__format__")
@@ -234,7 +234,7 @@ def read_as_a_whole(handed: Handed | None = None) -> Iterator[None]:
         return values if dtype is None else values.astype(dtype, copy=False)
 
     def truth(tensor: torch.Tensor) -> bool:
-        """Asks for no more than was asked: not which number it is, but whether it is zero."""
+        """Ask only whether the number is zero, not which number it is."""
         if tensor.dtype == torch.bool or tensor.numel() != 1 or reader_of(tensor) is None:
             return torch.Tensor.__bool__(tensor)
         return torch.Tensor.__bool__(tensor != 0)
@@ -248,7 +248,7 @@ def read_as_a_whole(handed: Handed | None = None) -> Iterator[None]:
         return number
 
     def text(tensor: torch.Tensor, spec: str) -> str:
-        """As PyTorch writes a number; it asks whether the class is its own."""
+        """Write a number as PyTorch does, which checks for its own class."""
         if tensor.dim() or reader_of(tensor) is None:
             return object.__format__(tensor, spec)
         return format(item(tensor), spec)

@@ -1,8 +1,8 @@
 """Take a model's output apart into tensors, and rebuild it from others.
 
 Known containers go through torch's pytree. Any other object that holds tensors (a
-key-value cache, a dataclass, one with slots) is copied with the new tensors in the
-old one's places; modules that it holds are not copied.
+key-value cache, a dataclass, an object with slots) is copied with the new tensors in
+place of the old ones; modules that it holds are not copied.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class OutputTemplate:
         """Rebuild the output with ``tensors`` in place of the original ones."""
         rebuilt = []
         for leaf, slot in zip(self.leaves, self.slots, strict=True):
-            if slot is None:  # an array is the caller's to change
+            if slot is None:  # the caller may change an array
                 rebuilt.append(leaf.copy() if isinstance(leaf, np.ndarray) else leaf)
             elif isinstance(slot, int):
                 rebuilt.append(tensors[slot])
@@ -106,7 +106,7 @@ def take_apart(output: Any) -> tuple[OutputTemplate, list[torch.Tensor]]:
 def _flattened(output: Any) -> tuple[list[tuple[str, Any]], TreeSpec]:
     try:
         leaves, spec = tree_flatten_with_path(output, is_leaf=_is_size)
-    except ValueError:  # a container that was registered without a way to name its places
+    except ValueError:  # a container registered without names for its places
         plain, spec = tree_flatten(output, is_leaf=_is_size)
         return [(f"output {i}", leaf) for i, leaf in enumerate(plain)], spec
     return [
@@ -116,7 +116,7 @@ def _flattened(output: Any) -> tuple[list[tuple[str, Any]], TreeSpec]:
 
 
 def _is_size(value: Any) -> bool:
-    """A shape, which pytree would put together again as a plain tuple."""
+    """Whether it is a shape, which pytree would rebuild as a plain tuple."""
     return isinstance(value, torch.Size)
 
 
@@ -143,7 +143,7 @@ def _refuse_numbers(leaf: Any) -> None:
 
 
 def _refuse_uncopied(leaf: Any, held: list[torch.Tensor]) -> None:
-    """An object of which no copy with other tensors can be made."""
+    """Refuse an object that cannot be copied with other tensors."""
     what = f"an output of type {type(leaf).__name__} holds tensors"
     advice = "return them in a tuple, a dict or a dataclass"
     others = {id(t): torch.empty(()) for t in held}
@@ -155,7 +155,7 @@ def _refuse_uncopied(leaf: Any, held: list[torch.Tensor]) -> None:
         raise NotFittingError(f"{what} that its copies share, in a function, say; {advice}")
 
 
-# Bytes and arrays make new ones of themselves whenever they are asked what a copy is made from.
+# Bytes and arrays return new copies of themselves whenever they are asked for their parts.
 _HOLD_NOTHING = (type, str, int, float, complex, bytes, bytearray, types.ModuleType, np.generic)
 
 
@@ -199,10 +199,10 @@ def _held_by(item: Any) -> Iterator[Any]:
 
 
 def _state_of(item: Any) -> Iterator[Any]:
-    """What a copy of an object of C would be made from: a deque's items, a partial's arguments."""
+    """The parts that a copy of a C object is made from: a deque's items, a partial's arguments."""
     try:
         parts = item.__reduce_ex__(4)
-    except (TypeError, AttributeError, pickle.PicklingError):  # of which there are no copies
+    except (TypeError, AttributeError, pickle.PicklingError):  # it cannot be copied
         return
     if isinstance(parts, tuple):
         yield from (part for part in parts[1:3] if part is not None)

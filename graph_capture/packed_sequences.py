@@ -1,9 +1,9 @@
 """Packed sequences of stand-ins, whose lengths PyTorch reads from memory.
 
-``pack_padded_sequence`` and what follows it walk over batch sizes in C++, which
-a stand-in has none of. Lengths are read on the sample and checked, as any list
-of numbers is; batch sizes are then a real tensor, and padding again is written
-with calls that can be traced: those that PyTorch makes itself.
+``pack_padded_sequence`` and the calls after it walk over batch sizes in C++, and a
+stand-in has none. So lengths are read on the sample and checked, like any list of
+numbers, and batch sizes are a real tensor. Padding again is written with calls that
+can be traced, the same ones that PyTorch makes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def packed(data: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
     data
         A stand-in; only its shape matters.
     lengths
-        Real ones, longest first.
+        A real tensor, longest first.
     """
     with disable_current_modes():
         blank = torch.empty(data.shape[:2])

@@ -1,8 +1,8 @@
 """The user's rules for recomputation: what to recompute never, and what always.
 
-A pattern names operators by the path of their module (``"encoder.layer.0"``
-means everything below it, too), by a glob over it (``"*.attention"``), or by
-what they call (``"aten.gelu"``).
+A pattern names operators by the path of their module (``"encoder.layer.0"`` includes
+everything below it), by a glob over the path (``"*.attention"``), or by what they
+call (``"aten.gelu"``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .errors import CaptureError
 def apply_policies(
     captured: CapturedStep, never: Sequence[str] = (), always: Sequence[str] = ()
 ) -> CapturedStep:
-    """Pin the operators that ``never`` names, repeat in backward those that ``always`` names.
+    """Pin the operators that ``never`` names; repeat in backward those that ``always`` names.
 
     Raises
     ------
@@ -134,7 +134,7 @@ class _Repeater:
     def _append(self, v: int, at: dict[int, int], *, repeats: bool = False) -> None:
         op, code = self._graph.operators[v], self._captured.code[v]
         own = set(op.outputs) if not repeats else set()
-        # A repetition makes its own copy of what is kept already, and drops it at once.
+        # A repetition makes its own copy of what is already kept, and drops it at once.
         copies_bytes = sum(
             self._graph.storages[k].size_bytes
             for k in op.outputs

@@ -25,9 +25,9 @@ class Pricing:
     probe
         Scratch memory of each call.
     held_bytes
-        Memory that lies in modules and takes no part in the step.
+        Bytes of tensors that lie in modules but take no part in the step.
     known
-        Time and scratch of the calls that were priced before, by node and target: a
+        Time and scratch of the calls that were priced before, by node and target. A
         step is assembled more than once, and few calls change in between.
     """
 

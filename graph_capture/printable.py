@@ -1,7 +1,7 @@
 """Make text safe to print on a terminal.
 
-Names come from users' modules and from files. A terminal takes control
-characters in them for commands: a title, a cleared screen, a line gone back.
+Names come from users' modules and from files. A terminal would take control
+characters in them as commands: set the title, clear the screen, go back a line.
 """
 
 from __future__ import annotations

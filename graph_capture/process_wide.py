@@ -30,7 +30,7 @@ _SETTINGS: dict[str, Callable[[], Any]] = {
 
 
 class ProcessWide:
-    """Asks PyTorch for them; answers with the same object for as long as nothing changes."""
+    """Asks PyTorch for the settings; returns the same object as long as nothing changes."""
 
     def __init__(self) -> None:
         self._held: dict[str, Any] = {}
@@ -45,4 +45,4 @@ class ProcessWide:
 
 
 PROCESS_WIDE = ProcessWide()
-"""Of this process."""
+"""The settings of this process."""

@@ -1,10 +1,9 @@
 """Decide which calls may run again, and how.
 
-A call may be repeated when it computes the same bits from the same inputs and
-changes nothing else. Three kinds need care: calls that draw random numbers
-(repeated from the recorded generator state), batch normalization (repeated
-without touching the running statistics) and choices that later calls follow
-(saved, so that a route never flips).
+A call may be repeated if it computes the same bits from the same inputs and changes
+nothing else. Three kinds need care: calls that draw random numbers (repeated from the
+recorded generator state), batch normalization (repeated without touching the running
+statistics), and choices that later calls follow (saved, so that a route never flips).
 """
 
 from __future__ import annotations

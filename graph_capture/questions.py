@@ -1,9 +1,9 @@
 """Answer traced code that reads a tensor's value.
 
-The value is the one on the sample, so that the branch is taken that eager takes
-there; and a check goes into the graph at this place, since another step may
-have another value. What is planned for is the answer, not what it was made of:
-that ``labels.max() >= vocab_size`` is false holds for all sensible labels.
+The value is that on the sample, so that the capture takes the branch that eager takes
+there. A check goes into the graph at this point, because another step may have
+another value. The plan holds for the answer, not for the values behind it: that
+``labels.max() >= vocab_size`` is false holds for all sensible labels.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Questions:
     Parameters
     ----------
     recorder
-        What is asked; gets the checks.
+        The recorder that is asked; it gets the checks.
     given
         The answers of an earlier capture; ``None`` to ask the sample.
     """
@@ -76,28 +76,28 @@ class Questions:
         number = AskedNumber(
             tensor, is_fresh=lambda: not written_after(last, node), unknown=unknown
         )
-        if self._recorder.lies_in_state(tensor):  # a counter, say, that is written to next
+        if self._recorder.lies_in_state(tensor):  # perhaps a counter that is written to next
             number.settle()
         return number
 
     def finish(self) -> None:
-        """The step has ended.
+        """Declare the end of the step.
 
         Raises
         ------
         OutcomeMismatchError
-            When an earlier capture was asked more.
+            When an earlier capture was asked for more.
         """
         if self._given is not None:
             self._given.finish()
 
     def look_ahead(self, reassigned: Mapping[str, torch.Tensor]) -> None:
-        """Note what the next step would be answered otherwise, forward having run once.
+        """Note the questions that the next step, after this forward, would answer otherwise.
 
         Parameters
         ----------
         reassigned
-            By name: what forward puts in the place of buffers and attributes.
+            By name, what forward puts in place of buffers and attributes.
         """
         if self._given is not None or not self._of_state:
             return
@@ -113,7 +113,7 @@ class Questions:
         Raises
         ------
         CaptureError
-            When a plan for this answer would be of no use.
+            When a plan for this answer would be useless.
         Exception
             ``error``, when there is no answer.
         """
@@ -145,15 +145,15 @@ class Questions:
         if backward:
             self._expect_masks(func, node_args, outcome, error)
             return out
-        made = next(iter(tree_iter(out)))  # the sizes of what else it hands out follow
+        made = next(iter(tree_iter(out)))  # it settles the sizes of the other results
         self._check(checks.expect_shape, (recorder.node_of(made), list(made.shape)), _words(func))
         return out
 
     @contextmanager
     def _in_forward(self) -> Iterator[None]:
-        """Let a check of what backward asks for stand at the end of forward.
+        """Put a check of what backward asks for at the end of forward.
 
-        There the step can still be given up; what autograd saves is not written to.
+        There the step can still be abandoned, and nothing writes to what autograd saves.
         """
         recorder = self._recorder
         if recorder.phase != "backward":
@@ -169,7 +169,7 @@ class Questions:
             recorder.phase = "backward"
 
     def _expect_masks(self, func: Any, args: Any, outcome: Outcome, error: Exception) -> None:
-        """Check in forward that masks pick as many elements as backward was planned for."""
+        """Check in forward that masks pick as many elements as backward is planned for."""
         assert outcome.made is not None
         asked = deciding(func, args, {})
         masks = [n for n in tree_iter(asked) if isinstance(n, Node)]
@@ -185,7 +185,7 @@ class Questions:
             self._check(checks.expect_shape, (node, list(places.shape)), _words(func))
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """All values of a stand-in, checked as a whole; ``None`` where nobody knows."""
+        """All values of a stand-in, checked as a whole; ``None`` if they are not known."""
         recorder = self._recorder
         if recorder.phase == "backward":
             return None
@@ -200,12 +200,12 @@ class Questions:
                 return None
             self._refuse_useless(value, self.values.follows_from(node), "reading", source)
         self.outcomes.append(Outcome.read(value))
-        with disable_current_modes():  # to make a stand-in is no call of the step
+        with disable_current_modes():  # making a stand-in is not a call of the step
             planned = recorder.node_of(value)
         self._check(checks.expect_values, (node, planned), "the values of a tensor")
         self._look_at_chance(None, (node,), {}, self.outcomes[-1])
         with disable_current_modes():
-            return value.clone()  # the planned one is nobody else's
+            return value.clone()  # nobody else may hold the planned one
 
     def _expect_number(self, func: Any, args: tuple, kwargs: dict, number: Any) -> None:
         what = _words(func)
@@ -226,7 +226,7 @@ class Questions:
             )
 
     def _look_at_chance(self, func: Any, args: tuple, kwargs: Any, outcome: Outcome) -> None:
-        """Of the check made last: see whether another step finds something else."""
+        """Look whether another step may find another value at the check made last."""
         origins = self.values.follows_from(args, kwargs)
         question = Asked(
             func=func,
@@ -255,7 +255,7 @@ class Questions:
         )
 
     def _refuse_useless(self, result: Any, origins: Origins, func: Any, source: str) -> None:
-        """A plan must hold for more than the step that it was made on."""
+        """Refuse an answer whose plan would hold only for the step that it was made on."""
         if isinstance(result, bool) or (
             isinstance(result, torch.Tensor) and result.dtype == torch.bool and func == "reading"
         ):
@@ -288,7 +288,7 @@ class Questions:
 
 
 def _of_forward(tree: Any) -> bool:
-    """Whether all nodes are there when forward ends."""
+    """Whether all nodes exist when forward ends."""
     return all(
         n.meta.get("phase", "forward") == "forward" and n.meta.get("role") != "tangent"
         for n in tree_iter(tree)
@@ -305,7 +305,7 @@ def _first_picked(args: Any) -> int:
 
 
 def _fills_least_length(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
-    """Whether ``bincount(x, minlength=n)`` makes n counts, as it does for all x below n."""
+    """Whether ``bincount(x, minlength=n)`` makes n counts, as for all x below n."""
     if func is not aten.bincount.default:
         return False
     least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)

@@ -1,11 +1,11 @@
 """Observe what a step reads besides its arguments while it is traced.
 
-Attributes of modules are seen because ``nn.Module.__getattribute__`` is exchanged
-for the time of the trace, those of other objects that are met (a configuration, a
-schedule) because their classes' is. Globals, class attributes and closure cells are
-found in the code of the functions that are met: forwards and hooks, the functions
-of a custom ``autograd.Function``, functions that those name, and whatever lies on
-the stack when an operator is called.
+Reads of module attributes are seen because ``nn.Module.__getattribute__`` is replaced
+during the trace. For other objects that are met (a configuration, a schedule), the
+``__getattribute__`` of their classes is replaced. Globals, class attributes and
+closure cells are found in the code of the functions that are met: forwards and hooks,
+the functions of a custom ``autograd.Function``, functions that those name, and all
+functions on the stack when an operator is called.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class Watcher:
     Parameters
     ----------
     model
-        Gives names to modules; its hooks and its forward are looked into.
+        Gives names to modules; its hooks and its forward are examined.
     forward
-        What is called.
+        The function that is called.
     objects
         Arguments that are objects with attributes.
     """
@@ -107,7 +107,7 @@ class Watcher:
         self._named: dict[tuple[int, str], tuple[str, Where, Any, str]] = {}
         self._tables: dict[type, Any] = {}
         self._seen: dict[int, Any] = {}  # functions, codes and objects that were met, kept alive
-        self._classes: dict[type, Any] = {}  # exchanged, with what they had themselves
+        self._classes: dict[type, Any] = {}  # classes with a replaced method -> their own method
         self._unresolved: list[types.CodeType] = []
         self._forward = forward
         self._active = False
@@ -117,13 +117,13 @@ class Watcher:
         self._modules = ModulesMet(self.outside.names)
         self.generators = ForeignGenerators()
         self.clocks = ClocksMet()
-        self.settled: list[Change] = []  # what forward changes once, of what it reads
+        self.settled: list[Change] = []  # what forward reads and changes once
         self.replaceable: set[str] = set()  # attributes whose tensors are inputs of the step
         # What was asked for its attributes by vars() or ``__dict__``, and by which code.
         self._asked_for_all: dict[tuple[int, int], tuple[Any, types.CodeType]] = {}
         self._thread = threading.get_ident()  # others train models of their own
-        self._past_watching: dict[int, types.CodeType] = {}  # asks by object.__getattribute__
-        self._unwatchable: set[type] = set()  # classes that refuse to be exchanged
+        self._past_watching: dict[int, types.CodeType] = {}  # reads by object.__getattribute__
+        self._unwatchable: set[type] = set()  # classes whose method cannot be replaced
         self._words: set[str] = set()  # names that occur in the functions that were met
         self._strings: set[str] = set()  # identifiers that occur in them as strings
 
@@ -160,7 +160,7 @@ class Watcher:
             return super(nn.Module, module).__getattribute__(name)
 
         self._thread = threading.get_ident()
-        with ExitStack() as undo:  # what was exchanged before an error is put back, too
+        with ExitStack() as undo:  # after an error, too
             undo.callback(self._put_back_classes)
             self._active = True
             for cls in list(self._classes):
@@ -220,7 +220,7 @@ class Watcher:
         return f"{path}.{name}" if path else name
 
     def _meet(self, value: Any, path: str, depth: int = 0) -> None:
-        """Look into what was read: functions may be called, objects may be asked."""
+        """Look into what was read: functions may be called, objects may be read."""
         if isinstance(value, types.ModuleType):
             self._modules.meet(value)
             return
@@ -309,14 +309,14 @@ class Watcher:
             self._note_all(value)
 
     def _remember_classes(self, cls: type) -> None:
-        """What lies in a class and its bases, unless they belong to an installed package."""
+        """Remember the contents of a class and its bases, but not those of installed packages."""
         for base in filter(is_users_class, cls.__mro__):
             module = sys.modules.get(base.__module__)
             if not is_library_file(getattr(module, "__file__", None) or ""):
                 self.outside.names(base, base.__name__)
 
     def _note_all(self, value: Any) -> None:
-        """Of an object that cannot be watched every attribute counts that is named anywhere."""
+        """Count every attribute that is named anywhere, of an object that cannot be watched."""
         for name in (*dict_of(value), *slots_of(value)):
             self._note(value, name)
 
@@ -335,7 +335,7 @@ class Watcher:
 
         try:
             cls.__getattribute__ = watched
-        except Exception:  # whatever a metaclass raises that lets nobody change its classes
+        except Exception:  # a metaclass that forbids changes may raise anything
             logger.debug("%s cannot be watched", cls, exc_info=True)
             del self._classes[cls]
             self._unwatchable.add(cls)
@@ -381,10 +381,10 @@ class Watcher:
         attributes: tuple[str, ...],
         code: types.CodeType,
     ) -> None:
-        """A name, and the attributes that are asked of what it stands for."""
+        """Follow a name, and the attributes that are read from what it stands for."""
         try:
             value = holder[key] if where is Where.TABLE else getattr(holder, key)
-        except ValueError:  # a cell that is empty as yet
+        except ValueError:  # a cell that is still empty
             return
         path = label.split("'")[1] if "'" in label else label
         if isinstance(value, types.ModuleType):
@@ -465,10 +465,10 @@ class Watcher:
         return Reads(places)
 
     def _asked_past_watching(self) -> list[tuple[Any, types.CodeType]]:
-        """Whom a function may have asked that leaves out what the classes say.
+        """Objects that a function may have read past their classes, with the function's code.
 
-        Its strings are the names, wherever they are found; a function that computes
-        the names may have asked for any.
+        Its strings are the names, wherever they are found. A function that computes the
+        names may have read any.
         """
         met = [value for value in self._seen.values() if is_users_class(type(value))]
         holders = [*self._root.modules(), *met]
@@ -480,7 +480,7 @@ class Watcher:
         return asked
 
     def _class_of_root(self) -> None:
-        """The forward of the root is called as it is, and the planner puts its own there."""
+        """Note the class that defines the root's forward; the planner replaces the instance's."""
         cls = in_class(type(self._root), "forward")[0]
         if cls is not None:
             table = self._table(cls)
@@ -488,7 +488,7 @@ class Watcher:
             self._named[id(table), "forward"] = (label, Where.TABLE, table, "forward")
 
     def _classes_of_holders(self) -> None:
-        """Numbers that a class holds and that are asked for by ``cls`` or ``type(self)``."""
+        """Numbers that a class holds and that are read through ``cls`` or ``type(self)``."""
         classes = {type(holder) for holder, _ in self._noted.values()}
         classes |= {value for value in self._seen.values() if isinstance(value, type)}
         if self._past_watching:
@@ -517,13 +517,13 @@ class Watcher:
         if cls is None or isinstance(value, types.MemberDescriptorType):
             place = place_of(label, Where.ATTRIBUTE, reference, name)
             missing = isinstance(place.held, Atom) and place.held.value is ABSENT
-            # Wrappers that are made anew for each question have no identity to go by.
+            # Wrappers that are created anew on each read have no identity to compare.
             alike = missing or difference(place.held, place.now(), label) is None
             if not isinstance(holder, nn.Module) and not missing and alike:
                 yield place
         elif is_users_class(cls) or name == "forward":
             before = type(holder).__mro__[: type(holder).__mro__.index(cls)]
-            for base in (*filter(is_users_class, before), cls):  # where another may come to lie
+            for base in (*filter(is_users_class, before), cls):  # where another may appear
                 key = id(self._table(base)), name
                 label = f"'{base.__name__}.{name}'"
                 self._named.setdefault(key, (label, Where.TABLE, self._table(base), name))

@@ -1,9 +1,9 @@
 """What a traced step read besides its arguments, and whether that is unchanged.
 
-A graph holds the numbers that forward and backward read from attributes of modules
-and of other objects, from globals, class attributes and closures: a dropout's
-``p``, a temperature, a LoRA scaling. Whoever changes one changes the step. So each
-place that was read is remembered with what it held, and compared in every step.
+A graph contains the numbers that forward and backward read from attributes of modules
+and of other objects, from globals, class attributes and closures: a dropout's ``p``,
+a temperature, a LoRA scaling. Changing one changes the step. So each place that was
+read is remembered with its value, and compared in every step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .snapshots import (
 
 _dict_of = attrgetter("__dict__")
 SETTINGS = "PyTorch's settings"
-"""Label of the place that holds what is set for the whole process."""
+"""Label of the place that holds the process-wide settings."""
 _code_of = attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _facts_of = attrgetter("requires_grad", "dtype", "device", "shape")
 
@@ -59,10 +59,10 @@ class Place:
     label
         In words: ``"attribute 'drop.p'"``.
     where, holder, key
-        How to get at it. ``holder`` is a weak reference for ``DICT`` and ``SHADOW``,
-        and for ``ATTRIBUTE`` where the object allows for one.
+        How to reach it. ``holder`` is a weak reference for ``DICT`` and ``SHADOW``,
+        and for ``ATTRIBUTE`` if the object allows one.
     held
-        What it held.
+        What it held when it was read.
     """
 
     label: str
@@ -139,7 +139,7 @@ class Reads:
             return "what was read while planning is gone"
         for place in self._places:
             if place.is_gone():
-                continue  # forward itself made it; what replaces a part is seen at its holder
+                continue  # forward itself made it; a replaced part is seen at its holder
             found = difference(place.held, place.now(), place.label)
             if found:
                 return found
@@ -148,10 +148,10 @@ class Reads:
 
 
 class _Fast:
-    """The comparison as a few calls in C: every value is the very object that it was.
+    """The comparison as a few calls in C: every value is the same object as before.
 
-    Equal values that are other objects are found to be so the long way, after which
-    these are the ones to be met.
+    Equal values in other objects are compared the long way once. From then on, those
+    objects are the expected ones.
     """
 
     def __init__(self, places: Sequence[Place]) -> None:
@@ -201,7 +201,8 @@ class _Fast:
         self._functions = list(functions)
         self._code = list(map(_code_of, self._functions))
         self._things = [(p, r) for p, r in things if p.where is not Where.DICT]
-        # Those of which something is read come first: the others are only counted.
+        # Owners with an attribute to compare come first; for the others, only the number of
+        # attributes is compared.
         ids = [*owned, *(i for i in owners if i not in owned)]
         self._owners = [owners[i] for i in ids]
         at = {i: n for n, i in enumerate(ids)}
@@ -251,13 +252,13 @@ class _Fast:
 
 
 class _Items:
-    """What a container holds: plain values and containers, tensors and other objects."""
+    """The items of a container: plain values and containers, tensors and other objects."""
 
     def __init__(self, content: Content) -> None:
         self._container = content.container
         self._count = len(content.container)
         self._set = frozenset(content.keys) if content.items == () and self._count else None
-        # Keys in their order, which forward may go by.
+        # Keys in order, because forward may depend on it.
         ordered = isinstance(content.container, dict) and content.items is not None
         self._keys = content.keys if ordered else None
         items = [*zip(content.keys, content.items or (), strict=False)]
@@ -296,5 +297,5 @@ def _same_code(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:
 
 
 def _getter(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
-    """Gets a tuple of values, of one, too."""
+    """Return a getter of a tuple of values, even of a single one."""
     return itemgetter(*keys, keys[0])

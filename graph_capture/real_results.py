@@ -1,22 +1,21 @@
 """The memory layout of real kernels' results, where stand-ins get it wrong.
 
-What PyTorch says of a call on fake tensors is written by hand for each operator,
-and for arguments that are not contiguous it is now and then not what the kernel
-does: batch normalization over a transposed input hands out a contiguous tensor
-on the CPU and is said to hand out a transposed one. What follows in the graph
-would then be the wrong call. So each distinct call of that kind runs once for
-real, on blank arguments, and the stand-in of its result is made anew where
+PyTorch's fake implementations are written by hand for each operator. For arguments
+that are not contiguous they sometimes differ from the kernel: batch normalization over
+a transposed input returns a contiguous tensor on the CPU, but its fake result is
+transposed. The graph would then continue with the wrong call. So each distinct call of
+that kind runs once for real, on blank arguments, and its stand-in is replaced if
 strides or memory differ.
 
-A few kernels hand out tensors whose memory is larger than they are, whatever their
-arguments are like; they run, too. So do elementwise calls where a dimension of one
-element has a stride that no contiguous tensor has: such a tensor is contiguous and in
-another memory format at once, real kernels and stand-ins take it for different ones,
-and the next normalization or convolution chooses its kernel by that stride.
+Some kernels always return tensors that are smaller than their memory; these calls run,
+too. So do elementwise calls where a dimension of one element has a stride that no
+contiguous tensor has. Such a tensor is contiguous and in another memory format at once:
+real kernels and stand-ins take it for different ones, and the next normalization or
+convolution chooses its kernel by that stride.
 
-Calls that only move or view memory, all other elementwise ones and matrix products are
-left out: their results lie as they are said to. So are calls that cannot be run
-on made-up values, and those that would take too long.
+Calls that only move or view memory, all other elementwise calls, and matrix products are
+left out: their fake results are right. So are calls that cannot run on made-up values,
+and those that would take too long.
 """
 
 from __future__ import annotations
@@ -53,9 +52,9 @@ _LIES_AS_SAID = re.compile(
     r"|_reshape_copy|contiguous|detach|alias|lift_fresh.*|_efficientzerotensor|sum|mean|cat|stack)"
 )
 
-# Elementwise calls that are said to lie as TensorIterator lays them out, and do. Of others what is
-# said is what a Python formula makes of them (torch/_refs): copysign, heaviside, ldexp, logaddexp,
-# logical_and, native_dropout_backward, pow with a number to a tensor's power, xlogy.
+# Elementwise calls whose fake results have TensorIterator's layout, as the real ones do. The fake
+# results of others come from a Python formula (torch/_refs): copysign, heaviside, ldexp, logaddexp,
+# logical_and, native_dropout_backward, pow of a number to a tensor's power, xlogy.
 _ELEMENTWISE_AS_SAID = re.compile(
     r"aten::(_?(add|sub|rsub|mul|div|neg|abs|exp|expm1|log|log1p|log2|log10|sqrt|rsqrt|reciprocal"
     r"|square|sin|cos|tanh|sigmoid|relu|gelu|silu|elu|hardtanh|hardswish|leaky_relu|softplus|mish|erf"
@@ -64,12 +63,12 @@ _ELEMENTWISE_AS_SAID = re.compile(
     r"|(sigmoid|tanh|gelu|silu|elu|hardtanh|hardswish|leaky_relu|softplus|mish)_backward)"
 )
 
-# Kernels that compute parts into their result and then resize it, a loss to one number: the memory
-# stays as large as it was (aten/src/ATen/native/Loss.cpp, Col2Im.cpp).
+# Kernels that compute parts into their result and then shrink it, a loss to one number: the memory
+# stays as large as before (aten/src/ATen/native/Loss.cpp, Col2Im.cpp).
 _HOLDS_MORE = re.compile(r"aten::(.*_loss|binary_cross_entropy|col2im)")
 
-# What was seen of calls in this process, by device and number of threads: a step is traced again
-# for each model that a plan is applied to.
+# Results seen in this process, by device and number of threads: a step is traced again for each
+# model that a plan is applied to.
 _SEEN: dict[tuple[str, int], dict[str, Any]] = {}
 
 _Found = tuple[tuple[int, ...], int, int]  # strides, offset, elements of the memory behind it
@@ -85,7 +84,7 @@ class RealResults:
     device
         Where calls run.
     too_long
-        Whether a call would take too long to be run for this.
+        Whether a call would take too long to run for this.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class RealResults:
         self._known: dict[str, tuple[_Found | None, ...] | None] = _SEEN.setdefault(where, {})
 
     def corrected(self, func: Any, args: tuple, kwargs: dict, out: Any) -> Any:
-        """``out``, or the like of it as the kernel makes it."""
+        """Return ``out``, or a stand-in with the layout that the kernel makes."""
         if not _may_differ(func, args, kwargs, out):
             return out
         with disable_current_modes():
@@ -122,7 +121,7 @@ class RealResults:
         )
 
     def _look(self, call: Call) -> tuple[_Found | None, ...] | None:
-        """How each result lies; ``None`` where all is as said or nothing is known."""
+        """The layout of each result; ``None`` if the fake ones are right or nothing is known."""
         free = free_bytes(self._device)
         too_large = free is not None and argument_bytes(call) + 2 * output_bytes(call) > free
         if too_large or self._too_long(call):
@@ -170,7 +169,7 @@ def _may_differ(func: Any, args: tuple, kwargs: dict, out: Any) -> bool:
     if any(t.layout is not torch.strided or t.dtype.is_complex for t in given):
         return False
     if schema_of(func).name == "aten::mkldnn_rnn_layer_backward":
-        return False  # reads a workspace whose size only the kernel of the forward pass knows
+        return False  # reads a workspace whose size only the forward kernel knows
     if _LIES_AS_SAID.fullmatch(schema_of(func).name) is not None or not runs_on_blanks(func):
         return False
     if not isinstance(out, (torch.Tensor, tuple, list)):
@@ -179,8 +178,10 @@ def _may_differ(func: Any, args: tuple, kwargs: dict, out: Any) -> bool:
 
 
 def _found(said: torch.Tensor, real: Any, given: set[int]) -> _Found | None:
-    """How a result lies if that is not as said; of another shape or an argument's own nothing is
-    said here."""
+    """The layout of a result if the fake one is wrong.
+
+    Results of another shape, and those in an argument's memory, are left alone.
+    """
     if not _is(said) or not _is(real):
         return None
     if (said.shape, said.dtype) != (real.shape, real.dtype) or said.numel() == 0:
@@ -196,7 +197,7 @@ def _found(said: torch.Tensor, real: Any, given: set[int]) -> _Found | None:
 
 
 def _in_two_formats(t: torch.Tensor) -> bool:
-    """Whether a tensor is contiguous, with another stride in a dimension of one element."""
+    """Whether a contiguous tensor has an unusual stride in a dimension of one element."""
     if 1 not in t.shape or not t.is_contiguous():
         return False
     step = 1

@@ -1,9 +1,9 @@
 """Write down every call that eager PyTorch dispatches, as one torch.fx graph.
 
-The recorder sits below autograd and above fake tensors: it sees the kernels
-that an eager step would launch, forward and backward, in order, in-place calls
-included, and nothing is decomposed or functionalized. What it writes down is
-therefore what eager computes, to the bit.
+The recorder sits below autograd and above fake tensors. It sees the kernels that an
+eager step would launch, forward and backward, in order, including in-place calls.
+Nothing is decomposed or functionalized, so the graph computes what eager computes, to
+the bit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 _RESIZES = {"aten::resize_", "aten::resize_as_"}
 _EXCHANGES = {getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads()}
-# Their effect is that they raise, which no stand-in does.
+# Their effect is to raise, which they cannot do on stand-ins.
 _ASSERTIONS = {assert_async.default, assert_async.msg}
 
 
@@ -93,18 +93,18 @@ class Recorder(ReadsWhole):
     Parameters
     ----------
     current_node
-        Says which node of autograd is being differentiated.
+        Returns the autograd node that is being differentiated.
     repeated
         Runs the calls; ``None`` leaves each to PyTorch.
     on_call
-        Is called by each call that is dispatched.
+        Is called for each call that is dispatched.
     outcomes
-        What calls that ask for values are answered; ``None`` for what they would be
-        answered on the sample.
+        The answers to calls that ask for values; ``None`` to answer with the sample's
+        values.
     twin
         Makes a stand-in for a tensor that the code brings along.
     real
-        Knows how results of real kernels lie, for whoever else runs calls of the step.
+        Knows the layout of real kernels' results, for others that run calls of the step.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Recorder(ReadsWhole):
     def placeholder(
         self, name: str, tensor: torch.Tensor, real: torch.Tensor | None = None, **meta: Any
     ) -> Node:
-        """Declare an input of the step, and what it really is on the sample, if that is known."""
+        """Declare an input of the step, with its real value on the sample if that is known."""
         node = self.graph.placeholder(name)
         node.meta.update(meta)
         self.bind(node, tensor)
@@ -164,7 +164,7 @@ class Recorder(ReadsWhole):
         Raises
         ------
         CaptureError
-            When the tensor came from nowhere that was seen.
+            When nobody saw where the tensor came from.
         """
         self._refuse_undense(tensor)
         node = self._node_of.get(id(tensor))
@@ -202,8 +202,8 @@ class Recorder(ReadsWhole):
         return twin
 
     def _with_twins(self, func: Any, tree: Any) -> Any:
-        """Arguments with stand-ins in the place of real tensors, whose views then share memory."""
-        if func is torch.ops.aten.lift_fresh.default:  # of which PyTorch keeps the value
+        """Arguments with stand-ins in place of real tensors; views of one then share memory."""
+        if func is torch.ops.aten.lift_fresh.default:  # PyTorch keeps its value
             return tree
         given = [x for x in tree_iter(tree) if isinstance(x, torch.Tensor)]
         if all(isinstance(x, FakeTensor) for x in given):
@@ -220,7 +220,7 @@ class Recorder(ReadsWhole):
             refuse_result(tensor, self.origin()[1], self.phase)
 
     def bind(self, node: Node, tensor: torch.Tensor) -> None:
-        """Let ``node`` be what makes ``tensor``."""
+        """Record that ``node`` makes ``tensor``."""
         self._refuse_undense(tensor)
         node.meta["val"] = tensor
         self._memory_of[id(tensor)] = storage_id(tensor)
@@ -248,15 +248,15 @@ class Recorder(ReadsWhole):
         )
 
     def is_known(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is made of nothing but constants: every step makes it alike."""
+        """Whether a tensor is made only of constants, so that every step makes the same one."""
         return self._known.value_of(tensor) is not None
 
     def let_go(self) -> None:
-        """Forget who listens: what was recorded may outlive the model."""
+        """Drop the callbacks: what was recorded may outlive the model."""
         self._on_call = lambda: None
 
     def knowing(self) -> ReplayAnswersMode:
-        """A mode that knows what was known of values so far, and records nothing."""
+        """Return a mode that knows the values known so far, and records nothing."""
         return ReplayAnswersMode(
             self._known.copy(), self.questions.outcomes, self.questions.unknown
         )
@@ -267,7 +267,7 @@ class Recorder(ReadsWhole):
         return known if known is not None else self.questions.read(tensor)
 
     def asked_number(self, tensor: torch.Tensor) -> AskedNumber | None:
-        """A number that is asked for when it matters, where nobody knows it anyway."""
+        """A number that is read only when it matters; ``None`` if its value is known anyway."""
         if self.phase != "forward" or tensor.dtype == torch.bool or tensor.is_complex():
             return None
         if self._known.value_of(tensor) is not None:
@@ -326,21 +326,21 @@ class Recorder(ReadsWhole):
         return out
 
     def _look_at_stand_in(self, real: torch.Tensor, fake_mode: FakeTensorMode) -> None:
-        """Let views of a real tensor be views: PyTorch makes them of its one stand-in."""
+        """Make views of a real tensor share memory: PyTorch makes them from its one stand-in."""
         node = self.node_of(real)
         with disable_current_modes():
             stand_in = fake_mode.fake_tensor_converter.from_real_tensor(fake_mode, real)
         self.bind(node, stand_in)
 
     def _check_generator(self, args: tuple, kwargs: dict) -> None:
-        """Numbers come from the default generator, in one sequence that starts with the step."""
+        """Refuse other generators: a step draws one sequence, from the default generator."""
         if any(isinstance(v, torch.Generator) for v in tree_iter((args, kwargs))):
             raise CaptureError(
                 f"random numbers are drawn from a generator of the model's own ({self._where()}); "
                 "use the default generator, or draw outside and pass the numbers as an argument"
             )
         self.check_generators()
-        with disable_current_modes():  # so that a state that is put back later is another one
+        with disable_current_modes():  # so that a state put back later differs from this one
             torch.rand(())
             if torch.cuda.is_initialized():
                 for generator in torch.cuda.default_generators:
@@ -348,12 +348,12 @@ class Recorder(ReadsWhole):
             self._generator_states = generator_states()
 
     def check_generators(self) -> None:
-        """Nobody sets the state of torch's generators, be it to what it was before.
+        """Refuse code that sets the state of torch's generators, even to an earlier state.
 
         Raises
         ------
         CaptureError
-            When they are not where the last draw has left them.
+            When a generator's state is not the one after the last draw.
         """
         with disable_current_modes():
             pairs = [*zip(generator_states(), self._generator_states, strict=True)]
@@ -382,7 +382,7 @@ class Recorder(ReadsWhole):
         tensor = args[0]
         source = self.node_of(tensor)
         size = tensor.shape
-        frozen = tensor.detach()  # the node keeps the shape that it had
+        frozen = tensor.detach()  # the node keeps its old shape
         source.meta["val"] = frozen
         self._keep_alive.append(frozen)
         node_args = self.as_nodes(args)
@@ -392,11 +392,11 @@ class Recorder(ReadsWhole):
             return out
         node = self.call(functional_twin(func), node_args, kwargs)
         self.bind(node, tensor)
-        self._known.note(func, args, kwargs, out)  # its shape is another now
+        self._known.note(func, args, kwargs, out)  # its shape has changed
         return out
 
     def _refuse_resized(self, tensor: torch.Tensor, before: torch.Size) -> None:
-        """Memory that grows under a tensor is not the memory that a plan counts."""
+        """Refuse a tensor whose memory grows: a plan counts the memory that it had."""
         if tensor.shape != before:
             raise CaptureError(
                 f"a tensor of shape {tuple(before)} is resized in place to {tuple(tensor.shape)} "
@@ -405,7 +405,7 @@ class Recorder(ReadsWhole):
             )
 
     def as_nodes(self, tree: Any) -> Any:
-        """Arguments with nodes in the place of tensors."""
+        """Arguments with nodes in place of tensors."""
         return tree_map(lambda x: self.node_of(x) if isinstance(x, torch.Tensor) else x, tree)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Node:
@@ -416,12 +416,12 @@ class Recorder(ReadsWhole):
         return node
 
     def record(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        """Append a call that handed ``out`` out."""
+        """Append a call that returned ``out``."""
         self._append(func, args, kwargs, out)
         self._known.note(func, args, kwargs, out)
 
     def _append(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        if func is torch.ops.aten.lift_fresh.default:  # hands out a constant: give each run its own
+        if func is torch.ops.aten.lift_fresh.default:  # returns a constant: copy it for each run
             func = torch.ops.aten.clone.default
         node = self.call(func, self.as_nodes(args), self.as_nodes(kwargs))
         node.meta["writes"] = tuple(self.node_of(t) for t in written_arguments(func, args, kwargs))
@@ -475,7 +475,7 @@ class Recorder(ReadsWhole):
     def module_paths(self, model: torch.nn.Module) -> Iterator[None]:
         """While active, calls know the submodule that they run in."""
         path_of = {id(m): name for name, m in model.named_modules()}
-        mine = threading.get_ident()  # modules of other threads run as well meanwhile
+        mine = threading.get_ident()  # modules of other threads may run meanwhile
 
         def look_outside() -> None:
             if self.draws_outside is None and _outside_generators() != self._outside_state:
@@ -499,7 +499,7 @@ class Recorder(ReadsWhole):
         ]
         try:
             yield
-            look_outside()  # what the model's own forward draws after its last module
+            look_outside()  # for draws of the model's own forward after its last module
         finally:
             for handle in handles:
                 handle.remove()
@@ -516,8 +516,8 @@ def _outside_generators() -> tuple[Any, ...]:
 def _apart(func: OpOverload, out: Any) -> Any:
     """Outputs of a call that by its schema share no memory, as different tensors.
 
-    Some fake kernels return one tensor twice (``mkldnn_rnn_layer_backward`` its
-    gradient of the bias) where the real one returns two.
+    Some fake kernels return one tensor twice where the real kernel returns two, as
+    ``mkldnn_rnn_layer_backward`` does with the bias gradient.
     """
     if not isinstance(out, (tuple, list)) or any(r.alias_info for r in schema_of(func).returns):
         return out

@@ -1,14 +1,13 @@
 """Write a result over an argument that nothing else reads.
 
-Eager PyTorch allocates a result beside its arguments even when an argument is
-dead right after. Where an elementwise call is the only reader of an argument of
-the result's shape, dtype and layout, the same kernel may write there: the bits
-are the same and one tensor less is alive. The gradient of the logits, for one,
-then needs one buffer instead of two.
+Eager PyTorch allocates a result beside its arguments even if an argument is dead right
+after. If an elementwise call is the only reader of an argument with the result's shape,
+dtype and layout, the same kernel may write there: the bits are the same, and one tensor
+less is alive. The gradient of the logits, for example, then needs one buffer instead of
+two.
 
-Such a call joins the operator that allocates the argument (see
-``operators.Folder``), so a schedule always runs both, and the memory that it
-saves is known before solving.
+Such a call joins the operator that allocates the argument (see ``operators.Folder``).
+A schedule then always runs both, and the memory saved is known before solving.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .private_torch.operators import OpOverload, overload_name_of, packet_of, sc
 from .purity import draws, hidden_writes
 from .recorder import storage_id
 
-# Not elementwise, but each row is read before it is written; compared bit by bit on CPU.
+# Not elementwise, but they read each row before they write it; compared bit by bit on CPU.
 _BY_ROWS_ON_CPU = {
     "aten::_softmax",
     "aten::_log_softmax",
@@ -59,7 +58,7 @@ class ReuseFinder:
     Parameters
     ----------
     nodes
-        Of the whole graph, in order.
+        The nodes of the whole graph, in order.
     kept
         Storages that outlive the step's use of them (outputs, gradients).
     """
@@ -98,7 +97,7 @@ class ReuseFinder:
         if value.dtype.is_complex and not all(
             a.meta["val"].is_contiguous() for a in node.all_input_nodes
         ):
-            return []  # the strided loop of complex products rounds otherwise when it overwrites
+            return []  # the strided loop of complex products rounds differently when it overwrites
         arguments = [a for a in node.all_input_nodes if self._may_overwrite(node, a)]
         found = []
         for argument in sorted(arguments, reverse=True):

@@ -1,10 +1,10 @@
 """Values of a traced step's tensors on its sample.
 
-A graph is traced on stand-ins, and code that asks for a value must get the one
-that eager would get. So the part of the graph that the value follows from is
-run for real: on the sample, on the model's parameters and buffers and on
-constants, each copied where that part writes to it. Random numbers are drawn
-in the step's own sequence, from the state in which the generators are.
+A graph is traced on stand-ins, and code that asks for a value must get the value that
+eager would get. So the part of the graph that the value depends on is run for real: on
+the sample, the model's parameters and buffers, and constants, each copied if that part
+writes to it. Random numbers are drawn in the step's own sequence, from the generators'
+current state.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .private_torch.trees import tree_iter
 from .purity import draws
 
 CACHE_BYTES = 256 * 2**20
-"""Values that are kept for the next question, which most often follows from the same ones."""
+"""Bytes of values kept for the next question, which mostly depends on the same ones."""
 
 _TALKS_TO_OTHERS = {"c10d", "_c10d_functional", "_c10d_functional_autograd"}
 _States = tuple[np.ndarray, ...]
@@ -44,7 +44,7 @@ class Other:
     state
         Values of buffers and attributes.
     seed
-        Of all that is drawn; ``None`` for the sample's own numbers.
+        The seed of all draws; ``None`` for the sample's own numbers.
     """
 
     state: Mapping[Node, torch.Tensor] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class SampleValues:
                 self._device_of[device] = tensor.device
 
     def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What a call on nodes hands out now; where only its shape matters, of any values.
+        """The result of a call on nodes now, on made-up values if only the shape matters.
 
         Raises
         ------
@@ -119,23 +119,23 @@ class SampleValues:
         return self._evaluate([node])[node]
 
     def tensors(self, nodes: list[Node]) -> dict[Node, torch.Tensor]:
-        """The values of nodes now, as :meth:`tensor` has them."""
+        """The current values of nodes, as :meth:`tensor` returns them."""
         return self._evaluate(nodes)
 
     def again(
         self, part: frozenset[Node], call: tuple[Any, Any, Any], others: Iterable[Other]
     ) -> Iterator[Any]:
-        """What a call hands out with other state or other random numbers, for each of ``others``.
+        """The result of a call with other state or other random numbers, for each of ``others``.
 
         Parameters
         ----------
         part
-            All that it follows from.
+            All nodes that it depends on.
         call
-            Operator, arguments and keyword arguments; without operator the value of its
-            argument is wanted.
+            Operator, arguments and keyword arguments; without an operator, the value of
+            its argument is wanted.
         """
-        self._slice({})  # who writes what by now
+        self._slice({})  # update who writes what
         order = [n for n in self._graph.nodes if n in part]
         func, args, kwargs = call
         for other in others:
@@ -164,11 +164,11 @@ class SampleValues:
             return self.tensor(node).detach().cpu().clone()
 
     def follows_from(self, *trees: Any) -> Origins:
-        """What the nodes in ``trees`` follow from."""
+        """What the nodes in ``trees`` depend on."""
         return Origins(self._slice(_nodes_in(trees)))
 
     def written_state(self) -> dict[str, Node]:
-        """By name the buffers and attributes that calls so far write to."""
+        """By name, the buffers and attributes that calls so far write to."""
         self._slice({})
         return {
             str(n.meta["target"]): n
@@ -181,7 +181,7 @@ class SampleValues:
     # -- the part of the graph ---------------------------------------------------
 
     def _slice(self, asked: Mapping[Node, None], until: Mapping[Node, Any] | None = None) -> set:
-        """The nodes that ``asked`` follow from; does not look behind those in ``until``."""
+        """The nodes that ``asked`` depend on; does not look behind those in ``until``."""
         writers: dict[int, list[Node]] = {}
         for node in self._graph.nodes:
             for written in written_by(node):
@@ -204,7 +204,7 @@ class SampleValues:
 
     def _evaluate(self, asked: list[Node]) -> dict[Node, Any]:
         """The values of nodes; everything else is freed at its last use or kept for later."""
-        self._slice({})  # who writes what by now
+        self._slice({})  # update who writes what
         for node in [n for n in self._known if any(m in self._writers for m in memory_of(n))]:
             self._forget(node)
         part = self._slice(dict.fromkeys(asked), self._known)
@@ -260,7 +260,7 @@ class SampleValues:
             raise UnknowableError(str(func))
         try:
             return func(*self._placed(args), **self._placed(kwargs))
-        except REFUSALS as error:  # out of memory, say, or a kernel of a device that is not there
+        except REFUSALS as error:  # such as out of memory, or a kernel of an absent device
             raise UnknowableError(f"{func}: {error}") from error
 
     def _placed(self, tree: Any) -> Any:
@@ -289,7 +289,7 @@ class SampleValues:
     # -- random numbers ------------------------------------------------------------
 
     def _with_draws(self, order: list[Node]) -> list[Node]:
-        """The nodes, and what draws before them: numbers come in one sequence."""
+        """The nodes, and all that draw before them, because numbers come in one sequence."""
         last = next((n for n in reversed(order) if draws(n) and n not in self._known), None)
         if last is None:
             return order
@@ -303,9 +303,9 @@ class SampleValues:
         return merged
 
     def _draw(self, node: Node, args: Any, kwargs: Any) -> Any:
-        """Draw in the place that a node has in the step's sequence of draws.
+        """Draw at a node's place in the step's sequence of draws.
 
-        How many numbers a call takes follows from shapes, so one whose values
+        How many numbers a call takes depends on shapes only, so a call whose values
         nobody asks for draws on made-up arguments.
         """
         first = node not in self._state_before

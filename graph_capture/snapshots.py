@@ -1,6 +1,6 @@
 """Snapshots of places: plain values by value, containers by content, the rest by identity.
 
-A snapshot keeps no tensor and no module alive: it knows those by weak references.
+A snapshot keeps no tensor and no module alive: it holds weak references to them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .call_spec import TensorSpec
 from .private_torch.operators import OpOverload, OpOverloadPacket
 
 ABSENT: Any = type("_Absent", (), {"__repr__": lambda _self: "not there"})()
-"""Stands for the value of a place that holds none."""
+"""Stands for the value of an empty place."""
 
 BY_VALUE = (
     bool,
@@ -68,9 +68,9 @@ ATOMS = (*BY_VALUE, *_BY_IDENTITY)
 SEQUENCES = (list, tuple, deque)
 CONTAINERS = (*SEQUENCES, dict, set, frozenset)
 MAX_ITEMS = 10_000
-"""Of containers with more items than this only the number of items is compared."""
+"""For containers with more items than this, only the number of items is compared."""
 MAX_ARRAY_BYTES = 2**26
-"""Larger arrays are not read in every step, which would take more than some ten milliseconds."""
+"""Larger arrays are not read in every step: that would take more than some ten milliseconds."""
 _CHUNK_BYTES = 2**20  # fits into a cache
 _ARRAYS = (np.ndarray, bytearray, array.array)
 WRAPPERS = (
@@ -81,7 +81,7 @@ WRAPPERS = (
     weakref.WeakKeyDictionary,
     weakref.WeakValueDictionary,
 )
-"""What is known by what it holds, see :func:`parts_of`."""
+"""Objects that are compared by their parts, see :func:`parts_of`."""
 _MAX_DEPTH = 6
 
 
@@ -101,9 +101,9 @@ class Content:
     keys
         Indices for a sequence, elements for a set.
     items
-        ``None`` when there are too many; ``keys`` then is how many.
+        ``None`` if there are too many; ``keys`` is then their number.
     container
-        Itself, if the snapshot is to keep it alive.
+        The container itself, if the snapshot is to keep it alive.
     """
 
     type: type
@@ -114,7 +114,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor; ``reference`` is ``None`` where another one may take its place."""
+    """A tensor; ``reference`` is ``None`` if another one may take its place."""
 
     spec: TensorSpec
     reference: weakref.ref[torch.Tensor] | None
@@ -122,7 +122,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """Some other object, known by its identity; a weak reference by what it is only."""
+    """Some other object, compared by identity; a weak reference, by its type only."""
 
     type: type
     reference: Callable[[], Any] | None
@@ -130,16 +130,16 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """An array or a buffer of bytes with what it held.
+    """An array or a buffer of bytes with its contents.
 
     Parameters
     ----------
     looks
         Its shape and dtype, for a NumPy array.
     held
-        Its bytes; ``None`` where there are more than :data:`MAX_ARRAY_BYTES`.
+        Its bytes; ``None`` if there are more than :data:`MAX_ARRAY_BYTES`.
     array
-        Itself, if the snapshot is to keep it alive.
+        The array itself, if the snapshot is to keep it alive.
     """
 
     type: type
@@ -149,13 +149,13 @@ class Numbers:
     array: Any = None
 
     def unchanged(self) -> bool:
-        """Whether the array that the snapshot keeps holds what it held."""
+        """Whether the array that the snapshot keeps still has the same contents."""
         return _looks_of_array(self.array) == self.looks and (
             self.held is None or _holds(self.array, self.held)
         )
 
     def is_too_large(self) -> bool:
-        """Whether it is not compared for its size alone."""
+        """Whether it is left out of the comparison only because of its size."""
         return self.held is None and not _has_objects(self.looks)
 
 
@@ -166,9 +166,9 @@ class Wrapped:
     Parameters
     ----------
     inner
-        Its parts.
+        A snapshot of its parts.
     wrapper, parts
-        Itself and its parts, if the snapshot is to keep them alive.
+        The wrapper and its parts, if the snapshot is to keep them alive.
     """
 
     type: type
@@ -178,7 +178,7 @@ class Wrapped:
     parts: tuple[Any, ...] = ()
 
     def unchanged(self) -> bool:
-        """Whether the wrapper that the snapshot keeps has the parts that it had."""
+        """Whether the wrapper that the snapshot keeps still has the same parts."""
         now = parts_of(self.wrapper)
         return len(now) == len(self.parts) and all(map(is_, now, self.parts))
 
@@ -187,7 +187,7 @@ Snapshot = Atom | Content | Held | Thing | Numbers | Wrapped
 
 
 def parts_of(wrapper: Any) -> tuple[Any, ...]:
-    """What one of :data:`WRAPPERS` holds."""
+    """The parts of one of :data:`WRAPPERS`."""
     if isinstance(wrapper, functools.partial):
         return wrapper.func, wrapper.args, wrapper.keywords
     if isinstance(wrapper, contextvars.ContextVar):
@@ -195,7 +195,7 @@ def parts_of(wrapper: Any) -> tuple[Any, ...]:
     if isinstance(wrapper, threading.local):
         return (wrapper.__dict__,)
     if isinstance(wrapper, types.MappingProxyType):
-        return tuple(gc.get_referents(wrapper))  # it has no attribute for what it is a view of
+        return tuple(gc.get_referents(wrapper))  # it has no attribute for the dict behind it
     return (wrapper.data,)
 
 
@@ -207,7 +207,7 @@ def snapshot(
     Parameters
     ----------
     replaceable
-        Whether a tensor that lies in it may be replaced by one like it.
+        Whether a tensor in it may be replaced by another of the same kind.
     keep
         Whether to keep its containers alive.
     """
@@ -251,7 +251,7 @@ def _num_bytes(value: Any) -> int:
 
 
 def _bytes_of(value: Any) -> bytes | None:
-    """What an array holds; ``None`` for one of Python objects, whose bytes are addresses."""
+    """The bytes of an array; ``None`` for one of Python objects, whose bytes are addresses."""
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
         return None
     return bytes(value) if isinstance(value, bytearray) else value.tobytes()
@@ -262,7 +262,7 @@ def _has_objects(looks: Any) -> bool:
 
 
 def _holds(value: Any, then: bytes) -> bool:
-    """Whether an array holds these bytes; all of them are compared, and no copy is made."""
+    """Whether an array holds these bytes; compares all of them without a copy."""
     if not isinstance(value, np.ndarray) or not value.flags.c_contiguous or not then:
         return _bytes_of(value) == then
     now, before = value.reshape(-1).view(np.uint8), np.frombuffer(then, np.uint8)
@@ -288,7 +288,7 @@ def _content(value: Any, keep: bool, depth: int) -> Snapshot:
 
 def entries_of(value: Any) -> Iterable[tuple[Any, Any]]:
     """Keys and values of a dict, indices and items of a sequence."""
-    # As a dict, whatever a class of its own makes of it.
+    # As a plain dict, past what a subclass overrides.
     return dict.items(value) if isinstance(value, dict) else enumerate(value)
 
 
@@ -297,7 +297,7 @@ def _reference(value: Any) -> Callable[[], Any] | None:
         return None
     try:
         return weakref.ref(value)
-    except TypeError:  # a class with slots, say
+    except TypeError:  # for example a class with slots
         return lambda: value
 
 
@@ -359,7 +359,7 @@ def same_atom(then: Any, now: Any) -> bool:
     if then is now:
         return True
     if type(then) is not type(now) or not isinstance(then, BY_VALUE):
-        # A bound method is made anew each time that it is asked for.
+        # A bound method is a new object on each access.
         return isinstance(then, types.MethodType) and then == now
     if isinstance(then, (float, complex, np.generic, Decimal)):
         return repr(then) == repr(now)  # 0.0 is not -0.0, and nan is nan
@@ -401,7 +401,7 @@ def brief(value: Any) -> str:
 
 
 def was(value: Any) -> str:
-    """The end of a sentence on a change."""
+    """The end of a sentence about a change."""
     return f"was {brief(value)} while planning"
 
 

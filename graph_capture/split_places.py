@@ -1,6 +1,6 @@
 """``tensor_split`` by a tensor: PyTorch reads its indices from memory, which stand-ins lack.
 
-They are read as any list of numbers is: on the sample, and checked in each step.
+They are read like any list of numbers: on the sample, and checked in each step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .private_torch.fake_tensors import FakeTensor
 
 @contextmanager
 def split_places_read() -> Iterator[None]:
-    """While active, places that are a stand-in are read before PyTorch sees them."""
+    """While active, split places given as a stand-in are read before PyTorch sees them."""
     base: Any = torch.Tensor
     own_function, own_method = torch.tensor_split, base.tensor_split
 
@@ -25,7 +25,7 @@ def split_places_read() -> Iterator[None]:
 
     def reading(own: Any) -> Any:
         def split(*args: Any, **kwargs: Any) -> Any:
-            if len(args) > 1:  # the first one is what is split
+            if len(args) > 1:  # the first argument is the tensor to split
                 args = (args[0], *(places(x) for x in args[1:]))
             return own(*args, **_read(kwargs, places))
 
@@ -41,7 +41,7 @@ def split_places_read() -> Iterator[None]:
 
 
 def _read(kwargs: dict[str, Any], places: Any) -> dict[str, Any]:
-    """Keyword arguments with a list of places in the place of a tensor of them."""
+    """Keyword arguments with a list of places instead of a tensor of them."""
     read = dict(kwargs)
     given = read.get("tensor_indices_or_sections")
     if isinstance(given, FakeTensor):

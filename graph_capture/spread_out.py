@@ -21,7 +21,7 @@ def refuse_spread_out(model: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel):
             raise NotFittingError(
                 f"{name} is a DistributedDataParallel, whose forward tells other processes of the "
-                "step, which a plan would leave out. Plan the module inside, and train through "
+                "step, and a plan would leave that out. Plan the module inside, and train through "
                 "the wrapper as before: optimize(wrapper.module, …).apply(wrapper.module)"
             )
         # Set by FullyShardedDataParallel and by fully_shard, for torch.compile.

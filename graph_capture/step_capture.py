@@ -56,7 +56,7 @@ def capture(
     Parameters
     ----------
     device
-        Where the step shall run, see :func:`~graph_capture.target.target_of`.
+        Where the step will run, see :func:`~graph_capture.target.target_of`.
     cost_model
         See :func:`~graph_capture.costs.resolve.resolve_cost_model`.
 
@@ -103,21 +103,21 @@ def capture_step(
     loss
         The code of the loss, or what an earlier capture saw of it.
     forward
-        What is called: the model's own, without a plan.
+        The function to call: the model's own forward, without a plan.
     measure_scratch
-        Whether to find out how much scratch memory each call takes; not needed
-        when the graph is only compared with another.
+        Whether to measure how much scratch memory each call takes; not needed if the
+        graph is only compared with another.
     target
-        Where the step shall run.
+        Where the step will run.
     cost_model
         See :func:`~graph_capture.costs.resolve.resolve_cost_model`.
     progress
-        Is told how far a cost model is that times calls.
+        Is told the progress of a cost model that times calls.
     taken
-        The way of an earlier capture through the model, to be gone again.
+        The path of an earlier capture through the model, to be taken again.
     check
-        Called with the graph, without scratch, before any call is run to see how
-        much it takes; raises where that shall not come about.
+        Called with the graph, without scratch, before any call is run to measure its
+        scratch; raises to prevent that.
     """
     costs, roofline = resolve_cost_model(cost_model, target), Roofline(target.device)
     step = trace_step(model, arguments, loss, forward=forward, target=target, taken=taken)
@@ -187,7 +187,7 @@ def _fold(
 
 
 def _unmeasured(pricing: Pricing) -> Pricing:
-    """Without a call being run for its scratch."""
+    """The same pricing, but no call is run for its scratch."""
     target = pricing.target
     probe = WorkspaceProbe(target.torch_device, at_hand=target.at_hand, scratch=False)
     return replace(pricing, probe=probe, known={})
@@ -210,7 +210,7 @@ def _held(model: nn.Module, step: TracedStep, target: Target) -> int:
         step.outputs[entry.output].meta["val"].untyped_storage().nbytes()
         for entry in step.reassigned
         if entry.role == "attribute" and not isinstance(_attribute(model, entry.target), Tensor)
-    )  # from the second step on, those of the step before lie there
+    )  # from the second step on, those of the previous step lie there
     return sum(first) + sum(num_bytes for sid, num_bytes in held.items() if sid not in counted)
 
 

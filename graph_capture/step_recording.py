@@ -1,6 +1,6 @@
 """Record one training step: state and arguments as inputs, forward, loss, backward.
 
-The order of the stages is that of eager; each leaves behind what the next one needs.
+The stages run in eager's order; each leaves what the next one needs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def record_step(
     watcher
         Notes what forward and backward read beside their arguments.
     how
-        Goes into the step: under which circumstances forward runs.
+        How forward runs, in words; stored in the step.
     outcomes
         As for :class:`~.recorder.Recorder`.
     """
@@ -113,7 +113,7 @@ class _Recording:
             self.twins.of,
             real,
         )
-        self.leaves: list[tuple[Node, torch.Tensor]] = []  # what gradients are asked for
+        self.leaves: list[tuple[Node, torch.Tensor]] = []  # tensors whose gradients are wanted
         self.stand_ins: dict[int, torch.Tensor] = {}  # id of a tensor of the model -> its twin
         self.laid_out: list[LaidOut] = []  # parameters, buffers, attributes and arguments
 
@@ -156,7 +156,7 @@ class _Recording:
             attributes = effects.left_tensors()
 
             def call_again() -> None:
-                with recorder.knowing():  # it takes the branches that the recorded one took
+                with recorder.knowing():  # takes the same branches as the recorded call
                     call_forward(forward, fake_arguments)
 
             left, watcher.settled = effects.settle(call_again)
@@ -232,13 +232,13 @@ class _Recording:
         return node
 
     def _declare_state(self) -> None:
-        """Parameters and buffers are inputs, other tensors of the model once they are read."""
+        """Declare parameters and buffers as inputs, and other tensors of the model if read."""
         for role, tensor, names in state_of(self.model):
             refuse_state(tensor, f"{role} {names[0]!r}")
             self.stand_ins[id(tensor)] = self.twins.of(tensor)
             self._declare(self.stand_ins[id(tensor)], role, names, tensor)
-        # Each argument gets a stand-in of its own: two arguments that are one tensor in the sample
-        # need not be one in the next call.
+        # Each argument gets its own stand-in: two arguments that are the same tensor in the sample
+        # may differ in the next call.
         if any(id(t) in self.stand_ins for t in tensors_of(self.arguments)):
             raise NotFittingError("an argument is a parameter or buffer of the model itself")
         loose = loose_tensors(self.model)
@@ -262,7 +262,7 @@ class _Recording:
         """The call on stand-ins, its tensors, and their nodes."""
         _refuse_holders(self.arguments)
         fake_arguments = self.twins.of_arguments(self.arguments)
-        real = tensors_of(self.arguments)  # none where only their kinds are known
+        real = tensors_of(self.arguments)  # empty if only their specifications are known
         given = tensors_of(fake_arguments)
         nodes = [
             self._declare(tensor, "input", (str(i),), real[i] if real else None)
@@ -290,7 +290,7 @@ class _Recording:
             return settle_gradients(self.leaves, found, tensors, self.recorder)
 
     def _named(self, tensor: torch.Tensor) -> str | None:
-        """What a tensor is of the model or its call."""
+        """What a tensor is in the model or its call, in words."""
         if any(tensor is argument for argument in tensors_of(self.arguments)):
             return "a tensor that the model is called with"
         stand_in = self.stand_ins.get(id(tensor), tensor)
@@ -300,7 +300,7 @@ class _Recording:
         return None
 
     def _eager_formulas(self) -> AbstractContextManager[None]:
-        """The walk in the engine's place takes them by itself."""
+        """Take eager's formulas under PyTorch's engine; the walk takes them by itself."""
         engine = isinstance(self.differentiator, Engine)
         return eager_formulas_taken() if engine else nullcontext()
 
@@ -316,7 +316,7 @@ class _Recording:
 
 
 def _real_results(fake_mode: FakeTensorMode, target: Target) -> RealResults | None:
-    """Where the step's device is at hand: how results of its kernels lie."""
+    """The layout of the kernels' results, if the step's device is at hand."""
     here = target.torch_type == "cpu" or torch.cuda.is_available()
     if not (target.at_hand and here):
         return None
@@ -338,18 +338,18 @@ def _refuse_scripts(model: nn.Module) -> None:
 
 
 def _refuse_new_modules(before: Mapping[str, nn.Module], after: Mapping[str, nn.Module]) -> None:
-    """A planned step has the modules that it was captured with."""
+    """Refuse a change of modules: a planned step has the modules that it was captured with."""
     for name in (*before, *after):
         if before.get(name) is not after.get(name):
             raise NotFittingError(
                 f"forward puts another module in the place of {name!r}, or adds or removes it, "
-                "which a planned step would not do; where only the first call does so, run the "
+                "which a planned step would not do; if only the first call does so, run the "
                 "model once before planning"
             )
 
 
 def _refuse_graphs(state: Iterable[torch.Tensor], arguments: Iterable[torch.Tensor]) -> None:
-    """What forward writes to in place must not become a result of this step's graph."""
+    """Refuse in-place writes that make a buffer or an argument a result of this step's graph."""
     if any(not t.is_leaf for t in (*state, *arguments)):
         raise NotFittingError(
             "forward writes values that require grad into a buffer or into one of its arguments, "
@@ -359,7 +359,7 @@ def _refuse_graphs(state: Iterable[torch.Tensor], arguments: Iterable[torch.Tens
 
 
 def _refuse_holders(arguments: Mapping[str, Any]) -> None:
-    """An argument that hides tensors, such as a key-value cache, would freeze them."""
+    """Refuse an argument that hides tensors, like a key-value cache: a plan would freeze them."""
     for argument in objects_of(arguments):
         if tensors_within(argument):
             raise NotFittingError(

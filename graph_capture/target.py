@@ -24,10 +24,10 @@ class Target:
     torch_device
         Where stand-ins of the step's tensors lie while it is traced.
     at_hand
-        Whether that device is here, so that calls can be run and timed on made-up
+        Whether that device is present, so that calls can be run and timed on made-up
         values, wherever the model lies.
     elsewhere
-        Whether the model lies on another device now.
+        Whether the model now lies on another device.
     """
 
     device: Device
@@ -42,12 +42,12 @@ class Target:
 
     @property
     def absent(self) -> bool:
-        """Whether no device of its type is there: PyTorch's autograd engine cannot serve it."""
+        """Whether no device of its type is present, so that PyTorch's engine cannot be used."""
         return self.torch_type == "cuda" and not torch.cuda.is_available()
 
     @property
     def imitated(self) -> bool:
-        """Whether what PyTorch would choose on it must be known without asking it."""
+        """Whether PyTorch's choices on it must be known without asking PyTorch."""
         if self.torch_type != "cuda":
             return False
         if self.absent:
@@ -58,7 +58,7 @@ class Target:
         return known != torch.cuda.get_device_capability()
 
     def place(self, device: torch.device) -> torch.device:
-        """Where a tensor of the step lies that is now on ``device``."""
+        """The device that a tensor now on ``device`` has in the step."""
         return self.torch_device if self.elsewhere or device.type == "meta" else device
 
 
@@ -72,14 +72,14 @@ def target_of(
     model, inputs
         On the CPU, on one CUDA device, on ``meta``, or fake.
     device
-        A name of :data:`DEVICES`, a :class:`Device` (one with the name of the
-        device at hand stands for it), ``"cuda"`` for the card at hand; ``None``
-        for where the model lies, which for ``meta`` is the CPU.
+        A name of :data:`DEVICES`; a :class:`Device` (one with the name of the device
+        at hand stands for it); ``"cuda"`` for the card at hand; ``None`` for the
+        device of the model, which is the CPU for ``meta``.
 
     Raises
     ------
     ValueError
-        When no such device is known.
+        When the device is unknown.
     CaptureError
         When the model is spread over several devices.
     """
@@ -113,7 +113,7 @@ def _entry(device: str | Device) -> Device:
 
 
 def _lies_on(tensors: Iterable[torch.Tensor]) -> torch.device:
-    """The one device of a step's tensors beside the CPU, where some inputs may stay."""
+    """The one device of a step's tensors besides the CPU, where some inputs may stay."""
     devices = {t.device for t in tensors}
     devices -= {torch.device("cpu")} if len(devices) > 1 else set()
     if len(devices) > 1:

@@ -1,6 +1,6 @@
 """``torch.tensor([a, b, 3])`` of stand-ins, by calls that can be traced.
 
-PyTorch reads the elements out of their memory, which a stand-in has none of.
+PyTorch reads the elements out of their memory, and a stand-in has none.
 """
 
 from __future__ import annotations

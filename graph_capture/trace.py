@@ -56,15 +56,15 @@ def trace_step(
 ) -> TracedStep:
     """Trace ``model`` on ``arguments`` (bound by name, see ``call_spec.bind_call``).
 
-    First as it stands, which takes the very branches that eager takes on the
-    sample; where that stops at a value that decides a branch and is not known,
-    once more with ``torch.compiler.is_compiling()`` true, for which many
-    libraries keep a branch-free path.
+    The first attempt runs the model as it is, so that it takes the branches that
+    eager takes on the sample. If it stops at an unknown value that decides a branch,
+    the second attempt runs with ``torch.compiler.is_compiling()`` true, for which
+    many libraries have a branch-free path.
 
     Parameters
     ----------
     taken
-        The path of an earlier capture, which this one takes, too.
+        The path of an earlier capture, which this capture takes, too.
 
     Raises
     ------
@@ -88,9 +88,9 @@ def trace_step(
                 alike = False
         if not alike:
             raise NotFittingError(
-                f"forward reads a clock ({clocks.where}) and goes by what it shows, which a plan "
-                "would repeat for ever; read it in the training loop, and pass what it shows as "
-                "an argument, in a tensor"
+                f"forward reads a clock ({clocks.where}) and computes with the time, which a plan "
+                "would repeat for ever; read it in the training loop, and pass the time as an "
+                "argument, in a tensor"
             )
     if settled:
         with undisturbed(model, objects_of(arguments)):
@@ -98,7 +98,7 @@ def trace_step(
                 make_again(change)
             try:
                 second, *_ = traced()
-            except CaptureError:  # half of a first call's changes: nothing follows from that
+            except CaptureError:  # with half of the first call's changes; this proves nothing
                 logger.debug("a second call could not be captured", exc_info=True)
                 return step
         if calls_of(second) != calls_of(step):
@@ -118,11 +118,11 @@ def _first_that_works(
     target: Target,
     taken: TakenPath | None,
 ) -> tuple[TracedStep, list[Change], ClocksMet]:
-    """The step, what forward changes once of what it reads, and the clocks that it names."""
+    """The step, the changes that forward makes once to what it reads, and the clocks it names."""
     if target.imitated:
         refuse_recurrent(model)
         ensure_cuda_guard()
-    # Where the code does with a number what only a number can do, it gets the number itself.
+    # Code that does with a number what only a real number can do gets the number itself.
     attempts: list[tuple[str, Any, bool]] = [
         (AS_EAGER, disguise_fake_tensors, True),
         (AS_EAGER, disguise_fake_tensors, False),
@@ -158,11 +158,11 @@ def _first_that_works(
                 finally:
                     watcher.outside.put_back()
                     watcher.generators.put_back()
-            # What was read is what lies there once forward's own changes are undone.
+            # Values that were read are those after forward's own changes are undone.
             return replace(step, reads=watcher.reads()), watcher.settled, watcher.clocks
         except (KeyboardInterrupt, MemoryError):
             raise
-        except Exception as error:  # whatever user code raises on stand-ins ends this attempt
+        except Exception as error:  # user code may raise anything on stand-ins; try the next way
             logger.debug("capture %s failed", how, exc_info=True)
             num_handed = handed.num_numbers
             if num_handed:
@@ -175,7 +175,7 @@ def _first_that_works(
 
 @contextmanager
 def _quiet_fake_tensors() -> Iterator[None]:
-    """What fails on fake tensors is raised; torch writes it to stderr as well."""
+    """Silence torch, which writes errors on fake tensors to stderr before it raises them."""
     its_logger = logging.getLogger(FAKE_TENSOR_LOGGER)
     before = its_logger.level
     its_logger.setLevel(logging.CRITICAL)

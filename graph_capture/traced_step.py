@@ -30,7 +30,7 @@ class TakenPath:
     branch_free
         As :attr:`TracedStep.branch_free`.
     outcomes
-        What it was answered when it asked for values.
+        The answers that it received when it asked for values.
     """
 
     branch_free: bool
@@ -48,14 +48,14 @@ class Reassigned:
     output
         Index into ``TracedStep.outputs`` of the new value.
     keeps_object
-        Whether the tensor object stays and only its memory is exchanged
+        Whether the tensor object stays and only its memory is replaced
         (``self.mean.data = …``).
     role
         ``"buffer"`` or ``"attribute"``.
     requires_grad
-        Whether eager's tensor does, which no plan can differentiate through.
+        Whether eager's tensor requires grad; no plan can differentiate through it.
     is_number
-        Whether forward leaves not the tensor there but the number that it holds.
+        Whether forward leaves there the number in the tensor instead of the tensor.
     """
 
     target: str
@@ -78,7 +78,7 @@ class TracedStep:
         ``writes``, ``module_path`` and ``source``. The output is
         ``(outputs, gradients)``.
     outputs
-        Nodes of the tensors that forward returns, then of ``reassigned``.
+        Nodes of the tensors that forward returns, then those of ``reassigned``.
     template
         Rebuilds the model's own output structure from them.
     differentiated
@@ -88,19 +88,19 @@ class TracedStep:
     gradients
         ``(placeholder, gradient node)`` of every leaf that receives one.
     constants
-        Tensors that forward uses beside parameters, buffers and inputs.
+        Tensors that forward uses besides parameters, buffers and inputs.
     outcomes
-        What forward was answered when it asked for values of tensors.
+        The answers that forward received when it asked for values of tensors.
     checks
-        What checks in the graph are about; their last argument is an index of it.
+        The values that the graph's checks compare; a check's last argument is an index here.
     reassigned
         Buffers and attributes that forward replaces.
     left
         Plain values that forward puts into attributes.
     made_to_require
-        Which tensors of the call forward makes require grad.
+        The tensors of the call that forward makes require grad.
     reads
-        What forward and backward read beside all these, which must stay as it is.
+        What else forward and backward read; it must stay unchanged.
     """
 
     graph: Graph
@@ -132,7 +132,7 @@ class TracedStep:
 
     @cached_property
     def before_checks(self) -> BeforeChecks:
-        """What must be put back when a check fails."""
+        """What must be restored if a check fails."""
         return before_checks(self.graph)
 
     @property

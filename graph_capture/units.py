@@ -33,7 +33,7 @@ def parse_bytes(quantity: float | str, *, default_unit: str = "b") -> int:
     Raises
     ------
     ValueError
-        When it is no positive number or the unit is unknown.
+        When it is not a positive number, or the unit is unknown.
 
     Examples
     --------
@@ -55,7 +55,7 @@ def parse_bytes(quantity: float | str, *, default_unit: str = "b") -> int:
     factor = _BYTE_UNITS.get(unit.lower())
     if factor is None:
         raise ValueError(f"unknown unit {unit!r}; one of {', '.join(_BYTE_UNITS)}")
-    num_bytes = number * factor  # of an integer exactly, however large
+    num_bytes = number * factor  # exact for integers of any size
     if (isinstance(num_bytes, float) and not math.isfinite(num_bytes)) or num_bytes < 1:
         raise ValueError(f"an amount of memory must be positive and finite, got {quantity!r:.40}")
     return math.floor(num_bytes)
@@ -76,7 +76,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_us(time_us: float) -> str:
-    """Microseconds in the unit that reads best.
+    """Microseconds, in the most readable unit.
 
     >>> format_us(12_340)
     '12.3 ms'

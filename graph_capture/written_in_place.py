@@ -1,7 +1,7 @@
 """In-place changes that no container shows: array elements and iterator positions.
 
-A planned step would not write to the array again, and would repeat for ever what it
-got from the iterator.
+A planned step would not write to the array again, and would use the same item of the
+iterator for ever.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WrittenInPlace:
         self._iterators: dict[int, _Met] = {}
 
     def meet(self, value: Any, path: str) -> None:
-        """Remember what a value holds if it is an array or an iterator."""
+        """Remember the contents of a value if it is an array or an iterator."""
         if isinstance(value, _ARRAYS):
             if id(value) not in self._arrays and _num_bytes(value) <= MAX_ARRAY_BYTES:
                 self._arrays[id(value)] = _Met(path, value, copy.copy(value))
@@ -54,7 +54,7 @@ class WrittenInPlace:
         Raises
         ------
         NotFittingError
-            Names the first that was.
+            Names the first one.
         """
         for met in self._arrays.values():
             if not _same_numbers(met.value, met.state):
@@ -72,7 +72,7 @@ class WrittenInPlace:
                 )
 
     def put_back(self) -> None:
-        """Undo what was written; no iterator can be set back but one over a sequence."""
+        """Undo writes; of iterators, only those over sequences can be set back."""
         for met in self._arrays.values():
             if _same_numbers(met.value, met.state):
                 continue
@@ -102,7 +102,7 @@ def _is_iterator(value: Any) -> bool:
 
 
 def _state_of(iterator: Any, depth: int = 0) -> Any:
-    """What differs once it was advanced; it is not advanced by looking."""
+    """A state that differs once the iterator was advanced; reading it does not advance it."""
     if isinstance(iterator, types.GeneratorType):
         frame = iterator.gi_frame
         if frame is None:
@@ -111,10 +111,10 @@ def _state_of(iterator: Any, depth: int = 0) -> Any:
     if isinstance(iterator, itertools.count):
         return repr(iterator)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of copies of itertools' own
+        warnings.simplefilter("ignore", DeprecationWarning)  # for copying iterators of itertools
         try:
             parts = iterator.__reduce__()
-        except TypeError:  # a file, or another that cannot be copied
+        except TypeError:  # a file, or another iterator that cannot be copied
             return None
     return _parts(parts, depth)
 
@@ -126,7 +126,7 @@ def _parts(value: Any, depth: int) -> Any:
         return tuple(_parts(item, depth) for item in value)
     if isinstance(value, (int, type(None))):
         return value
-    # What remains to be gone through is made anew each time that one looks.
+    # The remaining items are a new object on each look, so only their number counts.
     return len(value) if isinstance(value, (list, tuple)) else id(value)
 
 

@@ -92,8 +92,8 @@ def _sizes(records: list[list[Any]]) -> list[int]:
 def peak_extra_bytes_on_card(call: Callable[[], Any], device: torch.device) -> int:
     """Most bytes, in blocks of the caching allocator, that a call holds at once on a card.
 
-    Starts the device's peak figures anew: ``torch.cuda.max_memory_allocated`` of
-    the caller's own goes back to what is allocated now.
+    Resets the device's peak statistics: the caller's own
+    ``torch.cuda.max_memory_allocated`` drops to what is allocated now.
     """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,10 +1,9 @@
 """Values with which a call takes its maximal scratch memory, where zeros do not work.
 
-Most kernels take the same memory whatever the values are. Of the others some
-refuse zeros (pivots count from one, probabilities must sum to something, the
-lengths of sequences are those of real ones), and some take memory for what a
-mask selects: there the mask selects everything. The gradient of a product takes
-most where a single factor is zero.
+Most kernels take the same memory for all values. Of the others, some refuse zeros:
+pivots count from one, probabilities must have a positive sum, and lengths of sequences
+must be real ones. Some take memory for what a mask selects: there the mask selects
+everything. The gradient of a product takes the most if a single factor is zero.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def runs_on_blanks(func: Any) -> bool:
 
 
 def fills_of(func: Any, args: tuple, kwargs: dict) -> dict[int, _Fill]:
-    """By ``id`` the tensors that are not filled with zeros: with a number, or with these."""
+    """By ``id``, the tensors that are not filled with zeros, and the number or numbers to use."""
     names = [a.name for a in schema_of(func).arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     chosen = _FILLS.get(schema_of(func).name.split("::")[1].rstrip("_"))
@@ -84,7 +83,7 @@ def _ctc_lengths(given: _Named) -> dict[str, _Fill]:
 
 
 def _segments(given: _Named) -> dict[str, _Fill]:
-    """One segment that has everything, and empty ones."""
+    """One segment that holds everything; the others are empty."""
     data, lengths = given["data"], given.get("lengths")
     if lengths is None or lengths.dim() != 1:
         return {}

@@ -2,7 +2,7 @@
 
 Three are built in: :class:`~.roofline.Roofline` (from shapes and a data sheet),
 :class:`~.profile.Profile` (timed on the device) and :class:`~.user_costs.UserCosts`
-(the user's own figures). Whichever was used is written into the plan.
+(the user's own figures). The plan records which one was used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class CostRecord:
     model
         ``"roofline"``, ``"profile"`` or the name of the user's own.
     device
-        What the times are for, in words.
+        The device that the times are for, in words.
     notes
         What a reader of the times must know, such as how many calls fell back
         to another model and why.
@@ -70,7 +70,7 @@ class CostModel(Protocol):
 
 
 TimingProgress = Callable[[int, int], None]
-"""Is told which distinct call begins to be timed, counted from 1, and how many there are."""
+"""Is told which distinct call is timed next, counted from 1, and how many there are."""
 
 
 @runtime_checkable

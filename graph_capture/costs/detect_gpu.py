@@ -1,4 +1,4 @@
-"""Identify the GPU: by its name, else from what the driver reports."""
+"""Identify the GPU by its name, or else by what the driver reports."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PER_CLOCK: dict[tuple[int, int], tuple[int, int, int, int, int]] = {
     (10, 0): (256, 128, 8192, 4096, 16384),
     (12, 0): (256, 4, 1024, 512, 2048),
 }
-# GeForce cards sum in float32 at half of the rate of their professional twins.
+# GeForce cards sum in float32 at half the rate of their professional counterparts.
 _HALVED = {(7, 5), (8, 6), (8, 9), (12, 0)}
 
 _FIELDS = (
@@ -82,7 +82,7 @@ def device_from_properties(card: str, properties: Any) -> Device:
     ------
     ValueError
         When the rates cannot be derived: a slice of a card (MIG), an AMD card, an
-        architecture that is not listed here, a torch that does not tell the clocks.
+        architecture that is not listed here, or a torch that does not report the clocks.
     """
     remedy = (
         "name a similar card (device='h100'), or give a graph_capture.costs.devices.Device with "
@@ -91,11 +91,11 @@ def device_from_properties(card: str, properties: Any) -> Device:
     if torch.version.hip is not None:
         raise ValueError(f"no rates are known for {card!r}: {remedy}")
     if " MIG " in card:
-        raise ValueError(f"{card!r} is a slice of a card, whose rates it does not tell: {remedy}")
+        raise ValueError(f"{card!r} is a slice of a card and does not report its rates: {remedy}")
     missing = [name for name in _FIELDS if not hasattr(properties, name)]
     if missing:
         raise ValueError(
-            f"no rates are known for {card!r}, and torch {torch.__version__} does not tell its "
+            f"no rates are known for {card!r}, and torch {torch.__version__} does not report its "
             f"{', '.join(missing)}: {remedy}"
         )
     capability = (properties.major, properties.minor)

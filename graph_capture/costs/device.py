@@ -14,8 +14,8 @@ from .operator_classes import OPERATOR_CLASSES
 class Device:
     """Rates and sizes of one device.
 
-    A device of one's own is made with this class, or from an entry with
-    ``dataclasses.replace``; one that keeps the name of the device at hand stands
+    Make your own device with this class, or from an entry with
+    ``dataclasses.replace``. A device that keeps the name of the device at hand stands
     for it.
 
     Parameters
@@ -23,10 +23,10 @@ class Device:
     name
         Key in :data:`~graph_capture.costs.devices.DEVICES`.
     title
-        In words.
+        The device in words.
     torch_type
-        Device type of its tensors in torch, ``"cpu"`` or ``"cuda"`` (which is what
-        builds for ROCm call it, too).
+        Device type of its tensors in torch, ``"cpu"`` or ``"cuda"`` (also in builds for
+        ROCm).
     flops_per_s
         Peak dense rate of matrix products by dtype. ``torch.float32`` is without
         TF32 and is the fallback for any dtype that is not listed.
@@ -35,34 +35,34 @@ class Device:
     launch_ns
         Least time of one call.
     tf32_flops_per_s
-        Rate of float32 products where PyTorch is allowed to use TF32: convolutions
-        by default, matrix products if so set. ``None`` without such units.
+        Rate of float32 products if PyTorch may use TF32: by default for convolutions,
+        for matrix products only if set so. ``None`` without such units.
     efficiency
         The share of the roofline that kernels reach, by operator class
-        (:mod:`~graph_capture.costs.operator_classes`): of the rate of arithmetic
-        where that bounds a call, of the bandwidth elsewhere. May exceed one where
-        data stay in cache. A class that is missing reaches all.
+        (:mod:`~graph_capture.costs.operator_classes`): of the rate of arithmetic if
+        that bounds a call, otherwise of the bandwidth. May exceed one if data stay in
+        cache. A missing class counts as one.
     element_ns
-        Time per element of the largest output, by schema name, in place of the
-        efficiency: for operators that neither products nor traffic bound, such as
+        Time per element of the largest output, by schema name, instead of the
+        efficiency. It is for operators that neither products nor traffic bound, such as
         random draws and transcendental functions on a CPU.
     memory_bytes
-        Size by the data sheet, 1 GB taken as 10^9 bytes; ``None`` where it is not
-        the device's own (CPU).
+        Size by the data sheet, with 1 GB taken as 10^9 bytes; ``None`` if the memory is
+        not the device's own (CPU).
     context_bytes
-        What driver and runtime take of a card for one process, typically; ``None``
+        Typical memory of a card that driver and runtime take for one process; ``None``
         if no figure is known.
     library_workspace_bytes
         What PyTorch allocates for cuBLAS (hipBLAS) from its caching allocator and
-        keeps, once for each thread and stream that multiplies. A training step has
-        two such threads: the one that runs forward and autograd's.
+        keeps, once for each thread and stream that multiplies. A training step has two
+        such threads: the one that runs forward, and autograd's.
     source
         Where the figures come from.
 
     Raises
     ------
     ValueError
-        When a figure makes no sense or a class is unknown.
+        When a figure is out of range or a class is unknown.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Rates and sizes of devices, from their vendors' data sheets.
 
-Peaks are the dense ones: data sheets print twice as much, with sparsity, in the
-same line. ``docs/costs.md`` has the table with its sources, and says which
-figures nobody here has measured.
+Peaks are the dense ones; data sheets print twice as much, with sparsity, on the same
+line. ``docs/costs.md`` has the table with its sources, and says which figures this
+project has not measured.
 """
 
 from __future__ import annotations
@@ -248,12 +248,12 @@ DEVICES: Mapping[str, Device] = {
 def device_for(device_type: str) -> Device:
     """Return the entry for a torch device type; ``cuda`` is looked up by the GPU's name.
 
-    A card that is in no table is described by its clocks and sizes.
+    A card that is not in the table is described by its clocks and sizes.
 
     Raises
     ------
     ValueError
-        When there is no card, or nothing can be said about the one at hand.
+        When there is no card, or its rates cannot be derived.
     """
     if device_type != "cuda":
         return DEVICES["cpu"]

@@ -31,19 +31,19 @@ def device_name(device: torch.device) -> str:
 
 
 def environment_of(device: torch.device) -> str:
-    """Return all of it as JSON text; each distinct text has its own measured times."""
+    """Return the environment as JSON text; each distinct text has its own measured times."""
     parts: dict[str, object] = {
         "method": _METHOD,
         "torch": torch.__version__,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        # Fills what ``empty`` hands out when algorithms shall be deterministic.
+        # Fills the results of ``empty`` if deterministic algorithms are on.
         "filled": getattr(torch.utils.deterministic, "fill_uninitialized_memory", None),
     }
     if device.type == "cuda":
-        # Both are private or depend on the build; where they are missing, times of two drivers
-        # are not told apart.
+        # Both are private or depend on the build; without them, times of two drivers are not told
+        # apart.
         driver = cuda_driver_version()
         parts["driver"] = driver() if driver is not None else None
         parts["cuda"] = torch.version.cuda

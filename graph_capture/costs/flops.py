@@ -1,10 +1,9 @@
 """Count the floating-point operations of a call, from the shapes of its arguments.
 
-A multiplication and an addition count as two, as vendors count them. The
-formulas are written here and not taken from ``torch.utils.flop_counter``
-because that one ignores causality, multiplies a grouped convolution's weight
-gradient by its groups, and fails on some overloads (``addmm`` with another
-output dtype, ``cudnn_convolution``).
+A multiplication and an addition count as two, as vendors count them. The formulas
+are not taken from ``torch.utils.flop_counter``, because it ignores causality,
+multiplies a grouped convolution's weight gradient by its groups, and fails on some
+overloads (``addmm`` with another output dtype, ``cudnn_convolution``).
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def product_dtype(args: tuple, kwargs: dict, out: Any) -> torch.dtype:
 
 
 def _product(args: tuple, left: int) -> int:
-    """2 m k n of each matrix of the batch; a vector on the right has one column."""
+    """2 m k n for each matrix of the batch; a vector on the right has one column."""
     right = args[left + 1]
     return 2 * args[left].numel() * (right.shape[-1] if right.dim() > 1 else 1)
 
@@ -114,11 +113,11 @@ def _convolution(x: Any, weight: Any, out: Any, transposed: bool) -> int:
 
 
 def _attention(named: dict[str, Any], *, by_head: bool, backward: bool) -> int:
-    """Two products forward; five backward, of which one was made before.
+    """Two products in forward; five in backward, of which one repeats forward's.
 
-    Heads that share keys and values count as if each had its own. With a causal
-    mask only the pairs that are seen count, since all fused kernels skip blocks
-    above the diagonal (the query of row i sees the keys up to i).
+    Heads that share keys and values count as if each had its own. With a causal mask,
+    only visible pairs count, because all fused kernels skip blocks above the diagonal
+    (the query of row i sees the keys up to i).
     """
     query, key, value = named["query"], named["key"], named["value"]
     batch, heads, length, width = query.shape

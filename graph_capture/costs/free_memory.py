@@ -12,10 +12,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Return the bytes that can be allocated on ``device`` now; ``None`` where unknown.
+    """Return the bytes that can be allocated on ``device`` now; ``None`` if unknown.
 
-    On CUDA what the card has left and what the caching allocator holds unused;
-    on CPU what the kernel calls available, within the limit of the container.
+    On CUDA, what the card has left and what the caching allocator holds unused. On the
+    CPU, what the kernel reports as available, within the container's limit.
     """
     if device.type == "cuda":
         on_card, _ = torch.cuda.mem_get_info(device)
@@ -37,7 +37,7 @@ def _available_bytes() -> int | None:
 
 
 def _physical_bytes() -> int | None:
-    """Half of the machine's memory, where the system does not say what is available."""
+    """Half of the machine's memory, for systems that do not say what is available."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, OSError, ValueError):  # not on Windows
@@ -45,7 +45,7 @@ def _physical_bytes() -> int | None:
 
 
 def _container_bytes() -> int | None:
-    """What the control group may still take, file cache that can be dropped included."""
+    """What the control group may still take, including file cache that can be dropped."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         if limit == "max":

@@ -23,7 +23,7 @@ from .operator_classes import (
 )
 
 # One assumption for each kind of kernel, the same for all cards: real shapes are not the best
-# ones, and a stream does not reach the bandwidth of the data sheet (81 % of it on MI300X, up to
+# ones, and streams do not reach the bandwidth of the data sheet (81 % of it on MI300X, up to
 # 90 % on NVIDIA's cards: Ambati et al., "AMD MI300X GPU Performance Analysis", 2025, BabelStream).
 _COMPUTE = 0.7
 _STREAM = 0.8

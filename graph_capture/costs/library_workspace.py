@@ -22,14 +22,14 @@ _CUBLAS_CALLS = {
 def library_workspace_bytes(targets: Iterable[Any], device: Device) -> int:
     """Return the bytes that cuBLAS holds from the first product of a step on.
 
-    PyTorch gives it a workspace from its own allocator when a product runs first
-    and never takes it back (``aten/src/ATen/cuda/CublasHandlePool.cpp``). Where
-    products run on several streams there is one for each; a step has one.
+    PyTorch gives cuBLAS a workspace from its own allocator when the first product runs,
+    and never takes it back (``aten/src/ATen/cuda/CublasHandlePool.cpp``). There is one
+    for each stream that products run on; a step has one stream.
 
     Parameters
     ----------
     targets
-        What the calls of the step call.
+        The functions that the step calls.
     device
         Where they run.
     """

@@ -35,7 +35,7 @@ OPERATOR_CLASSES = (
     INDEXING,
     OTHER,
 )
-"""All classes. The first four have kernels that multiply, the others move memory."""
+"""All classes. The kernels of the first four multiply; those of the others move memory."""
 
 # The first pattern that fits the whole schema name decides. Names are those of
 # aten/src/ATen/native/native_functions.yaml, with the device libraries' own variants.
@@ -111,7 +111,7 @@ def _class_by_name(func: Any) -> str:
     if namespace == "aten":
         for class_name, pattern in _COMPILED:
             if pattern.fullmatch(name):
-                # max.other and the like share a name with reductions but go element by element
+                # max.other and the like share a name with reductions but are elementwise
                 if class_name == REDUCTION and torch.Tag.pointwise in func.tags:
                     return ELEMENTWISE
                 return class_name
@@ -119,7 +119,7 @@ def _class_by_name(func: Any) -> str:
 
 
 def _is_depthwise(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether each channel has a filter of its own; such kernels are far from a product's rate."""
+    """Whether each channel has its own filter; such kernels are far from a product's rate."""
     if "depthwise" in schema_of(func).name:
         return True
     names = [a.name for a in schema_of(func).arguments]

@@ -1,13 +1,13 @@
 """Measure times on the device: each distinct call of a step runs alone, a few times.
 
-A step of a 12-layer transformer makes some 3,000 calls, of which about a
-hundred are distinct. Those that cannot be run alone (see :mod:`~.trial`), that
-do not fit into the device's free memory or that refuse made-up arguments are
-left to the roofline, and the record says so.
+A step of a 12-layer transformer makes some 3,000 calls, of which about a hundred are
+distinct. Calls that cannot run alone (see :mod:`~.trial`), do not fit into the
+device's free memory, or refuse made-up arguments are left to the roofline, and the
+record says so.
 
-What is not measured: what happens between calls (Python's own work between two
-of them, the autograd engine, views), and what calls do to one another beyond
-leaving the caches to the next (see :mod:`~.timing`).
+Not measured is the time between calls (Python's own work, the autograd engine, views),
+and how calls affect one another beyond the state of the caches (see
+:mod:`~.timing`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .timing import median_ns, run_once, time_in_turn
 from .trial import REFUSALS, Maker, Trial, argument_bytes, as_in_a_step, call_key, is_safe
 from .trial import output_bytes as bytes_handed_out
 
-_BATCH_BYTES = 1 << 30  # of arguments that wait their turn at once: far more than any cache
+_BATCH_BYTES = 1 << 30  # of arguments in one batch: far more than any cache
 
 _TOO_LARGE = "too large for the device"
 _UNSAFE = "unsafe to run alone"
@@ -45,11 +45,10 @@ class Profile:
     Parameters
     ----------
     cache_dir
-        Directory of the file in which measured times are remembered, made where
-        it is missing; ``None`` for ``$XDG_CACHE_HOME/remat-planner`` or, where
-        that is not set, ``~/.cache/remat-planner``. Times are kept apart by
-        torch version, processor or card, driver, number of threads and the
-        settings that decide which kernels run.
+        Directory of the file that stores measured times, created if missing; ``None``
+        for ``$XDG_CACHE_HOME/remat-planner`` or, if that is not set,
+        ``~/.cache/remat-planner``. Times are kept apart by torch version, processor or
+        card, driver, number of threads, and the settings that decide which kernels run.
     """
 
     cache_dir: str | PathLike[str] | None = None
@@ -90,15 +89,15 @@ class ProfiledCosts:
         self.num_timed = 0
 
     def prepare(self, calls: Iterable[Call], progress: TimingProgress | None = None) -> None:
-        """Time what is not known yet; an interrupt keeps what was timed so far.
+        """Time the calls that are not known yet; an interrupt keeps the times measured so far.
 
         Parameters
         ----------
         calls
-            That :meth:`time_ns` will be asked for; more may follow later.
+            The calls that :meth:`time_ns` will be asked for; more may follow later.
         progress
-            Is told, of the distinct calls to time, which one begins and how many
-            there are.
+            Is told, of the distinct calls to time, which one is next and how many there
+            are.
         """
         distinct = {
             call_key(call, self._device.type): call for call in calls if not _is_annotation(call)
@@ -111,12 +110,12 @@ class ProfiledCosts:
         if self._device.type == "cuda":
             with torch.cuda.device(self._device):
                 self._time(allowed, progress)
-            torch.cuda.empty_cache()  # the step that is planned starts without what trials held
+            torch.cuda.empty_cache()  # the planned step starts without the memory of trials
         else:
             self._time(allowed, progress)
 
     def time_ns(self, call: Call) -> int:
-        """Return the nanoseconds of one run, as measured where possible."""
+        """Return the nanoseconds of one run, measured if possible."""
         if _is_annotation(call):
             return 0
         key = call_key(call, self._device.type)
@@ -201,7 +200,7 @@ class ProfiledCosts:
                     self._remember(samples)
 
     def _batches(self, calls: dict[str, Call]) -> Iterator[Sequence[str]]:
-        """Calls that take turns: as many as fit into a part of the free memory together."""
+        """Batches of calls that run in turn: as many as fit into a part of the free memory."""
         free = free_bytes(self._device)
         room = _BATCH_BYTES if free is None else min(_BATCH_BYTES, free // 4)
         batch: list[str] = []

@@ -1,13 +1,13 @@
 """Store measured times and scratch sizes on disk in one SQLite file.
 
-SQLite because it is made for this: several processes read and write at once,
-each transaction whole or not at all, a process that is killed leaves no half of
-one. The rollback journal and not the write-ahead log, which does not work on
-network file systems, where home directories often lie.
+SQLite lets several processes read and write at once. Its transactions are atomic: a
+process that is killed leaves no half of one. The journal is the rollback journal, not
+the write-ahead log, which does not work on network file systems, where home directories
+often are.
 
-The file is a convenience: one that is damaged, or that is not what this module
-writes, is thrown away and begun again; where none can be read or written,
-planning goes on without. Both are said as a :class:`ProfileCacheWarning`.
+The file is a convenience. If it is damaged, or not what this module writes, it is
+deleted and started again. If it cannot be read or written, planning goes on without it.
+Both give a :class:`ProfileCacheWarning`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
-_FILE = "profile-1.sqlite3"  # the number is that of the format
+_FILE = "profile-1.sqlite3"  # with the number of the format
 _LOCK = "rebuild.lock"
 _SCHEMA = (
     "CREATE TABLE measured (environment TEXT NOT NULL, call TEXT NOT NULL, kind TEXT NOT NULL,"
@@ -44,7 +44,7 @@ class ProfileCacheWarning(UserWarning):
 def default_cache_dir() -> Path | None:
     """``$XDG_CACHE_HOME/remat-planner`` or ``~/.cache/remat-planner``; ``None`` without a home."""
     given = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(given):  # the specification tells us to ignore a relative one
+    if os.path.isabs(given):  # by the specification, a relative one is ignored
         return Path(given) / "remat-planner"
     try:
         return Path.home() / ".cache" / "remat-planner"
@@ -58,9 +58,9 @@ class ProfileCache:
     Parameters
     ----------
     directory
-        Where the file lies; ``None`` keeps all in memory and says so.
+        The directory of the file; ``None`` keeps all in memory and warns.
     environment
-        What times depend on beside the call, see
+        What times depend on besides the call, see
         :func:`~.environment.environment_of`.
     """
 
@@ -118,14 +118,14 @@ class _Damaged(Exception):
 def _read(path: Path, environment: str) -> dict[tuple[str, str], int]:
     query = "SELECT call, kind, value FROM measured WHERE environment = ?"
     with _opened(path, "rw") as connection:  # for a protected file SQLite makes that read-only
-        if not _tables(connection):  # begun by another process just now
+        if not _tables(connection):  # another process has just created it
             return {}
         rows = connection.execute(query, (environment,)).fetchall()
     return {(call, kind): value for call, kind, value in rows}
 
 
 def _write(path: Path, rows: list[tuple[str, str, str, int]]) -> None:
-    """Add rows; what another process wrote first stays, so that all go on with the same times."""
+    """Add rows; those that another process wrote first stay, so that all use the same times."""
     with _opened(path, "rwc") as connection, connection:
         connection.execute("BEGIN IMMEDIATE")
         if not _tables(connection):
@@ -135,12 +135,12 @@ def _write(path: Path, rows: list[tuple[str, str, str, int]]) -> None:
 
 @contextmanager
 def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
-    """A connection to a file that was looked through first.
+    """A connection to a file that was checked first.
 
     Raises
     ------
     _Damaged
-        When the file is no database, a damaged one, or not one of ours.
+        When the file is not a database, is damaged, or is not one of ours.
     sqlite3.OperationalError
         When it cannot be opened or stays locked.
     """
@@ -181,7 +181,7 @@ def _tables(connection: sqlite3.Connection) -> list[tuple[str, str, str]]:
 
 
 def _rebuild(path: Path, damage: _Damaged) -> None:
-    """Take a damaged file away, unless another process has done so meanwhile."""
+    """Remove a damaged file, unless another process has done so meanwhile."""
     with _sole_rebuilder(path.parent):
         try:
             with _opened(path, "rw"):
@@ -189,7 +189,7 @@ def _rebuild(path: Path, damage: _Damaged) -> None:
         except _Damaged:
             pass
         warnings.warn(
-            f"{path} is damaged ({damage}); it is begun again and calls are timed anew",
+            f"{path} is damaged ({damage}); it is started again, and calls are timed again",
             ProfileCacheWarning,
             stacklevel=2,
         )
@@ -200,7 +200,7 @@ def _rebuild(path: Path, damage: _Damaged) -> None:
 
 @contextmanager
 def _sole_rebuilder(directory: Path) -> Iterator[None]:
-    """A lock between processes; SQLite's, which ends with the process that holds it."""
+    """A lock between processes; it is SQLite's, which ends with the process that holds it."""
     with closing(sqlite3.connect(directory / _LOCK, timeout=_WAIT_S)) as lock:
         lock.isolation_level = None
         lock.execute("BEGIN EXCLUSIVE")
@@ -209,7 +209,7 @@ def _sole_rebuilder(directory: Path) -> Iterator[None]:
 
 
 def _digest(call: str) -> str:
-    """Of one length, however many tensors a call takes."""
+    """A digest of fixed length, however many tensors a call takes."""
     return hashlib.sha256(call.encode()).hexdigest()
 
 

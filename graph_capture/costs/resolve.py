@@ -25,14 +25,14 @@ def resolve_cost_model(asked: CostModelChoice, target: Target) -> CostModel:
     asked
         ``"roofline"``; ``"profile"`` or a :class:`~.profile.Profile`; a function
         that returns microseconds of a :class:`~.cost_model.Call`, or ``None`` for
-        the calls that the roofline shall price; or a
+        the calls that the roofline is to price; or a
         :class:`~.cost_model.CostModel`.
 
     Raises
     ------
     ValueError
-        When it is none of these, or when calls shall be timed on a device that is
-        not at hand.
+        When it is none of these, or when calls are to be timed on a device that is not
+        at hand.
     """
     roofline = Roofline(target.device)
     if isinstance(asked, CostModel):

@@ -1,13 +1,13 @@
 """Estimate the time of a call by the roofline model.
 
-The larger of arithmetic at the device's peak rate and memory traffic at its
-bandwidth (Williams et al., "Roofline: an insightful visual performance model",
-CACM 2009), over the share of that which kernels of the call's class reach, and
-at least one launch. A device may give single operators a time per element
+The time is the larger of two: arithmetic at the device's peak rate, and memory traffic
+at its bandwidth (Williams et al., "Roofline: an insightful visual performance model",
+CACM 2009). It is divided by the share of the peak that kernels of the call's class
+reach, and is at least one launch. A device may give single operators a time per element
 instead.
 
-What it does not see: caches, shapes that fit a kernel badly, several streams,
-what the processor does between two launches.
+The model does not see caches, shapes that fit a kernel badly, several streams, or what
+the processor does between two launches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .flops import count_flops, product_dtype
 from .operator_classes import CONVOLUTION, DEPTHWISE, INDEXING, MATMUL, operator_class
 
 LONGEST_TRIAL_NS = 2_000_000_000
-"""Calls that take longer by the roofline are not run to see what they take or how they lie."""
+"""Calls that take longer by the roofline are not run to measure scratch or result layouts."""
 
 
 class Roofline:
@@ -60,13 +60,13 @@ class Work:
     operator_class
         One of :data:`~.operator_classes.OPERATOR_CLASSES`.
     flops
-        Of products, in ``dtype``; else 0.
+        Operations of products, in ``dtype``; otherwise 0.
     dtype
-        What the products multiply.
+        The dtype in which products multiply.
     num_bytes
-        Read and written, each tensor once.
+        Bytes read and written, each tensor once.
     num_elements
-        Of the largest output.
+        Elements of the largest output.
     """
 
     name: str
@@ -105,7 +105,7 @@ def work_of(func: Any, args: tuple, kwargs: dict, out: Any) -> Work:
 
 
 def _moves_nothing(func: Any) -> bool:
-    """Whether a call only makes room or looks at memory in another way."""
+    """Whether a call only allocates memory or makes a view."""
     aliases = [r.alias_info for r in schema_of(func).returns]
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
     return is_view or func.namespace == "prim" or "empty" in schema_of(func).name
@@ -121,7 +121,7 @@ def _traffic(
         for t in _tensors((args, {k: v for k, v in kwargs.items() if k not in written}))
     ]
     made = [_touched_bytes(t) for t in outputs]
-    if class_name == INDEXING:  # of a table only the rows are read that are asked for
+    if class_name == INDEXING:  # only the requested rows of a table are read
         read = [min(num_bytes, max(made, default=0)) for num_bytes in read]
     return sum(read) + sum(made)
 
@@ -138,7 +138,7 @@ def time_of_work_ns(work: Work, device: Device) -> int:
 
 
 def roofline_ns(work: Work, device: Device) -> float:
-    """Return the nanoseconds at the device's peaks, the slower of the two."""
+    """Return the nanoseconds at the device's peaks: the slower of arithmetic and traffic."""
     rate = device.flops_rate(work.dtype, tf32=_allows_tf32(work.operator_class))
     return max(work.flops / rate, work.num_bytes / device.bytes_per_s) * 1e9
 

@@ -1,15 +1,14 @@
 """Time calls as a step runs them: in turn, rather than one call repeatedly.
 
-A call that runs twice in a row finds its arguments in cache, and the memory of
-its output, too. In a step other calls have run in between. So all calls of a
-batch run once, then all a second time, and so on; what one of them finds in
-cache is then what the others have left there. A slow moment of the machine is
-spread over all calls that way, and the median of each forgets it.
+A call that runs twice in a row finds its arguments and the memory of its output in
+cache. In a step, other calls run in between. So all calls of a batch run once, then all
+run a second time, and so on: each finds in cache what the others have left there. This
+also spreads a slow moment of the machine over all calls, and their medians ignore it.
 
 On a 4-layer GPT-2 (width 512, batch 4 x 256, float32, torch 2.13, one thread of
-an AMD EPYC with 32 MiB of cache) calls that ran in turn summed to 0.99 of what
-the same calls took inside a real step, calls that ran twice in a row to 0.96;
-elementwise products, which recomputation is full of, to 1.0 and 0.8.
+an AMD EPYC with 32 MiB of cache), calls that ran in turn summed to 0.99 of the time of
+the same calls inside a real step, and calls that ran twice in a row to 0.96. For
+elementwise products, which dominate recomputation, the shares were 1.0 and 0.8.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from .trial import REFUSALS, Trial
 
 MIN_RUNS = 3
 MAX_RUNS = 11
-CALL_LIMIT_NS = 60_000_000  # a call that has had this much time and enough runs is done
+CALL_LIMIT_NS = 60_000_000  # a call is done after this much time and enough runs
 
-_CUDA_SAMPLE_NS = 200_000  # one reading of the card's clock spans about so much work
+_CUDA_SAMPLE_NS = 200_000  # one reading of the card's clock spans about this much work
 _MAX_CUDA_RUNS = 20  # in one reading
 
 
@@ -53,8 +52,8 @@ def time_in_turn(
     device
         Where they run.
     samples
-        Is given the nanoseconds of each run, so that an interrupt leaves what
-        there is.
+        Receives the nanoseconds of each run, so that an interrupt keeps those measured
+        so far.
 
     Returns
     -------
@@ -77,7 +76,7 @@ def time_in_turn(
 
 
 def median_ns(samples: list[int]) -> int | None:
-    """Return the median, or ``None`` where there are too few samples to trust."""
+    """Return the median, or ``None`` if there are too few samples to trust."""
     return round(statistics.median(samples)) if len(samples) >= MIN_RUNS else None
 
 
@@ -97,11 +96,11 @@ def _timed_ns(trial: Trial, device: torch.device, before: list[int] | None) -> i
 
 
 def _timed_on_card_ns(trial: Trial, device: torch.device, before: list[int] | None) -> int:
-    """Nanoseconds a run of several in a row, by the card's own clock.
+    """Nanoseconds per run, from several in a row, by the card's own clock.
 
-    Several, because a step does not wait for each kernel: the next call is
-    launched while the card works. One that is not timed goes first, so that the
-    first reading of the clock does not wait for a launch.
+    A step does not wait for each kernel either: the next call is launched while the
+    card works. An untimed run goes first, so that the first reading of the clock does
+    not wait for a launch.
     """
     num_runs = 2 if not before else max(1, min(_MAX_CUDA_RUNS, _CUDA_SAMPLE_NS // before[-1]))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

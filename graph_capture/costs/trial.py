@@ -1,10 +1,9 @@
 """Run one call of a step alone, on synthetic arguments that resemble the step's own.
 
-A call is known by its operator, the shapes, strides and dtypes of its tensors,
-its other arguments and the grad mode; values are made up. They are made so that
-the call runs as it does in the step: normal numbers where the step has
-activations and gradients, indices that lie in what they index, spread over all
-of it. Calls that cannot be trusted with made-up values are not run at all.
+A call is identified by its operator, the shapes, strides and dtypes of its tensors, its
+other arguments and the grad mode. Its values are made up so that it runs as it does in
+the step: normal numbers for activations and gradients, and indices within range, spread
+over all of it. Calls that are not safe on made-up values are not run at all.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from .cost_model import Call
 
 aten = torch.ops.aten
 
-# Kernels that must not run on made-up values: they read memory at places that their arguments
-# name, or another library's packed state, or check that values are probabilities or counts that
-# fit, which on CUDA ends the process' use of the card.
+# Kernels that must not run on made-up values: they read memory at addresses that their arguments
+# name, or another library's packed state, or assert that values are probabilities or fitting
+# counts. On CUDA a failed assertion ends the process's use of the card.
 _UNSAFE = re.compile(
     r"aten::(.*(ctc|quantize|fbgemm|sparse|packed|cudnn|miopen|_rnn|_lstm|_gru|lstm_|gru_).*"
     r"|max_unpool.*|.*gather_.*|segment_.*|binary_cross_entropy(_backward)?|multinomial|poisson"
@@ -46,7 +45,7 @@ _SAFE_ALL_THE_SAME = {
 # Kernels that fail on a matrix of zeros or of noise, or whose scratch grows with the norm.
 _WANTS_REGULAR = re.compile(r"aten::_?(linalg|cholesky|lu_|inverse|triangular|ormqr|logdet|det).*")
 
-# What raises when a call refuses its arguments; CUDA's and the allocators' errors among them:
+# What a call raises if it refuses its arguments, errors of CUDA and of allocators included:
 # PyTorch's are RuntimeErrors, NumPy's is a MemoryError.
 REFUSALS = (
     RuntimeError,
@@ -60,7 +59,7 @@ REFUSALS = (
 _ALIGNMENT_BYTES = 64  # of PyTorch's own CPU allocator (c10/core/alignment.h, gAlignment)
 _POOL_LENGTH = 1 << 20
 _STEP = 2654435761  # Knuth's multiplicative hash: indices visit their range in no order
-_RUN_LENGTH = 64  # of equal values in a mask, as padding and causal masks have them
+_RUN_LENGTH = 64  # of equal values in a mask, as in padding and causal masks
 
 
 def is_safe(func: Any) -> bool:
@@ -75,8 +74,8 @@ def is_safe(func: Any) -> bool:
 def call_key(call: Call, torch_type: str) -> str:
     """Return the key that tells a call from others with possibly different time or scratch.
 
-    Text, the same in every process; which tensor is passed twice is part of it, and
-    which lies on the CPU beside a device of another type, ``torch_type``.
+    The key is text, the same in every process. It includes which tensors are passed
+    twice, and which lie on the CPU beside a device of another type, ``torch_type``.
     """
     leaves, spec = tree_flatten((call.args, call.kwargs))
     first: dict[int, int] = {}
@@ -98,7 +97,7 @@ def call_key(call: Call, torch_type: str) -> str:
 
 
 def argument_bytes(call: Call) -> int:
-    """Bytes that arguments made for a call take, and a copy of those that it writes to."""
+    """Bytes of the arguments made for a call, and of a copy of those that it writes to."""
     tensors = {id(t): t for t in tree_iter((call.args, call.kwargs)) if _is(t)}
     written = {id(t): t for t in written_arguments(call.func, call.args, call.kwargs)}
     return sum(_extent(t) * t.element_size() for t in (*tensors.values(), *written.values()))
@@ -111,16 +110,16 @@ def output_bytes(call: Call) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A call with arguments of its own, ready to run again and again.
+    """A call with its own arguments, ready to run again and again.
 
     Parameters
     ----------
     func, args, kwargs
-        What is called.
+        The call.
     grad_enabled
         The grad mode that it runs in.
     fresh
-        For each tensor that the call writes to, itself and the values it began with.
+        Each tensor that the call writes to, with its initial values.
     """
 
     func: Any
@@ -134,7 +133,7 @@ class Trial:
         return self.func(*self.args, **self.kwargs)
 
     def refresh(self) -> None:
-        """Undo what runs have written, so that values neither grow nor vanish run by run."""
+        """Undo what runs have written, so that values neither grow nor vanish over runs."""
         for tensor, values in self.fresh:
             tensor.copy_(values)
 
@@ -155,7 +154,7 @@ def as_in_a_step(device: torch.device) -> Iterator[None]:
 def blank_arguments(
     func: Any, args: tuple, kwargs: dict, device: torch.device
 ) -> tuple[tuple, dict]:
-    """Arguments of zeros, or of what the operator wants in their place: what scratch needs."""
+    """Arguments to measure scratch with: zeros, or what the operator needs instead."""
     regular = _WANTS_REGULAR.fullmatch(schema_of(func).name) is not None
     written = {id(t) for t in written_arguments(func, args, kwargs)}  # these may be resized
     fills = fills_of(func, args, kwargs)
@@ -184,7 +183,7 @@ def blank_arguments(
         return real
 
     def with_bits(x: Any) -> Any:
-        """A kernel that knows nothing of a lazy conjugation or negation copies its argument."""
+        """Keep lazy conjugation and negation: a kernel that does not know them copies first."""
         made = make(x)
         if _is(x) and x.is_conj():
             made = made.conj()
@@ -194,9 +193,9 @@ def blank_arguments(
 
 
 def fill_mask(call: Call, args: tuple) -> None:
-    """Let the one mask among made-up arguments pick as many elements as the call's own picks.
+    """Let the one mask among made-up arguments pick as many elements as the call's own mask.
 
-    What it picks is listed in scratch memory, 8 bytes for each place and dimension.
+    The kernel lists them in scratch memory, 8 bytes for each element and dimension.
     """
     name = schema_of(call.func).name.split("::")[1].strip("_").removesuffix("_impl")
     if name not in ("index", "index_put", "unsafe_index", "masked_select", "nonzero"):
@@ -210,7 +209,7 @@ def fill_mask(call: Call, args: tuple) -> None:
     before = 0 if name in ("masked_select", "nonzero") else _place_of_mask(args[1])
     repeated = [d for d in range(mask.dim()) if mask.stride(d) == 0 and mask.shape[d] > 1]
     own = mask
-    for d in repeated:  # of an expanded mask each element picks several times
+    for d in repeated:  # each element of an expanded mask picks several times
         own = own.narrow(d, 0, 1)
     if picked.dim() > before and own.is_contiguous() and own.numel():
         own.view(-1)[: picked.shape[before] * own.numel() // mask.numel()] = True
@@ -221,10 +220,10 @@ def _place_of_mask(indices: Any) -> int:
 
 
 def _zeros_on_cpu(like: torch.Tensor) -> torch.Tensor:
-    """Zeros in memory that the operating system hands out empty.
+    """Zeros in memory that the operating system returns zeroed.
 
-    To fill a step's largest tensors takes longer than to run the call; pages that
-    are only read stay shared and are never filled (``calloc``, which PyTorch's own
+    Filling a step's largest tensors takes longer than running the call. Pages that are
+    only read stay shared and are never filled (``calloc``, which PyTorch's own
     allocator does not use). Such a tensor cannot be resized.
     """
     num_bytes = _extent(like) * like.element_size()
@@ -250,12 +249,12 @@ class Maker:
         self._normal = torch.empty(_POOL_LENGTH).normal_(generator=generator).to(device)
 
     def trial(self, call: Call) -> Trial:
-        """A call with arguments of its own.
+        """A call with its own arguments.
 
         Raises
         ------
         RuntimeError
-            When memory does not suffice.
+            When there is not enough memory.
         """
         kinds = _Kinds.of(call)
         made: dict[int, torch.Tensor] = {}
@@ -300,7 +299,7 @@ class Maker:
 
 
 def _memory(like: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory that is not filled yet, and a tensor in it with the shape and strides of another."""
+    """Uninitialized memory, and a tensor in it with the shape and strides of another."""
     where = like.device if like.device.type == "cpu" else device
     flat = torch.empty(_extent(like), dtype=like.dtype, device=where)
     return flat, flat.as_strided(like.shape, like.stride())
@@ -321,7 +320,7 @@ def _fill_indices(flat: torch.Tensor, end: int, in_order: bool) -> None:
 
 
 def _fill_regular(flat: torch.Tensor, real: torch.Tensor) -> None:
-    """Matrices that can be inverted; of a norm at which iterations do not stop early."""
+    """Invertible matrices, with a norm at which iterations do not stop early."""
     flat.fill_(0)
     if real.dim() >= 2 and (real.is_floating_point() or real.is_complex()):
         real.diagonal(dim1=-2, dim2=-1).fill_(64)
@@ -334,9 +333,9 @@ class _Kinds:
     Parameters
     ----------
     ranges
-        Of tensors of indices: where the indices end, and whether they come in order.
+        For tensors of indices: the end of their range, and whether they come in order.
     positive
-        Tensors that stand for variances, or that a root or logarithm is taken of.
+        Tensors that stand for variances, or whose root or logarithm is taken.
     pointwise
         Whether integers are numbers, not places.
     regular
@@ -413,7 +412,7 @@ _ALONG_A_DIMENSION = {
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    """Elements from the first to the last that a tensor looks at."""
+    """Elements from the first to the last that a tensor covers."""
     if tensor.numel() == 0:
         return 0
     places = zip(tensor.shape, tensor.stride(), strict=True)

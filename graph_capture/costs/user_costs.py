@@ -38,7 +38,7 @@ class UserCosts:
         Raises
         ------
         ValueError
-            When the function returns what is no time.
+            When the function returns something other than a time.
         """
         given = self._time_us(call)
         if given is None:

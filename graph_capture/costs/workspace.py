@@ -1,13 +1,12 @@
 """Scratch memory that kernels allocate while they run.
 
-How much a kernel takes depends on the library behind it (oneDNN reorders
-weights into blocks that suit the processor, attention keeps tiles for each
-thread), so it is measured: each distinct call runs once, alone, on zeros (on
-multiples of the identity where zeros make no sense), under the allocator's
-record. On a card it runs once before: what cuBLAS and cuDNN keep from then on
-is no scratch of this call. Calls that are known to take none are not run, nor
-those that cannot be trusted with made-up values, nor anything when there is no
-real device at hand.
+How much a kernel takes depends on the library behind it: oneDNN reorders weights into
+blocks that suit the processor, attention keeps tiles for each thread. So it is
+measured. Each distinct call runs once, alone, while the allocator's reports are
+recorded. It runs on zeros, or on multiples of the identity if zeros make no sense. On a
+card it runs once before, because what cuBLAS and cuDNN keep from then on is not this
+call's scratch. Not run are calls that are known to take none, calls that are not safe on
+made-up values, and any call if no real device is at hand.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ from .trial import (
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-# A number where a kernel takes a tensor becomes one: in double, then in the kernel's dtype.
+# A number in place of a tensor becomes a tensor: first in double, then in the kernel's dtype.
 _SCALAR_BYTES = 16
 _COMPLEX_DOUBLE_BYTES = 16
 
 _LEAST_BY_BLOCKS = 60 * 60  # elements
 
-# The largest calls of a language model. Their CPU kernels keep what they need on the stack
-# (aten/src/ATen/native/SoftMax.cpp, LossNLL.cpp) where nothing must be copied first.
+# The largest calls of a language model. If nothing must be copied first, their CPU kernels keep
+# what they need on the stack (aten/src/ATen/native/SoftMax.cpp, LossNLL.cpp).
 _BY_ROWS = {
     "aten::_softmax",
     "aten::_log_softmax",
@@ -60,13 +59,13 @@ _BY_ROWS = {
 
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 
-# Kernels that only make memory or move it: whatever they take, they hand out.
+# Kernels that only allocate or move memory: all that they take, they return.
 _TAKES_NONE = re.compile(
     r"aten::(empty.*|new_.*|.*_like|zeros|ones|full|arange|clone|copy_|_to_copy|cat|stack|fill_"
     r"|zero_|bernoulli_|lift_fresh)"
 )
 
-# Calls whose outputs are opaque to fake tensors: what they hold must be seen once.
+# Calls whose fake outputs do not tell their real size: they must run once.
 _OPAQUE_OUTPUTS = {"aten::mkldnn_rnn_layer", "aten::_embedding_bag"}
 
 
@@ -86,9 +85,9 @@ class WorkspaceProbe:
     scratch
         Whether scratch is wanted at all.
     cache
-        Remembers what was measured for another process; ``None`` measures anew.
+        Stores measurements for other processes; ``None`` measures again each time.
     too_long
-        Whether a call would take too long to be run for this: its scratch counts
+        Whether a call would take too long to run for this. Its scratch then counts
         as zero, and :attr:`notes` says so.
     """
 
@@ -146,7 +145,7 @@ class WorkspaceProbe:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return what a reader of the memory figures must know."""
+        """Return what readers of the memory figures must know."""
         if self._scratch and not self._measures:
             return (SCRATCH_NOT_COUNTED,)
         if not self._unknown:
@@ -161,7 +160,7 @@ class WorkspaceProbe:
         return self._device.type == "cpu"
 
     def output_bytes(self, func: Any, args: tuple, kwargs: dict) -> tuple[int, ...] | None:
-        """Return the real bytes of each output, for calls whose fake outputs do not tell."""
+        """Return the real bytes of each output, for calls whose fake outputs do not tell them."""
         if not (self._measures and self._on_cpu) or schema_of(func).name not in _OPAQUE_OUTPUTS:
             return None
         args, kwargs = blank_arguments(func, args, kwargs, self._device)
@@ -172,9 +171,9 @@ class WorkspaceProbe:
 
 @cache
 def _is_one_loop(func: Any) -> bool:
-    """Whether an elementwise call is a kernel of its own, not made of other calls.
+    """Whether an elementwise call is one kernel, not made of other calls.
 
-    With a number in the place of a tensor it is: the number becomes a tensor first.
+    A number in place of a tensor does not change that: it becomes a tensor first.
     """
     if overload_name_of(func).startswith("Scalar"):
         return True
@@ -189,7 +188,7 @@ def _only_moves(name: str, given: list[torch.Tensor]) -> bool:
 
 
 def _is_copied_by_blocks(t: torch.Tensor) -> bool:
-    """Whether a copy goes through a block, as of larger columns (aten/src/ATen/native/Copy.cpp)."""
+    """Whether a copy goes through blocks, as for larger columns (aten/src/ATen/native/Copy.cpp)."""
     by_columns = t.dim() == 2 and t.stride() == (1, t.shape[0])
     return by_columns and t.numel() >= _LEAST_BY_BLOCKS and not t.is_contiguous()
 
@@ -206,7 +205,7 @@ def _plain_product(call: Call) -> bool:
 
 
 def _reduced(call: Call) -> bool:
-    """Whether a call hands out less than it reads, as a loss does that takes the mean of it all."""
+    """Whether a call returns less than it reads, like a loss that takes the mean."""
     given = [t.numel() for t in tree_iter((call.args, call.kwargs)) if _is(t)]
     made = [t.numel() for t in tree_iter(call.out) if _is(t)]
     return bool(given) and bool(made) and max(made) < max(given)
@@ -227,7 +226,7 @@ def _plain_rows(call: Call) -> bool:
 
 
 def _must_copy(matrix: torch.Tensor) -> bool:
-    """Whether a product first copies this operand: neither rows nor columns are dense."""
+    """Whether a product first copies this operand, because neither rows nor columns are dense."""
     if matrix.dim() < 2 or matrix.numel() == 0:
         return False
     rows, columns = matrix.shape[-2:]
@@ -242,10 +241,10 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def _measure(call: Call, device: torch.device) -> int | None:
-    """Peak of one run less what it hands out.
+    """Peak of one run, less what it returns.
 
-    ``None`` for a call that refuses its arguments or does not fit into the memory
-    that is free now: neither is remembered on disk.
+    ``None`` for a call that refuses its arguments or does not fit into free memory;
+    neither is stored on disk.
     """
     free = free_bytes(device)
     if free is not None and argument_bytes(call) + 2 * output_bytes(call) > free:
@@ -280,7 +279,7 @@ def _measure(call: Call, device: torch.device) -> int | None:
 
 
 def _said_bytes(call: Call, block: int) -> int:
-    """Bytes behind the stand-ins of what a call hands out; real ones may hold more unsaid."""
+    """Bytes of the stand-ins of a call's results; the real results may hold more."""
     given = {
         identity_of_storage(t.untyped_storage())
         for t in tree_iter((call.args, call.kwargs))
@@ -300,7 +299,7 @@ def _peak_on_cpu(run: Callable[[], Any], results: list[Any], _device: torch.devi
 
 def _peak_on_card(run: Callable[[], Any], results: list[Any], device: torch.device) -> int:
     with torch.cuda.device(device):
-        run()  # libraries make here what they keep: workspaces of cuBLAS, plans of cuDNN
+        run()  # libraries allocate here what they keep: workspaces of cuBLAS, plans of cuDNN
         return peak_extra_bytes_on_card(lambda: results.append(run()), device)
 
 

@@ -1,11 +1,12 @@
 """The one door to what PyTorch keeps private.
 
-Every private name of PyTorch that this project relies on is named here, once, with what
-it is for and the PyTorch that has it: "2.11+" says that it is there from the oldest
-version that is supported on, and may be older. Everything else imports from here, and
-``tests/graph_capture/test_private_torch.py`` tries each of them and keeps the door shut.
+Every private name of PyTorch that this project relies on is named here, once, with its
+purpose and the PyTorch that has it: "2.11+" says that it exists from the oldest
+supported version on, and may be older. Everything else imports from here, and
+``tests/graph_capture/test_private_torch.py`` tries each name and finds other uses of
+private names.
 
-This file imports nothing, so that one pays for no more than what one asks for:
+This file imports nothing, so that importers pay only for what they use:
 
 - ``trees``: nested arguments; ``tensors``: what lies beneath a tensor
 - ``operators``: what an operator is; ``aten``: operators whose names are private

@@ -59,7 +59,7 @@ def _mode_of(target: Path) -> int | None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "no regular file, which is not replaced", str(target))
+        raise OSError(errno.EINVAL, "not a regular file, so it is not replaced", str(target))
     if not mode & 0o222 or not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, "the file is write-protected", str(target))
     return stat.S_IMODE(mode)

@@ -60,5 +60,5 @@ def test_whatever_is_no_instance_is_a_value_error(tmp_path: Path) -> None:
 def test_a_pipe_is_no_instance(tmp_path: Path) -> None:
     """It is refused at once instead of being waited for."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         load_instance(tmp_path / "pipe")

@@ -115,7 +115,7 @@ def test_the_rates_per_clock_give_the_peaks_of_hopper_and_blackwell() -> None:
     [
         ("NVIDIA Rubin", Properties(major=99), "compute capability 99.0"),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", Properties(), "slice of a card"),
-        ("NVIDIA T4000", object(), "does not tell its major"),
+        ("NVIDIA T4000", object(), "does not report its major"),
     ],
 )
 def test_a_card_that_nothing_is_known_of_is_refused(

@@ -101,7 +101,7 @@ def _negative_values(path: Path) -> None:
     "damage",
     [_garbage, _truncated, _overwritten, _other_tables, _wrong_values, _negative_values],
 )
-def test_a_damaged_file_is_begun_again(damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_file_is_started_again(damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """A file that is damaged or hostile is named, thrown away, and serves again afterwards."""
     _fill(tmp_path)
     damage(_file(tmp_path))
@@ -238,19 +238,19 @@ def _flipped(tmp_path: Path, places: range) -> None:
                 cache.put("time_ns", "y", 7)
                 cache.save()
             assert all(w.category is ProfileCacheWarning for w in said), place
-            assert all("begun again" in str(w.message) for w in said), (place, said)
+            assert all("started again" in str(w.message) for w in said), (place, said)
             assert len(said) <= 1, place
             assert ProfileCache(tmp_path, "e").get("time_ns", "y") == 7, place
             damaged += len(said)
     assert damaged > 0
 
 
-def test_any_damaged_byte_of_the_header_is_begun_again(tmp_path: Path) -> None:
+def test_any_damaged_byte_of_the_header_is_started_again(tmp_path: Path) -> None:
     """Or does no harm; no byte ends in another error or in a cache that is never used again."""
     _flipped(tmp_path, range(0, 110, 2))
 
 
 @pytest.mark.slow
-def test_any_damaged_byte_is_begun_again(tmp_path: Path) -> None:
+def test_any_damaged_byte_is_started_again(tmp_path: Path) -> None:
     """Whatever it belongs to: text that is no UTF-8, pages, the schema, values."""
     _flipped(tmp_path, range(1, 8192, 3))

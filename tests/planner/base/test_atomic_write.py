@@ -58,7 +58,7 @@ def test_a_protected_file_is_not_replaced(tmp_path: Path) -> None:
 def test_pipes_and_folders_are_not_replaced(tmp_path: Path) -> None:
     """They are what they were."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="no regular file"):
+    with pytest.raises(OSError, match="not a regular file"):
         write_whole(tmp_path / "pipe", "new")
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):

@@ -170,7 +170,7 @@ def test_show_refuses_a_pipe_and_shows_control_characters(tmp_path: Path) -> Non
     """A pipe is not waited for; what a file says is not obeyed by the terminal."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "plan.json").write_text('{"schema_version": "\\u001b[2J"}')
-    for name, said in (("pipe", "no regular file"), ("plan.json", r"\x1b[2J")):
+    for name, said in (("pipe", "not a regular file"), ("plan.json", r"\x1b[2J")):
         result = CliRunner().invoke(app, ["show", str(tmp_path / name)])
         assert result.exit_code == 1
         assert said in result.stderr
