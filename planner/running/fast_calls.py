@@ -1,11 +1,11 @@
-"""Call PyTorch's own Python functions where they dispatch to exactly the graph's operator.
+"""Call PyTorch's own Python functions if they dispatch to exactly the graph's operator.
 
-``torch.ops.aten.add.Tensor(a, b)`` goes through a generic path that boxes every
-argument; ``torch.add(a, b)`` is the same call at half the cost, which counts in models
-with small kernels. Which overload a Python function reaches depends on its arguments,
-so each kind of call is tried once, on stand-ins, under a mode that looks at the first
-operator dispatched and stops there. The function is used only where that is the graph's
-operator with the graph's arguments.
+``torch.ops.aten.add.Tensor(a, b)`` takes a generic path that boxes every argument.
+``torch.add(a, b)`` is the same call at half the cost, which matters in models with small
+kernels. Which overload a Python function reaches depends on its arguments. So each kind
+of call is tried once, on stand-ins, under a mode that looks at the first operator
+dispatched and stops there. The function is used only if that is the graph's operator
+with the graph's arguments.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ _Found = Callable[..., Any] | str | None  # a function, the name of a method of 
 
 
 def fast_call(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
-    """Return what to call in place of an operator, with the same arguments.
+    """Return what to call instead of an operator, with the same arguments.
 
     Parameters
     ----------
     func
         An operator of ``torch.ops.aten``; others have no such function.
     args, kwargs
-        Nodes of a traced step where the call has tensors.
+        The call's arguments, with nodes of a traced step for tensors.
 
     Returns
     -------
     Callable, str or None
         A function of PyTorch, the name of a method of its first argument, or
-        ``None`` where only the operator itself works.
+        ``None`` if only the operator itself works.
     """
     if not isinstance(func, OpOverload) or func.namespace != "aten":
         return None
     nodes = [x for x in tree_flatten((args, dict(kwargs)))[0] if isinstance(x, Node)]
     if not nodes or not all(isinstance(n.meta["val"], torch.Tensor) for n in nodes):
-        return None  # without a tensor, a default device may decide
+        return None  # without a tensor, the default device may matter
     kind = _kind(func, args, kwargs)
     if kind not in _known:
         _known[kind] = _find(func, args, kwargs)
     return _known[kind]
 
 
-_known: dict[Any, _Found] = {}  # which function comes to which operator never changes
+_known: dict[Any, _Found] = {}  # never outdated: a function always reaches the same operator
 
 
 def _kind(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -78,7 +78,8 @@ def _looks(leaf: Any) -> Any:
     return leaf if isinstance(leaf, torch.dtype) else type(leaf)
 
 
-# Composites of another operator with the number as a tensor, which the function comes to at once.
+# Composites that call another operator with the number as a tensor; the function reaches that
+# operator directly.
 _WITH_NUMBER = {
     getattr(torch.ops.aten, name).Scalar: getattr(torch.ops.aten, name).Tensor
     for name in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
@@ -131,10 +132,10 @@ def _find(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> _Found:
 
 
 def _is_found_by_name(function: Any) -> bool:
-    """Whether generated code, which writes a function by name, would call this one.
+    """Whether generated code, which names functions, would call this one.
 
-    For ``block_diag`` and a few others, PyTorch has a wrapper of the same name that
-    takes its arguments differently.
+    For ``block_diag`` and a few others, PyTorch has a wrapper of the same name with
+    different arguments.
     """
     try:
         parts = qualified_name_of(function).split(".")
@@ -147,10 +148,10 @@ def _is_found_by_name(function: Any) -> bool:
 
 
 def _is_compiled(name: str) -> bool:
-    """Whether a method is the binding of an operator, returning exactly what the operator does.
+    """Whether a method is the binding of an operator and returns exactly what it returns.
 
-    A method written in Python may return something else: of the three tensors that
-    the operator ``unique_consecutive`` makes, ``Tensor.unique_consecutive`` returns one.
+    A method written in Python may return something else: the operator
+    ``unique_consecutive`` makes three tensors, ``Tensor.unique_consecutive`` returns one.
     """
     return isinstance(getattr(torch.Tensor, name, None), MethodDescriptorType)
 
@@ -177,7 +178,7 @@ def _comes_to(candidate: _Found, func: Any, args: tuple, kwargs: dict[str, Any])
     if first.call is None:
         return False
     called, its_args, its_kwargs = first.call
-    if not kwargs.get("pin_memory"):  # which functions pass and operators leave out
+    if not kwargs.get("pin_memory"):  # functions pass it, operators leave it out
         its_kwargs = {k: v for k, v in its_kwargs.items() if k != "pin_memory" or v}
     wanted = (_WITH_NUMBER.get(func, func), func)
     return called in wanted and _same((its_args, its_kwargs), (args, kwargs))

@@ -1,19 +1,19 @@
 """The note that a planned step adds to an out-of-memory error.
 
-The error that PyTorch raised goes on unchanged, with its own type and message, so
-``except torch.OutOfMemoryError`` works as ever. It carries a *note*
+PyTorch's error passes on unchanged, with its own type and message, so that
+``except torch.OutOfMemoryError`` works as before. It carries a *note*
 (``BaseException.add_note``), which Python prints below the message: what the plan
 predicted, which operator ran, what was alive by the plan, what the device held, and
-what to change. It is a note rather than a subclass, so that the exception's identity
-stays, and code that compares types or prints the message sees what it always saw. Where
-nothing fails, this costs nothing.
+what to change. A note, unlike a subclass, keeps the exception's identity: code that
+compares types or prints the message sees no change. If nothing fails, this costs
+nothing.
 
 Which operator ran is read from the traceback: its line in the generated code
 assigns to the name of a torch.fx node, and each node knows its run in the
 schedule.
 
-Not covered: what fails outside the planned module (the loss, the optimizer's
-step), where no code of the plan runs.
+Not covered are failures outside the planned module (the loss, the optimizer's step),
+where no code of the plan runs.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class DeviceMemory:
     Parameters
     ----------
     allocated_bytes, reserved_bytes
-        By this process's allocator: in tensors, and including its cache.
+        Held by this process's allocator: in tensors, and including its cache.
     free_bytes, total_bytes
-        Of the device, all processes together.
+        Of the device, for all processes together.
     expandable
         Whether the allocator uses expandable segments.
     """
@@ -137,13 +137,13 @@ def account(
     Parameters
     ----------
     moment
-        As from :func:`moment_of`; ``None`` when it is not known.
+        The run, from :func:`moment_of`; ``None`` if it is not known.
     memory
-        Of the CUDA device.
+        Memory of the CUDA device.
     host
         Host memory of this process, by kind.
     held_gradient_bytes
-        Of gradients that were there before the step.
+        Bytes of gradients that existed before the step.
     """
     lines = [HEADER, *_about_plan(plan)]
     before_bytes: int | None = None
@@ -158,8 +158,8 @@ def account(
         lines.append("  process   " + ", ".join(f"{k} {format_bytes(n)}" for k, n in host.items()))
     if held_gradient_bytes:
         lines.append(
-            f"  gradients {format_bytes(held_gradient_bytes)} were there before the step, which "
-            "the plan takes for none"
+            f"  gradients {format_bytes(held_gradient_bytes)} existed before the step, and the "
+            "plan assumes none"
         )
     advice = _advice(plan, before_bytes, memory, held_gradient_bytes)
     lines += [f"  {'to do' if i == 0 else '':<10}{line}" for i, line in enumerate(advice)]
@@ -301,7 +301,7 @@ def _memory_of(device: torch.device) -> DeviceMemory | None:
 
 
 def _host_memory() -> dict[str, int]:
-    """Return this process's host memory, where the system reports it."""
+    """Return this process's host memory, if the system reports it."""
     found: dict[str, int] = {}
     pages = Path("/proc/self/statm")
     if pages.exists():

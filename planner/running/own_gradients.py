@@ -1,14 +1,14 @@
-"""Compute gradients by the model's own forward, where a plan's backward cannot.
+"""Compute gradients by the model's own forward if a plan's backward cannot.
 
-A planned backward is one graph for one purpose: these gradients, from all outputs
-planned as differentiated, once. When gradients are requested from only some of the
-outputs, the model's own forward runs again, from the same inputs, buffers and generator
-state, and autograd computes them as it would have without a plan. The numbers are
-eager's to the bit; memory and time are outside the plan.
+A planned backward is one graph for one purpose: the gradients from all outputs planned
+as differentiated, once. If gradients are requested from only some of the outputs, the
+model's own forward runs again, from the same inputs, buffers and generator state, and
+autograd computes them as it would have without a plan. The numbers equal eager's to the
+bit. The plan does not cover the memory and time.
 
-Gradients that are differentiated again are not computed this way: eager adds what comes
-from the loss and what comes from its gradient at each activation, whereas here they
-would be added at the parameters, with different last bits.
+Gradients that are differentiated again are not computed this way. Eager adds what comes
+from the loss and what comes from its gradient at each activation; here they would be
+added at the parameters, with different last bits.
 
 The caller refuses a model that was changed between forward and backward. Imperfections:
 plain Python effects of forward happen a second time, and parameters that the loop
@@ -54,8 +54,8 @@ def own_gradients(
     inputs
         Parameters and arguments; those that do not require grad get ``None``.
     generator_state
-        Of the default generator of ``device`` when the planned forward began;
-        ``None`` where it draws nothing.
+        State of the default generator of ``device`` when the planned forward began;
+        ``None`` if it draws nothing.
     autocast
         Dtype of the autocast that the planned forward ran under.
     """
@@ -96,8 +96,8 @@ def _generator_at(state: np.ndarray | None, device: torch.device) -> Iterator[No
 def generator_state(device: torch.device) -> np.ndarray:
     """Return the state of a device's default generator, uint8.
 
-    It is in NumPy's memory: a tensor, 5 kB on the CPU, would occupy the device's
-    memory, which is what is planned.
+    It is a NumPy array: a tensor (5 kB on the CPU) would count in the memory that the
+    plan covers.
     """
     if device.type == "cuda":
         return torch.cuda.get_rng_state(device).numpy()
@@ -114,8 +114,7 @@ def set_generator(state: np.ndarray, device: torch.device) -> None:
 
 @contextmanager
 def _buffers_copied(model: nn.Module) -> Iterator[None]:
-    """Let forward write to copies of the buffers, since it has already written to the buffers
-    once."""
+    """Let forward write to copies of the buffers: it has already written to the buffers once."""
     tables = [(buffers_of(m), dict(buffers_of(m))) for m in model.modules() if buffers_of(m)]
     copies: dict[int, torch.Tensor] = {}
     for table, before in tables:

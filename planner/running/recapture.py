@@ -95,7 +95,7 @@ def capture_for(
     _refuse_absent_devices(plan)
     captured = None if live is None else live.captured
     own = captured is not None and captured.graph is plan.graph
-    # What was captured without the device is captured again on it, to see that it holds there.
+    # A step captured without the device is captured again on it, to check that it is the same.
     if own and live is not None and captured is not None and not captured.target.elsewhere:
         unchanged = captured.model() is model and live.structure.holds()
         if unchanged and captured.step.reads.difference() is None:
@@ -145,9 +145,9 @@ def as_captured(
 
 
 def _priced_as_planned(planned: CostGraph, found: CostGraph, measured: bool) -> CostGraph:
-    """Return the graph found here with the plan's times, and its scratch where that was measured.
+    """Return the graph found here with the plan's times, and its scratch if that was measured.
 
-    What the loop's loss and optimizer take cannot be found here.
+    The time and memory of the loop's loss and optimizer cannot be found here.
     """
     operators = []
     for there, here in zip(planned.operators, found.operators, strict=True):
@@ -166,7 +166,7 @@ def _priced_as_planned(planned: CostGraph, found: CostGraph, measured: bool) -> 
 
 
 def _priced_rewrites(there: Operator, here: Operator) -> tuple[tuple[int, int, int], ...]:
-    """Copies at the plan's times; an older plan has them in the operator's own."""
+    """Copies at the plan's times; older plans include them in the operator's own time."""
     known = {new: ns for _, new, ns in there.rewrites}
     return tuple((old, new, known.get(new, 0)) for old, new, _ in here.rewrites)
 
@@ -174,7 +174,7 @@ def _priced_rewrites(there: Operator, here: Operator) -> tuple[tuple[int, int, i
 def _judge(plan: PlanRecord, graph: CostGraph) -> None:
     """Check that the plan's order computes this graph within its budget.
 
-    A plan that was made without the device did not count scratch: the headroom is for it.
+    A plan made without the device did not count scratch; its headroom is meant for that.
     """
     try:
         outcome = replay(graph, plan.schedule)
@@ -198,8 +198,10 @@ def _judge(plan: PlanRecord, graph: CostGraph) -> None:
 
 
 def _refuse_absent_devices(plan: PlanRecord) -> None:
-    """Refuse absent devices before making tensors of a specification: PyTorch may end the
-    process."""
+    """Refuse absent devices before tensors are made from a specification.
+
+    PyTorch may abort the process otherwise.
+    """
     specs = [*specs_of(plan.guard.arguments), *plan.loss.tangents]
     for device in {plan.device_type, *(spec.device for spec in specs)}:
         kind, _, index = device.partition(":")
@@ -246,7 +248,7 @@ def _refuse_elsewhere(planned: Mapping[str, TensorSpec], found: Mapping[str, Ten
 
 
 def _release(version: str) -> str:
-    """A torch version without its build: a plan made with a CPU build serves a CUDA build."""
+    """A torch version without its build: a plan from a CPU build also works in a CUDA build."""
     return version.partition("+")[0]
 
 
@@ -260,13 +262,13 @@ def _capture_again(
         if not any(rules) and graph.fingerprint != plan.fingerprint:
             raise _another_model(_first_difference(plan.graph, graph))
 
-    taken = None  # an older file does not say which way the plan takes
+    taken = None  # an older file does not say which path the plan takes
     if plan.outcomes is not None:
         taken = TakenPath(branch_free=plan.branch_free, outcomes=plan.outcomes)
     captured = capture_step(
         model,
         plan.guard.arguments,
-        # What needs no code of the user's is found again instead of believed.
+        # What can be found again without the user's code is not taken from the file.
         loss=plan.loss if plan.loss.region.source is LossSource.LOSS_FN else None,
         optimizer=plan.optimizer,
         forward=forward,
@@ -280,7 +282,7 @@ def _capture_again(
 
 @contextmanager
 def _as_planned(model: nn.Module, plan: PlanRecord) -> Iterator[None]:
-    """Autocast and the modules' training flags as they were when the plan was made."""
+    """While active, autocast and the training flags are as they were when the plan was made."""
     evaluating = set(plan.guard.evaluating)
     before = [(module, module.training) for module in model.modules()]
     for name, module in model.named_modules():

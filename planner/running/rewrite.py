@@ -1,12 +1,11 @@
 """Turn a schedule back into torch.fx: one forward and one backward graph.
 
-The schedule's runs before the loss become the forward graph, those after it
-the backward graph, in that order. A run that repeats an operator emits its
-calls again. Names survive where fx can keep them; views are emitted where they
-are first needed and again after their storage was recomputed. What the
-backward graph reads from before the loss is *saved*: forward returns it
-beside the outputs. Memory is freed by liveness, at the last use in the
-generated code, which is what the schedule's implied frees mean.
+The schedule's runs before the loss become the forward graph, and those after it the
+backward graph, in that order. A run that repeats an operator emits its calls again.
+Names are kept if fx allows it. Views are emitted where they are first needed, and
+again after their storage was recomputed. What the backward graph reads from before the
+loss is *saved*: forward returns it in addition to the outputs. Memory is freed at its
+last use in the generated code, which matches the frees that the schedule implies.
 """
 
 from __future__ import annotations
@@ -47,9 +46,10 @@ class PlannedGraphs:
     ----------
     forward, backward
         Each takes one list of tensors, which it empties, and returns a list.
-        ``forward``: the values of ``forward_inputs`` to the outputs, then the
-        saved tensors. ``backward``: the tangents, the exposed saved tensors, the
-        values of ``saved_inputs`` and the other saved tensors to the gradients.
+        ``forward`` takes the values of ``forward_inputs`` and returns the outputs,
+        then the saved tensors. ``backward`` takes the tangents, the exposed saved
+        tensors, the values of ``saved_inputs`` and the other saved tensors, and
+        returns the gradients.
     forward_inputs
         Placeholders of the traced step that forward takes.
     saved_inputs
@@ -57,8 +57,8 @@ class PlannedGraphs:
     num_outputs
         How many of forward's results are outputs of the model.
     num_exposed
-        How many of the saved tensors, which come first, share memory with an output
-        or an input of the step, so that others may write to them.
+        How many of the saved tensors share memory with an output or an input of the
+        step, so that others may write to them; these come first.
     """
 
     forward: GraphModule
@@ -117,7 +117,7 @@ class _Emitter:
     ) -> None:
         self._captured = captured
         self._repeated = repeated
-        self._in_place = in_place  # which runs of the schedule write which output over what
+        self._in_place = in_place  # runs of the schedule that write an output over an input
         self._earlier = earlier
         self._has_run: set[int] = set() if earlier is None else set(earlier._has_run)
         self.graph = Graph()
@@ -133,7 +133,7 @@ class _Emitter:
         self._storage_by_id: dict[int, int] = {}
         for k, carriers in enumerate(captured.carriers):
             for carrier in carriers:
-                self._storage_by_id[storage_id(carrier.meta["val"])] = k  # the last rewriting wins
+                self._storage_by_id[storage_id(carrier.meta["val"])] = k  # the last write wins
         self._states = {
             state
             for v, state in captured.state_of.items()
@@ -143,13 +143,13 @@ class _Emitter:
     # -- values ----------------------------------------------------------------
 
     def declare(self, node: Node) -> None:
-        """A tangent: an input of the backward graph, in this place."""
+        """Add a tangent as the next input of the backward graph."""
         k = self.storage_of(node)
         self._values[k, node] = self._placeholder(node.name)
         self._declared.append(self._values[k, node])
 
     def order_placeholders(self, public: Iterable[_Key] = (), private: Iterable[_Key] = ()) -> None:
-        """Tangents, saved tensors that are exposed, inputs of the step, other saved tensors."""
+        """Order inputs: tangents, exposed saved tensors, the step's inputs, other saved ones."""
         ordered = [
             *self._declared,
             *(self.taken_over[key] for key in public),
@@ -160,11 +160,11 @@ class _Emitter:
             before.append(after)
 
     def value(self, node: Node) -> Node:
-        """The value of a node of the traced step, as it is at the end."""
+        """The final value of a node of the traced step."""
         return self._lookup(node, self.storage_of(node))
 
     def storage_of(self, node: Node) -> int:
-        """Which storage a node of the traced step lies in."""
+        """The storage that holds a node of the traced step."""
         return self._storage_by_id[storage_id(node.meta["val"])]
 
     def value_at(self, key: _Key) -> Node:
@@ -202,9 +202,9 @@ class _Emitter:
         return views[node]
 
     def _read(self, node: Node, k: int) -> Node:
-        """As :meth:`_lookup`, for a call that cares for elements, not for tensor objects.
+        """As :meth:`_lookup`, for a call that depends on elements, not on tensor objects.
 
-        ``w.t().t()``, which backward formulas ask for, is ``w``.
+        ``w.t().t()``, which backward formulas use, is ``w``.
         """
         return self._lookup(_first_alike(node, self._captured.carriers[k]), k)
 
@@ -221,7 +221,7 @@ class _Emitter:
     # -- operators ---------------------------------------------------------------
 
     def run(self, order: tuple[int, ...], start: int = 0) -> None:
-        """Emit the runs of one part of the schedule, which begins at its run ``start``."""
+        """Emit the runs of one part of the schedule; its first is run ``start``."""
         for self._moment, v in enumerate(order, start):
             code = self._captured.code[v]
             if code.calls:
@@ -234,17 +234,17 @@ class _Emitter:
         self._set_grad_mode(self._earlier is None)
 
     def _set_grad_mode(self, enabled: bool) -> None:
-        """Repeat forward's operators in forward's grad mode: some kernels save more in it."""
+        """Repeat forward's operators in forward's grad mode: some kernels save more then."""
         if enabled != self._grad_enabled:
             self._call(set_grad_enabled, (enabled,), {}, "grad_mode")
             self._grad_enabled = enabled
 
     def _emit(self, v: int, code: OperatorCode, *, first: bool) -> None:
-        """Emit one run. Its calls see what this run computes; only then is it published.
+        """Emit one run. Its own calls see its results at once, later runs after its end.
 
-        A repetition must not touch a kept storage's first version, which is in
-        the user's hands: where one of its calls writes over the result of
-        another, it writes over the repetition's own.
+        A repetition must not touch a kept storage's first version, which the user
+        holds. If one of its calls writes over the result of another, it writes over
+        the repetition's own.
         """
         fresh: dict[_Key, Node] = {}
         views: dict[Node, Node] = {}
@@ -295,7 +295,7 @@ class _Emitter:
             self._set(k, carrier, value)
 
     def _blank(self, carrier: Node) -> Node:
-        """Memory like that of a carrier, which a call writes to before anybody reads it."""
+        """Memory like that of a carrier; a call writes to it before anybody reads it."""
         like = carrier.meta["val"]
         args = (list(like.shape), list(like.stride()))
         kwargs = {"dtype": like.dtype, "device": like.device}
@@ -329,14 +329,14 @@ class _Emitter:
         self._values[self._state_key(v)] = state
 
     def _generator(self) -> tuple[torch.device, ...]:
-        """Which of several generators numbers come from: each CUDA device has its own."""
+        """The device whose generator is used: each CUDA device has its own."""
         device = self._captured.target.torch_device
         return (device,) if device.type == "cuda" else ()
 
     def _call_like(self, call: Node, args: Any, kwargs: Any, given: tuple | None = None) -> Node:
-        """A call of the traced step with the values that stand for its arguments here.
+        """A call of the traced step, on the values that stand for its arguments here.
 
-        ``given`` are its own arguments where a repetition has others.
+        ``given`` replaces its own arguments, for repetitions that need others.
         """
         fast = fast_call(call.target, call.args if given is None else given, call.kwargs)
         node = self._call(call.target if fast is None else fast, args, kwargs, call.name)
@@ -346,14 +346,14 @@ class _Emitter:
     def _call(self, target: Any, args: Any, kwargs: Any, name: str) -> Node:
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.graph.create_node(kind, target, tuple(args), dict(kwargs), name)
-        node.meta["moment"] = self._moment  # which run of the schedule it belongs to
+        node.meta["moment"] = self._moment  # the run of the schedule that it belongs to
         if self._first_call is None:
             self._first_call = node
         return node
 
 
 def _first_alike(node: Node, carriers: Collection[Node]) -> Node:
-    """The first of the views that lead from a carrier to ``node`` with its place and layout."""
+    """The first view between a carrier and ``node`` with the same offset and layout."""
     wanted, first = _layout(node), node
     while node not in carriers and isinstance(source := node.args[0], Node):
         node = source
@@ -364,7 +364,7 @@ def _first_alike(node: Node, carriers: Collection[Node]) -> Node:
 
 def _layout(node: Node) -> Any:
     value = node.meta["val"]
-    if not isinstance(value, torch.Tensor):  # of several results at once
+    if not isinstance(value, torch.Tensor):  # several results at once
         return None
     return (
         value.shape,
@@ -380,8 +380,10 @@ def _layout(node: Node) -> Any:
 
 
 class _BoxedCodeGen(CodeGen):
-    """Arguments arrive in one list, which is emptied: the code then holds the only references
-    and can free each at its last use."""
+    """Generates code that takes its arguments in one list and empties it.
+
+    The code then holds the only references, and can free each argument at its last use.
+    """
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
         names = [v.split(":")[0].split("=")[0].strip() for v in free_vars if v != "self"]

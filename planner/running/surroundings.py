@@ -1,8 +1,8 @@
-"""What a step is called under that a plan does not hold, so that the model's own forward runs.
+"""Contexts that a plan does not support, in which the model's own forward runs.
 
-A planned step is one node of the autograd graph. Whoever looks inside a step (a
-tracer, hooks on what operators save, forward-mode derivatives) finds nothing there, or
-something else than the model's own operators.
+A planned step is one node of the autograd graph. Tools that look inside a step (a
+tracer, hooks on what operators save, forward-mode derivatives) would find nothing
+there, or operators other than the model's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graph_capture.private_torch.autograd import (
 
 
 def foreign_surroundings() -> str | None:
-    """Why this call is not the plan's to run, in words, or ``None``."""
+    """Say why the plan cannot run this call; ``None`` if it can."""
     if innermost_transform() is not None:
         return "it is called under a transform of torch.func"
     if forward_derivative_level() >= 0:
@@ -27,7 +27,7 @@ def foreign_surroundings() -> str | None:
         return (
             "it is called under saved_tensors_hooks (save_on_cpu, an activation offloader, an "
             "outer torch.utils.checkpoint), and what a plan saves is not what the model's "
-            "operators save; leave the hooks off where a plan is applied"
+            "operators save; do not use the hooks around a planned model"
         )
     if jit_tracing_state() is not None:
         return "it is called by torch.jit.trace"

@@ -1,4 +1,4 @@
-"""What a planned model has done so far, and what it has said about it."""
+"""Count what a planned model has done so far, and give each warning once."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Tally:
     num_planned, num_unplanned
         Training calls by a plan, and by the model's own forward.
     num_backward
-        Backward passes that came to a plan.
+        Backward passes that reached a plan.
     last_mismatch
-        Why the last call that was not by a plan was not the planned one.
+        How the last call that no plan ran differed from the planned call.
     peak_bytes
         The highest predicted peak of the steps that ran by a plan.
     num_captures, capture_s
-        Plans that were made for other calls while the loop waited, and seconds for them.
+        Plans made for other calls while the loop waited, and the seconds that they took.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Tally:
 
     @property
     def num_expected(self) -> int:
-        """How many times at most a gradient has arrived that is accounted for."""
+        """The most arrivals of gradients that known backward passes account for."""
         return self.num_unplanned + self.num_backward
 
     def say(self, kind: str, text: str) -> None:
@@ -62,7 +62,7 @@ class Tally:
 
 
 def _levels_to_the_loop() -> int:
-    """How far up the first caller is that is neither this package nor PyTorch."""
+    """The stack level of the first caller outside this package and PyTorch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_LOOP):
         frame, level = frame.f_back, level + 1

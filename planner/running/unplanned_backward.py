@@ -1,9 +1,8 @@
-"""Notices a training step that never came to the plan of its model.
+"""Notice a training step that never reached the plan of its model.
 
-A trainer may put another function in the place of ``model.forward``, and a loop
-may call a part of the module that was planned: the plan then never hears of the
-step. What every training step has in common is that a gradient arrives at a
-parameter, so one parameter of a planned model is watched.
+A trainer may replace ``model.forward``, and a loop may call only a part of the planned
+module: the plan then does not see the step. But in every training step a gradient
+arrives at a parameter, so one parameter of a planned model is watched.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def _nothing() -> None:
 
 
 class Watched(Protocol):
-    """What stands in for the forward of the module that is watched."""
+    """The replacement of the forward of the watched module."""
 
     model: nn.Module
     tally: Tally
@@ -47,15 +46,15 @@ class UnplannedBackward:
     Parameters
     ----------
     planned
-        Is asked how many backward passes it has seen. Not kept alive: the collector does not
-        see through a hook on a tensor.
+        Counts the backward passes that it has seen. It is not kept alive: Python's garbage
+        collector does not see through a hook on a tensor.
     parameter
-        The one that is watched; the hook on it is not to keep it alive either.
+        The watched parameter; the hook on it must not keep it alive either.
     module, name
-        Where it lies.
+        The module that holds it, and its name there.
     missed, advice
         What is said of a step that was not noticed, with the class of the model as
-        ``{name}``, and what to do where its forward was replaced.
+        ``{name}``, and what to do if its forward was replaced.
     """
 
     planned: weakref.ref[Watched]
@@ -65,13 +64,13 @@ class UnplannedBackward:
     missed: str = _MISSED
     advice: str = _BUILD_FIRST
     _num_expected: int = 0
-    _num_accompanied: int = 0  # planned backward passes beside which others came
+    _num_accompanied: int = 0  # planned backward passes with other gradients beside them
     _gradient: Callable[[], torch.Tensor | None] = field(default=_nothing, repr=False)
     _handle: RemovableHandle | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, planned: Watched, captured: CapturedStep) -> UnplannedBackward | None:
-        """Watch the first parameter that a step differentiates; ``None`` where there is none."""
+        """Watch the first parameter that a step differentiates; ``None`` if there is none."""
         modules = dict(planned.model.named_modules(remove_duplicate=False))
         for node, _ in captured.step.gradients:
             path, _, name = node.meta["target"].rpartition(".")
@@ -112,7 +111,7 @@ class UnplannedBackward:
         return watch
 
     def is_in_place(self) -> bool:
-        """Whether the parameter that is watched still is the model's."""
+        """Whether the watched parameter is still the model's."""
         module, parameter = self.module(), self.parameter()
         return (
             module is not None
@@ -121,12 +120,12 @@ class UnplannedBackward:
         )
 
     def stop(self) -> None:
-        """Take the hook off."""
+        """Remove the hook."""
         if self._handle is not None:
             self._handle.remove()
 
     def arrived(self) -> None:
-        """A gradient has come to the parameter."""
+        """Note that a gradient has arrived at the parameter."""
         planned = self.planned()
         if planned is None or planned.unwatched or planned.removed:
             return

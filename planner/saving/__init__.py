@@ -1,1 +1,1 @@
-"""Plans as files: written whole or not at all, and believed only after checking."""
+"""Plans as files: written completely or not at all, and trusted only after checks."""

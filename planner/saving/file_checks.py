@@ -1,7 +1,8 @@
-"""What a plan file says beside its schema: whether its parts fit each other.
+"""Check a plan file beyond its schema: whether its parts fit each other.
 
-Nothing is made of a file's tensors before they are looked at here: a rank, a size
-or a device that PyTorch cannot take would end the process or its memory.
+A file's tensor specifications are checked here before any tensor is made from them: a
+rank, size or device that PyTorch cannot take would abort the process or exhaust its
+memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _AUTOCAST = {"cpu": ("bfloat16", "float16"), "cuda": ("bfloat16", "float16", "fl
 
 
 def check_file_plan(plan: PlanRecord) -> None:
-    """Refuse what no planner wrote.
+    """Refuse a file that no planner can have written.
 
     Raises
     ------

@@ -1,10 +1,10 @@
-"""Plans as JSON: written whole or not at all, and believed only after checking.
+"""Plans as JSON: written completely or not at all, and trusted only after checks.
 
-The format is ``plan.schema.json`` beside this file (JSON Schema 2020-12). What
-a file says about its own quality is not taken over: peak, time, overhead, gap
-and decisions are computed again from its graph and schedule. A file that says
-otherwise, or whose schedule does not compute its graph within its budget, is
-refused. Lower bound and baseline are the planner's word when it was written.
+The format is ``plan.schema.json`` (JSON Schema 2020-12). A file's own figures are not
+trusted: peak, time, overhead, gap and decisions are computed again from its graph and
+schedule. A file whose figures differ, or whose schedule does not compute its graph
+within its budget, is refused. Only the lower bound and the baseline are taken over as
+the planner wrote them.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def schema() -> dict[str, Any]:
 
 @cache
 def _validator() -> Any:
-    """Checks plan files; imported late, since most who plan read none."""
+    """Checks plan files; imported late, because most users never read one."""
     from jsonschema import Draft202012Validator, validators
 
-    # In JSON Schema 1.0 is an integer; as an index it is none.
+    # In JSON Schema, 1.0 is an integer, but it is not an index.
     integers = Draft202012Validator.TYPE_CHECKER.redefine(
         "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
     )
@@ -69,11 +69,11 @@ def save_plan(plan: PlanRecord, path: Path) -> None:
     PlanError
         When the planned call has an argument that JSON cannot hold.
     OSError
-        When the file cannot be written; what was there before still is.
+        When the file cannot be written; an earlier file stays as it was.
     """
     try:
         text = json.dumps(plan_to_dict(plan), indent=1, allow_nan=False)
-        plan_from_dict(read_json(text))  # what cannot be read again is not written
+        plan_from_dict(read_json(text))  # write only what can be read again
     except (TypeError, ValueError, RecursionError) as error:
         raise PlanError(f"this plan cannot be written to a file: {error}") from error
     write_whole(path, text)
@@ -92,7 +92,7 @@ def load_plan(path: Path) -> PlanRecord:
     try:
         data = read_json(content)
     except ValueError as error:
-        raise _refused(f"{path} is not a plan: it is no JSON ({error})") from error
+        raise _refused(f"{path} is not a plan: it is not JSON ({error})") from error
     try:
         return plan_from_dict(data)
     except PlanError as error:
@@ -100,12 +100,12 @@ def load_plan(path: Path) -> PlanRecord:
 
 
 def _refused(message: str) -> PlanError:
-    """One line, whatever the file says."""
+    """An error in one line, whatever text the file contains."""
     return PlanError(printable(message))
 
 
 def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
-    """A plan as plain lists, strings and numbers that fit the schema."""
+    """A plan as plain lists, strings and numbers that match the schema."""
     graph = plan.graph.to_dict()
     repeats = plan.schedule.recomputed()
     for v, operator in enumerate(graph["operators"]):
@@ -205,9 +205,9 @@ def plan_from_dict(data: Any) -> PlanRecord:
         if problem is not None:
             where, what = problem.json_path[:200], problem.message[:200]
             raise PlanError(printable(f"at {where}: {what}"))
-        json.dumps(data, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        json.dumps(data, ensure_ascii=False).encode()  # refuses half a surrogate pair
         plan = _build(data)
-        peak_bytes = plan.predicted_peak_bytes  # raises where the order computes no step
+        peak_bytes = plan.predicted_peak_bytes  # raises if the order does not compute the step
         check_file_plan(plan)
         again = plan_to_dict(plan)
     except PlanError:
@@ -235,7 +235,7 @@ def plan_from_dict(data: Any) -> PlanRecord:
 
 
 def _with_scope_code(data: dict[str, Any]) -> dict[str, Any]:
-    """The same with a code for ``bound_scope``, which files had in words at first."""
+    """The same with a code for ``bound_scope``, which older files have in words."""
     solver = data.get("solver")
     if not isinstance(solver, dict) or not isinstance(solver.get("bound_scope"), str):
         return data  # the schema says what is wrong with it
@@ -330,7 +330,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
 
 
 def _with_buffers(by_category: Mapping[str, int]) -> dict[str, int]:
-    """A library's workspace among the buffers, where files of this version have it."""
+    """Count a library's workspace among the buffers, as files of this version do."""
     parts = dict(by_category)
     workspace_bytes = parts.pop(LIBRARY_WORKSPACE, 0)
     if workspace_bytes:
@@ -351,8 +351,10 @@ def _without(record: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _decisions(plan: PlanRecord) -> list[str]:
-    """For each storage: resident, saved (alive from forward into backward), recomputed, or
-    transient (not needed again)."""
+    """The decision on each storage: resident, saved, recomputed or transient.
+
+    *Saved* is alive from forward into backward; *transient* is not needed again.
+    """
     phases = [plan.graph.operators[v].phase for v in plan.schedule.order]
     turn = phases.index("loss")
     repeats = plan.schedule.recomputed()

@@ -183,7 +183,7 @@ def test_gradients_from_before_the_step_are_named(plan):
         p.grad = torch.zeros_like(p)
     error = provoked(plan, moment_in(plan, "backward"), torch.OutOfMemoryError("x"), model)
     held = format_bytes(sum(p.nbytes for p in model.parameters()))
-    assert f"gradients {held} were there before the step" in error.__notes__[0]
+    assert f"gradients {held} existed before the step" in error.__notes__[0]
     assert "zero_grad(set_to_none=True)" in error.__notes__[0]
 
 
