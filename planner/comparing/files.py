@@ -81,7 +81,7 @@ def load_comparison(path: Path) -> ComparisonRecord:
         data = json.loads(path.read_text("utf-8"), parse_constant=_no_constant, parse_float=_float)
     except (ValueError, RecursionError) as error:
         raise ComparisonFileError(
-            f"{path} is not a comparison: it is no JSON ({error}); save it again with "
+            f"{path} is not a comparison: it is not JSON ({error}); save it again with "
             f"{_again(path)}"
         ) from error
     try:

@@ -68,7 +68,7 @@ def test_plan_and_show(target: str, tmp_path: Path) -> None:
         (["max-batch", "my_training:build", "--budget=1kB"], "Not even a batch of 1"),
         (["max-batch", "my_training:build", "--budget=1GB", "--largest=0"], "largest must be"),
         (["show", "absent.json"], "absent.json"),
-        (["show", "my_training.py"], "no JSON"),
+        (["show", "my_training.py"], "not JSON"),
     ],
 )
 def test_errors_are_one_line(target: str, arguments: list[str], word: str) -> None:

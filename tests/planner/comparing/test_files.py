@@ -212,7 +212,7 @@ def test_a_damaged_file_says_where(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "NaN", '{"format": NaN}', "[" * 100_000])
 def test_what_is_no_comparison(tmp_path: Path, text: str) -> None:
-    """A file that is no JSON, or other JSON, is refused."""
+    """A file that is not JSON, or other JSON, is refused."""
     path = tmp_path / "table.json"
     path.write_text(text)
     with pytest.raises(ComparisonFileError, match="is not"):

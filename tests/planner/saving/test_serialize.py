@@ -191,21 +191,21 @@ def test_the_file_can_be_read_by_others(plan, tmp_path):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b"", "no JSON"),
-        (b"\x80\x02}q\x00.", "no JSON"),
-        (b"\x00" * 100, "no JSON"),
-        (b"{", "no JSON"),
+        (b"", "not JSON"),
+        (b"\x80\x02}q\x00.", "not JSON"),
+        (b"\x00" * 100, "not JSON"),
+        (b"{", "not JSON"),
         (b"null", "schema_version is None"),
         (b"[]", "schema_version is None"),
         (b'"plan"', "schema_version is None"),
-        (b"[" * 100_000, "no JSON"),
-        (b'{"a":' * 100_000, "no JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a":' * 100_000, "not JSON"),
         (b'{"schema_version": NaN}', "NaN"),
         (b'{"schema_version": Infinity}', "Infinity"),
         (b'{"schema_version": 3}', "schema_version is 3, this version reads 2"),
         (b'{"schema_version": 2}', "required"),
         (b'{"schema_version": true}', "schema_version"),
-        (b'{"schema_version": 1' + b"0" * 5000 + b"}", "no JSON"),
+        (b'{"schema_version": 1' + b"0" * 5000 + b"}", "not JSON"),
     ],
 )
 def test_what_is_no_plan_is_refused(content, named, tmp_path):
@@ -224,7 +224,7 @@ def test_truncated_files_are_refused(written, tmp_path):
     path = tmp_path / "plan.json"
     for end in range(0, len(text), len(text) // 20):
         path.write_text(text[:end])
-        with pytest.raises(PlanError, match="no JSON"):
+        with pytest.raises(PlanError, match="not JSON"):
             Plan.load(path)
 
 
