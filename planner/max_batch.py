@@ -29,6 +29,7 @@ def max_batch(
     model: nn.Module,
     sample_input: Any,
     *,
+    budget: str | None = None,
     budget_gb: float | str | None = None,
     budget_bytes: int | None = None,
     device: str | Device | None = None,
@@ -53,8 +54,10 @@ def max_batch(
     model, sample_input, device, loss_fn, optimizer, autocast, cost_model, headroom
         As for :func:`planner.optimize`. The sample, and targets in the closure
         of ``loss_fn``, are resized by the rule of :mod:`planner.sizing.samples`.
-    budget_gb, budget_bytes
-        At most one of them. By default, the device's memory minus what its context takes.
+    budget, budget_gb, budget_bytes
+        At most one of them, as for :func:`planner.optimize`; a share is one of the peak of
+        the sample's own step without a plan: ``"100%"`` asks which batch fits where the
+        sample's fits now. By default, the device's memory minus what its context takes.
     never_recompute, always_recompute
         As for :func:`planner.optimize`.
     batch_dim
@@ -99,12 +102,12 @@ def max_batch(
     family = StepFamily.of(
         spec, batch_dim=batch_dim, sequence_dim=batch_dim + 1, make_sample=make_sample
     )
-    budget = budget_or_device(
-        family.target, budget_gb=budget_gb, budget_bytes=budget_bytes, headroom=headroom
+    requested = budget_or_device(
+        family.target, budget=budget, budget_gb=budget_gb, budget_bytes=budget_bytes
     )
-    if budget is None:
+    if requested is None:
         raise ValueError(
-            f"the memory of {family.target.device.title!r} is not known: give budget_gb, "
+            f"the memory of {family.target.device.title!r} is not known: give budget, budget_gb, "
             "budget_bytes or a device whose memory is"
         )
     options = SolveOptions(
@@ -113,14 +116,15 @@ def max_batch(
     request = Request.of(
         spec,
         options,
-        budget_bytes=budget.total_bytes,
+        budget=requested,
         headroom=headroom,
         never_recompute=never_recompute,
         always_recompute=always_recompute,
     )
+    if requested.share is not None:
+        request = request.settled(family.unplanned_peak_bytes())
     return search_batches(
         family,
-        budget,
         request,
         largest=largest,
         time_limit_s=time_limit_s,

@@ -11,7 +11,7 @@ from torch import nn
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
 
-from .base.budget import parse_budget
+from .base.budget import read_budget
 from .base.progress import ShowProgress
 from .base.request import Request
 from .base.solve_options import SolveOptions
@@ -25,6 +25,7 @@ def optimize(
     model: nn.Module,
     sample_input: Any,
     *,
+    budget: str | None = None,
     budget_gb: float | str | None = None,
     budget_bytes: int | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
@@ -57,8 +58,10 @@ def optimize(
         arguments. Shapes, dtypes and devices matter; values where forward asks
         for them (``mask.all()``, ``.item()``, ``x[mask]``): each step is checked
         for the sample's answers. Under autocast, call this under the same autocast.
-    budget_gb, budget_bytes
-        One of them. 1 GB = 10^9 bytes; ``budget_gb`` also takes ``"40GiB"``.
+    budget, budget_gb, budget_bytes
+        One of them. ``budget`` is a share of the predicted peak of this step without a
+        plan, such as ``"60%"``, or an amount such as ``"40GB"``. 1 GB = 10^9 bytes;
+        ``budget_gb`` also takes ``"40GiB"``.
     loss_fn
         What the training loop computes from the output: a scalar. It stays in
         the loop; its memory and time are counted. Without it the scalar output
@@ -128,11 +131,11 @@ def optimize(
     request = Request.of(
         spec,
         SolveOptions(solver=solver, time_limit_s=time_limit_s, gap=gap, seed=seed, reorder=reorder),
-        budget_bytes=parse_budget(budget_gb, budget_bytes),
+        budget=read_budget(budget, budget_gb, budget_bytes),
         headroom=headroom,
         never_recompute=never_recompute,
         always_recompute=always_recompute,
         progress=progress,
     )
     with captured_call(spec, progress) as call:
-        return Plan.of(*make_plan(call, request))
+        return Plan.of(*make_plan(call, request.settled(call.unplanned_peak_bytes)))

@@ -93,6 +93,9 @@ class PlanRecord:
         The call and the state of the model that the plan is for.
     budget_bytes
         The budget: the device's peak during a whole step.
+    budget_share
+        The share of ``baseline_peak_bytes`` that was asked for, where the budget was
+        given as one.
     headroom_bytes
         Part of it that the plan leaves alone.
     baseline_peak_bytes, baseline_step_us
@@ -151,6 +154,7 @@ class PlanRecord:
     costs: CostRecord
     device_name: str | None = None
     headroom_bytes: int = 0
+    budget_share: float | None = None
     branch_free: bool = False
     outcomes: tuple[Outcome, ...] | None = ()
 

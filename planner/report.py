@@ -13,6 +13,7 @@ from graph_capture.units import format_bytes, format_us
 from .base.budget import (
     DEFAULT_HEADROOM,
     beyond_device,
+    share_text,
 )
 from .base.live_state import LiveState
 from .plan_record import PlanRecord
@@ -29,7 +30,7 @@ def report(plan: PlanRecord, live: LiveState | None = None) -> str:
     memory = plan.memory
     at = memory.module_path or memory.source or "the training loop"
     lines = [
-        f"Plan for {format_bytes(plan.budget_bytes)} on {plan.device_type} "
+        f"Plan for {format_bytes(plan.budget_bytes)}{_share(plan)} on {plan.device_type} "
         f"(torch {plan.torch_version}, fingerprint {plan.fingerprint[:12]})",
         f"  peak      {format_bytes(plan.predicted_peak_bytes)} predicted, "
         f"{format_bytes(plan.baseline_peak_bytes)} when nothing is recomputed",
@@ -63,6 +64,12 @@ def report(plan: PlanRecord, live: LiveState | None = None) -> str:
         )
     lines += _held_outputs(plan, live)
     return "\n".join(map(printable, lines))  # names in it may come from a file
+
+
+def _share(plan: PlanRecord) -> str:
+    if plan.budget_share is None:
+        return ""
+    return f" ({share_text(plan.budget_share)} of the peak without a plan)"
 
 
 def _held_outputs(plan: PlanRecord, live: LiveState | None) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graph_capture.cost_graph import MAX_TOTAL, CostGraph
 from graph_capture.costs.devices import Device
@@ -28,6 +28,48 @@ from ..errors import InfeasibleBudgetError
 DEFAULT_HEADROOM: Mapping[str, float] = {"cpu": 0.0, "cuda": 0.03}
 
 _PERCENT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*%\s*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestedBudget:
+    """A budget as it was asked for.
+
+    Parameters
+    ----------
+    num_bytes
+        ``None`` for a share of a peak that is not known yet.
+    share
+        The share of the peak of the step without a plan, above 0 and at most 1; ``None``
+        where bytes were asked for.
+    """
+
+    num_bytes: int | None
+    share: float | None = None
+
+    def settled(self, unplanned_peak_bytes: int) -> RequestedBudget:
+        """Return the same budget in bytes, rounded down.
+
+        >>> RequestedBudget(num_bytes=None, share=0.6).settled(1001).num_bytes
+        600
+        """
+        if self.share is None:
+            return self
+        num_bytes = math.floor(self.share * unplanned_peak_bytes)
+        if num_bytes < 1:
+            raise ValueError(
+                f"{share_text(self.share)} of the {format_bytes(unplanned_peak_bytes)} that the "
+                "step takes without a plan is no memory at all"
+            )
+        return replace(self, num_bytes=num_bytes)
+
+
+def share_text(share: float) -> str:
+    """Write a share as a percentage.
+
+    >>> share_text(0.625)
+    '62.5%'
+    """
+    return f"{100 * share:.6g}%"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +149,55 @@ def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) 
         value = budget_bytes if budget_gb is None else budget_gb
         example = "12_000_000_000" if budget_gb is None else "40, '40GB' or '40GiB'"
         raise ValueError(f"{asked}={value!r}: {error}; write {asked}={example}, say") from error
+
+
+def read_budget(
+    budget: str | None, budget_gb: float | str | None, budget_bytes: int | str | None
+) -> RequestedBudget:
+    """Return the budget in whichever way it was given; exactly one of the three must be.
+
+    Parameters
+    ----------
+    budget
+        A share such as ``"60%"``, or an amount such as ``"40GB"``.
+    budget_gb, budget_bytes
+        As for :func:`parse_budget`.
+
+    Raises
+    ------
+    ValueError
+        When it is not given once, or is neither a share nor an amount.
+
+    Examples
+    --------
+    >>> read_budget("60%", None, None).share
+    0.6
+    """
+    if sum(way is not None for way in (budget, budget_gb, budget_bytes)) != 1:
+        raise ValueError(
+            "give the budget once: budget='60%', budget_gb=40, budget_gb='40GiB' or budget_bytes=…"
+        )
+    for asked in (budget, budget_gb, budget_bytes):
+        percent = _PERCENT.fullmatch(asked) if isinstance(asked, str) else None
+        if percent is not None:
+            share = float(percent[1]) / 100
+            if not 0 < share <= 1:
+                raise ValueError(
+                    "a share of the peak of the step without a plan is above 0% and at most 100%, "
+                    f"got {asked!r}"
+                )
+            return RequestedBudget(num_bytes=None, share=share)
+    if budget is None:
+        return RequestedBudget(num_bytes=parse_budget(budget_gb, budget_bytes))
+    try:
+        if not isinstance(budget, str):
+            raise ValueError("a number says neither a share nor a unit")
+        num_bytes = parse_bytes(budget, default_unit="gb")
+        if num_bytes > MAX_TOTAL:
+            raise ValueError(f"a budget has at most {MAX_TOTAL} bytes")
+    except ValueError as error:
+        raise ValueError(f"budget={budget!r}: {error}; write budget='60%' or '40GB'") from error
+    return RequestedBudget(num_bytes=num_bytes)
 
 
 def parse_headroom(headroom: float | str | None, budget_bytes: int, device_type: str) -> Budget:

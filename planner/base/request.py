@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import NoneType
 
+from graph_capture.cost_graph import MAX_TOTAL
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.loss import LossFn
 
-from .budget import parse_headroom
+from .budget import RequestedBudget, parse_headroom
 from .progress import ShowProgress
 from .solve_options import SolveOptions
 from .step_spec import StepSpec
@@ -22,7 +23,9 @@ class Request:
 
     Parameters
     ----------
-    budget_bytes, headroom, never_recompute, always_recompute, progress
+    budget
+        The budget, in bytes once the step's peak is known.
+    headroom, never_recompute, always_recompute, progress
         As of :func:`planner.optimize`.
     options
         How hard to search for a schedule.
@@ -35,7 +38,7 @@ class Request:
         When one is invalid.
     """
 
-    budget_bytes: int
+    budget: RequestedBudget
     headroom: float | str | None = None
     never_recompute: tuple[str, ...] = ()
     always_recompute: tuple[str, ...] = ()
@@ -48,7 +51,8 @@ class Request:
     def __post_init__(self) -> None:
         if not isinstance(self.progress, (bool, NoneType)) and not callable(self.progress):
             raise ValueError(f"progress must be True or a function, got {self.progress!r}")
-        parse_headroom(self.headroom, self.budget_bytes, "cpu")  # refuse invalid ones at once
+        budget_bytes = MAX_TOTAL if self.budget.num_bytes is None else self.budget.num_bytes
+        parse_headroom(self.headroom, budget_bytes, "cpu")  # refuse invalid ones at once
 
     @classmethod
     def of(
@@ -56,7 +60,7 @@ class Request:
         spec: StepSpec,
         options: SolveOptions,
         *,
-        budget_bytes: int,
+        budget: RequestedBudget,
         headroom: float | str | None = None,
         never_recompute: Sequence[str] = (),
         always_recompute: Sequence[str] = (),
@@ -64,7 +68,7 @@ class Request:
     ) -> Request:
         """Build the request for a plan of a step."""
         return cls(
-            budget_bytes=budget_bytes,
+            budget=budget,
             headroom=headroom,
             never_recompute=_patterns("never_recompute", never_recompute),
             always_recompute=_patterns("always_recompute", always_recompute),
@@ -74,6 +78,32 @@ class Request:
             cost_model=spec.cost_model,
             progress=progress,
         )
+
+    @property
+    def budget_bytes(self) -> int:
+        """The budget; a share has bytes once it is settled."""
+        assert self.budget.num_bytes is not None
+        return self.budget.num_bytes
+
+    def settled(self, unplanned_peak_bytes: int) -> Request:
+        """Return the request with a budget in bytes.
+
+        Parameters
+        ----------
+        unplanned_peak_bytes
+            Peak of the step without a plan.
+
+        Raises
+        ------
+        ValueError
+            When a share of it comes to nothing, or the headroom takes all of that.
+        """
+        return replace(self, budget=self.budget.settled(unplanned_peak_bytes))
+
+    @property
+    def for_other_calls(self) -> Request:
+        """The request with the same bytes, which are no share of another call's peak."""
+        return replace(self, budget=RequestedBudget(num_bytes=self.budget_bytes))
 
 
 def _patterns(option: str, patterns: Sequence[str]) -> tuple[str, ...]:

@@ -63,7 +63,12 @@ def remat(
 @app.command()
 def plan(
     target: Target,
-    budget: Annotated[str, typer.Option(help="e.g. 40GB, 40GiB; a bare number is GB")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="e.g. 40GB, 40GiB, or 60%, a share of the peak without a plan; a bare number is GB"
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="write the plan to this JSON file")] = None,
     optimizer: OptimizerName = None,
     device: DeviceName = None,
@@ -86,7 +91,7 @@ def plan(
         made = optimize(
             model,
             sample_input,
-            budget_gb=budget,
+            budget=budget,
             loss_fn=loss_fn,
             optimizer=optimizer,
             device=device,

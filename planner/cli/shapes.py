@@ -90,7 +90,10 @@ def estimate_command(
 def max_batch_command(
     target: Target,
     budget: Annotated[
-        str | None, typer.Option(help="e.g. 40GB, 40GiB; else the device's memory")
+        str | None,
+        typer.Option(
+            help="40GB, or 100% of the sample's peak without a plan; else the device's memory"
+        ),
     ] = None,
     device: DeviceName = None,
     optimizer: OptimizerName = None,
@@ -116,7 +119,7 @@ def max_batch_command(
         found = max_batch(
             model,
             sample_input,
-            budget_gb=budget,
+            budget=budget,
             device=device,
             loss_fn=loss_fn,
             optimizer=optimizer,

@@ -15,6 +15,8 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
+from solvers.replay import replay
+from solvers.schedule import Schedule
 
 from ..base.call_guard import lazy_input
 from ..base.forward_slot import original_forward
@@ -42,6 +44,13 @@ class CapturedCall:
     model: nn.Module
     arguments: Mapping[str, Any]
     captured: CapturedStep
+
+    @property
+    def unplanned_peak_bytes(self) -> int:
+        """Predicted peak of the step without a plan."""
+        assert self.captured.unplanned is not None
+        unplanned = self.captured.unplanned
+        return replay(unplanned, Schedule.keep_all(unplanned)).peak_bytes
 
 
 @contextmanager

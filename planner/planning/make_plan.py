@@ -28,6 +28,7 @@ from solvers.uniform import uniform_under_budget
 
 from ..base.budget import (
     Budget,
+    RequestedBudget,
     nothing_fits,
     parse_headroom,
 )
@@ -94,6 +95,7 @@ def recorded(
         schedule=result.schedule,
         guard=CallGuard.of(model, call.arguments, captured.device_type, captured.target.place),
         budget_bytes=request.budget_bytes,
+        budget_share=request.budget.share,
         headroom_bytes=budget_of(request, captured).headroom_bytes,
         baseline_peak_bytes=baseline.peak_bytes,
         baseline_step_us=baseline.cost_ns / 1e3,
@@ -118,7 +120,8 @@ def recorded(
         torch_version=torch.__version__,
     )
     structure = Structure.of(model)
-    return record, LiveState(captured=constrained, structure=structure, request=request)
+    live = LiveState(captured=constrained, structure=structure, request=request.for_other_calls)
+    return record, live
 
 
 def request_again(plan: PlanRecord) -> Request:
@@ -135,7 +138,7 @@ def request_again(plan: PlanRecord) -> Request:
             "the file: call optimize() or max_batch() with cost_model="
         )
     return Request(
-        budget_bytes=plan.budget_bytes,
+        budget=RequestedBudget(num_bytes=plan.budget_bytes),
         never_recompute=plan.never_recompute,
         always_recompute=plan.always_recompute,
         options=SolveOptions(seed=plan.seed, reorder=plan.reorder),

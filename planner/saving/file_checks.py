@@ -13,6 +13,7 @@ from typing import Any
 from graph_capture.call_spec import TensorSpec, parse_dtype, specs_of
 from graph_capture.cost_graph import MAX_TOTAL, CostGraph
 
+from ..base.budget import RequestedBudget
 from ..plan_record import PlanRecord
 
 MAX_RANK = 64
@@ -34,6 +35,9 @@ def check_file_plan(plan: PlanRecord) -> None:
         parse_dtype(autocast)
         if autocast not in _AUTOCAST[plan.device_type]:
             raise ValueError(f"at call.autocast: {plan.device_type} has none for {autocast}")
+    if plan.budget_share is not None:
+        asked = RequestedBudget(num_bytes=None, share=plan.budget_share)
+        _agree("budget_bytes", plan.budget_bytes, asked.settled(plan.baseline_peak_bytes).num_bytes)
     _check_loss(plan)
     _check_optimizer(plan)
 

@@ -122,6 +122,7 @@ def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
         "device_type": plan.device_type,
         "device_name": plan.device_name,
         "budget_bytes": plan.budget_bytes,
+        **({} if plan.budget_share is None else {"budget_share": plan.budget_share}),
         "headroom_bytes": plan.headroom_bytes,
         "costs": {
             "model": plan.costs.model,
@@ -286,6 +287,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
             state={name: _tensor(spec) for name, spec in call["state"].items()},
         ),
         budget_bytes=data["budget_bytes"],
+        budget_share=data.get("budget_share"),
         baseline_peak_bytes=prediction["baseline_peak_bytes"],
         baseline_step_us=prediction["baseline_step_us"],
         lower_bound_us=solver["lower_bound_us"],

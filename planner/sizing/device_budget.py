@@ -5,20 +5,16 @@ from __future__ import annotations
 from graph_capture.costs.devices import Device
 from graph_capture.target import Target
 
-from ..base.budget import (
-    Budget,
-    parse_budget,
-    parse_headroom,
-)
+from ..base.budget import RequestedBudget, read_budget
 
 
 def budget_or_device(
     target: Target,
     *,
+    budget: str | None = None,
     budget_gb: float | str | None = None,
     budget_bytes: int | str | None = None,
-    headroom: float | str | None = None,
-) -> Budget | None:
+) -> RequestedBudget | None:
     """Return the given budget, else the device's memory; ``None`` where neither is known.
 
     Raises
@@ -26,13 +22,10 @@ def budget_or_device(
     ValueError
         When the budget is given twice, or is no amount.
     """
-    if budget_gb is None and budget_bytes is None:
-        total_bytes = device_bytes(target.device)
-        if total_bytes is None:
-            return None
-    else:
-        total_bytes = parse_budget(budget_gb, budget_bytes)
-    return parse_headroom(headroom, total_bytes, target.torch_type)
+    if budget is None and budget_gb is None and budget_bytes is None:
+        num_bytes = device_bytes(target.device)
+        return None if num_bytes is None else RequestedBudget(num_bytes=num_bytes)
+    return read_budget(budget, budget_gb, budget_bytes)
 
 
 def device_bytes(device: Device) -> int | None:

@@ -18,7 +18,7 @@ from graph_capture.loss import LossFn
 from solvers.replay import replay
 from solvers.schedule import Schedule
 
-from ..base.budget import Budget
+from ..base.budget import Budget, parse_headroom
 from ..base.progress import (
     ShowLines,
     showing_lines,
@@ -135,7 +135,7 @@ def estimate(
         make_sample=make_sample,
         measure_scratch=measure_scratch,
     )
-    limits = budget_or_device(family.target, budget_gb=budget, headroom=headroom)
+    limits = _limits(family, budget, headroom)
     rows: list[EstimateRow] = []
     known: dict[Wiring, list[Schedule]] = {}
     costs: CostRecord | None = None
@@ -168,6 +168,20 @@ def estimate(
         rows=tuple(rows),
         notes=dimension_notes(rows, sequence_dim if make_sample is None else None),
     )
+
+
+def _limits(
+    family: StepFamily, budget: float | str | None, headroom: float | str | None
+) -> Budget | None:
+    requested = budget_or_device(family.target, budget_gb=budget)
+    if requested is None:
+        return None
+    if requested.num_bytes is None:
+        raise ValueError(
+            f"budget={budget!r} is a share of the peak without a plan, and so another budget in "
+            "each row: write bytes such as '40GB'"
+        )
+    return parse_headroom(headroom, requested.num_bytes, family.target.torch_type)
 
 
 def _row(

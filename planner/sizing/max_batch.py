@@ -17,7 +17,7 @@ from torch import nn
 
 from graph_capture.loss import LossFn, LossSource
 
-from ..base.budget import Budget, parse_headroom
+from ..base.budget import parse_headroom
 from ..base.live_state import LiveState
 from ..base.progress import ShowLines, showing_lines
 from ..base.request import Request
@@ -82,10 +82,8 @@ def max_batch_of(
             "the table); this model lies on "
             f"{family.target.torch_type}: call planner.max_batch(..., device=...)"
         )
-    budget = parse_headroom(request.headroom, plan.budget_bytes, family.target.torch_type)
     return search_batches(
         family,
-        budget,
         request,
         largest=largest,
         time_limit_s=time_limit_s,
@@ -96,7 +94,6 @@ def max_batch_of(
 
 def search_batches(
     family: StepFamily,
-    budget: Budget,
     request: Request,
     *,
     largest: int,
@@ -116,6 +113,8 @@ def search_batches(
     if isinstance(largest, bool) or not isinstance(largest, int) or largest < 1:
         raise ValueError(f"largest must be a whole number from 1 on, got {largest!r}")
     begin_s = time.monotonic()
+    share, request = request.budget.share, request.for_other_calls
+    budget = parse_headroom(request.headroom, request.budget_bytes, family.target.torch_type)
     with showing_lines(progress) as say:
         search = BatchSearch(family, budget, request, largest, say)
         search.allow(time_limit_s)
@@ -128,6 +127,7 @@ def search_batches(
     step_ns = unplanned.unplanned.base_cost_ns if unplanned else None
     return MaxBatch(
         budget_bytes=budget.total_bytes,
+        budget_share=share,
         headroom_bytes=budget.headroom_bytes,
         device=family.target.device.title,
         batch_without_plan=without,

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from graph_capture.units import format_bytes, format_us
 
+from ..base.budget import share_text
 from ..plan_record import PlanRecord
 from .estimate_report import format_rate
 
@@ -22,6 +23,9 @@ class MaxBatch(Generic[PlanT]):
     ----------
     budget_bytes, headroom_bytes
         Peaks stay below their difference.
+    budget_share
+        The share of the peak of the sample's own step that was asked for; ``None`` where
+        the budget was not given as one.
     device
         In words.
     batch_without_plan
@@ -45,6 +49,7 @@ class MaxBatch(Generic[PlanT]):
     """
 
     budget_bytes: int
+    budget_share: float | None
     headroom_bytes: int
     device: str
     batch_without_plan: int
@@ -89,6 +94,7 @@ class MaxBatch(Generic[PlanT]):
         """Plain figures, ready for JSON; the plan has a file of its own."""
         return {
             "budget_bytes": self.budget_bytes,
+            "budget_share": self.budget_share,
             "headroom_bytes": self.headroom_bytes,
             "device": self.device,
             "batch_without_plan": self.batch_without_plan,
@@ -113,6 +119,11 @@ class MaxBatch(Generic[PlanT]):
 
 def report(found: MaxBatch[Any]) -> str:
     """Some five lines: both batches, what is known of the next one, and what it took."""
+    share = (
+        ""
+        if found.budget_share is None
+        else f" ({share_text(found.budget_share)} of the sample's peak without a plan)"
+    )
     headroom = (
         f" less {format_bytes(found.headroom_bytes)} headroom" if found.headroom_bytes else ""
     )
@@ -138,7 +149,8 @@ def report(found: MaxBatch[Any]) -> str:
     captures = ", ".join(map(str, found.captured_batches))
     return "\n".join(
         [
-            f"Largest batch in {format_bytes(found.budget_bytes)}{headroom} on {found.device}",
+            f"Largest batch in {format_bytes(found.budget_bytes)}{share}{headroom} on "
+            f"{found.device}",
             without,
             f"  with a plan     batch {found.batch}: peak "
             f"{format_bytes(plan.predicted_peak_bytes)}, step {format_us(plan.predicted_step_us)} "

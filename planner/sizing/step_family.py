@@ -30,6 +30,8 @@ from graph_capture.step_capture import capture_step
 from graph_capture.target import Target, target_of
 from graph_capture.trace import trace_step
 from graph_capture.traced_step import TakenPath
+from solvers.replay import replay
+from solvers.schedule import Schedule
 
 from ..base.forward_slot import original_forward
 from ..base.step_spec import StepSpec
@@ -163,6 +165,18 @@ class StepFamily:
                     )
                 raise
         return captured
+
+    def unplanned_peak_bytes(self) -> int:
+        """Predicted peak of the sample's own step without a plan.
+
+        Raises
+        ------
+        CaptureError
+            When it cannot be captured.
+        """
+        unplanned = self.capture(self.sample.arguments, None, None).unplanned
+        assert unplanned is not None
+        return replay(unplanned, Schedule.keep_all(unplanned)).peak_bytes
 
     def _captured(self, arguments: Mapping[str, Any], loss: LossFn | None) -> CapturedStep:
         """The step on ``arguments``; by the sample's own path where values decide the path."""

@@ -11,6 +11,7 @@ from torch import nn
 from graph_capture.target import Target
 from solvers.schedule import Schedule
 
+from ...base.budget import RequestedBudget
 from ...base.forward_slot import forward_set, own_forward
 from ...base.request import Request
 from ...base.solve_options import SolveOptions
@@ -125,7 +126,10 @@ def runner_of(
     state = preserve_state(spec.model, spec.sample_input, spec.loss_fn, spec.optimizer)
     with forward_set(spec.model, own), state:
         roomy = Request.of(
-            spec, SolveOptions(solver="keep_all"), budget_bytes=2 * unplanned_peak_bytes, headroom=0
+            spec,
+            SolveOptions(solver="keep_all"),
+            budget=RequestedBudget(num_bytes=2 * unplanned_peak_bytes),
+            headroom=0,
         )
         plan, live = make_plan(call, roomy)
         yield Runner(execution, call.arguments, own, live), plan

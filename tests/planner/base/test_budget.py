@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
-from planner import InfeasibleBudgetError, PlanError, optimize
-from planner.base.budget import parse_budget
+from planner import InfeasibleBudgetError, Plan, PlanError, optimize
+from planner.base.budget import RequestedBudget, parse_budget, read_budget
+from planner.planning.make_plan import replan
+from planner.saving.serialize import plan_from_dict, plan_to_dict
 from tests.planner.small import make, sample, square
 
 
@@ -99,3 +102,64 @@ def test_below_the_lower_bound_nothing_fits(error):
             loss_fn=square,
             time_limit_s=1,
         )
+
+
+@pytest.mark.parametrize("ways", [("60%", None, None), (None, " 60 % ", None), (None, None, "60%")])
+def test_a_share_in_each_way(ways):
+    """Whoever writes a percent sign means a share."""
+    assert read_budget(*ways) == RequestedBudget(num_bytes=None, share=0.6)
+
+
+def test_an_amount_as_text():
+    """``budget`` takes what ``budget_gb`` takes, as text."""
+    assert read_budget("40GiB", None, None).num_bytes == 40 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ("0%", r"above 0% and at most 100%, got '0%'"),
+        ("101%", r"above 0% and at most 100%, got '101%'"),
+        (0.6, r"budget=0.6: a number says neither a share nor a unit; write budget='60%' or"),
+        ("lots", r"budget='lots': not an amount of memory"),
+        (None, "give the budget once: budget='60%'"),
+    ],
+)
+def test_what_is_neither_a_share_nor_an_amount_is_refused(budget, words):
+    """The message says how to write one."""
+    with pytest.raises(ValueError, match=words):
+        read_budget(budget, None, None)
+
+
+def test_a_share_is_one_of_the_peak_without_a_plan(tmp_path):
+    """The plan knows the bytes and the request; so does its file, and its text."""
+    plan = optimize(make(), sample(), budget="62.5%", loss_fn=square, time_limit_s=2)
+    assert plan.budget_bytes == int(0.625 * plan.baseline_peak_bytes)
+    assert plan.predicted_peak_bytes <= plan.budget_bytes
+    assert plan.budget_share == 0.625
+    assert "(62.5% of the peak without a plan)" in str(plan).splitlines()[0]
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_all_of_the_peak_recomputes_nothing():
+    """100 % is what the step takes by itself."""
+    plan = optimize(make(), sample(), budget="100%", loss_fn=square)
+    assert not plan.schedule.recomputed()
+
+
+def test_another_shape_is_planned_for_the_same_bytes():
+    """They are a share of the first shape's peak, and not of the other one's."""
+    model = make()
+    plan = optimize(model, sample(), budget="70%", loss_fn=square, time_limit_s=2)
+    arguments = {"x": sample(rows=128)}
+    other, _ = replan(plan, plan._live, model, arguments, model.forward)
+    assert (other.budget_bytes, other.budget_share) == (plan.budget_bytes, None)
+
+
+def test_a_share_that_its_file_does_not_come_to_is_refused():
+    """A file is believed only as far as it agrees with itself."""
+    plan = optimize(make(), sample(), budget="90%", loss_fn=square, time_limit_s=2)
+    data = json.loads(json.dumps(plan_to_dict(plan))) | {"budget_share": 0.5}
+    with pytest.raises(PlanError, match="budget"):
+        plan_from_dict(data)

@@ -64,7 +64,7 @@ def test_plan_and_show(target: str, tmp_path: Path) -> None:
         (["estimate", "my_training:build", "--budget=many"], "not an amount of memory"),
         (["estimate", "my_training:build", "--sequence=9"], "at any of these shapes"),
         (["estimate", "my_training:build", "--json=absent/x.json"], "absent/x.json"),
-        (["max-batch", "my_training:build"], "give budget_gb"),
+        (["max-batch", "my_training:build"], "give budget, budget_gb"),
         (["max-batch", "my_training:build", "--budget=1kB"], "Not even a batch of 1"),
         (["max-batch", "my_training:build", "--budget=1GB", "--largest=0"], "largest must be"),
         (["show", "absent.json"], "absent.json"),
@@ -131,6 +131,13 @@ def test_max_batch(target: str, tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["show", "plan.json"])
     assert shown.exit_code == 0
     assert "Plan for 150 kB" in shown.stdout
+
+
+def test_a_budget_as_a_share(target: str) -> None:
+    """`--budget 90%` is a share of the peak without a plan."""
+    planned = CliRunner().invoke(app, ["plan", target, "--budget=90%", "--time-limit-s=2"])
+    assert planned.exit_code == 0, planned.output
+    assert "(90% of the peak without a plan)" in planned.stdout
 
 
 def test_options_of_plan(target: str) -> None:

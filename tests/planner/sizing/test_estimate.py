@@ -313,6 +313,7 @@ def test_progress_in_lines():
         ({"sequence_lengths": (1.5,)}, ValueError, "sequence_lengths.*got 1.5"),
         ({"device": "abacus"}, ValueError, "unknown device 'abacus'; known are"),
         ({"budget": "many"}, ValueError, "not an amount of memory"),
+        ({"budget": "60%"}, ValueError, "another budget in each row"),
         ({"optimizer": "magic"}, ValueError, "unknown optimizer"),
         ({"cost_model": "guess"}, ValueError, "cost_model is"),
         ({"batch_dim": 5}, ValueError, "dimension 5 for the batch"),

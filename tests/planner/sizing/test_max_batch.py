@@ -208,6 +208,15 @@ def optimize_peak(case, model) -> int:
     return plan.baseline_peak_bytes
 
 
+def test_a_budget_as_a_share_is_one_of_the_samples_own_peak(model):
+    """All of it: the sample's batch is the largest that fits without a plan."""
+    found = max_batch(model, sample(rows=24), budget="100%", loss_fn=both)
+    assert found.budget_bytes == unplanned_peak(model, 24)
+    assert found.batch_without_plan == 24
+    assert found.plan.budget_share is None
+    assert "(100% of the sample's peak without a plan)" in str(found)
+
+
 # -- errors ---------------------------------------------------------------------------------
 
 
@@ -221,7 +230,7 @@ def test_a_batch_that_the_model_refuses():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({}, "memory of .* is not known: give budget_gb"),
+        ({}, "memory of .* is not known: give budget, budget_gb"),
         ({"budget_gb": 1, "budget_bytes": 1}, "give the budget once"),
         ({"budget_gb": "many"}, "not an amount of memory"),
         ({"budget_gb": 1, "largest": 0}, "largest must be a whole number"),
