@@ -7,7 +7,7 @@ written as JSON, and turned into stand-in tensors again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,6 +112,22 @@ def objects_of(value: Any) -> list[Any]:
 
     _map(value, lambda t: t, on_other=note)
     return found
+
+
+def strides_like(spec: TensorSpec, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a tensor like ``spec`` with another shape.
+
+    Dense, in the order of the old ones; what was expanded stays expanded.
+    """
+    strides = [0] * len(shape)
+    step = 1
+    outermost = 1 + max(spec.stride, default=0)  # for dimensions of size 1 without a stride
+    for i in sorted(range(len(shape)), key=lambda i: (spec.stride[i] or outermost, -i)):
+        if spec.stride[i] == 0 and spec.shape[i] > 1:
+            continue
+        strides[i] = step
+        step *= max(1, shape[i])
+    return tuple(strides)
 
 
 def specs_of(spec: Any) -> list[TensorSpec]:

@@ -21,6 +21,7 @@ from .measuring.validation import Figure, Validation
 from .optimize import optimize
 from .plan import Plan
 from .plan_record import PeakMemory
+from .plan_set import PlanSet
 from .running.attach import AppliedPlan, applied_plan
 from .sizing.estimate import estimate
 from .sizing.estimate_report import Estimate, EstimateRow
@@ -47,6 +48,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "PlanMismatchError",
+    "PlanSet",
     "PlanWarning",
     "Profile",
     "RowOutcome",

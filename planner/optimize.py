@@ -14,6 +14,7 @@ from graph_capture.costs.resolve import CostModelChoice
 from .base.budget import read_budget
 from .base.progress import ShowProgress
 from .base.request import Request
+from .base.shape_range import Shapes
 from .base.solve_options import SolveOptions
 from .base.step_spec import StepSpec
 from .plan import Plan
@@ -28,6 +29,7 @@ def optimize(
     budget: str | None = None,
     budget_gb: float | str | None = None,
     budget_bytes: int | None = None,
+    shapes: Shapes = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | str | None = None,
     solver: str = "auto",
@@ -62,6 +64,12 @@ def optimize(
         One of them. ``budget`` is a share of the predicted peak of this step without a
         plan, such as ``"60%"``, or an amount such as ``"40GB"``. 1 GB = 10^9 bytes;
         ``budget_gb`` also takes ``"40GiB"``.
+    shapes
+        Which dimensions of the sample's tensors vary in the loop, and the largest size of
+        each: ``{"input_ids": {0: 16, 1: 512}}`` (``torch.export.Dim`` has a ``max``, too), or
+        ``"sample"`` for every dimension up to the sample's own size. The plan is made for
+        the largest; a call within this range takes its schedule over, whatever
+        ``on_shape_change`` says of others, and never exceeds the budget.
     loss_fn
         What the training loop computes from the output: a scalar. It stays in
         the loop; its memory and time are counted. Without it the scalar output
@@ -122,6 +130,7 @@ def optimize(
     spec = StepSpec(
         model=model,
         sample_input=sample_input,
+        shapes=shapes,
         loss_fn=loss_fn,
         optimizer=optimizer,
         device=device,

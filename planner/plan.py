@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.loss import LossFn
 from graph_capture.units import format_bytes, format_us
 
+from .base.forward_slot import original_forward
 from .base.live_state import LiveState
 from .base.progress import ShowLines
+from .base.step_spec import check_model
 from .base.training_step import Sample
 from .measuring.validate import validate_plan
 from .measuring.validation import Validation
@@ -22,10 +26,19 @@ from .planning.adapt import adapt
 from .planning.make_plan import replan
 from .report import report
 from .running.attach import apply_plan, remove_plan
+from .running.planned_forward import Replan
 from .saving.serialize import load_plan, save_plan
 from .sizing.max_batch import max_batch_of
 from .sizing.max_batch_report import MaxBatch
 from .sizing.samples import MakeSample
+
+
+def replans_with(loss_fn: LossFn | None) -> dict[str, Replan]:
+    """Return the makers of plans for other calls, by the policy of :meth:`Plan.apply`."""
+    replans: dict[str, Replan] = {"replan": replan, "adapt": adapt}
+    if loss_fn is None:
+        return replans
+    return {name: partial(make, loss_fn=loss_fn) for name, make in replans.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,13 @@ class Plan(PlanRecord):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_live": None}
 
-    def apply(self, model: nn.Module, *, on_shape_change: OnShapeChange = "error") -> nn.Module:
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        on_shape_change: OnShapeChange = "error",
+        loss_fn: LossFn | None = None,
+    ) -> nn.Module:
         """Make ``model`` train by this plan; returns the same object.
 
         The module keeps its class, parameters, buffers, hooks and ``state_dict``. In
@@ -65,7 +84,11 @@ class Plan(PlanRecord):
             own forward, ``"replan"`` makes another plan with the same budget
             and keeps it beside this one; ``"adapt"`` does so without solving
             wherever this plan's schedule can be transferred, which takes the
-            time of a capture: for loops whose shapes change.
+            time of a capture: for loops whose shapes change. Calls within the
+            ``shapes=`` that the plan was made for adapt in any case.
+        loss_fn
+            With which other calls are planned, instead of the plan's own. Needed
+            for a plan from a file that was made with one.
 
         Raises
         ------
@@ -75,8 +98,7 @@ class Plan(PlanRecord):
             When other steps are known to take another path through the model, and
             ``on_shape_change`` is ``"error"``.
         """
-        replans = {"replan": replan, "adapt": adapt}
-        return apply_plan(self, self._live, model, on_shape_change, replans)
+        return apply_plan(self, self._live, model, on_shape_change, replans_with(loss_fn))
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:
@@ -88,6 +110,35 @@ class Plan(PlanRecord):
             When no plan is applied to it.
         """
         return remove_plan(model)
+
+    def for_call(
+        self, model: nn.Module, sample_input: Any, *, loss_fn: LossFn | None = None
+    ) -> Plan:
+        """Plan another call of the same model ahead, with the same budget and rules.
+
+        Without labels, say, without a mask, under another autocast, or with other modules
+        in training. :class:`planner.PlanSet` applies and saves several plans together.
+
+        Parameters
+        ----------
+        model
+            As it will be when the call comes; autocast counts as it is now.
+        sample_input
+            As for :func:`planner.optimize`.
+        loss_fn
+            Replaces the plan's own.
+
+        Raises
+        ------
+        InfeasibleBudgetError, CaptureError, TypeError, ValueError
+            As :func:`planner.optimize` does.
+        PlanError
+            When a plan from a file needs its ``loss_fn``.
+        """
+        check_model(model)
+        forward = original_forward(model)
+        arguments = bind_call(forward, *split_sample(sample_input))
+        return Plan.of(*replan(self, self._live, model, arguments, forward, loss_fn=loss_fn))
 
     def max_batch(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -19,6 +19,7 @@ from solvers.schedule import Schedule
 from solvers.scopes import BoundScope
 
 from .base.call_guard import CallGuard
+from .base.shape_range import ShapeRange
 
 LIBRARY_WORKSPACE = "library_workspace"
 
@@ -128,6 +129,8 @@ class PlanRecord:
     outcomes
         The answers, in order, when forward asked for values of tensors; each step
         checks that they still hold. ``None`` in a plan from an older file.
+    shapes
+        Smaller shapes of the call that the plan is for, too.
     """
 
     graph: CostGraph
@@ -157,6 +160,7 @@ class PlanRecord:
     budget_share: float | None = None
     branch_free: bool = False
     outcomes: tuple[Outcome, ...] | None = ()
+    shapes: ShapeRange = field(default_factory=ShapeRange)
 
     @cached_property
     def replay(self) -> Replay:

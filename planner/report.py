@@ -52,6 +52,7 @@ def report(plan: PlanRecord, live: LiveState | None = None) -> str:
         f"            {plan.bound_scope.words}",
         *_recomputed(plan),
         f"  counts    {_covers(plan)}",
+        *([f"  shapes    up to the planned ones: {plan.shapes}"] if plan.shapes.largest else []),
     ]
     if plan.branch_free:
         lines += [

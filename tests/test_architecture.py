@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planner.planning", "planner.running", "planner.saving", "planner.report", "planner.plots"),
     ("planner.measuring", "planner.sizing"),
     ("planner.plan",),
+    ("planner.plan_set",),
     ("planner.optimize", "planner.max_batch", "planner.comparing"),
     ("planner.watch",),
     ("planner.versions",),

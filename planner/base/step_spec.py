@@ -14,6 +14,8 @@ from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.loss import LossFn
 from graph_capture.private_torch.modules import compiled_from
 
+from .shape_range import Shapes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepSpec:
@@ -23,7 +25,7 @@ class StepSpec:
     ----------
     model
         In training mode.
-    sample_input, loss_fn, optimizer, device, autocast, cost_model
+    sample_input, shapes, loss_fn, optimizer, device, autocast, cost_model
         As of :func:`planner.optimize`.
 
     Raises
@@ -37,6 +39,7 @@ class StepSpec:
 
     model: nn.Module
     sample_input: Any
+    shapes: Shapes = None
     loss_fn: LossFn | None = None
     optimizer: torch.optim.Optimizer | str | None = None
     device: str | Device | None = None

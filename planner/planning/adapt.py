@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from graph_capture.loss import LossFn
 from graph_capture.policies import apply_policies
 from solvers.replay import replay
 from solvers.result import OPTIMAL_GAP, Ending, SolveResult, SolveStatus, relative_gap
@@ -32,6 +33,8 @@ def adapt(
     model: nn.Module,
     arguments: Mapping[str, Any],
     forward: Callable[..., Any],
+    *,
+    loss_fn: LossFn | None = None,
 ) -> tuple[PlanRecord, LiveState]:
     """Make a plan with the same budget and rules for another call.
 
@@ -40,14 +43,19 @@ def adapt(
     is transferred (:mod:`solvers.transfer`). Only where that does not fit, the step is
     solved anew, for at most ``IN_LOOP_LIMIT_S``.
 
+    Parameters
+    ----------
+    loss_fn
+        Replaces the requested one, which no file holds.
+
     Raises
     ------
     InfeasibleBudgetError
         When no schedule of this call fits.
     PlanError
-        When the plan came from a file and needs a ``loss_fn`` that the file cannot hold.
+        When the plan came from a file and needs a ``loss_fn`` that was not given.
     """
-    call, request = another_call(plan, live, model, arguments, forward)
+    call, request = another_call(plan, live, model, arguments, forward, loss_fn)
     constrained = apply_policies(call.captured, request.never_recompute, request.always_recompute)
     graph = constrained.graph
     began = time.perf_counter()

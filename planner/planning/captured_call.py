@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,7 @@ from ..base.progress import (
     ShowProgress,
     showing_timing,
 )
+from ..base.shape_range import ShapeRange
 from ..base.step_spec import StepSpec
 
 
@@ -39,11 +40,14 @@ class CapturedCall:
         Arguments of the model's own forward, by name.
     captured
         The step.
+    shapes
+        Other shapes of this call that its plan is for.
     """
 
     model: nn.Module
     arguments: Mapping[str, Any]
     captured: CapturedStep
+    shapes: ShapeRange = field(default_factory=ShapeRange)
 
     @property
     def unplanned_peak_bytes(self) -> int:
@@ -71,6 +75,8 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
     model = spec.model
     forward = original_forward(model)
     arguments = bind_call(forward, *split_sample(spec.sample_input))
+    shapes = ShapeRange.of(spec.shapes, arguments)
+    arguments = shapes.enlarged(arguments)
     lazy = lazy_input(arguments)
     if lazy is not None:
         raise ValueError(lazy)
@@ -88,4 +94,4 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
                 cost_model=spec.cost_model,
                 progress=timing,
             )
-        yield CapturedCall(model=model, arguments=arguments, captured=captured)
+        yield CapturedCall(model=model, arguments=arguments, captured=captured, shapes=shapes)

@@ -13,7 +13,7 @@ from graph_capture.call_spec import tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES, Device
-from graph_capture.loss import LossSource
+from graph_capture.loss import LossFn, LossSource
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
 from graph_capture.step_capture import capture_step
@@ -118,6 +118,7 @@ def recorded(
         branch_free=step.branch_free,
         outcomes=step.outcomes,
         torch_version=torch.__version__,
+        shapes=call.shapes,
     )
     structure = Structure.of(model)
     live = LiveState(captured=constrained, structure=structure, request=request.for_other_calls)
@@ -168,15 +169,22 @@ def replan(
     model: nn.Module,
     arguments: Mapping[str, Any],
     forward: Callable[..., Any],
+    *,
+    loss_fn: LossFn | None = None,
 ) -> tuple[PlanRecord, LiveState]:
     """Make a plan with the same budget and rules for another call.
+
+    Parameters
+    ----------
+    loss_fn
+        Replaces the requested one, which no file holds.
 
     Raises
     ------
     PlanError
-        When the plan came from a file and needs a ``loss_fn`` that the file cannot hold.
+        When the plan came from a file and needs a ``loss_fn`` that was not given.
     """
-    return make_plan(*another_call(plan, live, model, arguments, forward))
+    return make_plan(*another_call(plan, live, model, arguments, forward, loss_fn))
 
 
 def another_call(
@@ -185,16 +193,19 @@ def another_call(
     model: nn.Module,
     arguments: Mapping[str, Any],
     forward: Callable[..., Any],
+    loss_fn: LossFn | None,
 ) -> tuple[CapturedCall, Request]:
     """Capture another call of a planned model; see :func:`replan`."""
     request = None if live is None else live.request
     if request is None:
-        if plan.loss.region.source is LossSource.LOSS_FN:
+        if plan.loss.region.source is LossSource.LOSS_FN and loss_fn is None:
             raise PlanError(
                 "a plan from a file cannot be made again for another shape: its loss_fn is not in "
-                "the file; call optimize() with it"
+                "the file; call apply(model, loss_fn=...) or optimize() with it"
             )
         request = request_again(plan)
+    if loss_fn is not None:
+        request = replace(request, loss_fn=loss_fn)
     with showing_timing(request.progress) as timing:
         captured = capture_step(
             model,

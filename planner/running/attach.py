@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -12,6 +12,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.units import format_bytes
 
 from ..base.forward_slot import (
+    Forward,
     StandIn,
     keep_stand_in,
     original_forward,
@@ -96,6 +97,7 @@ def apply_plan(
     model: nn.Module,
     on_shape_change: OnShapeChange,
     replans: Mapping[str, Replan],
+    others: Sequence[tuple[PlanRecord, LiveState | None]] = (),
 ) -> nn.Module:
     """See :meth:`planner.Plan.apply`.
 
@@ -105,13 +107,15 @@ def apply_plan(
         What this process knows besides the plan.
     replans
         Makers of plans for calls that differ from the planned one, by policy.
+    others
+        Plans for other calls, made ahead, with what this process knows besides them.
     """
     if on_shape_change not in _POLICIES:
         raise ValueError(f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}")
     forward = original_forward(model)
-    plan, live = on_card_of(plan, live, model)
-    captured = capture_for(plan, live, model, forward)
-    plan, live = as_captured(plan, live, captured)
+    (plan, live, captured), *more = (
+        _captured(plan, live, model, forward) for plan, live in ((plan, live), *others)
+    )
     if on_shape_change == "error":
         _refuse_passing_way(captured)
     planned = _planned_forward(model)
@@ -123,6 +127,8 @@ def apply_plan(
             remove_plan(model)
         planned = PlannedForward(model, plan, live, captured, on_shape_change, replans)
         _put(model, planned)
+    for other in more:
+        planned.add(*other)
     planned.watch_backward(captured)
     return model
 
@@ -144,6 +150,15 @@ def _put(model: nn.Module, planned: PlannedForward) -> None:
         keep_stand_in(model, planned)  # whoever put something around the other keeps it
     else:
         put_stand_in(model, planned)
+
+
+def _captured(
+    plan: PlanRecord, live: LiveState | None, model: nn.Module, forward: Forward
+) -> tuple[PlanRecord, LiveState | None, CapturedStep]:
+    """Capture a plan's step on the model, and return the plan with what was found."""
+    plan, live = on_card_of(plan, live, model)
+    captured = capture_for(plan, live, model, forward)
+    return *as_captured(plan, live, captured), captured
 
 
 def _refuse_passing_way(captured: CapturedStep) -> None:

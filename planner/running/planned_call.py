@@ -132,6 +132,12 @@ class PlannedCall:
             {**defaults, **self.plan.guard.arguments}, describe({**defaults, **arguments})
         )
 
+    def covers(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call is the planned one at a smaller shape that the plan is for, too."""
+        defaults = described_defaults(self._planned.__signature__)
+        planned = {**defaults, **self.plan.guard.arguments}
+        return self.plan.shapes.covers(planned, {**defaults, **describe(arguments)})
+
     def knows(self, looks: Any) -> bool:
         """Whether such a call was found to be the planned one before."""
         return bool(self.prepared) and self.prepared[0].guard.knows(looks)

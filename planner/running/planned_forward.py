@@ -15,6 +15,7 @@ from torch import nn
 from graph_capture.call_spec import describe
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
+from graph_capture.loss import LossFn
 from graph_capture.private_torch.modules import active_data_parallel, bucketed_parameters_of
 from graph_capture.units import format_bytes, format_us
 from solvers import transfer
@@ -53,6 +54,8 @@ class Replan(Protocol):
         model: nn.Module,
         arguments: Mapping[str, Any],
         forward: Callable[..., Any],
+        *,
+        loss_fn: LossFn | None = None,
     ) -> tuple[PlanRecord, LiveState]:
         """Return the plan, and what is known besides it."""
 
@@ -100,6 +103,7 @@ class PlannedForward(StandIn):
         self.suspended = self.unwatched = 0
         self.watching = False
         self.tally = Tally()
+        self._ahead: list[PlanRecord] = []  # made for other calls before the loop began
         self._begin(plan, live, captured)
 
     def _begin(
@@ -225,27 +229,27 @@ class PlannedForward(StandIn):
     def _otherwise(
         self, error: Exception, arguments: Mapping[str, Any], looks: Any, args: tuple, kwargs: dict
     ) -> Any:
-        """Handle a call that differs from the planned one, by the requested policy."""
-        self.tally.last_mismatch = str(error)
-        if self.on_shape_change == "unplanned":
-            return self._by_own_forward(str(error), args, kwargs)
-        if self.on_shape_change in self._replans:
-            return self._by_another_plan(arguments, looks, args, kwargs)
-        raise error
-
-    def _by_another_plan(
-        self, arguments: Mapping[str, Any], looks: Any, args: tuple, kwargs: dict
-    ) -> Any:
+        """Handle a call that differs from the planned one: by its own plan, or by the policy."""
         for call in self._others:
             if call.is_for(arguments, looks):
                 try:
                     return self._run(call, arguments)
                 except OutcomeChangedError:
                     continue
+        self.tally.last_mismatch = str(error)
+        policy = "adapt" if self._main.covers(arguments) else self.on_shape_change
+        if policy == "unplanned":
+            return self._by_own_forward(str(error), args, kwargs)
+        if policy not in self._replans:
+            raise error
+        return self._by_another_plan(self._replans[policy], arguments, looks, args, kwargs)
+
+    def _by_another_plan(
+        self, make: Replan, arguments: Mapping[str, Any], looks: Any, args: tuple, kwargs: dict
+    ) -> Any:
         kind = f"{describe(arguments)}, {self._last.changed() or ''}"
         if kind in self._not_replanned:
             raise _anew(self._not_replanned[kind])  # a capture in each step would be slow
-        make = self._replans[self.on_shape_change]
         began = time.perf_counter()
         try:
             plan, live = make(self.plan, self._main.live, self.model, arguments, self.unplanned)
@@ -258,7 +262,7 @@ class PlannedForward(StandIn):
             raise
         taken_s = time.perf_counter() - began
         self.tally.captured(taken_s)
-        if self.on_shape_change == "adapt":
+        if make is self._replans["adapt"]:
             self._say_solved(plan, taken_s)
         call = PlannedCall(self, plan, live, live.captured)
         self._use(call)
@@ -288,6 +292,11 @@ class PlannedForward(StandIn):
         """From now on, notice training steps that bypass this forward."""
         self.watching, self._watch_is_due = True, False
         self._watch = UnplannedBackward.of(self, captured)
+
+    def add(self, plan: PlanRecord, live: LiveState | None, captured: CapturedStep | None) -> None:
+        """Keep a plan for another call, made ahead."""
+        self._ahead.append(plan)
+        self._others = [*self._others, PlannedCall(self, plan, live, captured)][-MAX_CALLS:]
 
     def stop(self) -> None:
         """Run the model's own forward from now on, for callers that still hold this."""
@@ -394,6 +403,8 @@ class PlannedForward(StandIn):
         twin.own_forward = copy.deepcopy(self.own_forward, memo)
         twin.watching = twin._watch_is_due = self.watching
         twin.removed = self.removed
+        for plan in self._ahead:
+            twin.add(plan, None, None)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
@@ -404,9 +415,12 @@ class PlannedForward(StandIn):
         return {**kept, "plan": self.plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        plan = state.pop("plan")
+        plan, ahead = state.pop("plan"), state.pop("_ahead")
         self.__dict__.update(state)
+        self._ahead = []
         self._begin(plan, None, None)
+        for other in ahead:
+            self.add(other, None, None)
 
 
 def _anew(error: Exception) -> Exception:

@@ -38,6 +38,10 @@ def check_file_plan(plan: PlanRecord) -> None:
     if plan.budget_share is not None:
         asked = RequestedBudget(num_bytes=None, share=plan.budget_share)
         _agree("budget_bytes", plan.budget_bytes, asked.settled(plan.baseline_peak_bytes).num_bytes)
+    try:
+        plan.shapes.check(plan.guard.arguments)
+    except ValueError as error:
+        raise ValueError(f"at shapes: {error}") from error
     _check_loss(plan)
     _check_optimizer(plan)
 

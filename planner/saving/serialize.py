@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.resources import files
@@ -34,12 +34,14 @@ from solvers.scopes import BoundScope, code_of
 
 from ..base.atomic_write import write_whole
 from ..base.call_guard import CallGuard
+from ..base.shape_range import ShapeRange
 from ..errors import PlanError
 from ..plan_record import LIBRARY_WORKSPACE, PlanRecord
 from .file_checks import check_file_plan
 
 SCHEMA_VERSION = 2
-_ADDED_AFTER_VERSION_2 = {"reorder", "device_name", "outcomes"}
+SET_VERSION = 1
+_ADDED_AFTER_VERSION_2 = {"reorder", "device_name", "outcomes", "shapes"}
 MAX_FILE_BYTES = 2**30
 
 
@@ -79,8 +81,68 @@ def save_plan(plan: PlanRecord, path: Path) -> None:
     write_whole(path, text)
 
 
+def save_plans(plans: Sequence[PlanRecord], path: Path) -> None:
+    """Write several plans to one file; see :func:`save_plan`."""
+    try:
+        data = {"plan_set_version": SET_VERSION, "plans": [plan_to_dict(p) for p in plans]}
+        text = json.dumps(data, indent=1, allow_nan=False)
+        plans_from_dict(read_json(text))  # what cannot be read again is not written
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PlanError(f"these plans cannot be written to a file: {error}") from error
+    write_whole(path, text)
+
+
 def load_plan(path: Path) -> PlanRecord:
     """Read a plan file; see :meth:`planner.Plan.load`."""
+    data = _read(path)
+    if isinstance(data, dict) and "plan_set_version" in data:
+        raise _refused(f"{path} holds a set of plans: read it with PlanSet.load")
+    try:
+        return plan_from_dict(data)
+    except PlanError as error:
+        raise _refused(f"{path} is not a usable plan: {error}") from error
+
+
+def load_plans(path: Path) -> list[PlanRecord]:
+    """Read a file of one plan or several; see :meth:`planner.PlanSet.load`."""
+    data = _read(path)
+    try:
+        if isinstance(data, dict) and "plan_set_version" in data:
+            return plans_from_dict(data)
+        return [plan_from_dict(data)]
+    except PlanError as error:
+        raise _refused(f"{path} is not a usable plan: {error}") from error
+
+
+def plans_from_dict(data: Any) -> list[PlanRecord]:
+    """Invert what :func:`save_plans` writes.
+
+    Raises
+    ------
+    PlanError
+        Names the first thing that is wrong.
+    """
+    if data.get("plan_set_version") is not SET_VERSION or set(data) != {
+        "plan_set_version",
+        "plans",
+    }:
+        raise PlanError(
+            f"plan_set_version is {data.get('plan_set_version')!r:.100}, this version reads "
+            f"{SET_VERSION}, with plans beside it"
+        )
+    plans = data["plans"]
+    if not isinstance(plans, list) or not plans:
+        raise PlanError("at plans: a list of plans is needed, with at least one")
+    found = []
+    for i, plan in enumerate(plans):
+        try:
+            found.append(plan_from_dict(plan))
+        except PlanError as error:
+            raise PlanError(f"at plans[{i}]: {error}") from error
+    return found
+
+
+def _read(path: Path) -> Any:
     try:
         content = read_regular(path, MAX_FILE_BYTES)
     except FileNotFoundError as error:
@@ -90,13 +152,9 @@ def load_plan(path: Path) -> PlanRecord:
     except ValueError as error:
         raise _refused(f"{path} is not a plan: {error}") from error
     try:
-        data = read_json(content)
+        return read_json(content)
     except ValueError as error:
         raise _refused(f"{path} is not a plan: it is not JSON ({error})") from error
-    try:
-        return plan_from_dict(data)
-    except PlanError as error:
-        raise _refused(f"{path} is not a usable plan: {error}") from error
 
 
 def _refused(message: str) -> PlanError:
@@ -177,6 +235,7 @@ def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
         },
         "detached": list(plan.detached),
         "branch_free": plan.branch_free,
+        **({"shapes": plan.shapes.to_json()} if plan.shapes.largest else {}),
         **({} if plan.outcomes is None else {"outcomes": [o.to_json() for o in plan.outcomes]}),
         "operators": graph["operators"],
         "storages": graph["storages"],
@@ -325,6 +384,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
         ),
         headroom_bytes=data["headroom_bytes"],
         branch_free=data["branch_free"],
+        shapes=ShapeRange.from_json(data.get("shapes", {})),
         outcomes=None
         if "outcomes" not in data
         else tuple(Outcome.from_json(o) for o in data["outcomes"]),

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graph_capture.call_spec import TensorSpec, changed
+from graph_capture.call_spec import TensorSpec, changed, strides_like
 
 MakeSample = Callable[[int, int | None], Any]
 """The caller's own: from a batch size and a sequence length (or ``None``) to a sample."""
@@ -101,7 +101,7 @@ class ResizableSample:
             shape[i] = sequence
         if tuple(shape) == spec.shape:
             return spec
-        return replace(spec, shape=tuple(shape), stride=_strides_like(spec, shape))
+        return replace(spec, shape=tuple(shape), stride=strides_like(spec, shape))
 
     def _sequence_places(self, spec: TensorSpec, of_batch: bool) -> set[int]:
         """Dimensions that are as long as the sequence because they belong to it."""
@@ -141,16 +141,3 @@ def _specs_in(value: Any) -> Iterator[TensorSpec]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _specs_in(item)
-
-
-def _strides_like(spec: TensorSpec, shape: list[int]) -> tuple[int, ...]:
-    """Dense strides in the order of the old ones; what was expanded stays expanded."""
-    strides = [0] * len(shape)
-    step = 1
-    outermost = 1 + max(spec.stride, default=0)  # for dimensions of size 1 without a stride
-    for i in sorted(range(len(shape)), key=lambda i: (spec.stride[i] or outermost, -i)):
-        if spec.stride[i] == 0 and spec.shape[i] > 1:
-            continue
-        strides[i] = step
-        step *= max(1, shape[i])
-    return tuple(strides)

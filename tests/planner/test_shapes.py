@@ -1,0 +1,150 @@
+"""``shapes=``: one plan for every shape up to the largest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from benchmarks.testing.bitwise import assert_same_tensors
+from planner import CallMismatchError, Plan, PlanError, applied_plan, optimize
+from tests.planner.small import Net, make, plan_for, sample, square
+
+
+class Pair(nn.Module):
+    """Token embeddings and a mask, with a length that varies in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, ids: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) + x
+        return (x * extra["mask"][..., None]).square().mean()
+
+
+def batch(rows: int, length: int, seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 50, (rows, length), generator=generator)
+    return {"ids": ids, "extra": {"mask": torch.ones(rows, length)}}
+
+
+RANGE = {"ids": {0: 8, 1: Dim("length", max=64)}, "extra.mask": {0: 8, 1: 64}}
+
+
+@pytest.fixture(scope="module")
+def pair_plan() -> Plan:
+    """Made with a small sample, for 8 rows of 64."""
+    return plan_for(make(Pair), batch(2, 5), shapes=RANGE)
+
+
+def trained(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model.zero_grad()
+    loss = model(**call)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
+
+
+def test_the_plan_is_for_the_largest_and_holds_for_all(pair_plan: Plan) -> None:
+    """A small sample is enlarged; every call in the range has eager's bits and fits."""
+    assert pair_plan.guard.arguments["ids"].shape == (8, 64)
+    assert "up to the planned ones: ids (dimension 0 to 8, dimension 1 to 64)" in str(pair_plan)
+    plain, planned = make(Pair), pair_plan.apply(make(Pair))
+    for rows, length in ((8, 64), (8, 63), (3, 64), (1, 1), (8, 63)):
+        call = batch(rows, length, seed=rows)
+        assert_same_tensors(trained(plain, call), trained(planned, call))
+    found = applied_plan(planned)
+    assert found is not None
+    assert (found.planned_steps, found.captures) == (5, 3)
+    assert found.peak_bytes <= pair_plan.budget_bytes
+
+
+@pytest.mark.parametrize(
+    "call", [batch(9, 64), batch(8, 65), {"ids": batch(8, 3)["ids"], "extra": {}}]
+)
+def test_beyond_the_range_the_policy_holds(pair_plan: Plan, call: dict[str, Any]) -> None:
+    """A larger call, or another kind of call, is refused as without a range."""
+    with pytest.raises(CallMismatchError):
+        pair_plan.apply(make(Pair))(**call)
+
+
+def test_the_sample_is_the_largest() -> None:
+    """``"sample"`` lets every dimension be smaller."""
+    plan = plan_for(make(), sample(), shapes="sample", loss_fn=square)
+    plain, planned = make(), plan.apply(make())
+    for rows in (256, 100, 1 + 1):
+        results = []
+        for model in (plain, planned):
+            torch.manual_seed(rows)
+            model.zero_grad()
+            square(model(sample(rows=rows))).backward()
+            results.append({n: p.grad for n, p in model.named_parameters()})
+        assert_same_tensors(*results)
+
+
+def test_a_file_keeps_the_range(pair_plan: Plan, tmp_path: Path) -> None:
+    """A loaded plan covers the same calls."""
+    pair_plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded.shapes == pair_plan.shapes
+    call = batch(4, 7)
+    assert_same_tensors(trained(make(Pair), call), trained(loaded.apply(make(Pair)), call))
+
+
+def test_a_file_needs_the_loss_for_another_shape(tmp_path: Path) -> None:
+    """The loss is not in the file; apply() takes it."""
+    plan = plan_for(make(), sample(), shapes="sample", loss_fn=square)
+    plan.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match=r"apply\(model, loss_fn="):
+        loaded.apply(make())(sample(rows=9))
+    loaded.apply(make(), loss_fn=square)(sample(rows=9))
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"ids": {"2": 4}},
+        {"ids": {"1": 65}},
+        {"nothing": {"0": 1}},
+        {"ids": {"1": -3}},
+        {"ids": {"x": 64}},
+        {"ids": 3},
+        [],
+    ],
+)
+def test_a_damaged_range_is_refused(pair_plan: Plan, tmp_path: Path, shapes: Any) -> None:
+    """What no planner wrote is not believed."""
+    path = tmp_path / "plan.json"
+    pair_plan.save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shapes": shapes}))
+    with pytest.raises(PlanError, match="shapes"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"y": {0: 3}}, "tensors are 'x'"),
+        ({"x": {2: 3}}, "dimension 2"),
+        ({"x": {-1: 300}}, "dimension -1"),
+        ({"x": {0: 3}}, "at least the sample's 256"),
+        ({"x": {0: Dim("rows")}}, "largest size"),
+        ({"x": {0: True}}, "largest size"),
+        ({"x": 300}, "mapping from dimensions"),
+        ("largest", '"sample" or a mapping'),
+    ],
+)
+def test_a_range_that_does_not_fit_is_refused(shapes: Any, message: str) -> None:
+    """The error names the place and what the sample has there."""
+    with pytest.raises(ValueError, match=message):
+        optimize(make(Net), sample(), budget_gb=1, shapes=shapes)
