@@ -1,4 +1,4 @@
-"""Decide whether two ways to run a step agree bitwise."""
+"""Decide whether two ways of running a step agree bitwise."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def compare_bits(
 ) -> tuple[Bits, str | None]:
     """Return the verdict and the first difference.
 
-    Where the two differ the first runs again: if it does not repeat itself
-    (kernels on CUDA that add up in any order), nothing can be said of the second.
+    If the two differ, the first runs again. If it does not repeat itself (kernels on
+    CUDA that add in any order), nothing can be said about the second.
     """
     first = expected()
     different = first_difference(first, actual())
@@ -43,7 +43,7 @@ def step_results(
 ) -> Results:
     """Return everything that a step without an optimizer leaves, copied to the CPU.
 
-    The model, the inputs and the random generators are afterwards as before.
+    The model, the inputs and the random generators are restored afterwards.
     """
     device = single_device(model, sample_input)
     with preserve_state(model, sample_input, loss_fn, None):

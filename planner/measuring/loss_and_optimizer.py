@@ -26,7 +26,7 @@ def planned_loss_fn(
     Raises
     ------
     PlanError, PlanMismatchError
-        When it is needed and not known, or given and not planned.
+        When it is needed but not known, or given but not planned.
     """
     planned_with = plan.loss.region.source is LossSource.LOSS_FN
     if loss_fn is not None and not planned_with:
@@ -50,8 +50,8 @@ def planned_optimizer(
     Raises
     ------
     PlanError, PlanMismatchError
-        When it is no optimizer that is known by name and none was given, or
-        another one was.
+        When the optimizer is not known by name and none was given, or a different one
+        was given.
     """
     counted, target = plan.optimizer, target_of(model, ())
     if optimizer is None:

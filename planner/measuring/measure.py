@@ -1,9 +1,9 @@
 """Measure a real training step's peak and time, as the device records them.
 
-Everything that a budget counts is counted: what is there before the step
-(parameters, buffers, optimizer state, inputs) and every byte that the step
-allocates through PyTorch's allocator (gradients, activations, temporaries,
-kernel scratch, outputs in the caller's hands).
+Everything that a budget counts is counted: what exists before the step (parameters,
+buffers, optimizer state, inputs) and every byte that the step allocates through
+PyTorch's allocator (gradients, activations, temporaries, kernel scratch, outputs that
+the caller holds).
 
 How the record is made
 ----------------------
@@ -11,33 +11,31 @@ peak = resident bytes + the highest sum of (allocated - freed) inside the step.
 
 CPU
     The allocator reports every allocation and free to PyTorch's profiler. The
-    recorder is the one behind ``torch.autograd.profiler_legacy``: it hears the
-    same reports as ``torch.profiler``, in order, and does not write to stderr.
-    Sizes are exact bytes, oneDNN's reordered weights and scratch included.
+    recorder is the one behind ``torch.autograd.profiler_legacy``: it receives the same
+    reports as ``torch.profiler``, in order, and does not write to stderr. Sizes are
+    exact bytes, including oneDNN's reordered weights and scratch.
 CUDA
-    ``max_memory_allocated`` less what was allocated before, with cuBLAS'
-    workspace given back first: the step makes its own, and it counts. The
-    caching allocator rounds blocks up to 512 bytes, and so are resident storages
-    here. ``reserved_bytes`` is the most that the process held of the device,
-    after the cache was emptied: what fragmentation adds shows there, and so do
-    tensors that are not the step's.
+    ``max_memory_allocated`` less what was allocated before. cuBLAS' workspace is freed
+    first, so that the step makes its own and it counts. The caching allocator rounds
+    blocks up to 512 bytes, and resident storages are rounded in the same way here.
+    ``reserved_bytes`` is the most that the process held of the device, after the cache
+    was emptied. It includes what fragmentation adds, and tensors that are not the
+    step's.
 
 Known imperfections
 -------------------
-- Memory that libraries take behind the allocator's back (MKL's packing buffers,
-  OpenMP stacks, the CUDA context) is in no allocator's record, hence in none
-  of these figures.
-- On CUDA the allocator leaves a block of more than 1 MiB up to 1 MiB larger than
-  asked for where the rest is too small to be split off; resident storages are
-  counted without that.
-- On CUDA one step is recorded; over many, fragmentation may reserve more.
-- On CPU, a block that was there before the step and is freed inside it counts
-  as if it stayed: its free is not reported, or by the size of an earlier block
-  of the same address that a record saw being made. Resident tensors are
-  therefore kept until the record has ended.
-- On CPU, allocations made by other threads than the caller's are not reported.
-- Tensors that only a Python closure nested in another object holds are not
-  found as resident.
+- Memory that libraries allocate outside PyTorch's allocator (MKL's packing buffers,
+  OpenMP stacks, the CUDA context) is not recorded, so it is in none of these figures.
+- On CUDA, the allocator leaves a block of more than 1 MiB up to 1 MiB larger than
+  requested if the rest is too small to be split off. Resident storages are counted
+  without that.
+- On CUDA, one step is recorded; over many steps, fragmentation may reserve more.
+- On CPU, a block that existed before the step and is freed inside it counts as if it
+  stayed: its free is not reported, or is reported with the size of an earlier block at
+  the same address. Resident tensors are therefore kept until the record has ended.
+- On CPU, allocations of threads other than the caller's are not reported.
+- Tensors that only a Python closure nested in another object holds are not found as
+  resident.
 """
 
 from __future__ import annotations
@@ -84,9 +82,9 @@ class Measurement:
     resident_bytes
         Bytes alive before the step: parameters, buffers, optimizer state, inputs.
     reserved_bytes
-        On CUDA the most that the process' allocator held of the device during
-        the recorded step, other tensors of the process included; ``None`` on
-        CPU, where nothing is held back.
+        On CUDA, the most that the process's allocator held of the device during the
+        recorded step, including other tensors of the process; ``None`` on the CPU,
+        where the allocator holds nothing back.
     step_us
         Median time of a step, in microseconds.
     step_us_all
@@ -166,10 +164,10 @@ def measure(
 ) -> Measurement:
     """Run training steps and measure their peak memory and time.
 
-    Parameters, buffers, gradients, optimizer state, inputs and the random
-    generators are afterwards what they were before. One step runs first that is
-    not measured (lazily built things, the optimizer's state), one under the
-    allocator's record, then ``repeats`` with a clock.
+    Parameters, buffers, gradients, optimizer state, inputs and the random generators
+    are restored afterwards. The first step is not measured: it builds what is built
+    lazily, and the optimizer's state. The next one records the allocator, and then
+    ``repeats`` steps are timed.
 
     Parameters
     ----------
@@ -179,12 +177,12 @@ def measure(
         A tensor, a tuple of positional arguments or a dict of keyword arguments.
     loss_fn
         Computes the scalar loss from the model's output; see
-        :func:`planner.base.training_step.differentiate` for what happens without.
+        :func:`planner.base.training_step.differentiate` for what happens without it.
     optimizer
         An instance, or a name such as ``"adamw"``: its state counts and its
         step runs. ``None`` counts none.
     repeats
-        How many steps are timed; none gives a ``step_us`` of NaN.
+        How many steps are timed; 0 gives a ``step_us`` of NaN.
     seed
         Given to ``torch.manual_seed`` before each step.
 
@@ -199,9 +197,9 @@ def measure(
 
     Notes
     -----
-    Python's cyclic garbage collector runs before the recorded step and not
-    during it, so that the figure is the same each time. An autocast that is on
-    covers forward and loss of each step.
+    Python's cyclic garbage collector runs before the recorded step and not during it,
+    so that the figure is the same each time. An active autocast covers forward and
+    loss of each step.
 
     Examples
     --------
@@ -248,10 +246,10 @@ def measure_pair(
 ) -> PairedTiming:
     """Time two callables alternately, for a ratio that a busy machine does not bias.
 
-    Pairs run as A B B A, so that each of the two goes first equally often, also in
-    the warm-up: the second of a pair finds caches as the first left them. Each pair
-    runs back to back, so a slow moment of the machine slows both; the median over
-    pairs forgets those that it hit unevenly.
+    Pairs run as A B B A, also in the warm-up, so that each of the two goes first
+    equally often: the second of a pair finds caches as the first left them. The two of
+    a pair run back to back, so a slow moment of the machine slows both, and the median
+    over pairs ignores those that it hit unevenly.
 
     Parameters
     ----------
@@ -260,9 +258,9 @@ def measure_pair(
     repeats
         Number of timed pairs; an odd number is rounded up to an even one.
     warmup
-        Number of pairs that run before, untimed.
+        Number of untimed pairs that run before.
     device
-        Is synchronized before each reading of the clock.
+        The device, which is synchronized before each reading of the clock.
     """
     device = torch.device(device)
     for i in range(warmup):
@@ -282,7 +280,7 @@ def measure_pair(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third, between the values themselves; NaN where there are none.
+    """The first and the third quartile, interpolated between values; NaN if there are none.
 
     Examples
     --------
@@ -298,7 +296,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def peak_extra_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
     """Return the peak bytes of a call, beyond what was allocated before it.
 
-    What the call returns stays alive until the record has ended.
+    The call's results stay alive until the record has ended.
     """
     return record_peak(call, torch.device(device), [])[0]
 
@@ -306,14 +304,14 @@ def peak_extra_bytes(call: Callable[[], Any], device: torch.device | str = "cpu"
 def record_peak(
     call: Callable[[], Any], device: torch.device, resident: list[torch.Tensor]
 ) -> tuple[int, int | None]:
-    """Most bytes that a call holds beyond what was there, and on CUDA the most reserved.
+    """The most bytes that a call adds to those before it, and on CUDA the most reserved.
 
     Parameters
     ----------
     resident
-        What is there before; the list is emptied. On CPU their memory, not the
-        tensors, is held during the call, so that nobody frees what the record has
-        not seen being made.
+        Tensors that exist before the call; the list is emptied. On the CPU their
+        memory, but not the tensors, is held during the call, so that nothing is freed
+        whose allocation was not recorded.
     """
     dense = [t for t in resident if t.layout == torch.strided and not is_zero_tensor(t)]
     kept = [t.untyped_storage() for t in dense] if device.type == "cpu" else []
@@ -334,15 +332,15 @@ def record_peak(
 
 def _record_cuda(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     torch.cuda.synchronize(device)
-    # cuBLAS workspaces outlive the step that made them; made anew they are counted.
+    # cuBLAS workspaces outlive the step that made them; they count only if made again.
     clear_workspaces = cublas_workspace_clearer()
     if clear_workspaces is None:
         raise RuntimeError(
-            f"torch {torch.__version__} does not let cuBLAS' workspace be made anew, so a step's "
-            "peak would miss it; measure with a version that this package supports"
+            f"torch {torch.__version__} cannot free cuBLAS' workspace, so a step's peak would "
+            "miss it; measure with a version that this package supports"
         )
     clear_workspaces()
-    # What earlier steps left in the allocator's cache is not what this one needs.
+    # The cache that earlier steps left is not what this step needs.
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before_bytes = torch.cuda.memory_allocated(device)

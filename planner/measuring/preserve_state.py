@@ -25,11 +25,11 @@ def preserve_state(
     loss_fn: LossFn | None,
     optimizer: torch.optim.Optimizer | str | None,
 ) -> Iterator[None]:
-    """Give back, at the end, every value that a step changes; copies lie on the CPU.
+    """Restore, at the end, every value that a step changes; copies lie on the CPU.
 
-    Plain attributes of the modules, too: a counter in Python, a list that forward
-    appends to, a tensor that it keeps. And the random generators of Python, NumPy
-    and PyTorch.
+    This includes plain attributes of the modules (a counter in Python, a list that
+    forward appends to, a tensor that it keeps) and the random generators of Python,
+    NumPy and PyTorch.
     """
     parts = [part for part in (model, loss_fn) if isinstance(part, nn.Module)]
     registered = [(m, dict(buffers_of(m).items())) for part in parts for m in part.modules()]
@@ -72,7 +72,7 @@ def preserve_state(
 
 
 def _dense_part(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of all its memory, without what ``expand`` repeats."""
+    """A view of all its memory, without the repetitions of ``expand``."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)

@@ -2,8 +2,8 @@
 
 Two steps run in turn on the same model, the planned and the unplanned one; see
 ``planner/base/training_step.py`` for what a step is and ``planner/measuring/measure.py`` for
-how its peak is recorded. Model, gradients, buffers, optimizer state, random
-generators and the applied plan are afterwards what they were before.
+how its peak is recorded. Model, gradients, buffers, optimizer state, random generators
+and the applied plan are restored afterwards.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class _Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Taken:
-    """What one recorded step took."""
+    """Memory and results of one recorded step."""
 
     resident_bytes: dict[str, int]
     extra_bytes: int
@@ -144,7 +144,7 @@ _Forward = Callable[..., Any] | None
 
 
 def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer | None) -> _Taken:
-    """The peak of a step whose lazily built things are there already."""
+    """The peak of a step, after a first one has built what is built lazily."""
     model, sample_input, loss_fn = trial.model, trial.sample_input, trial.loss_fn
     step = trial.step(optimizer)
     seen: list[int] = []
@@ -188,7 +188,7 @@ def _time(
     optimizer: torch.optim.Optimizer | None,
     repeats: int,
 ) -> tuple[list[float], list[float]]:
-    """Microseconds of unplanned and of planned steps; of planned ones alone where ``other`` is."""
+    """Microseconds of unplanned and of planned steps; only planned ones if ``other`` is planned."""
     step = trial.step(optimizer)
 
     def run(forward: _Forward) -> Any:
@@ -218,7 +218,7 @@ def _compare(
 ) -> tuple[tuple[Bits, str | None], str | None]:
     """The verdict on the bits, and why the unplanned step could not run.
 
-    That the planned step runs out of memory is no verdict: its error goes on.
+    If the planned step runs out of memory, its error is raised.
     """
     note: str | None = None
 
@@ -243,7 +243,7 @@ def _compare(
 
 
 def _unless_out_of_memory(trial: _Trial, call: Callable[[], Any]) -> tuple[Any | None, str | None]:
-    """What a call that runs the unplanned step returns, or why it could not."""
+    """The result of a call that runs the unplanned step, or why it could not run."""
     failed = False
     result = None
     with _clean_after(trial):
@@ -331,9 +331,9 @@ def _report(
 
 
 def _predicted_parts(plan: PlanRecord) -> dict[str, int]:
-    """The predicted peak by category; a library's workspace is no buffer of the model's.
+    """The predicted peak by category; a library's workspace is not a buffer of the model.
 
-    A recorded step makes the workspace itself, so that it counts to the rest.
+    A recorded step makes the workspace itself, so it counts as part of the rest.
     """
     parts = dict(plan.memory.by_category)
     if LIBRARY_WORKSPACE in parts:
@@ -342,7 +342,7 @@ def _predicted_parts(plan: PlanRecord) -> dict[str, int]:
 
 
 def _whole(category: str, plan: PlanRecord, measured_bytes: int) -> Figure:
-    """What a step leaves of a category; what the loss leaves stays in the training loop."""
+    """What a step leaves in a category; what the loss leaves stays in the training loop."""
     predicted = sum(
         s.size_bytes
         for s in plan.graph.storages

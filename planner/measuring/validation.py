@@ -19,12 +19,12 @@ class Figure:
     Parameters
     ----------
     name
-        Of what it counts.
+        What it counts.
     predicted, measured
         In bytes or in microseconds.
     how
-        ``"observed"`` when the device or its tensors were asked, ``"derived"``
-        when it is what other observations leave.
+        ``"observed"`` if it comes from the device or its tensors, ``"derived"`` if it
+        is what other observations leave.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Figure:
 
     @property
     def error(self) -> float:
-        """Of the prediction: ``predicted / measured - 1``; positive when too much is predicted."""
+        """Error of the prediction: ``predicted / measured - 1``; positive if it is too high."""
         if self.measured:
             return self.predicted / self.measured - 1
         return math.inf if self.predicted else 0.0
@@ -49,29 +49,28 @@ class Validation:
     peak
         Most bytes alive at once in the planned step.
     reserved_bytes
-        On CUDA the most that the allocator held of the device for planned
-        steps; ``None`` on CPU. Nothing predicts it.
+        On CUDA, the most that the allocator held of the device for planned steps;
+        ``None`` on the CPU. Nothing predicts it.
     at_peak
-        What the peak consists of. Resident categories are observed: the tensors
-        are asked. ``"rest"`` is derived: peak less these, so gradients, outputs,
-        activations, temporaries and scratch together, which no allocator's
-        record tells apart.
+        What the peak consists of. Resident categories are observed from the tensors.
+        ``"rest"`` is derived: the peak less these, so gradients, outputs, activations,
+        temporaries and scratch together. No allocator's record tells them apart.
     predicted_rest
         What the rest was predicted to consist of, by category.
     in_step
-        Gradients of parameters and inputs, and the model's outputs, observed when
-        the step has ended; not all of them need be there at the peak.
+        Gradients of parameters and inputs, and the model's outputs, observed at the end
+        of the step; not all of them need be alive at the peak.
     step
         Time of the planned step, in microseconds; ``None`` without repeats.
     unplanned_peak, unplanned_step
-        Of the step without a plan; ``None`` where that did not run.
+        Of the step without a plan; ``None`` if that did not run.
     predicted_overhead, overhead, overhead_quartiles
-        Planned over unplanned time, less one: predicted; median of pairs that
-        ran back to back; their quartiles.
+        Planned over unplanned time, less one: predicted; median of pairs that ran back
+        to back; their quartiles.
     bits
-        Whether outputs, loss, gradients, buffers and the random generator came
-        out equal with and without the plan. ``"not repeatable"``: they differ,
-        and so do two unplanned steps.
+        Whether outputs, loss, gradients, buffers and the random generator are equal
+        with and without the plan. ``"not repeatable"``: they differ, and so do two
+        unplanned steps.
     first_difference
         The first thing that was not equal.
     unplanned_note
@@ -79,7 +78,7 @@ class Validation:
     budget_bytes, headroom_bytes
         Of the plan.
     costs, device, torch_version, num_threads, seed, num_pairs
-        Where the predicted times come from; where and how it was measured.
+        Where the predicted times come from, and where and how the step was measured.
     """
 
     peak: Figure
@@ -107,7 +106,7 @@ class Validation:
 
     @property
     def within_budget(self) -> bool:
-        """Whether the measured peak is."""
+        """Whether the measured peak is within the budget."""
         return self.peak.measured <= self.budget_bytes
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Search for the largest batch: which sizes to capture, and which schedules to try there.
 
-Memory at each moment of a step is nearly affine in the batch size
-(``fitting.py``), so two captures say where the budget ends, for the unplanned
-step as for a schedule. What they say is then checked: the step is captured at
-that size, where it must fit, and at the next larger one, where it must not.
-Without a plan that is exact. With one, "must not" means that a search of
-:func:`solvers.least_memory.least_memory` found nothing. Both rest on memory
-growing with the batch.
+Memory at each moment of a step is nearly affine in the batch size (``fitting.py``), so
+two captures predict the largest batch, both for the unplanned step and for a schedule.
+The prediction is then checked: the step is captured at that size, where it must fit,
+and at the next larger one, where it must not. Without a plan the result is exact. With
+a plan, "must not" means that a search of :func:`solvers.least_memory.least_memory`
+found nothing. Both assume that memory grows with the batch.
 """
 
 from __future__ import annotations
@@ -40,10 +39,10 @@ from .fitting import Fit, MemoryLines, Wiring, find_fit, wiring_of
 from .step_family import StepFamily
 
 SEARCH_SHARE = 0.6
-"""Of the time limit, what searching batches may take; the rest is for the plan at the last one."""
+"""Share of the time limit for the search; the rest is for the plan at the last batch."""
 
 S_PER_OPERATOR, SHORTEST_S, LONGEST_S = 0.1, 10.0, 60.0
-"""The time limit, unless one is asked for: by operator, and its ends."""
+"""The time limit, unless one is given: seconds per operator, and the least and the most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +52,13 @@ class BatchCapture:
     Parameters
     ----------
     captured
-        As it is, with the unplanned step beside it.
+        The captured step, with the unplanned step beside it.
     constrained
-        Under the user's own rules.
+        The step under the user's own rules.
     arguments
-        The call, tensors as specifications.
+        The call's arguments, with specifications for tensors.
     unplanned_bytes
-        Peak when nothing is planned.
+        Peak without a plan.
     """
 
     captured: CapturedStep
@@ -97,7 +96,7 @@ class BatchSearch:
         self._schedules: dict[Wiring, list[Schedule]] = {}
 
     def allow(self, time_limit_s: float | None) -> None:
-        """Set the time for searching and solving; ``None`` to choose by the step's size."""
+        """Set the time for searching and solving; ``None`` chooses it by the step's size."""
         if time_limit_s is None:
             graph = self.at(self._start).captured.graph
             by_size_s = S_PER_OPERATOR * graph.num_operators
@@ -107,7 +106,7 @@ class BatchSearch:
 
     @property
     def _start(self) -> int:
-        """The batch that is looked at first."""
+        """The batch that is tried first."""
         return min(self._family.sample.batch or 1, self._largest)
 
     def at(self, batch: int) -> BatchCapture:
@@ -182,9 +181,10 @@ class BatchSearch:
                 graph,
                 self._budget.usable_bytes,
                 known=known,
-                # What merely fits says little of larger batches; what needs least says most.
+                # A schedule that merely fits says little about larger batches; the least peak
+                # says the most.
                 thrifty=True,
-                # The first search is for a guess, the later ones decide.
+                # The first search gives a guess, the later ones decide.
                 time_limit_s=min(
                     LEAST_MEMORY_LIMIT_S, max(1.0, self._left_s * (0.6 if known else 0.25))
                 ),
@@ -206,10 +206,10 @@ class BatchSearch:
         fitting: int,
         start: int,
     ) -> int:
-        """The largest batch that fits, given that ``fitting`` does and fitting is monotone.
+        """The largest batch that fits, if ``fitting`` does and smaller batches fit if larger do.
 
-        Tries what is guessed from the captures so far, kept between what is
-        known; where guesses keep missing, steps grow, and then the rest is halved.
+        Tries the guesses from the captures so far, between the known bounds. If guesses
+        keep missing, steps grow, and then the remaining range is halved.
         """
         too_large = self._largest + 1
         batch, misses = start, 0
@@ -248,8 +248,8 @@ class BatchSearch:
     ) -> float:
         """The largest batch at which the schedule fits, from the two captures nearest to it.
 
-        Both have the wiring of the step at ``batch``; with no other of that
-        wiring everything is taken to grow in proportion.
+        Both have the wiring of the step at ``batch``. If there is only one with that
+        wiring, all memory is assumed to grow in proportion.
         """
         graph = steps[batch]
         wiring = wiring_of(graph)

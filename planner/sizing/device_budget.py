@@ -1,4 +1,4 @@
-"""Take the device's memory as the budget where none is given."""
+"""Take the device's memory as the budget if none is given."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def budget_or_device(
     budget_gb: float | str | None = None,
     budget_bytes: int | str | None = None,
 ) -> RequestedBudget | None:
-    """Return the given budget, else the device's memory; ``None`` where neither is known.
+    """Return the given budget, else the device's memory; ``None`` if neither is known.
 
     Raises
     ------
     ValueError
-        When the budget is given twice, or is no amount.
+        When the budget is given twice, or is not an amount of memory.
     """
     if budget is None and budget_gb is None and budget_bytes is None:
         num_bytes = device_bytes(target.device)
@@ -29,7 +29,7 @@ def budget_or_device(
 
 
 def device_bytes(device: Device) -> int | None:
-    """Return a device's memory minus what its context takes; ``None`` if unknown."""
+    """Return a device's memory minus that of its context; ``None`` if unknown."""
     if device.memory_bytes is None:
         return None
     return device.memory_bytes - (device.context_bytes or 0)

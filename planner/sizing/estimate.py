@@ -64,49 +64,49 @@ def estimate(
         In training mode; on ``meta``, too.
     sample_input
         As for :func:`planner.optimize`. It is resized by the rule of
-        :mod:`planner.sizing.samples`; yes and no that it answers (``mask.all()``) hold for all.
+        :mod:`planner.sizing.samples`. Its yes-or-no answers (``mask.all()``) hold for all shapes.
     device
         Where the step would run, as for :func:`planner.optimize`.
     batch_sizes, sequence_lengths
-        What is asked for, every pair. ``None`` keeps the sample's own length.
+        The shapes to estimate: every pair. ``None`` keeps the sample's own length.
     budget
-        In GB, or such as ``"40GiB"``; ``None`` for the device's memory less what
-        its context takes, if it is known.
+        In GB, or a string such as ``"40GiB"``; ``None`` for the device's memory less
+        that of its context, if known.
     loss_fn
         As for :func:`planner.optimize`; targets in its closure are resized like
         the sample.
     optimizer, autocast, cost_model, headroom
         As for :func:`planner.optimize`.
     batch_dim, sequence_dim
-        Which dimensions of the inputs batch and sequence are.
+        The dimensions of the inputs that are batch and sequence.
     make_sample
         Called with a batch size and a sequence length (or ``None``) instead of
         resizing the sample; its tensors may lie on ``meta``.
     measure_scratch
-        Also runs each distinct call once, alone, on a device that is at hand,
-        to learn what scratch memory its kernel takes, as
-        :func:`planner.optimize` does; peaks are then the same to the byte.
+        Also run each distinct call once, alone, on a device that is at hand, to
+        measure its kernel's scratch memory, as :func:`planner.optimize` does; peaks are
+        then the same to the byte.
     time_limit_s
-        For each search, in rows that do not fit without a plan.
+        Seconds for each search, in rows that do not fit without a plan.
     progress
-        ``True`` shows what is being done, a function receives it line by line.
+        ``True`` shows what is being done; a function receives it line by line.
 
     Returns
     -------
     Estimate
-        A shape that the model cannot be captured at has a row with the reason.
+        If the model cannot be captured at a shape, the row says why.
 
     Raises
     ------
     TypeError
-        When ``model`` is no module, or the sample does not fit its signature.
+        When ``model`` is not a module, or the sample does not fit its signature.
     ValueError
-        When an argument makes no sense.
+        When an argument is invalid.
 
     Notes
     -----
-    Without ``measure_scratch`` the scratch memory of CPU kernels is left out, so
-    a convolution's peak may come out some per cent too low there.
+    Without ``measure_scratch``, the scratch memory of CPU kernels is left out, so the
+    peak of a convolution may be a few per cent too low there.
 
     Examples
     --------
@@ -193,7 +193,7 @@ def _row(
     time_limit_s: float,
     seed: int,
 ) -> EstimateRow:
-    """The figures of one captured step; what is found for it helps the next of its wiring."""
+    """The figures of one captured step; its schedules help the next step of the same wiring."""
     assert captured.unplanned is not None
     keep_all = Schedule.keep_all(captured.unplanned)
     unplanned = replay(captured.unplanned, keep_all)
@@ -233,7 +233,7 @@ def positive_integers(name: str, values: Iterable[int]) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        When they are none, or not whole numbers from 1 on.
+        When there are none, or one is not a whole number from 1 on.
     """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise ValueError(f"{name} takes a sequence of whole numbers, got {values!r}")

@@ -45,8 +45,8 @@ class PlannedRow:
     overhead
         Extra time over the unplanned step, as a fraction of it.
     gap
-        ``(time of the step - lower bound) / lower bound``; more time for
-        solving lowers overhead and gap.
+        ``(time of the step - lower bound) / lower bound``. More time for solving lowers
+        overhead and gap.
     """
 
     peak_bytes: int
@@ -61,7 +61,7 @@ class EstimateRow:
     Parameters
     ----------
     batch, sequence
-        The shape; ``sequence`` is ``None`` where the sample's own was kept.
+        The shape; ``sequence`` is ``None`` if the sample's own was kept.
     memory
         What the peak of the unplanned step consists of, and where it is.
     step_us
@@ -72,11 +72,10 @@ class EstimateRow:
     planned
         A plan that fits, for a step that does not.
     least_budget_bytes, lower_bound_bytes
-        Where no plan was found: the least budget known to work, and a proven
-        lower bound on every budget.
+        If no plan was found: the least budget known to work, and a proven lower bound
+        on every budget.
     error
-        Why the step cannot be captured at this shape; the figures are
-        ``None`` then.
+        Why the step cannot be captured at this shape; the figures are then ``None``.
     """
 
     batch: int
@@ -96,12 +95,12 @@ class EstimateRow:
 
     @property
     def samples_per_s(self) -> float | None:
-        """Rows of the batch that one second of unplanned steps takes in."""
+        """Rows of the batch that unplanned steps process in one second."""
         return self.batch * 1e6 / self.step_us if self.step_us else None
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Places of the sequences of these rows; ``None`` where no length was asked for."""
+        """Sequence positions of these rows; ``None`` if no length was requested."""
         if self.sequence is None or self.samples_per_s is None:
             return None
         return self.sequence * self.samples_per_s
@@ -137,20 +136,20 @@ class Estimate:
     device_type
         ``"cpu"`` or ``"cuda"``.
     budget_bytes, headroom_bytes
-        What the rows are judged by; ``None`` where no budget was given and the
-        device's memory is not known.
+        The budget of all rows; ``None`` if none was given and the device's memory is
+        not known.
     optimizer
-        Whose state and step are counted, or ``None``.
+        The optimizer whose state and step are counted, or ``None``.
     autocast
-        Autocast's dtype, where one was asked for.
+        Autocast's dtype, if one was given.
     costs
         Where the times come from.
     counts_scratch
-        Whether scratch memory was measured; ``False`` where nothing ran.
+        Whether scratch memory was measured; ``False`` if nothing ran.
     rows
-        In the order of the batch sizes, for one sequence length after the other.
+        In the order of the batch sizes, one sequence length after the other.
     notes
-        What is to be known beside the figures.
+        What readers must know besides the figures.
     """
 
     model: str
@@ -172,7 +171,7 @@ class Estimate:
         Raises
         ------
         KeyError
-            When it was not asked for.
+            When it was not requested.
         """
         for row in self.rows:
             if (row.batch, row.sequence) == (batch, sequence):
@@ -207,7 +206,7 @@ def report(estimate: Estimate) -> str:
 
 
 def dimension_notes(rows: Sequence[EstimateRow], sequence_dim: int | None) -> tuple[str, ...]:
-    """What may have been meant, where no shape that a sample was resized to can be captured."""
+    """Suggest what was meant, if the step cannot be captured at any resized shape."""
     if sequence_dim is None or any(row.error is None or row.sequence is None for row in rows):
         return ()
     return (
@@ -314,7 +313,7 @@ def _foot(estimate: Estimate) -> list[str]:
     lines += [f"  {note}" for note in estimate.costs.notes]
     if not estimate.counts_scratch:
         lines.append(
-            "  Nothing ran, so scratch memory of kernels counts only where a rule says it."
+            "  Nothing ran, so scratch memory of kernels counts only where a rule gives it."
         )
     if any(row.planned is not None for row in estimate.rows):
         lines.append("  Plans are those of a quick search; optimize() finds better ones.")

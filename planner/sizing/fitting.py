@@ -1,11 +1,10 @@
 """Determine whether a step fits in a limit, at what cost, and up to which size.
 
-A schedule is valid for every step of the same wiring: the same operators reading
-and making the same storages, whatever their sizes. So a schedule that was found
-at one batch size is tried at others, and its memory is extrapolated: while a
-run is in progress the same storages are there, so the memory at each moment is
-affine in the batch size (but for rounding and for kernels' scratch), and the
-peak is the largest of these lines.
+A schedule is valid for every step of the same wiring: the same operators read and make
+the same storages, whatever their sizes. So a schedule found at one batch size is tried
+at others, and its memory is extrapolated. During a given run the same storages are
+alive, so the memory at each moment is affine in the batch size (except for rounding and
+kernels' scratch), and the peak is the largest of these lines.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Fit:
     Parameters
     ----------
     schedule
-        One that fits; ``None`` when none was found.
+        A schedule that fits; ``None`` if none was found.
     least
-        The least memory, where it had to be searched.
+        The least memory, if it had to be searched for.
     """
 
     schedule: Schedule | None
@@ -61,7 +60,7 @@ class QuickPlan:
 
 
 def wiring_of(graph: CostGraph) -> Wiring:
-    """What is computed from what, without sizes and costs."""
+    """What is computed from what, without sizes or costs."""
     operators = tuple(
         (op.target, op.inputs, op.outputs, op.pinned, op.ordered) for op in graph.operators
     )
@@ -84,9 +83,9 @@ def find_fit(
     known
         Schedules of steps of the same wiring.
     thrifty
-        Pass over the easy ones, which fit because the limit is high.
+        Skip the easy ones, which fit only because the limit is high.
     time_limit_s
-        For the search.
+        Seconds for the search.
     """
     candidates = [*known]
     if not thrifty:
@@ -131,9 +130,9 @@ class MemoryLines:
     at_batch
         A batch size.
     memory_bytes
-        Memory there, moment by moment.
+        Memory at this size, moment by moment.
     slope_bytes
-        What one more row of the batch adds.
+        Bytes that one more row of the batch adds.
     """
 
     at_batch: int
@@ -152,7 +151,7 @@ class MemoryLines:
 
     @classmethod
     def in_proportion(cls, schedule: Schedule, at: tuple[int, CostGraph]) -> MemoryLines:
-        """From one batch size: as if all that is not resident grew with it."""
+        """From one batch size, as if all memory that is not resident grew with it."""
         batch, graph = at
         memory = np.array(replay(graph, schedule).memory_bytes, dtype=np.float64)
         slope = np.maximum(memory - graph.resident_bytes, 0) / batch

@@ -1,8 +1,8 @@
 """Find the largest batch within a byte budget, with and without a plan.
 
-Read ``batch_search.py`` for how it is found. With a plan it is the largest
-batch *known*: the least memory of a step is found by a search, so unless a
-lower bound proves that the next batch does not fit, a longer one may.
+``batch_search.py`` says how it is found. With a plan it is the largest batch *known*:
+the least memory of a step is found by a search. Unless a lower bound proves that the
+next batch does not fit, a longer search may show that it does.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def max_batch_of(
     progress: ShowLines,
     as_plan: Callable[[PlanRecord, LiveState], PlanT],
 ) -> MaxBatch[PlanT]:
-    """:meth:`planner.Plan.max_batch`: what the plan was asked for, at other batch sizes."""
+    """:meth:`planner.Plan.max_batch`: the plan's request at other batch sizes."""
     check_model(model)
     request = None if live is None else live.request
     if request is None:
@@ -78,7 +78,7 @@ def max_batch_of(
     if family.target.torch_type != plan.device_type:
         raise PlanError(
             f"the plan is for {plan.device_type} ({plan.costs.device}) and comes from a file, "
-            "which does not say how to find that device again (one not asked for by a name of "
+            "which does not say how to find that device again (it was not requested by a name of "
             "the table); this model lies on "
             f"{family.target.torch_type}: call planner.max_batch(..., device=...)"
         )
@@ -106,9 +106,9 @@ def search_batches(
     Parameters
     ----------
     time_limit_s
-        ``None`` for what suits the size of the step.
+        Seconds; ``None`` to choose by the size of the step.
     as_plan
-        What a decision is handed out as.
+        Makes the returned plan from a decision.
     """
     if isinstance(largest, bool) or not isinstance(largest, int) or largest < 1:
         raise ValueError(f"largest must be a whole number from 1 on, got {largest!r}")

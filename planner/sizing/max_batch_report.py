@@ -12,7 +12,7 @@ from ..plan_record import PlanRecord
 from .estimate_report import format_rate
 
 PlanT = TypeVar("PlanT", bound=PlanRecord)
-"""What a record becomes for whoever asked: a :class:`planner.Plan`."""
+"""The type of the plan that the caller gets: :class:`planner.Plan`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +29,23 @@ class MaxBatch(Generic[PlanT]):
     device
         In words.
     batch_without_plan
-        The largest batch whose unplanned step fits; 0 where none does.
+        The largest batch whose unplanned step fits; 0 if none does.
     unplanned_peak_bytes, unplanned_step_us
-        Of that step; ``None`` where there is none.
+        Of that step; ``None`` if there is none.
     batch
         The largest batch known to fit with a plan.
     plan
-        A plan for it, ready to be applied; says overhead and gap.
+        A plan for it, ready to be applied, with its overhead and gap.
     next_least_bytes
-        The least peak known at ``batch + 1``, which is more than the budget
-        leaves; ``None`` where the search ended at its largest batch.
+        The least peak known at ``batch + 1``, which does not fit; ``None`` if the search
+        ended at its largest batch.
     proven
         Whether a lower bound excludes ``batch + 1``, for every schedule whose
         first runs keep eager's order. If not, a longer search may fit more.
     captured_batches
         Every batch size at which the step was captured, in that order.
     search_s
-        Wall-clock time of it all.
+        Wall-clock time of the whole search.
     """
 
     budget_bytes: int
@@ -74,7 +74,7 @@ class MaxBatch(Generic[PlanT]):
 
     @property
     def gap(self) -> float:
-        """Of the plan, see :attr:`Plan.gap`."""
+        """Gap of the plan, see :attr:`Plan.gap`."""
         return self.plan.gap
 
     @property
@@ -91,7 +91,7 @@ class MaxBatch(Generic[PlanT]):
         return self.batch * 1e6 / step_us if step_us else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain figures, ready for JSON; the plan has a file of its own."""
+        """Plain figures, ready for JSON; the plan is saved in its own file."""
         return {
             "budget_bytes": self.budget_bytes,
             "budget_share": self.budget_share,
@@ -118,7 +118,7 @@ class MaxBatch(Generic[PlanT]):
 
 
 def report(found: MaxBatch[Any]) -> str:
-    """Some five lines: both batches, what is known of the next one, and what it took."""
+    """Some five lines: both batches, what is known of the next one, and the search's effort."""
     share = (
         ""
         if found.budget_share is None

@@ -1,10 +1,10 @@
-"""Learned positions that end before the sequence does.
+"""Refuse sequences that are longer than a table of learned positions.
 
-A lookup of row 512 in a table of 512 rows fails in eager execution, and on
-stand-ins, whose values nobody knows, it does not. Where positions are counted
-by ``arange`` their values are known all the same: they are followed from there
-to the lookup through views, casts and additions of numbers. Positions that are
-made in another way (a running sum of the attention mask, an input) are not seen.
+A lookup of row 512 in a table of 512 rows fails in eager execution. On stand-ins, whose
+values are unknown, it does not. But positions counted by ``arange`` are known: they are
+followed from there to the lookup through views, casts and additions of numbers.
+Positions made in another way (a running sum of the attention mask, an input) are not
+detected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.private_torch.operators import OpOverload, schema_of
 
-# Calls that hand on the values of their first argument, or some of them.
+# Calls that pass on the values of their first argument, or some of them.
 _HAND_ON = {
     "aten::_to_copy",
     "aten::_unsafe_view",
@@ -35,7 +35,7 @@ _HAND_ON = {
 
 
 def refuse_short_tables(captured: CapturedStep) -> None:
-    """Raise what eager execution would at an embedding that has too few rows.
+    """Raise as eager execution would at an embedding that has too few rows.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def refuse_short_tables(captured: CapturedStep) -> None:
 
 
 def largest_counted(value: Any) -> float | None:
-    """The largest of the numbers that an ``arange`` counted; ``None`` where they are not known."""
+    """The largest of the numbers that an ``arange`` counted; ``None`` if they are not known."""
     if not isinstance(value, Node) or not isinstance(value.target, OpOverload):
         return None
     name = schema_of(value.target).name

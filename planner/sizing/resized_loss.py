@@ -1,8 +1,8 @@
 """A ``loss_fn`` whose own targets follow the batch: ``lambda y: cross_entropy(y, labels)``.
 
-Tensors in its closure, its defaults or the arguments of a ``functools.partial``
-are resized by the rule of the sample. Those that it takes from elsewhere
-(module globals, attributes of objects) keep their size.
+Tensors in its closure, its defaults or the arguments of a ``functools.partial`` are
+resized by the sample's rule. Tensors from elsewhere (module globals, attributes of
+objects) keep their size.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Resize = Callable[[TensorSpec], TensorSpec]
 
 
 def resized_loss(loss_fn: LossFn | None, resize: Resize) -> LossFn | None:
-    """``loss_fn`` with its own tensors resized; itself where none changes.
+    """``loss_fn`` with its own tensors resized; ``loss_fn`` itself if none changes.
 
-    The new tensors are not initialized: only their shapes are looked at, and
-    memory that nobody writes to is not taken from the machine.
+    The new tensors are uninitialized: only their shapes matter, and memory that nobody
+    writes to is not taken from the machine.
     """
     if isinstance(loss_fn, functools.partial):
         inner = resized_loss(loss_fn.func, resize)
@@ -55,7 +55,7 @@ def _resized_cell(cell: CellType, resize: Resize) -> CellType:
 
 
 def _resized(value: Any, resize: Resize) -> Any:
-    """``value`` with other tensors where their size changes; itself where none does."""
+    """``value`` with new tensors for those whose size changes; ``value`` itself if none does."""
     if all(resize(spec) == spec for spec in map(TensorSpec.of, tensors_of(value))):
         return value
     return realize(changed(describe(value), resize))

@@ -1,25 +1,25 @@
 """A sample at another batch size or sequence length: specifications, no memory.
 
-Only shapes matter to a capture, so a resized sample is the call's arguments
-with a :class:`~graph_capture.call_spec.TensorSpec` in the place of each tensor.
+A capture depends only on shapes, so a resized sample is the call's arguments with a
+:class:`~graph_capture.call_spec.TensorSpec` in place of each tensor.
 
 Which dimensions are resized
 ----------------------------
-The first tensor of the sample that has the dimension says how large batch (B)
-and sequence (L) are now. Then, of every tensor,
+The first tensor of the sample that has the dimension gives the current sizes of batch
+(B) and sequence (L). Then, in every tensor,
 
 - dimension ``batch_dim`` follows the batch if its size is B;
 - dimension ``sequence_dim`` follows the sequence if its size is L;
-- of integer and boolean tensors every other dimension of size L does, too:
+- in integer and boolean tensors, every other dimension of size L does so, too:
   ``(L,)`` and ``(1, L)`` positions, ``(B, 1, 1, L)`` and ``(B, 1, L, L)`` masks;
-- of floating-point tensors the last two do, if both have size L and nothing
-  but ones lies between them and the batch: ``(L, L)``, ``(1, 1, L, L)`` and
-  ``(B, 1, L, L)`` masks that are added. ``(B, L, L)`` is taken for L features
-  at each of L places.
+- in floating-point tensors, the last two do so if both have size L and there are
+  only ones between them and the batch: additive masks of shape ``(L, L)``,
+  ``(1, 1, L, L)`` and ``(B, 1, L, L)``. ``(B, L, L)`` is read as L features at each
+  of L positions.
 
-What has another size keeps it: the shorter labels of an encoder-decoder, images
-beside text, one set of positions for all rows. Where that is not right, the
-caller's own ``make_sample(batch, sequence)`` is.
+Other sizes stay: the shorter labels of an encoder-decoder, images beside text, one set
+of positions for all rows. If that is wrong, pass your own
+``make_sample(batch, sequence)``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 from graph_capture.call_spec import TensorSpec, changed, strides_like
 
 MakeSample = Callable[[int, int | None], Any]
-"""The caller's own: from a batch size and a sequence length (or ``None``) to a sample."""
+"""The caller's function from a batch size and a sequence length (or ``None``) to a sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +41,14 @@ class ResizableSample:
     Parameters
     ----------
     arguments
-        By name, tensors as ``TensorSpec``, see ``call_spec.describe``.
+        By name, with a ``TensorSpec`` for each tensor, see ``call_spec.describe``.
     batch_dim, sequence_dim
         Dimensions, counted from the front.
 
     Raises
     ------
     ValueError
-        When a dimension is negative or no tensor has the one of the batch.
+        When a dimension is negative, or no tensor has the batch dimension.
     """
 
     arguments: Mapping[str, Any]
@@ -65,12 +65,12 @@ class ResizableSample:
 
     @property
     def batch(self) -> int | None:
-        """Batch size of the sample as it is; ``None`` where no tensor has the dimension."""
+        """Batch size of the sample itself; ``None`` if no tensor has the dimension."""
         return self._size(self.batch_dim)
 
     @property
     def sequence(self) -> int | None:
-        """Sequence length of the sample as it is; ``None`` where no tensor has the dimension."""
+        """Sequence length of the sample itself; ``None`` if no tensor has the dimension."""
         return self._size(self.sequence_dim)
 
     def resized(self, batch: int | None = None, sequence: int | None = None) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class ResizableSample:
         return replace(spec, shape=tuple(shape), stride=strides_like(spec, shape))
 
     def _sequence_places(self, spec: TensorSpec, of_batch: bool) -> set[int]:
-        """Dimensions that are as long as the sequence because they belong to it."""
+        """The dimensions that follow the sequence."""
         length, shape = self.sequence, spec.shape
         as_long = {i for i, size in enumerate(shape) if size == length}
         as_long -= {self.batch_dim} if of_batch else set()
@@ -132,7 +132,7 @@ class ResizableSample:
 
 
 def _specs_in(value: Any) -> Iterator[TensorSpec]:
-    """Tensors of a call in the order in which it names them."""
+    """Tensors of a call, in the order of its arguments."""
     if isinstance(value, TensorSpec):
         yield value
     elif isinstance(value, Mapping):

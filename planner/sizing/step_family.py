@@ -1,10 +1,10 @@
-"""One training step at many shapes: captured anew for each batch size and sequence length.
+"""One training step at many shapes: captured again for each batch size and sequence length.
 
-What a resized call holds is not known. Where forward asks for values (whether a mask
-is all true), and the sample's answers are all yes or no, they are taken for the other
-shapes, too, so that the path is the one that ``optimize`` takes on such calls. Counts
-and sizes that follow from values do not carry over: there the path is the one that
-libraries keep for compilers, if they have one.
+The values of a resized call are not known. If forward asks for values (whether a mask is
+all true) and the sample's answers are all yes or no, these answers also hold for the
+other shapes, so that the path is the one that ``optimize`` takes on such calls. Counts
+and sizes that depend on values do not carry over. The path is then the one that
+libraries have for compilers, if there is one.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ class StepFamily:
     model
         In training mode.
     forward
-        What is captured of it.
+        The model's function that is captured.
     sample
-        The call that it was given.
+        The given call.
     given
         Its arguments with their values.
     make_sample
-        Makes the sample of another shape, where resizing does not.
+        Makes the sample of another shape, instead of resizing.
     target
-        Where the step shall run.
+        Where the step will run.
     loss_fn, optimizer, autocast, cost_model
-        As of :func:`planner.optimize`.
+        As for :func:`planner.optimize`.
     measure_scratch
-        Whether calls may run, where the device is at hand, to find out what
-        scratch memory they take.
+        Whether calls may run, if the device is at hand, to measure their scratch
+        memory.
     """
 
     model: nn.Module
@@ -78,7 +78,7 @@ class StepFamily:
     autocast: torch.dtype | None
     cost_model: CostModelChoice
     measure_scratch: bool = True
-    # The sample's way, once it was looked for: most models ask for no values, and need it not.
+    # The sample's path, found on first use: most models ask for no values and do not need it.
     _path: list[TakenPath | None] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
@@ -115,13 +115,13 @@ class StepFamily:
         )
 
     def under_autocast(self) -> AbstractContextManager[None]:
-        """The autocast that was asked for; the one that is on, where none was."""
+        """The given autocast; the active one if none was given."""
         if self.autocast is None:
             return nullcontext()
         return autocast_as(self.target.torch_type, self.autocast)
 
     def arguments(self, batch: int | None, sequence: int | None) -> Mapping[str, Any]:
-        """The call at this shape, tensors as specifications.
+        """The call at this shape, with specifications for tensors.
 
         Raises
         ------
@@ -132,7 +132,7 @@ class StepFamily:
         """
         if self.make_sample is None:
             return self.sample.resized(batch, sequence)
-        # Memory of the caller's own tensors is given back before the step is captured.
+        # The caller's own tensors are freed before the step is captured.
         made = self.make_sample(batch, sequence)  # type: ignore[arg-type]
         arguments: Mapping[str, Any] = describe(bind_call(self.forward, *split_sample(made)))
         return arguments
@@ -179,7 +179,7 @@ class StepFamily:
         return replay(unplanned, Schedule.keep_all(unplanned)).peak_bytes
 
     def _captured(self, arguments: Mapping[str, Any], loss: LossFn | None) -> CapturedStep:
-        """The step on ``arguments``; by the sample's own path where values decide the path."""
+        """The step on ``arguments``; by the sample's own path if values decide it."""
 
         def capture(taken: TakenPath | None) -> CapturedStep:
             return capture_step(
@@ -188,7 +188,7 @@ class StepFamily:
                 loss=loss,
                 optimizer=self.optimizer,
                 forward=self.forward,
-                # Where nothing is at hand nothing runs, and rules alone say what is known.
+                # Without the device nothing runs, and only rules give scratch memory.
                 measure_scratch=self.measure_scratch or not self.target.at_hand,
                 target=self.target,
                 cost_model=self.cost_model,
@@ -199,7 +199,7 @@ class StepFamily:
         if taken is not None:
             try:
                 return capture(taken)
-            except CaptureError:  # this shape asks for something else
+            except CaptureError:  # this shape asks for other values
                 logger.debug("not the sample's path", exc_info=True)
                 return capture(None)
         try:
@@ -217,7 +217,7 @@ class StepFamily:
             return captured
 
     def _sample_path(self) -> TakenPath | None:
-        """The sample's way through the model, if yes and no are all that decides it."""
+        """The sample's path through the model, if only yes-or-no answers decide it."""
         trace = holds_capture_lock(trace_step)
         try:
             step = trace(
@@ -234,7 +234,7 @@ class StepFamily:
 
 
 def reason(error: CaptureError) -> str:
-    """What stopped the first attempt of a capture, in a line."""
+    """What stopped the first attempt of a capture, in one line."""
     lines = str(error).strip().splitlines()
     first = lines[0] if lines else type(error).__name__
     if first.endswith(":") and len(lines) > 1:  # the reasons follow, "  how: reason" each
