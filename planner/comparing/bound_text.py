@@ -1,4 +1,4 @@
-"""State what is proven and no more: with its scope, and rounded down."""
+"""State what is proven and no more: with its scope, rounded down."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from graph_capture.units import format_bytes
 from solvers.scopes import BoundScope
 
 EAGERS_ORDER = "in eager's order"
-"""Of schedules whose first runs keep the order in which eager runs them."""
+"""Said of schedules whose first runs keep the order in which eager runs them."""
 
 OTHER_ORDER = "not in eager's order: the bound does not speak of it"
-"""What is noted of a row whose schedule the bounds say nothing about."""
+"""The note of a row whose schedule the bounds do not cover."""
 
 
 def scope_words(scope: BoundScope) -> str:
@@ -30,7 +30,7 @@ def bytes_rounded_down(num_bytes: int) -> str:
 
 
 def percent_rounded_down(share: float) -> str:
-    """A share as a percentage with two digits and its sign, never more than it is.
+    """A share as a signed percentage with two digits, rounded down.
 
     >>> percent_rounded_down(0.129999)
     '+12.99%'

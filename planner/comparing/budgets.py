@@ -17,7 +17,7 @@ from solvers.suggestions import did_you_mean
 NUM_DEFAULT_BUDGETS = 8
 
 LEAST_BARE_BYTES = 4096
-"""What a number without a unit must be to be read as bytes: ``12`` is meant as gigabytes."""
+"""The least number without a unit that is read as bytes: ``12`` would mean gigabytes."""
 
 AskedBudget = float | int | str
 
@@ -34,10 +34,10 @@ class ReadBudget:
     Parameters
     ----------
     label
-        As a table shows it.
+        The label in a table.
     kind
-        What ``amount`` is: a share of the unplanned peak, bytes, or nothing,
-        because the budget is the peak of the strategy that ``label`` names.
+        What ``amount`` is: a share of the unplanned peak, bytes, or nothing, if the
+        budget is the peak of the strategy that ``label`` names.
     amount
         The figure.
     """
@@ -63,9 +63,9 @@ def read_budgets(
     Parameters
     ----------
     budgets
-        Shares of the unplanned peak (``0.6``, ``"60%"``), bytes
-        (``12_000_000_000``, ``"12GB"``), names of strategies. A number without
-        a unit is bytes from :data:`LEAST_BARE_BYTES` on, below that an error.
+        Shares of the unplanned peak (``0.6``, ``"60%"``), bytes (``12_000_000_000``,
+        ``"12GB"``), or names of strategies. A number without a unit is bytes from
+        :data:`LEAST_BARE_BYTES` on, and an error below that.
     strategies
         The names that may be used.
 
@@ -97,9 +97,9 @@ def in_bytes(
     Parameters
     ----------
     unplanned_peak_bytes
-        What shares are of.
+        The peak that shares refer to.
     own_peak_bytes
-        The peak of a strategy at its own choice, by its name.
+        Returns the peak of a strategy at its own choice, by its name.
     """
 
     def amount(budget: ReadBudget) -> int:
@@ -115,7 +115,7 @@ def even_budgets(
 ) -> tuple[NamedBudget, ...]:
     """Space budgets evenly from the least possible peak to the unplanned one, both included.
 
-    Labels say the share of the unplanned peak, with as many digits as tell them apart.
+    Labels give the share of the unplanned peak, with enough digits to tell them apart.
 
     >>> [(b.label, b.num_bytes) for b in even_budgets(40, 100, 4)]
     [('least', 40), ('60.0%', 60), ('80.0%', 80), ('100%', 100)]
@@ -130,7 +130,7 @@ def even_budgets(
 
 
 def _shares(amounts: Sequence[int], whole: int) -> list[str]:
-    """Percentages of ``whole``, no two alike and none that reads as all of it."""
+    """Percentages of ``whole``, all different, and none that rounds to 100 %."""
     percentages = [Decimal(100 * amount) / whole for amount in amounts]
     for digits in count_from(1):
         written = [f"{percentage:.{digits}f}" for percentage in percentages]

@@ -16,7 +16,7 @@ class CachedStrategy:
     Parameters
     ----------
     strategy
-        One whose candidates do not depend on the budget.
+        A strategy whose candidates do not depend on the budget.
     """
 
     def __init__(self, strategy: Strategy) -> None:
@@ -40,7 +40,7 @@ class CachedStrategy:
             place += 1
 
     def _fetch(self, graph: CostGraph, options: StrategyOptions) -> bool:
-        """One candidate more, if there is one."""
+        """Fetch one more candidate, if there is one."""
         begin_s = time.monotonic()
         if self._running is None:
             self._running = iter(self._original.propose(graph, options))
@@ -49,7 +49,7 @@ class CachedStrategy:
         except StopIteration:
             return False
         except Exception:
-            # An iterator that has raised would seem to have ended when it is asked again.
+            # An iterator that has raised would seem to have ended on the next call.
             self._running = None
             self._found.clear()
             self._took_s.clear()

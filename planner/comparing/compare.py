@@ -77,42 +77,40 @@ def compare(
 ) -> Comparison:
     """Compare rematerialization strategies on one training step.
 
-    The step is captured once. Each strategy proposes schedules of it, at each
-    budget and at its own choice; one judge (``solvers.replay``) says what they
-    need and take; and each distinct schedule that fits is executed on the model,
-    its peak recorded, its time taken in turn with eager's, its results compared
-    with eager's to the last bit. Peers are other tools, run as their users run
-    them. The model, its gradients and buffers, the inputs, the optimizer and the
-    random generators are afterwards what they were before.
+    The step is captured once. Each strategy proposes schedules of it, at each budget and
+    at its own choice. One judge (``solvers.replay``) computes their memory and time. Each
+    distinct schedule that fits is executed on the model: its peak is recorded, its time
+    is taken in turn with eager's, and its results are compared with eager's to the last
+    bit. Peers are other tools, run as their users run them. The model, its gradients and
+    buffers, the inputs, the optimizer and the random generators are restored afterwards.
 
     Parameters
     ----------
     model, sample_input, loss_fn, optimizer, device, autocast, cost_model
         As for :func:`planner.optimize`.
     budgets
-        Each is a share of the predicted unplanned peak (``0.6``, ``"60%"``),
-        bytes (``12_000_000_000``, ``"12GB"``, ``"40GiB"``; a number without a
-        unit from 4096 on), or the name of a
-        strategy, for the peak that it has at its own choice. ``None`` for eight,
-        evenly from the least peak known to be possible up to the unplanned one;
-        ``[]`` for each strategy's own choice and nothing else, so that those that
-        need a budget, ours among them, are left out.
+        Each is a share of the predicted unplanned peak (``0.6``, ``"60%"``), bytes
+        (``12_000_000_000``, ``"12GB"``, ``"40GiB"``; a number without a unit from 4096
+        on), or the name of a strategy, for its peak at its own choice. ``None`` for
+        eight budgets, evenly spaced from the least peak known to be possible to the
+        unplanned one. ``[]`` for each strategy's own choice only; strategies that need
+        a budget, including ours, are then left out.
     strategies
-        Names of the registry, ``"min_cut"`` (PyTorch's partitioner on this
-        graph), strategies, or functions of a cost graph and a budget in bytes
-        or ``None`` that return a schedule or several. ``None`` for all.
+        Names of the registry, ``"min_cut"`` (PyTorch's partitioner on this graph),
+        strategies, or functions of a cost graph and a budget (bytes or ``None``) that
+        return one schedule or several. ``None`` for all.
     peers
         Names of ``planner.comparing.peers.PEERS``, or peers of your own.
     registry
         Strategies by name; ``None`` for ``solvers.strategies.STRATEGIES``.
     measure
-        Whether schedules are executed; ``None`` for where the device is at hand.
+        Whether schedules are executed; ``None`` for yes if the device is at hand.
     repeats
-        Pairs of an eager step and another that are timed, rounded up to an even number.
+        Timed pairs of an eager step and another, rounded up to an even number.
     time_limit_s, gap, seed, workers
-        Of each solve, as for :func:`solvers.solve`.
+        For each solve, as for :func:`solvers.solve`.
     name
-        What the comparison calls the model; ``None`` for its class.
+        Name of the model in the comparison; ``None`` for its class.
     progress
         ``True`` shows a bar on stderr; a function receives
         :class:`~planner.comparing.events.ComparisonEvent`.
@@ -128,21 +126,21 @@ def compare(
     CaptureError
         When the step cannot be captured.
     TypeError, ValueError
-        When an argument makes no sense, a name is unknown, or ``measure=True``
-        and the device is not at hand. All are read before anything is solved.
+        When an argument is invalid, a name is unknown, or ``measure=True`` and the
+        device is not at hand. All are checked before anything is solved.
 
     Notes
     -----
-    The bound of a budget is proven by the solver ``"auto"``, which runs at every
-    budget, and holds for every schedule whose first runs keep the base order.
-    A strategy of your own that leaves that order may be below it; ``off_order`` of its row says so.
-    ``"auto"`` starts from the schedule of the least peak that was found, where that
-    fits: the search for it is in ``least_solve_s`` and in no row's ``solve_s``.
+    The bound of a budget is proven by the solver ``"auto"``, which runs at every budget.
+    It holds for every schedule whose first runs keep the base order. Your own strategy
+    may leave that order and be below the bound; ``off_order`` of its row says so.
+    ``"auto"`` starts from the schedule of the least peak found, if that fits. The search
+    for it counts in ``least_solve_s``, not in any row's ``solve_s``.
 
-    Peers named ``compile_budget_*`` call ``torch._dynamo.reset()`` before and after
-    they run. It drops everything that ``torch.compile`` has compiled in this process,
-    your own functions included: they go on working and are compiled again when they
-    are next called.
+    Peers named ``compile_budget_*`` call ``torch._dynamo.reset()`` before and after they
+    run. This drops everything that ``torch.compile`` has compiled in this process,
+    including your own functions: they still work, and are compiled again on their next
+    call.
     """
     spec = StepSpec(
         model=model,
@@ -161,7 +159,8 @@ def compare(
     if asked == () and not chosen_peers and with_own_choice.isdisjoint(names):
         raise ValueError(
             f"nothing is asked: budgets is empty, and {', '.join(names) or 'no strategy'} can only "
-            "be asked at a budget: give budgets=['60%'], say, or leave budgets out for eight"
+            "be asked at a budget: give, for example, budgets=['60%'], or leave budgets out for "
+            "eight"
         )
     _check(repeats=repeats, measure=measure, name=name)
     with showing_comparison(progress) as tell, captured_call(spec) as call:
@@ -180,7 +179,7 @@ def compare(
         execution = Execution(spec=spec, repeats=repeats, seed=seed)
         comparison = replace(
             comparison,
-            machine=machine(),  # again: the load that counts is that while steps are timed
+            machine=machine(),  # again: the load that matters is the one while steps are timed
             measured_on=name_of(execution.device),
             num_threads=threads_of(execution.device),
             repeats=repeats,
@@ -199,7 +198,7 @@ def _predicted_part(
     tell: ProgressReporter,
     name: str,
 ) -> tuple[ComparisonRecord, list[Schedule | None]]:
-    """What needs no device: the comparison, and the schedule of each of its rows."""
+    """The part that needs no device: the comparison, and the schedule of each row."""
     captured = call.captured
     assert captured.unplanned is not None
     assert captured.costs is not None

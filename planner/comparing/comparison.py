@@ -59,12 +59,12 @@ class Comparison(ComparisonRecord):
     # -- files -------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write everything as ``.json``, or the records as ``.csv``; whole or not at all.
+        """Write everything as ``.json``, or the records as ``.csv``; completely or not at all.
 
         Raises
         ------
         ValueError
-            When the file's name ends in neither.
+            When the file's name has neither ending.
         OSError
             When it cannot be written.
         """
@@ -77,6 +77,6 @@ class Comparison(ComparisonRecord):
         Raises
         ------
         ComparisonFileError
-            When the file is no such comparison, or is damaged.
+            When the file is not such a comparison, or is damaged.
         """
         return Comparison.of(load_comparison(Path(path)))

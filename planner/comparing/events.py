@@ -17,10 +17,10 @@ class ComparisonEvent:
     Parameters
     ----------
     message
-        Which: ``"uniform_sqrt at 60%"``.
+        The part: ``"uniform_sqrt at 60%"``.
     num_done, num_parts
-        How many parts came before it, and how many there are as far as is
-        known: how many distinct schedules run is known when all are predicted.
+        How many parts came before it, and how many there are as far as known. The
+        number of distinct schedules to run is known once all are predicted.
     """
 
     message: str

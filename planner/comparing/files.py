@@ -1,8 +1,8 @@
-"""Write comparisons as JSON or CSV, whole or not at all, and read the JSON.
+"""Write comparisons as JSON or CSV, completely or not at all, and read the JSON.
 
-A JSON file holds what the dataclasses hold, field for field, with ``null`` for a
-time that was not taken. It is believed only after every value was found to be of
-its field's type, so that a damaged file says where.
+A JSON file holds what the dataclasses hold, field for field, with ``null`` for a time
+that was not taken. When it is read, every value is checked against its field's type, so
+that the error for a damaged file names the place.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ADDED = (
     "repeats",
     "least_solve_s",
 )
-"""What version 1 was first written without."""
+"""Fields that early files of version 1 lack."""
 
 _T = TypeVar("_T")
 
@@ -103,7 +103,7 @@ def to_json(comparison: ComparisonRecord) -> str:
 
 
 def to_csv(comparison: ComparisonRecord) -> str:
-    """Return the records, a line each; empty where there is no figure."""
+    """Return the records, one per line; empty where there is no figure."""
     text = io.StringIO()
     found = records(comparison)
     if found:
@@ -253,7 +253,7 @@ def _plain(value: Any) -> Any:
 
 
 def _float(text: str) -> float:
-    """A number of a file, where every one can be written again."""
+    """A number from a file; refuses those that could not be written again."""
     value = float(text)
     return value if math.isfinite(value) else _no_constant(text[:40])
 

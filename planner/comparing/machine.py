@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 PACKAGES = ("torch", "remat-planner", "transformers", "highspy", "ortools", "numba", "numpy")
-"""What has a say in a comparison's figures."""
+"""Packages that affect a comparison's figures."""
 
 
 def cpu_name() -> str:
@@ -29,12 +29,12 @@ def cpu_name() -> str:
 
 
 def num_cpus() -> int | None:
-    """Return how many CPUs this process may use; ``None`` where the system does not say."""
+    """Return how many CPUs this process may use; ``None`` if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def version_of(package: str) -> str | None:
-    """Return the installed version of a package; ``None`` where it is missing."""
+    """Return the installed version of a package; ``None`` if it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -42,17 +42,17 @@ def version_of(package: str) -> str | None:
 
 
 def name_of(device: torch.device) -> str:
-    """Return the own name of the GPU or CPU."""
+    """Return the name of the GPU or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def threads_of(device: torch.device) -> int | None:
-    """Return how many threads PyTorch's kernels have on a CPU; ``None`` elsewhere."""
+    """Return how many threads PyTorch's kernels use on a CPU; ``None`` elsewhere."""
     return torch.get_num_threads() if device.type == "cpu" else None
 
 
 def dtype_of(model: nn.Module) -> str:
-    """Return the dtype of most parameter elements; ``""`` where there are none."""
+    """Return the dtype of most parameter elements; ``""`` if there are none."""
     sizes: Counter[str] = Counter()
     for parameter in model.parameters():
         sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
@@ -60,7 +60,7 @@ def dtype_of(model: nn.Module) -> str:
 
 
 def autocast_of(device_type: str) -> str:
-    """Return the dtype of the active autocast; ``""`` where there is none."""
+    """Return the dtype of the active autocast; ``""`` if there is none."""
     if not torch.is_autocast_enabled(device_type):
         return ""
     return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
@@ -79,6 +79,6 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """The versions of those packages that are there, and Python's."""
+    """The versions of the installed ones of those packages, and Python's."""
     found = {name: version_of(name) for name in packages}
     return {"python": platform.python_version()} | {k: v for k, v in found.items() if v}

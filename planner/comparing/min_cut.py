@@ -1,24 +1,24 @@
 """PyTorch's min-cut partitioner as a strategy: its saved set, replayed on our graph.
 
 The partitioner of ``torch.compile`` (``torch._functorch.partitioners``) cuts a joint
-graph of forward and backward where the least bytes cross, after banning from
-recomputation what its heuristics hold for dear. ``activation_memory_budget`` below 1
-lifts bans step by step and then solves a knapsack. The budget is a share of the sum
-of saved bytes, between saving inputs only (0) and what it saves by default (1); it is
-no peak, and what is chosen may lie far below what was asked for.
+graph of forward and backward where the fewest bytes cross. Before that, its heuristics
+ban what they consider expensive from recomputation. ``activation_memory_budget`` below 1
+lifts bans step by step and then solves a knapsack. The budget is a share of the sum of
+saved bytes, between saving inputs only (0) and the default (1). It is not a peak, and
+the choice may be far below the requested share.
 
-Here it gets the captured step itself (``min_cut_graph.py``): eager's calls, as in the
-backend ``aot_eager``, not decomposed as for Inductor. Its lists, knapsack and
-estimator of times are torch's own. Whole norms and softmax (``native_layer_norm``,
-``native_batch_norm``, ``_softmax``) are not on its list of what may be recomputed,
-most of the pieces that Inductor decomposes them into are: near budget 1 it recomputes
-less and saves more here than under Inductor. What it saves is replayed by
+Here the partitioner gets the captured step itself (``min_cut_graph.py``): eager's calls,
+as in the backend ``aot_eager``, not decomposed as for Inductor. Its lists, knapsack and
+time estimator are torch's own. Whole norms and softmax (``native_layer_norm``,
+``native_batch_norm``, ``_softmax``) are not on its list of what may be recomputed, but
+most of the pieces that Inductor decomposes them into are. So near budget 1 it
+recomputes less and saves more here than under Inductor. Its saved set is replayed by
 ``solvers.strategies.schedule_for_saved``: views save their storage, parameters and
 inputs cost nothing.
 
-In the partitioner's favour: dropout is split into a mask of a byte an element and its
-scaling, masks that it recomputes are drawn again with the right numbers, and runs
-come as late as they may.
+In the partitioner's favour, dropout is split into a mask of one byte per element and its
+scaling, masks that it recomputes are drawn again with the right numbers, and runs come
+as late as possible.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def min_cut_strategy(captured: CapturedStep, budgets: Sequence[float] = BUDGETS)
     captured
         The step that the strategy will be applied to.
     budgets
-        Values of ``activation_memory_budget``, from 0 to 1. The first one is taken
-        where there is no memory budget.
+        Values of ``activation_memory_budget``, from 0 to 1. The first one is used if
+        there is no memory budget.
 
     Raises
     ------
@@ -65,8 +65,8 @@ def min_cut_strategy(captured: CapturedStep, budgets: Sequence[float] = BUDGETS)
 
     Notes
     -----
-    The strategy raises :class:`StrategyError` for another step's graph, and where the
-    partitioner of the installed torch cannot be asked or fails.
+    The strategy raises :class:`StrategyError` for another step's graph, and if the
+    partitioner of the installed torch cannot be used or fails.
     """
     if not budgets or not all(0 <= budget <= 1 for budget in budgets):
         raise ValueError(f"activation_memory_budget goes from 0 to 1, got {tuple(budgets)}")
@@ -88,7 +88,7 @@ def min_cut_strategy(captured: CapturedStep, budgets: Sequence[float] = BUDGETS)
 
     return Strategy(
         name="min_cut",
-        summary="saves where the least bytes cross from forward to backward, at shares of them",
+        summary="saves where the fewest bytes cross from forward to backward, at shares of them",
         source="torch._functorch.partitioners, activation_memory_budget",
         propose=propose,
     )
@@ -116,7 +116,7 @@ class Partitioner:
         Raises
         ------
         StrategyError
-            When this torch has none that takes what we give.
+            When this torch has none that accepts our arguments.
         """
         try:
             config, partitioners = functorch_config(), functorch_partitioners()
@@ -134,7 +134,7 @@ class Partitioner:
 
     @property
     def note(self) -> str:
-        """How it decides: what solves its knapsack, and what estimates its times."""
+        """How it decides: its knapsack solver and its time estimator."""
         solver = getattr(self.config, "activation_memory_budget_solver", "unknown")
         estimator = getattr(self.config, "activation_memory_budget_runtime_estimator", "unknown")
         return f"torch {torch.__version__}, knapsack by {solver!r}, times by {estimator!r}"
@@ -145,10 +145,10 @@ class Partitioner:
         Raises
         ------
         StrategyError
-            When it fails on the graph.
+            When the partitioner fails on the graph.
         """
         graph = Graph()
-        graph.output(graph.graph_copy(joint.graph, {}))  # the partitioner changes what it gets
+        graph.output(graph.graph_copy(joint.graph, {}))  # the partitioner changes its argument
         inputs = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
         module = GraphModule(nn.Module(), graph)
         try:
@@ -159,7 +159,7 @@ class Partitioner:
                     num_fwd_outputs=joint.num_forward_outputs,
                     static_lifetime_input_indices=list(joint.static_inputs),
                 )
-        except Exception as error:  # whatever it raises on this graph, it has no answer
+        except Exception as error:  # it may raise anything on this graph; it has no answer then
             raise StrategyError(
                 f"min_cut: the partitioner of torch {torch.__version__} fails at budget "
                 f"{budget:g}: {type(error).__name__}: {error}"
@@ -169,12 +169,12 @@ class Partitioner:
 
 
 class _Asking:
-    """What the partitioner answered so far on one step.
+    """The partitioner's answers so far on one step.
 
     Parameters
     ----------
     captured
-        The step. Its joint graph is written when the first answer is wanted.
+        The step. Its joint graph is made for the first answer.
     """
 
     def __init__(self, captured: CapturedStep) -> None:
@@ -193,7 +193,7 @@ class _Asking:
             raise StrategyError(f"min_cut takes no step that writes in place: {error}") from error
 
     def saved(self, budget: float) -> frozenset[int]:
-        """Storages that it saves, resident ones left out."""
+        """Storages that it saves, without resident ones."""
         if budget not in self._answers:
             names = self.partitioner.saved(self._joint, budget)
             storages = self._captured.graph.storages
@@ -215,7 +215,7 @@ def saved_storages(captured: CapturedStep, budget: float = 1.0) -> frozenset[int
     Raises
     ------
     StrategyError
-        When it cannot be asked, or fails.
+        When the partitioner cannot be used, or fails.
     """
     return _Asking(captured).saved(budget)
 

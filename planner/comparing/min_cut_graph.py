@@ -1,17 +1,17 @@
 """Convert a captured step to the functional joint graph that PyTorch's partitioners take.
 
-``torch.compile`` hands its partitioner one graph of forward and backward in which
-nothing is written in place, with parameters and inputs as ``primals_…`` and the
-gradients of the outputs as ``tangents_…``. The captured step is the same graph but
-for calls that write to memory. Here each of them becomes its functional twin, and
-what reads the memory later reads the twin's result.
+``torch.compile`` gives its partitioner one graph of forward and backward without
+in-place writes, with parameters and inputs as ``primals_…`` and the gradients of the
+outputs as ``tangents_…``. The captured step is the same graph, except for calls that
+write to memory. Here each of these becomes its functional twin, and later reads of the
+memory read the twin's result.
 
-Nothing is traced again, so each node stands for a call of the step and each of its
-results for a storage of the cost graph: what a partitioner chooses to save is named
-exactly, for every model that can be captured.
+Nothing is traced again, so each node stands for a call of the step, and each of its
+results for a storage of the cost graph. A partitioner's choice of what to save is
+therefore exact, for every model that can be captured.
 
-Dropout is written as AOTAutograd writes it, ``native_dropout``, of which the
-partitioner knows that it is random; eager's CPU kernels draw a mask and multiply.
+Dropout is written as AOTAutograd writes it, as ``native_dropout``, which the
+partitioner knows to be random; eager's CPU kernels draw a mask and multiply.
 
 Writes that a call's schema does not mention (batch norm's running statistics) are
 left out.
@@ -37,7 +37,7 @@ from graph_capture.recorder import storage_id
 aten = torch.ops.aten
 
 STATIC_ROLES = ("parameter", "buffer", "attribute", "constant")
-"""Roles of placeholders whose memory is there before and after every step."""
+"""Roles of placeholders whose memory exists before and after every step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +48,12 @@ class JointGraph:
     ----------
     graph
         Placeholders ``primals_…``, then ``tangents_…``; every node carries
-        ``meta["val"]``. The output is a tuple: what forward returns, new values of
-        buffers and inputs that it writes to, then gradients.
+        ``meta["val"]``. The output is a tuple: forward's results, the new values of
+        buffers and inputs that it writes to, then the gradients.
     num_forward_outputs
         How many of the outputs come before the gradients.
     static_inputs
-        Which placeholders are parameters, buffers and constants.
+        The placeholders that are parameters, buffers and constants.
     storage_of
         From the name of a node to the storage of the cost graph that holds its
         value; nodes without one are missing.
@@ -71,18 +71,18 @@ def joint_graph(captured: CapturedStep) -> JointGraph:
     Raises
     ------
     ValueError
-        When a call writes to memory and gives back nothing, so that no node could
-        stand for what it wrote.
+        When a call writes to memory and returns nothing, so that no node could stand
+        for what it wrote.
     """
     return _Functional(captured).finish()
 
 
 class _Functional:
-    """Walks over the captured nodes and knows what each of them is called now.
+    """Walks over the captured nodes and maps each to its current node.
 
-    ``_now`` has the node that holds a captured node's value, ``_at`` the version of
-    its memory that this is of. ``_whole`` has, for each memory, the node that holds
-    all of it as it is now.
+    ``_now`` has the node that holds a captured node's value, and ``_at`` the version of
+    its memory at that time. ``_whole`` has, for each memory, the node that holds all of
+    its current contents.
     """
 
     def __init__(self, captured: CapturedStep) -> None:
@@ -147,7 +147,7 @@ class _Functional:
             self._now[node] = new
 
     def _call(self, node: Node) -> Node:
-        """The functional twin of a call, on what its arguments hold by now."""
+        """The functional twin of a call, on the current values of its arguments."""
         assert isinstance(node.target, OpOverload)
         twin = functional_twin(node.target)
         taken = {a.name for a in schema_of(twin).arguments}
@@ -157,7 +157,7 @@ class _Functional:
         if inner and not (one_result and len(node.meta["writes"]) == 1):
             raise ValueError(
                 f"{node.target} ({node.meta['source']}) writes to {len(inner)} tensors of the "
-                "step and gives no single result that could stand for them"
+                "step and returns no single result that could stand for them"
             )
         new = self._graph.create_node(
             "call_function",
@@ -173,7 +173,7 @@ class _Functional:
         return new
 
     def _hold(self, node: Node, new: Node) -> None:
-        """``new`` is the value of ``node``, in memory as it is now."""
+        """Set ``new`` as the value of ``node``, in the current version of its memory."""
         memory = _memory(node)
         self._whole.setdefault(memory, new)
         self._at[node] = self._version.setdefault(memory, 0)
@@ -183,7 +183,7 @@ class _Functional:
             self._storage_of[new.name] = storage
 
     def _write(self, written: Node, new: Node) -> None:
-        """The memory that ``written`` looks at holds ``new`` there from now on."""
+        """Set ``new`` as the contents of the memory that ``written`` looks at."""
         memory = _memory(written)
         whole = self._whole[memory]
         self._version[memory] += 1
@@ -203,7 +203,7 @@ class _Functional:
         self._at[written] = self._version[memory]
 
     def _fuse_dropout(self) -> None:
-        """Draw, scale, multiply becomes ``native_dropout``, the way back its backward."""
+        """Turn draw, scale, multiply into ``native_dropout``, and their backward into its own."""
         for draw in list(self._graph.find_nodes(op="call_function", target=aten.bernoulli.p)):
             dropout = _dropout_of(draw)
             if dropout is not None:
@@ -232,7 +232,7 @@ class _Functional:
         return self._read(argument) if isinstance(argument, Node) else argument
 
     def _read(self, node: Any) -> Node:
-        """What holds the value of ``node`` by now; a view is made again after a write."""
+        """The node that now holds the value of ``node``; a view is made again after a write."""
         memory = _memory(node)
         if self._at[node] != self._version[memory]:
             whole, value = self._whole[memory], node.meta["val"]
@@ -252,13 +252,13 @@ class _Dropout:
     Parameters
     ----------
     mask
-        The draw, a byte an element.
+        The draw, one byte per element.
     noise
-        What is made from it to multiply with, last first.
+        The factors made from it, last first.
     keep_probability
         Of an element.
     argument, product
-        What is dropped from, and what comes out.
+        The input of the dropout, and its output.
     ways_back
         Products of the backward pass, each with the gradient that it scales.
     """
@@ -272,15 +272,15 @@ class _Dropout:
 
 
 def _dropout_of(draw: Node) -> _Dropout | None:
-    """The dropout that a draw is for; ``None`` where it is for something else.
+    """The dropout that a draw belongs to; ``None`` if it belongs to something else.
 
-    What is looked for is what ``graph_capture.dropout`` writes: a mask, its copy in
-    the tensor's dtype, that divided by the probability, and products with it; or
-    eager's own, which draws in the tensor's dtype.
+    It is either what ``graph_capture.dropout`` writes (a mask, its copy in the tensor's
+    dtype, that divided by the probability, and products with it), or eager's own, which
+    draws in the tensor's dtype.
     """
     copy = _only_user(draw, to_copy.default)
     noise = _only_user(copy or draw, aten.div.Scalar)
-    keep = draw.args[1] if len(draw.args) > 1 else 0.5  # a default is not written down
+    keep = draw.args[1] if len(draw.args) > 1 else 0.5  # default arguments are not recorded
     if noise is None or not isinstance(keep, float) or not 0 < keep < 1:
         return None
     users = [u for u in noise.users if u.target is aten.mul.Tensor and len(u.args) == 2]
@@ -294,7 +294,7 @@ def _dropout_of(draw: Node) -> _Dropout | None:
     (product,) = forward
     argument = nodes.pop(product)
     if len({tuple(n.meta["val"].shape) for n in (draw, argument, product)}) > 1:
-        return None  # whole channels or paths are dropped, for which AOTAutograd has no one call
+        return None  # drops whole channels or paths; AOTAutograd has no single call for that
     return _Dropout(
         mask=draw,
         noise=(noise,) if copy is None else (noise, copy),
@@ -313,8 +313,8 @@ def _only_user(node: Node, target: Any) -> Node | None:
 class _StorageOf:
     """The storage that a captured node's memory belongs to, call after call.
 
-    One memory of the captured step can be two storages, where a call that would
-    overwrite what others still read works on a copy.
+    One memory of the captured step can be two storages, if a call that would overwrite
+    what others still read works on a copy.
     """
 
     def __init__(self, captured: CapturedStep) -> None:
@@ -338,12 +338,12 @@ class _StorageOf:
         self._current: dict[int, int] = {}
 
     def pass_by(self, call: Node) -> None:
-        """The walk has come to ``call``."""
+        """Note that the walk has reached ``call``."""
         for carrier, new in self._copied.get(call, ()):
             self._current[_memory(carrier)] = new
 
     def of(self, node: Node) -> int | None:
-        """The storage of a node's value; ``None`` where the cost graph has none."""
+        """The storage of a node's value; ``None`` if the cost graph has none."""
         memory = _memory(node)
         if memory not in self._current and node in self._owned:
             self._current[memory] = self._owned[node]
@@ -355,8 +355,8 @@ def functional_twin(func: OpOverload) -> OpOverload:
     """Return the overload that computes the same without writing in place.
 
     ``aten.add_.Tensor`` gives ``aten.add.Tensor``, ``aten.mul.out`` gives
-    ``aten.mul.Tensor``. Overload names differ between the two, so the arguments
-    decide. What has no twin (``normal_``) is its own.
+    ``aten.mul.Tensor``. Overload names differ between the two, so the arguments decide.
+    An overload without a twin (``normal_``) is its own.
 
     Examples
     --------
@@ -380,7 +380,7 @@ def functional_twin(func: OpOverload) -> OpOverload:
 
 
 def _items(node: Node) -> tuple[Any, ...]:
-    """The results of a call that gives several; ``None`` for those that nobody takes."""
+    """The results of a call that returns several; ``None`` for unused ones."""
     taken = {u.args[1]: u.meta["val"] for u in node.users if u.target is operator.getitem}
     assert isinstance(node.target, OpOverload)
     return tuple(taken.get(i) for i in range(len(schema_of(node.target).returns)))

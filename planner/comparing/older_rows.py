@@ -1,7 +1,7 @@
 """Rows of comparison files that were written before rows had an outcome and a flag.
 
-What a row had come to stood in the text of its error then, and that its schedule leaves
-eager's order in its note. Only here is either read from text.
+In such files, the error's text says how the row ended, and the note says whether its
+schedule leaves eager's order. Only this module reads either from text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _EXCEPTION = re.compile(r"[A-Za-z_.]*(Error|Exception|Exit|Iteration|Warning)\b:
 
 
 def with_outcome(row: Any) -> Any:
-    """A row of a file with what it came to; anything else as it is."""
+    """A row of a file with its outcome; anything else unchanged."""
     if not isinstance(row, dict):
         return row
     added: dict[str, Any] = {}

@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class _NoSchedule:
-    """Why a strategy came to nothing: for the program, and in words."""
+    """Why a strategy has no schedule: as a code, and in words."""
 
     outcome: RowOutcome
     error: str
@@ -54,12 +54,12 @@ class Predictor:
     graph
         The captured step.
     baseline_step_us
-        Of the step that recomputes nothing.
+        Time of the step that recomputes nothing.
     least
         The least memory of the graph.
     once
-        Names of strategies that propose the same at every budget, and take
-        their time: they are asked once.
+        Names of strategies that are slow and propose the same at every budget: they
+        run only once.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Predictor:
     # -- bounds ----------------------------------------------------------------------
 
     def bound_of(self, budget: NamedBudget) -> BudgetBound:
-        """The best bound that is known of all schedules within a budget.
+        """The best known bound on all schedules within a budget.
 
-        What holds for a budget holds for every lower one, so the bounds of all
-        budgets that were solved have a say.
+        A bound for a budget also holds for every lower one, so the bounds of all solved
+        budgets count.
         """
         num_bytes = budget.num_bytes
         if num_bytes not in self._bounds:
@@ -136,7 +136,7 @@ class Predictor:
         return Predicted(row=row, schedule=outcome.schedule)
 
     def _off_order(self, schedule: Schedule) -> bool:
-        """Whether the bounds say nothing of a schedule."""
+        """Whether the bounds do not cover a schedule."""
         return first_runs(schedule) != tuple(range(self.graph.num_operators))
 
     def own_peak_bytes(self, strategy: Strategy) -> int:
@@ -153,7 +153,7 @@ class Predictor:
         return predicted.predicted_peak_bytes
 
     def _outcome(self, strategy: Strategy, num_bytes: int | None) -> StrategyOutcome | _NoSchedule:
-        """What a strategy comes to, or why it comes to nothing."""
+        """A strategy's outcome, or why it has no schedule."""
         if num_bytes is not None and strategy.needs_budget:
             if num_bytes < self.least.lower_bound_bytes:
                 return self._infeasible(num_bytes, proven=True)
@@ -163,8 +163,8 @@ class Predictor:
             return self._applied(strategy, num_bytes)
         except StrategyError as error:
             return _NoSchedule(RowOutcome(error.failure), str(error)[:LONGEST_ERROR])
-        # A strategy may be anybody's function: whatever it raises is told in its row, and the
-        # others go on. KeyboardInterrupt is no Exception and ends the comparison.
+        # A strategy may be a user's function: its row reports whatever it raises, and the others
+        # go on. KeyboardInterrupt is not an Exception and ends the comparison.
         except Exception as error:  # noqa: BLE001
             text = f"{type(error).__name__}: {error}"[:LONGEST_ERROR]
             return _NoSchedule(RowOutcome.FAILED, text)
@@ -185,7 +185,7 @@ class Predictor:
         return outcome if cached is None else cached.with_full_time(outcome)
 
     def _ours(self, num_bytes: int) -> StrategyOutcome | _NoSchedule:
-        """The solve that gave the bound is ours, too."""
+        """Our outcome: the solve that gave the bound."""
         result = self.solved(num_bytes)
         if result.schedule is None:
             proven = result.status is SolveStatus.INFEASIBLE
@@ -205,7 +205,7 @@ class Predictor:
         )
 
     def solved(self, num_bytes: int) -> SolveResult:
-        """Ours within a budget, as :func:`planner.optimize` solves; once for each."""
+        """Our result within a budget, as :func:`planner.optimize` solves; solved once each."""
         if num_bytes not in self._solved:
             fits = self.least.peak_bytes <= num_bytes and not fits_easily(self.graph, num_bytes)
             self._solved[num_bytes] = solve(
@@ -249,9 +249,9 @@ def predict_all(
     Parameters
     ----------
     strategies
-        Those that take part, in order.
+        The strategies that take part, in order.
     tell
-        Is told what is about to be done, once for each row and each bound.
+        Is told what comes next, once for each row and each bound.
     """
     found: list[Predicted] = []
     for budget in budgets:
@@ -269,7 +269,7 @@ def predict_all(
 
 
 def _with_gap(predicted: Predicted, bounds: Sequence[BudgetBound]) -> Predicted:
-    """The gap to the bound of a row's budget; below zero it would disprove the bound."""
+    """Add the gap to the bound of a row's budget; below zero it would disprove the bound."""
     row = predicted.row
     asked = (row.budget, row.budget_bytes)
     bound = next((b for b in bounds if (b.budget, b.budget_bytes) == asked), None)

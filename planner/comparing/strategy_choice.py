@@ -31,8 +31,8 @@ def choose_strategies(
 ) -> tuple[Registry, tuple[str, ...]]:
     """Return the registry with everything requested, and the requested names in its order.
 
-    ``"min_cut"`` can be asked for, too: it needs the captured step, so that its
-    strategy is made by :func:`with_min_cut`, and a stand-in holds its place until then.
+    ``"min_cut"`` may be among them. It needs the captured step, so :func:`with_min_cut`
+    makes its strategy; until then a stand-in holds its place.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def choose_strategies(
 
 
 def with_min_cut(registry: Registry, captured: CapturedStep) -> Registry:
-    """The registry with PyTorch's partitioner in its place, asked about this step."""
+    """The registry with PyTorch's partitioner for this step in its place."""
     if registry.get(MIN_CUT) is not _PLACEHOLDER:
         return registry
     from .min_cut import min_cut_strategy  # loads the parts of torch that compile
@@ -85,7 +85,7 @@ _PLACEHOLDER = Strategy(
 
 
 def _with_strategy(registry: Registry, strategy: Strategy) -> Registry:
-    """The registry with one more, before those that solve."""
+    """The registry with one more strategy, before those that solve."""
     names = list(registry)
     place = min((names.index(name) for name in _SOLVED if name in registry), default=len(names))
     names.insert(place, strategy.name)

@@ -18,7 +18,7 @@ from .bound_text import (
 )
 
 _LONGEST_SETTING = 22
-_LONGEST_ERROR = 80  # in its row; longer ones stand whole below the rows
+_LONGEST_ERROR = 80  # in its row; longer ones are printed in full below the rows
 _WIDTH = 120
 _BUSY = 0.1
 _WRONG_MODEL = 3.0
@@ -96,7 +96,7 @@ def _eager(c: ComparisonRecord) -> str:
 
 
 def _notes(c: ComparisonRecord) -> Iterator[str]:
-    """What a reader should know before believing the figures."""
+    """What readers should know before they trust the figures."""
     none = next((r.predicted_peak_bytes for r in c.rows if r.strategy == "none"), None)
     if none is not None and none < c.baseline_peak_bytes:
         yield (
@@ -189,7 +189,7 @@ def _block(c: ComparisonRecord, rows: Sequence[ComparisonRow], shows_measured: b
 
 
 def _shown_note(row: ComparisonRow) -> str:
-    """What a reader of the figures must know; what strategies say of themselves is in records."""
+    """What readers of the figures must know; the strategies' own notes are in the records."""
     if row.kind == "peer":
         return _line(row.note)
     return OTHER_ORDER if row.off_order else ""

@@ -77,7 +77,7 @@ def _record(
 
 
 def _circumstances(c: ComparisonRecord) -> dict[str, Any]:
-    """What was measured, on what and when; the same in every record."""
+    """What was measured, on which machine, and when; the same in every record."""
     return {
         "dtype": c.dtype,
         "autocast": c.autocast,

@@ -46,15 +46,15 @@ def must_run(
     Parameters
     ----------
     wanted
-        ``None`` for where the device is at hand.
+        ``None`` for yes if the device is at hand.
     peers
-        Whether peers were asked for, which have no other figures.
+        Whether peers were requested, which have no other figures.
 
     Raises
     ------
     ValueError
-        When they must be executed and cannot be, or need not be and peers were
-        asked for.
+        When they must be executed but cannot be, or when they need not be and peers
+        were requested.
     """
     why = _why_not(target, model, sample_input)
     if wanted and why:
@@ -84,13 +84,13 @@ def executed(
 ) -> ComparisonRecord:
     """Return the comparison with the measurements of real steps.
 
-    Each distinct schedule that fits its budget, or is a strategy's own choice,
-    runs once; every row that has the same schedule gets its figures.
+    Each distinct schedule that fits its budget, or is a strategy's own choice, runs
+    once. Every row with the same schedule gets its figures.
 
     Parameters
     ----------
     schedules
-        Of each row; ``None`` where there is none.
+        The schedule of each row; ``None`` if there is none.
     """
     wanted: dict[Schedule, str] = {}
     for row, schedule in zip(comparison.rows, schedules, strict=True):
@@ -117,9 +117,9 @@ def executed(
 def runner_of(
     call: CapturedCall, execution: Execution, unplanned_peak_bytes: int
 ) -> Iterator[tuple[Runner, PlanRecord]]:
-    """What runs plans of a captured step, and a plan that keeps everything, to put schedules into.
+    """Yield a runner for plans of a captured step, and a plan to put schedules into.
 
-    Everything is afterwards as it was before.
+    The plan keeps everything. All state is restored afterwards.
     """
     spec = execution.spec
     own = own_forward(spec.model)

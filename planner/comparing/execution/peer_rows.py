@@ -27,7 +27,7 @@ def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
     Raises
     ------
     ValueError
-        When a name is unknown; lists those there are.
+        When a name is unknown; lists the known ones.
     """
     if isinstance(peers, str) or not isinstance(peers, Iterable):
         raise ValueError(f"peers is a sequence of names, got {peers!r}: write [{peers!r}]")
@@ -55,7 +55,7 @@ def peer_rows(
     Parameters
     ----------
     graph
-        Of the captured step, whose blocks are the peers' blocks.
+        The graph of the captured step, whose blocks are the peers' blocks.
     """
     blocks = _blocks(graph)
     rows = []
@@ -67,7 +67,7 @@ def peer_rows(
 
 
 def _blocks(graph: CostGraph) -> tuple[str, ...] | None:
-    """Paths of the blocks; ``None`` where there are none, which a peer that needs them says."""
+    """Paths of the blocks; ``None`` if there are none, which a peer that needs them reports."""
     try:
         return tuple(dict.fromkeys(block.name for block in module_blocks(graph).blocks))
     except StrategyError:
@@ -88,7 +88,7 @@ def _row(peer: Peer, blocks: tuple[str, ...] | None, e: Execution) -> Comparison
             seed=e.seed,
             blocks=blocks,
         )
-    # Another tool may fail in any way, in code of its own: it is told in its row.
+    # Another tool may fail in any way, in its own code: its row reports it.
     except Exception as error:  # noqa: BLE001
         return ComparisonRow(
             strategy=peer.name,

@@ -63,11 +63,11 @@ def run_peer(
 ) -> ComparisonRow:
     """Execute a peer on a copy of a model, alongside the model's own steps.
 
-    The model is never changed: the peer works on a deep copy. On a card that is one
-    more set of weights (and of the optimizer's state, where an instance is given),
-    which is in no measured peak but must have room. Parameters, buffers, gradients,
-    optimizer, inputs and random generators are afterwards as before. A plan that is
-    applied to the model is left out. Under autocast, call this under it.
+    The model is never changed: the peer works on a deep copy. On a card this is one more
+    set of weights (and of the optimizer's state, if an instance is given). It is in no
+    measured peak, but must fit. Parameters, buffers, gradients, optimizer, inputs and
+    random generators are restored afterwards. A plan applied to the model is left out.
+    Under autocast, call this under it.
 
     Parameters
     ----------
@@ -76,25 +76,26 @@ def run_peer(
     model
         In training mode, on one device.
     sample_input, loss_fn
-        As :func:`planner.measure` takes them. A ``loss_fn`` that reads the model
-        reads the one that was given, not the copy.
+        As for :func:`planner.measure`. A ``loss_fn`` that reads the model reads the
+        given model, not the copy.
     optimizer
-        An instance of the model's, or a name: in peak and times, as a whole step.
+        An instance for the model, or a name; it counts in peak and times, as in a whole
+        step.
     repeats
-        Pairs of timed steps, rounded up to an even number; none gives NaN in the figures of time.
+        Pairs of timed steps, rounded up to an even number; 0 gives NaN in the time figures.
     seed, num_seeds
-        Before each measured step; steps are compared with eager's from this and
-        the next ones.
+        The seed of each measured step. Steps are compared with eager's from this seed
+        and the following ones.
     blocks
-        Paths of the model's blocks in the order in which they run; ``None`` looks
-        for those that the strategies divide, for which the step is captured.
+        Paths of the model's blocks in the order in which they run; ``None`` captures
+        the step to find those that the strategies divide.
 
     Returns
     -------
     ComparisonRow
-        With measured figures, ``solve_s`` being the wall clock of preparing and of
-        the first step, in which compilers compile; or with ``error``, where the
-        peer failed with one of :data:`PEER_ERRORS`.
+        With measured figures; ``solve_s`` is the wall-clock time of preparing and of the
+        first step, in which compilers compile. Or with ``error``, if the peer failed
+        with one of :data:`PEER_ERRORS`.
 
     Raises
     ------
@@ -113,7 +114,7 @@ def run_peer(
     try:
         return _row(peer, model, situation, optimizer, repeats, seeds)
     finally:
-        # Out here nobody holds the peer's models any more.
+        # Here nobody holds the peer's models any more.
         release(device)
 
 
@@ -125,7 +126,7 @@ def _row(
     repeats: int,
     seeds: range,
 ) -> ComparisonRow:
-    """A peer's row; every model that was made for it dies with this call."""
+    """A peer's row; every model made for it is freed when this call ends."""
     sample_input, loss_fn = situation.sample_input, situation.loss_fn
     row = ComparisonRow(strategy=peer.name, kind="peer")
     begin_s = time.monotonic()
@@ -172,7 +173,7 @@ def release(device: torch.device) -> None:
 def _copies(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     """A model and its optimizer, copied together."""
     memo: dict[int, Any] = {}
-    # Gradients of the model are the loop's: they are neither copied nor measured.
+    # The model's gradients belong to the loop: they are neither copied nor measured.
     gradients = [(p, p.grad) for p in model.parameters()]
     for p, _ in gradients:
         p.grad = None
@@ -193,7 +194,7 @@ def _one_step(model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, se
 def _eager_runs(
     model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, device: torch.device
 ) -> bool:
-    """Whether eager's step has room."""
+    """Whether eager's step fits into memory."""
     try:
         _one_step(model, sample_input, loss_fn, 0)
     except (RuntimeError, MemoryError) as error:
@@ -243,7 +244,7 @@ def _times(
     seed: int,
     device: torch.device,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Microseconds of eager's steps and of the other's; of the other's alone if it is alone."""
+    """Microseconds of eager's and of the other's steps; only the other's if eager is left out."""
     if not repeats:
         return (), ()
     if len(sides) == 2:

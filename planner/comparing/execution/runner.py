@@ -1,9 +1,9 @@
 """Run a comparison's real steps: eager ones and a plan's, alternately.
 
-Peaks are recorded by :func:`planner.measure`, times taken in turn with eager's
-(``measure_pair``), and everything that two successive steps leave is held against
-eager's, as a peer's steps are (:mod:`.step_verdict`). Eager's own results are kept on
-the CPU, so that each schedule runs its own two steps only.
+:func:`planner.measure` records peaks, and times are taken in turn with eager's
+(``measure_pair``). Everything that two successive steps leave is compared with eager's,
+as for a peer's steps (:mod:`.step_verdict`). Eager's own results are kept on the CPU, so
+that each schedule runs only its own two steps.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from .training_run import (
 )
 
 LONGEST_ERROR = 600
-"""Characters of an error that a row keeps."""
+"""How many characters of an error a row keeps."""
 
 _WARMUP_PAIRS = 2
 _COMPARED_STEPS = 2
@@ -85,9 +85,9 @@ class Runner:
     arguments
         Of the call, by name.
     own
-        The model's own forward, ``None`` for its class'.
+        The model's own forward; ``None`` for its class's.
     live
-        What is known beside the plans that will run.
+        What is known besides the plans that will run.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Runner:
         self._noise = StepVerdict(bits="equal")
 
     def eager(self) -> MeasuredStep:
-        """Eager steps beside eager steps: what the machine's noise is, and whether bits repeat."""
+        """Eager steps beside eager steps: the machine's noise, and whether bits repeat."""
         self._expected = None
         peak_bytes = self._peak_bytes(self.own)
         with self._training_run(self.own) as run:
@@ -156,7 +156,7 @@ class Runner:
 
     @contextmanager
     def _training_run(self, forward: _Forward) -> Iterator[TrainingRun]:
-        """Successive steps by a forward; everything is afterwards as before."""
+        """Successive steps by a forward; all state is restored afterwards."""
         e = self.execution
         with (
             forward_set(e.spec.model, forward),
@@ -173,7 +173,7 @@ class Runner:
             return judge_results(pairs, dtype=rounding_dtype(e.spec.model, e.device), seed=e.seed)
 
     def _bits(self, forward: _Forward) -> tuple[Bits, str]:
-        """A plan promises eager's bits; where eager has no bits of its own, its rounding."""
+        """Compare with eager's bits or, if eager's own bits do not repeat, with its rounding."""
         if self._expected is None:
             return "not compared", ""
         verdict = self._against(self._expected, forward)
@@ -188,7 +188,7 @@ class Runner:
         return "different" if self._noise.bits == "equal" else "not repeatable", verdict.difference
 
     def _times(self, forward: _Forward, *, beside: bool) -> tuple[list[float], list[float]]:
-        """Microseconds of eager steps and of the others; of those alone where not ``beside``."""
+        """Microseconds of eager steps and of the others; only the others if not ``beside``."""
         if self.execution.repeats == 0:
             return [], []
         if beside:
@@ -212,7 +212,7 @@ class Runner:
 
     @contextmanager
     def _timed_steps(self) -> Iterator[Callable[[_Forward], Any]]:
-        """What runs a whole step by a forward; what the steps trained is given back."""
+        """Yield a function that runs a whole step by a forward; state is restored afterwards."""
         e = self.execution
         step = make_step(
             e.spec.model,
@@ -236,13 +236,13 @@ def measured_step(
     bits: Bits,
     difference: str,
 ) -> MeasuredStep:
-    """What steps took.
+    """Return the figures of measured steps.
 
     Parameters
     ----------
     times
-        Microseconds of eager steps and of the others, pair by pair; the first is
-        empty where the others ran alone.
+        Microseconds of eager steps and of the others, pair by pair; the first is empty
+        if the others ran alone.
     """
     eager_us, step_us = times
     ratios = [b / a for a, b in zip(eager_us, step_us, strict=True)] if eager_us else []
@@ -261,11 +261,11 @@ def measured_step(
 def caught(
     execution: Execution, call: Callable[[], MeasuredStep]
 ) -> tuple[MeasuredStep | None, str]:
-    """What a call found, or why it could not; what it left on the device is dropped then."""
+    """A call's figures, or why it failed; a failed call's tensors are then freed."""
     error = ""
     try:
         return call(), error
-    # One schedule that cannot run is told in its row, and the others still run.
+    # If one schedule cannot run, its row reports it, and the others still run.
     except Exception as failed:  # noqa: BLE001
         error = said(failed, "when it ran")
     clear_gradients(execution.spec.model, execution.spec.sample_input, execution.spec.loss_fn)
@@ -276,7 +276,7 @@ def caught(
 
 
 def outcome_of(error: Exception) -> RowOutcome:
-    """What a row came to that ended in an error."""
+    """The outcome of a row that ended in an error."""
     return RowOutcome.OUT_OF_MEMORY if is_out_of_memory(error) else RowOutcome.FAILED
 
 

@@ -1,18 +1,18 @@
 """Decide whether steps of two models agree: bitwise, up to rounding, or not.
 
-What is compared is what a training loop goes on with (see :mod:`.training_run`), over two
-steps without seeding again: a tool may be right in its first step only.
+Compared is everything that a training loop continues with (see :mod:`.training_run`),
+over two steps without seeding again, because a tool may be right in its first step only.
 
-Each tensor is judged alone, so that a small one that is wholly wrong is found beside
-large ones that are right. Its error is the norm of the difference over its own norm,
-but over a small share of the norm of all tensors of its kind where its own is less:
-gradients that are zero but for rounding, such as that of a key's bias in attention,
-have nothing but rounding to compare. What holds no floating-point numbers must be
-the same.
+Each tensor is judged alone, so that a small tensor that is completely wrong is found
+beside large ones that are right. Its error is the norm of the difference over its own
+norm. If its own norm is less than a small share of the norm of all tensors of its kind,
+that share is used instead: gradients that are zero except for rounding, such as that of
+a key's bias in attention, have only rounding to compare. Tensors without floating-point
+numbers must be the same.
 
-Where dropout draws other numbers than eager's there is nothing to compare with. The
-gradient is then held against the model's own loss: its slope along the gradient, by
-central differences from the same seed, must be the gradient's norm.
+If dropout draws other numbers than eager's, there is nothing to compare with. The
+gradient is then compared with the model's own loss: the slope of the loss along the
+gradient, by central differences from the same seed, must be the gradient's norm.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ _ORDER: tuple[Word, ...] = ("equal", "right", "other draws", "WRONG")
 _LOSS_TOLERANCE = {None: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 _TOLERANCE = {None: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 _FLOOR = {None: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}
-"""Share of the norm of all tensors of a kind that a tensor's own norm counts as at least.
+"""The least norm that a tensor counts with, as a share of the norm of all of its kind.
 
-Times the tolerance it is the least error that counts, 1e-6 of that norm in float32 and
-1e-3 under bfloat16. Gradients that are zero but for rounding reach 1e-7 and 3e-4: those
-of a convolution's bias before batch norm.
+Times the tolerance, this is the least error that counts: 1e-6 of that norm in float32 and
+1e-3 under bfloat16. Gradients that are zero except for rounding reach 1e-7 and 3e-4, as
+for a convolution's bias before batch norm.
 """
 _LOSS_CHANGES = (1e-2, 2.5e-3)
-"""Relative changes of the loss for which its slope is taken; the better one counts."""
+"""Relative changes of the loss over which its slope is taken; the better one counts."""
 SLOPE_TOLERANCE = 0.03
-"""Of the slope by differences: rounding and curvature stay below, in float32."""
+"""Tolerance of the slope by differences; rounding and curvature stay below it in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,15 +73,15 @@ class StepVerdict:
         ``"equal"`` (all to the last bit), ``"right"`` (to rounding), ``"WRONG"``, or
         ``"other draws"`` where the loss shows that dropout drew other numbers.
     difference
-        The first thing that is not the same, in words; ``""`` if nothing is.
+        The first thing that differs, in words; ``""`` if nothing does.
     loss_error, gradient_error, buffer_error
-        Relative, the greatest of all steps that could be compared; the last two
-        of the tensor that is off most.
+        Relative errors, the greatest of all steps that could be compared; the last two
+        are those of the worst tensor.
     gradients, buffers
-        ``bits`` of gradients and of buffers alone; the second is ``""`` where the
+        ``bits`` of gradients alone and of buffers alone; the second is ``""`` if the
         model has none.
     slope_error
-        Of the gradient against its own loss, where draws differ; NaN elsewhere.
+        Error of the gradient against its own loss, if draws differ; otherwise NaN.
     """
 
     bits: Word
@@ -105,18 +105,19 @@ def judge_steps(
 ) -> StepVerdict:
     """Run steps of both models and compare what they leave.
 
-    Parameters, buffers, gradients, inputs and random generators are afterwards as
-    before. Gradients of one model at a time lie on the device. Under autocast, call
-    this under it.
+    Parameters, buffers, gradients, inputs and random generators are restored afterwards.
+    Gradients of only one model at a time lie on the device. Under autocast, call this
+    under it.
 
     Parameters
     ----------
     eager, other
-        Of equal weights and buffers; names may differ by ``torch.compile``'s prefix.
+        Models with equal weights and buffers; names may differ by ``torch.compile``'s
+        prefix.
     sample_input, loss_fn
-        As :func:`planner.base.training_step.train_step` takes them.
+        As for :func:`planner.base.training_step.train_step`.
     seeds, num_steps
-        From each seed so many steps run, until one is wrong or draws other numbers.
+        From each seed, this many steps run, until one is wrong or draws other numbers.
     """
     dtype = rounding_dtype(eager, single_device(eager, sample_input))
     found: list[StepVerdict] = []
@@ -144,11 +145,11 @@ def judge_results(
     Parameters
     ----------
     pairs
-        For each step what eager's left and what the other's did; taken one by one.
+        For each step, the results of eager and those of the other; taken one by one.
     dtype
         The dtype that rounds, see :func:`rounding_dtype`.
     seed
-        From which the steps ran, for the verdict's words.
+        The seed of the steps, for the verdict's words.
     """
     found: list[StepVerdict] = []
     for i, (expected, actual) in enumerate(pairs):
@@ -174,12 +175,12 @@ def verdict_word(
     Parameters
     ----------
     loss_error, error
-        Relative, of the loss and of what is judged.
+        Relative errors of the loss and of what is judged.
     dtype
         The dtype that rounds; ``None`` for float32 and wider.
     draws
-        Whether the step draws random numbers: another loss is then other draws,
-        and else a mistake.
+        Whether the step draws random numbers: then another loss means other draws,
+        otherwise a mistake.
     """
     if loss_error == error == 0:
         return "equal"
@@ -194,8 +195,8 @@ def slope_error(
     """Relative error of a model's gradient along itself, against differences of its own loss.
 
     The loss is taken from the same seed each time, so that dropout draws the same
-    numbers. Everything is afterwards as before. Tensors whose gradients are small
-    beside the others' weigh little, so that a mistake in them alone is not seen.
+    numbers. All state is restored afterwards. Tensors with gradients that are small
+    compared with others weigh little, so a mistake in them alone is not detected.
     """
     with preserve_state(model, sample_input, loss_fn, "sgd"):
         torch.manual_seed(seed)
@@ -245,7 +246,7 @@ def _compared(
     words: list[Word] = []
     texts: list[str] = []
     for prefix in ("the gradient of ", "buffer ", "output "):
-        # Buffers that stay as they are, a table of positions, say nothing of a step's size.
+        # Unchanged buffers, such as a table of positions, do not tell the size of a step.
         sized = expected.changed_buffers if prefix == "buffer " else None
         error, name = _distance(ours, theirs, prefix, _FLOOR[dtype], sized)
         errors.append(error)
@@ -311,18 +312,18 @@ def _distance(
     floor: float,
     sized: Collection[str] | None = None,
 ) -> tuple[float, str]:
-    """The greatest error of a tensor whose name begins so, and its name.
+    """The greatest error of the tensors whose names start with ``prefix``, and that tensor's name.
 
-    Norms are of the finite places: a causal mask of -inf would make them NaN. The
-    error is infinite where the others do not coincide. A tensor that is missing on
-    one side counts as zeros.
+    Norms cover only finite elements: a causal mask of -inf would make them NaN. If the
+    other elements differ, the error is infinite. A tensor that is missing on one side
+    counts as zeros.
 
     Parameters
     ----------
     floor
-        Share of the norm of all these tensors that a tensor's norm counts as at least.
+        The least norm that a tensor counts with, as a share of the norm of all of them.
     sized
-        Names of those whose norms are added up for it; ``None`` for all.
+        Names of the tensors whose norms add up to that; ``None`` for all.
     """
     sizes: dict[str, float] = {}
     differences: dict[str, float] = {}
@@ -343,9 +344,9 @@ def _distance(
 
 
 def _square_of_difference(a: Tensor | None, b: Tensor | None) -> float:
-    """Of the finite places; infinite where the others are not the same in both.
+    """Over the finite elements; infinite if the other elements differ.
 
-    And where two tensors without rounding, of whole numbers say, are not the same.
+    Also infinite if two tensors without rounding (of whole numbers, for example) differ.
     """
     one = b if a is None else a
     if one is None:
@@ -369,12 +370,12 @@ def _rounds(tensor: Tensor) -> bool:
 
 
 def _finite(tensor: Tensor) -> Tensor:
-    """With zeros in the other places."""
+    """The tensor with zeros for elements that are not finite."""
     return _wide(tensor).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In float64, with real and imaginary parts side by side."""
+    """The tensor in float64, with real and imaginary parts side by side."""
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).double()
 
 

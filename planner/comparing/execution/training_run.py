@@ -1,8 +1,8 @@
 """Run successive steps of one model, and record everything that each leaves.
 
-What a training loop goes on with: the loss, all gradients, the buffers and the state
-of the random generators; where asked for also what the model returned. A small step
-down the gradient lies between two steps, and nothing is seeded again.
+Recorded is what a training loop continues with: the loss, all gradients, the buffers and
+the state of the random generators; on request also the model's outputs. Between two
+steps there is a small step down the gradient, and nothing is seeded again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ...measuring.bit_comparison import (
 )
 
 _STEP = 1e-3
-"""Learning rate of the step between two steps."""
+"""Learning rate of the update between two steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,17 +59,17 @@ class StepResults:
 class TrainingRun:
     """One model's successive steps, with their own random states.
 
-    Parameters change from step to step; the caller gives them back
+    Parameters change from step to step; the caller restores them
     (:func:`planner.measuring.preserve_state.preserve_state` with the optimizer ``"sgd"``).
 
     Parameters
     ----------
     model, sample_input, loss_fn
-        As :func:`planner.base.training_step.train_step` takes them.
+        As for :func:`planner.base.training_step.train_step`.
     seed
         Given to ``torch.manual_seed`` before the first step.
     outputs
-        Whether results have what the model returned.
+        Whether results include the model's outputs.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class TrainingRun:
 
 
 def loss_value(output: Any, loss: Tensor | None) -> float:
-    """The loss, or what is differentiated in its place, added up."""
+    """The loss, or the sum of what is differentiated instead."""
     roots = (loss,) if loss is not None else differentiate(output).tensors
     return sum(t.detach().double().sum().item() for t in roots)
 
@@ -141,7 +141,7 @@ def _copies(tensors: Results) -> Results:
 
 
 def _other(before: Results, name: str, after: Tensor | None) -> bool:
-    """Whether a tensor is not the one that stood under this name."""
+    """Whether a tensor differs from the earlier one of this name."""
     earlier = before.get(name)
     return earlier is None or after is None or not same_bits(earlier, after)
 

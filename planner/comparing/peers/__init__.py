@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 COMPILE_BUDGETS = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
-"""Activation memory budgets that :data:`PEERS` has."""
+"""The activation memory budgets in :data:`PEERS`."""
 
 _CHECKPOINT = "torch.utils.checkpoint.checkpoint(use_reentrant=False)"
 
@@ -69,4 +69,4 @@ _ALL = (
 )
 
 PEERS: Mapping[str, Peer] = MappingProxyType({peer.name: peer for peer in _ALL})
-"""What PyTorch's users have today, by name."""
+"""The tools that PyTorch's users have today, by name."""

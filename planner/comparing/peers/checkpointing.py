@@ -1,13 +1,13 @@
 """Peers that recompute each block: ``torch.utils.checkpoint`` and tools built on it.
 
-All of them are run without reentrance, which PyTorch recommends and Transformers
-takes by default, and with PyTorch's other defaults (early stop, the random state
-stashed for each block).
+All of them run with ``use_reentrant=False``, which PyTorch recommends and Transformers
+uses by default, and with PyTorch's other defaults (early stop, the random state saved
+for each block).
 
-A key-value cache is switched off: a block that runs twice would fill it twice.
-Transformers does the same, with a warning, where it checkpoints by itself. Eager
-and the strategies beside it hold the cache, which is in their peaks: the row's note
-says that these are not comparable. Give a model with ``use_cache=False``.
+A key-value cache is switched off, because a block that runs twice would fill it twice.
+Transformers does the same, with a warning, when it checkpoints by itself. Eager and the
+strategies hold the cache, and it is in their peaks; the row's note says that the peaks
+are not comparable. Pass a model with ``use_cache=False``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def per_block(model: nn.Module, situation: Situation) -> Iterator[Ready]:
     blocks = situation.blocks()
     for name in blocks:
         block = model.get_submodule(name)
-        # Hooks of the block stay outside, as Transformers has it.
+        # Hooks of the block stay outside, as in Transformers.
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     yield Ready(model=model, setting=f"blocks={len(blocks)}", note=without_cache(model))
 
@@ -70,9 +70,9 @@ def by_transformers(model: nn.Module, situation: Situation) -> Iterator[Ready]:
     Raises
     ------
     TypeError
-        When the model is none of Transformers'.
+        When the model is not one of Transformers'.
     ValueError
-        Transformers' own, when it refuses the model.
+        Transformers' own error, when it refuses the model.
     """
     for prefix in ("activation", "gradient"):  # the second was the name until Transformers 5
         enable = getattr(model, f"{prefix}_checkpointing_enable", None)
@@ -82,7 +82,7 @@ def by_transformers(model: nn.Module, situation: Situation) -> Iterator[Ready]:
             if option not in inspect.signature(enable).parameters:
                 raise TypeError(
                     f"{type(model).__name__}.{enable.__name__} takes no {option}: this version "
-                    "of Transformers cannot be told to checkpoint without reentrance"
+                    "of Transformers cannot checkpoint with use_reentrant=False"
                 )
             enable(**{option: {"use_reentrant": False}})
             yield Ready(model=model, note=note)
@@ -94,7 +94,7 @@ def by_transformers(model: nn.Module, situation: Situation) -> Iterator[Ready]:
 
 
 def without_cache(model: nn.Module) -> str:
-    """Switch key-value caches off; says so if there was one to switch off."""
+    """Switch key-value caches off; returns a note if there was one."""
     found = False
     for module in model.modules():
         config = getattr(module, "config", None)

@@ -1,24 +1,24 @@
 """The peer ``torch.compile`` with an activation memory budget.
 
-The budget is a ratio of saved bytes: 1 is what the partitioner saves when it
-minimizes run time, 0 what a checkpoint around the whole model would save. It is
-no peak, and bytes are refused.
+The budget is a ratio of saved bytes: 1 is what the partitioner saves to minimize run
+time, 0 is what a checkpoint around the whole model would save. It is not a peak, and
+bytes are refused.
 
 Each such peer calls ``torch._dynamo.reset()`` before and after it runs, so that no code
-compiled at another budget is taken. Everything that ``torch.compile`` has compiled
-in the process is dropped with it, and compiled again when it is next called.
+compiled at another budget is used. This drops everything that ``torch.compile`` has
+compiled in the process; it is compiled again on its next call.
 
 Known to be wrong (PyTorch 2.13, seen on the CPU)
 -------------------------------------------------
-Below a budget of 1 a random call may be left out of what is saved, and the backward
-graph then draws again from the generator as it is by then: dropout's backward pass
-has another mask than its forward pass, and the generator ends elsewhere. Random
-calls are given back their state only where a user's checkpoint has marked them as
-recomputed (``functionalize_rng_ops`` in ``torch/_functorch/partitioners.py``); what the
-budget's solver leaves out has no such mark. Inductor with its own random numbers
-(the default) saves the seeds and is right for budgets between 0 and 1, but wrong
-at 0, where nothing but the graph's inputs is saved; with ``fallback_random`` it
-fares like the others. :mod:`planner.comparing.execution.step_verdict` finds it.
+Below a budget of 1, the result of a random call may not be saved, and the backward graph
+then draws again from the generator's state at that time. So dropout's backward pass has
+another mask than its forward pass, and the generator ends in another state. Random calls
+get their state back only if a user's checkpoint has marked them as recomputed
+(``functionalize_rng_ops`` in ``torch/_functorch/partitioners.py``); calls that the
+budget's solver leaves out have no such mark. Inductor with its own random numbers (the
+default) saves the seeds and is right for budgets between 0 and 1, but wrong at 0, where
+only the graph's inputs are saved. With ``fallback_random`` it is as wrong as the others.
+:mod:`planner.comparing.execution.step_verdict` detects this.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def compile_peer(budget: float, backend: str | None = None, *, eager_draws: bool
     budget
         From 0 to 1, a ratio of saved bytes.
     backend
-        Of ``torch.compile``; ``None`` takes Inductor where it can generate kernels
+        Backend of ``torch.compile``; ``None`` for Inductor if it can generate kernels
         for the card, else AOTAutograd with eager's kernels.
     eager_draws
-        Whether Inductor draws as eager does (``fallback_random``), so that
-        gradients can be compared under dropout. It is not what users run, and
-        its gradients may be wrong where Inductor's own draws are right.
+        Whether Inductor draws as eager does (``fallback_random``), so that gradients
+        can be compared under dropout. This is not what users run, and its gradients may
+        be wrong where Inductor's own draws are right.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def compile_peer(budget: float, backend: str | None = None, *, eager_draws: bool
 
 
 def compile_backend(device: torch.device) -> str:
-    """Return Inductor where it can generate kernels for the GPU, else AOTAutograd with eager's."""
+    """Return Inductor if it can generate kernels for the GPU, else AOTAutograd with eager's."""
     has_triton = importlib.util.find_spec("triton") is not None
     return "inductor" if device.type == "cuda" and has_triton else "aot_eager"
 
@@ -102,7 +102,7 @@ def _compiled(
     with ExitStack() as settings:
         settings.enter_context(config.patch(activation_memory_budget=budget))
         if hasattr(config, "enable_autograd_cache"):
-            # No partition of an earlier run, whatever its budget was.
+            # Do not reuse a partition of an earlier run with another budget.
             settings.enter_context(config.patch(enable_autograd_cache=False))
         if eager_draws:
             settings.enter_context(inductor_config().patch(fallback_random=True))

@@ -18,7 +18,7 @@ from ...base.training_step import (
 )
 
 PEER_ERRORS = (
-    RuntimeError,  # out of memory, Dynamo's own errors and captures that fail among them
+    RuntimeError,  # includes out of memory, Dynamo's own errors, and failed captures
     TypeError,
     ValueError,
     AttributeError,
@@ -28,7 +28,7 @@ PEER_ERRORS = (
     OSError,
     MemoryError,
 )
-"""What a compiler or a model may raise while it is tried."""
+"""Errors that a compiler or a model may raise in a trial."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +38,12 @@ class Situation:
     Parameters
     ----------
     sample_input, loss_fn
-        As :func:`planner.base.training_step.train_step` takes them.
+        As for :func:`planner.base.training_step.train_step`.
     device
         Where the model lies.
     blocks
-        Gives the paths of the model's blocks in the order in which they run,
-        each once; raises :class:`~solvers.strategies.StrategyError` where there are
-        none.
+        Returns the paths of the model's blocks in the order in which they run, each
+        once; raises :class:`~solvers.strategies.StrategyError` if there are none.
     """
 
     sample_input: Sample
@@ -60,9 +59,9 @@ class Ready:
     Parameters
     ----------
     model
-        To be called in the place of the one that was given.
+        The model to call instead of the given one.
     setting, note
-        The peer's parameters, and what else is known, for the row.
+        The peer's parameters, and a note for the row.
     """
 
     model: nn.Module
@@ -84,12 +83,11 @@ class Peer:
     summary
         What it saves and what it recomputes, in one line.
     source
-        The function that users know it by.
+        The function that users know.
     prepare
-        Makes a model train the peer's way while its context lasts. The model is
-        a copy that is the peer's own; settings that are not the model's are put
-        back when the context ends. Raises one of :data:`PEER_ERRORS` where it
-        does not apply.
+        Makes a model train the peer's way while its context lasts. The model is the
+        peer's own copy. Settings outside the model are restored when the context ends.
+        Raises one of :data:`PEER_ERRORS` if the peer does not apply.
     """
 
     name: str
@@ -101,7 +99,7 @@ class Peer:
 def blocks_of(
     model: nn.Module, sample_input: Sample, loss_fn: LossFn | None = None
 ) -> tuple[str, ...]:
-    """Paths of a model's blocks, each once: those that the strategies divide, too.
+    """Paths of a model's blocks, each once; the strategies divide the same ones.
 
     Raises
     ------

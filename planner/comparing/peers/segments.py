@@ -1,20 +1,20 @@
 """A peer that checkpoints about sqrt(L) segments of L blocks, in any model.
 
 ``checkpoint_sequential`` takes a list of functions of one argument. A model whose
-forward calls its blocks one after another, with masks and other arguments beside,
-is rewritten by hand for that. Here its own forward runs, and the rewriting is done
-by what the blocks do when they are called:
+forward calls its blocks one after another, with masks and other arguments, must be
+rewritten by hand for it. Here the model's own forward runs, and its blocks behave
+differently when they are called:
 
-1. The model runs once without gradients, and each block's arguments are noted:
+1. The model runs once without gradients, and each block's arguments are recorded:
    whether they are a block's output, an argument of the first block of its segment,
    or a constant.
-2. In a training step the first block of a segment runs the whole segment, in one
-   checkpoint. The others find their output there. Until then each gets a
-   :class:`Promised`: a tensor without a value, which the model may hand to the next
-   block and nowhere else.
+2. In a training step, the first block of a segment runs the whole segment in one
+   checkpoint, and the other blocks find their outputs there. Until then each of them
+   returns a :class:`Promised`: a tensor without a value, which the model may pass to
+   the next block and nowhere else.
 
-What a block is given is compared with what was noted, each time. A segment ends
-where other code runs between two blocks: it cannot be repeated with them.
+A block's arguments are compared with the recorded ones in every step. A segment ends
+where other code runs between two blocks, because that code cannot be repeated with them.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def sqrt_segments(model: nn.Module, situation: Situation) -> Iterator[Ready]:
     Raises
     ------
     ValueError
-        When more stretches of blocks feed each other directly than there are to be
-        segments, or a block is called again.
+        When there are more chains of blocks that feed each other directly than there
+        are to be segments, or when a block is called again.
     """
     yield _in_segments(model, situation)
 
 
 def _in_segments(model: nn.Module, situation: Situation) -> Ready:
-    """Install the segments; what was noted for it dies with this call."""
+    """Install the segments; the recorded calls are freed when this returns."""
     names = situation.blocks()
     notes = [without_cache(model)]
     calls = record_calls(model, situation, names)
@@ -85,7 +85,7 @@ def _in_segments(model: nn.Module, situation: Situation) -> Ready:
 
 
 def divide(lengths: Sequence[int], num_segments: int) -> list[range]:
-    """Cut chains of blocks into segments; a chain's last segment takes what is left over.
+    """Cut chains of blocks into segments; a chain's last segment takes the remainder.
 
     With one chain these are the segments of ``checkpoint_sequential``.
 
@@ -105,12 +105,12 @@ def divide(lengths: Sequence[int], num_segments: int) -> list[range]:
     return segments
 
 
-# -- what the blocks are given --------------------------------------------------
+# -- the blocks' arguments ------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """A call of a block, as it was seen: leaves of its arguments and of its output."""
+    """A recorded call of a block: leaves of its arguments and of its output."""
 
     name: str
     arguments: list[Any]
@@ -120,7 +120,7 @@ class Call:
 
 
 def record_calls(model: nn.Module, situation: Situation, names: Sequence[str]) -> list[Call]:
-    """Run the model once without gradients and note the calls of its blocks.
+    """Run the model once without gradients and record the calls of its blocks.
 
     Raises
     ------
@@ -186,9 +186,9 @@ def _continues(chain: Sequence[Call], call: Call) -> bool:
 
 
 def _sources(earlier: Sequence[Call], call: Call) -> list[tuple[int, int] | None] | None:
-    """Where each argument comes from, or ``None`` where one comes from elsewhere.
+    """Where each argument comes from; ``None`` if one comes from elsewhere.
 
-    A pair ``(k, i)`` is output ``i`` of the ``k``-th earlier call, ``(-1, i)`` argument
+    A pair ``(k, i)`` is output ``i`` of the ``k``-th earlier call, ``(-1, i)`` is argument
     ``i`` of the first of them, and ``None`` is a constant.
     """
     found: list[tuple[int, int] | None] = []
@@ -207,7 +207,7 @@ def _sources(earlier: Sequence[Call], call: Call) -> list[tuple[int, int] | None
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a value is told from others by its identity."""
+    """Whether a value is compared by identity."""
     constant = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
     return not isinstance(value, constant)
 
@@ -222,7 +222,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 class Promised(Tensor):
-    """A tensor whose value is not there: shape, dtype and device may be asked for."""
+    """A tensor without a value; its shape, dtype and device may be read."""
 
     @staticmethod
     def of(value: Tensor) -> Promised:
@@ -232,12 +232,12 @@ class Promised(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answers what needs no value.
+        """Answer requests that need no value.
 
         Raises
         ------
         RuntimeError
-            When anything else is asked.
+            For any other request.
         """
         if func in _NEEDS_NO_VALUE:
             with without_torch_function_of_subclasses():
@@ -245,8 +245,9 @@ class Promised(Tensor):
         name = getattr(func, "__name__", str(func))
         asked = func.__self__.__name__ if name == "__get__" else name  # of an attribute
         raise RuntimeError(
-            f"{asked} reads what lies between two blocks of a segment, which is not there: "
-            "it runs under one checkpoint. Use checkpoint_per_block: these blocks cannot be grouped"
+            f"{asked} reads a value between two blocks of a segment, which does not exist: the "
+            "segment runs under one checkpoint. Use checkpoint_per_block: these blocks cannot be "
+            "grouped"
         )
 
 
@@ -259,12 +260,12 @@ _NEEDS_NO_VALUE = {
         getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda")
     ),
-}  # not requires_grad: what was noted ran without gradients
+}  # not requires_grad: the recorded run had no gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A block of a segment; holds no tensor that was seen.
+    """A block of a segment; holds no recorded tensor.
 
     Parameters
     ----------
@@ -273,13 +274,12 @@ class Member:
     arguments_spec, outputs_spec
         How its arguments and its output are nested.
     constants
-        Arguments that are no tensors; ``None`` at the places of others.
+        Arguments that are not tensors; ``None`` at the places of others.
     sources
         Where the others come from; see :func:`_sources`.
     promises
-        What stands for its outputs while the segment is handed out; ``None``
-        where the output itself does, since it is no tensor or is read behind the
-        segment.
+        What it returns in place of its outputs; ``None`` for outputs that are returned
+        themselves, because they are not tensors or are read after the segment.
     """
 
     name: str
@@ -296,9 +296,9 @@ class Segment:
     Parameters
     ----------
     calls
-        As they were seen, of the blocks of the segment.
+        The recorded calls of the segment's blocks.
     later
-        Of the blocks behind it.
+        The recorded calls of the blocks after it.
     """
 
     def __init__(self, calls: Sequence[Call], later: Sequence[Call]) -> None:
@@ -308,7 +308,7 @@ class Segment:
         self.made: list[list[Any]] = []
 
     def install(self, model: nn.Module) -> None:
-        """Let the blocks of a model, which is the peer's own, run by the segment."""
+        """Let the blocks of a model, the peer's own copy, run by the segment."""
         blocks = [model.get_submodule(member.name) for member in self.members]
         self.forwards = [block.forward for block in blocks]
         blocks[0].forward = self._first
@@ -329,7 +329,7 @@ class Segment:
         return self._handed_out(0)
 
     def _run(self, *args: Any, **kwargs: Any) -> list[list[Any]]:
-        """Run all blocks of the segment; outputs that stand for themselves, of each."""
+        """Run all blocks of the segment; return the outputs of each that are not promised."""
         given, _ = tree_flatten((args, kwargs))
         outputs: list[list[Any]] = []
         for k, forward in enumerate(self.forwards):
@@ -353,8 +353,8 @@ class Segment:
         for i, (value, wanted) in enumerate(zip(leaves, expected, strict=True)):
             if not _same(value, wanted):
                 raise RuntimeError(
-                    f"argument {i} of block {member.name} is another than when the calls "
-                    "were noted, so that the segment has computed something else"
+                    f"argument {i} of block {member.name} differs from the one when the calls "
+                    "were recorded, so that the segment has computed something else"
                 )
         return self._handed_out(k)
 
@@ -378,7 +378,7 @@ class Segment:
         member = self.members[k]
         if spec != member.arguments_spec:
             raise RuntimeError(
-                f"block {member.name} is called with {spec}, noted was {member.arguments_spec}"
+                f"block {member.name} is called with {spec}, recorded was {member.arguments_spec}"
             )
 
 
@@ -390,7 +390,7 @@ def _member(calls: Sequence[Call], k: int, later: Sequence[Call]) -> Member:
     if sources is None:
         raise ValueError(f"block {call.name} needs what its segment's first block is not given")
     read = {id(a) for other in later for a in other.arguments}
-    kept = k == len(calls) - 1  # all of the last one's output is the segment's
+    kept = k == len(calls) - 1  # the last block's output is the segment's output
     return Member(
         name=call.name,
         arguments_spec=call.arguments_spec,

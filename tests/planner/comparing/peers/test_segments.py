@@ -116,7 +116,7 @@ def test_a_model_that_looks_between_blocks_gets_an_error() -> None:
     with prepared("checkpoint_sqrt", model, sample) as ready:
         train_step(ready.model, sample)
         ready.model.peek = True
-        with pytest.raises(RuntimeError, match=r"mean reads what lies between two blocks"):
+        with pytest.raises(RuntimeError, match=r"mean reads a value between two blocks"):
             train_step(ready.model, sample)
 
 
