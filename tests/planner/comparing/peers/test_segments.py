@@ -127,7 +127,7 @@ def test_other_arguments_than_noted_are_an_error() -> None:
         second = ready.model.layers[1]
         inner = second.forward
         second.forward = lambda x, scale, **options: inner(x, scale + 0, **options)
-        with pytest.raises(RuntimeError, match=r"argument 1 of block layers\.1 is another"):
+        with pytest.raises(RuntimeError, match=r"argument 1 of block layers\.1 differs"):
             train_step(ready.model, sample)
 
 
