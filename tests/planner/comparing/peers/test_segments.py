@@ -152,7 +152,7 @@ def test_a_promise_answers_what_needs_no_value() -> None:
     assert (promise.shape, promise.dtype, promise.device.type) == ((3, 5), torch.bfloat16, "cpu")
     assert promise.size(1) == 5
     # It was seen without gradients, and in a step the value has one.
-    with pytest.raises(RuntimeError, match=r"^requires_grad reads what lies between two blocks"):
+    with pytest.raises(RuntimeError, match=r"^requires_grad reads a value between two blocks"):
         _ = promise.requires_grad
     with contextlib.suppress(RuntimeError):
         promise + 1
