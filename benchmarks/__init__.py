@@ -1,1 +1,1 @@
-"""Solvers side by side, and how their time grows. No part of the wheel: run from the checkout."""
+"""Measurements that take long. Not part of the wheel: run them from a checkout."""

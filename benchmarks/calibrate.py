@@ -1,9 +1,9 @@
-"""How good the roofline is on the device at hand, and figures that make it better.
+"""Measure how good the roofline is on the device at hand, and fit better figures.
 
 ``make calibrate``, or ``python -m benchmarks.calibrate --help``. Times each
 distinct call of a suite of training steps (the cost model ``"profile"``), fits
-the device's efficiencies to them and prints an entry for
-``graph_capture/costs/devices.py``, with the errors that remain, also on models
+the device's efficiencies to the times, and prints an entry for
+``graph_capture/costs/devices.py``, with the remaining errors, also on models
 that the fit has not seen.
 """
 
@@ -54,12 +54,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Listener:
-    """A cost model that writes down which calls a step makes.
+    """A cost model that records the calls of a step.
 
     Parameters
     ----------
     target
-        Whose roofline answers meanwhile.
+        The target whose roofline gives the times meanwhile.
     """
 
     def __init__(self, target: Target) -> None:
@@ -78,17 +78,16 @@ class Listener:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What came of one model.
+    """The measurements of one model.
 
     Parameters
     ----------
     samples
         Its distinct calls that could be timed.
     num_untimed
-        Distinct calls that could not.
+        Number of distinct calls that could not be timed.
     step_ns
-        Forward, loss and backward in eager PyTorch; ``None`` where the model has no
-        loss.
+        Forward, loss and backward in eager PyTorch; ``None`` if the model has no loss.
     calls_ns
         Sum of the timed calls of one step.
     """
@@ -134,13 +133,13 @@ def measure(case: Case, device_type: str, repeats: int) -> Measured:
         samples=samples,
         num_untimed=len(listener.calls) - len(samples),
         step_ns=step_ns,
-        # a capture prices each call twice: for the step as eager runs it, and as planned
+        # a capture prices each call twice: for the eager step and for the planned one
         calls_ns=sum(s.weight_ns for s in samples) // 2,
     )
 
 
 def _times_ns(calls: Iterable[Call], target: Target, repeats: int) -> dict[str, int]:
-    """The least of several profiles' medians: what else the machine does only adds."""
+    """The least of several profiles' medians: other load on the machine only adds time."""
     calls = list(calls)
     rounds: dict[str, list[int]] = {}
     for _ in range(repeats):
@@ -203,9 +202,9 @@ def main(
 ) -> None:
     """Fit the roofline to measured times on the device at hand.
 
-    The printed entry goes into graph_capture/costs/devices.py, in the place of the
-    figures of that device. Without changing the package, it goes into a device of
-    one's own, which every place that takes a device accepts:
+    The printed entry goes into graph_capture/costs/devices.py, in place of that
+    device's figures. Without changing the package, put it into your own device, which
+    every function that takes a device accepts:
 
         mine = dataclasses.replace(device_for("cuda"), efficiency={...}, launch_ns=...)
 

@@ -1,9 +1,9 @@
-"""Fits a device's efficiencies to measured times of calls, and says how far off a roofline is.
+"""Fit a device's efficiencies to measured times of calls, and compute a roofline's errors.
 
-A robust fit: each class of operators gets the weighted median of the share of the
-roofline that its calls reached, each call weighted by its share of its model's
-step, so that neither odd calls nor many tiny ones nor one large model decide.
-Operators that are far from their class get a time per element instead.
+The fit is robust: each class of operators gets the weighted median of the share of the
+roofline that its calls reached. Each call is weighted by its share of its model's step,
+so that neither outliers nor many tiny calls nor one large model dominate. Operators
+that are far from their class get a time per element instead.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from graph_capture.costs.operator_classes import (
 )
 from graph_capture.costs.roofline import Work, roofline_ns, time_of_work_ns
 
-# A call below the first two counts as nothing but its launch; one above the others tells rates.
+# A call below the first two counts as a launch only; one above the others tells rates.
 _FEW_BYTES = 1 << 10
 _MANY_BYTES = 1 << 14
 _MANY_FLOPS = 10**6
 
-# An operator gets a time per element when its calls are off their class by this factor, and
-# this many distinct ones say so.
+# An operator gets a time per element if its calls are off their class by this factor, and if there
+# are this many distinct ones.
 _OFF = 1.4
 _FEW = 3
 
@@ -46,11 +46,11 @@ class Sample:
     Parameters
     ----------
     model
-        Whose step it belongs to.
+        The model whose step it belongs to.
     work
-        What the call does.
+        Its work.
     measured_ns
-        What it took.
+        Its measured time.
     count
         How often the step makes it.
     """
@@ -73,9 +73,9 @@ class Errors:
     Parameters
     ----------
     num_calls
-        Distinct ones.
+        Number of distinct calls.
     share_of_time
-        Of all calls' measured time.
+        Share of all calls' measured time.
     median_factor, p90_factor
         Median and 90th percentile over distinct calls of the factor by which they
         are off, in either direction; 1 is exact.
@@ -104,7 +104,7 @@ def by_device(device: Device) -> Predict:
 def held_out(samples: Sequence[Sample], device: Device) -> Predict:
     """Predictions for each model by a fit to the other half of the models.
 
-    The halves are every other model, in the order in which they come.
+    The halves are every other model, in the given order.
     """
     models = list(dict.fromkeys(s.model for s in samples))
     if len(models) < 2:
@@ -122,7 +122,7 @@ def errors_of(samples: Sequence[Sample], predict: Predict, total_ns: int | None 
     predict
         From a call to nanoseconds.
     total_ns
-        What ``share_of_time`` is a share of; ``None`` for these samples' own time.
+        The total for ``share_of_time``; ``None`` for the time of these samples.
 
     Raises
     ------
@@ -168,9 +168,9 @@ def _errors_of_groups(
 def fit(samples: Sequence[Sample], device: Device) -> Device:
     """The device with launch time, efficiencies and times per element fitted to samples.
 
-    Classes and operators without samples keep what they have. Peaks stay as they are, an
-    efficiency being relative to them, but for a CPU's rates in other dtypes than
-    float32, which no data sheet gives.
+    Classes and operators without samples keep their figures. Peaks stay unchanged,
+    because efficiencies are relative to them, except for a CPU's rates in dtypes other
+    than float32, which no data sheet gives.
     """
     launch_ns = _fit_launch(samples, device)
     weighted = _weighted(samples, device)
@@ -200,8 +200,8 @@ def fit(samples: Sequence[Sample], device: Device) -> Device:
 def _weighted(samples: Sequence[Sample], device: Device) -> list[tuple[Sample, float]]:
     """Calls that are more than a launch, with their shares of their model's step.
 
-    The share is of the roofline's time: by measured time slow calls would have
-    more say than equally large fast ones.
+    The share is of the roofline's time: by measured time, slow calls would weigh more
+    than equally large fast ones.
     """
     large = [s for s in samples if s.work.num_bytes >= _MANY_BYTES or s.work.flops >= _MANY_FLOPS]
     weights = [s.count * roofline_ns(s.work, device) for s in large]
@@ -225,9 +225,9 @@ def _fit_rates(
 ) -> Mapping[torch.dtype, float]:
     """Rates of products by dtype such that float32's efficiency holds for all of them.
 
-    By all products of a dtype together: without hardware for it, the time of a
-    bfloat16 product spreads over a factor of thirty with the layout of its
-    factors, and a median would miss most of it.
+    Fitted to all products of a dtype together: without hardware for it, the time of a
+    bfloat16 product varies by a factor of thirty with the layout of its factors, and a
+    median would miss most of it.
     """
     flops: dict[torch.dtype, int] = {}
     taken_ns: dict[torch.dtype, int] = {}
@@ -253,9 +253,9 @@ def _fit_efficiency(weighted: Sequence[tuple[Sample, float]], device: Device) ->
 
 
 def _odd_operators(weighted: Sequence[tuple[Sample, float]], device: Device) -> dict[str, float]:
-    """Nanoseconds per element of operators that move memory otherwise than their class.
+    """Nanoseconds per element of operators that move memory differently from their class.
 
-    Draws on a CPU always take time by element, whether they make bytes or floats.
+    Draws on a CPU always take time per element, whether they make bytes or floats.
     """
     groups: dict[str, list[tuple[Sample, float]]] = {}
     for s, weight in weighted:
@@ -289,7 +289,7 @@ def _weighted_median(values: Iterable[tuple[float, float]]) -> float:
 
 
 def entry_text(device: Device) -> str:
-    """The fitted figures as they stand in ``graph_capture/costs/devices.py``."""
+    """The fitted figures in the format of ``graph_capture/costs/devices.py``."""
 
     def table(values: Mapping[str, float]) -> str:
         ordered = sorted(values.items(), key=lambda item: item[0])

@@ -1,9 +1,9 @@
 """``python -m benchmarks.compare``: every strategy on the models of record, ``make bench-compare``.
 
-Each model is compared in a fresh process, so that one that crashes leaves the
-others. The folder then has JSON and CSV of each, figures, and ``compare.md``, which
-is written anew after each model. Tables can be written again from the JSON files
-(``--only-report``).
+Each model is compared in a fresh process, so that a crash does not affect the others.
+The folder then has JSON and CSV of each model, figures, and ``compare.md``, which is
+rewritten after each model. ``--only-report`` writes the tables again from the JSON
+files.
 """
 
 from __future__ import annotations
@@ -123,12 +123,12 @@ def main(
     path = write_report(out, found)
     typer.echo(path.read_text(encoding="utf-8"))
     typer.echo(f"written to {out}")
-    # What an earlier run failed at stays on the page; the code is of what was asked now.
+    # Failures of an earlier run stay on the page; the exit code concerns this run's models.
     raise typer.Exit(1 if any(only_report or name in names for name in found.failures) else 0)
 
 
 def run_all(names: Sequence[str], job: Job, out: Path) -> Found:
-    """Compare one model after the other; the page is there after each."""
+    """Compare one model after the other, and write the page after each."""
     settings = {"models": list(names), **asdict(job)}
     del settings["model"]
     failures = read_failures(out, [name for name in SUBJECTS if name not in names])
@@ -143,7 +143,7 @@ def run_all(names: Sequence[str], job: Job, out: Path) -> Found:
 
 
 def names_in(out: Path, asked: Sequence[str]) -> tuple[str, ...]:
-    """The models that were asked for, and those that an earlier run left there."""
+    """The requested models, and those that an earlier run left there."""
     ordered = dict.fromkeys([*RECORD, *SUBJECTS, *asked])
     return tuple(n for n in ordered if n in asked or (out / f"{n}.json").exists())
 
@@ -156,10 +156,10 @@ def write_report(out: Path, found: Found) -> Path:
 
 
 def run_worker(job: Job) -> str:
-    """Compare one model in a fresh process; what went wrong, or nothing.
+    """Compare one model in a fresh process; return what went wrong, or ``""``.
 
-    What an earlier run left of the model goes first, so that nothing old is taken
-    for a result of this one.
+    An earlier run's files of the model are removed first, so that nothing old is taken
+    for a result of this run.
     """
     for path in files_of(job):
         path.unlink(missing_ok=True)
@@ -200,7 +200,7 @@ def _chosen_strategies(
 
 
 def _chosen_peers(peer: Sequence[str] | None, *, wanted: bool, predicted: bool) -> tuple[str, ...]:
-    """Names, in the order that they were given in."""
+    """Names, in the given order."""
     if peer and not wanted:
         raise typer.BadParameter("--no-peers and --peer exclude each other")
     if peer and predicted:

@@ -15,7 +15,7 @@ from ..plan_runs import markdown
 from .signs import mb, one_line
 
 BUSY = 0.1
-"""How far eager beside eager may be from 1 before its figures are said to be noise."""
+"""How far eager beside eager may be from 1 before its figures count as noise."""
 
 BETTER_LEGEND = (
     "A measured peak no higher than that of one of our rows, or one of its budgets, and, beyond "
@@ -34,11 +34,11 @@ class Ran:
     row
         The first of its rows.
     measured
-        Of all of them.
+        The measurement of all of them.
     budgets_bytes
-        Budgets at which the strategy took it.
+        Budgets at which the strategy chose it.
     by_itself
-        Whether it is the strategy's own choice, too.
+        Whether it is also the strategy's own choice without a budget.
     """
 
     row: ComparisonRow
@@ -48,7 +48,7 @@ class Ran:
 
     @property
     def name(self) -> str:
-        """Who it is of, with what is wrong with its numbers."""
+        """Its strategy or peer, with a mark if its numbers are wrong."""
         wrong = f" ({self.measured.bits})" if self.measured.bits in ("WRONG", "different") else ""
         return f"{'peer ' if self.row.kind == 'peer' else ''}{self.row.strategy}{wrong}"
 
@@ -59,7 +59,7 @@ class Ran:
 
 
 def was_executed(comparison: Comparison) -> bool:
-    """Whether anything was to be run for real."""
+    """Whether anything was meant to be executed."""
     return (
         comparison.eager is not None
         or bool(comparison.eager_error)
@@ -75,7 +75,7 @@ def ran(comparison: Comparison) -> list[Ran]:
     groups: dict[tuple[object, ...], list[ComparisonRow]] = {}
     for row in comparison.rows:
         if row.measured is not None and row.fits is not False:
-            # NaN is not equal to itself, its words are.
+            # NaN is not equal to itself, but its text is.
             key = (row.kind, row.strategy, *_schedule(row))
             groups.setdefault(key, []).append(row)
     found = [
@@ -96,7 +96,7 @@ def ran(comparison: Comparison) -> list[Ran]:
 
 
 def failed_rows(comparison: Comparison) -> list[ComparisonRow]:
-    """Rows that were to run and have no measured figures; a schedule once for each strategy."""
+    """Rows that should have run but have no figures; a schedule once for each strategy."""
     found = {
         (row.kind, row.strategy, row.predicted_peak_bytes, row.error): row
         for row in comparison.rows
@@ -107,7 +107,7 @@ def failed_rows(comparison: Comparison) -> list[ComparisonRow]:
 
 
 def executed_part(comparison: Comparison) -> str:
-    """Where it ran, eager, the table, what failed and what is to be known."""
+    """Where it ran, eager's figures, the table, failures and remarks."""
     parts = ["\n".join(f"- {line}" for line in executed_facts(comparison))]
     if table := measured_table(comparison):
         parts.append(table.rstrip("\n"))
@@ -125,14 +125,14 @@ def executed_part(comparison: Comparison) -> str:
 
 
 def _remark(one: Ran) -> str:
-    """What is different from eager's numbers, and what a peer noted of itself."""
+    """What differs from eager's numbers, and a peer's own note."""
     note = one.row.note if one.row.kind == "peer" else ""
     words = "; ".join(text for text in (note, one.measured.difference) if text)
     return f"{one.name}: {one_line(words)}" if words else ""
 
 
 def executed_facts(comparison: Comparison) -> list[str]:
-    """The machine, eager beside itself, and what makes the figures doubtful."""
+    """The machine, eager beside itself, and reasons to doubt the figures."""
     c = comparison
     threads = "" if c.num_threads is None else f", {c.num_threads} thread(s)"
     under = f", autocast {c.autocast}" if c.autocast else ""
@@ -170,7 +170,7 @@ def executed_facts(comparison: Comparison) -> list[str]:
 
 
 def measured_table(comparison: Comparison) -> str:
-    """A line for each schedule of each strategy, then peers; nothing where nothing ran."""
+    """A line for each schedule of each strategy, then peers; empty if nothing ran."""
     found = ran(comparison)
     if not found:
         return ""
@@ -196,7 +196,7 @@ def measured_table(comparison: Comparison) -> str:
 
 
 def executed_summary(comparisons: Mapping[str, Comparison]) -> str:
-    """A line for each model that ran, and what the columns mean; nothing where none did."""
+    """A line for each model that ran, and what the columns mean; empty if none did."""
     lines = [_summary(m, c) for m, c in comparisons.items() if was_executed(c)]
     if not lines:
         return ""
@@ -242,7 +242,7 @@ def _eager_beside_itself(comparison: Comparison) -> str:
 
 
 def _peak_error(found: Sequence[Ran]) -> str:
-    """The largest one with its sign: above zero a step took more than was predicted."""
+    """The largest error with its sign: above zero, a step took more than predicted."""
     errors = [
         one.measured.peak_bytes - one.row.predicted_peak_bytes
         for one in found
@@ -253,7 +253,7 @@ def _peak_error(found: Sequence[Ran]) -> str:
 
 
 def _overhead_errors(found: Sequence[Ran]) -> str:
-    """How far time / eager was from what was predicted, over all schedules that were timed."""
+    """How far time / eager was from the prediction, over all timed schedules."""
     errors = sorted(
         100 * abs(one.measured.ratio - 1 - one.row.overhead)
         for one in found
@@ -276,12 +276,12 @@ def _better(model: str, comparison: Comparison) -> list[str]:
 
 
 def beating(comparison: Comparison, found: Sequence[Ran]) -> tuple[list[Ran], list[Ran]]:
-    """Whose measured point beats one of ours: beyond noise, and within it.
+    """Those whose measured point beats one of ours: beyond noise, and within it.
 
-    Beyond it: a measured peak no higher than that of a row of ours, or one of its
+    Beyond noise: a measured peak no higher than that of a row of ours, or one of its
     budgets, and an upper quartile of time / eager below the lower quartile of that
-    row. Within it: a lower median only. Neither where another plan of ours is as
-    good as that point.
+    row. Within noise: a lower median only. Neither if another plan of ours is as good
+    as that point.
     """
     timed = [one for one in found if one.timed]
     ours = [one for one in timed if one.row.strategy == comparison.ours]
@@ -315,7 +315,7 @@ def _named(found: Sequence[Ran]) -> str:
 
 
 def _schedule(row: ComparisonRow) -> tuple[object, ...]:
-    """What tells the schedules that ran apart: their predictions, and figures of one run."""
+    """A key that tells schedules apart: their predictions, and the figures of one run."""
     return row.predicted_peak_bytes, row.predicted_step_us, repr(row.measured)
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: what of it can be read, what of it failed, and how it was asked for."""
+"""The folder of a run: its readable results, its failures, and its settings."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Found:
     Parameters
     ----------
     comparisons, at_peak, matches, paired_runs
-        Of the models that have them.
+        Those of the models that have them.
     failures
-        Of the others, and of files that cannot be read: why.
+        Why the others failed, and why files cannot be read.
     """
 
     comparisons: dict[str, Comparison] = field(default_factory=dict)
@@ -42,15 +42,15 @@ class Found:
 
 
 def read(folder: Path, names: Iterable[str], failures: Mapping[str, str]) -> Found:
-    """What lies in the folder of these models.
+    """Read the results of these models from the folder.
 
-    A damaged file is one of the failures, and the others are read; so is a model
-    of which there is nothing.
+    A damaged file counts as a failure, and the others are read. So does a model without
+    results.
 
     Parameters
     ----------
     failures
-        What is known to have failed.
+        Known failures.
     """
     found = Found(failures=dict(failures))
     for name in names:
@@ -69,7 +69,7 @@ def read(folder: Path, names: Iterable[str], failures: Mapping[str, str]) -> Fou
 
 
 def read_failures(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The failures that an earlier run kept, of these models."""
+    """The failures of these models that an earlier run stored."""
     path = folder / SETTINGS
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -82,7 +82,7 @@ def read_failures(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def write_settings(folder: Path, settings: Mapping[str, Any], failures: Mapping[str, str]) -> None:
-    """What was asked for, where, and what failed."""
+    """Write the request, the machine, and the failures."""
     around = {
         **machine(),
         "command": shlex.join(["python", "-m", "benchmarks.compare", *sys.argv[1:]]),

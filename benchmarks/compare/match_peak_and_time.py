@@ -1,14 +1,13 @@
-"""Ours against a strategy where that strategy is at its best: at its own peak, and at its own cost.
+"""Compare ours with a strategy where it is at its best: at its own peak, and at its own cost.
 
 Two questions about a strategy that takes no budget (per-block checkpointing,
 uniform sqrt(L)):
 
-1. With the memory that it takes, what does our plan cost beside it?
-2. For the time that it takes, how little memory does our plan need?
+1. With its memory, what does our plan cost in comparison?
+2. With its time, how little memory does our plan need?
 
-The second is a bisection over budgets, each a solve. Where an answer falls short
-of what is wanted, the bounds of the same solves say whether any schedule could do
-better.
+The second is a bisection over budgets, with one solve each. If an answer falls short of
+the goal, the bounds of the same solves say whether any schedule could do better.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from .signs import rounded_down
 
 RIVALS = ("uniform_sqrt", "transformers_per_layer")
 WANTED_OVERHEAD = 0.5
-"""Share of the rival's overhead, at its peak."""
+"""Goal: our share of the rival's overhead, at its peak."""
 
 WANTED_PEAK = 0.7
-"""Share of the rival's peak, at its overhead."""
+"""Goal: our share of the rival's peak, at its overhead."""
 
 NUM_SOLVES = 6
 Solved = Callable[[int], SolveResult]
 
 
 class Wanted(StrEnum):
-    """Whether ours is as good as wanted beside a strategy, or why not."""
+    """Whether ours reaches the goal against a strategy, or why not."""
 
     MET = "met"
     IMPOSSIBLE = "impossible"  # proven, for every schedule in eager's order
@@ -54,26 +53,26 @@ class MatchedRow:
     Parameters
     ----------
     strategy, setting
-        The other one, at its own choice.
+        The other strategy, at its own choice.
     error
         Why it does not apply; then all figures are zero or ``None``.
     recomputes
-        Whether the other one recomputes anything.
+        Whether the other strategy recomputes anything.
     peak_bytes, overhead
-        Of the other one. Overheads are over the schedule that recomputes nothing
-        (``none``), not over the unplanned step: both of the same graph.
+        Of the other strategy. Overheads are relative to the schedule that recomputes
+        nothing (``none``), not to the unplanned step; both are of the same graph.
     our_overhead, bound_overhead
-        At its peak, and what nothing there is below whose first runs keep eager's order;
-        ``None`` where we found nothing.
+        Our overhead at its peak, and the lower bound there for schedules whose first
+        runs keep eager's order; ``None`` if we found nothing.
     overhead_ratio
-        Ours over its; ``None`` where it has none, or we found nothing.
+        Our overhead over its; ``None`` if it has none, or we found nothing.
     our_peak_bytes, bound_peak_bytes
-        The least peak of ours that costs no more than it does, and the highest
-        budget of which it is proven that nothing within it costs no more, in eager's order.
+        The least peak of a plan of ours that costs no more than it does, and the highest
+        budget within which it is proven that every schedule in eager's order costs more.
     peak_ratio
-        Ours over its.
+        Our peak over its.
     least_bound_bytes
-        No schedule in eager's order needs less, whatever it costs.
+        No schedule in eager's order needs less, at any cost.
     """
 
     strategy: str
@@ -118,7 +117,7 @@ class MatchedRow:
 
     @property
     def half_overhead_words(self) -> str:
-        """:attr:`half_overhead` for people, with figures."""
+        """:attr:`half_overhead` in words, with figures."""
         ratio = rounded_down(self._bound_overhead_ratio, 3) if self.overhead > 0 else ""
         return {
             Wanted.IMPOSSIBLE: f"{_IMPOSSIBLE}: nothing within its peak is below {ratio} of it",
@@ -128,7 +127,7 @@ class MatchedRow:
 
     @property
     def low_peak_words(self) -> str:
-        """:attr:`low_peak` for people, with figures."""
+        """:attr:`low_peak` in words, with figures."""
         bound = self.least_bound_bytes if self._nothing_as_low else self._excluded_bytes
         share = rounded_down(bound / self.peak_bytes, 3) if self.peak_bytes else ""
         why = (
@@ -176,12 +175,12 @@ def match_peak_and_time(
     least: LeastMemory,
     solved: Solved,
 ) -> MatchedRow:
-    """Both questions about one strategy.
+    """Answer both questions about one strategy.
 
     Parameters
     ----------
     least
-        Of the graph.
+        The least memory of the graph.
     solved
         Solves ours within a budget.
     """
@@ -216,10 +215,10 @@ def match_peak_and_time(
 def _least_peak(
     rival: StrategyOutcome, at_peak: SolveResult, least: LeastMemory, solved: Solved
 ) -> tuple[int | None, int]:
-    """The least peak that costs no more than the rival, and up to where it is proven that none is.
+    """The least peak that costs no more than the rival, and the highest budget proven too small.
 
-    The first budget that is tried is the wanted one, so that its answer is sure
-    to be known; then the rest is halved.
+    The first budget tried is the goal, so that its answer is known in any case; then the
+    remaining range is halved.
     """
     proven = least.lower_bound_bytes - 1
     if at_peak.cost_ns is None or at_peak.cost_ns > rival.cost_ns:

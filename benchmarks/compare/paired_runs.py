@@ -1,13 +1,13 @@
 """Others' schedules in turn with ours at their own peak.
 
 In a comparison each schedule runs in turn with eager, a few pairs, minutes apart from
-the others; on a shared machine a schedule may then look better than one that it is
-slower than. Whether it is better is asked here: the other's schedule at the same
-budget and our plan at that schedule's own peak run in turn with each other. Both are
-made anew, since a comparison's file has figures and no schedules.
+the others. On a shared machine, a schedule may then look faster although it is slower.
+This module decides: the other strategy's schedule at the same budget and our plan at that
+schedule's own peak run in turn with each other. Both are made again, because a
+comparison's file has figures but no schedules.
 
-Asked are the strategies that ours is held against at their own peak (:mod:`.match_peak_and_time`),
-and every point that measured better than ours.
+This is done for the strategies with which ours is compared at their own peak
+(:mod:`.match_peak_and_time`), and for every point that measured better than ours.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OWN_PEAK = "its own peak"
 
 CONFIDENCE = 0.95
 NUM_PAIRS = 20
-"""Of steps of ours and of the other."""
+"""Pairs of a step of ours and one of the other."""
 
 LEGEND = (
     "The strategy at the same budget and ours at the peak of what it proposed, run in turn with "
@@ -84,22 +84,22 @@ class PairedRun:
     Parameters
     ----------
     strategy, budget_bytes
-        The other one, and what it was asked for; ``None`` for its own choice.
+        The other strategy, and its requested budget; ``None`` for its own choice.
     why
         :data:`BEYOND_NOISE`, :data:`WITHIN_NOISE` or :data:`OWN_PEAK`.
     seen_peak_bytes, seen_ratio
         Its measured peak and time / eager in the comparison.
     same_as_seen
-        Whether it proposed what it had proposed there, in predicted peak and time.
+        Whether it proposed the same again, in predicted peak and time.
     peak_bytes, our_peak_bytes
-        Predicted, of the schedules that ran here.
+        Predicted peaks of the schedules that ran here.
     predicted_ratio, ratio, interval
         Time of ours over that of the other: predicted, the measured median, and
         its interval by order statistics at the level :data:`CONFIDENCE`.
     num_pairs
-        Of steps.
+        Number of pairs of steps.
     same_schedule
-        Whether ours is the schedule of the other one.
+        Whether both have the same schedule.
     error
         Why nothing ran.
     """
@@ -133,12 +133,12 @@ class PairedRun:
 
     @property
     def words(self) -> str:
-        """The verdict for people, or why nothing ran."""
+        """The verdict in words, or why nothing ran."""
         return _WORDS.get(self.verdict, self.error)
 
 
 def runs_to_pair(comparison: Comparison) -> list[tuple[Ran, str]]:
-    """The strategies' schedules that are asked again, and why."""
+    """The strategies' schedules that are run again, and why."""
     found = ran(comparison)
     own = [one for one in found if one.row.strategy in RIVALS and one.by_itself and one.timed]
     beat, noise = beating(comparison, found)
@@ -159,7 +159,7 @@ def paired_runs(
     Parameters
     ----------
     predictor
-        Of the same step; it solves ours.
+        The predictor of the same step; it solves ours.
     registry
         Has the strategies of the comparison.
     in_turn
@@ -170,7 +170,7 @@ def paired_runs(
     Raises
     ------
     ValueError
-        When the predictor is of a step of other operators or sizes.
+        When the predictor is for a step with other operators or sizes.
     """
     if predictor.graph.fingerprint != comparison.fingerprint:
         raise ValueError(
@@ -220,7 +220,7 @@ def _run(
         return replace(pair, same_schedule=True)
     try:
         timing = in_turn(theirs.schedule, ours.schedule)
-    # What one pair of schedules runs into says nothing of the others.
+    # An error in one pair of schedules does not affect the others.
     except Exception as error:  # noqa: BLE001
         return replace(pair, error=said(error, "when they ran"))
     return replace(
@@ -232,7 +232,7 @@ def _run(
 
 
 def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Between which values the median lies, by order statistics; no distribution is assumed.
+    """An interval for the median by order statistics, without assuming a distribution.
 
     With too few values for that confidence it is their whole range.
 
@@ -248,7 +248,7 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def paired_runs_table(found: Mapping[str, Sequence[PairedRun]]) -> str:
-    """A line for each pair of each model; nothing where there is none."""
+    """A line for each pair of each model; empty if there is none."""
     header = [
         "model",
         "strategy",

@@ -1,4 +1,4 @@
-"""What stands in a table's cell where a strategy has no figure there, and figures of bounds."""
+"""Signs for table cells in which a strategy has no figure, and formats of bounds."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _SIGNS = {
 
 
 def sign(row: ComparisonRow) -> str:
-    """Why a row has no figure at its budget; ``""`` where it has one."""
+    """A sign for why a row has no figure at its budget; ``""`` if it has one."""
     return _SIGNS[row.outcome]
 
 
 def off_order(row: ComparisonRow) -> str:
-    """A mark where bounds do not speak of a row's schedule, or its figures would disprove one."""
+    """A mark if bounds do not cover a row's schedule, or if its figures would disprove one."""
     disproves = row.gap is not None and row.gap < 0
     return OFF_ORDER if disproves or row.off_order else ""
 
 
 def rounded_down(value: float, digits: int) -> str:
-    """A lower bound in so many decimals that is one still."""
+    """A lower bound with so many decimals, rounded so that it remains a lower bound."""
     scale = 10**digits
     return f"{math.floor(value * scale + 1e-9) / scale:.{digits}f}"
 
@@ -61,11 +61,11 @@ def mb(num_bytes: int | None) -> str:
 
 
 def mb_rounded_down(num_bytes: int) -> str:
-    """A size that nothing is below."""
+    """The same, rounded down, for lower bounds."""
     return f"{rounded_down(num_bytes / 1e6, 1)} MB"
 
 
 def one_line(text: str, longest: int = 200) -> str:
-    """An error as a cell: in one line, and not endless."""
+    """An error as a cell: in one line, and shortened."""
     line = " ".join(text.split()).replace("|", "\\|")
     return line if len(line) <= longest else line[: longest - 1] + "…"

@@ -1,14 +1,13 @@
-"""Ours at the peaks of others' schedules, where the comparison's own budgets do not decide.
+"""Solve ours at the peaks of others' schedules, if the comparison's own budgets do not decide.
 
-A comparison solves ours at a few budgets. A schedule of another strategy whose peak
-lies between two of them may take less time than our plan at the lower one without
-being better than what we would find at its own peak. So each such point is decided:
-ours is solved with that peak as its budget.
+A comparison solves ours at a few budgets. A schedule of another strategy with a peak
+between two of them may take less time than our plan at the lower one, and still be no
+better than what we would find at its own peak. So each such point is decided: ours is
+solved with that peak as its budget.
 
-A point is a peak and a time, by replay; several strategies, or one at several
-budgets, may have the same one. Only points that no other point of the others
-dominates need a solve: what is at least as good as them is as good as those that
-they dominate, too.
+A point is a peak and a time, by replay; several strategies, or one at several budgets,
+may have the same point. Only points that no other point of theirs dominates need a
+solve: a plan at least as good as these is also as good as those that they dominate.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Point:
     strategies: tuple[str, ...] = ()
 
     def covers(self, other: Point, tolerance: float = 0.0) -> bool:
-        """Whether it needs no more memory and, but for the tolerance, no more time."""
+        """Whether it needs no more memory and, within the tolerance, no more time."""
         return self.peak_bytes <= other.peak_bytes and self.step_us <= other.step_us * (
             1 + tolerance
         )
@@ -57,9 +56,9 @@ class SolvedAtPeak:
     strategies, peak_bytes, theirs_us
         The point.
     ours_peak_bytes, ours_us
-        Our plan with that peak as its budget; ``None`` where nothing was found.
+        Our plan with that peak as its budget; ``None`` if nothing was found.
     bound_us
-        No schedule in eager's order within that peak takes less; ``None`` where nothing fits.
+        No schedule in eager's order within that peak takes less; ``None`` if nothing fits.
     error
         Why nothing of ours was found.
     """
@@ -74,7 +73,7 @@ class SolvedAtPeak:
 
     @property
     def verdict(self) -> AtPeak:
-        """What the figures say."""
+        """The verdict from the figures."""
         if self.ours_us is None:
             return AtPeak.NOTHING_FOUND
         if self.ours_us <= self.theirs_us:
@@ -84,7 +83,7 @@ class SolvedAtPeak:
 
     @property
     def words(self) -> str:
-        """The verdict for people, with by how much and why."""
+        """The verdict in words, with figures and reason."""
         if self.verdict is AtPeak.AT_MOST:
             return "ours at most theirs"
         if self.verdict is AtPeak.WITHIN:
@@ -96,14 +95,14 @@ class SolvedAtPeak:
 
 
 def took_part(comparison: Comparison) -> bool:
-    """Whether ours was asked at a budget, so that there is a curve of ours."""
+    """Whether ours has a row at a budget, so that there is a curve of ours."""
     return any(
         r.strategy == comparison.ours and r.budget_bytes is not None for r in comparison.rows
     )
 
 
 def points_of_others(comparison: Comparison) -> list[Point]:
-    """The distinct points of all strategies but ours, by peak; whether they fit a budget or not."""
+    """The distinct points of all other strategies, by peak; including those over a budget."""
     whose: dict[tuple[int, float], dict[str, None]] = {}
     for row in comparison.rows:
         if row.kind != "strategy" or row.strategy == comparison.ours:
@@ -118,7 +117,7 @@ def points_of_others(comparison: Comparison) -> list[Point]:
 
 
 def points_of_ours(comparison: Comparison, solved: Sequence[SolvedAtPeak] = ()) -> list[Point]:
-    """Our plans of the comparison, and those that were found in settling."""
+    """Our plans of the comparison, and those that were found at others' peaks."""
     found = [
         Point(peak_bytes=row.predicted_peak_bytes, step_us=row.predicted_step_us)
         for row in comparison.rows
@@ -136,7 +135,7 @@ def points_of_ours(comparison: Comparison, solved: Sequence[SolvedAtPeak] = ()) 
 def uncovered(
     others: Sequence[Point], ours: Sequence[Point], tolerance: float = OPTIMAL_GAP
 ) -> list[Point]:
-    """The points of others that no plan of ours is at least as good as, but for the tolerance."""
+    """The points of others that no plan of ours matches within the tolerance."""
     return [point for point in others if not any(our.covers(point, tolerance) for our in ours)]
 
 
@@ -158,14 +157,14 @@ def solve_at_peaks(
     Parameters
     ----------
     predictor
-        Of the same step; it solves as the comparison did.
+        The predictor of the same step; it solves as the comparison did.
     say
         Is told which point is next.
 
     Raises
     ------
     ValueError
-        When the predictor is of another step than the comparison.
+        When the predictor is for a step other than the comparison's.
     """
     if predictor.graph.fingerprint != comparison.fingerprint:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The page of tables that comparisons are published as: what was predicted, model by model."""
+"""The page of tables on which comparisons are published: predictions, model by model."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def below_table(
 ) -> str:
     """A line for each model: others' points, which of them were open, which are below ours.
 
-    Dashes where ours took no part, so that there is no curve, and where no point of theirs was
-    solved for.
+    Dashes if ours took no part, so that there is no curve, and if no point of theirs was
+    solved.
     """
     header = [
         "model",
@@ -112,7 +112,7 @@ def _below(model: str, comparison: Comparison, at_peak: Sequence[SolvedAtPeak] |
         + (f" ({one_line(verdicts[p.peak_bytes])})" if p.peak_bytes in verdicts else "")
         for p in below
     )
-    if at_peak is None:  # an open point is no point below ours
+    if at_peak is None:  # an open point is not a point below ours
         counts = [str(len(at_first)), "–", "–" if below else "0", which and f"not solved: {which}"]
     else:
         equal = sum((s.ours_peak_bytes, s.ours_us) == (s.peak_bytes, s.theirs_us) for s in at_peak)
@@ -126,7 +126,7 @@ def _below(model: str, comparison: Comparison, at_peak: Sequence[SolvedAtPeak] |
 def _cells_of_ours(ours: Sequence[ComparisonRow], others: Sequence[Point]) -> str:
     """How many there are, and how many have the peak and time of a schedule of theirs.
 
-    What recomputes nothing is everybody's, and not counted as theirs.
+    The schedule that recomputes nothing belongs to all, and does not count as theirs.
     """
     whose: dict[tuple[int | None, float | None], tuple[str, ...]] = {
         (point.peak_bytes, point.step_us): point.strategies for point in others
@@ -142,7 +142,7 @@ def _largest(gaps: Sequence[float]) -> str:
 
 
 def facts(comparison: Comparison) -> str:
-    """Where predictions come from, and how plans were looked for."""
+    """Where predictions come from, and how plans were searched."""
     limit = "" if comparison.time_limit_s is None else f" Solves had {comparison.time_limit_s:g} s"
     if limit and comparison.least_solve_s is not None:
         limit += f", the search for the least peak took {comparison.least_solve_s:.1f} s"
@@ -158,7 +158,7 @@ def facts(comparison: Comparison) -> str:
 def predicted_table(comparison: Comparison) -> str:
     """A line for each strategy: overhead at each budget, and the peak and overhead of its own.
 
-    Times are of the plans that were found; a solve that found none has none.
+    Times are those of the plans found; a solve that found none has no time.
     """
     budgets = list(comparison.bounds)
     header = ["strategy", "longest plan time", "its own choice"]
@@ -180,7 +180,7 @@ def predicted_table(comparison: Comparison) -> str:
 
 
 def no_figures(comparison: Comparison) -> str:
-    """Why strategies did not apply or failed, a line for each reason; else nothing."""
+    """Why strategies did not apply or failed, one line per reason; empty if none did."""
     where: dict[tuple[str, str, str], list[str]] = {}
     for row in comparison.rows:
         if row.kind == "strategy" and (found := sign(row)) in (FAILED, NOT_APPLICABLE):

@@ -1,9 +1,9 @@
-"""One model compared, in a process of its own: reads a job, leaves files, says what it does.
+"""Compare one model in a separate process: read a job, write files, report progress.
 
 ``python -m benchmarks.compare.worker JOB`` where ``JOB`` is JSON. Lines on stdout say
-which part begins. Into the job's folder go ``NAME.json`` and ``NAME.csv`` (the
-comparison), ``NAME_settled.json``, ``NAME_matched.json``, and the figures, each as soon
-as it is known.
+which part begins. ``NAME.json`` and ``NAME.csv`` (the comparison),
+``NAME_settled.json``, ``NAME_matched.json`` and the figures go into the job's folder,
+each as soon as it is known.
 """
 
 from __future__ import annotations
@@ -85,26 +85,26 @@ class Job:
     model, size
         As in ``benchmarks.models.SUBJECTS``.
     execute
-        Whether schedules and peers run; else everything is predicted.
+        Whether schedules and peers run; otherwise everything is only predicted.
     strategies, peers
         Names; ``None`` for all strategies.
     num_budgets
-        Evenly from the least peak to the unplanned one, both included; the own
-        peaks of the rivals come beside them.
+        Evenly from the least peak to the unplanned one, both included; the rivals' own
+        peaks are added.
     optimizer
         A name that ``optimize`` knows, or ``None``.
     cost_model
-        Where predicted times are from, as ``optimize`` takes it.
+        Where predicted times come from, as for ``optimize``.
     repeats
         Timed pairs of steps.
     with_solved_at_peak
         Whether to solve ours at the peaks of others' points that the budgets leave open.
     with_matched
-        Whether to hold ours against the rivals at their own peaks and costs.
+        Whether to compare ours with the rivals at their own peaks and costs.
     with_paired_runs
         Whether others' schedules run in turn with ours, see :mod:`.paired_runs`.
     only_paired_runs
-        Whether nothing else is done: the comparison lies in the folder.
+        Whether nothing else is done; the comparison is already in the folder.
     threads
         Of PyTorch's kernels.
     limit_s
@@ -146,16 +146,16 @@ _LEFT = (
 
 
 def files_of(job: Job) -> tuple[Path, ...]:
-    """Everything that a job may leave, whether it is there or not."""
+    """All files that a job may write, whether they exist or not."""
     ends = (_PAIRED_RUNS,) if job.only_paired_runs else _LEFT
     return tuple(Path(job.out) / f"{job.model}{end}" for end in ends)
 
 
 def work(job: Job) -> None:
-    """Compare, and leave the files.
+    """Compare, and write the files.
 
-    Times by profile are measured anew, and remembered for this job only: what an
-    earlier run measured on a busy machine has no say.
+    Times by profile are measured again and cached for this job only, so that an earlier
+    run's times on a busy machine do not count.
 
     Raises
     ------
@@ -223,12 +223,12 @@ class Step:
 
 
 def as_compared(job: Job, comparison: Comparison) -> Job:
-    """The job with whatever else the comparison's figures depend on.
+    """The job with everything else that the comparison's figures depend on.
 
     Raises
     ------
     ValueError
-        When its costs are none that a job can have.
+        When a job cannot have its costs.
     """
     for known in COST_MODELS:
         if comparison.cost_model == known:
@@ -244,11 +244,11 @@ def as_compared(job: Job, comparison: Comparison) -> Job:
 
 
 def compare_step(step: Step, job: Job, folder: Path) -> None:
-    """Everything that a job can ask for, each file as soon as it is known."""
+    """Do everything that a job can ask for, and write each file as soon as it is known."""
     subject, graph = step.subject, step.graph
     begin_s = time.monotonic()
     budgets = budgets_of(step, job)
-    searched_s = time.monotonic() - begin_s  # the least peak is remembered
+    searched_s = time.monotonic() - begin_s  # the least peak is cached
     comparison = compare(
         step.spec.model,
         step.spec.sample_input,
@@ -290,10 +290,10 @@ def compare_step(step: Step, job: Job, folder: Path) -> None:
 
 
 def predictor_of(step: Step, job: Job) -> Predictor:
-    """What solves as the comparison did, but on to the gap that counts as optimal.
+    """A predictor that solves as the comparison did, but to the gap that counts as optimal.
 
-    A solve that ends at the comparison's gap may be above another's point by as
-    much, and would decide nothing.
+    A solve that ends at the comparison's gap may be above another's point by that much,
+    and would decide nothing.
     """
     return Predictor(
         step.graph,
@@ -332,7 +332,7 @@ def budgets_of(step: Step, job: Job) -> list[AskedBudget]:
     span = max(0, step.baseline.peak_bytes - least_bytes)
     parts = max(1, job.num_budgets - 1)
     even = sorted({least_bytes + span * i // parts for i in range(job.num_budgets)})
-    # In words, since a bare number is easily read as another unit.
+    # As text, because a bare number is easily read in another unit.
     return [
         *(f"{num_bytes}B" for num_bytes in even),
         *(name for name in RIVALS if _applies(name, step.graph)),
@@ -348,12 +348,12 @@ def _applies(name: str, graph: CostGraph) -> bool:
 
 
 def say_event(event: ComparisonEvent) -> None:
-    """A part of the comparison begins."""
+    """Say that a part of the comparison begins."""
     say(f"{event.num_done}/{event.num_parts} {event.message}")
 
 
 def say(what: str) -> None:
-    """A line for whoever started this process."""
+    """Write a line for the parent process."""
     sys.stdout.write(what + "\n")
     sys.stdout.flush()
 
