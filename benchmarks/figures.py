@@ -1,8 +1,7 @@
-"""``python -m benchmarks.figures``: the figures of one model that the documents show.
+"""``python -m benchmarks.figures``: draw the figures of one model for the documents.
 
-Memory over the step and the table of layers are drawn of a plan that is made here;
-budget against overhead is drawn of a comparison that ``python -m benchmarks.compare``
-has written.
+Memory over the step and the table of layers show a plan that is made here. Budget
+against overhead shows a comparison written by ``python -m benchmarks.compare``.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ def main(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path, typer.Option(help="folder")] = Path("docs/figures"),
 ) -> None:
-    """Draw memory_MODEL.png, layers_MODEL.png and, of a comparison, pareto_MODEL.png.
+    """Draw memory_MODEL.png, layers_MODEL.png and, for a comparison, pareto_MODEL.png.
 
-    Where steps of it were timed, also pareto_measured_MODEL.png.
+    If its steps were timed, also draw pareto_measured_MODEL.png.
     """
     if model not in SUBJECTS or size not in SIZES:
         raise typer.BadParameter(

@@ -30,7 +30,7 @@ class Growth:
     runs: tuple[tuple[int, Run], ...]
 
     def marks(self) -> dict[str, list[tuple[int, float]]]:
-        """``(layers, s)`` where a mark was reached."""
+        """``(layers, s)`` for each run that reached a mark."""
         return {
             "to a gap of 0.5 %": self._points("half"),
             "to a proof": self._points("proof"),

@@ -1,11 +1,12 @@
 """What fits where: three usual model sizes at three usual budgets, ``make bench-guides``.
 
-The sizes, batches and budgets are those that guides on training give: 125 million
-parameters at batch 32, 1.5 billion at 16, 6 billion at 8; 8, 20 and 32 GB. For
-each: whether the step fits as it is, whether a plan makes it fit, and what that
-costs; where nothing fits, the least budget that would work and what holds it up.
-Nothing is run and there are no weights. On ``--device cpu`` times are those of one
-CPU core by the roofline and the memory has no kernels' scratch: only a card's
+The sizes, batches and budgets are those of guides on training: 125 million parameters
+at batch 32, 1.5 billion at 16, 6 billion at 8; 8, 20 and 32 GB. For each: whether the
+step fits without a plan, whether a plan makes it fit, and at what cost. If nothing fits:
+the least budget that would work, and what determines it.
+
+Nothing is run, and there are no weights. With ``--device cpu``, times are those of one
+CPU core by the roofline, and kernels' scratch memory is not counted: only a card's
 figures say what training there would take.
 """
 
@@ -42,7 +43,7 @@ SIZES = {
 
 
 class Way(NamedTuple):
-    """How it is trained: numbers (a key of ``WEIGHTS``) and optimizer."""
+    """How it is trained: dtypes (a key of ``WEIGHTS``) and optimizer."""
 
     words: str
     numbers: str
@@ -86,7 +87,7 @@ def guides(
         "build/bench-guides"
     ),
 ) -> None:
-    """The table of the usual guides: what fits in 8, 20 and 32 GB, and at which cost."""
+    """The table of the usual guides: what fits in 8, 20 and 32 GB, and at what cost."""
     budgets_gb = budget_gb or BUDGETS_GB
     if device not in DEVICES:
         raise typer.BadParameter(f"unknown device {device!r}; known are {', '.join(DEVICES)}")
@@ -130,7 +131,7 @@ def guides(
 
 
 def tables(rows: list[dict[str, Any]], title: str) -> str:
-    """Markdown: a table for each way of training, and below what holds up what does not fit."""
+    """Markdown: a table for each way of training, and below it why others do not fit."""
     header = [
         "model",
         "batch",

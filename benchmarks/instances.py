@@ -1,4 +1,4 @@
-"""What solvers are compared on: files, and steps that are made on the spot.
+"""The steps on which solvers are compared: files, and steps generated on the spot.
 
 A name is a path (an instance's JSON, or a folder of them) or ``family:size``:
 
@@ -7,7 +7,7 @@ A name is a path (an instance's JSON, or a folder of them) or ``family:size``:
   Bartan et al., *MOCCASIN: Efficient Tensor Rematerialization for Neural
   Networks* (ICML 2023, arXiv:2304.14463); our own generator, not their data;
 - ``gpt2:L``, ``bert:L``: a captured step of L layers of width 768 (batch 4,
-  512 tokens), without weights and so without kernels' scratch memory.
+  512 tokens), without weights and therefore without kernels' scratch memory.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ DEFAULT = ("chain:24", "layered:60", "layered:100", "gpt2:6", "bert:6")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Instance:
-    """A step to plan and what it is called."""
+    """A step to plan, and its name."""
 
     name: str
     graph: CostGraph
 
 
 def find_instances(names: Sequence[str], *, seed: int = 0) -> list[Instance]:
-    """Load or make what is named.
+    """Load or make the named instances.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ def chain(num_layers: int, seed: int) -> CostGraph:
 def layered(num_operators: int, seed: int) -> CostGraph:
     """Layers of random width; each operator reads the layer before, and often far back.
 
-    About 2.5 edges an operator. Everything is read by someone but the last layer.
+    About 2.5 edges per operator. Every result is read, except those of the last layer.
     """
     rng = Random(seed)
     layers: list[list[int]] = []

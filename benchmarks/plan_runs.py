@@ -1,4 +1,4 @@
-"""Send jobs to workers in fresh processes, and write down what they say."""
+"""Send jobs to workers in fresh processes, and record their results."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .report import environment
 from .run import ROOT
 
 START_S = 180.0
-"""What a worker may need beside the solves: imports, building, capture, least memory."""
+"""Time that a worker may need besides solving: imports, building, capture, least memory."""
 
 
 def run_job(job: Job) -> Iterator[dict[str, Any]]:
-    """Results of a job as they come; a worker that fails or hangs gives ``{"error": …}``."""
+    """Yield results of a job as they come; if a worker fails or hangs, ``{"error": …}``."""
     child = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.plan_worker"],
         cwd=ROOT,
@@ -60,7 +60,7 @@ def run_job(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def surveyed(job: Job) -> dict[str, Any]:
-    """What a survey says, or ``{"error": …}``."""
+    """The result of a survey, or ``{"error": …}``."""
     results = list(run_job(job))
     return results[0]["survey"] if results and "survey" in results[0] else results[-1]
 
@@ -75,7 +75,7 @@ def planned(job: Job) -> list[dict[str, Any]]:
 def write_json(
     path: Path, rows: list[dict[str, Any]], settings: dict[str, Any], module: str
 ) -> None:
-    """Rows with the machine, the versions and the command of ``module`` that they come from."""
+    """Write rows, with the machine, the versions and the command of ``module``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     around = environment()
     around["command"] = shlex.join(["python", "-m", module, *sys.argv[1:]])

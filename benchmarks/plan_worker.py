@@ -1,10 +1,10 @@
-"""Surveys a step or plans it, in a process of its own: reads a job, writes JSON lines.
+"""Survey or plan a step in a separate process: read a job, write JSON lines.
 
-A survey captures the step and says where its budgets lie: what is there in any
-case, the least peak of any schedule, and the peak when nothing is recomputed.
-A plan is one call of :func:`planner.optimize`, timed from outside, least memory
-and all, in a process that has planned nothing before but a small chain (so that
-what compiles on first use is compiled).
+A survey captures the step and reports the range of its budgets: the resident bytes, the
+least peak of any schedule, and the peak when nothing is recomputed.
+A plan is one call of :func:`planner.optimize`, timed from outside and including the
+search for the least memory. Before it, the process has planned only a small chain, so
+that everything that compiles on first use is compiled.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class Job:
     device
         As in ``optimize``; ``None`` for the CPU.
     layers
-        Instead of the published number.
+        Number of layers instead of the published one.
     options
-        Of the configuration, instead of the published ones.
+        Options of the configuration, instead of the published ones.
     lies_on
         Where the weights are made: ``"meta"`` or ``"cpu"``.
     headroom
         As in ``optimize``.
     loss_only
-        Whether a text model hands out its loss and not its logits.
+        Whether a text model returns its loss and not its logits.
     survey
-        Whether to say where budgets lie.
+        Whether to report the range of budgets.
     budgets_bytes
-        To plan at, one after another.
+        Budgets to plan at, one after another.
     """
 
     model: str
@@ -88,7 +88,7 @@ class Job:
 
 
 def work(job: Job) -> Iterator[dict[str, Any]]:
-    """What comes of a job: ``{"survey": …}``, then a ``{"plan": …}`` for each budget."""
+    """Yield the results of a job: ``{"survey": …}``, then a ``{"plan": …}`` for each budget."""
     begin_s = time.perf_counter()
     model, sample = build(
         job.model,
@@ -109,7 +109,7 @@ def work(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def survey(job: Job, model: torch.nn.Module, sample: Sample) -> dict[str, Any]:
-    """Sizes of a step, and how long it takes to find them out."""
+    """Sizes of a step, and the time to find them."""
     arguments = bind_call(model.forward, *split_sample(sample))
     target = target_of(model, tensors_of(arguments), job.device)
     watch = _Watch()
@@ -198,7 +198,7 @@ def plan_at(job: Job, model: torch.nn.Module, sample: Sample, budget_bytes: int)
 
 
 def max_rss_bytes() -> int:
-    """The most memory that this process had so far, and its largest child beside it."""
+    """The peak memory of this process so far, plus that of its largest child."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux
     return unit * sum(
         resource.getrusage(who).ru_maxrss
@@ -229,7 +229,7 @@ def from_json(text: str) -> Job:
 
 
 def main() -> None:
-    """Read a job from standard input; a line for each result."""
+    """Read a job from standard input, and write a line for each result."""
     job = from_json(sys.stdin.read())
     warm_up("auto")
     for result in work(job):

@@ -1,14 +1,14 @@
-"""Is the overhead that a plan predicts the overhead that is measured?
+"""Compare a plan's predicted overhead with the measured one.
 
-For each model and budget: a plan on profiled (or roofline) times, applied to a
-copy of the model; then planned and eager steps in turn. One row says what was
-predicted and what was measured:
+For each model and budget, a plan on profiled (or roofline) times is applied to a copy of
+the model; then planned and eager steps run in turn. A row has the prediction and the
+measurement:
 
     python -m benchmarks.profile_accuracy --threads 1 --budgets 1.0 0.6 0.4
 
-A budget of 1.0 recomputes nothing: what differs there is not the profile but
-what a planned step saves of Python and autograd. Run it on a machine that does
-nothing else.
+With a budget of 1.0 nothing is recomputed: the difference there is not due to the
+profile, but to the Python and autograd work that a planned step saves. Run it on an idle
+machine.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def transformer(kind: str, layers: int, width: int, length: int) -> Case:
 
 
 def case_named(name: str) -> Case:
-    """A model of ``testing/zoo.py`` in its small size, or a transformer with its measures."""
+    """A model of ``testing/zoo.py`` in its small size, or a transformer of given sizes."""
     if name in ZOO:
         return ZOO[name]("small")
     kind, _, measures = name.partition(":")
@@ -251,7 +251,7 @@ def main() -> None:
 
 
 def _line(row: Row) -> str:
-    """What is known as soon as a row is measured; the table follows at the end."""
+    """A line to print as soon as a row is measured; the table follows at the end."""
     low, middle, high = row.quartiles
     costs = "; ".join((f"costs by {row.plan.costs.model}", *row.plan.costs.notes))
     return (

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table on the terminal, CSV and JSON in a folder."""
+"""The output of a benchmark: a table on the terminal, CSV and JSON in a folder."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def table_of(runs: Sequence[Run], title: str) -> Table:
 
 
 def _status(row: Run) -> str:
-    """The solver's word, with what its proof speaks of where that is not every schedule."""
+    """The solver's status, with the scope of its proof if that is not every schedule."""
     if row.error:
         return f"{row.status}: {row.error}"
     if row.bound_scope in (None, BoundScope.BASE_ORDER):
@@ -85,7 +85,7 @@ def write_runs(runs: Sequence[Run], folder: Path, settings: dict[str, Any]) -> N
 
 
 def environment() -> dict[str, Any]:
-    """Machine, versions, command and time: what a figure needs to be repeated."""
+    """Machine, versions, command and time: what is needed to repeat a figure."""
     return {
         **machine(),
         "command": shlex.join(["python", "-m", "benchmarks.solvers", *sys.argv[1:]]),

@@ -1,4 +1,4 @@
-"""A solver on an instance at a budget: run it, and say when it had reached what."""
+"""Run a solver on an instance at a budget, and report when it reached what."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .instances import Instance
 
 ROOT = Path(__file__).parent.parent
 START_S = 120.0
-"""What a child may need before and after the solve: imports, compilation, warm-up."""
+"""Time that a child may need before and after the solve: imports, compilation, warm-up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,22 +39,22 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What came of one solve.
+    """The result of one solve.
 
     Parameters
     ----------
     budget
         Share of the keep-all peak.
     status
-        The solver's own word; ``"broken"`` when it raised, crashed or hung.
+        The solver's own status; ``"broken"`` if it raised, crashed or hung.
     bound_scope
-        What the bound speaks of; bounds of different scopes are not compared.
+        What the bound covers; bounds of different scopes are not compared.
     global_bound_ns
         The final bound on every schedule whose first runs keep the base order.
     moments
         In order of time; the last one is the result, if there is one.
     error
-        Why it is broken, else empty.
+        Why it is broken; empty if it is not.
     """
 
     instance: str
@@ -96,7 +96,7 @@ class Run:
         return self._first(lambda m: m.cost_ns is not None and m.cost_ns <= most_ns)
 
     def gap_s(self, gap: float) -> float | None:
-        """When its own bound was this near to its schedule."""
+        """When its own bound was this close to its schedule."""
         return self._first(lambda moment: moment.gap <= gap)
 
     @property
@@ -105,7 +105,7 @@ class Run:
         return self.solve_s if self.status == "infeasible" else self.gap_s(OPTIMAL_GAP)
 
     def overhead(self, cost_ns: int | None) -> float | None:
-        """``cost_ns`` beyond the step that recomputes nothing, as a share of that."""
+        """``cost_ns`` beyond the step that recomputes nothing, as a share of that step."""
         if cost_ns is None or self.base_cost_ns == 0:
             return None
         return cost_ns / self.base_cost_ns - 1
@@ -132,7 +132,7 @@ def run(
     seed: int = 0,
     workers: int = 2,
 ) -> Run:
-    """Solve in a fresh process and wait for it. What goes wrong there is in the row."""
+    """Solve in a fresh process and wait for it; the row reports its failures."""
     budget_bytes = budget_of(instance.graph, budget)
     row = Run(
         instance=instance.name,
@@ -166,7 +166,7 @@ def run(
 
 
 def _ends(child: subprocess.Popen[str], limit_s: float) -> bool:
-    """Whether the child ended by itself; it is over in any case."""
+    """Whether the child ended by itself; if not, it is stopped."""
     try:
         child.wait(timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -178,11 +178,11 @@ def _ends(child: subprocess.Popen[str], limit_s: float) -> bool:
 
 
 def heard(row: Run, output: str) -> Run:
-    """``row`` with what a worker said; without a result it stays broken."""
+    """``row`` with a worker's output; without a result it stays broken."""
     moments: list[Moment] = []
     for line in output.splitlines():
         if not line.endswith("}"):
-            continue  # cut off while it was written
+            continue  # a line cut off while it was written
         said = json.loads(line)
         if "result" not in said:
             moments.append(Moment(**said))

@@ -1,11 +1,10 @@
-"""Planning of very deep and wide models, without their weights: ``make bench-scale``.
+"""Plan very deep and wide models, without their weights: ``make bench-scale``.
 
-``deep`` plans steps of published shapes at full width and depth. Between what
-the step needs at least and what it takes when nothing is recomputed, budgets
-lie at shares of the way: no one card holds these models, and a share says how
-tight a budget is whatever the weights take. ``suite`` plans the usual twelve-layer
-models at half of their memory. Each plan is made in a fresh process; times are
-of this machine, memory is the process's own.
+``deep`` plans steps of published shapes at full width and depth. Budgets are shares of
+the way from the least peak to the peak when nothing is recomputed: no single card holds
+these models, and a share says how tight a budget is, regardless of the weights.
+``suite`` plans the usual twelve-layer models at half of their memory. Each plan is made
+in a fresh process. Times are those of this machine, memory is the process's own.
 """
 
 from __future__ import annotations
@@ -122,7 +121,7 @@ def suite(
     seed: Seed = 0,
     out: Out = Path("build/bench-scale"),
 ) -> None:
-    """Plan at a share of the peak without a plan; what is asked is the time of all together."""
+    """Plan at a share of the peak without a plan; what counts is the total time."""
     rows: list[dict[str, Any]] = []
     for name in case or SUITE:
         job = parse_case(
@@ -162,7 +161,7 @@ def parse_case(
     Raises
     ------
     typer.BadParameter
-        When it is no such case, or ``numbers`` is unknown.
+        When it is not such a case, or ``numbers`` is unknown.
 
     Examples
     --------
@@ -194,7 +193,7 @@ def parse_case(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what was planned, how well, and what that took."""
+    """Markdown: what was planned, how well, and at what cost."""
     header = [
         "case",
         "parameters, 10^9",
@@ -252,7 +251,7 @@ def _plans(
 
 
 def _said(case: str, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, with a word about it on the terminal while the rest runs."""
+    """The result; also prints a line about it while the rest runs."""
     told = {key: value for key, value in result.items() if key not in ("log", "report")}
     Console(stderr=True, width=200 if not sys.stderr.isatty() else None).print(case, told)
     return result

@@ -1,8 +1,7 @@
 """Models of published shapes without weights: built on ``meta``, they take no memory.
 
-A name is looked up in :data:`SHAPES`; the sample that belongs to it has the
-labels, so that the model computes its own loss. Everything else is the
-configuration's default, dropout included.
+A name is looked up in :data:`SHAPES`. Its sample has labels, so that the model computes
+its own loss. Everything else is the configuration's default, including dropout.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ class Shape:
     model, config
         Names of the classes.
     options
-        Of the configuration.
+        Options of the configuration.
     depth
-        The options that say how many layers there are.
+        The options that set the number of layers.
     positions
-        The option that limits the sequence, where there is one.
+        The option that limits the sequence, if there is one.
     kind
-        What the sample holds: text, text for a decoder's labels alone, images.
+        The contents of the sample: text, text for a decoder's labels only, or images.
     source
         Where the figures come from.
     """
@@ -158,13 +157,13 @@ def build(
     name
         A key of :data:`SHAPES`.
     batch, sequence
-        Of the sample; images take no sequence.
+        Sizes of the sample; images have no sequence.
     dtype
-        Of the weights and of images.
+        Dtype of the weights and of images.
     layers
-        Instead of the published number.
+        Number of layers instead of the published one.
     options
-        Instead of the published ones.
+        Options instead of the published ones.
     device
         Where both lie.
 
@@ -191,7 +190,7 @@ def build(
 
 
 class LossOnly(nn.Module):
-    """A language model that hands out its loss and nothing else, so that logits may be freed."""
+    """A language model that returns only its loss, so that logits may be freed."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""What a planned step costs beside its kernels: models whose kernels are as small as can be.
+"""Measure what a planned step costs besides its kernels, on models with tiny kernels.
 
 ``python -m benchmarks.small_kernels`` trains six of them on one thread with a plan that
-recomputes nothing, in turn with eager, and prints the ratio of their times (the 5th
-percentile of the time of the thread, which other processes disturb least) and what it
-takes to compare a call and the model with the planned ones.
+recomputes nothing, in turn with eager. It prints the ratio of their times (the 5th
+percentile of the thread's time, which other processes disturb least) and the time to
+compare a call and the model with the planned ones.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Cells(nn.Module):
 
 
 class Chain(nn.Module):
-    """Elementwise calls alone."""
+    """Only elementwise calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def mean_square(output: Tensor) -> Tensor:
 
 
 def step_us(model: nn.Module, x: Tensor) -> float:
-    """Time of the thread for one training step without an optimizer."""
+    """The thread's time for one training step without an optimizer."""
     begin_s = time.thread_time()
     mean_square(model(x)).backward()
     model.zero_grad()
@@ -129,7 +129,7 @@ def step_us(model: nn.Module, x: Tensor) -> float:
 
 
 def guard_us(model: nn.Module, x: Tensor) -> float:
-    """What it takes to see that a call and the model are the planned ones."""
+    """Time to check that a call and the model are the planned ones."""
     planned = model.forward
     assert isinstance(planned, PlannedForward)
     times = []

@@ -1,8 +1,8 @@
 """Solvers side by side: ``make bench-solvers``, or ``python -m benchmarks.solvers --help``.
 
-Every solve runs alone, one after another, in a fresh process, with what
-compiles or loads on first use out of the timing. Figures are of this machine:
-the folder that the results go to also says which one, with which versions.
+Every solve runs alone, one after another, in a fresh process. Compiling and loading on
+first use is not timed. Figures are those of this machine; the results' folder also
+records the machine and the versions.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ USUAL = (
     "checkmate_milp",
     "moccasin",
 )
-"""Compared by default, as far as they are there."""
+"""Compared by default, if they exist."""
 
 LAYERS = (6, 12, 24, 48, 96)
 

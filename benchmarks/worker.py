@@ -1,10 +1,10 @@
-"""One solve in a process of its own: a graph comes in, JSON lines go out.
+"""Run one solve in a separate process: a graph comes in, JSON lines go out.
 
 ``python -m benchmarks.worker GRAPH BUDGET_BYTES SOLVER LIMIT_S SEED WORKERS``.
-A process of its own, because compiled code, HiGHS' scheduler and OR-tools are
-each global to one. What compiles or is loaded on first use is used once before
-the clock runs. Lines: ``{"elapsed_s", "cost_ns", "bound_ns"}`` for each event
-as it comes, and at last ``{"result": {…}}``.
+The process is separate because compiled code, HiGHS' scheduler and OR-tools are global
+to a process. Everything that compiles or loads on first use is used once before the
+clock starts. Lines: ``{"elapsed_s", "cost_ns", "bound_ns"}`` for each event as it
+comes, and finally ``{"result": {…}}``.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def warm_up(solver: str) -> None:
-    """Run what the solve will run on a small chain. What fails here will fail there, too.
+    """Run the solver on a small chain first. What fails here would fail in the solve, too.
 
-    The limit is short: it does not cut compilation, only what comes after.
+    The limit is short: it does not cut compilation, only what comes after it.
     """
     small = chain(8, seed=0)
     for name in dict.fromkeys((*COMPILED, solver)):

@@ -97,7 +97,7 @@ def _overhead(bench: Bench, settings: Settings) -> list[Part]:
 
 
 def _priced_by(bench: Bench, cost_model: str) -> Part:
-    """A cost model that fails leaves the other one's predictions."""
+    """A part of its own, so that if a cost model fails, the other's predictions remain."""
 
     def run() -> list[Any]:
         bench.unplanned(cost_model)
@@ -182,7 +182,7 @@ def main(
         "build/gpu-check"
     ),
 ) -> None:
-    """Check predictions and bits on a device, and compare with what people use."""
+    """Check predictions and bits on a device, and compare with what people use today."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     where = _device(device)
     chosen = _size(size, where)
@@ -217,7 +217,7 @@ def main(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runner:
-    """One model's turn: what it is, where it runs and which checks it gets."""
+    """One model's turn: the model, its device and its checks."""
 
     subject: Any
     device: torch.device
@@ -225,7 +225,7 @@ class Runner:
 
 
 def _run(console: Console, results: Results, runner: Runner, settings: Settings, out: Path) -> None:
-    """Every check of one model; what fails is written down, and the others go on."""
+    """Run every check of one model; failures are recorded, and the others go on."""
     subject = runner.subject
     try:
         bench = Bench(

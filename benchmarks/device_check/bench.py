@@ -19,10 +19,10 @@ from planner.base.training_step import train_step
 from .subjects import Subject
 
 UNLIMITED_BYTES = 10**15
-"""A budget that nothing exceeds: the plan then says what the unplanned step takes."""
+"""A budget that nothing exceeds: the plan then describes the unplanned step."""
 
 LEAST_MARGIN = 1.01
-"""The lowest budget that is tried, over the least feasible one that is known."""
+"""The lowest budget tried, over the least feasible one known."""
 
 Where = float | str
 """A share of the predicted unplanned peak, or ``"least"``."""
@@ -30,18 +30,18 @@ Where = float | str
 
 @dataclass(kw_only=True)
 class Bench:
-    """One model built on the device, and what was planned for it so far.
+    """One model built on the device, and its plans so far.
 
     Parameters
     ----------
     subject
-        Which model.
+        The model.
     device
         Where it lies and runs.
     seed
-        Of the weights and of the first sample.
+        Seed of the weights and of the first sample.
     time_limit_s
-        Of each solve.
+        Time limit of each solve.
     """
 
     subject: Subject
@@ -129,7 +129,7 @@ class Bench:
 
     @contextmanager
     def applied(self, plan: Plan) -> Iterator[nn.Module]:
-        """The model with a plan applied, and without it afterwards."""
+        """Apply a plan to the model, and remove it afterwards."""
         plan.apply(self.model)
         try:
             yield self.model
@@ -144,8 +144,8 @@ class Bench:
         Parameters
         ----------
         planned
-            Whether an applied plan is used; else the model's own forward runs,
-            so that both kinds of step can be compared on one set of weights.
+            Whether an applied plan is used; otherwise the model's own forward runs, so
+            that both kinds of step can be compared on one set of weights.
         """
         inputs = self.sample() if sample is None else sample
 
@@ -159,7 +159,7 @@ class Bench:
 
 
 def release(device: torch.device) -> None:
-    """Let go of what nobody needs, so that the next figure starts from a clean allocator."""
+    """Free unused memory, so that the next figure starts from a clean allocator."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -168,7 +168,7 @@ def release(device: torch.device) -> None:
 
 
 def without_plan(model: nn.Module) -> Callable[..., Any]:
-    """Calls a planned module as if no plan were applied."""
+    """Return a function that calls a planned module as if no plan were applied."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with unplanned(model):

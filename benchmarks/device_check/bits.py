@@ -1,4 +1,4 @@
-"""Whether a planned step computes eager's bits, where eager computes its own."""
+"""Check whether a planned step computes eager's bits, if eager repeats its own."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class Bits:
     model
         Name of the subject.
     where
-        The budget that the plan was made for, as it was asked for.
+        The plan's budget, as requested.
     budget_bytes
         The same in bytes.
     num_steps
-        Steps that were compared, each with an input and a seed of its own.
+        Number of compared steps, each with its own input and seed.
     algorithms
-        ``"as they are"``, or ``"deterministic"`` where PyTorch was told so.
+        ``"as they are"``, or ``"deterministic"`` if PyTorch was set so.
     eager_differs
         How eager differs from itself under these algorithms; ``""`` if it does not.
     planned_differs
-        How the planned step differs from eager; ``""`` if it does not. ``None``
-        where there was nothing to compare with, because eager differs.
+        How the planned step differs from eager; ``""`` if it does not. ``None`` if there
+        was nothing to compare with, because eager differs from itself.
     """
 
     model: str
@@ -65,9 +65,9 @@ def check_bits(
 ) -> list[Bits]:
     """Compare losses, outputs, gradients, buffers and generators of eager and planned steps.
 
-    Eager is compared with itself first. Where it differs (some CUDA kernels add
-    up with atomics, in an order of their own), the comparison is made again
-    under deterministic algorithms, with a plan that was made under them.
+    Eager is compared with itself first. If it differs (some CUDA kernels add with
+    atomics, in any order), the comparison is made again under deterministic algorithms,
+    with a plan made under them.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def check_bits(
     Returns
     -------
     list
-        One entry for each set of algorithms that was tried.
+        One entry for each set of algorithms tried.
     """
     budget_bytes = bench.budget_bytes(where)
     tried: list[Bits] = []
@@ -108,7 +108,7 @@ def check_bits(
 def _plan(bench: Bench, budget_bytes: int) -> Plan:
     if not torch.are_deterministic_algorithms_enabled():
         return bench.plan(budget_bytes)
-    with bench.context():  # other kernels may be dispatched, so the plan is another one
+    with bench.context():  # other kernels may be dispatched, so make another plan
         return optimize(
             bench.model,
             bench.sample(),
@@ -133,13 +133,13 @@ def _eager_differs(bench: Bench, num_steps: int) -> str:
 def _differs(bench: Bench, plan: Plan | None, num_steps: int) -> str:
     """How the second of two equal steps differs from the first; ``""`` if it does not.
 
-    Both run on one set of weights, buffers put back in between, so that large
-    models need no second copy; the weights then move on.
+    Both run on one set of weights, with buffers restored in between, so that large
+    models need no second copy. The weights are then updated.
 
     Parameters
     ----------
     plan
-        Of the second step; ``None`` to compare eager with itself.
+        The plan of the second step; ``None`` to compare eager with itself.
     """
     model = bench.model
     weights = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
@@ -174,7 +174,7 @@ def _differs(bench: Bench, plan: Plan | None, num_steps: int) -> str:
 def _step(
     bench: Bench, run: Callable[..., Any], sample: dict[str, Tensor], seed: int
 ) -> dict[str, Any]:
-    """What a step leaves, by name; gradients are the tensors themselves, buffers are copies."""
+    """A step's results by name; gradients are the tensors themselves, buffers are copies."""
     model = bench.model
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
@@ -205,7 +205,7 @@ def _put_back(model: torch.nn.Module, buffers: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's deterministic algorithms, with what cuBLAS wants for them."""
+    """PyTorch's deterministic algorithms, with the setting that cuBLAS needs for them."""
     was = torch.are_deterministic_algorithms_enabled()
     warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
     setting = os.environ.get(_CUBLAS)

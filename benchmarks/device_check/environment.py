@@ -22,12 +22,12 @@ OWED = (
 
 
 def environment(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
-    """All of it, ready for JSON.
+    """The whole environment, ready for JSON.
 
     Parameters
     ----------
     settings
-        The options that the check runs with, seeds among them.
+        The options of the check, including seeds.
     """
     machine = of_the_machine()
     return {
@@ -74,7 +74,7 @@ def _card(device: torch.device) -> str:
 
 
 def _driver() -> str | None:
-    """The driver's release, from its own tool; ``None`` where that is not installed."""
+    """The driver's release, from its own tool; ``None`` if that is not installed."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

@@ -1,4 +1,4 @@
-"""Predicted peaks beside the allocator's own record, and what fragmentation adds."""
+"""Compare predicted peaks with the allocator's own record, and measure fragmentation."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Memory:
     predicted_bytes
         Peak of the whole step, optimizer included.
     measured_bytes
-        What was there before the step and the most that the allocator handed
-        out in it: on CUDA by ``max_memory_allocated``.
+        Bytes held before the step plus the most that the step allocated: on CUDA by
+        ``max_memory_allocated``.
     allocator_bytes
-        ``max_memory_allocated`` itself, with whatever else the process holds on
-        the device; ``None`` on CPU.
+        ``max_memory_allocated`` itself, including everything else that the process holds
+        on the device; ``None`` on CPU.
     reserved_bytes
         ``max_memory_reserved``; ``None`` on CPU.
     num_recomputed
@@ -60,7 +60,7 @@ class Memory:
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less one; above zero is on the safe side."""
+        """Predicted over measured, minus one; above zero is on the safe side."""
         return self.predicted_bytes / self.measured_bytes - 1
 
     @property
@@ -70,7 +70,7 @@ class Memory:
 
     @property
     def fragmentation(self) -> float | None:
-        """Reserved over allocated, less one; ``None`` on CPU."""
+        """Reserved over allocated, minus one; ``None`` on CPU."""
         if self.reserved_bytes is None or not self.allocator_bytes:
             return None
         return self.reserved_bytes / self.allocator_bytes - 1
@@ -108,13 +108,13 @@ def check_planned(bench: Bench, where: Where) -> Memory:
 
 
 def worst_fragmentation(rows: Iterable[Memory]) -> float | None:
-    """The largest fragmentation of planned steps: the headroom that they need; ``None`` on CPU."""
+    """The largest fragmentation of planned steps, which is the headroom needed; ``None`` on CPU."""
     seen = [row.fragmentation for row in rows if row.where != "unplanned"]
     return max((x for x in seen if x is not None), default=None)
 
 
 def _measured(bench: Bench, *, where: Where, budget_bytes: int | None, **figures: float) -> Memory:
-    """Measure the step of the bench's model as it is now."""
+    """Measure the step of the bench's model in its current state."""
     subject, device = bench.subject, bench.device
     bench.model.zero_grad(set_to_none=True)
     release(device)

@@ -1,4 +1,4 @@
-"""Predicted step times and overheads beside measured ones."""
+"""Compare predicted step times and overheads with measured ones."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ COST_MODELS = ("roofline", "profile")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
-    """What recomputing takes: one plan, priced by every cost model, and measured.
+    """The time of recomputation: one plan, priced by every cost model, and measured.
 
     Parameters
     ----------
     model
         Name of the subject.
     where
-        The budget, as it was asked for.
+        The budget, as requested.
     budget_bytes
         The same in bytes.
     planned_by
-        The cost model that the plan was made with.
+        The cost model with which the plan was made.
     infeasible
         Why there is no plan; ``""`` if there is one.
     predicted
@@ -36,7 +36,7 @@ class Overhead:
     predicted_step_us
         Time of the unplanned step under each cost model, in microseconds.
     measured
-        Planned step over eager step, less one: the median of paired runs.
+        Planned step over eager step, minus one: the median of paired runs.
     quartiles
         Of the same.
     eager_us, planned_us
@@ -69,8 +69,8 @@ def check_overhead(
 ) -> Overhead:
     """Time planned and eager steps in turn, on one set of weights, without the optimizer.
 
-    The optimizer's step is the same in both and would only dilute the ratio;
-    predictions are taken relative to the step without it, too.
+    The optimizer's step is the same in both and would only dilute the ratio. Predictions
+    are also relative to the step without it.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def check_overhead(
     planned_by
         The cost model of the plan.
     priced_by
-        The cost models whose predictions are wanted.
+        The cost models whose predictions are reported.
     """
     budget_bytes = bench.budget_bytes(where)
     steps_us = {name: step_us(bench.unplanned(name)) for name in priced_by}

@@ -1,9 +1,9 @@
-"""What people use today, beside a plan at the same peak, in one run.
+"""Compare what people use today with a plan at the same peak, in one run.
 
 Per-block checkpointing, by Transformers' own switch or by
 ``torch.utils.checkpoint`` around each block, and ``torch.compile`` with
 ``torch._functorch.config.activation_memory_budget``, a ratio of saved bytes: the
-peers of ``planner.comparing``. A peer that fails leaves its error in its row.
+peers of ``planner.comparing``. If a peer fails, its row has the error.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PeerRow:
     method
         In words.
     error
-        What it failed with; ``""`` if it did not.
+        Its error; ``""`` if it did not fail.
     peak_bytes
         Measured, of the whole step, optimizer included.
     ratio
@@ -49,12 +49,12 @@ class PeerRow:
     quartiles
         Of the same.
     loss_error, gradient_error, gradients, buffers, difference
-        Of two steps on the same seed, as
-        :class:`planner.comparing.execution.step_verdict.StepVerdict` has them.
+        Of two steps on the same seed, as in
+        :class:`planner.comparing.execution.step_verdict.StepVerdict`.
     predicted_bytes, predicted_ratio
         Of a plan.
     ratio_to_checkpointing
-        Of a plan: its time over checkpointing's, measured in pairs of their own.
+        Of a plan: its time over checkpointing's, measured in separate pairs.
     """
 
     model: str
@@ -83,7 +83,7 @@ def check_peers(
 
 
 def checkpointing_of(model: nn.Module) -> Peer:
-    """Per-block checkpointing as users have it: Transformers' own where it takes the model."""
+    """Per-block checkpointing as users run it: Transformers' own if it accepts the model."""
     supported = getattr(model, "supports_gradient_checkpointing", False)
     return PEERS["gradient_checkpointing_enable" if supported else "checkpoint_per_block"]
 
@@ -146,7 +146,7 @@ def _compiled(bench: Bench, budget: float, num_pairs: int) -> PeerRow:
 def _measured(bench: Bench, model: nn.Module, method: str, num_pairs: int) -> PeerRow:
     subject, sample = bench.subject, bench.sample()
     with bench.context():
-        # A new model: steps that were timed have moved the statistics of the bench's own.
+        # A new model: timed steps have changed the statistics of the bench's own.
         verdict = judge_steps(bench.make(), model, sample, seeds=(bench.seed,))
         release(bench.device)
         peak_bytes = measure(

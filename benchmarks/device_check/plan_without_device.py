@@ -1,7 +1,7 @@
-"""Plan for a device that is not there, and write the plan down.
+"""Plan for an absent device, and save the plan.
 
-Runs in a process of its own that sees no CUDA device, so that what it captures
-is what a laptop captures::
+Runs in a separate process that sees no CUDA device, so that it captures what a laptop
+would capture::
 
     python -m benchmarks.device_check.plan_without_device gpt2 tiny h100 0 plan.json
 """
@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def plan_without_device(subject: Subject, entry: str | Device, seed: int, path: Path) -> None:
-    """Plan on ``meta`` for a device that need not be there, with room for everything.
+    """Plan on ``meta`` for a device that need not be present, with room for everything.
 
     Parameters
     ----------
     entry
-        As ``optimize(device=…)`` takes it.
+        As for ``optimize(device=…)``.
     path
-        Of the plan's JSON.
+        Path of the plan's JSON.
     """
     with torch.device("meta"):
         model = subject.build()
@@ -58,7 +58,7 @@ def plan_in_child(subject: Subject, entry: str, seed: int, path: Path) -> None:
     Raises
     ------
     RuntimeError
-        When it ends without a plan; with the last lines of what it said.
+        When it ends without a plan; has the last lines of its output.
     """
     words = [subject.name, subject.size, entry, str(seed), str(path)]
     child = subprocess.run(

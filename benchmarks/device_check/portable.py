@@ -1,4 +1,4 @@
-"""A plan that was made for the device without it is the plan that is made on it."""
+"""Check that a plan made without the device equals the plan made on it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Portable:
     model
         Name of the subject.
     entry
-        The device's name, as ``optimize(device=…)`` takes it.
+        The device's name, as for ``optimize(device=…)``.
     without_device
         Fingerprint of the plan made on ``meta`` for the device, after a round
         trip through JSON.
     here
         Fingerprint of the plan made on the device.
     without_device_peak_bytes, here_peak_bytes
-        Predicted peaks of the unplanned step. They may differ where kernels'
-        scratch memory could only be measured on the device.
+        Predicted peaks of the unplanned step. They may differ if kernels' scratch memory
+        could only be measured on the device.
     refused
         Why the plan from the file could not be applied; ``""`` if it could.
     """
@@ -48,15 +48,15 @@ class Portable:
 
     @property
     def same(self) -> bool:
-        """Whether both are plans of one step, and the device took the one from the file."""
+        """Whether both are plans of one step, and the one from the file could be applied."""
         return self.without_device == self.here and not self.refused
 
 
 def check_portable(bench: Bench) -> Portable:
     """Plan on ``meta`` for the device, save, load, compare, and apply on the device.
 
-    For a card that the planner knows by name the plan is made in a process that
-    sees no card; for another one here, from what the card says of itself.
+    For a card that the planner knows by name, the plan is made in a process that sees no
+    card. For another card it is made here, from what the card reports.
     """
     subject = bench.subject
     with tempfile.TemporaryDirectory() as folder:

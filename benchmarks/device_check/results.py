@@ -1,4 +1,4 @@
-"""What a run of the check found, as data: JSON both ways, and a verdict."""
+"""Results of a run of the check: JSON both ways, and a verdict."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Failed:
 
 @dataclass(kw_only=True)
 class Results:
-    """Grows while the check runs.
+    """The results so far; grows while the check runs.
 
     Parameters
     ----------
     environment
         From :func:`~.environment.environment`.
     subjects
-        Each model's name and what it is.
+        Each model's name and description.
     """
 
     environment: dict[str, Any]
@@ -49,11 +49,11 @@ class Results:
 
     @property
     def headroom(self) -> float | None:
-        """What plans should leave alone for fragmentation, as a share; ``None`` on CPU."""
+        """The share that plans should leave free for fragmentation; ``None`` on CPU."""
         return worst_fragmentation(self.memory)
 
     def faults(self) -> list[str]:
-        """Everything that breaks a promise, in words; peers' faults are not ours."""
+        """Everything that breaks a promise, in words; peers' faults do not count."""
         return [
             *(f"{row.model}, {row.check}: {row.error}" for row in self.failed),
             *(
@@ -71,7 +71,7 @@ class Results:
         ]
 
     def write(self, folder: Path) -> None:
-        """``results.json``, with every field and what follows from it."""
+        """Write ``results.json``, with every field and the derived figures."""
         data = {
             "circumstances": self.environment,
             "subjects": self.subjects,

@@ -29,17 +29,17 @@ class Subject:
     words
         Depth, width, batch and length, for the report.
     build
-        Builds the module in training mode, where ``torch.device`` says.
+        Builds the module in training mode, on the current ``torch.device``.
     sample
         From a seed to the keyword arguments of a call, on the CPU; the global
         generator stays as it is.
     blocks
-        The modules that per-block checkpointing wraps where the model itself
-        does not offer it.
+        The modules that per-block checkpointing wraps if the model itself does not offer
+        it.
     autocast
         Dtype of the autocast that forward and loss run under, or ``None``.
     optimizer
-        By its name; its state and step are in the peaks.
+        Its name; its state and step count in the peaks.
     """
 
     name: str
@@ -102,7 +102,7 @@ def gpt2(size: Size) -> Subject:
             attn_implementation="sdpa",
         )
         model = GPT2LMHeadModel(config).train()
-        # The loss that is taken anyhow; unnamed it is warned of, where Dynamo breaks the graph.
+        # The default loss; unnamed, it gives a warning, at which Dynamo breaks the graph.
         model.loss_type = "ForCausalLM"
         return model
 

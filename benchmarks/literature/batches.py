@@ -1,8 +1,8 @@
 """One step at any batch size from two captures, and the largest batch within a rule.
 
-Sizes are affine in the batch and so, in a roofline, are times of calls that are not
-bound by their launch (:mod:`planner.sizing.fitting`). A search therefore needs no
-capture for each batch; its answer is captured and checked.
+Sizes are affine in the batch and so, by the roofline, are times of calls that are not
+bound by their launch (:mod:`planner.sizing.fitting`). A search therefore does not need a
+capture for each batch; only its answer is captured and checked.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from .questions import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """What a step must keep to.
+    """Limits of a step.
 
     Parameters
     ----------
     budget_bytes
-        Of the peak.
+        Limit of the peak.
     extra_forwards
-        Forward passes that may be run again, at most: time is within that of the
-        step and so many forward passes. Jain et al. allow one.
+        The most forward passes that may be run again: the time may be that of the step
+        plus this many forward passes. Jain et al. allow one.
     """
 
     budget_bytes: int
     extra_forwards: float = 1.0
 
     def cost_limit_ns(self, graph: CostGraph) -> int:
-        """The longest time that is allowed."""
+        """The longest time allowed."""
         return graph.base_cost_ns + int(self.extra_forwards * forward_ns(graph))
 
     def allows(self, graph: CostGraph, schedule: Schedule) -> bool:
-        """Whether a schedule keeps to it."""
+        """Whether a schedule is within the limits."""
         outcome = replay(graph, schedule)
         within = outcome.peak_bytes <= self.budget_bytes
         return within and outcome.cost_ns <= self.cost_limit_ns(graph)
@@ -62,7 +62,7 @@ class StepLine:
     Raises
     ------
     ValueError
-        When the two steps are not of the same wiring.
+        When the two steps do not have the same wiring.
     """
 
     def __init__(self, capture: Callable[[int], CostGraph], first: int, second: int) -> None:
@@ -128,13 +128,12 @@ class LargestBatch:
     Parameters
     ----------
     batch
-        0 where it reaches none.
+        0 if it reaches none.
     excluded
-        The least batch proven to be out of reach; ``None`` where none is. It is
-        proven of the step on the line through the two captures, which at that
-        batch is not captured.
+        The least batch proven to be out of reach; ``None`` if none is. The proof is for
+        the step on the line through the two captures, not for a capture at that batch.
     peak_bytes, overhead
-        Of its schedule at ``batch``, on the step as captured there.
+        Of its schedule at ``batch``, on the step captured there.
     """
 
     batch: int
@@ -144,27 +143,27 @@ class LargestBatch:
 
 
 BEYOND = (1.05, 1.1, 1.25, 1.5, 2.0, 3.0)
-"""Multiples of the largest batch that are tried for a proof where the search had none."""
+"""Multiples of the largest batch that are tried for a proof if the search had none."""
 
 Find = Callable[[CostGraph, Rule, Schedule | None], tuple[Schedule | None, bool]]
-"""From a step, the rule and a schedule of a smaller batch to a schedule that keeps to
-the rule (or ``None``) and whether it is proven that there is none."""
+"""Maps a step, the rule and a schedule of a smaller batch to a schedule within the rule
+(or ``None``), and whether it is proven that there is none."""
 
 
 def largest_batch(
     line: StepLine, rule: Rule, find: Find, *, start: int = 1, prove: bool = False
 ) -> LargestBatch:
-    """The largest batch at which ``find`` keeps to the rule, by doubling and halving.
+    """The largest batch at which ``find`` stays within the rule, by doubling and halving.
 
-    Rests on this: what keeps to the rule at a batch does so at smaller ones.
+    Assumes that what is within the rule at a batch is also within it at smaller ones.
 
     Parameters
     ----------
     start
-        A batch to begin with.
+        The first batch to try.
     prove
-        Whether to look for a larger batch that is proven to be out of reach, where
-        that is open for the next one.
+        Whether to look for a larger batch that is proven to be out of reach, if that is
+        open for the next one.
     """
     fitting, schedule = 0, None
     too_large: int | None = None
@@ -185,7 +184,7 @@ def largest_batch(
         if find(line.at(batch), rule, schedule)[1]:
             excluded = batch
             break
-    # What lies on the line is checked by a capture; rounding may take one or two away.
+    # The batch on the line is checked by a capture; rounding may lower it by one or two.
     while fitting and schedule is not None:
         graph = line.captured(fitting)
         if rule.allows(graph, schedule):

@@ -1,7 +1,7 @@
 """Chains of equal layers: as plain cost graphs, and captured from modules.
 
-Modules are narrow and their batch is large, so that what grows with the number of
-layers is activations and not parameters. They lie on ``meta``: nothing is allocated.
+Modules are narrow and their batch is large, so that activations, not parameters, grow
+with the number of layers. They lie on ``meta``: nothing is allocated.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from graph_capture.cost_graph import CostGraph, Operator, Storage
 from .questions import captured_graph
 
 DEVICE = "a100"
-"""Whose times captured chains have. On a CPU drawing dropout masks takes half of a step."""
+"""The device for times of captured chains: on a CPU, half of a step would draw dropout masks."""
 
 LAYER_BYTES = 1_000_000
 LAYER_NS = 1_000_000
@@ -25,9 +25,8 @@ LAYER_NS = 1_000_000
 def plain_chain(num_layers: int) -> CostGraph:
     """``f1 … fL``, the loss, ``bL … b1``; a layer costs c forward and 2 c backward.
 
-    Every result is of one size. ``b_i`` reads what the layer was given and the
-    gradient of what it made; the step's input is resident and has no size. The
-    loss costs nothing.
+    All results have the same size. ``b_i`` reads the layer's input and the gradient of
+    its output. The step's input is resident and has no size. The loss costs nothing.
     """
     storages = [Storage(name="x", size_bytes=0, producer=None, category="input")]
     operators: list[Operator] = []
@@ -68,7 +67,7 @@ class ResidualMLP(nn.Module):
 
 
 class Chain(nn.Module):
-    """Layers in a row; the sum of what comes out is differentiated."""
+    """Layers in a row; the sum of the output is differentiated."""
 
     def __init__(self, num_layers: int, make_layer: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -107,4 +106,4 @@ FAMILIES: dict[str, Callable[[int], CostGraph]] = {
     "mlp": mlp_chain,
     "transformer": transformer_chain,
 }
-"""Chains by name: from the number of layers to a step."""
+"""By name, functions from the number of layers to a step."""

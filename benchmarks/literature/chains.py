@@ -1,8 +1,8 @@
-"""Square-root memory on chains: what each strategy needs as chains grow, and what that costs.
+"""Square-root memory on chains: each strategy's memory as chains grow, and its cost.
 
-Chen et al. 2016 (arXiv:1604.06174): segments of sqrt(L) layers need O(sqrt(L))
-memory for one more forward pass, a third of a step whose backward pass takes
-twice its forward pass; recursion needs O(log L) for more time.
+Chen et al. 2016 (arXiv:1604.06174): segments of sqrt(L) layers need O(sqrt(L)) memory
+for one more forward pass, which is a third of a step whose backward pass takes twice as
+long as its forward pass. Recursion needs O(log L) memory for more time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STRATEGIES = (
     PER_LAYER,
 )
 FIT_FROM = 16
-"""Layers from which the growth is fitted; below, constants count as much as the chain."""
+"""Layers from which the growth is fitted; below, constants matter as much as the chain."""
 
 
 def chain_rows(
@@ -53,7 +53,7 @@ def chain_rows(
     outcome = replay(graph, Schedule.keep_all(graph))
     for name in STRATEGIES:
         if name == PER_LAYER and graph.num_operators == 2 * num_layers + 1:
-            continue  # a layer of one operator has nothing inside that could be dropped
+            continue  # a layer of one operator has nothing to drop inside
         figure = strategy_figure(graph, name, time_limit_s=time_limit_s, seed=seed)
         best = Figure(strategy="auto", error=figure.error)
         if figure.peak_bytes is not None and figure.overhead:

@@ -3,10 +3,10 @@
 Jain et al. 2020, *Checkmate: Breaking the Memory Wall with Optimal Tensor
 Rematerialization* (MLSys 2020, arXiv:1910.02653): overhead against budget for
 VGG-16, MobileNet and U-Net, and the largest batch in 16 GB that costs at most one
-more forward pass for six networks, on a V100. Here the networks are PyTorch's and
-not Keras's, times are by roofline and not profiled, and there is no scratch memory
-of kernels: shares and ratios can be held beside the paper's, bytes cannot. Of the
-segmentation networks the paper's U-Net has the encoder of a VGG.
+more forward pass for six networks, on a V100. Here the networks are PyTorch's, not
+Keras's, times are by roofline, not profiled, and kernels' scratch memory is not
+counted. So shares and ratios can be compared with the paper's, but bytes cannot. The
+paper's U-Net has the encoder of a VGG.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ V100 = Device(
     memory_bytes=16 * 10**9,
     source="NVIDIA V100 Tensor Core GPU data sheet, NVLink column",
 )
-"""The paper's card. It is here and not in the table of devices because nothing else needs it."""
+"""The paper's card; not in the table of devices, because nothing else needs it."""
 
 SWEPT = ("vgg16", "mobilenet", "unet")
 SWEPT_STRATEGIES = (
@@ -138,7 +138,7 @@ def sweep_rows(
 
 
 def sweep_tables(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: for each network strategies by budgets."""
+    """Markdown: for each network, strategies by budgets."""
     parts = []
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
@@ -170,7 +170,7 @@ def batch_rows(
     seed: int = 0,
     say: Callable[[str], None] = lambda words: None,
 ) -> list[dict[str, Any]]:
-    """A row for each strategy: the largest batch of one network that keeps to the rule."""
+    """A row for each strategy: the largest batch of one network within the rule."""
     subject = SUBJECTS[name](size)
     line = StepLine.of(subject, V100, *captured_at)
     rows: list[dict[str, Any]] = []
@@ -203,7 +203,7 @@ def batch_rows(
 
 
 def batch_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each network, batches by strategy and what ours gains."""
+    """Markdown: a line for each network, with batches by strategy and our gain."""
     strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     header = [
         "images",
@@ -219,7 +219,7 @@ def batch_table(rows: Sequence[dict[str, Any]]) -> str:
         batches = {strategy: own[strategy]["batch"] for strategy in strategies}
         ours = batches["auto"]
         others = [own[s] for s in strategies if s not in ("auto", "none")]
-        # Of heuristics that reach the same batch the quickest.
+        # The fastest of the heuristics that reach the same batch.
         best = max(others, key=lambda row: (row["batch"], -(row["overhead"] or 0.0)))
         excluded = own["auto"]["excluded"]
         lines.append(
@@ -256,7 +256,7 @@ def by_strategy(name: str, seed: int = 0) -> Find:
 
 
 def by_solving(time_limit_s: float, seed: int = 0) -> Find:
-    """Any schedule that the solver finds, with its proof where there is none."""
+    """Any schedule that the solver finds, or its proof that there is none."""
 
     def find(
         graph: CostGraph, rule: Rule, schedule: Schedule | None

@@ -25,7 +25,7 @@ from .questions import (
 )
 
 USUAL = ("transformers_per_layer", "uniform_sqrt")
-"""What guides tell to switch on: every layer, or segments of sqrt(L) of them."""
+"""What guides recommend: every layer, or segments of sqrt(L) layers."""
 
 
 def half_row(
@@ -47,11 +47,11 @@ def half_row(
     device
         ``None`` for the CPU's times.
     share
-        Of the peak, that the optimum is asked for.
+        Share of the peak at which the optimum is sought.
     overhead
-        That the least peak is asked for.
+        Overhead at which the least peak is sought.
     time_limit_s
-        Of each solve.
+        Time limit of each solve.
     """
     graph = captured_graph(
         subject.build("meta"),

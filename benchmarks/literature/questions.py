@@ -1,8 +1,7 @@
-"""What the experiments ask of a step: what a strategy gives, what a budget costs at least.
+"""Questions of the experiments: what a strategy achieves, and the least cost of a budget.
 
-A question about time *and* memory ("is there a schedule within so many bytes that
-takes no longer than that?") stops the solver as soon as its schedule or its bound
-answers it.
+A question about time *and* memory ("is there a schedule within so many bytes that takes
+no longer than that?") stops the solver as soon as its schedule or its bound answers it.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from solvers.strategies import STRATEGIES, StrategyError, apply_strategy
 
 NOTHING_FITS = "proven: nothing fits"
 NOTHING_FOUND = "no schedule found"
-"""What errors of strategies that solve say, too; any other error is that one does not apply."""
+"""Also the error of strategies that solve; any other error means that one does not apply."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """What a schedule comes to.
+    """The figures of a schedule.
 
     Parameters
     ----------
     strategy, setting
-        Who proposed it, with which parameters.
+        The strategy that proposed it, and its parameters.
     peak_bytes
         By replay, resident storages included.
     overhead
@@ -50,12 +49,12 @@ class Figure:
     fits
         Whether the peak is within the budget; true without one.
     bound
-        What a lower bound on the time of every schedule whose first runs keep the base
-        order allows, as an overhead; ``None`` where there is none.
+        The lower bound on the time of every schedule whose first runs keep the base
+        order, as an overhead; ``None`` if there is none.
     error
-        Why there are no figures; ``""`` where there are.
+        Why there are no figures; ``""`` if there are.
     schedule
-        What the figures are of.
+        The schedule of the figures.
     """
 
     strategy: str
@@ -82,9 +81,9 @@ class Answer:
     Parameters
     ----------
     schedule
-        One that does it; ``None`` where none was found.
+        A schedule within both; ``None`` if none was found.
     excluded
-        Whether a bound proves that none does.
+        Whether a bound proves that there is none.
     """
 
     schedule: Schedule | None
@@ -102,8 +101,8 @@ def captured_graph(
 ) -> CostGraph:
     """The step of a model as ``optimize`` would see it.
 
-    Unless ``measure_scratch``, no kernel runs, so that any size will do, and scratch
-    memory of kernels is left out.
+    Without ``measure_scratch``, no kernel runs, so any size is possible, and kernels'
+    scratch memory is left out.
     """
     arguments = bind_call(model.forward, *split_sample(sample))
     target = target_of(model, tensors_of(arguments), device)
@@ -126,7 +125,7 @@ def strategy_figure(
     time_limit_s: float = 20.0,
     seed: int = 0,
 ) -> Figure:
-    """What a strategy of the registry gives; where it does not apply, why."""
+    """What a strategy of the registry achieves, or why it does not apply."""
     try:
         outcome = apply_strategy(
             STRATEGIES[name],
@@ -155,7 +154,7 @@ def optimum_figure(
     seed: int = 0,
     hint: Schedule | None = None,
 ) -> Figure:
-    """What the solver pays for a budget, and what is proven about paying less."""
+    """The solver's overhead at a budget, and its lower bound."""
     result = solve(graph, budget_bytes, time_limit_s=time_limit_s, seed=seed, hint=hint)
     return _figure(graph, result)
 
@@ -208,9 +207,9 @@ class LeastPeak:
     Parameters
     ----------
     peak_bytes
-        Of a schedule that was found.
+        Peak of a schedule that was found.
     excluded_bytes
-        A budget that is proven to be too small, the largest of which this is known.
+        The largest budget known to be proven too small.
     """
 
     peak_bytes: int
@@ -231,11 +230,11 @@ def least_peak_within(
     Parameters
     ----------
     time_limit_s
-        For each budget that is tried.
+        Time limit for each budget tried.
     tolerance
         Where halving ends, as a share of the peak that recomputes nothing.
     known
-        Schedules to begin with; those that take longer are passed over.
+        Schedules to begin with; those that take longer are skipped.
     """
     schedule = Schedule.keep_all(graph)
     peak = highest = replay(graph, schedule).peak_bytes
@@ -245,7 +244,7 @@ def least_peak_within(
             schedule, peak = other, outcome.peak_bytes
     least = least_memory(graph, time_limit_s=time_limit_s, seed=seed)
     low, excluded = least.peak_bytes, least.lower_bound_bytes - 1
-    # Even the lowest schedule may be quick enough; budgets below it need no trying.
+    # If even the schedule of the lowest peak is fast enough, lower budgets need no trial.
     if replay(graph, least.schedule).cost_ns <= cost_limit_ns:
         return LeastPeak(peak_bytes=low, excluded_bytes=excluded)
     while peak - low > tolerance * highest:

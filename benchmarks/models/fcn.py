@@ -4,8 +4,8 @@ References
 ----------
 Long, Shelhamer and Darrell 2014, *Fully Convolutional Networks for Semantic
 Segmentation*, arXiv:1411.4038, figure 3. The paper pads images by 100 pixels and
-crops what comes out; here convolutions and transposed convolutions are padded so
-that sizes fit, and images' sides must be multiples of 32.
+crops the output; here convolutions and transposed convolutions are padded so that
+sizes fit, and images' sides must be multiples of 32.
 """
 
 from __future__ import annotations

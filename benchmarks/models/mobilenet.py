@@ -37,17 +37,17 @@ VERSION_2 = (
 
 
 def scaled(channels: int, width: float) -> int:
-    """Channels times the width multiplier, a multiple of 8 and no more than a tenth less.
+    """Channels times the width multiplier, as a multiple of 8, and at most a tenth less.
 
-    Without the last condition narrow layers would lose much; both papers' released
-    code rounds this way.
+    Without the last condition narrow layers would lose much. The released code of both
+    papers rounds this way.
     """
     rounded = max(8, int(channels * width + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels * width else rounded
 
 
 class ConvNorm(nn.Sequential):
-    """A convolution without bias, batch norm, and ReLU cut off at 6 where ``active``."""
+    """A convolution without bias, batch norm, and ReLU6 if ``active``."""
 
     def __init__(
         self,

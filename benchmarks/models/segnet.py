@@ -37,7 +37,7 @@ class SegNet(nn.Module):
             _stage([inputs, *[out] * count])
             for inputs, out, count in zip([3, *widths[:-1]], widths, counts, strict=True)
         )
-        # The way back: each stage ends with the channels of the one before it.
+        # The decoder: each stage ends with the channels of the one before it.
         ends = (width, *widths[:-1])
         self.up = nn.ModuleList(
             _stage([inputs] * count + [out])

@@ -1,4 +1,4 @@
-"""What a model of the literature is here: a module, the call that trains it, and words about it."""
+"""A model of the literature: a module, the call that trains it, and a description."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Size = Literal["tiny", "record", "paper"]
-"""``tiny`` is for tests; a step of ``record`` takes some tenths of a second on one CPU core, and
-some 100 MB; ``paper`` is the published shape, which is only ever planned, on ``meta``."""
+"""``tiny`` is for tests. A step of ``record`` takes some tenths of a second on one CPU core, and
+some 100 MB. ``paper`` is the published shape, which is only planned, on ``meta``."""
 
 SIZES: tuple[Size, ...] = ("tiny", "record", "paper")
 
@@ -26,7 +26,7 @@ class Drawn:
     shape
         Of the tensor.
     below
-        Whole numbers from 0 up to it; normal floats where it is ``None``.
+        Draw whole numbers from 0 up to it; ``None`` for normal floats.
     """
 
     shape: tuple[int, ...]
@@ -46,12 +46,12 @@ class Subject:
     source
         The paper that the structure comes from.
     make
-        Builds the module where ``torch.device`` says; see :meth:`build`.
+        Builds the module on the current ``torch.device``; see :meth:`build`.
     tensors
         Keyword arguments of a call, targets included; see :meth:`sample`.
     loss_fn
-        Makes the scalar loss of the output. ``None`` where the output is or has
-        the loss, which is so for all models here.
+        Computes the scalar loss from the output. ``None`` if the output is or has the
+        loss, as for all models here.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Subject:
 
     @property
     def batch(self) -> int:
-        """Of a sample that asks for no other."""
+        """The default batch size of a sample."""
         return next(iter(self.tensors.values())).shape[0]
 
     def build(self, device: str = "cpu", *, seed: int = 0) -> nn.Module:
@@ -81,7 +81,7 @@ class Subject:
     def sample(
         self, seed: int = 0, *, device: str = "cpu", batch: int | None = None
     ) -> dict[str, Tensor]:
-        """Keyword arguments of a call; on ``meta`` shapes alone. Other seeds, other values."""
+        """Keyword arguments of a call; on ``meta`` only shapes. The seed decides the values."""
         generator = torch.Generator().manual_seed(seed)
         call: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
@@ -98,9 +98,9 @@ class Subject:
 
 
 class WithLoss(nn.Module):
-    """A network that is called with images and labels and gives its cross entropy.
+    """A network that is called with images and labels and returns its cross entropy.
 
-    Labels are one class an image, or one class a pixel.
+    Labels are one class per image, or one class per pixel.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -58,7 +58,7 @@ def _text(
 
 
 def _current_device() -> str:
-    """Where ``torch.device`` says that tensors are made."""
+    """The device on which tensors are currently made."""
     return str(nn.Parameter().device)
 
 

@@ -22,7 +22,7 @@ SOURCE = "Ronneberger et al. 2015, arXiv:1505.04597"
 class TwoConvolutions(nn.Sequential):
     """A step of either path: two 3 x 3 convolutions with ReLU.
 
-    They have names and no numbers: the step as a whole is what people recompute.
+    They have names instead of numbers, because users recompute the step as a whole.
     """
 
     def __init__(self, channels: int, out: int, *, batch_norm: bool, padding: int) -> None:
@@ -49,9 +49,9 @@ class UNet(nn.Module):
     batch_norm
         After each convolution; the paper has none.
     padded
-        Whether convolutions keep the size. In the paper they do not (572 x 572
-        pixels give 388 x 388) and what is joined is cropped; with it the image's
-        sides must be multiples of ``2 ** (levels - 1)``.
+        Whether convolutions keep the size. In the paper they do not (572 x 572 pixels
+        give 388 x 388), and skip connections are cropped. If padded, the image's sides
+        must be multiples of ``2 ** (levels - 1)``.
     dropout
         At the end of the contracting path.
     """

@@ -37,7 +37,7 @@ class VGG(nn.Module):
     hidden
         Features of the dense layers.
     grid
-        What images of any size are pooled to before them: ``grid`` x ``grid``.
+        Before the dense layers, images of any size are pooled to ``grid`` x ``grid``.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Sweeps: many small steps that nobody chose by hand, each judged by the same rules."""
+"""Sweeps: many small steps that nobody chose by hand, all judged by the same rules."""

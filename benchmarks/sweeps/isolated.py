@@ -1,7 +1,7 @@
-"""Each case of a sweep in a forked process of its own, with limits, so that none ends the sweep.
+"""Run each case of a sweep in a forked process with limits, so that no case ends the sweep.
 
-The parent imports what all cases need and stays single-threaded; a child begins with all
-of it. That takes milliseconds where a new interpreter takes seconds.
+The parent imports what all cases need and stays single-threaded; a child starts with all
+of it. This takes milliseconds, while a new interpreter takes seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one case may take.
+    """Limits of one case.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class Limits:
 
 
 def run_isolated(call: Callable[[], dict[str, Any]], limits: Limits) -> dict[str, Any]:
-    """What ``call`` returns in a child; an ``outcome`` of ``"died"`` when it does not return."""
+    """The result of ``call`` in a child; an ``outcome`` of ``"died"`` if it does not return."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
@@ -85,13 +85,13 @@ def run_all(
     Parameters
     ----------
     cases
-        Names and what to call.
+        Names, and functions to call.
     out
-        JSON lines; may exist.
+        File of JSON lines; may exist.
     limits
-        Of each case.
+        Limits of each case.
     limit_s
-        No case begins later.
+        No case starts after this time.
     """
     begin_s = time.monotonic()
     done = {record["name"] for record in read_records(out)}
@@ -108,7 +108,7 @@ def run_all(
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a sweep's file; a last line that was cut short is left out."""
+    """The lines of a sweep's file; a truncated last line is left out."""
     if not path.exists():
         return []
     records = []

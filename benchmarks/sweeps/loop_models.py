@@ -20,7 +20,7 @@ GLOBAL_SCALE = 1.0
 
 
 class Perceptron(nn.Module):
-    """Dropout, batch norm, and every sort of plain attribute."""
+    """Dropout, batch norm, and every kind of plain attribute."""
 
     class_scale = 1.0
 
@@ -33,7 +33,7 @@ class Perceptron(nn.Module):
         self.activation: Callable[[Tensor], Tensor] = F.gelu
         self.factors = [1.0, 0.5]
         self.options = {"bias": 0.25}
-        self.offset = torch.full((64,), 0.1)  # no buffer, as many models have it
+        self.offset = torch.full((64,), 0.1)  # not a buffer, as in many models
         self.skip = True
         self.register_buffer("shift", torch.zeros(64))
 
@@ -149,11 +149,11 @@ class LoopModel:
     make
         Builds it.
     sample
-        From a seed and a batch size to keyword arguments.
+        Maps a seed and a batch size to keyword arguments.
     loss
-        Of an output.
+        Computes the loss of an output.
     hooked, dropout, norm
-        Paths of submodules that hooks and attributes are about; ``""`` for none.
+        Paths of the submodules for hooks and attributes; ``""`` for none.
     """
 
     make: Callable[[], nn.Module]

@@ -1,8 +1,8 @@
-"""One loop of the sweep, on a planned model and on its twin: the same bits, or a word about it.
+"""Run one loop of the sweep on a planned model and on its twin: the same bits, or a warning.
 
 A loop is drawn from a seed: a model, a policy, and a few changes with a step after each. Both
-sides get the same changes and the same seeds. After each step everything that the loop
-could see is compared: losses, gradients, parameters, buffers and the generator.
+sides get the same changes and the same seeds. After each step, everything that the loop
+can see is compared: losses, gradients, parameters, buffers and the generator.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SOLVER_LIMIT_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """What a loop does.
+    """The contents of a loop.
 
     Parameters
     ----------
@@ -73,12 +73,12 @@ class Verdict:
     verdict
         The worst of its steps, of ``verdicts.FINE`` and ``verdicts.BROKEN``.
     at
-        The act that it is about.
+        The act that it concerns.
     words
-        What was said: an error, a warning, the first difference.
+        The error, the warning, or the first difference.
     over_budget, over_at, over_said
-        Largest peak of a step as a part of the budget where it was above it, which
-        step that was, and whether a warning had been given by then.
+        Largest peak of a step as a share of the budget if it was above it, the step, and
+        whether there had been a warning by then.
     """
 
     verdict: str = "equal"
@@ -113,7 +113,7 @@ def singles(policies: Iterable[str] = POLICIES) -> list[Loop]:
 
 @cache
 def plan_for(model: str) -> Plan:
-    """A plan of each model, within its least budget at the worst."""
+    """A plan of the model, at worst at its least budget."""
     case = MODELS[model]
     torch.manual_seed(0)
     twin = case.make().train()
@@ -136,7 +136,7 @@ def plan_for(model: str) -> Plan:
 
 
 def run_loop(loop: Loop) -> Verdict:
-    """Run a loop until it ends or something about it is not as promised."""
+    """Run a loop until it ends or breaks the promise."""
     sides = [_side(loop, planned=planned) for planned in (False, True)]
     said: list[str] = []
     verdict = Verdict()
@@ -152,7 +152,7 @@ def run_loop(loop: Loop) -> Verdict:
 
 
 _NO_TRAINING = ("no_grad", "inference_mode")
-"""Steps that no plan runs and no budget is for."""
+"""Steps that no plan runs and no budget covers."""
 
 
 def _side(loop: Loop, *, planned: bool) -> LoopSide:
@@ -169,7 +169,7 @@ def _side(loop: Loop, *, planned: bool) -> LoopSide:
 def _act(
     sides: list[LoopSide], move: str, step: str, seed: int, said: list[str], verdict: Verdict
 ) -> str:
-    """Do one change and one step in both sides, and say how it went."""
+    """Make one change and one step on both sides, and return the verdict."""
     outcomes = []
     for side in sides:
         with warnings.catch_warnings(record=True) as caught:
@@ -247,7 +247,7 @@ def _one(
 
 
 def _peak(side: LoopSide, run: Callable[[], None], step: str, verdict: Verdict) -> None:
-    """Run under the allocator's record; notes a peak above the budget."""
+    """Run while the allocator's reports are recorded; note a peak above the budget."""
     plan = plan_for(_name_of(side))
     gc.collect()
     held = {
@@ -257,7 +257,7 @@ def _peak(side: LoopSide, run: Callable[[], None], step: str, verdict: Verdict) 
     errors: list[Exception] = []
 
     def recorded() -> None:
-        for p in side.model.parameters():  # the record knows the end only of what began in it
+        for p in side.model.parameters():  # the record sees only frees of what it saw allocated
             p.grad = None if p.grad is None else p.grad.clone()
         try:
             run()
@@ -268,7 +268,7 @@ def _peak(side: LoopSide, run: Callable[[], None], step: str, verdict: Verdict) 
     if errors:
         raise errors[0]
     assert side.optimizer is not None
-    # The plans were asked to count no optimizer; a move may have chosen one that has a state.
+    # The plans count no optimizer; a move may have chosen one that has state.
     state_bytes = sum(
         value.untyped_storage().nbytes()
         for state in side.optimizer.state.values()
@@ -281,7 +281,7 @@ def _peak(side: LoopSide, run: Callable[[], None], step: str, verdict: Verdict) 
 
 
 def _nearly(expected: dict[str, Any], actual: dict[str, Any]) -> bool:
-    """Whether numbers differ by no more than what another order of a sum makes of them."""
+    """Whether numbers differ by no more than another order of summation explains."""
     return expected.keys() == actual.keys() and all(
         torch.allclose(actual[name], value, rtol=1e-5, atol=1e-7)
         for name, value in expected.items()
@@ -308,7 +308,7 @@ def _is_ours(warning: warnings.WarningMessage) -> bool:
 
 
 def _counts(model: nn.Module) -> tuple[int, int] | None:
-    """Planned and unplanned training steps so far, where the planner counts them."""
+    """Planned and unplanned training steps so far, if the planner counts them."""
     import planner
 
     public = getattr(planner, "applied_plan", None)
@@ -329,7 +329,7 @@ _NO_TRAINING = (
 
 
 def _ran_unplanned(side: LoopSide, step: str) -> bool:
-    """Whether a training step left the number of planned ones as it was."""
+    """Whether a training step did not increase the number of planned steps."""
     after = _counts(side.model)
     if side.counts is None or after is None or step in _NO_TRAINING:
         return False
@@ -341,7 +341,7 @@ def _brief(error: BaseException) -> str:
 
 
 def shrunk(loop: Loop, verdict: Verdict) -> tuple[Loop, Verdict]:
-    """The last acts of a loop that broke, as few as still break it the same way."""
+    """The fewest last acts of a broken loop that still break it in the same way."""
     acts = loop.acts[: verdict.at + 1]
     for begin in range(len(acts) - 1, -1, -1):
         shorter = Loop(model=loop.model, policy=loop.policy, acts=acts[begin:], seed=loop.seed)
@@ -352,7 +352,7 @@ def shrunk(loop: Loop, verdict: Verdict) -> tuple[Loop, Verdict]:
 
 
 def record_of(loop: Loop) -> dict[str, Any]:
-    """A loop and its verdict for one line of JSON; one that broke is shrunk first."""
+    """A loop and its verdict for one line of JSON; a broken loop is shrunk first."""
     torch.set_num_threads(1)
     verdict = run_loop(loop)
     kept = loop

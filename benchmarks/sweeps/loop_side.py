@@ -23,29 +23,29 @@ class LoopSide:
     Parameters
     ----------
     case
-        What the model is.
+        The kind of model.
     model
-        As it is now; a move may put another object here.
+        The current model; a move may replace it.
     call
-        What the loop calls; the model itself, or a wrapper of it.
+        What the loop calls: the model itself, or a wrapper of it.
     planned
         Whether a plan is applied.
     policy
         The plan's ``on_shape_change``.
     build_optimizer
-        From parameters to an optimizer; the loop builds it again after each move.
+        Maps parameters to an optimizer; the loop builds it again after each move.
     optimizer
-        The one that was built last.
+        The last one built.
     loss
-        Of the loop.
+        The loop's loss.
     change_sample
         Applied to each step's keyword arguments.
     autocast
         Whether steps run under bfloat16.
     handles
-        Of hooks, for taking them off.
+        Handles of hooks, to remove them.
     counts
-        Planned and unplanned steps before the step that runs, where they are counted.
+        Planned and unplanned steps before the current step, if they are counted.
     """
 
     case: LoopModel

@@ -1,4 +1,4 @@
-"""The forms that one step of a training loop can have."""
+"""The forms of one step of a training loop."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def _exception_backward(side: LoopSide, optimizer: torch.optim.Optimizer, seed: 
     optimizer.zero_grad()
     with contextlib.suppress(Interrupted):
         _with_hook(side, seed, Interrupted)
-    optimizer.zero_grad()  # which gradients are there by then nobody promises
+    optimizer.zero_grad()  # which gradients exist at this point is not promised
     return [torch.get_rng_state()]
 
 

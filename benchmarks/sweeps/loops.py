@@ -1,6 +1,6 @@
-"""The loop sweep: change something between steps, and see whether a plan keeps its promise.
+"""The loop sweep: change something between steps, and check that a plan keeps its promise.
 
-``python -m benchmarks.sweeps.loops --help``. Read :mod:`benchmarks.sweeps.loop_run` for what is
+``python -m benchmarks.sweeps.loops --help``. See :mod:`benchmarks.sweeps.loop_run` for what is
 judged, :mod:`benchmarks.sweeps.loop_moves` and :mod:`benchmarks.sweeps.loop_steps` for what
 loops do.
 """

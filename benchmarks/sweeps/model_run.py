@@ -34,11 +34,11 @@ from ..testing.bitwise import assert_same_training
 from .subject import NotInstalled, Subject
 
 PART_OF_PEAK = 0.7
-"""The budget as a part of eager's measured peak; else the least budget there is."""
+"""The budget as a share of eager's measured peak; if that is too low, the least budget."""
 STEPS = 2
 SOLVER_LIMIT_S = 1.0
 LEAST_MEMORY_LIMIT_S = 1.5
-"""A sweep asks whether plans hold, not whether they are the best: short searches do."""
+"""A sweep checks whether plans hold, not whether they are the best: short searches suffice."""
 TOLERANCE = 0.01
 _RUN_ONCE = "run the model once before"
 _REFUSALS = (CaptureError, PlanError)
@@ -53,14 +53,14 @@ OUTCOMES = (
     "mispredicted",
     "died",
 )
-"""What can become of a model that trains in eager, the best first."""
+"""Outcomes for a model that trains in eager, the best first."""
 
 
 def run_subject(find: Callable[[], Subject]) -> dict[str, Any]:
     """Everything that a sweep finds out about one subject, for one line of JSON.
 
     ``outcome`` is one of :data:`OUTCOMES`, or ``"skipped"`` (not installed),
-    ``"no eager"`` (it does not build or train without a plan either) and
+    ``"no eager"`` (it does not build or train without a plan either), or
     ``"not repeatable"`` (eager's own bits differ from run to run).
     """
     begin_s = time.perf_counter()
@@ -86,7 +86,7 @@ def _run(find: Callable[[], Subject], record: dict[str, Any]) -> None:
         _train(subject)
     except NotInstalled as error:
         raise _Ended("skipped", str(error)) from error
-    except Exception as error:  # whatever a model of somebody else raises
+    except Exception as error:  # somebody else's model may raise anything
         raise _Ended("no eager", words_of(error)) from error
     record["model"] = type(_made(subject)).__name__
     try:
@@ -177,14 +177,14 @@ def _planned(subject: Subject, model: nn.Module, budget_bytes: int, record: dict
 
 
 def _run_once(subject: Subject, model: nn.Module) -> None:
-    """What the planner's error advises where only the first call prepares something."""
+    """Run a model once, as the planner's error advises if the first call prepares something."""
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)  # its twins draw the same, and have the same buffers from then on
+        torch.manual_seed(0)  # its twins draw the same, and then have the same buffers
         call_model(model, _sample(subject, 1))
 
 
 def _that_ran_once(subject: Subject) -> Subject:
-    """The same subject, whose models have all run once."""
+    """The same subject, with models that have all run once."""
 
     def make() -> nn.Module:
         model = subject.make()
@@ -195,7 +195,7 @@ def _that_ran_once(subject: Subject) -> Subject:
 
 
 def _sample(subject: Subject, seed: int) -> Any:
-    """An input; what draws by Python's and NumPy's generators is seeded with it."""
+    """An input; also seeds Python's and NumPy's generators."""
     random.seed(seed)
     np.random.seed(seed)
     return subject.sample(seed)
@@ -236,7 +236,7 @@ def _same_facts(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
 
 
 def words_of(error: BaseException, whole: bool = False) -> str:
-    """An exception's type and words on one line, with its place when it is nobody's answer."""
+    """An exception's type and message on one line, with its place if nobody meant to raise it."""
     text = " ".join(str(error).split())
     words = f"{type(error).__name__}: {text[: 700 if whole else 300]}"
     if not whole:

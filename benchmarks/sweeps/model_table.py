@@ -124,7 +124,7 @@ def _classes(records: list[dict[str, Any]]) -> list[str]:
 
 
 def refusal_class(error: str) -> str:
-    """An error without what is only true of one model: numbers, places, names.
+    """An error without the details of one model: numbers, places, names.
 
     Examples
     --------

@@ -1,8 +1,8 @@
 """The model sweep: plan every architecture at hand, and compare each planned step with eager's.
 
-``python -m benchmarks.sweeps.models --help``. Read :mod:`benchmarks.sweeps.model_run` for
-what is asked of a model, :mod:`benchmarks.sweeps.transformers_models` and
-:mod:`benchmarks.sweeps.other_models` for where they come from.
+``python -m benchmarks.sweeps.models --help``. See :mod:`benchmarks.sweeps.model_run` for
+what is checked, :mod:`benchmarks.sweeps.transformers_models` and
+:mod:`benchmarks.sweeps.other_models` for where models come from.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def all_names(seed: int = 0) -> list[str]:
-    """Every subject, in a seeded order, so that a sweep that is cut short is a fair sample."""
+    """Every subject, in a seeded order, so that an incomplete sweep is a fair sample."""
     from . import other_models, transformers_models
 
     others = [*other_models.SUBJECTS]
@@ -84,7 +84,7 @@ def run_named(name: str) -> dict[str, Any]:
 
 
 def _import_what_all_need() -> None:
-    """What takes seconds to import or compile, once, before any fork."""
+    """Import and compile, once and before any fork, what takes seconds."""
     import torch
 
     torch.set_num_threads(1)

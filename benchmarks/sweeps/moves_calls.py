@@ -1,4 +1,4 @@
-"""Other calls of a model, and other uses of what it returns."""
+"""Other calls of a model, and other uses of its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hooks that are put on and taken off between steps."""
+"""Hooks that are added and removed between steps."""
 
 from __future__ import annotations
 

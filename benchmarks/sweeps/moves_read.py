@@ -1,4 +1,4 @@
-"""What forward reads beside its arguments, changed between steps."""
+"""Changes between steps of what forward reads besides its arguments."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The subjects of the operator sweep: PyTorch's own samples of operators and modules.
 
-Each sample becomes a model whose tensor arguments are activations: parameters
-that hold the sample's own values, twice multiplied by one. What comes out goes
-through a sigmoid, flattened and joined, so that the strides of the result
-matter to what follows.
+Each sample becomes a model whose tensor arguments are activations: parameters that hold
+the sample's own values, multiplied by one twice. The results are flattened, joined and
+passed through a sigmoid, so that their strides matter to later calls.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 LAYOUTS = ("contiguous", "transposed", "reversed", "channels_last", "in_place")
 
 SIZES = {"XS": 5, "S": 16, "M": 24, "L": 40}
-"""What PyTorch's samples are made of, larger than its own (3, 5, 10, 20): bytes shall matter."""
+"""Sizes for PyTorch's samples, larger than its own (3, 5, 10, 20), so that bytes matter."""
 
 _LARGEST_ELEMENTS = 1 << 21
 
@@ -41,11 +40,11 @@ class Case:
     kind
         ``"operator"`` or ``"module"``.
     name
-        As PyTorch's database has it, variant included.
+        As in PyTorch's database, including the variant.
     sample
-        Which of its samples, by rank: 0 is the largest.
+        Rank of the sample: 0 is the largest.
     layout
-        How the arguments lie in memory, or that the operator writes into its argument.
+        Memory layout of the arguments, or that the operator writes into its argument.
     """
 
     kind: str
@@ -67,7 +66,7 @@ class Subject(nn.Module):
     Parameters
     ----------
     call
-        Takes the arguments, nested as the sample has them.
+        Takes the arguments, nested as in the sample.
     tree
         Arguments; tensors that require grad become activations, the others buffers.
     layout
@@ -77,7 +76,7 @@ class Subject(nn.Module):
     def __init__(self, call: Any, tree: Any, layout: str) -> None:
         super().__init__()
         leaves, self._spec = tree_flatten(tree)
-        self._call = [call] if not isinstance(call, nn.Module) else None  # a list: no submodule
+        self._call = [call] if not isinstance(call, nn.Module) else None  # a list: not a submodule
         self.inner = call if isinstance(call, nn.Module) else None
         self.values = nn.ParameterList()
         self._leaves: list[Any] = []
@@ -99,7 +98,7 @@ class Subject(nn.Module):
         return _joined(self.called(*(v * self.first * (self.second * x) for v in self.values)))
 
     def called(self, *values: Tensor) -> Any:
-        """What the call makes of ``values`` in the place of the parameters."""
+        """The result of the call with ``values`` in place of the parameters."""
         made = []
         for kind, what in self._leaves:
             if kind == "value":
@@ -111,7 +110,7 @@ class Subject(nn.Module):
 
 
 def _joined(result: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
-    """All that can be differentiated of a result, in one row; and the strides of it all."""
+    """The differentiable part of a result as one vector, and the strides of all its tensors."""
     parts, strides = [], []
     for t in tree_leaves(result):
         if isinstance(t, Tensor):
@@ -125,7 +124,7 @@ def _joined(result: Any) -> tuple[Tensor, list[tuple[int, ...]]]:
 
 
 def strides_of(t: Tensor) -> tuple[int, ...]:
-    """Without those of dimensions of one element, which no kernel looks at."""
+    """The strides without those of dimensions of one element, which no kernel uses."""
     return tuple(stride for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1)
 
 
@@ -172,7 +171,7 @@ def _databases() -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextmanager
 def _larger_samples() -> Iterator[None]:
-    """While active, samples are made of :data:`SIZES`."""
+    """While active, samples are made with :data:`SIZES`."""
     parts = [m for n, m in sys.modules.items() if n.startswith("torch.testing._internal.")]
     changed: list[tuple[Any, str, Any]] = []
     for part in parts:
@@ -188,9 +187,9 @@ def _larger_samples() -> Iterator[None]:
 
 
 def all_cases(num_samples: int) -> list[Case]:
-    """Every operator and module, with so many samples of each in every layout.
+    """Every operator and module, with ``num_samples`` of each in every layout.
 
-    Which of them exist shows when they are made.
+    Whether a case exists is known only when it is built.
     """
     operators, modules = _databases()
     names = [("operator", n) for n in operators] + [("module", n) for n in modules]
@@ -204,12 +203,12 @@ def all_cases(num_samples: int) -> list[Case]:
 
 
 def some_cases(num: int, seed: int) -> list[Case]:
-    """A seeded choice, for a test suite."""
+    """A seeded selection, for a test suite."""
     return sorted(random.Random(seed).sample(all_cases(1), num))
 
 
 def subject_of(case: Case) -> Callable[[], Subject]:
-    """Builds the case's model; the same one each time that it is called.
+    """Return a function that builds the case's model, the same one each time.
 
     Raises
     ------
@@ -230,7 +229,7 @@ def subject_of(case: Case) -> Callable[[], Subject]:
 
 
 def arguments_of(case: Case) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-    """The bare call of an operator's case, and those of its arguments that it is differentiated by.
+    """The bare call of an operator's case, and the arguments by which it is differentiated.
 
     Raises
     ------

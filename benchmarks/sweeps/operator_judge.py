@@ -1,4 +1,4 @@
-"""One case of the operator sweep: planned, run, and held against eager."""
+"""Judge one case of the operator sweep: plan it, run it, and compare it with eager."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ OUTCOMES = (
     "crashed",
     "no case",
 )
-"""What a case can come to; the bar is none of ``"wrong bits"`` to ``"crashed"``."""
+"""Outcomes of a case; the goal is none of ``"wrong bits"`` to ``"crashed"``."""
 
 TOLERANCE = 0.01
-"""Of a planned peak; that of the unplanned step is written down and not judged."""
+"""Tolerance of a planned peak; the unplanned peak's error is recorded but not judged."""
 
 SMALLEST_BYTES = 256
-"""Of a peak of a few kB a per cent is less than the numbers of one call."""
+"""Smallest error that counts: one per cent of a few kB is less than the numbers of one call."""
 
 _SEED = 1
 _STEPS = 2
@@ -56,7 +56,7 @@ _CLASSES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What became of a case.
+    """The verdict on a case.
 
     Parameters
     ----------
@@ -65,13 +65,13 @@ class Verdict:
     outcome
         One of :data:`OUTCOMES`.
     why
-        The class of a refusal, or what is not as it should be.
+        The class of a refusal, or what is wrong.
     least_bytes, unplanned_bytes
         The least budget, and the predicted peak of the unplanned step.
     worst_over_bytes
-        How far a measured peak lies above its budget; negative where it is below.
+        How far a measured peak is above its budget; negative if it is below.
     unplanned_error
-        Measured over predicted peak of the unplanned step, less one.
+        Measured over predicted peak of the unplanned step, minus one.
     took_s
         Wall time of the case.
     detail
@@ -206,7 +206,7 @@ def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _train(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Everything that two steps leave, and the strides of what they make."""
+    """Everything that two steps leave, and the strides of their results."""
     seen: dict[str, Any] = {}
     for i in range(_STEPS):
         torch.manual_seed(_SEED + 1 + i)

@@ -4,9 +4,9 @@
 is one operator or module between two layers, with contiguous and with other
 inputs, planned at the least budget and half-way to the unplanned peak. Worker
 processes judge them in turn; one that dies or hangs loses one case and is
-started again. Verdicts are written one a line as they come, and a sweep that
-was interrupted goes on where it stopped. The first samples of all operators come
-first, in a shuffled order: what has been judged at any time is a fair sample.
+restarted. Verdicts are written one per line as they come, and an interrupted sweep
+continues where it stopped. The first samples of all operators come first, in a shuffled
+order, so that the cases judged at any time are a fair sample.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RECORD = Path("docs/sweeps/operators.md")
 LONGEST_S = 240.0
 _EXAMPLES = 6
 _ANSWER = "verdict: "
-_CASES_OF_A_WORKER = 400  # a process that lives for ever gathers what PyTorch caches
+_CASES_OF_A_WORKER = 400  # a longer-lived process would accumulate PyTorch's caches
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def _read(path: Path) -> list[Verdict]:
 
 
 def verdicts_of(cases: list[Case], num_jobs: int = 1) -> Iterator[Verdict]:
-    """Judge cases in so many processes, as they come."""
+    """Judge cases in ``num_jobs`` processes; yield verdicts as they come."""
     todo: queue.SimpleQueue[Case] = queue.SimpleQueue()
     for case in cases:
         todo.put(case)
@@ -105,7 +105,7 @@ def verdicts_of(cases: list[Case], num_jobs: int = 1) -> Iterator[Verdict]:
 
 
 def _judge_in_a_worker(todo: queue.SimpleQueue[Case], done: queue.SimpleQueue[Verdict]) -> None:
-    """Empty a queue through a process, which is started again when a case ends it."""
+    """Process a queue in a worker, which is restarted if a case ends it."""
     worker, num_judged = None, 0
     while True:
         try:
@@ -148,7 +148,7 @@ def _started() -> subprocess.Popen[str]:
 
 
 def _asked(worker: subprocess.Popen[str], case: Case) -> dict[str, Any] | None:
-    """What the worker says of a case; ``None`` where it dies or takes too long."""
+    """The worker's verdict on a case; ``None`` if it dies or takes too long."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     try:
@@ -172,7 +172,7 @@ def _work() -> None:
     torch.set_num_threads(1)
     all_cases(1)  # reads the databases
     gc.collect()
-    gc.freeze()  # a peak is recorded after a collection, which need not look at all of PyTorch
+    gc.freeze()  # a peak is recorded after a collection, which need not scan all of PyTorch
     for line in sys.stdin:
         verdict = judge(Case(**json.loads(line)))
         _say(_ANSWER + json.dumps(verdict.as_dict()))

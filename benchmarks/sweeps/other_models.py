@@ -1,4 +1,4 @@
-"""Models of other libraries, and set-ups as people make them: what a sweep of families misses."""
+"""Models of other libraries, and user set-ups, which a sweep of model families misses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .subject import Subject, mean_square
 
 
 def _graph(seed: int) -> tuple[Tensor, Tensor]:
-    # One graph, new features: what a plan learns of a graph it guards.
+    # One graph, new features: a plan guards what it learns about a graph.
     return normal(seed, 60, 16), whole(0, 60, 2, 240)
 
 

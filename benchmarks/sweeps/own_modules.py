@@ -1,4 +1,4 @@
-"""Modules as people write them, each for one thing that it does."""
+"""Modules as users write them, each for one feature."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class OwnCheckpoint(Stack):
 
 
 class StochasticDepth(Stack):
-    """Whole layers are left out, each row of its own: a mask and no branch."""
+    """Whole layers are skipped, row by row: a mask and no branch."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -60,7 +60,7 @@ class StochasticDepth(Stack):
 
 
 class BranchingDepth(Stack):
-    """Whole layers are left out by a branch on a random number."""
+    """Whole layers are skipped by a branch on a random number."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -95,7 +95,7 @@ class PlainRnn(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """Each expert gets the rows that were routed to it, by index."""
+    """Each expert gets the rows routed to it, by index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class DenseExperts(RoutedExperts):
 
 
 class PhysicsInside(nn.Module):
-    """A loss with the derivative of the output by the input, inside forward."""
+    """A loss inside forward, with the derivative of the output with respect to the input."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Set-ups as people write them: wrappers, losses, samplers and modules of no library."""
+"""User set-ups: wrappers, losses, samplers and modules that belong to no library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep of models runs: a model, its inputs and what is differentiated."""
+"""A subject of the model sweep: a model, its inputs and its loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from planner.base.training_step import (
 
 
 class NotInstalled(Exception):
-    """The library of a subject is not there; the subject is skipped."""
+    """The library of a subject is not installed; the subject is skipped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,9 @@ class Subject:
     make
         Builds the model in training mode; the same seed gives the same weights.
     sample
-        From a seed to an input.
+        Maps a seed to an input.
     loss_fn
-        What the loop computes from the output; ``None`` where the model does.
+        Computes the loss from the output; ``None`` if the model does.
     context
         Surrounds planning and steps, e.g. an autocast.
     """
@@ -55,5 +55,5 @@ def mean_square(output: Any) -> Tensor:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A generator of its own."""
+    """A new generator with this seed."""
     return torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
 """Configurations of Transformers, shrunk by the names of their fields.
 
-Nobody writes 600 small configurations by hand. What a field means is in its name, and
+Nobody writes 600 small configurations by hand. A field's name says what it means, and
 Transformers is consistent enough about names: widths become 64, layers 2, heads 4,
-vocabularies 128, images 32 pixels, experts 4. What a family needs beside that is in
+vocabularies 128, images 32 pixels, experts 4. Families that need more have an entry in
 :data:`OVERRIDES`.
 """
 
@@ -129,7 +129,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe_text": {"rope_parameters": _THREE_AXES},
     "deformable_detr": {**_OWN_BACKBONE, "backbone_config": _RESNET},
 }
-"""By model type: what the rules would leave to a library that need not be there."""
+"""By model type, what the rules would leave to a library that may not be installed."""
 
 
 def tiny_config(config_class: type, **overrides: Any) -> Any:
@@ -138,9 +138,9 @@ def tiny_config(config_class: type, **overrides: Any) -> Any:
     Parameters
     ----------
     config_class
-        Of Transformers.
+        A configuration class of Transformers.
     overrides
-        Fields that are taken as they are given.
+        Fields whose given values are used.
     """
     overrides = {**OVERRIDES.get(getattr(config_class, "model_type", ""), {}), **overrides}
     try:
@@ -161,7 +161,7 @@ def tiny_config(config_class: type, **overrides: Any) -> Any:
             options[name] = small
     _token_ids(default, options, signature)
     if "qk_rope_head_dim" in options:
-        # Keys are made per query head, and a head's width follows from its two parts.
+        # Keys are made per query head, and a head's width is the sum of its two parts.
         options.pop("head_dim", None)
         if "num_key_value_heads" in options:
             options["num_key_value_heads"] = HEADS
@@ -189,7 +189,7 @@ def _from_parts(config_class: type, error: Exception) -> Any:
 
 
 def _small(name: str, value: Any) -> Any:
-    """The small value of one field, ``None`` to leave it at its default."""
+    """The small value of one field; ``None`` to keep its default."""
     from transformers import PreTrainedConfig
 
     if isinstance(value, PreTrainedConfig):
@@ -247,7 +247,7 @@ def _small_dict(name: str, value: dict[str, Any]) -> Any:
 
 
 def _token_ids(default: Any, options: dict[str, Any], signature: Any) -> None:
-    """Special tokens move into the small vocabulary, each to a number of its own."""
+    """Move special tokens into the small vocabulary, each to a different number."""
     low = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
     high = VOCABULARY - 1
     for name, value in vars(default).items():

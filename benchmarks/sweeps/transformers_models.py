@@ -1,8 +1,8 @@
-"""One model of each family of Transformers, tiny, with inputs that its signature asks for.
+"""One tiny model of each family of Transformers, with inputs that fit its signature.
 
-Which head, which inputs and which labels a family takes is found by trying: the heads in
-the order of :data:`HEADS`, the inputs of :func:`_recipes` in theirs, until one trains in
-eager. Nothing of that is planned yet.
+The head, inputs and labels of a family are found by trial: the heads in the order of
+:data:`HEADS`, the inputs in the order of :func:`_recipes`, until one trains in eager.
+Nothing is planned yet.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def subject(family: str) -> Subject:
     Raises
     ------
     DoesNotTrain
-        Says what the last one that was tried failed with.
+        Has the error of the last one tried.
     """
     failures: list[str] = []
     found = _first_that_trains(family, {}, failures)
     if found is None and any("get_seq_length" in failure for failure in failures):
-        # Every fourth layer of a hybrid has attention, and its cache wants one.
+        # Every fourth layer of a hybrid has attention, and its cache needs at least one.
         found = _first_that_trains(family, {"num_hidden_layers": 4}, failures)
     if found is None:
         raise DoesNotTrain(" | ".join(failures[-1:]) or "no model class")

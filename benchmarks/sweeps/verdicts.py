@@ -1,4 +1,4 @@
-"""What can be said of a step of a planned loop."""
+"""Verdicts on a step of a planned loop."""
 
 FINE = ("equal", "said and equal", "said, other last bits", "error said", "eager's error")
 """Verdicts that keep the promise."""

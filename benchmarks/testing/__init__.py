@@ -1,5 +1,5 @@
 """What tests and benchmarks share: small models of every kind, and bits compared.
 
-It lies here and not under ``tests``, since tests may import benchmarks and not the
-other way round. Like all benchmarks, it is no part of the wheel.
+It lies here and not under ``tests``, because tests may import benchmarks but not the
+other way round. Like all benchmarks, it is not part of the wheel.
 """

@@ -29,20 +29,20 @@ def assert_same_training(
 ) -> None:
     """Train two copies, one of them planned, and compare every bit after every step.
 
-    Compared are: the structure of the output and each tensor in it, the loss,
-    the inputs and their gradients, every parameter's gradient (whether there is
-    one, too), the parameters after an SGD update, every buffer, and the state of
-    the random generators. A difference is reported with the first tensor that
-    shows it and its largest absolute error.
+    This compares the structure of the output and each tensor in it, the loss, the inputs
+    and their gradients, every parameter's gradient (and whether there is one), the
+    parameters after an SGD update, every buffer, and the state of the random generators.
+    A difference is reported with the first tensor that shows it and its largest
+    absolute error.
 
     Parameters
     ----------
     make_model
-        Builds the model; is called twice, each time after the same seeding.
+        Builds the model; is called twice, each time with the same seed.
     planned_apply
-        Applies a plan to the model that it is given, and returns the model.
+        Applies a plan to the given model, and returns the model.
     sample
-        From a seed to an input; each step has its own.
+        Maps a seed to an input; each step has its own.
     loss_fn
         As for :func:`planner.base.training_step.train_step`.
     steps
@@ -65,7 +65,7 @@ def assert_same_training(
 
 
 def assert_same_tensors(expected: dict[str, Any], actual: dict[str, Any], when: str = "") -> None:
-    """Compare named values; tensors by their bits, NaN and the sign of zero included."""
+    """Compare named values; tensors by their bits, including NaN and the sign of zero."""
     assert list(expected) == list(actual), (
         f"{when}: not the same things came out: only without the plan "
         f"{sorted(set(expected) - set(actual))}, only with it {sorted(set(actual) - set(expected))}"

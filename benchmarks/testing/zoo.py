@@ -1,12 +1,12 @@
-"""Models that every test of the whole way runs on, small enough for a CPU.
+"""Models for every end-to-end test, small enough for a CPU.
 
-``ZOO[name](size)`` gives a :class:`Case`. Two sizes: ``"tiny"`` (a step takes
-well under a second) and ``"small"`` (more layers, longer sequences, the shapes
-in which recomputation pays). Everything is built from a configuration with
-random weights: nothing is downloaded.
+``ZOO[name](size)`` gives a :class:`Case`. There are two sizes: ``"tiny"`` (a step takes
+well under a second) and ``"small"`` (more layers, longer sequences, shapes for which
+recomputation pays). Everything is built from a configuration with random weights;
+nothing is downloaded.
 
-Transformers' configurations keep their defaults wherever width and depth do not
-need otherwise, ``use_cache=True`` included: that is what people have.
+Transformers' configurations keep their defaults, including ``use_cache=True``, unless
+width and depth need something else: that is what users have.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Case:
         Builds the module in training mode. Weights come from the global
         generator: seed it first.
     sample
-        From a seed to an input: a tensor, a tuple of positional arguments or a
-        dict of keyword arguments. Leaves the global generator alone.
+        Maps a seed to an input: a tensor, a tuple of positional arguments or a dict of
+        keyword arguments. Leaves the global generator alone.
     loss_fn
-        Computes the scalar loss from the output, where the output has none.
+        Computes the scalar loss from the output, if the output has none.
     autocast
         Runs forward and loss under ``torch.autocast("cpu", autocast)``.
     marks
@@ -368,7 +368,7 @@ def _mlp(width: int, layers: int) -> nn.Sequential:
 
 
 def mlp_frozen(size: Size) -> Case:
-    """MLP of which the first third and one layer in the middle are frozen."""
+    """MLP with the first third and one layer in the middle frozen."""
     width, layers, batch = (64, 6, 32) if size == "tiny" else (256, 12, 256)
     labels = _tokens(17, 10, batch)
 
