@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import weakref
-from dataclasses import replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,26 @@ from .recorder import storage_id
 from .traced_step import TracedStep
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaving:
+    """What leaves before the step has ended, though the step hands it out.
+
+    Parameters
+    ----------
+    outputs
+        Blocks of outputs that the loop lets go of once it has the loss.
+    gradients
+        Blocks of gradients that are added to earlier ones.
+    at_once
+        Whether each of these leaves when it is there, as in eager; in a planned step all
+        are handed over when backward ends.
+    """
+
+    outputs: AbstractSet[int] = frozenset()
+    gradients: AbstractSet[int] = frozenset()
+    at_once: bool = False
+
+
 class Assembly:
     """Gives operators and storages their final indices."""
 
@@ -38,6 +59,7 @@ class Assembly:
         gradient_blocks: set[int],
         optimizer: OptimizerStep | None,
         pricing: Pricing,
+        leaving: Leaving,
     ) -> None:
         self._step = step
         self._pricing = pricing
@@ -45,6 +67,7 @@ class Assembly:
         self._outputs = output_blocks
         self._gradients = gradient_blocks
         self._optimizer = optimizer
+        self._leaving = leaving
         self._device_type = pricing.target.torch_type
         self._probe = pricing.probe
         self.operators: list[Operator] = []
@@ -53,6 +76,7 @@ class Assembly:
         self.carriers: list[tuple[Node, ...]] = []
         self.state_of: dict[int, int] = {}
         self._storage_of: dict[int, int] = {}
+        self._earlier_gradients: int | None = None
         self._resized: dict[int, torch.Tensor] = {}
         self._state_node = Graph().placeholder("generator_state")
         self._state_node.meta["role"] = "generator"
@@ -79,6 +103,9 @@ class Assembly:
             self._add_storage(
                 "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
             )
+        resident_bytes = self._pricing.holds.resident_bytes
+        if resident_bytes:
+            self._add_storage("held by the loop", resident_bytes, None, "resident")
         loss_index = -1
         for code in codes:
             if code is loss:
@@ -86,6 +113,8 @@ class Assembly:
                 phase = "backward"
             else:
                 self._add_operator(code, phase)
+        if self._leaving.gradients:
+            self._add_accumulation()
         if self._optimizer is not None:
             self._add_optimizer()
         return CapturedStep(
@@ -147,7 +176,8 @@ class Assembly:
             k, into = self._storage_of[old], self._storage_of[new]
             own = producer is not None and producer.calls and producer.calls[0].meta["phase"]
             same = self.storages[k].size_bytes == self.storages[into].size_bytes
-            if own == code.calls[0].meta["phase"] and same and not self.storages[k].kept:
+            handed_out = self.storages[k].kept or old in self._outputs | self._gradients
+            if own == code.calls[0].meta["phase"] and same and not handed_out:
                 rewrites.append((k, into, copy_ns))
             else:
                 copies_ns += copy_ns
@@ -207,9 +237,36 @@ class Assembly:
             self.storages[storage] = replace(self.storages[storage], kept=True)
         return storage
 
+    def _add_accumulation(self) -> None:
+        """What autograd does with new gradients where there are some: it adds them in place."""
+        new = sorted(self._leaving.gradients)
+        values = [self._blocks[k].carriers[0].meta["val"] for k in new]
+        add = torch.ops.aten.add_.Tensor
+        cost_ns = self._region_ns(tuple((add, (t, t), {}, t) for t in values))
+        num_bytes = sum(self.storages[self._storage_of[k]].size_bytes for k in new)
+        self._earlier_gradients = self._add_storage(
+            "gradients of earlier backward passes", num_bytes, None, "gradient"
+        )
+        read = () if self._leaving.at_once else tuple(sorted(self._storage_of[k] for k in new))
+        self._push(
+            OperatorCode(calls=[]),
+            Operator(
+                name="accumulate",
+                target="accumulate",
+                inputs=(*read, self._earlier_gradients),
+                cost_ns=cost_ns,
+                phase="backward",
+                pinned="autograd adds gradients to those that are there",
+                ordered=True,
+            ),
+        )
+
     def _add_optimizer(self) -> None:
         assert self._optimizer is not None
-        gradients = tuple(sorted(self._storage_of[k] for k in self._gradients))
+        staying = self._gradients - self._leaving.gradients
+        gradients = tuple(sorted(self._storage_of[k] for k in staying))
+        if self._earlier_gradients is not None:
+            gradients = (*gradients, self._earlier_gradients)
         step_ns = self._region_ns(self._optimizer.calls)
         if not self._optimizer.calls and self._optimizer.step_ns is not None:
             step_ns = self._optimizer.step_ns
@@ -308,7 +365,9 @@ class Assembly:
         block = self._blocks[k]
         num_bytes = block.size_bytes if block.device_type == self._device_type else 0
         num_bytes = block_bytes(num_bytes, self._device_type)
-        kept = producer is not None and (k in self._outputs or k in self._gradients)
+        handed_out = self._outputs | self._gradients
+        leaving = self._leaving.outputs | self._leaving.gradients
+        kept = producer is not None and k in handed_out and k not in leaving
         self._storage_of[k] = self._add_storage(
             block.name,
             num_bytes,

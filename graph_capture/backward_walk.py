@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from .eager_formulas import as_eager
 from .errors import NotFittingError
@@ -31,6 +32,8 @@ from .private_torch.autograd import current_node, input_metadata_of, sequence_nu
 from .private_torch.modules import has_backward_hooks
 
 _Gradients = tuple[torch.Tensor | None, ...]
+Wanted = torch.Tensor | GradientEdge
+"""What a gradient is asked of; an edge holds no memory."""
 
 
 class Differentiator(Protocol):
@@ -39,7 +42,7 @@ class Differentiator(Protocol):
     def grad(
         self,
         outputs: list[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[Wanted],
         grad_outputs: Sequence[torch.Tensor | None] | None = None,
     ) -> _Gradients:
         """Return the gradients of ``inputs``; ``None`` where nothing depends on one.
@@ -57,12 +60,13 @@ class Engine:
     def grad(
         self,
         outputs: list[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[Wanted],
         grad_outputs: Sequence[torch.Tensor | None] | None = None,
     ) -> _Gradients:
         """See :class:`Differentiator`."""
         try:
-            return torch.autograd.grad(outputs, list(inputs), grad_outputs, allow_unused=True)
+            wanted: Any = list(inputs)
+            return torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True)
         finally:
             outputs.clear()
 
@@ -98,7 +102,7 @@ class BackwardWalk:
     def grad(
         self,
         outputs: list[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
+        inputs: Sequence[Wanted],
         grad_outputs: Sequence[torch.Tensor | None] | None = None,
         *,
         create_graph: bool = False,
@@ -224,7 +228,10 @@ class _Task:
     """The state of one walk, which the engine keeps in a ``GraphTask``."""
 
     def __init__(
-        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], walk: BackwardWalk
+        self,
+        outputs: Sequence[torch.Tensor],
+        inputs: Sequence[Wanted],
+        walk: BackwardWalk,
     ) -> None:
         self._walk = walk
         self._roots = [_edge_of(t) for t in outputs]
@@ -236,10 +243,9 @@ class _Task:
         self._num_pushed = 0
         nodes = self._explore()
         leaves = {id(n.variable): n for n in nodes if hasattr(n, "variable")}
-        for i, tensor in enumerate(inputs):
-            node = leaves.get(id(tensor)) if tensor.is_leaf else tensor.grad_fn
+        for i, sought in enumerate(inputs):
+            node, slot = _edge_within(sought, leaves)
             if node is not None:
-                slot = 0 if tensor.is_leaf else tensor.output_nr
                 self._captures.setdefault(id(node), []).append((slot, i))
         self._needed = self._lead_to_captures(nodes)
 
@@ -355,6 +361,15 @@ class _Task:
             return
         present = buffer[slot]
         buffer[slot] = gradient if present is None else present + gradient
+
+
+def _edge_within(sought: Wanted, leaves: dict[int, Any]) -> tuple[Any, int]:
+    """The node that a gradient is asked of, and its input; no node where none depends on it."""
+    if isinstance(sought, GradientEdge):
+        return sought.node, sought.output_nr
+    if sought.is_leaf:
+        return leaves.get(id(sought)), 0
+    return sought.grad_fn, sought.output_nr
 
 
 def _edge_of(tensor: torch.Tensor) -> tuple[Any, int]:

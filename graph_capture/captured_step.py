@@ -12,6 +12,7 @@ from torch.fx import Node
 from .blocks import OperatorCode
 from .cost_graph import CostGraph
 from .costs.cost_model import CostRecord
+from .loop_holds import NOTHING_ELSE, LoopHolds
 from .optimizer_step import OptimizerStep
 from .target import Target
 from .traced_step import TracedStep
@@ -50,6 +51,8 @@ class CapturedStep:
         Refers weakly to the captured module.
     costs
         Where the times come from; ``None`` while the step is being captured.
+    holds
+        What the loop around the step holds.
     """
 
     step: TracedStep
@@ -64,6 +67,7 @@ class CapturedStep:
     model: weakref.ref[nn.Module]
     unplanned: CostGraph | None = None
     costs: CostRecord | None = None
+    holds: LoopHolds = NOTHING_ELSE
 
     @property
     def device_type(self) -> str:

@@ -42,6 +42,7 @@ Category = Literal[
     "output",
     "activation",
     "temporary",
+    "resident",
 ]
 
 GRAPH_FORMAT = 1

@@ -6,7 +6,7 @@ real lifetimes instead of being planned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -20,6 +20,7 @@ from .backward_walk import Differentiator
 from .call_spec import TensorSpec
 from .costs.cost_model import Call
 from .errors import NotFittingError
+from .lent_outputs import LentOutputs
 from .loss_values import LossValues, derivatives_through_model_refused
 from .memory_meter import MemoryMeter, Moment
 from .outputs import OutputTemplate, find_loss
@@ -60,7 +61,7 @@ class LossRegion:
         ``(func, args, kwargs, out)`` with meta tensors, for costing.
     moments
         For each call what is allocated when it has its results, beside ``held_bytes``
-        and the tangents; may be negative.
+        and the tangents; may be negative. ``gone`` are outputs that nobody holds by then.
     """
 
     source: LossSource
@@ -69,6 +70,25 @@ class LossRegion:
     workspace_bytes: int = 0
     calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
     moments: tuple[Moment, ...] = ()
+
+    def without(self, gone_bytes: Mapping[int, int]) -> LossRegion:
+        """Return a copy for which outputs do not count once they are let go of.
+
+        Parameters
+        ----------
+        gone_bytes
+            Of the outputs of which that is so, by index; one for each memory.
+        """
+        if not gone_bytes or not self.moments:
+            return self
+        moments = tuple(
+            moment._replace(
+                live_bytes=moment.live_bytes - sum(gone_bytes.get(i, 0) for i in moment.gone)
+            )
+            for moment in self.moments
+        )
+        most = max(moment.live_bytes for moment in moments)
+        return replace(self, workspace_bytes=max(0, most), moments=moments)
 
     def with_scratch(self, scratch_bytes: Callable[[Call], int]) -> LossRegion:
         """Return a copy that includes its kernels' scratch memory.
@@ -192,6 +212,7 @@ def differentiate(
     value_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
     real: RealResults | None = None,
     named: Callable[[torch.Tensor], str | None] = lambda _tensor: None,
+    stays: Callable[[int], bool] | None = None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     """Return which outputs are differentiated, with which gradients, and what that costs.
 
@@ -206,6 +227,9 @@ def differentiate(
         Knows how results of real kernels lie.
     named
         What a tensor is of the model or its call, in words; ``None`` for another one.
+    stays
+        Whether a memory outlives the outputs, where the loop lets go of them once it has
+        the loss; ``None`` where it holds them.
     """
     wanting = [i for i, t in enumerate(tensors) if t.requires_grad]
     if not wanting:
@@ -228,7 +252,7 @@ def differentiate(
         return list(given.differentiated), given.stand_ins(tensors), given.region
     if given is not None:
         return _through_loss_fn(
-            template, tensors, wanting, given, differentiator, twin, value_of, real, named
+            template, tensors, wanting, given, differentiator, twin, value_of, real, named, stays
         )
     loss = find_loss(output)
     if loss is not None:
@@ -254,19 +278,26 @@ def _through_loss_fn(
     value_of: Callable[[torch.Tensor], torch.Tensor] | None,
     real: RealResults | None,
     named: Callable[[torch.Tensor], str | None],
+    stays: Callable[[int], bool] | None,
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
-    leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
     known = {storage_id(t) for t in tensors}
     first = next_sequence_number()
     values = LossValues()
-    if value_of is not None:
-        for i, tensor in enumerate(tensors):
-            values.give(leaves.get(i, tensor), partial(value_of, tensor))
     meter = MemoryMeter(known=known.__contains__, twin=twin, values=values, real=real)
+    lent = None if stays is None else LentOutputs.of(tensors, wanting, stays)
+    sought: list[Any]  # what gradients are asked for
+    if lent is None:
+        leaves = {i: tensors[i].detach().requires_grad_() for i in wanting}
+        given, sought = [leaves.get(i, t) for i, t in enumerate(tensors)], list(leaves.values())
+    else:
+        given, sought = lent.given, lent.edges
+        for i in tuple(lent.memory):
+            meter.lend(lent.memory.pop(i), i)
+    if value_of is not None:
+        _give_values(values, given, tensors, value_of)
     with meter, derivatives_through_model_refused(named):
-        given = [leaves.get(i, t) for i, t in enumerate(tensors)]
         loss = loss_fn(template.build(given, number=partial(AskedNumber, at_once=True)))
-        del given
+        given.clear()
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise NotFittingError(
                 f"loss_fn must return a scalar tensor, got {getattr(loss, 'shape', loss)!r}"
@@ -278,24 +309,36 @@ def _through_loss_fn(
         outputs = [loss]
         del loss
         with without_autocast():
-            found = differentiator.grad(outputs, list(leaves.values()))
+            found = differentiator.grad(outputs, sought)
+    if lent is not None:
+        found = tuple(None if g is None else lent.in_step(g, tensors) for g in found)
     pairs = [(i, g) for i, g in zip(wanting, found, strict=True) if g is not None]
     if not pairs:
         raise NotFittingError("loss_fn returns a tensor that does not depend on the output")
-    loss_bytes = memory.nbytes()
+    held_bytes = memory.nbytes() + element_bytes + sum(g.element_size() for _, g in pairs)
     tangent_bytes = sum({storage_id(g): g.untyped_storage().nbytes() for _, g in pairs}.values())
     region = LossRegion(
         source=LossSource.LOSS_FN,
-        held_bytes=loss_bytes + element_bytes + sum(g.element_size() for _, g in pairs),
+        held_bytes=held_bytes,
         constant_bytes=sum(meter.constants.values()),
-        workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - loss_bytes),
+        workspace_bytes=max(0, meter.peak_bytes - tangent_bytes - held_bytes),
         calls=tuple(meter.calls),
         moments=tuple(
-            moment._replace(live_bytes=moment.live_bytes - tangent_bytes - loss_bytes)
+            moment._replace(live_bytes=moment.live_bytes - tangent_bytes - held_bytes)
             for moment in meter.moments
         ),
     )
     return [i for i, _ in pairs], [g for _, g in pairs], region
+
+
+def _give_values(
+    values: LossValues,
+    given: list[torch.Tensor],
+    tensors: list[torch.Tensor],
+    value_of: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    for stand_in, tensor in zip(given, tensors, strict=True):
+        values.give(stand_in, partial(value_of, tensor))
 
 
 def _refuse_side_door(loss: torch.Tensor, first: int) -> None:

@@ -19,10 +19,15 @@ from .recorder import storage_id
 
 
 class Moment(NamedTuple):
-    """The memory allocated once a call has its results, and its grad mode."""
+    """The memory allocated once a call has its results, its grad mode, and what is gone by then.
+
+    ``gone`` are the keys of memory that was lent (:meth:`MemoryMeter.lend`), which is
+    counted elsewhere.
+    """
 
     live_bytes: int
     grad_enabled: bool
+    gone: frozenset[int] = frozenset()
 
 
 class MemoryMeter(ReadsWhole):
@@ -59,6 +64,7 @@ class MemoryMeter(ReadsWhole):
         self.peak_bytes = 0
         self._known = known
         self._seen: set[int] = set()
+        self._gone: frozenset[int] = frozenset()
         self.calls: list[tuple[Any, tuple, dict, Any]] = []
         self.moments: list[Moment] = []  # one for each call
         self.constants: dict[int, int] = {}  # real tensors that the code brings along, in bytes
@@ -83,7 +89,8 @@ class MemoryMeter(ReadsWhole):
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor)
         if func.namespace != "prim":
-            self.moments.append(Moment(self.current_bytes, torch.is_grad_enabled()))
+            moment = Moment(self.current_bytes, torch.is_grad_enabled(), self._gone)
+            self.moments.append(moment)
         self.peak_bytes = max(self.peak_bytes, self.current_bytes)
         return out
 
@@ -97,6 +104,14 @@ class MemoryMeter(ReadsWhole):
             return value
         self.constants[storage_id(value)] = value.untyped_storage().nbytes()
         return value if self._twin is None else self._twin(value)
+
+    def lend(self, tensor: torch.Tensor, key: int) -> None:
+        """Note when a memory that is counted elsewhere is freed."""
+        storage = tensor.untyped_storage()
+        self._seen.add(identity_of_storage(storage))
+        weakref.finalize(
+            storage, _returned, weakref.ref(self), identity_of_storage(storage), key
+        ).atexit = False
 
     def _follow(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -114,6 +129,13 @@ class MemoryMeter(ReadsWhole):
     def _forget(self, sid: int, num_bytes: int) -> None:
         self.current_bytes -= num_bytes
         self._seen.discard(sid)
+
+
+def _returned(meter: weakref.ref[MemoryMeter], sid: int, key: int) -> None:
+    listening = meter()
+    if listening is not None:
+        listening._forget(sid, 0)
+        listening._gone |= {key}
 
 
 def _freed(meter: weakref.ref[MemoryMeter], sid: int, num_bytes: int) -> None:

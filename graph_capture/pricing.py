@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from .costs.cost_model import CostModel
 from .costs.workspace import WorkspaceProbe
+from .loop_holds import NOTHING_ELSE, LoopHolds
 from .target import Target
 
 
@@ -26,6 +27,8 @@ class Pricing:
         Scratch memory of each call.
     held_bytes
         Bytes of tensors that lie in modules but take no part in the step.
+    holds
+        What the loop around the step holds.
     known
         Time and scratch of the calls that were priced before, by node and target. A
         step is assembled more than once, and few calls change in between.
@@ -35,4 +38,5 @@ class Pricing:
     costs: CostModel
     probe: WorkspaceProbe
     held_bytes: int
+    holds: LoopHolds = NOTHING_ELSE
     known: dict[tuple[Node, Any], tuple[int, int]] = field(default_factory=dict)

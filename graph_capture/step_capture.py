@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .assembly import Assembly
+from .assembly import Assembly, Leaving
 from .call_spec import bind_call, split_sample, tensors_of
 from .capture_lock import holds_capture_lock
 from .captured_step import CapturedStep
@@ -27,6 +27,7 @@ from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .last_readings import LastReadings
+from .loop_holds import NOTHING_ELSE, LoopHolds
 from .loss import LossFn, LossSpec
 from .operators import (
     Folder,
@@ -50,6 +51,7 @@ def capture(
     optimizer: OptimizerStep | None = None,
     device: str | Device | None = None,
     cost_model: CostModelChoice = "roofline",
+    holds: LoopHolds = NOTHING_ELSE,
 ) -> CostGraph:
     """Return the cost graph of a training step of ``model`` on inputs like ``sample_input``.
 
@@ -59,6 +61,8 @@ def capture(
         Where the step will run, see :func:`~graph_capture.target.target_of`.
     cost_model
         See :func:`~graph_capture.costs.resolve.resolve_cost_model`.
+    holds
+        What the loop around the step holds.
 
     Raises
     ------
@@ -76,6 +80,7 @@ def capture(
         forward=model.forward,
         target=target,
         cost_model=cost_model,
+        holds=holds,
     ).graph
 
 
@@ -93,6 +98,7 @@ def capture_step(
     progress: TimingProgress | None = None,
     taken: TakenPath | None = None,
     check: Callable[[CostGraph], None] | None = None,
+    holds: LoopHolds = NOTHING_ELSE,
 ) -> CapturedStep:
     """Trace a step and fold it into a cost graph.
 
@@ -118,9 +124,19 @@ def capture_step(
     check
         Called with the graph, without scratch, before any call is run to measure its
         scratch; raises to prevent that.
+    holds
+        What the loop around the step holds.
     """
     costs, roofline = resolve_cost_model(cost_model, target), Roofline(target.device)
-    step = trace_step(model, arguments, loss, forward=forward, target=target, taken=taken)
+    step = trace_step(
+        model,
+        arguments,
+        loss,
+        forward=forward,
+        target=target,
+        taken=taken,
+        releases_outputs=holds.releases,
+    )
     split_dropout(step.graph)
 
     probe = WorkspaceProbe(
@@ -130,9 +146,14 @@ def capture_step(
         cache=costs.cache if isinstance(costs, ProfiledCosts) else None,
         too_long=lambda call: roofline.time_ns(call) > LONGEST_TRIAL_NS,
     )
-    step = replace(step, loss=step.loss.with_scratch(probe.bytes_of))
+    region = step.loss.without(step.gone_bytes()) if holds.releases else step.loss
+    step = replace(step, loss=region.with_scratch(probe.bytes_of))
     pricing = Pricing(
-        target=target, costs=costs, probe=probe, held_bytes=_held(model, step, target)
+        target=target,
+        costs=costs,
+        probe=probe,
+        held_bytes=_held(model, step, target),
+        holds=holds,
     )
     first = pricing if check is None else _unmeasured(pricing)
     try:
@@ -143,7 +164,7 @@ def capture_step(
             costs.save()
     record = costs.record()
     record = replace(record, notes=(*record.notes, *probe.notes))
-    return replace(folded, unplanned=unplanned, costs=record)
+    return replace(folded, unplanned=unplanned, costs=record, holds=holds)
 
 
 def _fold(
@@ -164,7 +185,9 @@ def _fold(
     folder = Folder(inputs, LastReadings(nodes, kept), finder)
     folder.fold(n for n in nodes if n.meta.get("phase") == "forward")
     turn = folder.produce_outside(step.tangents)
-    turn.reads = {n: folder.block_of(n) for i in step.differentiated for n in [step.outputs[i]]}
+    released = [step.outputs[i] for i in step.releasable] if pricing.holds.releases else []
+    read_by_loop = [*(step.outputs[i] for i in step.differentiated), *released]
+    turn.reads = {n: folder.block_of(n) for n in read_by_loop}
     folder.fold(n for n in nodes if n.meta.get("phase") == "backward")
     pin_readers_of_written(folder)
 
@@ -172,9 +195,15 @@ def _fold(
     gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
     operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
 
+    leaving = Leaving(
+        outputs={folder.block_of(n) for n in released},
+        gradients=_accumulated(step, folder) if pricing.holds.accumulates else set(),
+        at_once=not reuse,
+    )
+
     def assembled(pricing: Pricing) -> CapturedStep:
         return Assembly(
-            step, folder.blocks, output_blocks, gradient_blocks, optimizer, pricing
+            step, folder.blocks, output_blocks, gradient_blocks, optimizer, pricing, leaving
         ).finish(operators, turn, weakref.ref(model))
 
     if check is not None:
@@ -184,6 +213,17 @@ def _fold(
         assembled(replace(pricing, costs=collector, known={}))
         pricing.costs.prepare(collector.calls, progress)
     return assembled(pricing)
+
+
+def _accumulated(step: TracedStep, folder: Folder) -> set[int]:
+    """Blocks of gradients that are added to those of earlier backward passes."""
+    found = {
+        folder.block_of(gradient)
+        for leaf, gradient in step.gradients
+        if leaf.meta["role"] == "parameter"
+    }
+    others = [n for leaf, n in step.gradients if leaf.meta["role"] != "parameter"]
+    return found - {folder.block_of(n) for n in (*others, *step.outputs)}
 
 
 def _unmeasured(pricing: Pricing) -> Pricing:

@@ -55,6 +55,8 @@ def record_step(
     how: str,
     target: Target,
     outcomes: Sequence[Outcome] | None,
+    *,
+    releases_outputs: bool = False,
 ) -> TracedStep:
     """Record one step of ``model`` on stand-ins as a graph.
 
@@ -66,6 +68,8 @@ def record_step(
         How forward runs, in words; stored in the step.
     outcomes
         As for :class:`~.recorder.Recorder`.
+    releases_outputs
+        Whether the loop lets go of the outputs once it has the loss.
     """
     differentiator: Differentiator = Engine()
     watching: AbstractContextManager[None] = nullcontext()
@@ -76,7 +80,7 @@ def record_step(
     recording = _Recording(watcher, model, arguments, differentiator, target, outcomes)
     try:
         with watching:
-            return recording.run(forward, loss, how)
+            return recording.run(forward, loss, how, releases_outputs)
     except Exception as error:
         if recording.recorder.failed_at:
             error.add_note(recording.recorder.failed_at)
@@ -118,7 +122,11 @@ class _Recording:
         self.laid_out: list[LaidOut] = []  # parameters, buffers, attributes and arguments
 
     def run(
-        self, forward: Callable[..., Any], loss: LossFn | LossSpec | None, how: str
+        self,
+        forward: Callable[..., Any],
+        loss: LossFn | LossSpec | None,
+        how: str,
+        releases_outputs: bool,
     ) -> TracedStep:
         model, recorder, watcher = self.model, self.recorder, self.watcher
         _refuse_scripts(model)
@@ -164,6 +172,8 @@ class _Recording:
                 {name: new for name, new, _ in reassigned}
                 | {entry.target: entry.tensor for entry in attributes}
             )
+            replaced = [(name, new, keeps, "buffer") for name, new, keeps in reassigned]
+            replaced += [(entry.target, entry.tensor, False, "attribute") for entry in attributes]
             differentiated, tangents, region = differentiate(
                 output,
                 template,
@@ -174,6 +184,7 @@ class _Recording:
                 lambda tensor: recorder.questions.values.tensor(recorder.node_of(tensor)),
                 recorder.real,
                 self._named,
+                self._stays([new for _, new, *_ in replaced]) if releases_outputs else None,
             )
             before_backward = effects.remembered()  # a loop calls its loss itself
             tangent_nodes = tuple(
@@ -185,8 +196,6 @@ class _Recording:
             recorder.check_generators()
             effects.refuse_in_backward(before_backward)
 
-        replaced = [(name, new, keeps, "buffer") for name, new, keeps in reassigned]
-        replaced += [(entry.target, entry.tensor, False, "attribute") for entry in attributes]
         numbers = {entry.target for entry in attributes if entry.is_number}
         outputs = tuple(recorder.node_of(t) for t in (*tensors, *(new for _, new, *_ in replaced)))
         recorder.graph.output((list(outputs), [g for _, g in gradients]))
@@ -288,6 +297,12 @@ class _Recording:
                 differentiated, [leaf for _, leaf in self.leaves], tangents
             )
             return settle_gradients(self.leaves, found, tensors, self.recorder)
+
+    def _stays(self, replaced: Iterable[torch.Tensor]) -> Callable[[int], bool]:
+        """Whether a memory comes from outside of the step or stays in the model after it."""
+        placeholders = self.recorder.graph.find_nodes(op="placeholder")
+        lasting = {storage_id(node.meta["val"]) for node in placeholders}
+        return (lasting | {storage_id(t) for t in replaced}).__contains__
 
     def _named(self, tensor: torch.Tensor) -> str | None:
         """What a tensor is in the model or its call, in words."""

@@ -53,6 +53,7 @@ def trace_step(
     forward: Callable[..., Any],
     target: Target,
     taken: TakenPath | None = None,
+    releases_outputs: bool = False,
 ) -> TracedStep:
     """Trace ``model`` on ``arguments`` (bound by name, see ``call_spec.bind_call``).
 
@@ -65,6 +66,8 @@ def trace_step(
     ----------
     taken
         The path of an earlier capture, which this capture takes, too.
+    releases_outputs
+        Whether the loop lets go of the outputs once it has the loss.
 
     Raises
     ------
@@ -76,7 +79,7 @@ def trace_step(
         refuse_argument(tensor)
 
     def traced() -> tuple[TracedStep, list[Change], ClocksMet]:
-        return _first_that_works(model, arguments, loss, forward, target, taken)
+        return _first_that_works(model, arguments, loss, forward, target, taken, releases_outputs)
 
     step, settled, clocks = traced()
     if clocks.where is not None:
@@ -117,6 +120,7 @@ def _first_that_works(
     forward: Callable[..., Any],
     target: Target,
     taken: TakenPath | None,
+    releases_outputs: bool,
 ) -> tuple[TracedStep, list[Change], ClocksMet]:
     """The step, the changes that forward makes once to what it reads, and the clocks it names."""
     if target.imitated:
@@ -153,7 +157,15 @@ def _first_that_works(
             ):
                 try:
                     step = record_step(
-                        watcher, model, forward, arguments, loss, how, target, outcomes
+                        watcher,
+                        model,
+                        forward,
+                        arguments,
+                        loss,
+                        how,
+                        target,
+                        outcomes,
+                        releases_outputs=releases_outputs,
                     )
                 finally:
                     watcher.outside.put_back()

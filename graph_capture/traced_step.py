@@ -12,10 +12,11 @@ from torch.fx import Graph, Node
 from .before_checks import BeforeChecks, before_checks
 from .checks import Check
 from .effects import LeftValue
-from .loss import LossRegion, LossSpec
+from .loss import LossRegion, LossSource, LossSpec
 from .outcomes import Outcome
 from .outputs import OutputTemplate
 from .reads import Reads
+from .recorder import storage_id
 
 AS_EAGER = "as eager runs it"
 COMPILING = "with torch.compiler.is_compiling()"
@@ -134,6 +135,51 @@ class TracedStep:
     def before_checks(self) -> BeforeChecks:
         """What must be restored if a check fails."""
         return before_checks(self.graph)
+
+    @cached_property
+    def releasable(self) -> tuple[int, ...]:
+        """Outputs that die with the last who holds them, where a loop has a loss and lets go.
+
+        Not what lies in the memory of a parameter, an input or a tensor that forward leaves
+        in the model, and not the loss.
+        """
+        if self.loss.source is LossSource.OUTPUTS:
+            return ()
+        stay = {
+            storage_id(node.meta["val"])
+            for node in self.graph.find_nodes(op="placeholder")
+            if node.meta["role"] != "tangent"
+        }
+        stay |= {storage_id(self.outputs[entry.output].meta["val"]) for entry in self.reassigned}
+        stay |= {storage_id(gradient.meta["val"]) for _, gradient in self.gradients}
+        if self.loss.source is not LossSource.LOSS_FN:
+            stay |= {storage_id(self.outputs[i].meta["val"]) for i in self.differentiated}
+        return tuple(
+            i
+            for i in range(len(self.template.names))
+            if storage_id(self.outputs[i].meta["val"]) not in stay
+        )
+
+    def gone_bytes(self) -> dict[int, int]:
+        """Bytes of each memory that is gone with its outputs, by the first of these.
+
+        What backward reads is saved, by eager at least.
+        """
+        read = {
+            storage_id(argument.meta["val"])
+            for node in self.graph.nodes
+            if node.meta.get("phase") == "backward"
+            for argument in node.all_input_nodes
+            if isinstance(argument.meta["val"], torch.Tensor)
+        }
+        found: dict[int, int] = {}
+        sizes: dict[int, int] = {}
+        for i in self.releasable:
+            memory = self.outputs[i].meta["val"]
+            if storage_id(memory) not in read | found.keys():
+                found[storage_id(memory)] = i
+                sizes[i] = memory.untyped_storage().nbytes()
+        return sizes
 
     @property
     def loss_spec(self) -> LossSpec:

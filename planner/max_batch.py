@@ -10,6 +10,7 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
+from graph_capture.loop_holds import Grads, LoopHolds, Outputs
 from graph_capture.loss import LossFn
 
 from .base.progress import ShowLines
@@ -38,6 +39,9 @@ def max_batch(
     autocast: torch.dtype | None = None,
     cost_model: CostModelChoice = "roofline",
     headroom: float | str | None = None,
+    outputs: Outputs = "held",
+    grads: Grads = "none",
+    resident_bytes: int | str = 0,
     never_recompute: Sequence[str] = (),
     always_recompute: Sequence[str] = (),
     batch_dim: int = 0,
@@ -58,7 +62,7 @@ def max_batch(
         At most one of them, as for :func:`planner.optimize`; a share is one of the peak of
         the sample's own step without a plan: ``"100%"`` asks which batch fits where the
         sample's fits now. By default, the device's memory minus what its context takes.
-    never_recompute, always_recompute
+    never_recompute, always_recompute, outputs, grads, resident_bytes
         As for :func:`planner.optimize`.
     batch_dim
         Which dimension of the inputs is the batch.
@@ -98,6 +102,7 @@ def max_batch(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
+        holds=LoopHolds.of(outputs, grads, resident_bytes),
     )
     family = StepFamily.of(
         spec, batch_dim=batch_dim, sequence_dim=batch_dim + 1, make_sample=make_sample

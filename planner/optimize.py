@@ -10,6 +10,7 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
+from graph_capture.loop_holds import Grads, LoopHolds, Outputs
 
 from .base.budget import read_budget
 from .base.progress import ShowProgress
@@ -43,6 +44,9 @@ def optimize(
     autocast: torch.dtype | None = None,
     cost_model: CostModelChoice = "roofline",
     headroom: float | str | None = None,
+    outputs: Outputs = "held",
+    grads: Grads = "none",
+    resident_bytes: int | str = 0,
     progress: ShowProgress = None,
 ) -> Plan:
     """Plan a training step of ``model`` whose peak memory stays within a budget.
@@ -111,6 +115,18 @@ def optimize(
         ``"5%"``), or bytes such as ``"2GB"``. ``None`` for the device's default:
         none on CPU, 3 % on CUDA for fragmentation and the prediction's error
         (``planner.base.budget.DEFAULT_HEADROOM``).
+    outputs
+        What the loop does with the model's outputs: ``"held"`` to the end of the step, or
+        ``"released"`` once it has the loss, as Transformers' Trainer does. Logits that are
+        only an input of the loss are then gone before the backward pass.
+    grads
+        Whether gradients are in memory when the step begins: ``"none"``, or
+        ``"accumulated"`` from earlier micro-batches (with ``zero_grad(set_to_none=False)``,
+        too). Their sum stays; a plan hands new gradients over when its backward pass ends,
+        so that the budget has room for two sets then.
+    resident_bytes
+        What else of the caller's is on the device all the while (an averaged copy of the
+        weights, a reference model): bytes, or such as ``"2GB"``.
     progress
         ``True`` shows a progress bar, while calls are timed and while the solver
         runs; a function receives :class:`solvers.progress.ProgressEvent`.
@@ -136,6 +152,7 @@ def optimize(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
+        holds=LoopHolds.of(outputs, grads, resident_bytes),
     )
     request = Request.of(
         spec,

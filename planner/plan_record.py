@@ -10,6 +10,7 @@ from typing import Literal
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.cost_model import CostRecord
 from graph_capture.costs.library_workspace import STORAGE_NAME
+from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.loss import LossSpec
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.outcomes import Outcome
@@ -37,7 +38,8 @@ class PeakMemory:
     by_category
         Bytes of it by what they hold: parameter, buffer, gradient,
         optimizer_state, input, output, activation, temporary, workspace (a
-        kernel's scratch), library_workspace (what cuBLAS holds all the while).
+        kernel's scratch), library_workspace (what cuBLAS holds all the while),
+        resident (the caller's other tensors, see ``resident_bytes``).
     operator
         Name of the operator that runs at the peak.
     phase, module_path, source
@@ -131,6 +133,8 @@ class PlanRecord:
         checks that they still hold. ``None`` in a plan from an older file.
     shapes
         Smaller shapes of the call that the plan is for, too.
+    holds
+        What the loop around the step holds: its outputs, older gradients, other tensors.
     """
 
     graph: CostGraph
@@ -161,6 +165,7 @@ class PlanRecord:
     branch_free: bool = False
     outcomes: tuple[Outcome, ...] | None = ()
     shapes: ShapeRange = field(default_factory=ShapeRange)
+    holds: LoopHolds = NOTHING_ELSE
 
     @cached_property
     def replay(self) -> Replay:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
+from graph_capture.loss import LossSource
 from graph_capture.printable import printable
 from graph_capture.recorder import storage_id
 from graph_capture.units import format_bytes, format_us
@@ -157,7 +158,11 @@ def _recomputed(plan: PlanRecord) -> list[str]:
 def _covers(plan: PlanRecord) -> str:
     optimizer = f"{plan.optimizer.name} state and step" if plan.optimizer else "no optimizer"
     scratch = "" if SCRATCH_NOT_COUNTED in plan.costs.notes else ", scratch"
+    source = plan.loss.region.source
+    words = plan.holds.words
+    if plan.holds.releases and source is LossSource.OUTPUTS:
+        words = ("outputs to the end, since the loop differentiates them", *words[1:])
     return (
         f"parameters, buffers, gradients, inputs, outputs, activations, temporaries{scratch}; "
-        f"{optimizer}; backward of {plan.loss.region.source}"
+        f"{'; '.join((optimizer, f'backward of {source}', *words))}"
     )

@@ -46,6 +46,11 @@ def resident_tensors(
     return tensors
 
 
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """Return the gradients that parameters have now."""
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
 def resident_bytes_by_category(
     model: nn.Module,
     sample_input: Sample,

@@ -11,6 +11,7 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
+from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.loss import LossFn
 from graph_capture.private_torch.modules import compiled_from
 
@@ -27,6 +28,8 @@ class StepSpec:
         In training mode.
     sample_input, shapes, loss_fn, optimizer, device, autocast, cost_model
         As of :func:`planner.optimize`.
+    holds
+        What the loop around the step holds.
 
     Raises
     ------
@@ -45,6 +48,7 @@ class StepSpec:
     device: str | Device | None = None
     autocast: torch.dtype | None = None
     cost_model: CostModelChoice = "roofline"
+    holds: LoopHolds = NOTHING_ELSE
 
     def __post_init__(self) -> None:
         check_model(self.model)

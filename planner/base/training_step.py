@@ -8,7 +8,8 @@ The planner, the measuring tool and the tests all mean this step:
    casts emptied, as in a training loop that closes ``with torch.autocast(...)`` before
    it calls ``backward()``;
 3. the optimizer steps, when there is one;
-4. the caller holds outputs and loss until the step has ended.
+4. the caller holds outputs and loss until the step has ended, and there are no gradients
+   when it begins; or what :class:`graph_capture.loop_holds.LoopHolds` says instead.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.optimizer_step import OPTIMIZERS
 from graph_capture.private_torch.trees import tree_leaves
 
@@ -111,7 +113,11 @@ def call_model(model: Callable[..., Any], sample_input: Sample) -> Any:
 
 
 def train_step(
-    model: Callable[..., Any], sample_input: Sample, loss_fn: LossFn | None = None
+    model: Callable[..., Any],
+    sample_input: Sample,
+    loss_fn: LossFn | None = None,
+    *,
+    releases_outputs: bool = False,
 ) -> tuple[Any, Tensor | None]:
     """Run forward, loss and backward once; gradients accumulate as ``backward()`` does.
 
@@ -123,14 +129,19 @@ def train_step(
         A tensor, a tuple of positional arguments or a dict of keyword arguments.
     loss_fn
         Computes the scalar loss from the model's output.
+    releases_outputs
+        Whether the outputs are let go of once there is a loss.
 
     Returns
     -------
     tuple
-        The outputs, and the loss or ``None``; see :func:`differentiate`.
+        The outputs, and the loss or ``None``; see :func:`differentiate`. ``None`` for
+        outputs that were let go of.
     """
     output = call_model(model, sample_input)
     target = differentiate(output, loss_fn)
+    if releases_outputs and target.loss is not None:
+        output = None
     with _outside_autocast():
         torch.autograd.backward(target.tensors, [torch.ones_like(t) for t in target.tensors])
     return output, target.loss
@@ -143,6 +154,7 @@ def make_step(
     loss_fn: LossFn | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     seed: int | None = None,
+    holds: LoopHolds = NOTHING_ELSE,
 ) -> Callable[[], tuple[Any, Tensor | None]]:
     """Bind a step to its arguments, for timing.
 
@@ -154,18 +166,21 @@ def make_step(
         Steps after each backward pass; ``None`` leaves the parameters unchanged.
     seed
         Given to ``torch.manual_seed`` before each call; ``None`` seeds nothing.
+    holds
+        What the loop holds; ``resident_bytes`` is the caller's business.
 
     Returns
     -------
     Callable
-        Clears the gradients, then runs one step and returns its outputs and loss.
+        Clears the gradients, then runs one step and returns its outputs and loss. Where
+        gradients are accumulated it sets those of the model to zero, so that they stay.
     """
 
     def step() -> tuple[Any, Tensor | None]:
-        clear_gradients(model, sample_input, loss_fn)
+        clear_gradients(model, sample_input, loss_fn, set_to_none=not holds.accumulates)
         if seed is not None:
             torch.manual_seed(seed)
-        output, loss = train_step(model, sample_input, loss_fn)
+        output, loss = train_step(model, sample_input, loss_fn, releases_outputs=holds.releases)
         if optimizer is not None:
             optimizer.step()
         return output, loss
@@ -174,13 +189,17 @@ def make_step(
 
 
 def clear_gradients(
-    model: Callable[..., Any], sample_input: Sample = (), loss_fn: LossFn | None = None
+    model: Callable[..., Any],
+    sample_input: Sample = (),
+    loss_fn: LossFn | None = None,
+    *,
+    set_to_none: bool = True,
 ) -> None:
     """Set every gradient that a step leaves to ``None``, for modules and inputs that require
-    grad."""
+    grad; those of modules to zero where ``set_to_none`` is false."""
     for part in (model, loss_fn):
         if isinstance(part, nn.Module):
-            part.zero_grad(set_to_none=True)
+            part.zero_grad(set_to_none=set_to_none)
     for t in output_tensors(sample_input):
         if t.requires_grad and t.is_leaf:
             t.grad = None

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -14,6 +15,7 @@ import typer
 from torch import nn
 
 from graph_capture.costs.devices import DEVICES
+from graph_capture.loop_holds import LoopHolds
 from graph_capture.printable import printable
 
 from ..errors import PlanError
@@ -32,6 +34,16 @@ Autocast = Annotated[str | None, typer.Option(help="bfloat16 or float16")]
 CostModelName = Annotated[str, typer.Option(help="roofline (data sheets) or profile (timed)")]
 Headroom = Annotated[
     str | None, typer.Option(help="part of the budget to leave alone, e.g. 5% or 2GB")
+]
+
+OutputsWord = Annotated[
+    str, typer.Option(help="held to the end of the step, or released once the loss is there")
+]
+GradsWord = Annotated[
+    str, typer.Option(help="none when the step begins, or accumulated from earlier ones")
+]
+Resident = Annotated[
+    str, typer.Option(help="what else of yours is on the device all the while: bytes, or e.g. 2GB")
 ]
 
 _DTYPES = {
@@ -103,6 +115,18 @@ def read_autocast(text: str | None) -> torch.dtype | None:
     if text not in _DTYPES:
         fail(f"--autocast is one of {', '.join(_DTYPES)}, got {text!r}")
     return _DTYPES[text]
+
+
+def read_holds(outputs: str, grads: str, resident: str) -> dict[str, Any]:
+    """Return what the loop holds, as keyword arguments."""
+    resident_bytes: int | str = (
+        int(resident) if resident.isascii() and resident.isdigit() else resident
+    )
+    try:
+        holds = LoopHolds.of(outputs, grads, resident_bytes)
+    except ValueError as error:
+        fail(f"{error}".replace("resident_bytes", "--resident"))
+    return asdict(holds)
 
 
 def read_headroom(text: str | None) -> float | str | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
+from graph_capture.loop_holds import Grads, LoopHolds, Outputs
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies.registry import STRATEGIES, PlainStrategy, Registry
@@ -66,6 +67,9 @@ def compare(
     device: str | Device | None = None,
     autocast: torch.dtype | None = None,
     cost_model: CostModelChoice = "roofline",
+    outputs: Outputs = "held",
+    grads: Grads = "none",
+    resident_bytes: int | str = 0,
     measure: bool | None = None,
     repeats: int = 8,
     time_limit_s: float = 30.0,
@@ -88,6 +92,8 @@ def compare(
     ----------
     model, sample_input, loss_fn, optimizer, device, autocast, cost_model
         As for :func:`planner.optimize`.
+    outputs, grads, resident_bytes
+        As for :func:`planner.optimize`; steps are executed in such a loop.
     budgets
         Each is a share of the predicted unplanned peak (``0.6``, ``"60%"``), bytes
         (``12_000_000_000``, ``"12GB"``, ``"40GiB"``; a number without a unit from 4096
@@ -150,6 +156,7 @@ def compare(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
+        holds=LoopHolds.of(outputs, grads, resident_bytes),
     )
     options = SolveOptions(time_limit_s=time_limit_s, gap=gap, seed=seed, workers=workers)
     known, names = choose_strategies(strategies, STRATEGIES if registry is None else registry)

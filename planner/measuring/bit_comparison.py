@@ -39,15 +39,27 @@ def compare_bits(
 
 
 def step_results(
-    model: nn.Module, sample_input: Sample, loss_fn: LossFn | None, seed: int
+    model: nn.Module,
+    sample_input: Sample,
+    loss_fn: LossFn | None,
+    seed: int,
+    *,
+    accumulates: bool = False,
 ) -> Results:
     """Return everything that a step without an optimizer leaves, copied to the CPU.
 
     The model, the inputs and the random generators are restored afterwards.
+
+    Parameters
+    ----------
+    accumulates
+        Whether the step is the second, whose gradients are added to those of the first.
     """
     device = single_device(model, sample_input)
     with preserve_state(model, sample_input, loss_fn, None):
         torch.manual_seed(seed)
+        if accumulates:
+            train_step(model, sample_input, loss_fn)
         output, loss = train_step(model, sample_input, loss_fn)
         template, outputs = take_apart(output)
         found: Results = {"the loss": loss}

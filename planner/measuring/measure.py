@@ -52,10 +52,12 @@ import torch
 from torch import nn
 
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
+from graph_capture.loop_holds import NOTHING_ELSE, Grads, LoopHolds, Outputs
 from graph_capture.private_torch.devices import cublas_workspace_clearer
 from graph_capture.private_torch.tensors import is_zero_tensor
 
 from ..base.resident import (
+    gradients_of,
     resident_tensors,
     single_device,
     storage_bytes,
@@ -161,6 +163,9 @@ def measure(
     optimizer: torch.optim.Optimizer | str | None = None,
     repeats: int = 5,
     seed: int = 0,
+    outputs: Outputs | None = None,
+    grads: Grads | None = None,
+    resident_bytes: int | str | None = None,
 ) -> Measurement:
     """Run training steps and measure their peak memory and time.
 
@@ -185,6 +190,11 @@ def measure(
         How many steps are timed; 0 gives a ``step_us`` of NaN.
     seed
         Given to ``torch.manual_seed`` before each step.
+    outputs, grads, resident_bytes
+        What the loop around the step holds, as for :func:`planner.optimize`. ``None`` for
+        what the applied plan says; without one, outputs and nothing else. Nothing shows
+        where the caller's other tensors lie: ``resident_bytes`` is added to what is
+        measured.
 
     Returns
     -------
@@ -211,19 +221,28 @@ def measure(
     device = single_device(model, sample_input)
     applied = applied_plan(model)
     plan = None if applied is None else applied.plan
+    planned = NOTHING_ELSE if plan is None else plan.holds
+    holds = LoopHolds.of(
+        planned.outputs if outputs is None else outputs,
+        planned.grads if grads is None else grads,
+        planned.resident_bytes if resident_bytes is None else resident_bytes,
+    )
     with preserve_state(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, model.parameters())
-        step = make_step(model, sample_input, loss_fn=loss_fn, optimizer=optimizer, seed=seed)
+        step = make_step(
+            model, sample_input, loss_fn=loss_fn, optimizer=optimizer, seed=seed, holds=holds
+        )
         step()
-        clear_gradients(model, sample_input, loss_fn)
+        clear_gradients(model, sample_input, loss_fn, set_to_none=not holds.accumulates)
         held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)
-        resident_bytes = storage_bytes(held, device)
+        held += gradients_of(model)
+        there_bytes = storage_bytes(held, device) + holds.resident_bytes
         extra_bytes, reserved_bytes = record_peak(step, device, held)
         step_us_all = tuple(timed_us(step, device) for _ in range(repeats))
     return Measurement(
-        peak_bytes=resident_bytes + extra_bytes,
-        resident_bytes=resident_bytes,
+        peak_bytes=there_bytes + extra_bytes,
+        resident_bytes=there_bytes,
         reserved_bytes=reserved_bytes,
         step_us=statistics.median(step_us_all) if step_us_all else float("nan"),
         step_us_all=step_us_all,

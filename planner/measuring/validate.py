@@ -19,12 +19,15 @@ import torch
 from torch import nn
 
 from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.cost_graph import Storage
 from graph_capture.costs.library_workspace import STORAGE_NAME
+from graph_capture.loop_holds import LoopHolds
 from graph_capture.outputs import take_apart
 
 from ..base.forward_slot import forward_set, own_forward
 from ..base.live_state import LiveState
 from ..base.resident import (
+    gradients_of,
     resident_bytes_by_category,
     resident_tensors,
     single_device,
@@ -90,6 +93,7 @@ def validate_plan(
             loss_fn=planned_loss_fn(plan, live, loss_fn),
             seed=seed,
             device=device,
+            holds=plan.holds,
         )
         chosen = planned_optimizer(plan, model, optimizer)
         with preserve_state(model, sample_input, trial.loss_fn, chosen):
@@ -118,26 +122,37 @@ class _Trial:
     loss_fn: LossFn | None
     seed: int
     device: torch.device
+    holds: LoopHolds
 
     def step(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], Any]:
         return make_step(
-            self.model, self.sample_input, loss_fn=self.loss_fn, optimizer=optimizer, seed=self.seed
+            self.model,
+            self.sample_input,
+            loss_fn=self.loss_fn,
+            optimizer=optimizer,
+            seed=self.seed,
+            holds=self.holds,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Taken:
-    """Memory and results of one recorded step."""
+    """Memory and results of one recorded step, beside what of the caller's own was there."""
 
     resident_bytes: dict[str, int]
     extra_bytes: int
     reserved_bytes: int | None
     gradient_bytes: int
     output_bytes: int
+    earlier_gradient_bytes: int
+
+    @property
+    def rest_bytes(self) -> int:
+        return self.extra_bytes + self.earlier_gradient_bytes
 
     @property
     def peak_bytes(self) -> int:
-        return sum(self.resident_bytes.values()) + self.extra_bytes
+        return sum(self.resident_bytes.values()) + self.rest_bytes
 
 
 _Forward = Callable[..., Any] | None
@@ -151,7 +166,8 @@ def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer |
 
     def recorded() -> Any:
         output, loss = step()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        held = output if output is not None or loss_fn is not None else loss
+        gradients = gradients_of(model)
         gradients += [
             t.grad
             for t in output_tensors(sample_input)
@@ -159,17 +175,21 @@ def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer |
         ]
         there = [*model.parameters(), *model.buffers(), *output_tensors(sample_input)]
         seen.append(storage_bytes(gradients, trial.device))
-        both = storage_bytes([*there, *take_apart(output)[1]], trial.device)
+        both = storage_bytes([*there, *take_apart(held)[1]], trial.device)
         seen.append(both - storage_bytes(there, trial.device))
         return output, loss
 
     with forward_set(model, forward):
         step()
-        clear_gradients(model, sample_input, loss_fn)
+        accumulates = trial.holds.accumulates
+        clear_gradients(model, sample_input, loss_fn, set_to_none=not accumulates)
         resident = resident_bytes_by_category(
             model, sample_input, trial.device, loss_fn=loss_fn, optimizer=optimizer
         )
+        resident["resident"] = trial.holds.resident_bytes
         held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)
+        earlier_gradient_bytes = storage_bytes(gradients_of(model), trial.device)
+        held += gradients_of(model)
         extra_bytes, reserved_bytes = record_peak(recorded, trial.device, held)
         clear_gradients(model, sample_input, loss_fn)
     return _Taken(
@@ -178,6 +198,7 @@ def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer |
         reserved_bytes=reserved_bytes,
         gradient_bytes=seen[0],
         output_bytes=seen[1],
+        earlier_gradient_bytes=earlier_gradient_bytes,
     )
 
 
@@ -224,7 +245,13 @@ def _compare(
 
     def run(forward: _Forward) -> Results:
         with forward_set(trial.model, forward):
-            return step_results(trial.model, trial.sample_input, trial.loss_fn, trial.seed)
+            return step_results(
+                trial.model,
+                trial.sample_input,
+                trial.loss_fn,
+                trial.seed,
+                accumulates=trial.holds.accumulates,
+            )
 
     def unplanned() -> Results:
         nonlocal note
@@ -281,14 +308,19 @@ def _report(
 ) -> Validation:
     predicted = _predicted_parts(plan)
     at_peak = [
-        Figure(name=category, predicted=predicted.pop(category, 0), measured=num_bytes)
+        Figure(
+            name=category,
+            predicted=predicted.pop(category, 0),
+            measured=num_bytes,
+            how="given" if category == "resident" else "observed",
+        )
         for category, num_bytes in taken.resident_bytes.items()
     ]
     at_peak.append(
         Figure(
             name="rest",
             predicted=sum(predicted.values()),
-            measured=taken.extra_bytes,
+            measured=taken.rest_bytes,
             how="derived",
         )
     )
@@ -343,13 +375,14 @@ def _predicted_parts(plan: PlanRecord) -> dict[str, int]:
 
 def _whole(category: str, plan: PlanRecord, measured_bytes: int) -> Figure:
     """What a step leaves in a category; what the loss leaves stays in the training loop."""
+
+    def stays(storage: Storage) -> bool:
+        if storage.producer is None:  # earlier gradients, to which the step's own were added
+            return True
+        return storage.kept and plan.graph.operators[storage.producer].phase != "loss"
+
     predicted = sum(
-        s.size_bytes
-        for s in plan.graph.storages
-        if s.category == category
-        and s.kept
-        and s.producer is not None
-        and plan.graph.operators[s.producer].phase != "loss"
+        s.size_bytes for s in plan.graph.storages if s.category == category and stays(s)
     )
     return Figure(name=f"{category}s", predicted=predicted, measured=measured_bytes)
 

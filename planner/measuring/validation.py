@@ -24,13 +24,13 @@ class Figure:
         In bytes or in microseconds.
     how
         ``"observed"`` if it comes from the device or its tensors, ``"derived"`` if it
-        is what other observations leave.
+        is what other observations leave, ``"given"`` if it is the caller's word.
     """
 
     name: str
     predicted: float
     measured: float
-    how: Literal["observed", "derived"] = "observed"
+    how: Literal["observed", "derived", "given"] = "observed"
 
     @property
     def error(self) -> float:
@@ -52,7 +52,8 @@ class Validation:
         On CUDA, the most that the allocator held of the device for planned steps;
         ``None`` on the CPU. Nothing predicts it.
     at_peak
-        What the peak consists of. Resident categories are observed from the tensors.
+        What the peak consists of. Resident categories are observed from the tensors,
+        but for ``"resident"``, the caller's own, which is the plan's word.
         ``"rest"`` is derived: the peak less these, so gradients, outputs, activations,
         temporaries and scratch together. No allocator's record tells them apart.
     predicted_rest

@@ -93,5 +93,6 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
                 target=target,
                 cost_model=spec.cost_model,
                 progress=timing,
+                holds=spec.holds,
             )
         yield CapturedCall(model=model, arguments=arguments, captured=captured, shapes=shapes)

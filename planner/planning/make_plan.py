@@ -117,6 +117,7 @@ def recorded(
         device_name=_table_name(request.device),
         branch_free=step.branch_free,
         outcomes=step.outcomes,
+        holds=captured.holds,
         torch_version=torch.__version__,
         shapes=call.shapes,
     )
@@ -216,6 +217,7 @@ def another_call(
             target=target_of(model, tensors_of(arguments), request.device),
             cost_model=request.cost_model,
             progress=timing,
+            holds=plan.holds,
         )
     return CapturedCall(model=model, arguments=arguments, captured=captured), request
 

@@ -18,6 +18,7 @@ from .memory_timeline import (
     MODEL,
     OPTIMIZER,
     RECOMPUTED,
+    RESIDENT,
     SAVED,
     TEMPORARIES,
     WORKSPACE,
@@ -63,6 +64,7 @@ _LOOKS: Mapping[str, tuple[str, str]] = {  # colour and hatch
     RECOMPUTED: (ORANGE, "////"),
     TEMPORARIES: (VERMILLION, ""),
     WORKSPACE: (PINK, "xxxx"),
+    RESIDENT: ("#CFCFCF", "xx"),
 }
 
 

@@ -21,7 +21,18 @@ SAVED = "saved for the backward"
 RECOMPUTED = "recomputed"
 TEMPORARIES = "temporaries"
 WORKSPACE = "kernels' scratch"
-GROUPS = (MODEL, OPTIMIZER, GRADIENTS, INOUT, SAVED, RECOMPUTED, TEMPORARIES, WORKSPACE)
+RESIDENT = "the caller's own"
+GROUPS = (
+    MODEL,
+    OPTIMIZER,
+    GRADIENTS,
+    INOUT,
+    SAVED,
+    RECOMPUTED,
+    TEMPORARIES,
+    WORKSPACE,
+    RESIDENT,
+)
 
 _OF_CATEGORY = {
     "parameter": MODEL,
@@ -30,6 +41,7 @@ _OF_CATEGORY = {
     "gradient": GRADIENTS,
     "input": INOUT,
     "output": INOUT,
+    "resident": RESIDENT,
 }
 
 

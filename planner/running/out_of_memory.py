@@ -103,7 +103,7 @@ def explain(error: BaseException, plan: PlanRecord, model: nn.Module, graph: Gra
                 moment_of(error.__traceback__, graph),
                 memory=_memory_of(device),
                 host=_host_memory() if device.type == "cpu" else None,
-                held_gradient_bytes=_gradient_bytes(model, device),
+                held_gradient_bytes=0 if plan.holds.accumulates else _gradient_bytes(model, device),
             )
         )
     except (MemoryError, RuntimeError, LookupError, OSError, ValueError) as failure:
@@ -251,7 +251,7 @@ def _advice(
     if held_gradient_bytes:
         lines.append(
             "zero_grad(set_to_none=True) before each step; to accumulate over several backward "
-            f"passes, plan with a budget lower by {format_bytes(held_gradient_bytes)}"
+            "passes, plan with grads='accumulated', which counts them"
         )
     if memory is not None and before_bytes is not None:
         extra = memory.allocated_bytes - before_bytes - held_gradient_bytes

@@ -341,7 +341,7 @@ class PlannedForward(StandIn):
             self._watch.stop()
             self._watch = UnplannedBackward.of(self, call.prepared[0].captured)
         watched = None if self._watch is None else self._watch.parameter()
-        if watched is None or watched.grad is None:
+        if watched is None or watched.grad is None or self.plan.holds.accumulates:
             return
         held = sum(
             p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None
@@ -351,8 +351,8 @@ class PlannedForward(StandIn):
             "gradients held",
             held,
             "gradients are there when a planned step begins",
-            "Call zero_grad(set_to_none=True) before forward, or plan with a budget that is lower "
-            "by these bytes",
+            "Call zero_grad(set_to_none=True) before forward, or plan with grads='accumulated', "
+            "which counts them",
         )
 
     def _say_buckets(self, call: PlannedCall) -> None:

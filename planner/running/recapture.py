@@ -276,6 +276,7 @@ def _capture_again(
         measure_scratch=measure_scratch,
         taken=taken,
         check=check if measure_scratch else None,
+        holds=plan.holds,
     )
     return apply_policies(captured, *rules)
 

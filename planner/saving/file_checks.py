@@ -44,6 +44,7 @@ def check_file_plan(plan: PlanRecord) -> None:
         raise ValueError(f"at shapes: {error}") from error
     _check_loss(plan)
     _check_optimizer(plan)
+    _check_loop_holds(plan)
 
 
 def _specs(plan: PlanRecord) -> Iterator[tuple[str, TensorSpec]]:
@@ -107,6 +108,23 @@ def _check_optimizer(plan: PlanRecord) -> None:
     _agree("the optimizer's state_bytes", plan.optimizer.state_bytes if plan.optimizer else 0, held)
     if plan.optimizer is not None:
         _agree("the optimizer's name", plan.optimizer.name, steps[0].target)
+
+
+def _check_loop_holds(plan: PlanRecord) -> None:
+    graph, holds = plan.graph, plan.holds
+    found = sum(s.size_bytes for s in graph.storages if s.category == "resident")
+    _agree("loop_holds.resident_bytes", holds.resident_bytes, found)
+    adds = any(op.name == "accumulate" and op.phase == "backward" for op in graph.operators)
+    if adds and not holds.accumulates:
+        raise ValueError("at operators: gradients are added to earlier ones, which nobody holds")
+    for storage in graph.storages:
+        made_before_loss = (
+            storage.category == "output"
+            and storage.producer is not None
+            and graph.operators[storage.producer].phase == "forward"
+        )
+        if made_before_loss and not storage.kept and not holds.releases:
+            raise ValueError(f"output {storage.name!r:.100} is let go of, and outputs are held")
 
 
 def _held(graph: CostGraph, name: str) -> int:

@@ -22,6 +22,7 @@ from graph_capture.call_spec import TensorSpec, from_json, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
 from graph_capture.costs.cost_model import CostRecord
 from graph_capture.json_text import read_json
+from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.loss import LossRegion, LossSource, LossSpec, TangentMemory
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.outcomes import Outcome
@@ -236,6 +237,7 @@ def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
         "detached": list(plan.detached),
         "branch_free": plan.branch_free,
         **({"shapes": plan.shapes.to_json()} if plan.shapes.largest else {}),
+        **({} if plan.holds == NOTHING_ELSE else {"loop_holds": asdict(plan.holds)}),
         **({} if plan.outcomes is None else {"outcomes": [o.to_json() for o in plan.outcomes]}),
         "operators": graph["operators"],
         "storages": graph["storages"],
@@ -388,6 +390,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
         outcomes=None
         if "outcomes" not in data
         else tuple(Outcome.from_json(o) for o in data["outcomes"]),
+        holds=LoopHolds(**data["loop_holds"]) if "loop_holds" in data else NOTHING_ELSE,
     )
 
 

@@ -14,6 +14,7 @@ from graph_capture.costs.cost_model import CostRecord
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.errors import CaptureError
+from graph_capture.loop_holds import Grads, LoopHolds, Outputs
 from graph_capture.loss import LossFn
 from solvers.replay import replay
 from solvers.schedule import Schedule
@@ -45,6 +46,9 @@ def estimate(
     autocast: torch.dtype | None = None,
     cost_model: CostModelChoice = "roofline",
     headroom: float | str | None = None,
+    outputs: Outputs = "held",
+    grads: Grads = "none",
+    resident_bytes: int | str = 0,
     batch_dim: int = 0,
     sequence_dim: int = 1,
     make_sample: MakeSample | None = None,
@@ -75,7 +79,7 @@ def estimate(
     loss_fn
         As for :func:`planner.optimize`; targets in its closure are resized like
         the sample.
-    optimizer, autocast, cost_model, headroom
+    optimizer, autocast, cost_model, headroom, outputs, grads, resident_bytes
         As for :func:`planner.optimize`.
     batch_dim, sequence_dim
         The dimensions of the inputs that are batch and sequence.
@@ -123,6 +127,7 @@ def estimate(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
+        holds=LoopHolds.of(outputs, grads, resident_bytes),
     )
     batches = positive_integers("batch_sizes", batch_sizes)
     lengths: tuple[int | None, ...] = (None,)

@@ -30,6 +30,7 @@ _HEADINGS = {
     "activation": "activations",
     "temporary": "temporaries",
     "workspace": "scratch",
+    "resident": "caller's own",
     "library_workspace": "library workspace",
 }
 

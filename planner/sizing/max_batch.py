@@ -65,6 +65,7 @@ def max_batch_of(
         device=request.device,
         autocast=None if plan.guard.autocast is None else getattr(torch, plan.guard.autocast),
         cost_model=request.cost_model,
+        holds=plan.holds,
     )
     limit_s = LONGEST_S if time_limit_s is None else time_limit_s
     options = replace(request.options, time_limit_s=limit_s)

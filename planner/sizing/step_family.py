@@ -24,6 +24,7 @@ from graph_capture.capture_lock import holds_capture_lock
 from graph_capture.captured_step import CapturedStep
 from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.errors import CaptureError
+from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.loss import LossFn
 from graph_capture.optimizer_step import OptimizerStep, measure_optimizer
 from graph_capture.step_capture import capture_step
@@ -65,6 +66,8 @@ class StepFamily:
     measure_scratch
         Whether calls may run, if the device is at hand, to measure their scratch
         memory.
+    holds
+        What the loop around the step holds.
     """
 
     model: nn.Module
@@ -78,6 +81,7 @@ class StepFamily:
     autocast: torch.dtype | None
     cost_model: CostModelChoice
     measure_scratch: bool = True
+    holds: LoopHolds = NOTHING_ELSE
     # The sample's path, found on first use: most models ask for no values and do not need it.
     _path: list[TakenPath | None] = field(default_factory=list, repr=False, compare=False)
 
@@ -112,6 +116,7 @@ class StepFamily:
             autocast=spec.autocast,
             cost_model=spec.cost_model,
             measure_scratch=measure_scratch,
+            holds=spec.holds,
         )
 
     def under_autocast(self) -> AbstractContextManager[None]:
@@ -193,6 +198,7 @@ class StepFamily:
                 target=self.target,
                 cost_model=self.cost_model,
                 taken=taken,
+                holds=self.holds,
             )
 
         taken = self._path[0] if self._path else None

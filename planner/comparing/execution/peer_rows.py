@@ -87,6 +87,7 @@ def _row(peer: Peer, blocks: tuple[str, ...] | None, e: Execution) -> Comparison
             repeats=e.repeats,
             seed=e.seed,
             blocks=blocks,
+            holds=e.spec.holds,
         )
     # Another tool may fail in any way, in its own code: its row reports it.
     except Exception as error:  # noqa: BLE001

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
+
 from ...base.forward_slot import forward_set, own_forward
 from ...base.resident import single_device
 from ...base.training_step import (
@@ -60,6 +62,7 @@ def run_peer(
     seed: int = 0,
     num_seeds: int = 2,
     blocks: tuple[str, ...] | None = None,
+    holds: LoopHolds = NOTHING_ELSE,
 ) -> ComparisonRow:
     """Execute a peer on a copy of a model, alongside the model's own steps.
 
@@ -89,6 +92,8 @@ def run_peer(
     blocks
         Paths of the model's blocks in the order in which they run; ``None`` captures
         the step to find those that the strategies divide.
+    holds
+        What the loop around the step holds.
 
     Returns
     -------
@@ -112,7 +117,7 @@ def run_peer(
     )
     seeds = range(seed, seed + num_seeds)
     try:
-        return _row(peer, model, situation, optimizer, repeats, seeds)
+        return _row(peer, model, situation, optimizer, repeats, seeds, holds)
     finally:
         # Here nobody holds the peer's models any more.
         release(device)
@@ -125,6 +130,7 @@ def _row(
     optimizer: Optimizer,
     repeats: int,
     seeds: range,
+    holds: LoopHolds,
 ) -> ComparisonRow:
     """A peer's row; every model made for it is freed when this call ends."""
     sample_input, loss_fn = situation.sample_input, situation.loss_fn
@@ -142,7 +148,9 @@ def _row(
                     solve_s=time.monotonic() - begin_s,
                 )
                 sides = ((model, optimizer), (ready.model, twins_optimizer))
-                measured = _measured(sides, sample_input, loss_fn, repeats, seeds, situation.device)
+                measured = _measured(
+                    sides, sample_input, loss_fn, repeats, seeds, situation.device, holds
+                )
                 return replace(row, measured=measured)
         except PEER_ERRORS as error:
             return replace(row, error=error_text(error), outcome=outcome_of(error))
@@ -213,6 +221,7 @@ def _measured(
     repeats: int,
     seeds: range,
     device: torch.device,
+    holds: LoopHolds,
 ) -> MeasuredStep:
     (eager, _), (other, others_optimizer) = sides
     verdict: StepVerdict | None = None
@@ -226,11 +235,14 @@ def _measured(
         optimizer=others_optimizer,
         repeats=0,
         seed=seeds.start,
+        outputs=holds.outputs,
+        grads=holds.grads,
+        resident_bytes=holds.resident_bytes,
     ).peak_bytes
     beside = sides if verdict is not None else sides[1:]
     return measured_step(
         peak_bytes,
-        _times(beside, sample_input, loss_fn, repeats, seeds.start, device),
+        _times(beside, sample_input, loss_fn, repeats, seeds.start, device, holds),
         "not compared" if verdict is None else verdict.bits,
         "eager runs out of memory" if verdict is None else verdict.difference,
     )
@@ -243,6 +255,7 @@ def _times(
     repeats: int,
     seed: int,
     device: torch.device,
+    holds: LoopHolds,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Microseconds of eager's and of the other's steps; only the other's if eager is left out."""
     if not repeats:
@@ -254,7 +267,14 @@ def _times(
             preserve_state(other, sample_input, loss_fn, others),
         ):
             first, second = (
-                make_step(m, sample_input, loss_fn=loss_fn, optimizer=_built(o, m), seed=seed)
+                make_step(
+                    m,
+                    sample_input,
+                    loss_fn=loss_fn,
+                    optimizer=_built(o, m),
+                    seed=seed,
+                    holds=holds,
+                )
                 for m, o in sides
             )
             pairs = measure_pair(first, second, repeats=repeats, device=device)
@@ -262,7 +282,12 @@ def _times(
     ((other, others),) = sides
     with preserve_state(other, sample_input, loss_fn, others):
         step = make_step(
-            other, sample_input, loss_fn=loss_fn, optimizer=_built(others, other), seed=seed
+            other,
+            sample_input,
+            loss_fn=loss_fn,
+            optimizer=_built(others, other),
+            seed=seed,
+            holds=holds,
         )
         for _ in range(2):
             step()

@@ -152,6 +152,9 @@ class Runner:
                 optimizer=self.optimizer,
                 repeats=0,
                 seed=e.seed,
+                outputs=e.spec.holds.outputs,
+                grads=e.spec.holds.grads,
+                resident_bytes=e.spec.holds.resident_bytes,
             ).peak_bytes
 
     @contextmanager
@@ -220,6 +223,7 @@ class Runner:
             loss_fn=e.spec.loss_fn,
             optimizer=self.optimizer,
             seed=e.seed,
+            holds=e.spec.holds,
         )
 
         def run(which: _Forward) -> Any:

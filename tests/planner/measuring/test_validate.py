@@ -282,10 +282,10 @@ def test_an_unplanned_step_that_does_not_fit_is_not_compared(plan):
     """Out of memory in the unplanned half: no bits, no unplanned peak, the plan's own figures."""
     from planner.measuring import validate
 
-    def only_planned(model: nn.Module, *args: Any) -> Any:
+    def only_planned(model: nn.Module, *args: Any, **how: Any) -> Any:
         if applied_plan(model) is None:
             raise torch.OutOfMemoryError("no memory today")
-        return step_results(model, *args)
+        return step_results(model, *args, **how)
 
     step_results = validate.step_results
     with pytest.MonkeyPatch.context() as patch:

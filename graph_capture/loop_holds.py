@@ -1,0 +1,109 @@
+"""What a training loop has in memory beside the step: outputs, older gradients, other tensors.
+
+The three words are a part of the question: they say what lives how long, so the cost graph is
+assembled by them, and every search and every replay of it goes by them without knowing of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from .cost_graph import MAX_TOTAL
+from .units import format_bytes, parse_bytes
+
+Outputs = Literal["held", "released"]
+Grads = Literal["none", "accumulated"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopHolds:
+    """What the loop around a step holds.
+
+    Parameters
+    ----------
+    outputs
+        ``"held"``: the model's outputs to the end of the step. ``"released"``: only until
+        the loss exists. The loss is held in both. Where there is no loss, since the loop
+        differentiates the outputs themselves, it holds them in any case.
+    grads
+        ``"none"``: no parameter has a gradient when forward begins. ``"accumulated"``:
+        each that the step gives one has one, and it stays.
+    resident_bytes
+        Bytes of other tensors of the caller on the device, all the while.
+
+    Raises
+    ------
+    ValueError
+        When one is none of these.
+
+    Examples
+    --------
+    >>> LoopHolds(outputs="released").words
+    ('outputs until the loss is there',)
+    """
+
+    outputs: Outputs = "held"
+    grads: Grads = "none"
+    resident_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name, words in (("outputs", Outputs), ("grads", Grads)):
+            value, known = getattr(self, name), get_args(words)
+            if not isinstance(value, str) or value not in known:
+                choices = " or ".join(map(repr, known))
+                raise ValueError(f"{name} is {choices}, got {value!r:.100}")
+        num_bytes = self.resident_bytes
+        if not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or num_bytes < 0:
+            raise ValueError(f"resident_bytes is a number of bytes from 0 on, got {num_bytes!r}")
+        if num_bytes > MAX_TOTAL:
+            raise ValueError(f"resident_bytes is at most {MAX_TOTAL} bytes, got {num_bytes}")
+
+    @classmethod
+    def of(cls, outputs: Any, grads: Any, resident_bytes: Any) -> LoopHolds:
+        """Read the words as users write them; ``resident_bytes`` may be ``"2GB"``, too.
+
+        >>> LoopHolds.of("held", "none", "1MiB").resident_bytes
+        1048576
+        """
+        if isinstance(resident_bytes, str):
+            resident_bytes = _parsed(resident_bytes)
+        return cls(outputs=outputs, grads=grads, resident_bytes=resident_bytes)
+
+    @property
+    def releases(self) -> bool:
+        """Whether outputs are let go of once the loss exists."""
+        return self.outputs == "released"
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients are there before the step."""
+        return self.grads == "accumulated"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What differs from a loop that holds its outputs and nothing else."""
+        return (
+            *(("outputs until the loss is there",) if self.releases else ()),
+            *(("gradients of earlier backward passes",) if self.accumulates else ()),
+            *(
+                (f"{format_bytes(self.resident_bytes)} of the caller's own",)
+                if self.resident_bytes
+                else ()
+            ),
+        )
+
+
+NOTHING_ELSE = LoopHolds()
+"""The loop that holds its outputs to the end of the step, and nothing beside it."""
+
+
+def _parsed(text: str) -> int:
+    if text.strip() == "0":
+        return 0
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(
+            f"resident_bytes={text!r}: {error}; write resident_bytes='2GB' or a number of bytes"
+        ) from error
