@@ -49,14 +49,14 @@ class MeasuredStep:
     num_pairs
         How many pairs ran; none gives NaN in the figures of time.
     bits
-        Loss, gradients, buffers and random state of successive steps against eager's,
-        and of a schedule's steps the outputs: ``"equal"`` to the last bit;
+        Compares loss, gradients, buffers and random state of successive steps with
+        eager's, and for a schedule also the outputs: ``"equal"`` to the last bit;
         ``"WRONG"`` beyond rounding. Between the two, a schedule is ``"different"``, or
-        ``"not repeatable"`` where eager steps differ among themselves, too; a peer is
-        ``"right"``, or ``"other draws"`` where its dropout drew other numbers, so that
+        ``"not repeatable"`` if eager steps differ among themselves, too; a peer is
+        ``"right"``, or ``"other draws"`` if its dropout drew other numbers, so that
         there is nothing to compare.
     difference
-        The first thing that is not the same; ``""`` if nothing is.
+        The first thing that differs; ``""`` if nothing does.
     """
 
     peak_bytes: int
@@ -82,12 +82,12 @@ class ComparisonRow:
         judge; a ``"peer"`` is another tool that ran as its users run it, and
         has measured figures only.
     budget
-        The budget as it was asked for (``"60%"``, ``"12GB"``), ``""`` where
-        the strategy had none and took its own choice.
+        The budget as requested (``"60%"``, ``"12GB"``); ``""`` if the strategy had none
+        and made its own choice.
     budget_bytes
-        The same in bytes; ``None`` where there is none.
+        The same in bytes; ``None`` if there is none.
     setting, note
-        The strategy's parameters, and what else is known.
+        The strategy's parameters, and a note.
     error
         Why there are no figures; ``""`` if there are any.
     outcome
@@ -100,16 +100,16 @@ class ComparisonRow:
         By replay; ``overhead`` is the extra time over the step that recomputes
         nothing, as a fraction of it.
     gap
-        ``(step - lower bound) / lower bound``, of this budget; ``None`` where
-        the row does not fit, or has no budget. The bound speaks of its scope
-        only: a schedule in another order (``off_order``) may be below it.
+        ``(step - lower bound) / lower bound`` for this budget; ``None`` if the row does
+        not fit, or has no budget. The bound covers only its scope: a schedule in another
+        order (``off_order``) may be below it.
     num_recomputed
         Runs beyond the first of each operator.
     solve_s
         Wall clock of proposing, solving and replaying; without the search for
         the least peak, see :attr:`Comparison.least_solve_s`.
     measured
-        Real steps, where they ran.
+        Real steps, if they ran.
     """
 
     strategy: str
@@ -140,8 +140,7 @@ class BudgetBound:
     budget, budget_bytes
         As in the rows.
     lower_bound_us
-        No schedule of ``scope`` within the budget takes less; ``None`` where
-        nothing fits.
+        No schedule of ``scope`` within the budget takes less; ``None`` if nothing fits.
     scope
         What the bound covers.
     """
@@ -173,35 +172,35 @@ class ComparisonRecord:
         The least peak known to be possible, and the proven lower bound on peaks.
     eager, eager_error
         Real eager steps beside eager steps: the spread of their ratio is the
-        machine's noise. ``None`` where nothing was measured, or they failed:
-        then the error says why.
+        machine's noise. ``None`` if nothing was measured, or if they failed; the error
+        then says why.
     device, cost_model
-        What predicted times are for, and where they come from.
+        The device of predicted times, and where they come from.
     ours
         Name of the strategy that the others are compared with.
     gap
         Gap at which its solves were allowed to stop.
     time_limit_s, workers
-        Of each solve; ``None`` where it was not recorded.
+        Of each solve; ``None`` if not recorded.
     fingerprint
         Of the captured step.
     seed, versions, machine
-        What a figure needs to be repeated; date and load average are of the
-        moment when timing started, where anything was executed.
+        What is needed to repeat a figure; date and load average are those at the start
+        of timing, if anything was executed.
     dtype, autocast, optimizer
         The dtype of most of the parameters' numbers, autocast's, and the
-        optimizer; ``""`` where there is none, or it was not recorded.
+        optimizer; ``""`` if there is none, or it was not recorded.
     measured_on
         The CPU or the card that steps really ran on, which need not be the
-        ``device`` that predicted times are for; ``""`` where nothing ran.
+        ``device`` of predicted times; ``""`` if nothing ran.
     num_threads
-        Of PyTorch's kernels, where steps ran on a CPU.
+        Number of threads of PyTorch's kernels, if steps ran on a CPU.
     repeats
-        Pairs of steps that were asked for; 0 where nothing ran.
+        Requested pairs of steps; 0 if nothing ran.
     least_solve_s
-        Wall clock of the search for the least peak. Ours starts from the
-        schedule that it found, and no row's ``solve_s`` holds it. ``None`` where
-        this process had searched before.
+        Wall-clock time of the search for the least peak. Ours starts from the schedule
+        that it found, and no row's ``solve_s`` includes it. ``None`` if this process had
+        searched before.
     """
 
     model: str
@@ -270,8 +269,8 @@ class ComparisonRecord:
         Parameters
         ----------
         tolerance
-            How much less, as a fraction of our time, counts as no less; ``None``
-            for the gap that our solves were allowed to end at, 0.01 % at least.
+            How much less, as a fraction of our time, does not count; ``None`` for the
+            gap at which our solves were allowed to stop, but at least 0.01 %.
 
         Raises
         ------

@@ -1,10 +1,10 @@
 """Figures of comparisons and plans.
 
-Drawing needs matplotlib, the extra ``plots``; importing does not.
+Drawing needs matplotlib (the extra ``plots``); importing does not.
 
-Every function returns the figure, and writes it where a path ending in ``.png`` or
-``.svg`` is given. Figures belong to no window and to no global state of
-matplotlib's: nothing has to be closed.
+Every function returns the figure, and writes it if a path ending in ``.png`` or
+``.svg`` is given. Figures belong to no window and to no global state of matplotlib, so
+nothing has to be closed.
 """
 
 from .growth import plot_growth

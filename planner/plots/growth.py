@@ -38,21 +38,21 @@ def plot_growth(
 ) -> Figure:
     """Draw peak memory (both axes logarithmic) and overhead against the number of layers.
 
-    Behind each strategy's name stands the power of the number of layers that its
-    peaks follow, fitted to the upper half of its depths.
+    After each strategy's name is the power of the number of layers that its peaks
+    follow, fitted to the upper half of its depths.
 
     Parameters
     ----------
     strategies
-        By name, for each depth: layers, peak in bytes, overhead as a fraction. What
-        is not finite or not positive is left out.
+        By name, for each depth: layers, peak in bytes, overhead as a fraction. Values
+        that are not finite or not positive are left out.
     path
         ``.png`` or ``.svg``; written when given.
     title
-        Above the figure; model, device and dtype belong there.
+        Title of the figure; should name model, device and dtype.
     subtract_bytes
-        By number of layers, memory that grows with depth whatever is
-        recomputed (parameters, gradients, optimizer state), taken off the peaks.
+        By number of layers, memory that grows with depth regardless of recomputation
+        (parameters, gradients, optimizer state); subtracted from the peaks.
 
     Raises
     ------
@@ -117,8 +117,8 @@ def plot_growth(
 def fitted_power(depths: Depths) -> float | None:
     """The p of peak = c · layers^p by least squares on the upper half of the depths.
 
-    ``None`` with less than two different depths there. The lower half is left
-    out because what does not grow weighs most in it.
+    ``None`` with fewer than two different depths there. The lower half is left out,
+    because memory that does not grow matters most in it.
 
     >>> fitted_power([(1, 10, 0.0), (4, 20, 0.0), (16, 40, 0.0), (64, 80, 0.0)])
     0.5

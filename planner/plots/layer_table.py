@@ -30,15 +30,15 @@ class Fate(IntEnum):
     ABSENT = -1
     """The layer has no such operator."""
     NOT_NEEDED = 0
-    """Runs once, and nothing of it outlives the forward pass."""
+    """Runs once, and none of its outputs outlives the forward pass."""
     SAVED = 1
-    """Runs once, and is still there when the backward pass begins."""
+    """Runs once, and an output is still in memory when the backward pass begins."""
     RECOMPUTED = 2
     """Runs a second time."""
     REPEATED = 3
     """Runs three times or more."""
     BOTH = 4
-    """Something of it is still there when the backward pass begins, and it runs again later."""
+    """An output is still in memory when the backward pass begins, and it runs again later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +48,11 @@ class Kind:
     Parameters
     ----------
     module
-        Path within the layer; of what lies in no layer, its whole path.
+        Path within the layer; the whole path for operators in no layer.
     call
-        What is called, in short.
+        Short name of the call.
     number
-        Which of equal ones it is, from 1 on.
+        Its number among equal calls, from 1 on.
     """
 
     module: str
@@ -71,17 +71,17 @@ class LayerTable:
     Parameters
     ----------
     columns
-        Layers in forward order; what comes before the first and after the last
-        is in columns of their own, what lies between two is with the earlier.
+        Layers in forward order. Operators before the first and after the last layer have
+        their own columns; those between two layers belong to the earlier one.
     rows
         Kinds of operators in forward order.
     fates
         A :class:`Fate` for each row and column.
     saved_bytes
-        What is there of it when the backward pass begins, outputs in the
-        user's hands included.
+        Bytes of its outputs in memory when the backward pass begins, including outputs
+        that the user holds.
     recomputed_bytes
-        What its repeated runs make, each output counted once.
+        Bytes that its repeated runs make, each output counted once.
     """
 
     columns: tuple[str, ...]
@@ -106,8 +106,8 @@ def layer_table(graph: CostGraph, schedule: Schedule) -> LayerTable:
     """Sort a graph's forward operators by layer and kind, with the fate of each.
 
     Layers are the repeated blocks of the model
-    (:func:`solvers.strategies.blocks.module_blocks`). Where there are none, the
-    modules that the model consists of.
+    (:func:`solvers.strategies.blocks.module_blocks`) or, if there are none, the modules
+    of the model.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def _columns(graph: CostGraph) -> dict[str, list[int]]:
 
 
 def _modules(graph: CostGraph, forward: Sequence[int]) -> dict[str, list[int]]:
-    """By module path, no deeper than where paths part; what has none joins the one before."""
+    """By module path, to the depth at which paths differ; those without one join the previous."""
     parts = {v: graph.operators[v].module_path.split(".") for v in forward}
     named = [p for p in parts.values() if p != [""]]
     depth = 1
@@ -237,7 +237,7 @@ def _fates(graph: CostGraph, schedule: Schedule) -> tuple[list[Fate], list[int],
         v = graph.storages[k].producer
         if v is not None and born < turn <= last and born == first[v]:
             saved[v] += graph.storages[k].size_bytes
-            # What is the user's lives on whether or not the plan saves it.
+            # What the user holds lives on, whether or not the plan saves it.
             outlives[v] |= not graph.storages[k].kept
     again = [
         sum(graph.storages[k].size_bytes for k in op.outputs) if runs[v] > 1 else 0

@@ -35,7 +35,7 @@ SMALL_SHARE = 0.002
 """Rows that hold less than this share of all bytes saved and recomputed are left out."""
 MOST_TICKS = 32
 LAYER_CHARACTERS, END_CHARACTERS = 50, 65
-"""So many fit below the columns side by side; what is at an end may stand out a little."""
+"""Characters that fit below the columns side by side; labels at the ends may stick out a little."""
 ROW_INCHES = 0.2
 
 _LOOKS: Mapping[Fate, tuple[str, str, str]] = {  # words, colour, mark
@@ -56,8 +56,7 @@ def plot_layers(
 ) -> Figure:
     """Draw which forward operators are saved or recomputed, kinds of operators by layers.
 
-    The bars say how many bytes that makes: of a kind in all layers (right) and
-    of a layer (above).
+    The bars give the bytes: of a kind in all layers (right), and of a layer (above).
 
     Parameters
     ----------
@@ -66,10 +65,10 @@ def plot_layers(
     path
         ``.png`` or ``.svg``; written when given.
     title
-        What the figure is about, model and batch say.
+        What the figure shows, for example model and batch.
     small
-        Draw also what holds next to nothing (under 0.2 % of the bytes) and
-        what is neither saved nor recomputed anywhere.
+        Also draw kinds with almost no bytes (under 0.2 %), and those that are neither
+        saved nor recomputed anywhere.
 
     Raises
     ------
@@ -170,7 +169,7 @@ def _cells(axis: Any, table: LayerTable) -> None:
 
 
 def _turn(labels: Sequence[Any], num_columns: int) -> None:
-    """Turn labels that are longer than their columns are wide: all of them, or both ends."""
+    """Rotate labels that are wider than their columns: all of them, or both ends."""
     ends = [text for text in labels if text.get_text() in (BEFORE, AFTER)]
     layers = [text for text in labels if text not in ends]
     crowded = any(len(text.get_text()) > LAYER_CHARACTERS // num_columns for text in layers)
@@ -180,7 +179,7 @@ def _turn(labels: Sequence[Any], num_columns: int) -> None:
 
 
 def column_labels(columns: Sequence[str]) -> tuple[list[str], str]:
-    """Names of layers without what all have in common, and that.
+    """Names of layers without their common prefix, and the prefix.
 
     >>> column_labels(["before", "transformer.h.0", "transformer.h.1", "after"])
     (['before', '0', '1', 'after'], 'transformer.h')

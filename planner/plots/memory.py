@@ -80,16 +80,16 @@ def plot_memory(
     Parameters
     ----------
     plans
-        By label, one panel each: plans, or schedules with their graphs. A plan
-        alone is drawn below the step that recomputes nothing and, where the
-        model has repeated blocks, the step that recomputes each of them.
+        By label, one panel each: plans, or schedules with their graphs. A single plan
+        is drawn below the step that recomputes nothing and, if the model has repeated
+        blocks, the step that recomputes each of them.
     path
         ``.png`` or ``.svg``; written when given.
     budget_bytes
-        Drawn as a line; the budget of the plans where they agree.
+        Drawn as a line; by default the budget of the plans, if they agree.
     title
-        What the figure is about, model and batch say; what is known of device
-        and dtype stands beside it.
+        What the figure shows, for example model and batch; device and dtype are added
+        if known.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def plot_memory(
 
 
 def beside(plan: PlanRecord) -> dict[str, PlanRecord | tuple[CostGraph, Schedule]]:
-    """A plan, and before it what it is held against, on the same graph."""
+    """A plan, and before it the steps that it is compared with, on the same graph."""
     panels: dict[str, PlanRecord | tuple[CostGraph, Schedule]] = {
         "nothing recomputed": (plan.graph, Schedule.keep_all(plan.graph))
     }
@@ -184,7 +184,7 @@ def _stack(
 
 
 def _mark(axis: Any, timeline: MemoryTimeline, unit_bytes: float, unit_us: float) -> None:
-    """The peak, and where the backward pass begins."""
+    """Mark the peak, and the beginning of the backward pass."""
     at_us = timeline.edges_us[timeline.peak_run : timeline.peak_run + 2].mean()
     axis.plot(
         [at_us / unit_us],

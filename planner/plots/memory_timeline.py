@@ -52,16 +52,16 @@ class MemoryTimeline:
     Parameters
     ----------
     num_bytes
-        A row for each of :data:`GROUPS`, a column for each run. A column's sum
-        is what the replay says of that run.
+        A row for each of :data:`GROUPS`, a column for each run. A column's sum is the
+        replay's memory of that run.
     edges_us
-        When runs begin, and at last when the step ends, by the cost model;
-        one longer than the schedule.
+        When runs begin, and finally when the step ends, by the cost model; one longer
+        than the schedule.
     turn
-        The run with which the backward pass begins, recomputations for its
-        first operator included; the number of runs where there is none.
+        The run with which the backward pass begins, including recomputations for its
+        first operator; the number of runs if there is no backward pass.
     peak_bytes, peak_run
-        The replay's own.
+        As in the replay.
     """
 
     num_bytes: NDArray[np.int64]
@@ -90,12 +90,12 @@ class MemoryTimeline:
 def memory_timeline(graph: CostGraph, schedule: Schedule) -> MemoryTimeline:
     """Replay a schedule and return what its memory holds, run by run.
 
-    What the user sees keeps its own group all the time (parameters, gradients
-    of parameters, optimizer state, inputs, outputs). Of the rest, a version
-    from before the backward pass that outlives its beginning counts as saved,
-    one that a repeated run made as recomputed, any other as temporary. A library's
-    workspace, which is there from the first moment on, counts as scratch, as does
-    other such memory of no group of its own.
+    Memory that the user sees keeps its own group throughout (parameters, gradients of
+    parameters, optimizer state, inputs, outputs). Of the rest, a version made before the
+    backward pass that outlives its beginning counts as saved, one made by a repeated run
+    as recomputed, and any other as temporary. A library's workspace, which exists from
+    the first moment on, counts as scratch, as does other such memory without its own
+    group.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def memory_timeline(graph: CostGraph, schedule: Schedule) -> MemoryTimeline:
 
 
 def turn_of(graph: CostGraph, schedule: Schedule) -> int:
-    """The run with which the backward pass begins, with what is recomputed for it."""
+    """The run with which the backward pass begins, including recomputations for it."""
     last_forward = turning_point(graph)
     order = schedule.order
     turn = next((i for i, v in enumerate(order) if v >= last_forward), len(order))
@@ -139,7 +139,7 @@ def turn_of(graph: CostGraph, schedule: Schedule) -> int:
 
 
 def repeats(schedule: Schedule) -> NDArray[np.bool_]:
-    """For each run whether its operator has run before."""
+    """For each run, whether its operator has run before."""
     order = np.array(schedule.order, dtype=np.int64)
     again = np.ones(len(order), dtype=bool)
     again[np.unique(order, return_index=True)[1]] = False
@@ -147,9 +147,9 @@ def repeats(schedule: Schedule) -> NDArray[np.bool_]:
 
 
 def _resident_group(storage: Storage) -> str:
-    """Of memory that is there from the first moment on.
+    """The group of memory that exists from the first moment on.
 
-    A library's workspace has the category of buffers, and is none of the model's.
+    A library's workspace has the category of buffers, but is not one of the model's.
     """
     if storage.name == STORAGE_NAME:
         return WORKSPACE

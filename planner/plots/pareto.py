@@ -57,7 +57,7 @@ RANKING = (
     "save_matmuls_per_block",
     "uniform_every_k",
 )
-"""Which strategies are shown in colours, where there are too many."""
+"""The strategies shown in colours if there are too many."""
 
 _LOOKS = (  # colour, marker, line: any two differ in two of them
     (VERMILLION, "s", "--"),
@@ -89,24 +89,23 @@ def plot_pareto(
 ) -> Figure:
     """Draw peak memory against overhead: each strategy, peers, and the lower bound.
 
-    All figures are predictions, or, with ``measured``, of real steps; peers have
-    only such, and hollow markers. Bars are quartiles. A line is a staircase: a plan
-    serves every larger budget until the next one does. The next one is, of
-    predictions, the next that takes less; of real steps each, lest noise be
-    chosen from. The region is what the bounds of the comparison prove, of
-    predicted times: between two budgets the bound of the upper one, left of the
-    least peak everything. Beside measured figures it is an outline, which noise
-    may cross.
+    All figures are predictions or, with ``measured``, those of real steps. Peers have only
+    measured figures, and hollow markers. Bars are quartiles. A line is a staircase: a plan
+    serves every larger budget up to the next plan. For predictions, the next plan is the
+    next one that takes less time; for real steps it is every one, so as not to select by
+    noise. The region is what the comparison's bounds prove about predicted times: between
+    two budgets the bound of the upper one, and left of the least peak everything. With
+    measured figures it is an outline, which noise may cross.
 
     Parameters
     ----------
     path
         ``.png`` or ``.svg``; written when given.
     measured
-        Real steps instead of predictions.
+        Show real steps instead of predictions.
     highlight
-        Strategies to show in colours. By default those of the user's own, then
-        those that are best known, eleven in all; the others are grey.
+        Strategies to show in colours. By default the user's own, then the best known
+        ones, eleven in all; the others are grey.
 
     Raises
     ------
@@ -191,7 +190,7 @@ class _Pareto:
             self._curve(strategies[name], name, colour, marker, line)
         ours = strategies.get(self.comparison.ours, ())
         label = f"{self.comparison.ours} (ours)"
-        # smaller, so that what lies beneath is still seen
+        # smaller, so that points beneath remain visible
         self._curve(ours, label, BLUE, "o", "-", linewidth=2.6, markersize=5.5, zorder=5)
         for i, (name, own) in enumerate(peers.items()):
             self._peer(name, own, _PEER_MARKERS[i % len(_PEER_MARKERS)])
@@ -230,7 +229,7 @@ class _Pareto:
         )
 
     def _scope(self) -> str:
-        """In few words what the bounds speak of: an order of its own may get below them."""
+        """In a few words, what the bounds cover: another order may be below them."""
         scopes = dict.fromkeys(bound.scope for bound in self.comparison.bounds)
         return "; ".join(_SHORT_SCOPES.get(scope, scope.words) for scope in scopes) or _EAGERS_ORDER
 
@@ -263,7 +262,7 @@ class _Pareto:
             drawstyle="steps-post",
             linestyle=line,
             linewidth=linewidth,
-            markevery=list(range(len(steps))),  # no plan is where the line only goes on to
+            markevery=list(range(len(steps))),  # no marker at the end of the line: no plan is there
             label=label,
             **look,
         )
@@ -293,7 +292,7 @@ class _Pareto:
         self._at_the_edge(points, BLACK, 6)
 
     def _peer_label(self, name: str) -> str:
-        """Says where a peer computes something else than eager does."""
+        """A peer's label, with a remark if it computes something other than eager."""
         steps = [r.measured for r in self.comparison.rows if (r.strategy, r.kind) == (name, "peer")]
         wrong = any(step is not None and step.bits == "WRONG" for step in steps)
         return f"{name} (peer{', WRONG results' if wrong else ''})"

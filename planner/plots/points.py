@@ -19,11 +19,11 @@ class Point:
     Parameters
     ----------
     peak_bytes
-        Of the whole step.
+        Peak of the whole step.
     overhead
         Extra time as a fraction of the unplanned step.
     quartiles
-        Of a measured overhead; equal to it where it is predicted.
+        Quartiles of a measured overhead; both equal to a predicted one.
     """
 
     peak_bytes: int
@@ -32,7 +32,7 @@ class Point:
 
 
 def predicted_point(row: ComparisonRow) -> Point | None:
-    """By replay; ``None`` where the row has no figures.
+    """The point by replay; ``None`` if the row has no figures.
 
     A schedule that failed when it was executed has its error and its prediction.
     """
@@ -43,7 +43,7 @@ def predicted_point(row: ComparisonRow) -> Point | None:
 
 
 def measured_point(row: ComparisonRow) -> Point | None:
-    """By real steps, paired with eager's; ``None`` where none were timed."""
+    """The point by real steps, paired with eager's; ``None`` if none were timed."""
     step = row.measured
     if row.error or step is None or not math.isfinite(step.ratio):
         return None
@@ -52,11 +52,11 @@ def measured_point(row: ComparisonRow) -> Point | None:
 
 
 def curves(rows: Iterable[ComparisonRow], *, measured: bool = False) -> dict[str, list[Point]]:
-    """For each strategy or peer its points, by peak; equal ones once.
+    """For each strategy or peer, its points by peak; equal ones once.
 
-    A row that misses its budget is a schedule with a peak and a time all the
-    same, and stands where those are, unless the strategy has another one that
-    needs neither more memory nor more time.
+    A row that misses its budget is still a schedule with a peak and a time. It is
+    included, unless the strategy has another one that needs neither more memory nor more
+    time.
     """
     met: dict[str, dict[Point, None]] = {}
     missed: dict[str, dict[Point, None]] = {}
@@ -82,10 +82,10 @@ def _beats(one: Point, other: Point) -> bool:
 
 
 def staircase(points: Iterable[Point]) -> list[Point]:
-    """The points that are the best within some budget, by peak: each less in time than the last.
+    """The points that are best within some budget, by peak: each takes less time than the last.
 
-    Within a budget between two of them the left one is what there is; no plan
-    that would lie between them is claimed.
+    Within a budget between two of them, the left one is the best; no plan between them
+    is claimed.
     """
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.peak_bytes, p.overhead)):
@@ -103,10 +103,10 @@ class Unreachable:
     edges_bytes
         Borders of the strips, ascending from 0; one more than ``tops``.
     tops
-        Of each strip, the overhead that no schedule whose peak lies in it is
-        below; infinite where no schedule has such a peak. A peak at a border
-        belongs to the strip on its left, but for the border of the infinite
-        strip, which some schedule may have.
+        For each strip, the lower bound on the overhead of schedules with a peak in it;
+        infinite if no schedule has such a peak. A peak at a border belongs to the strip
+        on its left, except for the border of the infinite strip, which some schedule may
+        have.
     """
 
     edges_bytes: tuple[int, ...]
@@ -123,9 +123,8 @@ class Unreachable:
 def unreachable(comparison: ComparisonRecord) -> Unreachable:
     """Return exactly the region that the comparison's bounds prove unreachable.
 
-    A bound at a budget holds for every peak up to it; so between two budgets
-    what is proven is the bound at the upper one. Right of the highest budget
-    nothing is.
+    A bound at a budget holds for every peak up to it, so between two budgets the bound at
+    the upper one is proven. Right of the highest budget nothing is proven.
     """
     base_us = comparison.baseline_step_us
     least = comparison.least_bound_bytes

@@ -32,10 +32,10 @@ OVERHEAD_BAND = 0.03
 
 
 def plot_predicted(comparison: ComparisonRecord, path: str | Path | None = None) -> Figure:
-    """Draw measured peaks and overheads against the predicted ones, a point for each row.
+    """Draw measured peaks and overheads against the predicted ones, one point per row.
 
-    Below each, how far they are apart. The bands are 1 % of the peak, and 3
-    points of overhead; upright bars are the quartiles of the measurement.
+    The panels below show the differences. The bands are 1 % of the peak and 3 points of
+    overhead; vertical bars are the quartiles of the measurement.
 
     Parameters
     ----------
@@ -71,14 +71,14 @@ def plot_predicted(comparison: ComparisonRecord, path: str | Path | None = None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Series:
-    """Rows that look alike.
+    """Rows drawn in the same style.
 
     Parameters
     ----------
     peaks
         Predicted and measured, in bytes, each pair once.
     overheads
-        Likewise, of the rows that were timed.
+        Likewise, for the timed rows.
     """
 
     label: str

@@ -26,7 +26,7 @@ COLOURS = (BLUE, VERMILLION, GREEN, PINK, ORANGE, SKY, BLACK, GREY)
 LINES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*"
 PALE = "#E4E4E4"
-"""Areas that are there but say little."""
+"""Colour of areas of little interest."""
 DARK = "#333333"
 
 WIDTH_INCHES = 9.0
@@ -92,26 +92,26 @@ def check_matplotlib() -> None:
 
 
 def new_figure(height_inches: float) -> Figure:
-    """An empty figure as wide as a page, of no window; called inside :func:`house_style`."""
+    """An empty figure as wide as a page, without a window; call it inside :func:`house_style`."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(WIDTH_INCHES, height_inches), dpi=100, layout="constrained")
 
 
 def set_title(figure: Figure, title: str) -> None:
-    """Above everything, at the left, where no legend is."""
+    """Put the title at the top left, where no legend is."""
     figure.suptitle(title, x=0.01, horizontalalignment="left")
 
 
 def write_figure(figure: Figure, path: str | Path | None) -> None:
-    """Write a figure as PNG or SVG, the same bytes each time; nothing where there is no path.
+    """Write a figure as PNG or SVG, the same bytes each time; does nothing without a path.
 
     Raises
     ------
     ValueError
         When the suffix is another one.
     OSError
-        When it cannot be written; what was there before still is.
+        When it cannot be written; an earlier file stays as it was.
     """
     if path is None:
         return
@@ -129,7 +129,7 @@ def _svg(figure: Figure) -> bytes:
 
 
 def _png(figure: Figure) -> bytes:
-    """With a palette of 256 colours, of which these figures have few: a third of the size."""
+    """A PNG with a palette of 256 colours, enough for these figures, at a third of the size."""
     from PIL import Image
 
     drawn, small = BytesIO(), BytesIO()
