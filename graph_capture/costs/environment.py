@@ -9,23 +9,22 @@ from pathlib import Path
 
 import torch
 
-from ..private_torch.devices import cuda_driver_version
-
 _METHOD = 1  # of graph_capture.costs.timing; another method gives other times
 
 _READ_BY_LIBRARIES = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "NVIDIA_TF32_OVERRIDE")
 
 _CPUINFO = Path("/proc/cpuinfo")
 
+# Where Linux drivers of NVIDIA and AMD say which they are. PyTorch has no public name for it, and
+# asking nvidia-smi takes a second.
+_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
+
 
 def device_name(device: torch.device) -> str:
     """Return the name of the CPU or GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = _CPUINFO.read_text().splitlines()
-    except OSError:
-        lines = []
+    lines = _lines(_CPUINFO)
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine() or "unknown processor"
 
@@ -42,10 +41,8 @@ def environment_of(device: torch.device) -> str:
         "filled": getattr(torch.utils.deterministic, "fill_uninitialized_memory", None),
     }
     if device.type == "cuda":
-        # Both are private or depend on the build; without them, times of two drivers are not told
-        # apart.
-        driver = cuda_driver_version()
-        parts["driver"] = driver() if driver is not None else None
+        # Empty where the system says nothing, as Windows: times of two drivers are not told apart.
+        parts["driver"] = [line for path in _DRIVERS for line in _lines(path)[:1]]
         parts["cuda"] = torch.version.cuda
         parts["cudnn"] = torch.backends.cudnn.version()
         parts["benchmark"] = torch.backends.cudnn.benchmark
@@ -79,3 +76,11 @@ def environment_of(device: torch.device) -> str:
             for part in ("matmul", "conv", "rnn")
         ]
     return json.dumps(parts, sort_keys=True)
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a file that the system may not have."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -16,11 +16,6 @@ def cuda_guard_setter() -> Callable[[], Any] | None:
     return getattr(torch._C, "_ensureCUDADeviceGuardSet", None)
 
 
-def cuda_driver_version() -> Callable[[], int] | None:
-    """``_cuda_getDriverVersion``: whose times they are; the builds of 2.11+ that we saw lack it."""
-    return getattr(torch._C, "_cuda_getDriverVersion", None)
-
-
 def cublas_workspace_clearer() -> Callable[[], Any] | None:
     """``_cuda_clearCublasWorkspaces``, in builds with CUDA: a step makes its own; 2.11+."""
     return getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
@@ -28,7 +23,6 @@ def cublas_workspace_clearer() -> Callable[[], Any] | None:
 
 __all__ = [
     "cublas_workspace_clearer",
-    "cuda_driver_version",
     "cuda_guard_setter",
     "suggest_memory_format",
 ]

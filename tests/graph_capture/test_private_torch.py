@@ -360,9 +360,6 @@ CHECKS: dict[str, Callable[[], Any]] = {
         settings.deterministic_algorithms() == torch.are_deterministic_algorithms_enabled()
     ),
     "devices.cuda_guard_setter": lambda: callable(devices.cuda_guard_setter()),
-    "devices.cuda_driver_version": lambda: (
-        (found := devices.cuda_driver_version()) is None or callable(found)
-    ),
     "devices.cublas_workspace_clearer": lambda: (
         callable(devices.cublas_workspace_clearer()) or not torch.backends.cuda.is_built()
     ),
