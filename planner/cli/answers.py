@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Answer:
     text
         For people; ``None`` where it has been printed line by line.
     data
-        The same for programs, ready for JSON.
+        The same for programs; what is not finite becomes ``null``.
     said
         What was done besides, such as the files that were written.
     failure
@@ -113,7 +114,7 @@ def command(function: Callable[P, Answer]) -> Callable[P, None]:
                 said = {"message": message, "exit_status": int(error.code), **error.figures}
                 typer.echo(json.dumps({"error": said}, indent=2))
             raise typer.Exit(int(error.code)) from error
-        text = json.dumps(answer.data, indent=2) if as_json else answer.text
+        text = json.dumps(_plain(answer.data), indent=2) if as_json else answer.text
         if text is not None:
             _show(text)
         for line in answer.said:
@@ -124,6 +125,15 @@ def command(function: Callable[P, Answer]) -> Callable[P, None]:
             raise typer.Exit(int(answer.code))
 
     return run
+
+
+def _plain(value: Any) -> Any:
+    """Return data with ``None`` where a number is not finite, which JSON cannot say."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _show(text: str) -> None:

@@ -1,6 +1,7 @@
 """What commands print where, and their exit statuses."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import planner
-from planner.cli.answers import EPILOG, ExitCode
+from planner.cli.answers import EPILOG, Answer, ExitCode, command
 from planner.cli.app import COMMANDS, app
 
 from .small_training import HEADS, TARGET, build
@@ -106,6 +107,17 @@ def test_an_error_as_json() -> None:
     assert done.exit_code == ExitCode.FAILED
     message = json.loads(done.stdout)["error"]["message"]
     assert done.stderr == f"remat: {message}\n"
+
+
+def test_json_has_finite_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """``NaN`` would be no JSON."""
+
+    @command
+    def strange(as_json: bool) -> Answer:
+        return Answer(text="", data={"rows": [{"ratio": math.nan, "count": 1}]})
+
+    strange(as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"rows": [{"ratio": None, "count": 1}]}
 
 
 def test_a_wrong_command_line() -> None:
