@@ -21,7 +21,7 @@ from .call_spec import TensorSpec
 from .costs.cost_model import Call
 from .errors import NotFittingError
 from .lent_outputs import LentOutputs
-from .loss_values import LossValues, derivatives_through_model_refused
+from .loss_values import LogsNumbers, LossValues, derivatives_through_model_refused
 from .memory_meter import MemoryMeter, Moment
 from .outputs import OutputTemplate, find_loss
 from .private_torch import dispatch
@@ -282,7 +282,7 @@ def _through_loss_fn(
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     known = {storage_id(t) for t in tensors}
     first = next_sequence_number()
-    values = LossValues()
+    values = LossValues(logs_numbers=isinstance(loss_fn, LogsNumbers))
     meter = MemoryMeter(known=known.__contains__, twin=twin, values=values, real=real)
     lent = None if stays is None else LentOutputs.of(tensors, wanting, stays)
     sought: list[Any]  # what gradients are asked for

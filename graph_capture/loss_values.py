@@ -22,6 +22,7 @@ from .costs.trial import REFUSALS, blank_arguments
 from .errors import NotFittingError
 from .origins import deciding
 from .outcomes import Outcome, made_like
+from .private_torch.aten import local_scalar_dense
 from .private_torch.fake_tensors import FakeTensor
 from .private_torch.operators import schema_of
 from .private_torch.tensors import identity_of_storage
@@ -54,10 +55,26 @@ class _Value:
         return self._result
 
 
-class LossValues:
-    """The values of the stand-ins in a loss computation."""
+class LogsNumbers:
+    """A ``loss_fn`` that reads numbers out of the output only to log them.
 
-    def __init__(self) -> None:
+    While planning it is given a half, or one, for each, instead of having the model run
+    for it. Sizes and branches still go by real values.
+    """
+
+
+class LossValues:
+    """The values of the stand-ins in a loss computation.
+
+    Parameters
+    ----------
+    logs_numbers
+        Whether any number will do for one that follows from the output, see
+        :class:`LogsNumbers`.
+    """
+
+    def __init__(self, *, logs_numbers: bool = False) -> None:
+        self._logs_numbers = logs_numbers
         self._values: Any = WeakIdKeyDictionary()
         self._num_writes: dict[int, int] = {}  # to the memory of a storage
 
@@ -102,6 +119,10 @@ class LossValues:
         asks = deciding(func, args, kwargs)
         found = self._snapshot(asks, {})
         makes = any(str(r.type) == "Tensor" for r in schema_of(func).returns)
+        if self._logs_numbers and func is local_scalar_dense.default:
+            dtype = args[0].dtype
+            if dtype != torch.bool and (found is None or found[2]):
+                return 0.5 if dtype.is_floating_point else 1
         if makes and (found is None or found[2]):
             raise NotFittingError(
                 f"loss_fn makes a size out of values of the model's output ({func}), which each "
@@ -247,4 +268,4 @@ def derivatives_through_model_refused(
         torch.autograd.grad = before
 
 
-__all__ = ["LossValues", "derivatives_through_model_refused"]
+__all__ = ["LogsNumbers", "LossValues", "derivatives_through_model_refused"]

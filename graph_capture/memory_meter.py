@@ -81,7 +81,7 @@ class MemoryMeter(ReadsWhole):
         else:
             if self._real is not None:
                 out = self._real.corrected(func, args, kwargs, out)
-            self._values.note(func, own_args, own_kwargs, out)
+        self._values.note(func, own_args, own_kwargs, out)
         if func.namespace != "prim":  # a fake tensor is asked for its device
             with disable_current_modes():  # a plain meta tensor is made at a tenth of the cost
                 self.calls.append((func, _shapes(args), _shapes(kwargs), _shapes(out)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from .plan import Plan
 from .plan_record import OnShapeChange
 from .running.watching_forward import WatchingForward
 
-_BUDGETS = ("budget_gb", "budget_bytes", "budget")
+_BUDGETS = ("budget", "budget_gb", "budget_bytes")
 _OPTIONS = frozenset(inspect.signature(optimize).parameters) - {"model", "sample_input"}
 
 
@@ -88,14 +89,24 @@ class Watched:
             self._sample = sample
             self.stop()
             return
+        self._plan(sample)
+
+    def plan_for(self, args: tuple, kwargs: dict[str, Any]) -> Plan:
+        """Plan for a call that the loop has not made yet, and apply the plan."""
+        return self._plan(_as_sample(self.model, args, kwargs))
+
+    def _plan(self, sample: tuple[Any, ...] | dict[str, Any]) -> Plan:
         plan = optimize(self.model, sample, **self._options)
+        gc.collect()  # cycles of what was captured hold copies of the sample
         plan.apply(self.model, on_shape_change=self._on_shape_change)
         self.plan = plan
+        return plan
 
 
 def watch(
     model: nn.Module,
     *,
+    budget: str | None = None,
     budget_gb: float | str | None = None,
     budget_bytes: int | None = None,
     on_shape_change: OnShapeChange = "adapt",
@@ -116,7 +127,7 @@ def watch(
         The module that the loop calls, before or after a trainer is built around it. A
         trainer that puts a forward of its own in the place of the model's (TRL) has to be
         built before.
-    budget_gb, budget_bytes
+    budget, budget_gb, budget_bytes
         At most one of them, as for :func:`planner.optimize`.
     on_shape_change
         What later calls do that differ from the first, see :meth:`planner.Plan.apply`. The
@@ -145,22 +156,33 @@ def watch(
     >>> watched.plan.predicted_peak_bytes <= 10**6
     True
     """
-    unknown = sorted(options.keys() - _OPTIONS)
-    if unknown:
-        raise TypeError(
-            f"watch() takes the arguments of optimize(), and {unknown[0]!r} is none of them; "
-            f"there are {', '.join(sorted(_OPTIONS))}"
-        )
+    check_options(options)
     check_model(model, training=False)
     before = stand_in_of(model)
     if before is not None:
         what = "is watched already" if isinstance(before, WatchingForward) else "has a plan"
         undo = "stop() that one" if isinstance(before, WatchingForward) else "Plan.remove(model)"
         raise PlanError(f"this {type(model).__name__} {what}: {undo} first")
-    budget = {"budget_gb": budget_gb, "budget_bytes": budget_bytes}
-    watched = Watched(model, {**options, **budget}, on_shape_change)
+    budgets = {"budget": budget, "budget_gb": budget_gb, "budget_bytes": budget_bytes}
+    watched = Watched(model, {**options, **budgets}, on_shape_change)
     put_stand_in(model, watched._forward)
     return watched
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what is no argument of :func:`planner.optimize`, before a training begins.
+
+    Raises
+    ------
+    TypeError
+        Names the first one.
+    """
+    unknown = sorted(options.keys() - _OPTIONS)
+    if unknown:
+        raise TypeError(
+            f"the arguments of optimize() are understood, and {unknown[0]!r} is none of them; "
+            f"there are {', '.join(sorted(_OPTIONS))}"
+        )
 
 
 def _as_sample(

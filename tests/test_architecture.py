@@ -29,15 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planner.errors",),
     ("planner.base",),
     ("planner.plan_record", "planner.comparison_record"),
-    (
-        "planner.planning",
-        "planner.running",
-        "planner.saving",
-        "planner.report",
-        "planner.plots",
-        "planner.explaining",
-        "planner.exporting",
-    ),
+    ("planner.planning", "planner.running", "planner.saving", "planner.report", "planner.plots"),
     ("planner.measuring", "planner.sizing"),
     ("planner.plan",),
     ("planner.plan_set",),
@@ -45,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planner.watch",),
     ("planner.versions",),
     ("planner",),
-    ("planner.cli", "planner.demo"),
+    ("planner.cli", "planner.demo", "planner.integrations"),
 )
 """From the ground up. A room imports from its own files and from floors below, never from a
 room beside it. A file belongs to the longest name that it begins with."""

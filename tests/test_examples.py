@@ -26,7 +26,7 @@ def load(name: str) -> ModuleType:
 def test_each_is_short_and_named() -> None:
     """No script is over 40 lines of code, and the folder's page and the docs name each."""
     scripts = sorted(FOLDER.glob("*.py"))
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     for script in scripts:
         lines = script.read_text(encoding="utf-8").splitlines()
@@ -63,3 +63,14 @@ def test_research_comparison(
     own = [row for row in rows if row.strategy == "save_every_kth"]
     assert own
     assert [row.measured.bits for row in own if row.measured] == ["equal"] * len(own) * measure
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_transformers_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    """A Trainer by a plan has the losses of one without."""
+    pytest.importorskip("accelerate")
+    load("transformers_trainer").main(layers=2, num_steps=2)
+    said = capsys.readouterr().out
+    assert "2 of 2 steps by the plan" in said
+    assert "losses equal to those without: True" in said

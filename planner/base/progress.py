@@ -6,15 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from graph_capture.costs.cost_model import TimingProgress
 from graph_capture.units import format_us
@@ -33,7 +25,9 @@ def showing(progress: ShowProgress) -> Iterator[Callable[[ProgressEvent], None] 
     if not progress:
         yield None
         return
-    with _bar(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True
+    ) as bar:
         task = bar.add_task("solving", total=None)
 
         def show(event: ProgressEvent) -> None:
@@ -71,7 +65,13 @@ def showing_timing(progress: ShowProgress) -> Iterator[TimingProgress | None]:
     if not progress:
         yield None
         return
-    bar = _bar(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        transient=True,
+    )
     task = bar.add_task("timing")
 
     def show(place: int, num_calls: int) -> None:
@@ -83,11 +83,6 @@ def showing_timing(progress: ShowProgress) -> Iterator[TimingProgress | None]:
     finally:
         if bar.live.is_started:  # otherwise stopping it would print an empty line
             bar.stop()
-
-
-def _bar(*columns: ProgressColumn) -> Progress:
-    """Return a bar on stderr, which leaves stdout to results."""
-    return Progress(*columns, transient=True, console=Console(stderr=True))
 
 
 def _timing(place: int, num_calls: int) -> str:
@@ -106,7 +101,9 @@ def showing_lines(progress: ShowLines) -> Iterator[Callable[[str], None]]:
     if callable(progress):
         yield progress
     elif progress is True:
-        with _bar(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
+        with Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True
+        ) as bar:
             task = bar.add_task("", total=None)
             yield lambda line: bar.update(task, description=line)
     elif progress is None or progress is False:

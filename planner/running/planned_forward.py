@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -260,6 +261,7 @@ class PlannedForward(StandIn):
             if len(self._not_replanned) < _NUM_REMEMBERED:
                 self._not_replanned[kind] = _anew(error)
             raise
+        gc.collect()  # cycles of what was captured hold copies of the call's tensors
         taken_s = time.perf_counter() - began
         self.tally.captured(taken_s)
         if make is self._replans["adapt"]:

@@ -1,0 +1,1 @@
+"""Plans in the training loops of other libraries; a file is imported where it is used."""
