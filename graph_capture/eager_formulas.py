@@ -29,7 +29,12 @@ from typing import Any
 
 import torch
 
-from .formula_operators import NAMESPACE, cumprod_without_zeros, prod_without_zeros
+from .formula_operators import (
+    NAMESPACE,
+    cumprod_factor_by_factor,
+    cumprod_without_zeros,
+    prod_without_zeros,
+)
 from .private_torch.autograd import current_node, is_wrapped_by_transform, saved_by
 from .private_torch.replacing import ENGINE
 
@@ -129,8 +134,11 @@ def _prod_dim_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch
 
 def _cumprod_again(node: Any, grad: torch.Tensor, _made: torch.Tensor) -> torch.Tensor | None:
     given = saved_by(node, "self")
-    if given.numel() <= 1 or given.shape[_dim_of(node)] == 1 or _has_zeros(given):
+    if given.numel() <= 1 or given.shape[_dim_of(node)] == 1:
         return None
+    if _has_zeros(given):
+        # Since torch 2.14 eager takes another formula than under a mode.
+        return cumprod_factor_by_factor(grad.to(given.dtype), given, _dim_of(node))
     return cumprod_without_zeros(
         grad.to(given.dtype), given, saved_by(node, "result"), _dim_of(node)
     )

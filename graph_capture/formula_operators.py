@@ -109,6 +109,28 @@ def cumprod_without_zeros(grad: Tensor, given: Tensor, output: Tensor, dim: int)
     return _reversed_cumsum(output.conj() * grad, dim).div(given.conj())
 
 
+def cumprod_factor_by_factor(grad: Tensor, given: Tensor, dim: int) -> Tensor:
+    """Gradient of a running product by the products that leave one factor out, for any factors.
+
+    Takes as many steps as there are factors, and can be differentiated again.
+    """
+    factors, length = given.conj(), given.shape[dim]
+    made = []
+    for k in range(length):
+        if k == 0:
+            before = torch.ones_like(factors.narrow(dim, 0, 1))
+        else:
+            before = factors.narrow(dim, 0, k).prod(dim, keepdim=True)
+        left_out = before
+        if k < length - 1:
+            after = factors.narrow(dim, k + 1, length - k - 1).cumprod(dim)
+            left_out = torch.cat(
+                [before, after if k == 0 else before.expand_as(after) * after], dim
+            )
+        made.append((grad.narrow(dim, k, length - k) * left_out).sum(dim))
+    return torch.stack(made, dim)
+
+
 def _places(t: Tensor, dim: int) -> Tensor:
     """0, 1, … along a dimension, shaped to be compared with the other dimensions."""
     shape = [1] * t.dim()
