@@ -307,8 +307,8 @@ def test_tensors_that_no_graph_holds_are_refused(cls: type[nn.Module], reason: s
     assert reason in _refused(cls())
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace_method` is deprecated")
 def test_a_script_module_is_refused_unharmed() -> None:
     """A TorchScript part is refused by name, and its weights are still real tensors."""
     model = Three()

@@ -74,7 +74,7 @@ def test_a_model_in_eval_mode():
         optimize(make().eval(), sample(), budget_gb=1)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 def test_a_scripted_or_compiled_model():
     """Models that run graphs of their own are refused, and the message says what to plan."""
     for model in (torch.jit.script(make(lambda: nn.Linear(32, 4))), torch.compile(make())):

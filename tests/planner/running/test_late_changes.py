@@ -184,7 +184,7 @@ def test_unplanned_steps_are_said_once():
     assert (applied.planned_steps, applied.unplanned_steps) == (0, 2)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_transforms_of_torch_func_run_the_own_forward():
     """Under grad, vmap or jvp the module answers as without a plan, and says so once."""
     kind = lambda: nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 1))  # noqa: E731
@@ -214,7 +214,7 @@ def _exported(model: nn.Module) -> nn.Module:
     return torch.export.export(model, (sample(),)).module()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean")
 @pytest.mark.parametrize("transform", [_traced, _exported])
 def test_tracers_see_the_own_forward(transform):
