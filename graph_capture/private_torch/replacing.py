@@ -54,12 +54,12 @@ IS_COMPILING = Place(torch.compiler, "_is_compiling_flag")
 CONVOLUTION_LAYOUT = Place(torch._C, "_conv_determine_backend_memory_format")
 # 2.11+; pad_packed_sequence in C++, found there by torch.nn.utils.rnn
 PAD_PACKED_SEQUENCE = Place(torch._VF, "_pad_packed_sequence")
-# What checkpoint(use_reentrant=False) runs around a function: 2.14+, and 2.11 to 2.13. The older
-# name is still there in 2.14 and calls the newer one.
+# The older name is still there in 2.14 and calls the newer one.
 _GENERATORS = (
     "_checkpoint_without_reentrant_generator_impl",
     "_checkpoint_without_reentrant_generator",
 )
+# 2.14+ under the first name, 2.11+ under the second; what checkpoint(use_reentrant=False) runs
 CHECKPOINT_GENERATOR = Place(
     torch.utils.checkpoint,
     next((name for name in _GENERATORS if hasattr(torch.utils.checkpoint, name)), _GENERATORS[0]),
