@@ -365,7 +365,7 @@ def _validate(graph: CostGraph) -> None:
         if storage.producer is not None and not 0 <= storage.producer < len(graph.operators):
             raise ValueError(f"storage {storage.name!r} names no operator: {storage.producer}")
         if storage.producer is not None and k not in graph.operators[storage.producer].outputs:
-            raise ValueError(f"storage {storage.name!r} is no output of its producer")
+            raise ValueError(f"storage {storage.name!r} is not an output of its producer")
     for v, op in enumerate(graph.operators):
         if op.cost_ns < 0 or op.workspace_bytes < 0:
             raise ValueError(f"operator {op.name!r} has a negative cost or workspace")

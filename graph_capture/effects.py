@@ -204,7 +204,7 @@ class Effects:
         if (new.shape, new.dtype, new.stride()) != (old.shape, old.dtype, old.stride()):
             raise NotFittingError(
                 f"forward replaces attribute {target!r}, a {TensorSpec.of(old)}, by a "
-                f"{TensorSpec.of(new)} ({line}); each step would need a plan of its own"
+                f"{TensorSpec.of(new)} ({line}); each step would need another plan"
             )
         return True
 

@@ -29,7 +29,7 @@ def read_json(text: str | bytes) -> Any:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number that a file may hold")
+    raise ValueError(f"{name} is not a number that a file may hold")
 
 
 def _finite(text: str) -> float:

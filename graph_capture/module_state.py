@@ -52,7 +52,7 @@ def reassigned_buffers(
         if (new.shape, new.dtype, new.stride()) != (old.shape, old.dtype, old.stride()):
             raise NotFittingError(
                 f"forward replaces buffer {name!r}, a {TensorSpec.of(old)}, by a "
-                f"{TensorSpec.of(new)}; each step would need a plan of its own"
+                f"{TensorSpec.of(new)}; each step would need another plan"
             )
         found.append((name, new, new is old))
     return found

@@ -152,7 +152,7 @@ def _refuse_uncopied(leaf: Any, held: list[torch.Tensor]) -> None:
     except (TypeError, AttributeError, ValueError, copy.Error, pickle.PicklingError) as error:
         raise NotFittingError(f"{what} and cannot be copied ({error}); {advice}") from error
     if any(id(t) in others for t in tensors_within(twin)):
-        raise NotFittingError(f"{what} that its copies share, in a function, say; {advice}")
+        raise NotFittingError(f"{what} that its copies share, perhaps in a function; {advice}")
 
 
 # Bytes and arrays return new copies of themselves whenever they are asked for their parts.

@@ -59,7 +59,7 @@ def _named(captured: CapturedStep, patterns: Sequence[str], option: str) -> set[
         }
         if not found:
             raise CaptureError(
-                f"{option} names {pattern!r}, which is no module path or call of this model's "
+                f"{option} names {pattern!r}, which is not a module path or call of this model's "
                 "forward; see the module_path and target of "
                 "graph_capture.capture(model, sample_input).operators"
             )

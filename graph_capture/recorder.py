@@ -190,7 +190,7 @@ class Recorder(ReadsWhole):
         if tensor.requires_grad:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} that requires grad is used in forward "
-                f"({self._where()}) but is no parameter of the model; register it as one"
+                f"({self._where()}) but is not a parameter of the model; register it as one"
             )
         self._refuse_undense(tensor)
         name = f"constant_{len(self.constants)}"

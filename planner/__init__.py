@@ -15,6 +15,11 @@ from .errors import (
     PlanMismatchError,
     PlanWarning,
 )
+from .explaining.explanation import Explanation
+from .explaining.holders import Holder, Why
+from .explaining.more_memory import MoreMemory
+from .explaining.recomputations import Recomputation
+from .exporting.export import Export, ExportTarget
 from .max_batch import max_batch
 from .measuring.measure import Measurement, measure
 from .measuring.validation import Figure, Validation
@@ -39,11 +44,16 @@ __all__ = [
     "ComparisonRow",
     "Estimate",
     "EstimateRow",
+    "Explanation",
+    "Export",
+    "ExportTarget",
     "Figure",
+    "Holder",
     "InfeasibleBudgetError",
     "MaxBatch",
     "MeasuredStep",
     "Measurement",
+    "MoreMemory",
     "PeakMemory",
     "Plan",
     "PlanError",
@@ -51,8 +61,10 @@ __all__ = [
     "PlanSet",
     "PlanWarning",
     "Profile",
+    "Recomputation",
     "RowOutcome",
     "Validation",
+    "Why",
     "Watched",
     "applied_plan",
     "compare",

@@ -16,9 +16,12 @@ from graph_capture.units import format_bytes, format_us
 
 from .base.forward_slot import original_forward
 from .base.live_state import LiveState
-from .base.progress import ShowLines
+from .base.progress import ShowLines, ShowProgress
 from .base.step_spec import check_model
 from .base.training_step import Sample
+from .explaining.explain import MORE_BYTES, TIME_LIMIT_S, explain_plan
+from .explaining.explanation import Explanation
+from .exporting.export import Export, export_plan
 from .measuring.validate import validate_plan
 from .measuring.validation import Validation
 from .plan_record import OnShapeChange, PlanRecord
@@ -246,6 +249,68 @@ class Plan(PlanRecord):
             bits=bits,
             seed=seed,
         )
+
+    def explain(
+        self,
+        *,
+        more: int | str = MORE_BYTES,
+        time_limit_s: float = TIME_LIMIT_S,
+        progress: ShowProgress = None,
+    ) -> Explanation:
+        """Say what fills the peak and why, what is recomputed, and what more memory would buy.
+
+        The first two come from the plan's own graph and schedule, the last from a solve
+        with a larger budget. A plan from a file explains itself as well.
+
+        Parameters
+        ----------
+        more
+            Bytes that the larger budget has beyond the plan's, or such as ``"1GB"``;
+            0 for no such solve.
+        time_limit_s
+            For that solve.
+        progress
+            As for :func:`planner.optimize`.
+
+        Returns
+        -------
+        Explanation
+            Prints as tables.
+
+        Raises
+        ------
+        ValueError
+            When an argument is invalid.
+        """
+        return explain_plan(self, more=more, time_limit_s=time_limit_s, progress=progress)
+
+    def export(self, to: str) -> Export:
+        """Say which layers another tool should checkpoint to come near this plan.
+
+        Such a tool recomputes whole layers, or the outputs of some calls in them, and so
+        loses against the plan; how much is in the answer. A handful of its settings are
+        judged on the plan's own graph, and the fastest that fits the budget is taken; the
+        one with the lowest peak where none does.
+
+        Parameters
+        ----------
+        to
+            ``"transformers"``, ``"lightning"``, ``"megatron"``, ``"deepspeed"``, or
+            ``"selective"`` for ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
+
+        Returns
+        -------
+        Export
+            Its ``code`` is what to write into one's own.
+
+        Raises
+        ------
+        PlanError
+            When the model is no stack of layers.
+        ValueError
+            When the tool is not known.
+        """
+        return export_plan(self, to)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, whole or not at all."""

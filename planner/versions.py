@@ -53,6 +53,13 @@ def show_versions(file: TextIO | None = None) -> None:
 
 def version_lines() -> list[str]:
     """What :func:`show_versions` prints, a fact a line."""
+    facts = version_facts()
+    width = max(map(len, facts)) + 2
+    return [f"{name:<{width}}{value}" for name, value in facts.items()]
+
+
+def version_facts() -> dict[str, str]:
+    """The facts behind :func:`show_versions`, by name."""
     here = machine()
     facts = {name: version_of(name) or "not found" for name in NEEDED}
     facts |= {name: version_of(name) or "not installed (optional)" for name in OPTIONAL}
@@ -65,9 +72,7 @@ def version_lines() -> list[str]:
         "torch cuda": torch.version.cuda or torch.version.hip or "none (CPU build)",
     }
     facts |= {f"device cuda:{i}": card for i, card in enumerate(_cards())}
-    facts |= {name: os.environ[name] for name in _SETTINGS if name in os.environ}
-    width = max(map(len, facts)) + 2
-    return [f"{name:<{width}}{value}" for name, value in facts.items()]
+    return facts | {name: os.environ[name] for name in _SETTINGS if name in os.environ}
 
 
 def _cards() -> list[str]:

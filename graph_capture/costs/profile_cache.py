@@ -167,7 +167,7 @@ def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
         except sqlite3.DatabaseError as error:
             raise _Damaged(str(error)) from error
         except UnicodeDecodeError as error:  # in SQLite's own message, which quotes the file
-            raise _Damaged("its text is no UTF-8") from error
+            raise _Damaged("its text is not UTF-8") from error
 
 
 def _header(path: Path) -> bytes:

@@ -132,7 +132,7 @@ def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) 
         raise ValueError("give the budget once: budget_gb=40, budget_gb='40GiB' or budget_bytes=…")
     if isinstance(budget_bytes, float) and math.isfinite(budget_bytes) and budget_bytes % 1:
         raise ValueError(
-            f"budget_bytes={budget_bytes!r} is no whole number of bytes: write "
+            f"budget_bytes={budget_bytes!r} is not a whole number of bytes: write "
             "budget_bytes=12_000_000_000, or budget_gb=12 for gigabytes"
         )
     try:
@@ -148,7 +148,7 @@ def parse_budget(budget_gb: float | str | None, budget_bytes: int | str | None) 
         asked = "budget_bytes" if budget_gb is None else "budget_gb"
         value = budget_bytes if budget_gb is None else budget_gb
         example = "12_000_000_000" if budget_gb is None else "40, '40GB' or '40GiB'"
-        raise ValueError(f"{asked}={value!r}: {error}; write {asked}={example}, say") from error
+        raise ValueError(f"{asked}={value!r}: {error}; write {asked}={example}") from error
 
 
 def read_budget(

@@ -6,7 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from graph_capture.costs.cost_model import TimingProgress
 from graph_capture.units import format_us
@@ -25,9 +33,7 @@ def showing(progress: ShowProgress) -> Iterator[Callable[[ProgressEvent], None] 
     if not progress:
         yield None
         return
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True
-    ) as bar:
+    with _bar(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
         task = bar.add_task("solving", total=None)
 
         def show(event: ProgressEvent) -> None:
@@ -65,13 +71,7 @@ def showing_timing(progress: ShowProgress) -> Iterator[TimingProgress | None]:
     if not progress:
         yield None
         return
-    bar = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        transient=True,
-    )
+    bar = _bar(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     task = bar.add_task("timing")
 
     def show(place: int, num_calls: int) -> None:
@@ -83,6 +83,11 @@ def showing_timing(progress: ShowProgress) -> Iterator[TimingProgress | None]:
     finally:
         if bar.live.is_started:  # otherwise stopping it would print an empty line
             bar.stop()
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    """Return a bar on stderr, which leaves stdout to results."""
+    return Progress(*columns, transient=True, console=Console(stderr=True))
 
 
 def _timing(place: int, num_calls: int) -> str:
@@ -101,9 +106,7 @@ def showing_lines(progress: ShowLines) -> Iterator[Callable[[str], None]]:
     if callable(progress):
         yield progress
     elif progress is True:
-        with Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True
-        ) as bar:
+        with _bar(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bar:
             task = bar.add_task("", total=None)
             yield lambda line: bar.update(task, description=line)
     elif progress is None or progress is False:

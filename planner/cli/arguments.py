@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,10 +15,10 @@ from torch import nn
 
 from graph_capture.costs.devices import DEVICES
 from graph_capture.loop_holds import LoopHolds
-from graph_capture.printable import printable
 
 from ..errors import PlanError
 from ..plan import Plan
+from .answers import fail
 
 Target = Annotated[
     str,
@@ -30,6 +29,7 @@ DeviceName = Annotated[
     str | None,
     typer.Option(help=f"where it will run, if not here: {', '.join(DEVICES)}"),
 ]
+PlanFile = Annotated[Path, typer.Argument(help="a plan file, as remat plan --out writes it")]
 Autocast = Annotated[str | None, typer.Option(help="bfloat16 or float16")]
 CostModelName = Annotated[str, typer.Option(help="roofline (data sheets) or profile (timed)")]
 Headroom = Annotated[
@@ -139,30 +139,18 @@ def read_headroom(text: str | None) -> float | str | None:
         return text
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` to a file."""
-    try:
-        path.write_text(json.dumps(data, indent=2) + "\n")
-    except OSError as error:
-        fail(str(error))
-    typer.echo(f"written to {path}")
-
-
-def save_plan(plan: Plan, path: Path) -> None:
-    """Write ``plan`` to a file."""
+def save_plan(plan: Plan, path: Path) -> str:
+    """Write ``plan`` to a file; says so."""
     try:
         plan.save(path)
     except (OSError, PlanError) as error:
         fail(str(error))
-    typer.echo(f"written to {path}")
+    return f"written to {path}"
 
 
-def say_error(error: BaseException) -> NoReturn:
-    """End the command with an error's text, notes included."""
-    fail("\n".join([str(error), *getattr(error, "__notes__", ())]))
-
-
-def fail(message: str) -> NoReturn:
-    """End the command with a message and exit status 1."""
-    typer.echo(f"remat: {printable(message, lines=True)}", err=True)
-    raise typer.Exit(1)
+def load_plan(path: Path) -> Plan:
+    """Read a plan file."""
+    try:
+        return Plan.load(path)
+    except (PlanError, OSError) as error:
+        fail(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from solvers.strategies.registry import Registry
 
 from ..comparing.compare import compare
 from ..comparing.comparison import Comparison
+from ..comparing.files import to_json
 from ..errors import CaptureError
 from ..plots.style import check_matplotlib
+from .answers import Answer, AsJson, ExitCode, command, fail, say_error
 from .arguments import (
     Autocast,
     CostModelName,
@@ -25,16 +28,15 @@ from .arguments import (
     OutputsWord,
     Resident,
     Target,
-    fail,
     load_object,
     load_target,
     read_autocast,
     read_holds,
     read_names,
-    say_error,
 )
 
 
+@command
 def compare_command(
     target: Target,
     budgets: Annotated[
@@ -77,7 +79,8 @@ def compare_command(
         list[Path] | None, typer.Option(help="write the table to this .json or .csv; repeatable")
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="draw the figures into this folder")] = None,
-) -> None:
+    as_json: AsJson = False,
+) -> Answer:
     """Hold rematerialization strategies against each other on one training step."""
     dtype = read_autocast(autocast)
     files = out or []
@@ -136,9 +139,13 @@ def compare_command(
             said += _drawn(found, plots)
         except (OSError, ImportError, ValueError) as error:  # ValueError: nothing to draw
             failed.append(str(error))
-    _show("\n".join([str(found), *said]))
-    if failed:
-        fail("; ".join(failed))
+    return Answer(
+        text=str(found),
+        data=json.loads(to_json(found)),
+        said=said,
+        failure="; ".join(failed),
+        code=ExitCode.FAILED if failed else ExitCode.DONE,
+    )
 
 
 def _check_folder(folder: Path) -> None:
@@ -148,12 +155,6 @@ def _check_folder(folder: Path) -> None:
         fail(f"--plots is a folder, and {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         fail(f"--plots: nothing can be written into {there}")
-
-
-def _show(text: str) -> None:
-    """Print, with what the encoding of stdout lacks replaced."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    typer.echo(text.encode(encoding, "replace").decode(encoding))
 
 
 def _extended(sources: list[str]) -> tuple[Registry, list[str]]:

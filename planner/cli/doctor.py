@@ -15,28 +15,42 @@ from solvers import Schedule, replay, solve
 
 from ..optimize import optimize
 from ..plan import Plan
-from ..versions import version_lines
-from .arguments import fail
+from ..versions import version_facts, version_lines
+from .answers import Answer, AsJson, ExitCode, command
 
 _WIDTH, _ROWS = 32, 256
 
 
-def doctor_command() -> None:
+@command
+def doctor_command(as_json: AsJson = False) -> Answer:
     """Print versions, then try a small plan: what a bug report should say."""
-    typer.echo("\n".join(version_lines()) + "\n")
-    broken = [name for name, check in CHECKS.items() if not _passes(name, check)]
-    if broken:
-        fail(f"{len(broken)} of {len(CHECKS)} checks failed: {', '.join(broken)}")
+
+    def say(line: str) -> None:  # at once: what comes next may end the process
+        if not as_json:
+            typer.echo(line)
+
+    say("\n".join(version_lines()) + "\n")
+    checks = []
+    for name, check in CHECKS.items():
+        passed, found = _checked(check)
+        say(f"{'ok' if passed else 'FAILED':<8}{name}: {found}")
+        checks.append({"name": name, "passed": passed, "found": found})
+    broken = [str(check["name"]) for check in checks if not check["passed"]]
+    failure = f"{len(broken)} of {len(CHECKS)} checks failed: {', '.join(broken)}"
+    return Answer(
+        text=None,
+        data={"versions": version_facts(), "checks": checks},
+        failure=failure if broken else "",
+        code=ExitCode.NOT_AS_PROMISED if broken else ExitCode.DONE,
+    )
 
 
-def _passes(name: str, check: Callable[[], str]) -> bool:
-    """Run a check and report its result."""
+def _checked(check: Callable[[], str]) -> tuple[bool, str]:
+    """Run a check; whether it passed, and what it found."""
     try:
-        found, passed = check(), True
+        return True, check()
     except Exception as error:  # noqa: BLE001  whatever breaks is what the report is about
-        found, passed = f"{type(error).__name__}: {error}", False
-    typer.echo(f"{'ok' if passed else 'FAILED':<8}{name}: {found}")
-    return passed
+        return False, f"{type(error).__name__}: {error}"
 
 
 def _model() -> tuple[nn.Module, torch.Tensor]:

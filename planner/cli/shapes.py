@@ -12,6 +12,7 @@ from ..errors import CaptureError
 from ..max_batch import max_batch
 from ..sizing.estimate import estimate
 from ..sizing.max_batch import LARGEST_BATCH
+from .answers import Answer, AsJson, ExitCode, command, say_error
 from .arguments import (
     Autocast,
     CostModelName,
@@ -22,20 +23,18 @@ from .arguments import (
     OutputsWord,
     Resident,
     Target,
-    fail,
     load_target,
     read_autocast,
     read_headroom,
     read_holds,
     read_integers,
     save_plan,
-    say_error,
-    write_json,
 )
 
 BatchDim = Annotated[int, typer.Option(help="which dimension of the inputs is the batch")]
 
 
+@command
 def estimate_command(
     target: Target,
     batch: Annotated[str, typer.Option(help="batch sizes")] = "1,2,4,8,16",
@@ -59,8 +58,8 @@ def estimate_command(
         float, typer.Option(help="for each search, in rows that do not fit without a plan")
     ] = 3.0,
     seed: Annotated[int, typer.Option()] = 0,
-    json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
-) -> None:
+    as_json: AsJson = False,
+) -> Answer:
     """Memory and time of a training step at many shapes; nothing runs."""
     batches = read_integers("--batch", batch)
     lengths = None if sequence is None else read_integers("--sequence", sequence)
@@ -88,13 +87,16 @@ def estimate_command(
         )
     except (CaptureError, ValueError) as error:
         say_error(error)
-    typer.echo(str(estimated))
-    if json is not None:
-        write_json(json, estimated.to_dict())
-    if all(row.error is not None for row in estimated.rows):
-        fail("the step cannot be captured at any of these shapes")
+    captured = any(row.error is None for row in estimated.rows)
+    return Answer(
+        text=str(estimated),
+        data=estimated.to_dict(),
+        failure="" if captured else "the step cannot be captured at any of these shapes",
+        code=ExitCode.DONE if captured else ExitCode.FAILED,
+    )
 
 
+@command
 def max_batch_command(
     target: Target,
     budget: Annotated[
@@ -121,8 +123,8 @@ def max_batch_command(
     out: Annotated[
         Path | None, typer.Option(help="write the plan for the largest batch to this file")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
-) -> None:
+    as_json: AsJson = False,
+) -> Answer:
     """Find the largest batch that fits, without a plan and with one."""
     dtype = read_autocast(autocast)
     model, sample_input, loss_fn = load_target(target)
@@ -146,8 +148,5 @@ def max_batch_command(
         )
     except (CaptureError, ValueError) as error:
         say_error(error)
-    typer.echo(str(found))
-    if json is not None:
-        write_json(json, found.to_dict())
-    if out is not None:
-        save_plan(found.plan, out)
+    said = [] if out is None else [save_plan(found.plan, out)]
+    return Answer(text=str(found), data=found.to_dict(), said=said)

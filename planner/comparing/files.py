@@ -134,7 +134,7 @@ def from_dict(data: Any) -> ComparisonRecord:
         body["rows"] = [with_outcome(row) for row in body["rows"]]
     found = _dataclass(ComparisonRecord, {**defaults, **body}, "$")
     if found.baseline_peak_bytes == 0:
-        raise ComparisonFileError("at $.baseline_peak_bytes: 0 is no peak that shares could be of")
+        raise ComparisonFileError("at $.baseline_peak_bytes: 0, so no share of it can be a budget")
     for name in ("baseline_step_us", "gap"):
         if math.isnan(getattr(found, name)):
             raise ComparisonFileError(f"at $.{name}: a number is missing")
@@ -224,7 +224,7 @@ def _finite(value: int | float, path: str) -> float:
 
 def _tuple(parts: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise ComparisonFileError(f"at {path}: {value!r:.60} is no list")
+        raise ComparisonFileError(f"at {path}: {value!r:.60} is not a list")
     inner = [parts[0]] * len(value) if parts[-1] is Ellipsis else list(parts)
     if len(inner) != len(value):
         raise ComparisonFileError(f"at {path}: {len(value)} values where {len(inner)} belong")
@@ -259,4 +259,4 @@ def _float(text: str) -> float:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number that a comparison may hold")
+    raise ValueError(f"{name} is not a number that a comparison may hold")

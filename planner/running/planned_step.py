@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.fx import GraphModule
@@ -23,6 +22,7 @@ from graph_capture.private_torch.dispatch import (
     without_autocast,
     without_torch_function,
 )
+from graph_capture.recorder import storage_id
 
 from ..errors import (
     CallMismatchError,
@@ -30,13 +30,14 @@ from ..errors import (
 )
 from ..plan_record import PlanRecord
 from .autocast_region import AutocastRegion
+from .autograd_chain import Gradients, StepCall, run_chained
 from .autograd_nodes import (
-    FirstDerivative,
     HandOver,
     NotPlanned,
     anchor,
     refuse_batched,
 )
+from .backward_segments import Segment, split
 from .bindings import (
     Fetch,
     fetch_of,
@@ -50,7 +51,7 @@ from .own_gradients import (
     own_gradients,
     set_generator,
 )
-from .rewrite import PlannedGraphs
+from .rewrite import PlannedGraphs, compile_boxed
 from .tally import Tally
 
 
@@ -61,6 +62,7 @@ class _Layout:
     fetch: tuple[Fetch, ...]  # inputs of the forward graph, from the call's tensors
     saved_at: tuple[int, ...]  # positions of saved inputs among them
     gradient_at: tuple[int | None, ...]  # for each input the index of its gradient
+    leaving: tuple[tuple[int, ...], ...]  # inputs whose gradients leave with each segment
     differentiated: tuple[int, ...]
     tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
     template: OutputTemplate
@@ -69,47 +71,6 @@ class _Layout:
     require: tuple[int, ...]  # tensors of the call that forward makes require grad
     checks: tuple[Check, ...]
     written_at: tuple[int, ...]  # positions of inputs that are written to before a check
-
-
-class StepCall:
-    """One call of a planned step, until its backward pass has run.
-
-    Parameters
-    ----------
-    arguments
-        By name, as they were given; they are held for as long as the autograd graph is.
-    handed_over
-        Gradients of the outputs, see :class:`HandOver`.
-    generator_state
-        Of the default generator when the call began, where the step draws.
-
-    Attributes
-    ----------
-    saved
-        Saved tensors that nobody else has. Autograd's own way of saving looks at each
-        for writes by others, which costs as much as a small kernel.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "arguments",
-        "by_own_forward",
-        "generator_state",
-        "handed_over",
-        "saved",
-    )
-
-    def __init__(
-        self,
-        arguments: Mapping[str, Any],
-        handed_over: list[torch.Tensor | None],
-        generator_state: np.ndarray | None,
-    ) -> None:
-        self.arguments = arguments
-        self.handed_over = handed_over
-        self.generator_state = generator_state
-        self.by_own_forward = False
-        self.saved: list[torch.Tensor] = []
 
 
 class PlannedStep:
@@ -145,7 +106,7 @@ class PlannedStep:
         step = captured.step
         self._model, self._graphs, self._plan = model, graphs, plan
         self._own_forward, self._changed, self._tally = forward, changed, tally or Tally()
-        self._device = captured.target.torch_device
+        self.device = captured.target.torch_device
         self._draws = bool(captured.state_of) or any(code.draws for code in captured.code)
         self._rewrites_state = _reads_what_it_writes(captured)
         inputs = list(graphs.forward_inputs)
@@ -157,11 +118,16 @@ class PlannedStep:
         gradient_of = {node: i for i, (node, _) in enumerate(step.gradients)}
         self._forward = graphs.forward.forward
         self._backward = graphs.backward.forward
+        self._segments = segments_of(graphs, captured)
+        self._backward_inputs = [
+            n.name for n in graphs.backward.graph.nodes if n.op == "placeholder"
+        ]
         self._num_outputs = graphs.num_outputs
         self._layout = _Layout(
             fetch=tuple(fetch_of(node, model, step.constants) for node in inputs),
             saved_at=tuple(position[n] for n in graphs.saved_inputs),
             gradient_at=tuple(gradient_of.get(n) for n in inputs),
+            leaving=_leaving([gradient_of.get(n) for n in inputs], self._segments),
             differentiated=step.differentiated,
             tangents=tuple(n.meta["val"] for n in step.tangents),
             template=step.template,
@@ -183,21 +149,20 @@ class PlannedStep:
         given = tensors_of(arguments)
         for i in self._layout.require:
             given[i].requires_grad_()
-        inputs = [fetch(given) for fetch in self._layout.fetch]
         call = StepCall(
             arguments,
+            inputs=[fetch(given) for fetch in self._layout.fetch],
             handed_over=[None] * len(self._layout.tangents),
-            generator_state=generator_state(self._device) if self._draws else None,
+            generator_state=generator_state(self.device) if self._draws else None,
         )
         self._waiting = weakref.ref(call)
         try:
-            outputs = list(_Step.apply(self, call, *inputs))
+            outputs = run_chained(self, call, self._layout.leaving)
         except OutcomeChangedError:
             self._waiting = lambda: None
             if call.generator_state is not None:
-                set_generator(call.generator_state, self._device)
+                set_generator(call.generator_state, self.device)
             raise
-        del inputs
         for put_back in self._layout.put_back:
             put_back(outputs)
         for leave in self._layout.leave:
@@ -211,10 +176,9 @@ class PlannedStep:
 
     # -- forward -------------------------------------------------------------------
 
-    def run_forward(
-        self, ctx: Any, call: StepCall, inputs: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]:
+    def run_forward(self, ctx: Any, call: StepCall) -> tuple[torch.Tensor, ...]:
         """Return the step's outputs; ``ctx`` and ``call`` keep what backward needs."""
+        inputs, call.inputs = call.inputs, []
         # As in eager: below autograd, with grad mode on (some kernels save more when it is).
         changed: OutcomeChanged | None = None
         layout = self._layout
@@ -227,7 +191,7 @@ class PlannedStep:
                 without_autocast(),
                 without_torch_function(),
             ):
-                results = self._forward(list(inputs[: self._num_forward]))
+                results = self._forward(inputs[: self._num_forward])
         except (RuntimeError, MemoryError) as error:
             self._explain(error, self._graphs.forward)
             raise
@@ -251,18 +215,25 @@ class PlannedStep:
     # -- backward ------------------------------------------------------------------
 
     def run_backward(
-        self, ctx: Any, call: StepCall, gradients: tuple[torch.Tensor | None, ...]
-    ) -> list[torch.Tensor | None]:
-        """Return the gradients of the step's inputs, by the plan where it can give them."""
-        return _outside_compilers()(self, ctx, call, gradients)
+        self, ctx: Any, call: StepCall, gradients: Sequence[torch.Tensor | None]
+    ) -> Gradients:
+        """Return the gradients that leave with the first segment.
+
+        They are by the plan where it can give them.
+        """
+        return _outside_compilers(PlannedStep._run_backward)(self, ctx, call, gradients)
+
+    def run_segment(self, call: StepCall, place: int) -> Gradients:
+        """Return the gradients that leave with a later segment of the backward graph."""
+        return _outside_compilers(PlannedStep._run_segment)(self, call, place)
 
     def _run_backward(
-        self, ctx: Any, call: StepCall, gradients: tuple[torch.Tensor | None, ...]
-    ) -> list[torch.Tensor | None]:
+        self, ctx: Any, call: StepCall, gradients: Sequence[torch.Tensor | None]
+    ) -> Gradients:
         for gradient in gradients:
             refuse_batched(gradient)
         self._tally.num_backward += 1
-        self._region.ran_in(self._model, self._device)
+        self._region.ran_in(self._model, self.device)
         retained = keeps_graph()
         outputs = self._layout.differentiated
         given = [
@@ -271,8 +242,10 @@ class PlannedStep:
         ]
         missing = [i for i, tangent in zip(outputs, given, strict=True) if tangent is None]
         call.handed_over[:] = [None] * len(given)
+        call.own = None
         if missing and (retained or call.by_own_forward):
-            return self._by_own_forward(ctx, call, given, retained=retained)
+            call.own = self._by_own_forward(ctx, call, given, retained=retained)
+            return [call.own[i] for i in self._layout.leaving[0]]
         if missing:
             raise CallMismatchError(
                 f"no gradient came back for output {self._layout.template.names[missing[0]]!r}, "
@@ -297,11 +270,32 @@ class PlannedStep:
             assert tangent is not None
             boxed.append(_fit_tangent(tangent, expected))
             del tangent
-        del gradients
         boxed.extend(ctx.saved_tensors)
         boxed.extend(private)
         private.clear()  # so that the generated code holds the only references
         ctx.maybe_clear_saved_tensors()
+        if not self._segments:
+            found = self._run(lambda: self._backward(boxed), self._graphs.backward)
+            return [None if at is None else found[at] for at in self._layout.gradient_at]
+        call.values = dict(zip(self._backward_inputs, boxed, strict=True))
+        boxed.clear()
+        call.arrived = gradients  # autograd holds them for as long as a step of one node runs
+        return self._run_segment(call, 0)
+
+    def _run_segment(self, call: StepCall, place: int) -> Gradients:
+        leaving = self._layout.leaving[place]
+        if call.own is not None:
+            return [call.own[i] for i in leaving]
+        segment = self._segments[place]
+        found = self._run(lambda: segment.run(call.values), segment.graph)
+        if place == len(self._segments) - 1:
+            call.arrived, call.values = (), {}
+        left = dict(zip(segment.gradients, found, strict=True))
+        places = (self._layout.gradient_at[i] for i in leaving)
+        return [None if at is None else left[at] for at in places]
+
+    def _run(self, run: Callable[[], list[torch.Tensor]], graph: GraphModule) -> list[torch.Tensor]:
+        """Run generated backward code as autograd runs a kernel."""
         try:
             with (
                 PutRightOnError(),
@@ -309,12 +303,12 @@ class PlannedStep:
                 without_autocast(),
                 without_torch_function(),
             ):
-                found = self._backward(boxed)
+                found = run()
             self._say_nan(found)
         except (RuntimeError, MemoryError) as error:
-            self._explain(error, self._graphs.backward)
+            self._explain(error, graph)
             raise
-        return [None if at is None else found[at] for at in self._layout.gradient_at]
+        return found
 
     def _by_own_forward(
         self, ctx: Any, call: StepCall, given: list[torch.Tensor | None], *, retained: bool
@@ -361,7 +355,7 @@ class PlannedStep:
             },
             inputs=[fetch(tensors) for fetch in self._layout.fetch],
             generator_state=call.generator_state,
-            device=self._device,
+            device=self.device,
             autocast=None if dtype is None else parse_dtype(dtype),
         )
 
@@ -414,31 +408,33 @@ class PlannedStep:
 
 
 @cache
-def _outside_compilers() -> Callable[..., list[torch.Tensor | None]]:
-    """Return backward as one opaque call for compilers; made late, since this imports the
-    compiler."""
-    return torch.compiler.disable(PlannedStep._run_backward)
+def _outside_compilers(run: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Return a part of backward as one opaque call for compilers; made late, since this imports
+    the compiler."""
+    return torch.compiler.disable(run)
 
 
-class _Step(torch.autograd.Function):
-    """One node of the autograd graph for the whole planned step."""
+def segments_of(graphs: PlannedGraphs, captured: CapturedStep) -> tuple[Segment, ...]:
+    """Return the parts of the backward graph between which gradients leave."""
+    pairs = captured.step.gradients
+    return split(
+        graphs.backward,
+        sizes=[_bytes_of(gradient.meta["val"]) for _, gradient in pairs],
+        owners=[storage_id(node.meta["val"]) for node, _ in pairs],
+        compiled=compile_boxed,
+    )
 
-    @staticmethod
-    def forward(ctx: Any, step: PlannedStep, call: StepCall, *inputs: torch.Tensor) -> Any:
-        ctx.step, ctx.call = step, call
-        return step.run_forward(ctx, call, inputs)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        again = torch.is_grad_enabled()  # create_graph=True
-        with torch.no_grad():
-            found = ctx.step.run_backward(ctx, ctx.call, gradients)
-        if again:
-            inputs = ctx.step.differentiated_inputs(ctx.call)
-            found = [
-                None if g is None else FirstDerivative.apply(g, anchor(), *inputs) for g in found
-            ]
-        return (None, None, *found)
+def _leaving(
+    gradient_at: Sequence[int | None], segments: Sequence[Segment]
+) -> tuple[tuple[int, ...], ...]:
+    """For each segment the inputs whose gradients leave with it; the first has all others."""
+    later = {j: s for s, segment in enumerate(segments) if s for j in segment.gradients}
+    of_input = [0 if j is None else later.get(j, 0) for j in gradient_at]
+    return tuple(
+        tuple(i for i, place in enumerate(of_input) if place == s)
+        for s in range(max(len(segments), 1))
+    )
 
 
 def _reads_what_it_writes(captured: CapturedStep) -> bool:
@@ -482,3 +478,7 @@ def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     if tangent.stride() == expected.stride() or tangent.is_contiguous():
         return tangent
     return tangent.contiguous()
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -82,7 +82,7 @@ def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
     for tangent in captured.step.tangents:
         backward.declare(tangent)
     backward.run(schedule.order[at_loss + 1 :], at_loss + 1)
-    gradients = [backward.value(node) for _, node in captured.step.gradients]
+    gradients = backward.values_where_made([node for _, node in captured.step.gradients])
     backward.graph.output(gradients)
     exposed = {forward.storage_of(node) for node in (*captured.step.outputs, *forward.inputs)}
     public = [key for key in backward.taken_over if key[0] in exposed]
@@ -93,8 +93,8 @@ def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
     saved = [*public, *private]
     forward.graph.output([*outputs, *(forward.value_at(key) for key in saved)])
     return PlannedGraphs(
-        forward=_compile(forward.graph, "PlannedForward"),
-        backward=_compile(backward.graph, "PlannedBackward"),
+        forward=compile_boxed(forward.graph, "PlannedForward"),
+        backward=compile_boxed(backward.graph, "PlannedBackward"),
         forward_inputs=tuple(forward.inputs),
         saved_inputs=tuple(backward.inputs),
         num_outputs=len(outputs),
@@ -145,7 +145,7 @@ class _Emitter:
     def declare(self, node: Node) -> None:
         """Add a tangent as the next input of the backward graph."""
         k = self.storage_of(node)
-        self._values[k, node] = self._placeholder(node.name)
+        self._values[k, node] = self._placeholder(node.name, node)
         self._declared.append(self._values[k, node])
 
     def order_placeholders(self, public: Iterable[_Key] = (), private: Iterable[_Key] = ()) -> None:
@@ -163,6 +163,18 @@ class _Emitter:
         """The final value of a node of the traced step."""
         return self._lookup(node, self.storage_of(node))
 
+    def values_where_made(self, nodes: Iterable[Node]) -> list[Node]:
+        """The final values, with views right behind what they look at instead of at the end."""
+        before = len(self.graph.nodes)
+        found = [self.value(node) for node in nodes]
+        place = {node: i for i, node in enumerate(self.graph.nodes)}
+        for view in list(self.graph.nodes)[before:]:
+            source = max(view.all_input_nodes, key=place.__getitem__, default=view)
+            if source is not view and source.op != "placeholder":
+                source.append(view)
+                place[view] = place[source]
+        return found
+
     def storage_of(self, node: Node) -> int:
         """The storage that holds a node of the traced step."""
         return self._storage_by_id[storage_id(node.meta["val"])]
@@ -171,23 +183,24 @@ class _Emitter:
         """The latest value that carries a storage."""
         return self._values[key]
 
-    def _placeholder(self, name: str) -> Node:
+    def _placeholder(self, name: str, like: Node) -> Node:
         """A new input; its target is the name in the generated signature, so it must be new."""
         self._num_placeholders += 1
         with self.graph.inserting_before(self._first_call):
-            return self.graph.placeholder(f"{name}_{self._num_placeholders}")
+            node = self.graph.placeholder(f"{name}_{self._num_placeholders}")
+        return _with_memory(node, like)
 
     def _carrier(self, k: int, node: Node) -> Node:
         key = (k, node)
         if key in self._values:
             return self._values[key]
         if node.op == "placeholder" and node.meta["role"] not in ("tangent", "generator"):
-            self.inputs[node] = self._placeholder(node.name)
+            self.inputs[node] = self._placeholder(node.name, node)
             self._values[key] = self.inputs[node]
         else:
             if self._earlier is None or key not in self._earlier._values:
                 raise InvalidScheduleError(f"{node.name!r} is read before it is computed")
-            self.taken_over[key] = self._values[key] = self._placeholder(f"saved_{node.name}")
+            self.taken_over[key] = self._values[key] = self._placeholder(f"saved_{node.name}", node)
         return self._values[key]
 
     def _lookup(self, node: Node, k: int) -> Node:
@@ -257,7 +270,8 @@ class _Emitter:
             for carrier in self._captured.carriers[new]:
                 source = self._lookup(carrier, old)
                 if (self._moment, old, new) not in self._in_place:
-                    source = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
+                    copy = self._call(aten.clone.default, (source,), {}, f"{carrier.name}_copy")
+                    source = _with_memory(copy, carrier)
                 fresh[new, carrier] = source
         for k in code.blanks:
             for carrier in self._captured.carriers[k]:
@@ -299,7 +313,8 @@ class _Emitter:
         like = carrier.meta["val"]
         args = (list(like.shape), list(like.stride()))
         kwargs = {"dtype": like.dtype, "device": like.device}
-        return self._call(aten.empty_strided.default, args, kwargs, f"{carrier.name}_again")
+        blank = self._call(aten.empty_strided.default, args, kwargs, f"{carrier.name}_again")
+        return _with_memory(blank, carrier)
 
     def _owned(self, call: Node, result: Node, own: dict[int, int]) -> dict[_Key, Node]:
         """The results of a call that own memory."""
@@ -313,7 +328,7 @@ class _Emitter:
             k = own.get(storage_id(item.meta["val"]))
             if k is not None and self._carries(k, item):
                 value = self._call(operator.getitem, (result, item.args[1]), {}, item.name)
-                owned[k, item] = value
+                owned[k, item] = _with_memory(value, item)
         return owned
 
     def _carries(self, k: int, node: Node) -> bool:
@@ -341,7 +356,7 @@ class _Emitter:
         fast = fast_call(call.target, call.args if given is None else given, call.kwargs)
         node = self._call(call.target if fast is None else fast, args, kwargs, call.name)
         node.meta["operator"] = call.target
-        return node
+        return _with_memory(node, call)
 
     def _call(self, target: Any, args: Any, kwargs: Any, name: str) -> Node:
         kind = "call_method" if isinstance(target, str) else "call_function"
@@ -350,6 +365,13 @@ class _Emitter:
         if self._first_call is None:
             self._first_call = node
         return node
+
+
+def _with_memory(node: Node, like: Node) -> Node:
+    """Note in an emitted node which memory its value is in: the traced node's."""
+    value = like.meta.get("val")
+    node.meta["memory"] = storage_id(value) if isinstance(value, torch.Tensor) else None
+    return node
 
 
 def _first_alike(node: Node, carriers: Collection[Node]) -> Node:
@@ -379,7 +401,7 @@ def _layout(node: Node) -> Any:
 # -- generated code ----------------------------------------------------------------
 
 
-class _BoxedCodeGen(CodeGen):
+class BoxedCodeGen(CodeGen):
     """Generates code that takes its arguments in one list and empties it.
 
     The code then holds the only references, and can free each argument at its last use.
@@ -393,7 +415,8 @@ class _BoxedCodeGen(CodeGen):
         return "\n".join(lines)
 
 
-def _compile(graph: Graph, name: str) -> GraphModule:
-    graph.set_codegen(_BoxedCodeGen())
+def compile_boxed(graph: Graph, name: str) -> GraphModule:
+    """Compile a graph to code that takes one list of tensors and empties it."""
+    graph.set_codegen(BoxedCodeGen())
     graph.lint()
     return GraphModule(torch.nn.Module(), graph, class_name=name)

@@ -1,6 +1,6 @@
 """Contexts that a plan does not support, in which the model's own forward runs.
 
-A planned step is one node of the autograd graph. Tools that look inside a step (a
+A planned step is a few nodes of the autograd graph. Tools that look inside a step (a
 tracer, hooks on what operators save, forward-mode derivatives) would find nothing
 there, or operators other than the model's own.
 """

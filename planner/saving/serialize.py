@@ -332,7 +332,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
     )
     solver, prediction, call, loss = (data[k] for k in ("solver", "prediction", "call", "loss"))
     if "dict" not in call["arguments"]:
-        raise ValueError("call.arguments are no arguments by name")
+        raise ValueError("call.arguments must be arguments by name")
     counts = {len(loss["differentiated"]), len(loss["tangents"])}
     if "memory" in loss:
         counts.add(len(loss["memory"]))

@@ -101,7 +101,7 @@ def test_the_fingerprint_sees_what_is_computed(change: str) -> None:
         ("inputs", (9,), "names no storage"),
         ("inputs", (2,), "before it is produced"),
         ("outputs", (1, 2), "two producers"),
-        ("outputs", (), "no output of its producer"),
+        ("outputs", (), "not an output of its producer"),
     ],
 )
 def test_a_graph_that_makes_no_sense_is_refused(field: str, value: object, message: str) -> None:

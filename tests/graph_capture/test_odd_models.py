@@ -259,7 +259,7 @@ class SparseBuffer(Three):
         (ResizesBuffer, "'scale', a float32[1] on cpu, another shape or layout in place"),
         (ReshapesArgument, "work on a view"),
         (SparseBuffer, "buffer 'graph' is a tensor of layout torch.sparse_coo"),
-        (Grows, "a plan of its own"),
+        (Grows, "need another plan"),
         (CarriesGraph, "detach it"),
         (RegistersLater, "run the model once before"),
     ],

@@ -93,7 +93,7 @@ def test_always_frees_what_it_repeats() -> None:
 def test_a_pattern_that_names_nothing_is_refused(option: str) -> None:
     """A pattern without a match is refused by its text."""
     captured = capture_step(Three(), {"x": _x()}, loss=mean_square)
-    with pytest.raises(CaptureError, match="'attention', which is no module path"):
+    with pytest.raises(CaptureError, match="'attention', which is not a module path"):
         apply_policies(captured, **{option: ["attention"]})
 
 

@@ -47,14 +47,14 @@ def test_the_command_says_its_version() -> None:
 
 
 def test_doctor_names_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that raises is told with its error, the others go on, and the exit status is 1."""
+    """A check that raises is told with its error, the others go on, and the exit status is 4."""
 
     def breaks() -> str:
         raise OSError("no such library")
 
     monkeypatch.setattr(doctor, "CHECKS", {"first": breaks, "second": lambda: "fine"})
     done = CliRunner().invoke(app, ["doctor"])
-    assert done.exit_code == 1
+    assert done.exit_code == 4
     assert "FAILED  first: OSError: no such library\n" in done.stdout
     assert "ok      second: fine\n" in done.stdout
     assert "1 of 2 checks failed: first" in done.stderr

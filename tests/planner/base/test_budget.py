@@ -52,7 +52,10 @@ def test_what_is_no_amount_is_refused(amount):
 
 @pytest.mark.parametrize(
     ("budget_gb", "budget_bytes", "words"),
-    [(None, 1.5, "budget_bytes=1.5 is no whole"), (0, None, "budget_gb=0: .*write budget_gb=40")],
+    [
+        (None, 1.5, "budget_bytes=1.5 is not a whole"),
+        (0, None, "budget_gb=0: .*write budget_gb=40"),
+    ],
 )
 def test_a_wrong_budget_names_the_argument(budget_gb, budget_bytes, words):
     """The message says which argument was wrong and how to write it; bytes are not cut."""

@@ -13,7 +13,7 @@ from planner.base.call_guard import (
     CallGuard,
     autocast_dtype,
 )
-from planner.running.live_guard import LiveGuard
+from planner.running.live_guard import LiveGuard, looks_of
 
 
 class Model(nn.Module):
@@ -49,7 +49,7 @@ X = torch.ones(2, 4)
 def test_the_same_call(planned, called):
     """Other values, defaults spelt out and another order of keys are the same call."""
     _, guard = guards(planned)
-    assert guard.difference(called) is None
+    assert guard.difference(called, looks_of(called)) is None
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_another_call(called, named):
     import re
 
     _, guard = guards({"x": X})
-    assert re.search(named, guard.difference(called))
+    assert re.search(named, guard.difference(called, looks_of(called)))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_another_state(change, named):
 
     model, guard = guards({"x": X})
     change(model)
-    found = guard.difference({"x": X})
+    found = guard.difference({"x": X}, looks_of({"x": X}))
     assert (found is None) if named is None else re.search(named, found)
 
 
@@ -98,9 +98,12 @@ def test_autocast():
     _, guard = guards({"x": X})
     with torch.autocast("cpu", torch.bfloat16):
         assert autocast_dtype("cpu") == "bfloat16"
-        assert guard.difference({"x": X}) == "autocast is bfloat16, planned was off"
+        assert (
+            guard.difference({"x": X}, looks_of({"x": X}))
+            == "autocast is bfloat16, planned was off"
+        )
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
-        assert guard.difference({"x": X}) is None
+        assert guard.difference({"x": X}, looks_of({"x": X})) is None
     assert autocast_dtype("cpu") is None
 
 

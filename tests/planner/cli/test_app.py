@@ -45,7 +45,6 @@ def test_plan_and_show(target: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["plan", "my_training:build", "--budget", "1kB"], "No schedule fits"),
         (["plan", "my_training:build", "--budget", "many"], "not an amount of memory"),
         (["plan", "my_training:wrong", "--budget", "1GB"], "must return"),
         (["plan", "my_training:absent", "--budget", "1GB"], "absent"),
@@ -63,9 +62,7 @@ def test_plan_and_show(target: str, tmp_path: Path) -> None:
         (["estimate", "my_training:build", "--autocast=int8"], "--autocast is one of"),
         (["estimate", "my_training:build", "--budget=many"], "not an amount of memory"),
         (["estimate", "my_training:build", "--sequence=9"], "at any of these shapes"),
-        (["estimate", "my_training:build", "--json=absent/x.json"], "absent/x.json"),
         (["max-batch", "my_training:build"], "give budget, budget_gb"),
-        (["max-batch", "my_training:build", "--budget=1kB"], "Not even a batch of 1"),
         (["max-batch", "my_training:build", "--budget=1GB", "--largest=0"], "largest must be"),
         (["show", "absent.json"], "absent.json"),
         (["show", "my_training.py"], "not JSON"),
@@ -79,8 +76,8 @@ def test_errors_are_one_line(target: str, arguments: list[str], word: str) -> No
     assert "Traceback" not in result.output
 
 
-def test_estimate(target: str, tmp_path: Path) -> None:
-    """`remat estimate` prints a table and writes its figures."""
+def test_estimate(target: str) -> None:
+    """`remat estimate` prints a table."""
     done = CliRunner().invoke(
         app,
         [
@@ -89,15 +86,10 @@ def test_estimate(target: str, tmp_path: Path) -> None:
             "--batch=1, 64",
             "--optimizer=adamw",
             "--budget=1MB",
-            "--json=estimate.json",
         ],
     )
     assert done.exit_code == 0, done.output
     assert "fits" in done.stdout
-    written = json.loads((tmp_path / "estimate.json").read_text())
-    assert [row["batch"] for row in written["rows"]] == [1, 64]
-    assert written["optimizer"] == "AdamW"
-    assert written["budget_bytes"] == 10**6
 
 
 def test_estimate_for_another_device(target: str) -> None:
@@ -111,7 +103,7 @@ def test_estimate_for_another_device(target: str) -> None:
     assert "of it left as headroom" in done.stdout
 
 
-def test_max_batch(target: str, tmp_path: Path) -> None:
+def test_max_batch(target: str) -> None:
     """`remat max-batch` prints both batches and writes the plan of the larger one."""
     done = CliRunner().invoke(
         app,
@@ -121,13 +113,14 @@ def test_max_batch(target: str, tmp_path: Path) -> None:
             "--budget=150kB",
             "--headroom=10%",
             "--out=plan.json",
-            "--json=batch.json",
+            "--json",
         ],
     )
     assert done.exit_code == 0, done.output
-    assert "less 15 kB headroom" in done.stdout
-    figures = json.loads((tmp_path / "batch.json").read_text())
+    figures = json.loads(done.stdout)
+    assert figures["headroom_bytes"] == 15_000
     assert 0 < figures["batch_without_plan"] < figures["batch"]
+    assert done.stderr == "written to plan.json\n"
     shown = CliRunner().invoke(app, ["show", "plan.json"])
     assert shown.exit_code == 0
     assert "Plan for 150 kB" in shown.stdout

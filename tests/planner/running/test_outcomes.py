@@ -296,7 +296,7 @@ def test_outcomes_of_another_model_are_a_mismatch() -> None:
     model = model_of(picking)
     data = as_file(plan_of(model))
     data["outcomes"] = [{"number": True}]
-    with pytest.raises(PlanMismatchError, match="does not hand out"):
+    with pytest.raises(PlanMismatchError, match="does not return what question"):
         Plan.of(plan_from_dict(data)).apply(copy.deepcopy(model))
 
 

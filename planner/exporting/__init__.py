@@ -1,0 +1,1 @@
+"""A plan as other tools can follow it: which layers to checkpoint, and what that loses."""
