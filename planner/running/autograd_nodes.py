@@ -22,11 +22,14 @@ class HandOver(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, handed_over: list, place: int) -> torch.Tensor:
         ctx.handed_over, ctx.place = handed_over, place
+        ctx.set_materialize_grads(False)
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> Any:
         refuse_batched(gradient)
+        if gradient is None:
+            return None, None, None
         ctx.handed_over[ctx.place] = gradient.detach()
         return gradient.new_empty(()).expand(gradient.shape), None, None
 
@@ -65,10 +68,13 @@ class NotPlanned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: torch.Tensor, _anchor: torch.Tensor, name: str) -> torch.Tensor:
         ctx.name = name
+        ctx.set_materialize_grads(False)
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> Any:
+        if gradient is None:  # DistributedDataParallel passes all outputs through a node
+            return None, None, None
         raise CallMismatchError(
             f"output {ctx.name!r} was not planned as differentiated, and a loss was made of it: "
             "plan with loss_fn=, the whole loss that the loop computes, or detach the output"
