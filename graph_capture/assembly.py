@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.allocator import block_bytes
 from .costs.cost_model import Call
 from .costs.library_workspace import STORAGE_NAME, library_workspace_bytes
+from .leaving import ACCUMULATE, Leaving, groups_of
 from .loss import LossSource
 from .operators import item_index
 from .optimizer_step import OptimizerStep
@@ -26,26 +27,6 @@ from .private_torch.operators import OpOverload, schema_of
 from .private_torch.trees import tree_map
 from .recorder import storage_id
 from .traced_step import TracedStep
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leaving:
-    """What leaves before the step has ended, though the step hands it out.
-
-    Parameters
-    ----------
-    outputs
-        Blocks of outputs that the loop lets go of once it has the loss.
-    gradients
-        Blocks of gradients that are added to earlier ones.
-    at_once
-        Whether each of these leaves when it is there, as in eager; in a planned step all
-        are handed over when backward ends.
-    """
-
-    outputs: AbstractSet[int] = frozenset()
-    gradients: AbstractSet[int] = frozenset()
-    at_once: bool = False
 
 
 class Assembly:
@@ -77,6 +58,7 @@ class Assembly:
         self.state_of: dict[int, int] = {}
         self._storage_of: dict[int, int] = {}
         self._earlier_gradients: int | None = None
+        self._groups: Mapping[int, Sequence[int]] = {}
         self._resized: dict[int, torch.Tensor] = {}
         self._state_node = Graph().placeholder("generator_state")
         self._state_node.meta["role"] = "generator"
@@ -106,15 +88,19 @@ class Assembly:
         resident_bytes = self._pricing.holds.resident_bytes
         if resident_bytes:
             self._add_storage("held by the loop", resident_bytes, None, "resident")
+        if self._leaving.gradients:
+            self._add_earlier_gradients()
+            turn = codes.index(loss)
+            self._groups = groups_of(codes, turn, self._leaving.gradients, self._blocks)
         loss_index = -1
-        for code in codes:
+        for place, code in enumerate(codes):
             if code is loss:
                 loss_index = self._add_loss(code)
                 phase = "backward"
             else:
                 self._add_operator(code, phase)
-        if self._leaving.gradients:
-            self._add_accumulation()
+            if place in self._groups:
+                self._add_accumulation(self._groups[place])
         if self._optimizer is not None:
             self._add_optimizer()
         return CapturedStep(
@@ -155,13 +141,18 @@ class Assembly:
                 cost_ns=sum(cost for cost, _ in costs) + copies_ns,
                 workspace_bytes=max(workspace for _, workspace in costs),
                 phase=phase,
-                pinned=code.pinned,
+                pinned=code.pinned or self._why_once(code),
                 ordered=code.ordered,
                 module_path=last.meta["module_path"],
                 source=last.meta["source"],
                 rewrites=rewrites,
             ),
         )
+
+    def _why_once(self, code: OperatorCode) -> str | None:
+        if self._leaving.at_once or self._leaving.gradients.keys().isdisjoint(code.outputs):
+            return None
+        return "it makes a gradient, which is handed on"
 
     def _rewrites(self, code: OperatorCode) -> tuple[tuple[tuple[int, int, int], ...], int]:
         """What an operator may write over instead of to a copy, and the time of other copies.
@@ -237,23 +228,29 @@ class Assembly:
             self.storages[storage] = replace(self.storages[storage], kept=True)
         return storage
 
-    def _add_accumulation(self) -> None:
-        """What autograd does with new gradients where there are some: it adds them in place."""
-        new = sorted(self._leaving.gradients)
-        values = [self._blocks[k].carriers[0].meta["val"] for k in new]
-        add = torch.ops.aten.add_.Tensor
-        cost_ns = self._region_ns(tuple((add, (t, t), {}, t) for t in values))
-        num_bytes = sum(self.storages[self._storage_of[k]].size_bytes for k in new)
+    def _add_earlier_gradients(self) -> None:
+        num_bytes = sum(
+            block_bytes(self._blocks[k].size_bytes, self._device_type)
+            for k in self._leaving.gradients
+            if self._blocks[k].device_type == self._device_type
+        )
         self._earlier_gradients = self._add_storage(
             "gradients of earlier backward passes", num_bytes, None, "gradient"
         )
-        read = () if self._leaving.at_once else tuple(sorted(self._storage_of[k] for k in new))
+
+    def _add_accumulation(self, new: Sequence[int]) -> None:
+        """What autograd does with new gradients where there are some: it adds them in place."""
+        assert self._earlier_gradients is not None
+        values = [self._blocks[k].carriers[0].meta["val"] for k in new]
+        add = torch.ops.aten.add_.Tensor
+        cost_ns = self._region_ns(tuple((add, (t, t), {}, t) for t in values))
+        read = [] if self._leaving.at_once else [self._storage_of[k] for k in new]
         self._push(
             OperatorCode(calls=[]),
             Operator(
-                name="accumulate",
-                target="accumulate",
-                inputs=(*read, self._earlier_gradients),
+                name=f"{ACCUMULATE}_{len(self.operators)}",
+                target=ACCUMULATE,
+                inputs=tuple(sorted((*read, self._earlier_gradients))),
                 cost_ns=cost_ns,
                 phase="backward",
                 pinned="autograd adds gradients to those that are there",
@@ -263,7 +260,7 @@ class Assembly:
 
     def _add_optimizer(self) -> None:
         assert self._optimizer is not None
-        staying = self._gradients - self._leaving.gradients
+        staying = self._gradients - self._leaving.gradients.keys()
         gradients = tuple(sorted(self._storage_of[k] for k in staying))
         if self._earlier_gradients is not None:
             gradients = (*gradients, self._earlier_gradients)
@@ -366,7 +363,7 @@ class Assembly:
         num_bytes = block.size_bytes if block.device_type == self._device_type else 0
         num_bytes = block_bytes(num_bytes, self._device_type)
         handed_out = self._outputs | self._gradients
-        leaving = self._leaving.outputs | self._leaving.gradients
+        leaving = self._leaving.outputs | self._leaving.gradients.keys()
         kept = producer is not None and k in handed_out and k not in leaving
         self._storage_of[k] = self._add_storage(
             block.name,

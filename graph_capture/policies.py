@@ -116,20 +116,25 @@ class _Repeater:
 
     def _repeat(self, k: int) -> None:
         v = self._graph.storages[k].producer
-        if v not in self._named or k in self._repeated or self._graph.storages[k].kept:
+        if v not in self._named or k in self._repeated or self._is_handed_out(k):
             return
         assert v is not None
         op = self._graph.operators[v]
         for read in op.inputs:
             self._repeat(read)
         for out in op.outputs:
-            if not self._graph.storages[out].kept:
+            if not self._is_handed_out(out):
                 self._repeated[out] = len(self._storages)
                 self._storages.append(
                     replace(self._storages[out], name=f"{self._storages[out].name}_repeated")
                 )
                 self._carriers.append(self._carriers[out])
         self._append(v, self._repeated, repeats=True)
+
+    def _is_handed_out(self, k: int) -> bool:
+        """Whether the loop has this storage, if only until it lets go of it."""
+        storage = self._graph.storages[k]
+        return storage.kept or storage.category == "output"
 
     def _append(self, v: int, at: dict[int, int], *, repeats: bool = False) -> None:
         op, code = self._graph.operators[v], self._captured.code[v]
@@ -138,10 +143,10 @@ class _Repeater:
         copies_bytes = sum(
             self._graph.storages[k].size_bytes
             for k in op.outputs
-            if repeats and self._graph.storages[k].kept
+            if repeats and self._is_handed_out(k)
         )
         moved = {k: new for k, new in at.items() if k not in own}
-        copied = [r for r in op.rewrites if repeats and self._graph.storages[r[1]].kept]
+        copied = [r for r in op.rewrites if repeats and self._is_handed_out(r[1])]
         new = len(self._operators)
         if v in self._captured.state_of:
             self._state_of[new] = self._index[self._captured.state_of[v]]

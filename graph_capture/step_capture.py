@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .assembly import Assembly, Leaving
+from .assembly import Assembly
 from .call_spec import bind_call, split_sample, tensors_of
 from .capture_lock import holds_capture_lock
 from .captured_step import CapturedStep
@@ -27,6 +27,7 @@ from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .costs.workspace import WorkspaceProbe
 from .dropout import split_dropout
 from .last_readings import LastReadings
+from .leaving import Leaving
 from .loop_holds import NOTHING_ELSE, LoopHolds
 from .loss import LossFn, LossSpec
 from .operators import (
@@ -197,7 +198,7 @@ def _fold(
 
     leaving = Leaving(
         outputs={folder.block_of(n) for n in released},
-        gradients=_accumulated(step, folder) if pricing.holds.accumulates else set(),
+        gradients=_accumulated(step, folder) if pricing.holds.accumulates else {},
         at_once=not reuse,
     )
 
@@ -215,15 +216,15 @@ def _fold(
     return assembled(pricing)
 
 
-def _accumulated(step: TracedStep, folder: Folder) -> set[int]:
-    """Blocks of gradients that are added to those of earlier backward passes."""
-    found = {
-        folder.block_of(gradient)
-        for leaf, gradient in step.gradients
-        if leaf.meta["role"] == "parameter"
-    }
+def _accumulated(step: TracedStep, folder: Folder) -> dict[int, int]:
+    """Blocks of gradients that are added to earlier ones, and of what each is for."""
     others = [n for leaf, n in step.gradients if leaf.meta["role"] != "parameter"]
-    return found - {folder.block_of(n) for n in (*others, *step.outputs)}
+    staying = {folder.block_of(n) for n in (*others, *step.outputs)}
+    return {
+        folder.block_of(gradient): folder.block_of(leaf)
+        for leaf, gradient in step.gradients
+        if leaf.meta["role"] == "parameter" and folder.block_of(gradient) not in staying
+    }
 
 
 def _unmeasured(pricing: Pricing) -> Pricing:

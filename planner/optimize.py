@@ -122,8 +122,8 @@ def optimize(
     grads
         Whether gradients are in memory when the step begins: ``"none"``, or
         ``"accumulated"`` from earlier micro-batches (with ``zero_grad(set_to_none=False)``,
-        too). Their sum stays; a plan hands new gradients over when its backward pass ends,
-        so that the budget has room for two sets then.
+        too). Their sum stays; new gradients are handed on in groups of up to 25 MiB, and the
+        budget has room for the set and one group.
     resident_bytes
         What else of the caller's is on the device all the while (an averaged copy of the
         weights, a reference model): bytes, or such as ``"2GB"``.

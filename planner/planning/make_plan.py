@@ -45,6 +45,7 @@ from ..errors import PlanError
 from ..plan_record import PlanRecord
 from .captured_call import CapturedCall
 from .known_least import known_least_memory
+from .late_reads import late_read
 
 
 def make_plan(
@@ -64,7 +65,24 @@ def make_plan(
     """
     constrained = apply_policies(call.captured, request.never_recompute, request.always_recompute)
     budget = budget_of(request, constrained)
-    return recorded(call, constrained, request, _solve(constrained.graph, budget, request, hint))
+    result = _solve(constrained.graph, budget, request, hint)
+    if _late(constrained, result) and request.options.reorder:
+        request = replace(request, options=replace(request.options, reorder=False))
+        result = _solve(constrained.graph, budget, request, hint)
+    late = _late(constrained, result)
+    if late is not None:
+        raise PlanError(
+            f"in the schedule that was found {late} after the parameter's gradient was added to "
+            "earlier ones, which would hold the gradient longer than planned: solve with another "
+            "seed or more time"
+        )
+    return recorded(call, constrained, request, result)
+
+
+def _late(captured: CapturedStep, result: SolveResult) -> str | None:
+    """Return what a schedule reads too late, see :mod:`planner.planning.late_reads`."""
+    assert result.schedule is not None
+    return late_read(captured, result.schedule) if captured.holds.accumulates else None
 
 
 def budget_of(request: Request, captured: CapturedStep) -> Budget:

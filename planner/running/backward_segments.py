@@ -21,18 +21,10 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
+from graph_capture.leaving import least_group_bytes
 from graph_capture.private_torch.autograd import set_grad_enabled
 
 from .generators import RESUMES, REWINDS
-
-LARGEST_BYTES = 25 * 2**20
-"""Gradients of a segment: a bucket of ``DistributedDataParallel``."""
-
-SMALLEST_BYTES = 2**20
-"""Another node costs some 50 microseconds, which fewer bytes are not worth."""
-
-MANY_SEGMENTS = 16
-"""Segments of a step whose gradients are fewer than that many of the largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +70,7 @@ def split(
     sizes: Sequence[int],
     owners: Sequence[int],
     compiled: Callable[[Graph, str], GraphModule],
+    cuts: Sequence[int] = (),
 ) -> tuple[Segment, ...]:
     """Cut a backward graph after every so many bytes of gradients.
 
@@ -92,6 +85,8 @@ def split(
         The memory of what each gradient is for.
     compiled
         Makes a module of a graph.
+    cuts
+        Where the schedule itself says so, the runs after which gradients leave.
 
     Returns
     -------
@@ -100,7 +95,7 @@ def split(
     """
     nodes = list(backward.graph.nodes)
     leaving = _leaving(nodes, owners)
-    ends = _ends(nodes, sizes, leaving)
+    ends = _ends_at(nodes, cuts) if cuts else _ends(nodes, sizes, leaving)
     if len(ends) == 1:
         return ()
     return tuple(_segments(nodes, ends, leaving, compiled))
@@ -129,7 +124,7 @@ def _leaving(nodes: Sequence[Node], owners: Sequence[int]) -> list[int]:
 
 def _ends(nodes: Sequence[Node], sizes: Sequence[int], leaving: Sequence[int]) -> list[int]:
     """The place of the last node of each segment."""
-    bucket = max(SMALLEST_BYTES, min(LARGEST_BYTES, sum(sizes) // MANY_SEGMENTS))
+    bucket = least_group_bytes(sum(sizes))
     safe = _safe_places(nodes)
     last = len(nodes) - 2  # the output comes after
     ends: list[int] = []
@@ -144,6 +139,14 @@ def _ends(nodes: Sequence[Node], sizes: Sequence[int], leaving: Sequence[int]) -
             ends.append(end)
             gathered = 0
     return [*ends, last]
+
+
+def _ends_at(nodes: Sequence[Node], cuts: Sequence[int]) -> list[int]:
+    """The place of the last node of each segment, where segments end with certain runs."""
+    last = len(nodes) - 2
+    moments = [node.meta.get("moment", -1) for node in nodes[:-1]]
+    ends = {max(i for i, moment in enumerate(moments) if moment <= cut) for cut in cuts}
+    return sorted({end for end in ends if moments[end] >= 0} | {last})
 
 
 def _safe_places(nodes: Sequence[Node]) -> list[bool]:

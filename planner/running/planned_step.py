@@ -422,6 +422,7 @@ def segments_of(graphs: PlannedGraphs, captured: CapturedStep) -> tuple[Segment,
         sizes=[_bytes_of(gradient.meta["val"]) for _, gradient in pairs],
         owners=[storage_id(node.meta["val"]) for node, _ in pairs],
         compiled=compile_boxed,
+        cuts=graphs.cuts,
     )
 
 

@@ -22,6 +22,7 @@ from torch.fx.graph import CodeGen
 
 from graph_capture.blocks import OperatorCode
 from graph_capture.captured_step import CapturedStep
+from graph_capture.leaving import ACCUMULATE
 from graph_capture.private_torch.autograd import set_grad_enabled
 from graph_capture.purity import draws, repeated_arguments
 from graph_capture.recorder import storage_id
@@ -59,6 +60,8 @@ class PlannedGraphs:
     num_exposed
         How many of the saved tensors share memory with an output or an input of the
         step, so that others may write to them; these come first.
+    cuts
+        Runs of the schedule after which gradients leave, where the schedule says so.
     """
 
     forward: GraphModule
@@ -67,6 +70,7 @@ class PlannedGraphs:
     saved_inputs: tuple[Node, ...]
     num_outputs: int
     num_exposed: int
+    cuts: tuple[int, ...] = ()
 
 
 def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
@@ -99,6 +103,11 @@ def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
         saved_inputs=tuple(backward.inputs),
         num_outputs=len(outputs),
         num_exposed=len(public),
+        cuts=tuple(
+            i
+            for i, v in enumerate(schedule.order)
+            if captured.graph.operators[v].target == ACCUMULATE
+        ),
     )
 
 
@@ -172,6 +181,7 @@ class _Emitter:
             source = max(view.all_input_nodes, key=place.__getitem__, default=view)
             if source is not view and source.op != "placeholder":
                 source.append(view)
+                view.meta["moment"] = source.meta["moment"]
                 place[view] = place[source]
         return found
 
@@ -243,6 +253,8 @@ class _Emitter:
                 self._emit(v, code, first=v not in self._has_run and not code.repeats)
             elif v in self._states:
                 self._record_state(v)
+            elif self._captured.graph.operators[v].target == ACCUMULATE:
+                self._set_grad_mode(False)  # autograd goes on in its own
             self._has_run.add(v)
         self._set_grad_mode(self._earlier is None)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from graph_capture.call_spec import TensorSpec, parse_dtype, specs_of
 from graph_capture.cost_graph import MAX_TOTAL, CostGraph
+from graph_capture.leaving import ACCUMULATE
 
 from ..base.budget import RequestedBudget
 from ..plan_record import PlanRecord
@@ -114,7 +115,7 @@ def _check_loop_holds(plan: PlanRecord) -> None:
     graph, holds = plan.graph, plan.holds
     found = sum(s.size_bytes for s in graph.storages if s.category == "resident")
     _agree("loop_holds.resident_bytes", holds.resident_bytes, found)
-    adds = any(op.name == "accumulate" and op.phase == "backward" for op in graph.operators)
+    adds = any(op.target == ACCUMULATE for op in graph.operators)
     if adds and not holds.accumulates:
         raise ValueError("at operators: gradients are added to earlier ones, which nobody holds")
     for storage in graph.storages:

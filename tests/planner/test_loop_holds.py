@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.testing.zoo import ZOO
+from graph_capture import leaving
 from planner import (
     InfeasibleBudgetError,
     Plan,
@@ -28,7 +29,10 @@ from planner import (
 )
 from planner.base.resident import resident_tensors, storage_bytes
 from planner.measuring.measure import record_peak
+from planner.planning.late_reads import late_read
 from planner.saving.serialize import plan_from_dict, plan_to_dict
+from solvers.replay import replay
+from solvers.schedule import Schedule
 from tests.planner.small import make, plan_for, sample, square
 
 CPU = torch.device("cpu")
@@ -218,6 +222,75 @@ def test_a_whole_cycle_of_micro_batches_peaks_as_predicted() -> None:
     resident_bytes = storage_bytes(held, CPU)
     extra_bytes, _ = record_peak(cycle, CPU, held)
     assert resident_bytes + extra_bytes == plan.predicted_peak_bytes
+
+
+@pytest.fixture
+def many_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New gradients leave as soon as one can."""
+    monkeypatch.setattr(leaving, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(leaving, "MANY_GROUPS", 10**6)
+
+
+@pytest.mark.usefixtures("many_groups")
+def test_new_gradients_that_leave_in_groups_lower_the_peak_exactly() -> None:
+    """A group of new gradients lies beside the earlier ones, by the record and the replay."""
+    model, tokens, loss_fn = make(LanguageModel), _tokens(), next_token(_tokens())
+    words = {"loss_fn": loss_fn, "outputs": "released", "grads": "accumulated"}
+    plan = _halfway(model, tokens, **words)
+    found = plan.validate(model, tokens, repeats=0)
+    assert found.peak.predicted == found.peak.measured
+    assert found.bits == "equal"
+    adds = [op for op in plan.graph.operators if op.target == leaving.ACCUMULATE]
+    assert len(adds) > 8
+    plan.apply(model)
+    loss_fn(model(tokens)).backward()
+    assert len(model.forward._main.prepared[0].step._segments) == len(adds)
+
+
+@pytest.mark.usefixtures("many_groups")
+def test_an_order_that_reads_a_parameter_too_late_is_found() -> None:
+    """A gradient waits for whoever reads its parameter, which a replay does not know."""
+    plan = optimize(
+        make(LanguageModel),
+        _tokens(),
+        budget_gb=1,
+        loss_fn=next_token(_tokens()),
+        grads="accumulated",
+    )
+    graph, order = plan.graph, plan.schedule.order
+    captured = plan._live.captured
+    assert late_read(captured, plan.schedule) is None
+    head = next(v for v, op in enumerate(graph.operators) if op.module_path == "head")
+    late = Schedule((*order, head))
+    replay(graph, late)
+    assert (
+        late_read(captured, late) == f"{graph.operators[head].name!r} reads 'parameter_head_weight'"
+    )
+
+
+def test_released_outputs_may_be_among_what_is_always_recomputed() -> None:
+    """The loop has the first one; a backward pass that reads it reads what it had."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(32, 256), nn.Linear(256, 32)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            gate = torch.sigmoid(self.inner(x))
+            return self.head(torch.tanh(gate)), gate
+
+    plan = optimize(
+        make(Gate),
+        sample(),
+        budget_gb=1,
+        loss_fn=lambda y: square(y[0]),
+        outputs="released",
+        always_recompute=["aten.sigmoid", "aten.tanh"],
+    )
+    found = plan.validate(make(Gate), sample(), repeats=0)
+    assert found.peak.predicted == found.peak.measured
+    assert found.bits == "equal"
 
 
 def test_accumulation_that_is_not_planned_says_the_word() -> None:

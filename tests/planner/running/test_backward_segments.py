@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_tensors, assert_same_training
 from benchmarks.testing.zoo import Case, cases
+from graph_capture import leaving
 from planner import CallMismatchError, Plan, measure, optimize
-from planner.running import backward_segments
 from planner.running.planned_forward import PlannedForward
 from tests.planner.small import Net, make, plan_for, sample, square
 
@@ -21,8 +21,8 @@ from tests.planner.small import Net, make, plan_for, sample, square
 @pytest.fixture(autouse=True)
 def many_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut wherever a gradient leaves."""
-    monkeypatch.setattr(backward_segments, "SMALLEST_BYTES", 1)
-    monkeypatch.setattr(backward_segments, "MANY_SEGMENTS", 10**6)
+    monkeypatch.setattr(leaving, "SMALLEST_BYTES", 1)
+    monkeypatch.setattr(leaving, "MANY_GROUPS", 10**6)
 
 
 @pytest.fixture(scope="module")
