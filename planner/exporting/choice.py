@@ -31,8 +31,10 @@ class Setting:
     ----------
     schedule
         Of the plan's graph.
+    stack
+        Names of all layers of which some are checkpointed, in forward order.
     layers
-        Names of the layers that are checkpointed, in forward order.
+        Names of those that are.
     group_size
         How many consecutive layers are one checkpoint.
     attention_cores
@@ -44,6 +46,7 @@ class Setting:
     """
 
     schedule: Schedule
+    stack: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     group_size: int = 1
     attention_cores: bool = False

@@ -15,7 +15,16 @@ from solvers.suggestions import unknown_name
 from ..base.budget import Budget
 from ..plan_record import PlanRecord
 from .choice import Judge, Setting
-from .layers import attention_cores, blocks_of, first_layers, groups, layer_names, none, subsets
+from .layers import (
+    attention_cores,
+    blocks_of,
+    first_layers,
+    groups,
+    layer_names,
+    none,
+    outermost,
+    subsets,
+)
 from .operator_policy import saving_calls
 from .snippets import (
     for_deepspeed,
@@ -152,10 +161,13 @@ def export_plan(plan: PlanRecord, to: str) -> Export:
         raise ValueError(unknown_name("tool", to, map(str, ExportTarget)))
     target = ExportTarget(to)
     blocks = blocks_of(plan.graph)
-    names = layer_names(blocks)
+    stacks = [outermost(blocks)]
+    if target in _ANY_MODULE and blocks != stacks[0]:
+        stacks.append(blocks)
     judge = Judge(plan)
-    chosen = judge.best_of(_FAMILIES[target](judge, blocks))
+    chosen = judge.best_of(family for stack in stacks for family in _FAMILIES[target](judge, stack))
     setting = chosen.setting
+    names = setting.stack or layer_names(stacks[0])
     return Export(
         target=target,
         layers=names,
@@ -204,6 +216,9 @@ def _by_call(judge: Judge, blocks: Blocks) -> Iterable[Iterable[Setting]]:
     for setting in saving_calls(judge, blocks):
         yield [setting]
 
+
+_ANY_MODULE = (ExportTarget.LIGHTNING, ExportTarget.SELECTIVE)
+"""Those that can be told to checkpoint whatever modules; the others know their layers."""
 
 _FAMILIES: dict[ExportTarget, Callable[[Judge, Blocks], Iterable[Iterable[Setting]]]] = {
     ExportTarget.TRANSFORMERS: _by_layer,

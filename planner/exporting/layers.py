@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from graph_capture.cost_graph import CostGraph
 from solvers.schedule import Schedule
 from solvers.strategies.attention import megatron_selective
-from solvers.strategies.blocks import Blocks, module_blocks
+from solvers.strategies.blocks import Block, Blocks, module_blocks
 from solvers.strategies.segments import schedule_for_segments
 from solvers.strategies.strategy import StrategyError
 
@@ -32,6 +32,20 @@ def blocks_of(graph: CostGraph) -> Blocks:
             f"the plan's model is no stack of layers ({error}), so there is nothing that a "
             "checkpoint by layer could be told: apply the plan itself"
         ) from error
+
+
+def outermost(blocks: Blocks) -> Blocks:
+    """Return the outermost numbered modules: of a T5 its blocks, and not their sublayers."""
+    found: list[Block] = []
+    for block in blocks.blocks:
+        parts = block.name.split(".")
+        depth = next(i for i, part in enumerate(parts) if part.isdigit())
+        name = ".".join(parts[: depth + 1])
+        if found and found[-1].name == name:
+            found[-1] = Block(name=name, begin=found[-1].begin, end=block.end)
+        else:
+            found.append(Block(name=name, begin=block.begin, end=block.end))
+    return Blocks(blocks=tuple(found), origin=blocks.origin)
 
 
 def layer_names(blocks: Blocks) -> tuple[str, ...]:
@@ -79,7 +93,7 @@ def groups(graph: CostGraph, blocks: Blocks, *, even: bool) -> Iterator[Setting]
     for size in range(1, len(blocks) + 1):
         if not even or len(blocks) % size == 0:
             schedule = schedule_for_segments(graph, blocks.groups(size), early_stop=False)
-            yield Setting(schedule=schedule, layers=names, group_size=size)
+            yield Setting(schedule=schedule, stack=names, layers=names, group_size=size)
 
 
 def attention_cores(graph: CostGraph) -> Iterator[Setting]:
@@ -96,8 +110,9 @@ def _checkpointed(
     chosen = set(names)
     segments = [range(block.begin, block.end) for block in blocks.blocks if block.name in chosen]
     schedule = schedule_for_segments(graph, segments, early_stop=early_stop)
-    layers = tuple(name for name in layer_names(blocks) if name in chosen)
-    return Setting(schedule=schedule, layers=layers)
+    stack = layer_names(blocks)
+    layers = tuple(name for name in stack if name in chosen)
+    return Setting(schedule=schedule, stack=stack, layers=layers)
 
 
 def _as_planned(plan: PlanRecord, blocks: Blocks) -> tuple[str, ...]:

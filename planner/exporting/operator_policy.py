@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from graph_capture.cost_graph import CostGraph
+from graph_capture.cost_graph import CostGraph, Operator
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies.blocks import Block, Blocks
@@ -37,13 +38,14 @@ def saving_calls(judge: Judge, blocks: Blocks) -> Iterator[Setting]:
     names = layer_names(blocks)
     for num in dict.fromkeys(max(1, round(share * len(names))) for share in SHARES):
         layers = set(spread(names)[:num])
-        yield _saving(judge, [block for block in blocks.blocks if block.name in layers])
+        found = _saving(judge, [block for block in blocks.blocks if block.name in layers])
+        yield replace(found, stack=names)
 
 
 def _saving(judge: Judge, blocks: Sequence[Block]) -> Setting:
     graph = judge.plan.graph
     best = judge.judge(_setting(graph, blocks, ()))
-    for call in _by_worth(graph, blocks):
+    for call in calls_by_worth(graph, blocks):
         found = judge.judge(_setting(graph, blocks, (*best.setting.saved_calls, call)))
         if found.better_than(best):
             best = found
@@ -103,28 +105,53 @@ def _cached_bytes(
     return tuple(held)
 
 
-def _by_worth(graph: CostGraph, blocks: Sequence[Block]) -> list[str]:
+def calls_by_worth(graph: CostGraph, blocks: Sequence[Block]) -> list[str]:
     """Kinds of calls in layers, those first whose outputs are dear to make for their size."""
     cost_ns: dict[str, int] = defaultdict(int)
     num_bytes: dict[str, int] = defaultdict(int)
-    refused: set[str] = set()
+    written_over: set[str] = set()
     for block in blocks:
         for operator in graph.operators[block.begin : block.end]:
-            calls = operator.target.split("+")
-            if any("_." in call for call in calls[1:]):  # in place, such as aten.div_.Scalar
-                refused.add(calls[0])
-            elif operator.pinned is None and len(calls) == 1:
+            written_over |= _written_over(graph, operator)
+            if operator.pinned is None and "+" not in operator.target:
                 cost_ns[operator.target] += operator.cost_ns
                 num_bytes[operator.target] += sum(
                     graph.storages[k].size_bytes for k in operator.outputs
                 )
     return sorted(
-        cost_ns.keys() - refused, key=lambda call: (-cost_ns[call] / max(1, num_bytes[call]), call)
+        (call for call in cost_ns if _packet(call) not in written_over),
+        key=lambda call: (-cost_ns[call] / max(1, num_bytes[call]), call),
     )
+
+
+def _written_over(graph: CostGraph, operator: Operator) -> set[str]:
+    """Return the calls whose outputs an operator writes over in place: they cannot be saved."""
+    calls = operator.target.split("+")
+    found: set[str] = set()
+    for i, call in enumerate(calls):
+        if "_." in call:  # such as aten.div_.Scalar
+            found |= {_packet(before) for before in calls[:i]}
+            if i == 0:
+                makers = [graph.storages[k].producer for k in operator.inputs]
+                found |= {
+                    _packet(before)
+                    for v in makers
+                    if v is not None
+                    for before in graph.operators[v].target.split("+")
+                }
+    return found
 
 
 def _is_joined_with(graph: CostGraph, v: int, calls: Sequence[str]) -> bool:
     """Whether an operator stands for several calls, one of these among them."""
     parts = graph.operators[v].target.split("+")
-    names = {call.rpartition(".")[0] for call in calls}
-    return len(parts) > 1 and any(part.rpartition(".")[0] in names for part in parts)
+    return len(parts) > 1 and not set(map(_packet, parts)).isdisjoint(map(_packet, calls))
+
+
+def _packet(call: str) -> str:
+    """Name a call without its overload.
+
+    >>> _packet("aten.mul.out")
+    'aten.mul'
+    """
+    return call.rpartition(".")[0]

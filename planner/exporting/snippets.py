@@ -21,7 +21,9 @@ def for_transformers(setting: Setting, names: Sequence[str]) -> str:
     if off:
         lines += [
             f"for name in {_listed(off)}:",
-            "    model.get_submodule(name).gradient_checkpointing = False",
+            "    layer = model.get_submodule(name)",
+            '    assert hasattr(layer, "gradient_checkpointing"), f"{name} is no such layer"',
+            "    layer.gradient_checkpointing = False",
         ]
     return "\n".join(lines)
 

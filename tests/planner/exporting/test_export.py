@@ -15,7 +15,8 @@ from torch import nn
 
 from planner import ExportTarget, Plan, PlanError, measure, optimize
 from planner.exporting.choice import Judge, Setting
-from planner.exporting.layers import groups, spread, subsets
+from planner.exporting.layers import groups, outermost, spread, subsets
+from planner.exporting.operator_policy import calls_by_worth
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies.blocks import module_blocks
@@ -189,3 +190,41 @@ def test_an_even_spread() -> None:
     """Every beginning of the order is spread over the row."""
     assert spread(list("abcdefgh")) == ("a", "e", "c", "g", "b", "f", "d", "h")
     assert sorted(spread(list("abcdef"))) == list("abcdef")
+
+
+def test_layers_within_layers(plan: Plan) -> None:
+    """Transformers has a flag for the outer ones; what wraps any module may take the inner ones."""
+    blocks = module_blocks(plan.graph)
+    inner = [
+        replace(block, name=f"{block.name.replace('layers', 'block')}.part.{half}", begin=b, end=e)
+        for block in blocks.blocks
+        for half, (b, e) in enumerate(
+            [
+                (block.begin, (block.begin + block.end) // 2),
+                ((block.begin + block.end) // 2, block.end),
+            ]
+        )
+    ]
+    outer = outermost(replace(blocks, blocks=tuple(inner)))
+    assert [block.name for block in outer.blocks] == [f"block.{i}" for i in range(6)]
+    assert [(b.begin, b.end) for b in outer.blocks] == [(b.begin, b.end) for b in blocks.blocks]
+
+
+def test_what_is_written_over_is_not_saved() -> None:
+    """PyTorch refuses to cache a call's output that a later call changes in place."""
+
+    class Rude(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + nn.functional.gelu(self.second(torch.tanh(self.first(x).mul_(0.5))))
+
+    model = nn.Sequential(*(Rude() for _ in range(4)))
+    plan = optimize(model, SAMPLE, budget="100%", loss_fn=_loss)
+    targets = {operator.target for operator in plan.graph.operators}
+    assert targets >= {"aten.addmm.default", "aten.addmm.default+aten.mul_.Tensor"}
+    calls = calls_by_worth(plan.graph, module_blocks(plan.graph).blocks)
+    assert "aten.tanh.default" in calls
+    assert "aten.addmm.default" not in calls
