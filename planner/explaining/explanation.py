@@ -84,7 +84,9 @@ class Explanation:
             f"Peak of {format_bytes(peak.total_bytes)} at {peak.operator} ({peak.phase}, "
             f"{where}){at}"
         ]
-        rows = [_held(group) for group in _grouped(self.holders, _kind_of_holder, _bytes)]
+        rows = [
+            _held(group, self.step_us) for group in _grouped(self.holders, _kind_of_holder, _bytes)
+        ]
         if self.workspace_bytes:
             rows.append((self.workspace_bytes, "scratch of its kernel", "in use"))
         rows.sort(key=lambda row: -row[0])
@@ -94,7 +96,7 @@ class Explanation:
         rest = rows[num_lines:]
         if rest:
             total = format_bytes(sum(num_bytes for num_bytes, *_ in rest))
-            lines.append(f"  {total:>9}  {len(rest)} other kinds")
+            lines.append(f"  {total:>9}  {len(rest)} other kind{'s' * (len(rest) > 1)}")
         return lines
 
     def _again(self, num_lines: int) -> list[str]:
@@ -119,7 +121,7 @@ class Explanation:
         rest = groups[num_lines:]
         if rest:
             total = format_us(sum(one.time_us for group in rest for one in group))
-            lines.append(f"  {total:>9}  {len(rest)} other lines")
+            lines.append(f"  {total:>9}  {len(rest)} other line{'s' * (len(rest) > 1)}")
         return lines
 
     def _more(self) -> list[str]:
@@ -142,7 +144,7 @@ class Explanation:
         ]
 
 
-def _held(group: Sequence[Holder]) -> tuple[int, str, str]:
+def _held(group: Sequence[Holder], step_us: float) -> tuple[int, str, str]:
     """Return bytes, what it is, and why it is there."""
     first = group[0]
     num_bytes = sum(map(_bytes, group))
@@ -151,23 +153,38 @@ def _held(group: Sequence[Holder]) -> tuple[int, str, str]:
     if first.why is Why.RESIDENT:
         return num_bytes, f"{category}{count}", "resident: there all step long"
     what = f"{category} of {_short(first.call)}{count}{_modules([h.module_path for h in group])}"
-    return num_bytes, what, _why(group)
+    return num_bytes, what, _why(group, step_us)
 
 
-def _why(group: Sequence[Holder]) -> str:
+def _why(group: Sequence[Holder], step_us: float) -> str:
     first = group[0]
     if first.why is Why.IN_USE:
         return "in use: read or made by the operator at the peak"
     if first.why is Why.HELD:
         return "held to the end of the step, for the training loop"
     modules = _modules([holder.last_used_module for holder in group], before=" of ")
-    until = f"last used by {_name(first.last_used_by)} in the {first.last_used_phase}{modules}"
+    until = (
+        f"last used by {_name(first.last_used_by)} in the {first.last_used_phase}{modules}"
+        f"{_when([holder.freed_us for holder in group], step_us)}"
+    )
     if first.why is Why.ONLY_ONCE:
         return f"cannot be made again ({first.pinned or 'must run exactly once'}); {until}"
     again_us = sum(holder.recompute_us or 0.0 for holder in group)
     kept = "saved" if first.why is Why.SAVED else "recomputed already"
     it = "it" if len(group) == 1 else "each of them"
     return f"{kept}: to make {it} again would take {format_us(again_us)}; {until}"
+
+
+def _when(times_us: Sequence[float], step_us: float) -> str:
+    """Say at which share of the step, or from which to which.
+
+    >>> _when([52.0, 97.0], 100.0)
+    ', at 52 to 97% of the step'
+    """
+    if not step_us:
+        return ""
+    first, last = (f"{100 * time_us / step_us:.0f}" for time_us in (min(times_us), max(times_us)))
+    return f", at {first}% of the step" if first == last else f", at {first} to {last}% of the step"
 
 
 def _grouped(items: Iterable[Any], kind: Any, size: Any) -> list[list[Any]]:
