@@ -66,6 +66,10 @@ def test_batches_of_gradients_have_eager_bits(name: str) -> None:
     def loss(output: Tensor) -> Tensor:
         return output.square().mean()
 
+    if torch.__version__ < "2.12" and name == "cumprod in double, with zeros":
+        with pytest.raises(RuntimeError, match="to have same dtypes"):
+            make()(x)  # eager itself fails before torch 2.12
+        return
     torch.manual_seed(0)
     plan = optimize(make(), x, budget_gb=1, loss_fn=loss, time_limit_s=1)
     assert_same_training(make, plan.apply, lambda _seed: x, loss_fn=loss, steps=1)
