@@ -44,7 +44,7 @@ from .target import Target
 aten = torch.ops.aten
 
 # Functions that autograd takes apart if there is no kernel, but not on CUDA: all those that have a
-# composite implementation beside a CUDA kernel (torch 2.11 to 2.13).
+# composite implementation beside a CUDA kernel (torch 2.11 to 2.14).
 ONE_KERNEL_ON_CUDA = ("_fused_rms_norm", "mish_backward", "silu_backward")
 
 
