@@ -88,6 +88,8 @@ def measure_optimizer(
     """
     if optimizer is None:
         return None
+    if not isinstance(optimizer, str):
+        optimizer = _innermost(optimizer)
     if target.absent:
         ensure_cuda_guard()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -149,6 +151,20 @@ def _fake_tensors_are_parameters() -> Iterator[None]:
         yield
     finally:
         FOREACH_TYPES.remove(FakeTensor)
+
+
+def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer inside a wrapper such as accelerate's, which is none of its own.
+
+    A wrapper was never initialized as an optimizer, and a twin of it would be: PyTorch
+    then patches the wrapper's class.
+    """
+    while "_optimizer_step_pre_hooks" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            break
+        optimizer = inner
+    return optimizer
 
 
 def _twin(

@@ -156,7 +156,7 @@ class RematCallback(TrainerCallback):
         policy = self._on_shape_change
         options = {
             "loss_fn": self._loss,
-            "optimizer": _bare(self._trainer.optimizer),
+            "optimizer": self._trainer.optimizer,
             "outputs": "released",
             "grads": "none"
             if self._trainer.args.gradient_accumulation_steps == 1
@@ -308,9 +308,3 @@ def _trainer_around(callback: TrainerCallback) -> Trainer:
         "RematCallback works in the callbacks of a transformers.Trainer; for a loop of your own "
         "there is planner.integrations.transformers.enable_remat"
     )
-
-
-def _bare(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The optimizer inside accelerate's wrapper."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, torch.optim.Optimizer) else None

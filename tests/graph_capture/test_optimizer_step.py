@@ -107,3 +107,19 @@ def test_one_by_one_where_the_user_says_so() -> None:
     measured = measure_optimizer(optimizer, model, target_of(model, (), "h100"))
     assert measured is not None
     assert measured.workspace_bytes < 4 * 64 * 64 * 4
+
+
+def test_a_wrapper_counts_as_what_it_wraps() -> None:
+    """As accelerate's does: an optimizer by class alone, which PyTorch must not patch."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        def step(self, closure: Any = None) -> None:
+            self.optimizer.step(closure)
+
+    model, step = nn.Linear(16, 8), Wrapper.step
+    wrapped = Wrapper(torch.optim.SGD(model.parameters(), momentum=0.9))
+    assert _state_bytes(wrapped, model) == WEIGHT_BYTES + BIAS_BYTES
+    assert Wrapper.step is step
