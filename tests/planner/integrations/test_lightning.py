@@ -1,0 +1,172 @@
+"""Lightning's Trainer under ``RematCallback``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from planner import CaptureError, PlanError
+from planner.base.forward_slot import stand_in_of
+from tests.planner.integrations.loops import (
+    Texts,
+    Trained,
+    assert_same,
+    language_model,
+    padded,
+    trained,
+)
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from planner.integrations.lightning import RematCallback
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning",
+        "ignore:.*does not have many workers.*",
+        "ignore:.*smaller than the logging interval.*",
+        "ignore:Be aware that when using `ckpt_path`.*",
+        "ignore:.*isinstance.treespec, LeafSpec.*",
+        "ignore:.*[Cc]heckpoint directory .* exists and is not empty.*",
+        "ignore:.*solved anew:planner.PlanWarning",
+    ),
+]
+
+
+def remat(**options: Any) -> RematCallback:
+    """The callback, at three quarters of the memory unless another budget is given."""
+    pytest.importorskip("pytorch_lightning")
+    from planner.integrations.lightning import RematCallback
+
+    return RematCallback(**{"budget": "75%", "time_limit_s": 2, **options})
+
+
+def language_module(*, calls_itself: bool = False, returns: tuple[str, ...] = ()) -> Any:
+    """A LightningModule around the small language model."""
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Language(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = language_model()
+            self.seen: list[float] = []
+
+        def forward(self, batch: dict[str, Tensor]) -> Any:
+            return self.model(**batch, use_cache=False)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+            labels = batch.pop("labels")
+            out = self(batch) if calls_itself else self.model(**batch, use_cache=False)
+            loss = nn.functional.cross_entropy(
+                out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+            )
+            self.log("loss", loss)
+            self.seen.append(loss.item())
+            return {"loss": loss, **{name: out[name] for name in returns}} if returns else loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    return Language()
+
+
+def run(
+    folder: Path,
+    module: Any,
+    *callbacks: Any,
+    texts: Texts | None = None,
+    resume: str | None = None,
+    **options: Any,
+) -> Trained:
+    """Train for six steps."""
+    pl = pytest.importorskip("pytorch_lightning")
+    loader = DataLoader(Texts(64) if texts is None else texts, batch_size=8, collate_fn=padded)
+    defaults = {
+        "max_steps": 6,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": str(folder),
+    }
+    trainer = pl.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+    def train() -> list[Any]:
+        pl.seed_everything(0, verbose=False)
+        trainer.fit(module, loader, ckpt_path=resume)
+        return module.seen
+
+    return trained(module, train)
+
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"precision": "bf16-mixed"},
+    "accumulation": {"accumulate_grad_batches": 4, "max_steps": 2},
+    "padding": {"texts": Texts(60, many_lengths=True)},
+    "clipping": {  # and training_step calls the LightningModule itself
+        "gradient_clip_val": 0.5
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_trainer_by_a_plan_is_a_trainer_without(name: str, tmp_path: Path) -> None:
+    """Same losses, same weights, within the budget, every step by the plan."""
+    options, calls_itself = LOOPS[name], name == "clipping"
+    eager = run(tmp_path, language_module(calls_itself=calls_itself), **options)
+    module, callback = language_module(calls_itself=calls_itself), remat()
+    planned = run(tmp_path, module, callback, **options)
+    assert_same(eager, planned)
+    assert callback.plan.schedule.recomputed()
+    assert planned.peak_bytes <= callback.plan.budget_bytes
+    assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (
+        len(planned.losses),
+        0,
+    )
+    assert stand_in_of(module) is stand_in_of(module.model) is None
+
+
+def test_a_training_is_saved_and_resumed(tmp_path: Path) -> None:
+    """Resumed in the middle by a plan, it ends where one without a plan ends."""
+    pl = pytest.importorskip("pytorch_lightning")
+    results, texts = [], Texts(24)  # three batches: the middle is the end of an epoch
+    for name, callbacks in (("eager", [[], []]), ("planned", [[remat()], [remat()]])):
+        folder = tmp_path / name
+        saving = pl.callbacks.ModelCheckpoint(folder, save_last=True)
+        first = run(
+            folder,
+            language_module(),
+            saving,
+            *callbacks[0],
+            texts=texts,
+            max_steps=3,
+            enable_checkpointing=True,
+        )
+        resume = str(folder / "last.ckpt")
+        last = run(folder, language_module(), *callbacks[1], texts=texts, resume=resume)
+        results.append((first, last))
+    for eager, planned in zip(*results, strict=True):
+        assert_same(eager, planned)
+
+
+def test_what_the_callback_refuses(tmp_path: Path) -> None:
+    """Outputs that are returned beside the loss, and a step that calls a part first."""
+    with pytest.raises(CaptureError, match=r"returns 'logits' beside the loss"):
+        run(tmp_path, language_module(returns=("logits",)), remat(), max_steps=1)
+    held = remat(outputs="held")
+    run(tmp_path, language_module(returns=("logits",)), held, max_steps=1)
+    assert held.applied.planned_steps == 1
+    module = language_module()
+    module.other = nn.Linear(2, 2)
+    with pytest.raises(PlanError, match=r"first calls a GPT2LMHeadModel, which does not have all"):
+        run(tmp_path, module, remat(), max_steps=1)
+    named = remat(module="model")
+    run(tmp_path, module, named, max_steps=1)
+    assert named.applied.planned_steps == 1
