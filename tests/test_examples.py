@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -26,7 +28,7 @@ def load(name: str) -> ModuleType:
 def test_each_is_short_and_named() -> None:
     """No script is over 40 lines of code, and the folder's page and the docs name each."""
     scripts = sorted(FOLDER.glob("*.py"))
-    assert len(scripts) == 4
+    assert len(scripts) == 7
     page = (FOLDER / "README.md").read_text(encoding="utf-8")
     for script in scripts:
         lines = script.read_text(encoding="utf-8").splitlines()
@@ -65,12 +67,31 @@ def test_research_comparison(
     assert [row.measured.bits for row in own if row.measured] == ["equal"] * len(own) * measure
 
 
+TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformers_trainer": ("accelerate", {"layers": 2, "num_steps": 2}),
+    "trl_lora": ("trl", {"layers": 2, "num_steps": 2, "budget": "90%"}),
+    "lightning_trainer": ("pytorch_lightning", {"width": 64, "rows": 512}),
+    "accelerate_loop": ("accelerate", {"width": 64, "rows": 512}),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-def test_transformers_trainer(capsys: pytest.CaptureFixture[str]) -> None:
-    """A Trainer by a plan has the losses of one without."""
-    pytest.importorskip("accelerate")
-    load("transformers_trainer").main(layers=2, num_steps=2)
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+    "ignore:.*pin_memory.*:UserWarning",
+    "ignore:.*does not have many workers.*",
+    "ignore:.*smaller than the logging interval.*",
+    "ignore:.*is not supported on CPU.*:UserWarning",
+)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A trainer by a plan has the losses of one without."""
+    library, sizes = TRAINERS[name]
+    pytest.importorskip(library)
+    state = pytest.importorskip("accelerate").state.AcceleratorState
+    state._reset_state(reset_partial_state=True)  # a process has one precision else
+    load(name).main(**sizes)
     said = capsys.readouterr().out
-    assert "2 of 2 steps by the plan" in said
+    assert re.search(r"^(\d) of \1 steps by the plan", said, re.M)
     assert "losses equal to those without: True" in said
