@@ -135,9 +135,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.mark.parametrize("way", range(len(WAYS)), ids=map(str, WAYS))
 def test_gradients_are_equal_and_leave_before_the_end(found: list[Any], way: int) -> None:
-    """The first all-reduce starts as early as in eager, give or take a layer."""
+    """The first all-reduce starts as early as in eager, give or take two layers."""
     (expected, eager), (gradients, planned) = found[way]
     for before, after in zip(expected, gradients, strict=True):
         assert_same_tensors(before, after)
     for early, late in zip(eager, planned, strict=True):
-        assert late <= early + 1
+        assert late <= early + 2 < LAYERS or early == LAYERS
