@@ -9,7 +9,7 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-literature bench-small sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
+.PHONY: help setup demo docs test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-literature bench-small bench-lengths sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ bench-literature: $(STAMP)  ## chains, Checkmate's experiments, half of the memo
 
 bench-small: $(STAMP)  ## planned steps of the smallest kernels beside eager, a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.small_kernels
+
+bench-lengths: $(STAMP)  ## batches of changing length: one plan beside eager and per-layer, a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lengths $(ARGS)
 
 sweep-operators: $(STAMP)  ## plan and run every operator and module of PyTorch's database; an hour
 	$(BIN)/python -m benchmarks.sweeps.operators --record docs/sweeps/operators.md $(ARGS)
