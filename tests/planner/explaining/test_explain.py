@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from planner import Plan
 from planner.explaining.explanation import NUM_LINES
+from solvers import BoundScope
 from tests.planner.small import make, plan_for, sample, square
 
 
@@ -74,3 +76,11 @@ def test_arguments_that_make_no_sense(plan: Plan, options, words) -> None:
     """Each is refused with what it was."""
     with pytest.raises(ValueError, match=words):
         plan.explain(**options)
+
+
+def test_a_plan_in_its_own_order_is_solved_again_in_any() -> None:
+    """More memory buys all recomputations back, under the bound for every order."""
+    path = Path(__file__).parents[1] / "fixtures" / "fan_in_its_own_order.json"
+    more = Plan.load(path).explain(more="100kB").more
+    assert more is not None
+    assert (more.num_recomputed, more.bound_scope) == (0, BoundScope.ANY_ORDER)
