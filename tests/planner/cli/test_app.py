@@ -55,6 +55,9 @@ def test_plan_and_show(target: str, tmp_path: Path) -> None:
         (["plan", "my_training:build", "--budget=1GB", "--cost-model=guess"], "cost_model is"),
         (["plan", "my_training:build", "--budget=1GB", "--headroom=5"], "headroom is a fraction"),
         (["plan", "my_training:build", "--budget=1GB", "--headroom=lots"], "lots"),
+        (["plan", "my_training:build", "--budget=1GB", "--outputs=lost"], "outputs is 'held' or"),
+        (["plan", "my_training:build", "--budget=1GB", "--resident=lots"], "--resident='lots'"),
+        (["compare", "my_training:build", "--grads=some"], "grads is 'none' or"),
         (["estimate", "my_training:build", "--batch=1,x"], "--batch takes whole numbers"),
         (["estimate", "my_training:build", "--batch="], "--batch takes whole numbers"),
         (["estimate", "my_training:build", "--sequence=0"], "--sequence takes whole numbers"),
@@ -74,6 +77,20 @@ def test_errors_are_one_line(target: str, arguments: list[str], word: str) -> No
     assert result.exit_code == 1
     assert word in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_what_the_loop_holds_is_in_the_plan(target: str, tmp_path: Path) -> None:
+    """The words go into the file, from which they are shown."""
+    words = ["--outputs=released", "--grads=accumulated", "--resident=100kB"]
+    planned = CliRunner().invoke(app, ["plan", target, "--budget=1GB", *words, "--out=plan.json"])
+    assert planned.exit_code == 0, planned.output
+    assert json.loads((tmp_path / "plan.json").read_text())["loop_holds"] == {
+        "outputs": "released",
+        "grads": "accumulated",
+        "resident_bytes": 100_000,
+    }
+    shown = CliRunner().invoke(app, ["show", "plan.json"])
+    assert "100 kB of the caller's own" in shown.output
 
 
 def test_estimate(target: str) -> None:
