@@ -77,6 +77,9 @@ class Planned(Protocol):
     def unplanned(self) -> Callable[..., Any]:
         """The module's own forward."""
 
+    def structure_now(self) -> LiveStructure:
+        """The module's structure as it is."""
+
     @property
     def __signature__(self) -> inspect.Signature: ...
 
@@ -214,7 +217,7 @@ class PlannedCall:
         """Bind a captured step's graphs to the module as it is now."""
         self._peak_bytes = self.plan.predicted_peak_bytes
         planned, model = self._planned, self._planned.model
-        structure = LiveStructure(model)
+        structure = planned.structure_now()
         guard = LiveGuard(self.plan.guard, model, self.plan.device_type, planned.__signature__)
 
         def changed_now() -> str | None:

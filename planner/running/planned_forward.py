@@ -23,6 +23,7 @@ from solvers import transfer
 
 from ..base.forward_slot import StandIn
 from ..base.live_state import LiveState
+from ..base.module_structure import LiveStructure
 from ..errors import (
     OutcomeChangedError,
     PlanError,
@@ -117,6 +118,7 @@ class PlannedForward(StandIn):
         self._others: list[PlannedCall] = []  # the one used last comes first
         self._last = self._main
         self._not_replanned: dict[str, Exception] = {}  # calls that were captured in vain
+        self._structure: LiveStructure | None = None
         self._buckets_said = False
         self._signature: inspect.Signature | None = None
         self._watch: UnplannedBackward | None = None
@@ -127,6 +129,12 @@ class PlannedForward(StandIn):
     def plan(self) -> PlanRecord:
         """The plan that was applied."""
         return self._main.plan
+
+    def structure_now(self) -> LiveStructure:
+        """The model's structure as it is, one object for all calls until it changes."""
+        if self._structure is None or self._structure.difference() is not None:
+            self._structure = LiveStructure(self.model)
+        return self._structure
 
     @property
     def other_plans(self) -> tuple[PlanRecord, ...]:
@@ -167,9 +175,8 @@ class PlannedForward(StandIn):
         looks = looks_of(arguments)
         if self._others:
             for call in self.calls:
-                if not (call is self._last or call.knows(looks)):
-                    continue
-                if call.still_is_for(arguments, looks):
+                known = call.knows(looks) if looks is not None else call is self._last
+                if known and call.still_is_for(arguments, looks):
                     try:
                         return self._run(call, arguments)
                     except OutcomeChangedError:  # for such a call, but on another way
@@ -412,7 +419,7 @@ class PlannedForward(StandIn):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle keeps; the graphs are made again on the first call."""
         made = {"_main", "_others", "_last", "_signature", "_watch", "_train", "_watch_is_due"}
-        made |= {"_not_replanned", "_buckets_said"}
+        made |= {"_structure", "_not_replanned", "_buckets_said"}
         kept = {name: value for name, value in self.__dict__.items() if name not in made}
         return {**kept, "plan": self.plan}
 
