@@ -370,13 +370,22 @@ class PlannedForward(StandIn):
         if wrapper is None or self._buckets_said:
             return
         self._buckets_said = True
-        self._say_held(
-            call,
-            "buckets",
-            sum(p.numel() * p.element_size() for p in bucketed_parameters_of(wrapper)),
-            "gradients lie in the buckets of a DistributedDataParallel",
-            "Plan with a budget that is lower by these bytes",
-        )
+        holds = call.plan.holds
+        num_bytes = sum(p.numel() * p.element_size() for p in bucketed_parameters_of(wrapper))
+        if wrapper.gradient_as_bucket_view:
+            counted_bytes = num_bytes if holds.accumulates else 0
+            advice = "Plan with grads='accumulated', which counts them"
+        else:
+            counted_bytes = min(num_bytes, holds.resident_bytes)
+            advice = f"Plan with resident_bytes={num_bytes}, or with gradient_as_bucket_view=True"
+        if counted_bytes < num_bytes:
+            self._say_held(
+                call,
+                "buckets",
+                num_bytes - counted_bytes,
+                "gradients lie in the buckets of a DistributedDataParallel",
+                advice,
+            )
 
     def _say_held(
         self, call: PlannedCall, kind: str, held_bytes: int, what: str, advice: str

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.testing.bitwise import assert_same_tensors
 from graph_capture.units import format_bytes
 from planner import CaptureError, PlanMismatchError, PlanWarning, applied_plan, optimize
+from planner.measuring.measure import record_peak
 from tests.planner.small import make, sample, square
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without distributed")
@@ -82,6 +83,33 @@ def test_a_wrapper_is_refused_with_what_works():
         found.append({n: p.grad for n, p in model.named_parameters()})
     assert_same_tensors(*found)
     assert applied_plan(wrapper.module).planned_steps == 1
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_buckets_that_a_plan_counts_are_in_its_peak_exactly(view):
+    """As resident bytes, or as earlier gradients where gradients are views of them."""
+    num_bytes = sum(p.numel() * p.element_size() for p in make().parameters())
+    words = {"grads": "accumulated"} if view else {"resident_bytes": num_bytes}
+    whole = optimize(make(), sample(), budget_gb=1, loss_fn=square, **words)
+    tight = optimize(
+        make(), sample(), budget_bytes=whole.predicted_peak_bytes, loss_fn=square, **words
+    )
+    wrapper = DistributedDataParallel(tight.apply(make()), gradient_as_bucket_view=view)
+
+    def step():
+        output = wrapper(sample())
+        loss = square(output)
+        loss.backward()
+        return output, loss
+
+    for _ in range(3):  # the buckets are built again after the first
+        wrapper.zero_grad()
+        step()
+    wrapper.zero_grad()
+    there = [*wrapper.parameters(), *wrapper.buffers()]
+    resident = sum(t.untyped_storage().nbytes() for t in there) + num_bytes
+    added, _ = record_peak(step, torch.device("cpu"), there)
+    assert resident + added == whole.predicted_peak_bytes
 
 
 def test_buckets_that_the_budget_does_not_hold_are_said_once():
