@@ -40,14 +40,14 @@ def language_model(dropout: float = 0.1, layers: int = 2, width: int = 32) -> nn
 
 
 class Texts(Dataset):
-    """Rows of random tokens, all of one length or of many."""
+    """Rows of random tokens, all of one length or of four."""
 
     def __init__(self, rows: int = 64, *, many_lengths: bool = False, seed: int = 1) -> None:
         draws = torch.Generator().manual_seed(seed)
         self.rows = []
         for _ in range(rows):
-            shortest = LENGTH // 4 if many_lengths else LENGTH
-            length = int(torch.randint(shortest, LENGTH + 1, (), generator=draws))
+            quarters = int(torch.randint(1, 5, (), generator=draws)) if many_lengths else 4
+            length = quarters * LENGTH // 4
             ids = torch.randint(1, VOCABULARY, (length,), generator=draws)
             self.rows.append({"input_ids": ids, "labels": ids, "attention_mask": ids * 0 + 1})
 

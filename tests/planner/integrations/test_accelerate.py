@@ -28,7 +28,7 @@ def _fresh_state() -> Iterator[None]:
 def run(
     how: str | None, *, precision: str = "no", folder: Path | None = None, resume: bool = False
 ) -> Trained:
-    """Six micro-batches, two to a step; ``how`` says when and by what the model is planned."""
+    """Twenty steps of two micro-batches; ``how`` says when and by what the model is planned."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(
@@ -54,10 +54,10 @@ def run(
     def train() -> list[Any]:
         torch.manual_seed(1)
         losses = []
-        for i in range(6):
-            if resume and i < 2:
+        for i in range(40):
+            if resume and i < 20:
                 continue
-            if resume and i == 2:
+            if resume and i == 20:
                 accelerator.load_state(str(folder))
             with accelerator.accumulate(model):
                 loss = square(model(sample(i)))
@@ -65,7 +65,7 @@ def run(
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.item())
-            if folder is not None and not resume and i == 1:
+            if folder is not None and not resume and i == 19:
                 accelerator.save_state(str(folder))
         return losses
 
@@ -78,12 +78,18 @@ def run(
     return found
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("how", ["watch before", "watch after", "plan before", "plan after"])
+@pytest.mark.parametrize(
+    ("how", "precision"),
+    [
+        ("watch before", "no"),
+        ("watch before", "bf16"),
+        ("watch after", "bf16"),
+        ("plan before", "no"),  # prepare() adds an autocast, under which a plan has to be made
+        ("plan after", "bf16"),
+    ],
+)
 def test_prepare_and_accumulate(how: str, precision: str) -> None:
     """Planned before prepare() or after it: eager's losses and weights, every call by the plan."""
-    if how == "plan before" and precision == "bf16":
-        pytest.skip("prepare() adds an autocast, which a plan from before has to be made under")
     assert_same(run(None, precision=precision), run(how, precision=precision))
 
 
@@ -94,7 +100,7 @@ def test_state_is_saved_and_loaded(how: str, tmp_path: Path) -> None:
     saved = run(how, folder=tmp_path)
     resumed = run(how, folder=tmp_path, resume=True)
     assert_same(whole, saved)
-    assert whole.losses[2:] == resumed.losses
+    assert whole.losses[20:] == resumed.losses
     for name, tensor in whole.state.items():
         assert torch.equal(tensor, resumed.state[name]), name
 

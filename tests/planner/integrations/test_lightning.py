@@ -83,11 +83,11 @@ def run(
     resume: str | None = None,
     **options: Any,
 ) -> Trained:
-    """Train for six steps."""
+    """Train for twenty steps."""
     pl = pytest.importorskip("pytorch_lightning")
     loader = DataLoader(Texts(64) if texts is None else texts, batch_size=8, collate_fn=padded)
     defaults = {
-        "max_steps": 6,
+        "max_steps": 20,
         "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
@@ -108,7 +108,7 @@ def run(
 LOOPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"precision": "bf16-mixed"},
-    "accumulation": {"accumulate_grad_batches": 4, "max_steps": 2},
+    "accumulation": {"accumulate_grad_batches": 4},
     "padding": {"texts": Texts(60, many_lengths=True)},
     "clipping": {  # and training_step calls the LightningModule itself
         "gradient_clip_val": 0.5
@@ -136,7 +136,7 @@ def test_a_trainer_by_a_plan_is_a_trainer_without(name: str, tmp_path: Path) -> 
 def test_a_training_is_saved_and_resumed(tmp_path: Path) -> None:
     """Resumed in the middle by a plan, it ends where one without a plan ends."""
     pl = pytest.importorskip("pytorch_lightning")
-    results, texts = [], Texts(24)  # three batches: the middle is the end of an epoch
+    results, texts = [], Texts(80)  # ten batches: the middle is the end of an epoch
     for name, callbacks in (("eager", [[], []]), ("planned", [[remat()], [remat()]])):
         folder = tmp_path / name
         saving = pl.callbacks.ModelCheckpoint(folder, save_last=True)
@@ -146,7 +146,7 @@ def test_a_training_is_saved_and_resumed(tmp_path: Path) -> None:
             saving,
             *callbacks[0],
             texts=texts,
-            max_steps=3,
+            max_steps=10,
             enable_checkpointing=True,
         )
         resume = str(folder / "last.ckpt")

@@ -54,7 +54,7 @@ def remat(**options: Any) -> RematCallback:
 
 
 def trainer(folder: Path, model: nn.Module, *callbacks: RematCallback, **options: Any) -> Trainer:
-    """A Trainer of six steps; options of its arguments, and of itself."""
+    """A Trainer of twenty steps; options of its arguments, and of itself."""
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
@@ -64,7 +64,7 @@ def trainer(folder: Path, model: nn.Module, *callbacks: RematCallback, **options
     defaults = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 8,
-        "max_steps": 6,
+        "max_steps": STEPS,
         "logging_steps": 1,
         "report_to": [],
         "save_strategy": "no",
@@ -89,17 +89,19 @@ def run(trainer: Trainer, *, resume: str | None = None, others: tuple = ()) -> T
     return trained(trainer.model, train, others)
 
 
+STEPS = 20
+
 LOOPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"bf16": True},
-    "accumulation": {"gradient_accumulation_steps": 4, "train_dataset": Texts(192)},
+    "accumulation": {"gradient_accumulation_steps": 4, "train_dataset": Texts(160)},
     "label smoothing": {"label_smoothing_factor": 0.1},
     "compute_loss_func": {"compute_loss_func": summed},
     "own checkpointing": {"gradient_checkpointing": True},
     "evaluation": {
         "eval_dataset": Texts(8, seed=7),
         "eval_strategy": "steps",
-        "eval_steps": 2,
+        "eval_steps": 8,
     },
     "padding": {"train_dataset": Texts(60, many_lengths=True), "data_collator": padded},
     "by length": {
@@ -123,7 +125,7 @@ def test_a_trainer_by_a_plan_is_a_trainer_without(name: str, tmp_path: Path) -> 
     assert_same(eager, planned)
     assert callback.plan.schedule.recomputed()
     assert planned.peak_bytes <= callback.plan.budget_bytes
-    steps = 6 * options.get("gradient_accumulation_steps", 1)
+    steps = STEPS * options.get("gradient_accumulation_steps", 1)
     assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (steps, 0)
     assert stand_in_of(model) is None
     assert "compute_loss" not in vars(model)
@@ -133,12 +135,12 @@ def test_a_trainer_by_a_plan_is_a_trainer_without(name: str, tmp_path: Path) -> 
 def test_a_training_is_saved_and_resumed(tmp_path: Path) -> None:
     """Resumed in the middle by a plan, it ends where one without a plan ends."""
     eager = run(trainer(tmp_path / "eager", language_model()))
-    saving = {"save_strategy": "steps", "save_steps": 3}
-    for resume in (None, str(tmp_path / "planned" / "checkpoint-3")):
+    saving = {"save_strategy": "steps", "save_steps": STEPS // 2}
+    for resume in (None, str(tmp_path / "planned" / f"checkpoint-{STEPS // 2}")):
         callback = remat()
         last = trainer(tmp_path / "planned", language_model(), callback, **saving)
         assert_same(eager, run(last, resume=resume))
-        assert callback.applied.planned_steps == (6 if resume is None else 3)
+        assert callback.applied.planned_steps == (STEPS if resume is None else STEPS // 2)
 
 
 @pytest.mark.slow

@@ -72,21 +72,27 @@ def lora() -> Any:
 
 OPTIONS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
-    "max_steps": 4,
+    "max_steps": 20,
     "logging_steps": 1,
     "report_to": [],
     "save_strategy": "no",
     "use_cpu": True,
     "disable_tqdm": True,
     "max_length": LENGTH,
+    "pad_to_multiple_of": 8,
     "bf16": False,
 }
 
 
-def sft(folder: Path, *callbacks: Any, **options: Any) -> Trained:
+SAVING = {"save_strategy": "steps", "save_steps": 10}
+
+
+def sft(
+    folder: Path, *callbacks: Any, resume: str | None = None, saves: bool = False, **options: Any
+) -> Trained:
     """Supervised fine-tuning."""
     trl = pytest.importorskip("trl")
-    arguments = trl.SFTConfig(str(folder), **OPTIONS)
+    arguments = trl.SFTConfig(str(folder), **OPTIONS | (SAVING if saves else {}))
     made = trl.SFTTrainer(
         language_model(),
         arguments,
@@ -95,23 +101,26 @@ def sft(folder: Path, *callbacks: Any, **options: Any) -> Trained:
         callbacks=list(callbacks),
         **options,
     )
-    return run(made)
+    return run(made, resume=resume)
 
 
-def dpo(folder: Path, *callbacks: Any, **options: Any) -> Trained:
+def dpo(
+    folder: Path, *callbacks: Any, resume: str | None = None, saves: bool = False, **options: Any
+) -> Trained:
     """Preferences, against a reference model or the model without its adapters."""
     trl = pytest.importorskip("trl")
+    arguments = trl.DPOConfig(str(folder), **OPTIONS | (SAVING if saves else {}))
     reference = None if options else language_model(dropout=0.0)
     made = trl.DPOTrainer(
         language_model(dropout=0.0),
         reference,
-        trl.DPOConfig(str(folder), **OPTIONS),
+        arguments,
         train_dataset=data("prompt", "chosen", "rejected"),
         processing_class=tokenizer(),
         callbacks=list(callbacks),
         **options,
     )
-    return run(made, others=() if reference is None else (reference,))
+    return run(made, resume=resume, others=() if reference is None else (reference,))
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -124,7 +133,23 @@ def test_a_trainer_of_trl_by_a_plan(loop: Any, adapters: bool, tmp_path: Path) -
     planned = loop(tmp_path, callback, **options)
     assert_same(eager, planned)
     assert planned.peak_bytes <= callback.plan.budget_bytes
-    assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (4, 0)
+    assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (20, 0)
+
+
+@pytest.mark.parametrize("loop", [sft, dpo])
+def test_a_training_is_saved_and_resumed(loop: Any, tmp_path: Path) -> None:
+    """Resumed in the middle by a plan, it ends where one without a plan ends."""
+    options = {"peft_config": lora(), "saves": True}
+    whole = loop(tmp_path / "whole", **options)
+    resume = str(tmp_path / "whole" / "checkpoint-10")
+    # TRL begins to count tokens again, with a plan or without.
+    eager = loop(tmp_path / "eager", resume=resume, **options)
+    callback = remat(budget="97%")
+    planned = loop(tmp_path / "planned", callback, resume=resume, **options)
+    assert_same(eager, planned)
+    for name, tensor in whole.state.items():
+        assert torch.equal(tensor, planned.state[name]), name
+    assert callback.applied.planned_steps == 10
 
 
 def test_a_trainer_with_adapters(tmp_path: Path) -> None:
