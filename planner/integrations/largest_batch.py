@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +12,8 @@ import numpy as np
 import torch
 
 from graph_capture.isolation import generator_states, set_generator_states
+
+logger = logging.getLogger(__name__)
 
 MAX_ROWS = 200_000
 """Data sets with more rows are not looked through."""
@@ -36,11 +41,18 @@ def largest_batch(loader: Any, batch_size: int) -> Mapping[str, Any] | None:
     rows = _longest_rows(dataset)
     if not rows or collate is None:
         return None
-    states = generator_states()
+    try:
+        collate = copy.deepcopy(collate)  # which may draw from a generator of its own
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        logger.debug("a %s cannot be copied: %s", type(collate).__name__, error)
+        return None
+    states, numpys, pythons = generator_states(), np.random.get_state(), random.getstate()
     try:
         batch = collate([dataset[rows[i % len(rows)]] for i in range(batch_size)])
     finally:
         set_generator_states(states)
+        np.random.set_state(numpys)
+        random.setstate(pythons)
     return batch if isinstance(batch, Mapping) else None
 
 

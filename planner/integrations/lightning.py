@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -22,12 +23,26 @@ from ..running.attach import AppliedPlan, applied_plan
 from ..watch import Watched, check_options, watch
 from .loop_loss import LoopLoss, first_called
 
-if TYPE_CHECKING or "lightning" not in sys.modules:
+
+def _library() -> Any:
+    """The package that the program uses: the one that is imported, or else installed."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        if name in sys.modules:
+            return sys.modules[name]
+    try:
+        return importlib.import_module("pytorch_lightning")
+    except ModuleNotFoundError:
+        return importlib.import_module("lightning.pytorch")
+
+
+if TYPE_CHECKING:
     from pytorch_lightning import Callback
     from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 else:
-    from lightning.pytorch import Callback
-    from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+    _lightning = _library()
+    Callback = _lightning.Callback
+    rank_zero_info = _lightning.utilities.rank_zero_info
+    rank_zero_warn = _lightning.utilities.rank_zero_warn
 
 # Scalars that the trainer keeps beside a step: losses, logged values, norms of gradients.
 _LOOP_BYTES = 4096

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,7 +162,10 @@ def test_a_data_set_that_knows_its_lengths(tmp_path: Path) -> None:
     texts = datasets.Dataset.from_list(rows)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return padded([{k: torch.tensor(v) for k, v in row.items()} for row in rows])
+        batch = padded([{k: torch.tensor(v) for k, v in row.items()} for row in rows])
+        drawn = random.random() + np.random.rand() + torch.rand(()).item()  # as masking does
+        batch["input_ids"][:, 0] = int(drawn * 30) + 1
+        return batch
 
     options = {"train_dataset": texts, "data_collator": collate, "max_steps": 3}
     eager = run(trainer(tmp_path, language_model(), **options))
