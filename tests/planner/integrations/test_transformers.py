@@ -99,7 +99,7 @@ LOOPS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 4, "train_dataset": Texts(160)},
     "label smoothing": {"label_smoothing_factor": 0.1},
     "compute_loss_func": {"compute_loss_func": summed},
-    "own checkpointing": {"gradient_checkpointing": True},
+    "own checkpointing": {"activation_checkpointing": True},  # TRL: gradient_checkpointing
     "evaluation": {
         "eval_dataset": Texts(8, seed=7),
         "eval_strategy": "steps",
