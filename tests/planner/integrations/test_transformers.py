@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings(
     # Of Transformers and accelerate, on a machine without an accelerator.
     "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
     "ignore:.*pin_memory.*:UserWarning",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
 )
