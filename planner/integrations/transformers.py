@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
@@ -179,7 +180,8 @@ class RematCallback(TrainerCallback):
         found = largest_batch(self._loader, trainer.args.train_batch_size)
         if found is None:
             return None
-        inputs = trainer._prepare_inputs({k: v for k, v in found.items() if k in batch.inputs})
+        taken = {k: v for k, v in found.items() if k in batch.inputs}
+        inputs = send_to_device(taken, trainer.args.device)
         return replace(batch, inputs=inputs) if is_larger(inputs, batch.inputs) else None
 
     def _held_bytes(self, inputs: Any) -> int:
