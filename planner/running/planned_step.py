@@ -245,7 +245,7 @@ class PlannedStep:
         call.own = None
         if missing and (retained or call.by_own_forward):
             call.own = self._by_own_forward(ctx, call, given, retained=retained)
-            return [call.own[i] for i in self._layout.leaving[0]]
+            return self._own_leaving(call, 0)
         if missing:
             raise CallMismatchError(
                 f"no gradient came back for output {self._layout.template.names[missing[0]]!r}, "
@@ -283,9 +283,9 @@ class PlannedStep:
         return self._run_segment(call, 0)
 
     def _run_segment(self, call: StepCall, place: int) -> Gradients:
-        leaving = self._layout.leaving[place]
         if call.own is not None:
-            return [call.own[i] for i in leaving]
+            return self._own_leaving(call, place)
+        leaving = self._layout.leaving[place]
         segment = self._segments[place]
         found = self._run(lambda: segment.run(call.values), segment.graph)
         if place == len(self._segments) - 1:
@@ -293,6 +293,18 @@ class PlannedStep:
         left = dict(zip(segment.gradients, found, strict=True))
         places = (self._layout.gradient_at[i] for i in leaving)
         return [None if at is None else left[at] for at in places]
+
+    def _own_leaving(self, call: StepCall, place: int) -> Gradients:
+        """Hand on gradients by the model's own forward, and hold them no longer: autograd
+        copies a gradient that somebody else holds."""
+        assert call.own is not None
+        found: Gradients = []
+        for i in self._layout.leaving[place]:
+            found.append(call.own[i])
+            call.own[i] = None
+        if place == len(self._layout.leaving) - 1:
+            call.own = None
+        return found
 
     def _run(self, run: Callable[[], list[torch.Tensor]], graph: GraphModule) -> list[torch.Tensor]:
         """Run generated backward code as autograd runs a kernel."""

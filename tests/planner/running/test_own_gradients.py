@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_tensors
 from planner import CallMismatchError, PlanWarning, applied_plan, optimize, unplanned
+from planner.running.autograd_chain import StepCall
 from tests.planner.small import Heads, Net, make, plan_for, sample
 
 
@@ -176,3 +178,15 @@ def test_a_model_that_changed_since_is_refused() -> None:
     model.trunk.eval()
     with pytest.raises(CallMismatchError, match="the model has changed since the call"):
         right.sum().backward()
+
+
+def test_gradients_by_the_own_forward_are_handed_over_and_not_kept() -> None:
+    """A gradient that a step still held would be copied by autograd, and lie in memory twice."""
+    model = planned(Heads, sample())
+    left, right = model(sample())
+    with pytest.warns(PlanWarning, match="own forward runs again"):
+        left.sum().backward(retain_graph=True)
+    calls = [o for o in gc.get_objects() if type(o) is StepCall]
+    assert calls
+    assert all(call.own is None for call in calls)
+    assert right.requires_grad
