@@ -20,6 +20,7 @@ from solvers.transfer import KEEP_ALL, TRANSFER, transfer
 from ..base.live_state import LiveState
 from ..base.request import Request
 from ..plan_record import PlanRecord
+from .late_reads import late_read
 from .make_plan import another_call, budget_of, make_plan, recorded
 
 IN_LOOP_LIMIT_S = 5.0
@@ -62,6 +63,8 @@ def adapt(
     schedule = transfer(
         plan.graph, plan.schedule, graph, budget_of(request, constrained).usable_bytes
     )
+    if schedule is not None and late_read(constrained, schedule) is not None:
+        schedule = None
     if schedule is None:
         return make_plan(call, _in_the_loop(request))
     outcome, least_ns = replay(graph, schedule), graph.base_cost_ns

@@ -16,7 +16,12 @@ from solvers.schedule import Schedule
 
 
 def late_read(captured: CapturedStep, schedule: Schedule) -> str | None:
-    """Return the first run that reads a parameter too late, in words; ``None`` for none."""
+    """Return the first run that reads a parameter too late, in words; ``None`` for none.
+
+    Only where gradients are accumulated does it matter.
+    """
+    if not captured.holds.accumulates:
+        return None
     graph, order = captured.graph, schedule.order
     last_read: dict[int, int] = {}
     for i, v in enumerate(order):

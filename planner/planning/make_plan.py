@@ -82,7 +82,7 @@ def make_plan(
 def _late(captured: CapturedStep, result: SolveResult) -> str | None:
     """Return what a schedule reads too late, see :mod:`planner.planning.late_reads`."""
     assert result.schedule is not None
-    return late_read(captured, result.schedule) if captured.holds.accumulates else None
+    return late_read(captured, result.schedule)
 
 
 def budget_of(request: Request, captured: CapturedStep) -> Budget:

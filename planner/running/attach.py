@@ -60,8 +60,8 @@ class AppliedPlan:
         How many plans were made for other calls, and the seconds that the loop waited
         for them.
     other_plans
-        Plans for other calls that are kept, the one used last first; at most
-        ``planner.running.planned_forward.MAX_CALLS``.
+        Plans for other calls that are kept, the one used last first: those made ahead, and
+        at most ``planner.running.planned_forward.MAX_CALLS`` that the loop made.
 
     Notes
     -----

@@ -69,7 +69,7 @@ class LiveGuard:
 
     def difference(self, arguments: Mapping[str, Any], looks: Any) -> str | None:
         """Describe the first difference between a call and the planned one."""
-        return self.another_call(arguments, looks) or self._another_state()
+        return self.another_call(arguments, looks) or self.another_state()
 
     def difference_now(self) -> str | None:
         """Like :meth:`difference`, but only for training flags, parameters and buffers.
@@ -102,7 +102,8 @@ class LiveGuard:
 
     # -- the state ---------------------------------------------------------------
 
-    def _another_state(self) -> str | None:
+    def another_state(self) -> str | None:
+        """Describe how autocast, training flags, parameters or buffers differ."""
         autocast = autocast_dtype(self._device_type)
         if autocast == self._guard.autocast and self._is_as_seen():
             return None

@@ -14,6 +14,7 @@ from graph_capture.call_spec import describe, difference
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 
+from ..base.call_guard import autocast_dtype
 from ..base.live_state import LiveState
 from ..base.module_structure import (
     LiveStructure,
@@ -98,6 +99,9 @@ class PlannedCall:
     recaptures_in_vain
         Whether a change under which no capture was the plan's is captured again in each
         step; else its error is remembered.
+    made_ahead
+        Whether the plan was made before the loop began, so that the loop may not be able
+        to make it again.
     """
 
     def __init__(
@@ -108,8 +112,10 @@ class PlannedCall:
         captured: CapturedStep | None,
         *,
         recaptures_in_vain: bool = False,
+        made_ahead: bool = False,
     ) -> None:
         self.plan = plan
+        self.made_ahead = made_ahead
         self.live = live
         self.prepared: list[Prepared] = []  # the one used last comes first
         self._planned = planned
@@ -136,7 +142,15 @@ class PlannedCall:
         )
 
     def covers(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call is the planned one at a smaller shape that the plan is for, too."""
+        """Whether a call is the planned one at a smaller shape that the plan is for, too.
+
+        Under another autocast, or with other training flags, it is another call.
+        """
+        if self.prepared:
+            if self.prepared[0].guard.another_state() is not None:
+                return False
+        elif autocast_dtype(self.plan.device_type) != self.plan.guard.autocast:
+            return False
         defaults = described_defaults(self._planned.__signature__)
         planned = {**defaults, **self.plan.guard.arguments}
         return self.plan.shapes.covers(planned, {**defaults, **describe(arguments)})

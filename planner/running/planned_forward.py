@@ -21,10 +21,12 @@ from graph_capture.private_torch.modules import active_data_parallel, bucketed_p
 from graph_capture.units import format_bytes, format_us
 from solvers import transfer
 
+from ..base.call_guard import autocast_dtype
 from ..base.forward_slot import StandIn
 from ..base.live_state import LiveState
 from ..base.module_structure import LiveStructure
 from ..errors import (
+    CallMismatchError,
     OutcomeChangedError,
     PlanError,
     PlanMismatchError,
@@ -41,7 +43,7 @@ from .tally import Tally
 from .unplanned_backward import UnplannedBackward
 
 MAX_CALLS = 64
-"""Plans for other calls that are kept, the ones used last."""
+"""Plans made in the loop for other calls that are kept, the ones used last."""
 
 _NUM_REMEMBERED = 64
 
@@ -232,7 +234,7 @@ class PlannedForward(StandIn):
         """Note the call that ran last."""
         self._last = call
         if call is not self._main:
-            self._others = [call, *(c for c in self._others if c is not call)][:MAX_CALLS]
+            self._others = _kept([call, *(c for c in self._others if c is not call)])
 
     def _otherwise(
         self, error: Exception, arguments: Mapping[str, Any], looks: Any, args: tuple, kwargs: dict
@@ -245,7 +247,9 @@ class PlannedForward(StandIn):
                 except OutcomeChangedError:
                     continue
         self.tally.last_mismatch = str(error)
-        policy = "adapt" if self._main.covers(arguments) else self.on_shape_change
+        # A model that has changed is not another shape.
+        within = isinstance(error, CallMismatchError) and self._main.covers(arguments)
+        policy = "adapt" if within else self.on_shape_change
         if policy == "unplanned":
             return self._by_own_forward(str(error), args, kwargs)
         if policy not in self._replans:
@@ -255,7 +259,8 @@ class PlannedForward(StandIn):
     def _by_another_plan(
         self, make: Replan, arguments: Mapping[str, Any], looks: Any, args: tuple, kwargs: dict
     ) -> Any:
-        kind = f"{describe(arguments)}, {self._last.changed() or ''}"
+        autocast = autocast_dtype(self.plan.device_type)
+        kind = f"{describe(arguments)}, {autocast}, {self._last.changed() or ''}"
         if kind in self._not_replanned:
             raise _anew(self._not_replanned[kind])  # a capture in each step would be slow
         began = time.perf_counter()
@@ -305,7 +310,7 @@ class PlannedForward(StandIn):
     def add(self, plan: PlanRecord, live: LiveState | None, captured: CapturedStep | None) -> None:
         """Keep a plan for another call, made ahead."""
         self._ahead.append(plan)
-        self._others = [*self._others, PlannedCall(self, plan, live, captured)][-MAX_CALLS:]
+        self._others.append(PlannedCall(self, plan, live, captured, made_ahead=True))
 
     def stop(self) -> None:
         """Run the model's own forward from now on, for callers that still hold this."""
@@ -439,6 +444,13 @@ class PlannedForward(StandIn):
         self._begin(plan, None, None)
         for other in ahead:
             self.add(other, None, None)
+
+
+def _kept(calls: list[PlannedCall]) -> list[PlannedCall]:
+    """Those made ahead, which the policy may not make again, and the first of the others."""
+    made = [call for call in calls if not call.made_ahead]
+    dropped = set(map(id, made[MAX_CALLS:]))
+    return [call for call in calls if id(call) not in dropped]
 
 
 def _anew(error: Exception) -> Exception:

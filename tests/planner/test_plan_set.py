@@ -23,6 +23,7 @@ from planner import (
     applied_plan,
     optimize,
 )
+from planner.running import planned_forward
 from tests.planner.small import Heads, make, plan_for, sample
 
 
@@ -177,3 +178,21 @@ def test_no_plans() -> None:
         PlanSet(())
     with pytest.raises(PlanError, match="no plan is applied"):
         PlanSet.of(make(Labelled))
+
+
+def test_no_plan_that_was_made_ahead_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that may not make plans keeps all it was given; plans it made go before them."""
+    monkeypatch.setattr(planned_forward, "MAX_CALLS", 1)
+    model = make()
+    plan = optimize(model, sample(), budget="100%")
+    ahead = [plan.for_call(model, sample(rows=rows)) for rows in (30, 40, 50)]
+    PlanSet((plan, *ahead)).apply(model)
+    for rows in (256, 30, 40, 50, 30):
+        model(sample(rows=rows)).sum().backward()
+    PlanSet((plan, *ahead)).apply(model, on_shape_change="adapt")
+    for rows in (60, 70, 30, 40, 50):
+        model(sample(rows=rows)).sum().backward()
+    applied = applied_plan(model)
+    assert applied is not None
+    assert applied.captures == 2
+    assert len(applied.other_plans) == len(ahead) + 1

@@ -153,3 +153,34 @@ def test_a_model_that_changes_takes_its_other_calls_along(plan: Plan) -> None:
         plain.dropout.p = model.dropout.p = p
         for rows in (256, 100):
             assert_same_tensors(trained(plain, rows), trained(model, rows))
+
+
+def test_a_call_that_failed_under_another_autocast_is_tried_again(plan: Plan) -> None:
+    """What does not fit in float32 may fit in bfloat16."""
+    model = plan.apply(make(), on_shape_change="adapt")
+    more = sample(rows=2000)
+    with pytest.raises(InfeasibleBudgetError) as first:
+        model(more)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InfeasibleBudgetError) as second:
+        model(more)
+    assert str(first.value) != str(second.value)
+
+
+def test_a_schedule_that_would_hold_a_gradient_longer_is_not_taken_over(
+    solves: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parameter that is read after its gradient has left sends the call to the solver."""
+    plan = plan_for(make(), sample(), loss_fn=square, grads="accumulated")
+    model = plan.apply(make(), on_shape_change="adapt")
+    asked: list[int] = []
+
+    def late(*_: object) -> str:
+        asked.append(1)
+        return "'addmm' reads 'weight'"
+
+    monkeypatch.setattr("planner.planning.adapt.late_read", late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlanWarning)
+        trained(model, 200)
+    assert asked == [1]
+    assert solves == [1]
