@@ -48,7 +48,12 @@ class ShapeRange:
             return cls()
         tensors = dict(_tensors_in(arguments))
         if shapes == "sample":
-            return cls(largest={place: dict(enumerate(t.shape)) for place, t in tensors.items()})
+            return cls(
+                largest={
+                    place: {dim: size for dim, size in enumerate(t.shape) if size}
+                    for place, t in tensors.items()
+                }
+            )
         if not isinstance(shapes, Mapping):
             raise ValueError(
                 'shapes is "sample" or a mapping such as {"input_ids": {0: 16, 1: 512}}, got '
@@ -69,7 +74,10 @@ class ShapeRange:
         return cls(largest=largest)
 
     def enlarged(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the call at its largest shape; longer tensors repeat the sample's values."""
+        """Return the call at its largest shape; longer tensors repeat the sample's values.
+
+        They lie in memory as the sample's do.
+        """
 
         def enlarge(place: str, tensor: torch.Tensor) -> torch.Tensor:
             sizes = self.largest.get(place, {})
@@ -79,6 +87,12 @@ class ShapeRange:
             for dim, size in sizes.items():
                 index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
                 longer = longer.index_select(dim, index)
+            strides = strides_like(TensorSpec.of(tensor), longer.shape)
+            if 0 not in strides and strides != longer.stride():
+                empty = torch.empty_strided(
+                    longer.shape, strides, dtype=longer.dtype, device=longer.device
+                )
+                longer = empty.copy_(longer)
             return longer.requires_grad_(tensor.requires_grad)
 
         return {name: _map(name, value, enlarge) for name, value in arguments.items()}
@@ -102,7 +116,13 @@ class ShapeRange:
             for dim, size in self.largest.get(place, {}).items():
                 if 1 <= here.shape[dim] <= size:
                     shape[dim] = here.shape[dim]
-            return replace(spec, shape=tuple(shape), stride=strides_like(spec, shape))
+            strides = list(strides_like(spec, shape))
+            if tuple(shape) != spec.shape:
+                # The stride of one element means nothing: clone() keeps what slicing left there.
+                for dim, size in enumerate(here.shape):
+                    if size == shape[dim] == 1:
+                        strides[dim] = here.stride[dim]
+            return replace(spec, shape=tuple(shape), stride=tuple(strides))
 
         expected = {name: _map(name, value, resized) for name, value in planned.items()}
         return difference(expected, call) is None

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from benchmarks.testing.bitwise import assert_same_tensors
-from planner import CallMismatchError, Plan, PlanError, applied_plan, optimize
+from planner import (
+    CallMismatchError,
+    Plan,
+    PlanError,
+    PlanMismatchError,
+    PlanWarning,
+    applied_plan,
+    optimize,
+)
 from tests.planner.small import Net, make, plan_for, sample, square
 
 
@@ -148,3 +156,76 @@ def test_a_range_that_does_not_fit_is_refused(shapes: Any, message: str) -> None
     """The error names the place and what the sample has there."""
     with pytest.raises(ValueError, match=message):
         optimize(make(Net), sample(), budget_gb=1, shapes=shapes)
+
+
+def test_a_row_that_a_slice_left_its_stride_is_in_the_range(pair_plan: Plan) -> None:
+    """Neither ``clone()`` nor ``contiguous()`` would change the stride of a single row."""
+    plain, planned = make(Pair), pair_plan.apply(make(Pair))
+    whole = batch(8, 64)
+    call = {"ids": whole["ids"][:1, :30], "extra": {"mask": torch.ones(1, 30)}}
+    assert call["ids"].is_contiguous()
+    assert call["ids"].stride() == (64, 1)
+    assert_same_tensors(trained(plain, call), trained(planned, call))
+
+
+@pytest.mark.parametrize("policy", ["error", "unplanned"])
+@pytest.mark.parametrize("rows", [256, 100])
+def test_another_autocast_is_no_other_shape(policy: Any, rows: int) -> None:
+    """The policy decides about a call under another autocast, whatever its sizes."""
+    model = plan_for(make(), sample(), loss_fn=square, shapes="sample").apply(
+        make(), on_shape_change=policy
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        if policy == "error":
+            with pytest.raises(CallMismatchError, match="planned was"):
+                model(sample(rows=rows))
+        else:
+            with pytest.warns(PlanWarning, match="not run by its plan"):
+                model(sample(rows=rows))
+    applied = applied_plan(model)
+    assert applied is not None
+    assert applied.planned_steps == applied.captures == 0
+
+
+def test_a_weight_that_is_frozen_is_no_other_shape() -> None:
+    """The policy decides about a model that has changed."""
+    model = plan_for(make(), sample(), loss_fn=square, shapes="sample").apply(make())
+    assert isinstance(model, Net)
+    model.head.weight.requires_grad_(False)
+    with pytest.raises((CallMismatchError, PlanMismatchError), match=r"head\.weight"):
+        model(sample())
+
+
+def test_a_longer_sample_lies_in_memory_as_the_sample_does() -> None:
+    """Images with their channels last are planned, and trained, with their channels last."""
+
+    def convolutions() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+    def image(rows: int) -> Tensor:
+        return torch.ones(rows, 4, 8, 8).to(memory_format=torch.channels_last)
+
+    model = make(convolutions)
+    plan = optimize(model, image(2), budget="100%", shapes={"input": {0: 4}})
+    assert plan.guard.arguments["input"].stride == image(4).stride()
+    planned = plan.apply(model)
+    for rows in (4, 2, 1):
+        planned(image(rows)).sum().backward()
+
+
+def test_a_tensor_without_elements_has_no_range(tmp_path: Path) -> None:
+    """Its dimension of size 0 cannot be smaller; the plan can be saved."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor, more: Tensor) -> Tensor:
+            return self.layer(torch.cat([x, more])).sum()
+
+    call = sample(rows=4, width=16), torch.empty(0, 16)
+    plan = optimize(make(Joined), call, budget="100%", shapes="sample")
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").shapes == plan.shapes
+    assert plan.shapes.largest["more"] == {1: 16}
