@@ -101,7 +101,8 @@ def _held_outputs(plan: PlanRecord, live: LiveState | None) -> list[str]:
     return [
         f"  held      {format_bytes(sum(held.values()))} of the peak by outputs that are not "
         f"differentiated: {names}{more};",
-        "            return less where nobody reads them (use_cache=False, say)",
+        "            return less where nobody reads them (use_cache=False, say), or plan with "
+        "outputs='released' if your loop lets go of them",
     ]
 
 

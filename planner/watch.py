@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base.budget import read_budget
 from .base.forward_slot import original_forward, put_stand_in, stand_in_of, take_stand_in
 from .base.step_spec import check_model
 from .errors import PlanError
@@ -164,6 +165,8 @@ def watch(
         undo = "stop() that one" if isinstance(before, WatchingForward) else "Plan.remove(model)"
         raise PlanError(f"this {type(model).__name__} {what}: {undo} first")
     budgets = {"budget": budget, "budget_gb": budget_gb, "budget_bytes": budget_bytes}
+    if any(given is not None for given in budgets.values()):
+        read_budget(budget, budget_gb, budget_bytes)  # refuses an invalid one at once
     watched = Watched(model, {**options, **budgets}, on_shape_change)
     put_stand_in(model, watched._forward)
     return watched

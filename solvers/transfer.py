@@ -35,6 +35,10 @@ KEEP_ALL = "keep_all"
 NAMES = (KEEP_ALL, TRANSFER)
 """What a plan names as its solver when its schedule was not searched for."""
 
+MOST_RUNS = 2 * 10**7
+"""Runs written down while storages are retained again, about a second's worth: a training
+loop waits for it."""
+
 
 class _Step(NamedTuple):
     """A graph, and what its retention plans are made of."""
@@ -170,7 +174,11 @@ def _retained_where_it_fits(step: _Step, plan: RetentionPlan, budget_bytes: int)
     if best is None or best[1] > budget_bytes:
         return None
     order, _, cost_ns = best
+    num_runs = 0
     for h in _by_cost_per_byte(step, plan):
+        if num_runs > MOST_RUNS:
+            break
+        num_runs += len(order)
         before = plan.until[h], plan.since[h]
         plan.until[h] = plan.since[h] = step.gaps.end[h]
         found = _expanded(step, plan)

@@ -192,6 +192,8 @@ def read_budget(
     try:
         if not isinstance(budget, str):
             raise ValueError("a number says neither a share nor a unit")
+        if budget.strip().replace(".", "", 1).isdigit():
+            raise ValueError("a number says neither a share nor a unit")
         num_bytes = parse_bytes(budget, default_unit="gb")
         if num_bytes > MAX_TOTAL:
             raise ValueError(f"a budget has at most {MAX_TOTAL} bytes")

@@ -82,7 +82,7 @@ class AppliedPlan:
     def __str__(self) -> str:
         num_steps = self.planned_steps + self.unplanned_steps
         text = (
-            f"{self.planned_steps} of {num_steps} steps by the plan, peak "
+            f"{self.planned_steps} of {num_steps} steps by the plan, predicted peak "
             f"{format_bytes(self.peak_bytes)} of budget "
             f"{format_bytes(self.plan.budget_bytes)}"
         )

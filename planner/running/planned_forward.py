@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from graph_capture.call_spec import describe
+from graph_capture.call_spec import describe, specs_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
@@ -27,6 +27,7 @@ from ..base.live_state import LiveState
 from ..base.module_structure import LiveStructure
 from ..errors import (
     CallMismatchError,
+    InfeasibleBudgetError,
     OutcomeChangedError,
     PlanError,
     PlanMismatchError,
@@ -267,6 +268,8 @@ class PlannedForward(StandIn):
         try:
             plan, live = make(self.plan, self._main.live, self.model, arguments, self.unplanned)
         except (CaptureError, PlanError) as error:
+            if isinstance(error, InfeasibleBudgetError):
+                error.add_note(self._about_this_call(arguments))
             cause = error.__cause__
             if isinstance(error, CaptureError) and not isinstance(cause, (CaptureError, NoneType)):
                 self.unplanned(*args, **kwargs)  # an assertion fails: raise as eager does
@@ -291,6 +294,19 @@ class PlannedForward(StandIn):
         return [
             t for c in self.calls for p in c.prepared for t in p.captured.step.constants.values()
         ]
+
+    def _about_this_call(self, arguments: Mapping[str, Any]) -> str:
+        """Say which call has no plan, and where its budget comes from."""
+        plan = self.plan
+
+        def tensors(call: Any) -> str:
+            return ", ".join(map(str, specs_of(call)[:3]))
+
+        share = "" if plan.budget_share is None else f", {plan.budget_share:.0%} of its peak"
+        return (
+            f"The call: {tensors(describe(arguments))}. The budget is that of the first plan, for "
+            f"{tensors(plan.guard.arguments)}{share}: begin with the largest call, or raise it"
+        )
 
     def _by_own_forward(self, why: str, args: tuple, kwargs: dict) -> Any:
         self.tally.num_unplanned += 1

@@ -155,7 +155,10 @@ def _read(path: Path) -> Any:
     try:
         return read_json(content)
     except ValueError as error:
-        raise _refused(f"{path} is not a plan: it is not JSON ({error})") from error
+        raise _refused(
+            f"{path} is not a plan: it is not JSON ({error}). Make "
+            "the plan again, or copy the file again where that was cut short"
+        ) from error
 
 
 def _refused(message: str) -> PlanError:

@@ -52,7 +52,7 @@ def test_the_first_call_already_goes_by_the_plan(budget_bytes: int) -> None:
     assert watched.plan is not None
     assert watched.plan.schedule.recomputed()
     assert applied_plan(model).planned_steps == 3
-    assert str(applied_plan(model)).startswith("3 of 3 steps by the plan, peak ")
+    assert str(applied_plan(model)).startswith("3 of 3 steps by the plan, predicted peak ")
 
 
 def test_the_plan_is_that_of_optimize(budget_bytes: int) -> None:

@@ -123,6 +123,7 @@ def test_an_amount_as_text():
     [
         ("0%", r"above 0% and at most 100%, got '0%'"),
         ("101%", r"above 0% and at most 100%, got '101%'"),
+        ("60", r"budget='60': a number says neither a share nor a unit"),
         (0.6, r"budget=0.6: a number says neither a share nor a unit; write budget='60%' or"),
         ("lots", r"budget='lots': not an amount of memory"),
         (None, "give the budget once: budget='60%'"),

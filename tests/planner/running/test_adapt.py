@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_tensors
-from planner import InfeasibleBudgetError, Plan, PlanWarning, applied_plan, measure
+from planner import InfeasibleBudgetError, Plan, PlanWarning, applied_plan, measure, optimize
 from planner.planning.make_plan import make_plan
 from planner.running import planned_forward
 from tests.planner.small import Net, make, plan_for, sample, square
@@ -184,3 +184,15 @@ def test_a_schedule_that_would_hold_a_gradient_longer_is_not_taken_over(
         trained(model, 200)
     assert asked == [1]
     assert solves == [1]
+
+
+def test_the_error_of_a_call_that_does_not_fit_names_it() -> None:
+    """In a loop it says which call has no plan, and that its budget is a share of another's."""
+    model = make()
+    plan = optimize(model, sample(), budget="100%", loss_fn=square)
+    plan.apply(model, on_shape_change="adapt")
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        trained(model, 5000)
+    (note,) = caught.value.__notes__
+    assert "float32[5000, 32]" in note
+    assert "for float32[256, 32] on cpu, 100% of its peak" in note

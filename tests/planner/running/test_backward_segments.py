@@ -93,6 +93,7 @@ def test_an_optimizer_in_hooks_sees_what_it_sees_in_eager(plan: Plan) -> None:
     assert_same_tensors(plain.state_dict(), planned.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases("tiny", "gpt2", "unet", "vit", "gpt2_bf16"))
 def test_models_have_the_same_bits_and_the_same_peak(case: Case) -> None:
     """Cut at every gradient, a plan computes what it did, and takes as much memory."""
