@@ -42,7 +42,8 @@ def adapt(
     The call is captured, which takes about as long as ``optimize`` without its solver. If
     the step fits without recomputation, nothing is recomputed; else the plan's schedule
     is transferred (:mod:`solvers.transfer`). Only where that does not fit, the step is
-    solved anew, for at most ``IN_LOOP_LIMIT_S``.
+    solved anew, for at most ``IN_LOOP_LIMIT_S``; near the least memory the search for what
+    fits comes before that, see ``planner.planning.known_least``.
 
     Parameters
     ----------
