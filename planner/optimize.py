@@ -73,7 +73,8 @@ def optimize(
         each: ``{"input_ids": {0: 16, 1: 512}}`` (``torch.export.Dim`` has a ``max``, too), or
         ``"sample"`` for every dimension up to the sample's own size. The plan is made for
         the largest; a call within this range takes its schedule over, whatever
-        ``on_shape_change`` says of others, and never exceeds the budget.
+        ``on_shape_change`` says of others, and never exceeds the budget. It is about
+        shapes alone: a call whose values lead another way through the model is another.
     loss_fn
         What the training loop computes from the output: a scalar. It stays in
         the loop; its memory and time are counted. Without it the scalar output

@@ -245,11 +245,11 @@ class PlannedForward(StandIn):
             if call.is_for(arguments, looks):
                 try:
                     return self._run(call, arguments)
-                except OutcomeChangedError:
-                    continue
+                except OutcomeChangedError as changed:
+                    error = changed.with_traceback(None)
         self.tally.last_mismatch = str(error)
-        # A model that has changed is not another shape.
-        within = isinstance(error, CallMismatchError) and self._main.covers(arguments)
+        # Another way through the model is not another shape, nor is a model that has changed.
+        within = type(error) is CallMismatchError and self._main.covers(arguments)
         policy = "adapt" if within else self.on_shape_change
         if policy == "unplanned":
             return self._by_own_forward(str(error), args, kwargs)

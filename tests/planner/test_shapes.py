@@ -21,6 +21,7 @@ from planner import (
     applied_plan,
     optimize,
 )
+from planner.errors import OutcomeChangedError
 from tests.planner.small import Net, make, plan_for, sample, square
 
 
@@ -229,3 +230,27 @@ def test_a_tensor_without_elements_has_no_range(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").shapes == plan.shapes
     assert plan.shapes.largest["more"] == {1: 16}
+
+
+class Guarded(Pair):
+    """Leaves the mask out of the computation where it masks nothing."""
+
+    def forward(self, ids: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        if extra["mask"].all():
+            extra = {"mask": torch.ones(())[None, None]}
+        return super().forward(ids, extra)
+
+
+@pytest.mark.parametrize(("rows", "policy"), [(8, "error"), (3, "error"), (8, "adapt")])
+def test_another_way_is_no_shape(rows: int, policy: Any) -> None:
+    """A value that decides otherwise is left to ``on_shape_change``, whatever the shape."""
+    plan = optimize(make(Guarded), batch(8, 16), budget_gb=1, shapes="sample")
+    plain, planned = make(Guarded), plan.apply(make(Guarded), on_shape_change=policy)
+    call = batch(rows, 16)
+    assert_same_tensors(trained(plain, call), trained(planned, call))
+    call["extra"]["mask"][0, 3] = 0
+    if policy == "error":
+        with pytest.raises(OutcomeChangedError, match=r"was True .* is False now.*='adapt'"):
+            planned(**call)
+    else:
+        assert_same_tensors(trained(plain, call), trained(planned, call))
