@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "planner.explaining",
         "planner.exporting",
     ),
-    ("planner.measuring", "planner.sizing"),
+    ("planner.measuring", "planner.sizing", "planner.compiled"),
     ("planner.plan",),
     ("planner.plan_set",),
     ("planner.optimize", "planner.max_batch", "planner.comparing"),

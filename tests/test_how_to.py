@@ -43,6 +43,7 @@ def test_each_page_is_tried() -> None:
         "add-a-solver",
         "add-a-device",
         "add-a-peer",
+        "compile-within-a-budget",
     }
 
 
@@ -81,3 +82,9 @@ def test_add_a_peer(run: Any) -> None:
     (row,) = (row for row in table.rows if row.kind == "peer")
     assert row.measured is not None, row
     assert row.measured.bits == "equal"
+
+
+def test_compile_within_a_budget(run: Any) -> None:
+    """The page's budget is below what the step takes, and kept."""
+    (plan,) = run("compile-within-a-budget")["plans"]
+    assert plan.predicted_peak_bytes <= 2_050_000 < plan.unplanned_peak_bytes

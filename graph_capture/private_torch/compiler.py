@@ -33,9 +33,69 @@ def forget_compiled_code() -> None:
     torch._dynamo.reset()
 
 
+def aot_autograd(**options: Any) -> Any:
+    """``torch._dynamo.backends.common.aot_autograd``: a backend from two compilers; 2.11+."""
+    from torch._dynamo.backends.common import aot_autograd as make
+
+    return make(**options)
+
+
+def register_backend(backend: Any, name: str) -> None:
+    """``torch._dynamo.register_backend``, unless an entry point has the name; 2.11+."""
+    from torch._dynamo.backends import registry
+
+    if name not in registry._BACKENDS:
+        registry.register_backend(backend, name=name)
+
+
+def takes_boxed(function: Any) -> Any:
+    """Mark a compiled graph as one that takes its arguments in one list and empties it; 2.11+."""
+    function._boxed_call = True
+    return function
+
+
+def frees_tangents() -> bool:
+    """Whether compiled code may free gradients of outputs (``boxed_grads_call``); 2.13+."""
+    from torch.autograd import Function
+
+    return hasattr(Function, "boxed_grads_call")
+
+
+def saved_description(position: int, *, checked: bool) -> Any:
+    """What AOTAutograd calls a tensor that forward hands to backward; 2.11+."""
+    from torch._functorch._aot_autograd import descriptors
+
+    if checked:
+        return descriptors.SavedForBackwardsAOTOutput(position)
+    return descriptors.SavedForBackwardsNoVcCheckAOTOutput(position)
+
+
+def largest(number: Any) -> Any:
+    """The largest value of a symbol, the sample's if it has no bound, or the number; 2.11+."""
+    node = getattr(number, "node", None)
+    if node is None:
+        return number
+    bounds = node.shape_env.bound_sympy(node.expr)
+    if bounds.upper.is_Integer and bounds.upper < 2**40:
+        return int(bounds.upper)
+    return node.hint
+
+
+def holds_up_to(number: Any, most: int) -> bool:
+    """Whether a symbol is at most that; a guard: calls where it is not compile again; 2.11+."""
+    return bool(number <= most)
+
+
 __all__ = [
+    "aot_autograd",
     "forget_compiled_code",
+    "frees_tangents",
     "functorch_config",
     "functorch_partitioners",
+    "holds_up_to",
     "inductor_config",
+    "largest",
+    "register_backend",
+    "saved_description",
+    "takes_boxed",
 ]

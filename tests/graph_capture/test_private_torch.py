@@ -232,6 +232,23 @@ TREE = trees.tree_flatten(NESTED)[1]
 MODULE = nn.Sequential(nn.BatchNorm1d(2))
 QKV = (torch.ones(1, 1, 2, 4),) * 3
 
+
+def _registers() -> bool:
+    from torch._dynamo.backends import registry
+
+    def backend(module: Any, _inputs: Any) -> Any:
+        return module
+
+    name = "tried by test_private_torch"
+    compiler.register_backend(backend, name)
+    compiler.register_backend(backend, name)  # known by now, which is no error
+    try:
+        return registry.lookup_backend(name) is backend
+    finally:
+        registry._BACKENDS.pop(name)
+        registry._COMPILER_FNS.pop(name)
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     "trees.TreeSpec": lambda: isinstance(TREE, trees.TreeSpec),
     "trees.tree_flatten": lambda: trees.tree_flatten(NESTED)[0] == [1, 2, 3],
@@ -384,6 +401,15 @@ CHECKS: dict[str, Callable[[], Any]] = {
         compiler.functorch_partitioners().min_cut_rematerialization_partition
     ),
     "compiler.inductor_config": lambda: hasattr(compiler.inductor_config(), "fallback_random"),
+    "compiler.aot_autograd": lambda: callable(compiler.aot_autograd(fw_compiler=lambda m, _: m)),
+    "compiler.frees_tangents": lambda: isinstance(compiler.frees_tangents(), bool),
+    "compiler.holds_up_to": lambda: compiler.holds_up_to(3, 3) and not compiler.holds_up_to(4, 3),
+    "compiler.largest": lambda: compiler.largest(5) == 5,
+    "compiler.register_backend": _registers,
+    "compiler.saved_description": lambda: (
+        compiler.saved_description(1, checked=True) != compiler.saved_description(1, checked=False)
+    ),
+    "compiler.takes_boxed": lambda: compiler.takes_boxed(lambda given: given)._boxed_call,
     "compiler.forget_compiled_code": lambda: compiler.forget_compiled_code() is None,
 }
 

@@ -1,0 +1,8 @@
+"""Compiled training steps within a byte budget; importing this registers the backend "remat"."""
+
+from .backend import register, remat
+from .compiled_plan import CompiledPlan
+
+register()
+
+__all__ = ["CompiledPlan", "remat"]

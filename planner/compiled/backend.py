@@ -1,0 +1,72 @@
+"""The backend ``"remat"`` of ``torch.compile``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from graph_capture.private_torch.compiler import aot_autograd, register_backend, takes_boxed
+
+from ..running.rewrite import BoxedCodeGen
+from .options import CompiledOptions
+from .partition import Partitioner
+
+
+def remat(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's so that its training step stays within a byte budget.
+
+    Called by ``torch.compile(model, backend="remat", options={"budget_gb": 40})``; see
+    :class:`~planner.compiled.options.CompiledOptions` for the options.
+
+    Raises
+    ------
+    ValueError
+        When an option is invalid.
+    InfeasibleBudgetError
+        When no schedule fits; the message says the least budget that would.
+    """
+    if mode not in (None, "default"):
+        raise ValueError(
+            f"backend 'remat' takes no mode, got {mode!r}: pass options={{'budget_gb': …}}"
+        )
+    read = CompiledOptions.of(options)
+    tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+    goes_on = any(t.requires_grad and not t.is_leaf for t in tensors)
+    return _with_eager_kernels(Partitioner(read, goes_on=goes_on))(module, inputs)
+
+
+def _with_eager_kernels(partition: Partitioner) -> Any:
+    return aot_autograd(
+        fw_compiler=_boxed,
+        bw_compiler=_boxed,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )
+
+
+def _boxed(module: GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run a graph call by call; it takes one list, empties it, and frees at last uses."""
+    module.graph.set_codegen(BoxedCodeGen())
+    module.recompile()
+
+    def run(boxed: list[Any]) -> Any:
+        return module.forward(boxed)
+
+    return takes_boxed(run)
+
+
+def register() -> None:
+    """Make ``torch.compile(backend="remat")`` known to PyTorch."""
+    register_backend(remat, "remat")
+
+
+__all__ = ["register", "remat"]

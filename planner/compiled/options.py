@@ -1,0 +1,92 @@
+"""The options of a compiled step, as users write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from graph_capture.loop_holds import LoopHolds
+
+from ..base.budget import parse_budget, parse_headroom
+from ..base.solve_options import SolveOptions
+from .compiled_plan import CompiledPlan
+
+Lower = Literal["aot_eager"]
+
+_SOLVING = ("time_limit_s", "gap", "seed", "workers")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledOptions:
+    """What a compiled step is planned for.
+
+    Parameters
+    ----------
+    budget_bytes
+        The most that forward and backward may hold, resident tensors included.
+    headroom
+        Part of it that stays free, as of :func:`planner.optimize`.
+    lower
+        What the two graphs are compiled with: ``"aot_eager"``, eager PyTorch's own kernels.
+    resident_bytes
+        What the caller has on the device that the graph does not take: optimizer state,
+        parameters that it does not use.
+    on_plan
+        Is told each plan, once it is made.
+    solving
+        How hard to search for a schedule.
+    """
+
+    budget_bytes: int
+    headroom: float | str | None = None
+    lower: Lower = "aot_eager"
+    resident_bytes: int = 0
+    on_plan: Callable[[CompiledPlan], Any] | None = None
+    solving: SolveOptions = field(default_factory=lambda: SolveOptions(time_limit_s=10.0))
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None) -> CompiledOptions:
+        """Read the options of ``torch.compile(model, backend="remat", options={…})``.
+
+        Raises
+        ------
+        ValueError
+            When one is unknown or out of range, or the budget is not given once.
+
+        Examples
+        --------
+        >>> CompiledOptions.of({"budget_gb": 40, "lower": "aot_eager"}).budget_bytes
+        40000000000
+        """
+        given = dict(given or {})
+        own = [f.name for f in fields(cls) if f.name not in ("budget_bytes", "solving")]
+        known = ("budget_gb", "budget_bytes", *own, *_SOLVING)
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise ValueError(
+                f"backend 'remat' has no option {unknown[0]!r}; there are {', '.join(known)}"
+            )
+        budget_bytes = parse_budget(given.get("budget_gb"), given.get("budget_bytes"))
+        parse_headroom(given.get("headroom"), budget_bytes, "cpu")  # refuses invalid ones at once
+        lower = given.get("lower", "aot_eager")
+        if lower not in get_args(Lower):
+            raise ValueError(
+                f"lower is {', '.join(map(repr, get_args(Lower)))}, got {lower!r:.100}"
+            )
+        on_plan = given.get("on_plan")
+        if on_plan is not None and not callable(on_plan):
+            raise ValueError(f"on_plan is a function of a plan, got {on_plan!r:.100}")
+        holds = LoopHolds.of("held", "none", given.get("resident_bytes", 0))
+        solving = {"time_limit_s": 10.0, **{k: given[k] for k in _SOLVING if k in given}}
+        return cls(
+            budget_bytes=budget_bytes,
+            headroom=given.get("headroom"),
+            lower=lower,
+            resident_bytes=holds.resident_bytes,
+            on_plan=on_plan,
+            solving=SolveOptions(**solving),
+        )
+
+
+__all__ = ["CompiledOptions", "Lower"]

@@ -1,0 +1,56 @@
+"""Find the schedule of a compiled graph within a budget."""
+
+from __future__ import annotations
+
+from solvers.portfolio import solve
+from solvers.replay import replay
+from solvers.result import SolveResult
+from solvers.schedule import Schedule
+
+from ..base.budget import Budget, nothing_fits
+from ..base.solve_options import SolveOptions
+from ..errors import PlanError
+from ..planning.known_least import known_least_memory
+from .priced_step import PricedStep, unplanned_peak_bytes
+
+
+def solve_step(priced: PricedStep, budget: Budget, options: SolveOptions) -> SolveResult:
+    """Solve a priced step.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        When nothing fits; the message says the least budget that would.
+    PlanError
+        When the time was too short to find what fits.
+    """
+    graph, budget_bytes = priced.graph, budget.usable_bytes
+    everything = Schedule.keep_all(graph)
+    everything_bytes = replay(graph, everything).peak_bytes
+    hint = None
+    if unplanned_peak_bytes(priced) <= budget_bytes:
+        budget_bytes = max(budget_bytes, everything_bytes)  # nothing draws again then
+    elif everything_bytes > budget_bytes:
+        least = known_least_memory(graph, options.seed)
+        if least.peak_bytes > budget_bytes:
+            raise nothing_fits(graph, budget, least)
+        hint = least.schedule
+    result = solve(
+        graph,
+        budget_bytes,
+        solver=options.solver,
+        time_limit_s=options.time_limit_s,
+        seed=options.seed,
+        workers=options.workers,
+        hint=hint,
+        gap=options.gap,
+    )
+    if result.schedule is None:
+        raise PlanError(
+            f"no schedule was found within {options.time_limit_s} s, though one for "
+            f"{known_least_memory(graph, options.seed).peak_bytes} bytes exists; give more time"
+        )
+    return result
+
+
+__all__ = ["solve_step"]

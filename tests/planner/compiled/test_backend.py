@@ -1,0 +1,195 @@
+"""``torch.compile(model, backend="remat")`` with eager kernels: bits, bytes, errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from planner import InfeasibleBudgetError, PlanWarning
+from planner.compiled import CompiledPlan
+from planner.compiled.partition import PART_OF_A_STEP
+from planner.measuring.measure import measure
+from tests.planner.compiled.models import assert_same, compiled, model_and_sample, step
+
+ROOT = Path(__file__).parents[3]
+BUDGETS = (577_000, 480_000, 355_000)
+
+
+class _Normed(nn.Module):
+    """Batch norm between two layers, and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [nn.Linear(32, 128), nn.BatchNorm1d(128), nn.GELU(), nn.Linear(128, 32)]
+        self.layers = nn.Sequential(*parts, nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).square().mean()
+
+
+def _unbudgeted(model: nn.Module, *sample: Tensor) -> dict[str, Tensor]:
+    torch.compiler.reset()
+    return step(model, torch.compile(model, backend="aot_eager"), *sample)
+
+
+class Ran(NamedTuple):
+    """A step within a budget."""
+
+    found: dict[str, Tensor]
+    plan: CompiledPlan
+    measured_bytes: int
+
+
+@pytest.fixture(scope="module")
+def ran() -> list[Ran]:
+    """Steps of the small model, one for each budget."""
+    steps = []
+    for budget_bytes in BUDGETS:
+        model, x = model_and_sample()
+        call, plans = compiled(model, budget_bytes=budget_bytes)
+        found = step(model, call, x)
+        steps.append(Ran(found, plans[0], measure(call, x, repeats=0).peak_bytes))
+    return steps
+
+
+def test_bits_are_those_of_the_unbudgeted_step(ran: list[Ran]) -> None:
+    """Loss, gradients and the generator equal those of aot_eager, dropout included."""
+    expected = _unbudgeted(*model_and_sample())
+    for one in ran:
+        assert_same(one.found, expected)
+
+
+def test_measured_peak_is_the_predicted_one(ran: list[Ran]) -> None:
+    """To the byte, and within the budget."""
+    predicted = [one.plan.predicted_peak_bytes for one in ran]
+    assert [one.measured_bytes for one in ran] == predicted
+    assert all(p <= budget for p, budget in zip(predicted, BUDGETS, strict=True))
+
+
+def test_a_lower_budget_recomputes_more(ran: list[Ran]) -> None:
+    """Estimated time grows as the budget falls."""
+    overheads = [one.plan.overhead for one in ran]
+    assert overheads[0] == 0
+    assert overheads[0] < overheads[1] < overheads[2]
+
+
+def test_a_mask_is_drawn_again(ran: list[Ran]) -> None:
+    """At the tightest budget dropout runs twice, which no bit shows."""
+    plan = ran[-1].plan
+    again = [plan.graph.operators[v].target for v in plan.schedule.recomputed()]
+    assert "aten.native_dropout.default" in again
+
+
+def test_running_statistics_are_written_once() -> None:
+    """Batch norm's buffers after a step with recomputation are those without it."""
+    torch.manual_seed(0)
+    model, x = _Normed(), torch.randn(128, 32)
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    expected = _unbudgeted(model, x)
+    model.load_state_dict(before, strict=False)
+    call, plans = compiled(model, budget_bytes=420_000)
+    assert_same(step(model, call, x), expected)
+    again = [plans[0].graph.operators[v].target for v in plans[0].schedule.recomputed()]
+    assert "aten._native_batch_norm_legit_functional.default" in again
+
+
+def test_infeasible_budget_names_the_least_one() -> None:
+    """The error inside of Dynamo's says the least budget, which is proven here."""
+    model, x = model_and_sample()
+    call, _ = compiled(model, budget_bytes=1000)
+    with pytest.raises(Exception, match="least budget known to work") as caught:
+        step(model, call, x)
+    error = caught.value.inner_exception  # type: ignore[attr-defined]
+    assert isinstance(error, InfeasibleBudgetError)
+    assert error.min_budget_bytes == 351_816 == error.lower_bound_bytes
+
+
+def test_what_the_caller_holds_counts() -> None:
+    """``resident_bytes`` is a part of the predicted peak."""
+    model, x = model_and_sample()
+    call, plans = compiled(model, budget_bytes=10**6, resident_bytes="100kB")
+    step(model, call, x)
+    assert plans[0].predicted_peak_bytes == measure(call, x, repeats=0).peak_bytes + 100_000
+
+
+def test_a_loss_outside_is_said() -> None:
+    """The graph is then a part of the step, and a warning says that the plan is local."""
+    layer, x = nn.Linear(32, 32), torch.randn(128, 32)
+    call, _ = compiled(layer, budget_bytes=10**6)
+    with pytest.warns(PlanWarning, match="only a part of the training step"):
+        call(x).square().mean().backward()
+
+
+def test_a_graph_break_is_said() -> None:
+    """A graph that goes on from another one is planned alone, and a warning says so."""
+    model, x = model_and_sample()
+    torch.compiler.reset()
+
+    def broken(x: Tensor) -> Tensor:
+        x = model.blocks[0](x)
+        torch._dynamo.graph_break()
+        return model.blocks[1](x).square().mean()
+
+    options = {"budget_bytes": 10**6, "lower": "aot_eager"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.compile(broken, backend="remat", options=options)(x).backward()
+    said = [str(w.message) for w in caught if issubclass(w.category, PlanWarning)]
+    assert said == [PART_OF_A_STEP, PART_OF_A_STEP]
+
+
+def test_dynamic_shapes_are_planned_for_the_largest() -> None:
+    """One plan holds for smaller calls; a larger one is compiled again, with a plan of its own."""
+    model, x = model_and_sample()
+    torch.compiler.reset()
+    plans: list[CompiledPlan] = []
+    options = {"budget_bytes": 450_000, "lower": "aot_eager", "on_plan": plans.append}
+    call = torch.compile(model, backend="remat", dynamic=True, options=options)
+    peaks = []
+    for rows in (96, 64, 128, 100):
+        step(model, call, x[:rows].clone())
+        peaks.append(measure(call, x[:rows].clone(), repeats=0).peak_bytes)
+    assert len(plans) == 2
+    assert max(peaks[:2]) == plans[0].predicted_peak_bytes
+    assert max(peaks) == plans[1].predicted_peak_bytes <= 450_000
+    expected = _unbudgeted(model, x[:100].clone())
+    assert_same(step(model, call, x[:100].clone()), expected)
+
+
+def test_inference_is_compiled_without_a_plan() -> None:
+    """Without gradients there is nothing to recompute."""
+    model, x = model_and_sample()
+    call, plans = compiled(model, budget_bytes=10**6)
+    with torch.no_grad():
+        assert torch.equal(call.eval()(x), model.eval()(x))
+    assert plans == []
+
+
+def test_entry_point_is_the_backend() -> None:
+    """An installed package is found by its entry point, without an import of ours."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (place,) = tomllib.loads(text)["project"]["entry-points"]["torch_dynamo_backends"].values()
+    module, _, name = place.partition(":")
+    assert getattr(import_module(module), name).__name__ == "remat"
+
+
+@pytest.mark.slow
+def test_importing_registers_the_backend() -> None:
+    """``torch.compile`` knows the name after the import, twice imported or not."""
+    code = (
+        "import planner.compiled, torch\n"
+        "from planner.compiled.backend import register\n"
+        "register()\n"
+        "from torch._dynamo.backends.registry import lookup_backend\n"
+        "assert lookup_backend('remat') is planner.compiled.remat\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,79 @@
+"""Reading a joint graph: what is a view, what has an effect, what forward needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from graph_capture.errors import CaptureError
+from graph_capture.private_torch.compiler import aot_autograd, takes_boxed
+from planner.compiled.joint_step import JointStep, is_view, makes_memory, read_joint_step
+
+
+def _joint(function: Any, *inputs: torch.Tensor) -> tuple[GraphModule, int]:
+    """The joint graph of a function's step, and how many results are forward's."""
+    found: list[tuple[GraphModule, int]] = []
+
+    class Found(Exception):
+        pass
+
+    def partition(module: GraphModule, _inputs: Any, *, num_fwd_outputs: int, **_: Any) -> Any:
+        found.append((module, num_fwd_outputs))
+        raise Found
+
+    def never(module: GraphModule, _inputs: Any) -> Any:
+        return takes_boxed(module)
+
+    backend = aot_autograd(fw_compiler=never, bw_compiler=never, partition_fn=partition)
+    torch.compiler.reset()
+    with pytest.raises(Exception):  # noqa: B017, PT011 - Dynamo wraps it in a class of its own
+        torch.compile(function, backend=backend)(*inputs)
+    return found[0]
+
+
+def _read(function: Any, *inputs: torch.Tensor) -> JointStep:
+    return read_joint_step(*_joint(function, *inputs))
+
+
+def test_views_make_no_memory() -> None:
+    """Transposing and reshaping are views; a product is not."""
+    x = torch.randn(4, 6, requires_grad=True)
+    step = _read(lambda x: (x.t().reshape(2, 12) * 2).sum(), x)
+    nodes = {n.name: n for n in step.module.graph.nodes}
+    assert is_view(nodes["permute"] if "permute" in nodes else nodes["t"])
+    assert makes_memory(nodes["mul"])
+
+
+def test_forward_needs_what_its_results_are_made_of() -> None:
+    """The sum comes from the product; the gradient's calls come after them."""
+    x = torch.randn(4, requires_grad=True)
+    step = _read(lambda x: x.sin().sum(), x)
+    names = [n.name for n in step.calls]
+    assert names[: step.num_forward] == ["sin", "sum_1"]
+    assert "cos" in names[step.num_forward :]
+
+
+def test_written_inputs_are_known() -> None:
+    """An input that forward adds to is written once, by a copy at forward's end."""
+    x, total = torch.randn(4, requires_grad=True), torch.zeros(4)
+
+    def function(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        total.add_(x.detach())
+        return x.sin().sum()
+
+    step = _read(function, x, total)
+    written = list(step.written.values())
+    assert len(written) <= 1  # AOTAutograd may also hand the new value out
+    assert len(step.outputs) + len(written) == 2
+
+
+def test_functionalized_random_numbers_are_refused() -> None:
+    """The setting changes the order of the graph's arguments; the error names it."""
+    module, num_outputs = _joint(lambda x: x.sin().sum(), torch.randn(4, requires_grad=True))
+    with module.graph.inserting_before(next(iter(module.graph.nodes))):
+        module.graph.placeholder("fwd_seed_offset_1")
+    with pytest.raises(CaptureError, match="functionalize_rng_ops"):
+        read_joint_step(module, num_outputs)
