@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graph_capture.call_spec import describe, specs_of
+from graph_capture.capture_lock import CAPTURE_LOCK
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
@@ -169,6 +170,10 @@ class PlannedForward(StandIn):
         if self.suspended:
             self.tally.num_unplanned += 1
             return self.unplanned(*args, **kwargs)
+        with CAPTURE_LOCK:  # another thread's capture puts stand-ins into the module
+            return self._in_turn(args, kwargs)
+
+    def _in_turn(self, args: tuple, kwargs: dict) -> Any:
         foreign = foreign_surroundings()
         if foreign is not None:
             return self._by_own_forward(foreign, args, kwargs)
@@ -316,7 +321,8 @@ class PlannedForward(StandIn):
             f"a training step of a planned {type(self.model).__name__} is not run by its plan, and "
             f"its budget of {format_bytes(self.plan.budget_bytes)} is not kept: {why}",
         )
-        return self.unplanned(*args, **kwargs)
+        with CAPTURE_LOCK.resting():  # it may wait for others: for a collective, for workers
+            return self.unplanned(*args, **kwargs)
 
     def watch_backward(self, captured: CapturedStep) -> None:
         """From now on, notice training steps that bypass this forward."""

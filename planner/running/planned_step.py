@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from graph_capture.call_spec import parse_dtype, tensors_of
+from graph_capture.capture_lock import CAPTURE_LOCK
 from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import Check, OutcomeChanged
 from graph_capture.outputs import OutputTemplate
@@ -232,7 +233,7 @@ class PlannedStep:
     ) -> Gradients:
         for gradient in gradients:
             refuse_batched(gradient)
-        self._tally.num_backward += 1
+        self._tally.ran_backward()
         self._region.ran_in(self._model, self.device)
         retained = keeps_graph()
         outputs = self._layout.differentiated
@@ -356,20 +357,21 @@ class PlannedStep:
         tensors = tensors_of(arguments)
         if not retained:
             self._let_go(call)
-        return own_gradients(
-            self._model,
-            self._own_forward,
-            arguments,
-            outputs={
-                i: tangent
-                for i, tangent in zip(self._layout.differentiated, given, strict=True)
-                if tangent is not None
-            },
-            inputs=[fetch(tensors) for fetch in self._layout.fetch],
-            generator_state=call.generator_state,
-            device=self.device,
-            autocast=None if dtype is None else parse_dtype(dtype),
-        )
+        with CAPTURE_LOCK:
+            return own_gradients(
+                self._model,
+                self._own_forward,
+                arguments,
+                outputs={
+                    i: tangent
+                    for i, tangent in zip(self._layout.differentiated, given, strict=True)
+                    if tangent is not None
+                },
+                inputs=[fetch(tensors) for fetch in self._layout.fetch],
+                generator_state=call.generator_state,
+                device=self.device,
+                autocast=None if dtype is None else parse_dtype(dtype),
+            )
 
     def differentiated_inputs(self, call: StepCall) -> list[torch.Tensor]:
         """Return the parameters and tensors of a call that require grad, while the call is held."""

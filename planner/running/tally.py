@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,8 +22,6 @@ class Tally:
     ----------
     num_planned, num_unplanned
         Training calls by a plan, and by the model's own forward.
-    num_backward
-        Backward passes that reached a plan.
     last_mismatch
         How the last call that no plan ran differed from the planned call.
     peak_bytes
@@ -31,7 +31,8 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self.num_planned = self.num_unplanned = self.num_backward = 0
+        self.num_planned = self.num_unplanned = 0
+        self._num_backward: Counter[int] = Counter()  # by thread
         self.last_mismatch: str | None = None
         self.peak_bytes = 0
         self.num_captures = 0
@@ -49,10 +50,22 @@ class Tally:
         self.num_captures += 1
         self.capture_s += taken_s
 
+    def ran_backward(self) -> None:
+        """Count a backward pass that reached a plan."""
+        self._num_backward[threading.get_ident()] += 1
+
+    @property
+    def num_backward(self) -> int:
+        """Backward passes that reached a plan."""
+        return sum(self._num_backward.values())
+
     @property
     def num_expected(self) -> int:
-        """The most arrivals of gradients that known backward passes account for."""
-        return self.num_unplanned + self.num_backward
+        """The most arrivals of gradients in this thread that known backward passes account for.
+
+        Another thread's backward pass may be under way, and its gradients arrive there.
+        """
+        return self.num_unplanned + self._num_backward[threading.get_ident()]
 
     def say(self, kind: str, text: str) -> None:
         """Warn with ``text``, unless a warning of this kind was given before."""

@@ -7,7 +7,9 @@ arrives at a parameter, so one parameter of a planned model is watched.
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -63,7 +65,7 @@ class UnplannedBackward:
     name: str
     missed: str = _MISSED
     advice: str = _BUILD_FIRST
-    _num_expected: int = 0
+    _num_expected: Counter[int] = field(default_factory=Counter)  # by thread
     _num_accompanied: int = 0  # planned backward passes with other gradients beside them
     _gradient: Callable[[], torch.Tensor | None] = field(default=_nothing, repr=False)
     _handle: RemovableHandle | None = field(default=None, repr=False)
@@ -134,8 +136,9 @@ class UnplannedBackward:
         gradient = None if parameter is None else parameter.grad
         added = gradient is not None and gradient is self._gradient()  # to that of this step
         self._gradient = _nothing if gradient is None else weakref.ref(gradient)
-        if tally.num_expected > self._num_expected:
-            self._num_expected = tally.num_expected
+        thread = threading.get_ident()
+        if tally.num_expected > self._num_expected[thread]:
+            self._num_expected[thread] = tally.num_expected
             return
         name = type(planned.model).__name__
         is_called = planned.model.training and is_reached(planned.model, planned)
@@ -149,7 +152,7 @@ class UnplannedBackward:
             )
             return
         tally.num_unplanned += 1
-        self._num_expected = tally.num_expected
+        self._num_expected[thread] = tally.num_expected
         if not planned.model.training:
             why = "the model is in eval mode, in which it runs its own forward"
         elif is_reached(planned.model, planned):
