@@ -88,6 +88,9 @@ class Assembly:
         resident_bytes = self._pricing.holds.resident_bytes
         if resident_bytes:
             self._add_storage("held by the loop", resident_bytes, None, "resident")
+        if self._pricing.holds.concurrent_calls > 1:
+            waiting_bytes = self._pricing.holds.waiting_bytes
+            self._add_storage("held for other calls", waiting_bytes, None, "waiting")
         if self._leaving.gradients:
             self._add_earlier_gradients()
             turn = codes.index(loss)

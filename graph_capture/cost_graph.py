@@ -43,6 +43,7 @@ Category = Literal[
     "activation",
     "temporary",
     "resident",
+    "waiting",
 ]
 
 GRAPH_FORMAT = 1

@@ -1,12 +1,13 @@
-"""What a training loop has in memory beside the step: outputs, older gradients, other tensors.
+"""What a training loop has in memory beside the step: outputs, older gradients, other tensors,
+other calls of the model.
 
-The three words are a part of the question: they say what lives how long, so the cost graph is
+The words are a part of the question: they say what lives how long, so the cost graph is
 assembled by them, and every search and every replay of it goes by them without knowing of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from .cost_graph import MAX_TOTAL
@@ -14,6 +15,12 @@ from .units import format_bytes, parse_bytes
 
 Outputs = Literal["held", "released"]
 Grads = Literal["none", "accumulated"]
+
+MAX_CONCURRENT_CALLS = 10_000
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +38,11 @@ class LoopHolds:
         each that the step gives one has one, and it stays.
     resident_bytes
         Bytes of other tensors of the caller on the device, all the while.
+    concurrent_calls
+        How many calls of the model are made before the first of them is differentiated.
+    waiting_bytes
+        What all of these but one hold for their backward passes, which a plan decides; 0
+        before there is one.
 
     Raises
     ------
@@ -46,6 +58,8 @@ class LoopHolds:
     outputs: Outputs = "held"
     grads: Grads = "none"
     resident_bytes: int = 0
+    concurrent_calls: int = 1
+    waiting_bytes: int = 0
 
     def __post_init__(self) -> None:
         for name, words in (("outputs", Outputs), ("grads", Grads)):
@@ -53,14 +67,25 @@ class LoopHolds:
             if not isinstance(value, str) or value not in known:
                 choices = " or ".join(map(repr, known))
                 raise ValueError(f"{name} is {choices}, got {value!r:.100}")
-        num_bytes = self.resident_bytes
-        if not isinstance(num_bytes, int) or isinstance(num_bytes, bool) or num_bytes < 0:
-            raise ValueError(f"resident_bytes is a number of bytes from 0 on, got {num_bytes!r}")
-        if num_bytes > MAX_TOTAL:
-            raise ValueError(f"resident_bytes is at most {MAX_TOTAL} bytes, got {num_bytes}")
+        for name in ("resident_bytes", "waiting_bytes"):
+            num_bytes = getattr(self, name)
+            if not _is_whole(num_bytes) or num_bytes < 0:
+                raise ValueError(f"{name} is a number of bytes from 0 on, got {num_bytes!r}")
+            if num_bytes > MAX_TOTAL:
+                raise ValueError(f"{name} is at most {MAX_TOTAL} bytes, got {num_bytes}")
+        calls = self.concurrent_calls
+        if not _is_whole(calls) or not 1 <= calls <= MAX_CONCURRENT_CALLS:
+            raise ValueError(
+                "concurrent_calls is the number of calls before the first backward pass, from 1 "
+                f"to {MAX_CONCURRENT_CALLS}, got {calls!r:.100}"
+            )
+        if self.waiting_bytes and calls == 1:
+            raise ValueError("waiting_bytes are of other calls, and concurrent_calls is 1")
 
     @classmethod
-    def of(cls, outputs: Any, grads: Any, resident_bytes: Any) -> LoopHolds:
+    def of(
+        cls, outputs: Any, grads: Any, resident_bytes: Any, concurrent_calls: Any = 1
+    ) -> LoopHolds:
         """Read the words as users write them; ``resident_bytes`` may be ``"2GB"``, too.
 
         >>> LoopHolds.of("held", "none", "1MiB").resident_bytes
@@ -68,7 +93,12 @@ class LoopHolds:
         """
         if isinstance(resident_bytes, str):
             resident_bytes = _parsed(resident_bytes)
-        return cls(outputs=outputs, grads=grads, resident_bytes=resident_bytes)
+        return cls(
+            outputs=outputs,
+            grads=grads,
+            resident_bytes=resident_bytes,
+            concurrent_calls=concurrent_calls,
+        )
 
     @property
     def releases(self) -> bool:
@@ -91,11 +121,27 @@ class LoopHolds:
                 if self.resident_bytes
                 else ()
             ),
+            *(
+                (f"{format_bytes(self.waiting_bytes)} of {_calls(self.concurrent_calls - 1)}",)
+                if self.concurrent_calls > 1
+                else ()
+            ),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a plan file says; other calls only where there are some."""
+        held = asdict(self)
+        if self.concurrent_calls == 1:
+            del held["concurrent_calls"], held["waiting_bytes"]
+        return held
 
 
 NOTHING_ELSE = LoopHolds()
 """The loop that holds its outputs to the end of the step, and nothing beside it."""
+
+
+def _calls(number: int) -> str:
+    return "another call" if number == 1 else f"{number} other calls"
 
 
 def _parsed(text: str) -> int:

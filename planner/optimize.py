@@ -47,6 +47,7 @@ def optimize(
     outputs: Outputs = "held",
     grads: Grads = "none",
     resident_bytes: int | str = 0,
+    concurrent_calls: int = 1,
     progress: ShowProgress = None,
 ) -> Plan:
     """Plan a training step of ``model`` whose peak memory stays within a budget.
@@ -128,6 +129,10 @@ def optimize(
     resident_bytes
         What else of the caller's is on the device all the while (an averaged copy of the
         weights, a reference model): bytes, or such as ``"2GB"``.
+    concurrent_calls
+        How many calls of the model the loop makes before it differentiates the first: 2 for
+        a siamese or contrastive loss, a pipeline's micro-batches in flight. All run by the
+        plan, and all of them together stay within the budget.
     progress
         ``True`` shows a progress bar, while calls are timed and while the solver
         runs; a function receives :class:`solvers.progress.ProgressEvent`.
@@ -153,7 +158,7 @@ def optimize(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
-        holds=LoopHolds.of(outputs, grads, resident_bytes),
+        holds=LoopHolds.of(outputs, grads, resident_bytes, concurrent_calls),
     )
     request = Request.of(
         spec,

@@ -67,6 +67,10 @@ class Request:
         progress: ShowProgress = None,
     ) -> Request:
         """Build the request for a plan of a step."""
+        if options.reorder and spec.holds.concurrent_calls > 1:
+            raise ValueError(
+                "reorder=True plans one call at a time: leave it out, or plan one call"
+            )
         return cls(
             budget=budget,
             headroom=headroom,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.optimizer_step import OPTIMIZERS
-from graph_capture.private_torch.trees import tree_leaves
+from graph_capture.private_torch.trees import tree_leaves, tree_map
 
 LossFn = Callable[[Any], Tensor]
 Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -118,6 +118,7 @@ def train_step(
     loss_fn: LossFn | None = None,
     *,
     releases_outputs: bool = False,
+    num_calls: int = 1,
 ) -> tuple[Any, Tensor | None]:
     """Run forward, loss and backward once; gradients accumulate as ``backward()`` does.
 
@@ -131,13 +132,21 @@ def train_step(
         Computes the scalar loss from the model's output.
     releases_outputs
         Whether the outputs are let go of once there is a loss.
+    num_calls
+        How often the model is called, on the sample and on copies of it, before one
+        backward pass from the losses of all.
 
     Returns
     -------
     tuple
         The outputs, and the loss or ``None``; see :func:`differentiate`. ``None`` for
-        outputs that were let go of.
+        outputs that were let go of. Of several calls a list of outputs and losses, and the
+        first loss.
     """
+    if num_calls > 1:
+        return _several_calls(
+            model, sample_input, loss_fn, releases_outputs=releases_outputs, num_calls=num_calls
+        )
     output = call_model(model, sample_input)
     target = differentiate(output, loss_fn)
     if releases_outputs and target.loss is not None:
@@ -145,6 +154,38 @@ def train_step(
     with _outside_autocast():
         torch.autograd.backward(target.tensors, [torch.ones_like(t) for t in target.tensors])
     return output, target.loss
+
+
+def _several_calls(
+    model: Callable[..., Any],
+    sample_input: Sample,
+    loss_fn: LossFn | None,
+    *,
+    releases_outputs: bool,
+    num_calls: int,
+) -> tuple[Any, Tensor | None]:
+    held: list[Any] = [_copied(sample_input) for _ in range(num_calls - 1)]
+    samples, targets = [sample_input, *held], []
+    for sample in samples:
+        output = call_model(model, sample)
+        targets.append(differentiate(output, loss_fn))
+        if not releases_outputs or targets[-1].loss is None:
+            held.append(output)
+        del output
+    roots = [t for target in targets for t in target.tensors]
+    with _outside_autocast():
+        torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
+    held += [target.loss for target in targets]
+    return held, targets[0].loss
+
+
+def _copied(sample_input: Sample) -> Any:
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+
+    return tree_map(copy, sample_input)
 
 
 def make_step(
@@ -180,7 +221,13 @@ def make_step(
         clear_gradients(model, sample_input, loss_fn, set_to_none=not holds.accumulates)
         if seed is not None:
             torch.manual_seed(seed)
-        output, loss = train_step(model, sample_input, loss_fn, releases_outputs=holds.releases)
+        output, loss = train_step(
+            model,
+            sample_input,
+            loss_fn,
+            releases_outputs=holds.releases,
+            num_calls=holds.concurrent_calls,
+        )
         if optimizer is not None:
             optimizer.step()
         return output, loss

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,7 +125,8 @@ def read_holds(outputs: str, grads: str, resident: str) -> dict[str, Any]:
         holds = LoopHolds.of(outputs, grads, resident_bytes)
     except ValueError as error:
         fail(f"{error}".replace("resident_bytes", "--resident"))
-    return asdict(holds)
+    named = ("outputs", "grads", "resident_bytes")
+    return {name: getattr(holds, name) for name in named}
 
 
 def read_headroom(text: str | None) -> float | str | None:

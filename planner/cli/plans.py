@@ -55,6 +55,9 @@ def plan_command(
     outputs: OutputsWord = "held",
     grads: GradsWord = "none",
     resident: Resident = "0",
+    concurrent_calls: Annotated[
+        int, typer.Option(help="of the model, before the first of them is differentiated")
+    ] = 1,
     time_limit_s: Annotated[float, typer.Option(help="for solving")] = 60.0,
     gap: Annotated[float, typer.Option(help="stop when proven to be this near the least time")] = (
         0.001
@@ -80,6 +83,7 @@ def plan_command(
             cost_model=cost_model,
             headroom=read_headroom(headroom),
             **read_holds(outputs, grads, resident),
+            concurrent_calls=concurrent_calls,
             time_limit_s=time_limit_s,
             gap=gap,
             seed=seed,

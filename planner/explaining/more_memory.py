@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from solvers.any_order.solve import solve_in_any_order
+from solvers.concurrent_calls import limited
 from solvers.portfolio import solve
 from solvers.progress import ProgressEvent
 from solvers.result import Ending, SolveStatus
@@ -69,9 +70,13 @@ def with_more_memory(
         As for :func:`planner.optimize`.
     """
     search = solve_in_any_order if plan.reorder else solve
+    graph, budget_bytes = plan.graph, plan.budget_bytes - plan.headroom_bytes + extra_bytes
+    others = plan.holds.concurrent_calls - 1
+    if others:  # which go on holding no more than now, so more than this may be gained
+        graph = limited(graph, budget_bytes, plan.holds.waiting_bytes // others)
     result = search(
-        plan.graph,
-        plan.budget_bytes - plan.headroom_bytes + extra_bytes,
+        graph,
+        budget_bytes,
         time_limit_s=time_limit_s,
         seed=plan.seed,
         hint=plan.schedule,
@@ -82,6 +87,7 @@ def with_more_memory(
     assert result.cost_ns is not None
     assert result.peak_bytes is not None
     step_us = result.cost_ns / 1e3
+    bound_ns = graph.base_cost_ns if others else result.lower_bound_ns
     return MoreMemory(
         extra_bytes=extra_bytes,
         budget_bytes=plan.budget_bytes + extra_bytes,
@@ -89,7 +95,7 @@ def with_more_memory(
         step_us=step_us,
         num_recomputed=sum(result.schedule.recomputed().values()),
         saved_us=plan.predicted_step_us - step_us,
-        at_most_us=plan.predicted_step_us - result.lower_bound_ns / 1e3,
+        at_most_us=plan.predicted_step_us - bound_ns / 1e3,
         bound_scope=result.bound_scope,
         status=result.status,
         ending=result.ending,

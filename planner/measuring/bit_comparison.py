@@ -45,6 +45,7 @@ def step_results(
     seed: int,
     *,
     accumulates: bool = False,
+    num_calls: int = 1,
 ) -> Results:
     """Return everything that a step without an optimizer leaves, copied to the CPU.
 
@@ -54,13 +55,15 @@ def step_results(
     ----------
     accumulates
         Whether the step is the second, whose gradients are added to those of the first.
+    num_calls
+        Of the model before the one backward pass.
     """
     device = single_device(model, sample_input)
     with preserve_state(model, sample_input, loss_fn, None):
         torch.manual_seed(seed)
         if accumulates:
-            train_step(model, sample_input, loss_fn)
-        output, loss = train_step(model, sample_input, loss_fn)
+            train_step(model, sample_input, loss_fn, num_calls=num_calls)
+        output, loss = train_step(model, sample_input, loss_fn, num_calls=num_calls)
         template, outputs = take_apart(output)
         found: Results = {"the loss": loss}
         found |= {f"output {n!r}": t for n, t in zip(template.names, outputs, strict=True)}

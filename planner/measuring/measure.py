@@ -166,6 +166,7 @@ def measure(
     outputs: Outputs | None = None,
     grads: Grads | None = None,
     resident_bytes: int | str | None = None,
+    concurrent_calls: int | None = None,
 ) -> Measurement:
     """Run training steps and measure their peak memory and time.
 
@@ -190,7 +191,7 @@ def measure(
         How many steps are timed; 0 gives a ``step_us`` of NaN.
     seed
         Given to ``torch.manual_seed`` before each step.
-    outputs, grads, resident_bytes
+    outputs, grads, resident_bytes, concurrent_calls
         What the loop around the step holds, as for :func:`planner.optimize`. ``None`` for
         what the applied plan says; without one, outputs and nothing else. Nothing shows
         where the caller's other tensors lie: ``resident_bytes`` is added to what is
@@ -226,6 +227,7 @@ def measure(
         planned.outputs if outputs is None else outputs,
         planned.grads if grads is None else grads,
         planned.resident_bytes if resident_bytes is None else resident_bytes,
+        planned.concurrent_calls if concurrent_calls is None else concurrent_calls,
     )
     with preserve_state(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):

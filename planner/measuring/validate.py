@@ -251,6 +251,7 @@ def _compare(
                 trial.loss_fn,
                 trial.seed,
                 accumulates=trial.holds.accumulates,
+                num_calls=trial.holds.concurrent_calls,
             )
 
     def unplanned() -> Results:

@@ -20,6 +20,7 @@ from solvers.transfer import KEEP_ALL, TRANSFER, transfer
 from ..base.live_state import LiveState
 from ..base.request import Request
 from ..plan_record import PlanRecord
+from .concurrent import within_waiting
 from .late_reads import late_read
 from .make_plan import another_call, budget_of, make_plan, recorded
 
@@ -61,9 +62,9 @@ def adapt(
     constrained = apply_policies(call.captured, request.never_recompute, request.always_recompute)
     graph = constrained.graph
     began = time.perf_counter()
-    schedule = transfer(
-        plan.graph, plan.schedule, graph, budget_of(request, constrained).usable_bytes
-    )
+    budget_bytes = budget_of(request, constrained).usable_bytes
+    graph_to_fit = within_waiting(constrained, budget_bytes)
+    schedule = transfer(plan.graph, plan.schedule, graph_to_fit, budget_bytes)
     if schedule is not None and late_read(constrained, schedule) is not None:
         schedule = None
     if schedule is None:

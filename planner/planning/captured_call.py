@@ -26,6 +26,7 @@ from ..base.progress import (
 )
 from ..base.shape_range import ShapeRange
 from ..base.step_spec import StepSpec
+from .concurrent import with_unplanned_calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,4 +96,5 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
                 progress=timing,
                 holds=spec.holds,
             )
+        captured = with_unplanned_calls(captured)
         yield CapturedCall(model=model, arguments=arguments, captured=captured, shapes=shapes)

@@ -19,6 +19,7 @@ from graph_capture.policies import apply_policies
 from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
 from solvers.any_order.solve import solve_in_any_order
+from solvers.concurrent_calls import Calls
 from solvers.least_memory import LeastMemory
 from solvers.portfolio import solve
 from solvers.replay import replay
@@ -44,6 +45,12 @@ from ..base.solve_options import SolveOptions
 from ..errors import PlanError
 from ..plan_record import PlanRecord
 from .captured_call import CapturedCall
+from .concurrent import (
+    calls_of,
+    solve_for_calls,
+    with_waiting,
+    within_waiting,
+)
 from .known_least import known_least_memory
 from .late_reads import late_read
 
@@ -65,10 +72,17 @@ def make_plan(
     """
     constrained = apply_policies(call.captured, request.never_recompute, request.always_recompute)
     budget = budget_of(request, constrained)
-    result = _solve(constrained.graph, budget, request, hint)
+    calls = calls_of(constrained)
+    if calls is not None and not constrained.holds.waiting_bytes:
+        result = _solve_together(constrained, calls, budget, request)
+        assert result.schedule is not None
+        constrained = with_waiting(constrained, calls, result.schedule)
+        return recorded(call, constrained, request, result)
+    graph = within_waiting(constrained, budget.usable_bytes)
+    result = _solve(graph, budget, request, hint)
     if _late(constrained, result) and request.options.reorder:
         request = replace(request, options=replace(request.options, reorder=False))
-        result = _solve(constrained.graph, budget, request, hint)
+        result = _solve(graph, budget, request, hint)
     late = _late(constrained, result)
     if late is not None:
         raise PlanError(
@@ -102,7 +116,7 @@ def recorded(
     result
         Must have a schedule.
     """
-    model, captured = call.model, call.captured
+    model, captured = call.model, constrained
     assert result.schedule is not None
     assert captured.costs is not None
     assert captured.unplanned is not None
@@ -278,6 +292,51 @@ def _solve(
     fitting = least()
     if fitting.peak_bytes > budget_bytes:
         raise nothing_fits(graph, budget, fitting)
+    raise PlanError(
+        f"solver {options.solver!r} found no schedule within {options.time_limit_s} s, though one "
+        f"for {fitting.peak_bytes} bytes exists; use solver='auto' or more time"
+    )
+
+
+def _solve_together(
+    captured: CapturedStep, calls: Calls, budget: Budget, request: Request
+) -> SolveResult:
+    """Solve for several calls that are alive at once."""
+    options = request.options
+    with showing(request.progress) as progress:
+
+        def search(
+            graph: CostGraph, budget_bytes: int, *, time_limit_s: float, hint: Schedule | None
+        ) -> SolveResult:
+            return solve(
+                graph,
+                budget_bytes,
+                solver=options.solver,
+                time_limit_s=time_limit_s,
+                seed=options.seed,
+                workers=options.workers,
+                hint=hint,
+                progress=progress,
+                gap=options.gap,
+            )
+
+        result, fitting = solve_for_calls(
+            captured,
+            calls,
+            budget.usable_bytes,
+            search,
+            time_limit_s=options.time_limit_s,
+            gap=options.gap,
+            least=lambda graph: known_least_memory(graph, options.seed),
+        )
+    if result.schedule is not None:
+        late = _late(captured, result)
+        if late is None:
+            return result
+        raise PlanError(f"in the schedule that was found {late}: solve with another seed")
+    assert fitting is not None
+    if fitting.peak_bytes > budget.usable_bytes:
+        raise nothing_fits(with_waiting(captured, calls, fitting.schedule).graph, budget, fitting)
     raise PlanError(
         f"solver {options.solver!r} found no schedule within {options.time_limit_s} s, though one "
         f"for {fitting.peak_bytes} bytes exists; use solver='auto' or more time"

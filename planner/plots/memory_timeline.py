@@ -42,6 +42,7 @@ _OF_CATEGORY = {
     "input": INOUT,
     "output": INOUT,
     "resident": RESIDENT,
+    "waiting": RESIDENT,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -139,12 +138,13 @@ class PlannedStep:
             written_at=tuple(position[n] for n in step.before_checks.written if n in position),
         )
         self._detached = step.detached
-        self._waiting: Callable[[], StepCall | None] = lambda: None
+        self._num_concurrent = 1 if plan is None else plan.holds.concurrent_calls
+        self._is_summed = _has_sums(captured)
         self._region = AutocastRegion()
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
-        if self._waiting() is not None:
-            self._say_waiting()
+        if self._tally.waiting:
+            self._say_waiting(len(self._tally.waiting) + 1)
         if self._region.has_casts_of_old(self._model):
             self._say_casts()
         given = tensors_of(arguments)
@@ -156,11 +156,11 @@ class PlannedStep:
             handed_over=[None] * len(self._layout.tangents),
             generator_state=generator_state(self.device) if self._draws else None,
         )
-        self._waiting = weakref.ref(call)
+        self._tally.waiting.add(call)
         try:
             outputs = run_chained(self, call, self._layout.leaving)
         except OutcomeChangedError:
-            self._waiting = lambda: None
+            self._tally.waiting.discard(call)
             if call.generator_state is not None:
                 set_generator(call.generator_state, self.device)
             raise
@@ -383,17 +383,26 @@ class PlannedStep:
     def _let_go(self, call: StepCall) -> None:
         """Release the call's tensors after backward; the autograd graph may live a step longer."""
         call.arguments, call.saved = {}, []
-        self._waiting = lambda: None
+        self._tally.waiting.discard(call)
 
-    def _say_waiting(self) -> None:
-        self._tally.say(
-            "two forwards",
-            "a planned model is called again before the backward pass of its last call: the saved "
-            "tensors of both lie in memory side by side, which the budget does not count. Where "
-            "one backward pass goes through both, gradients of weights that a call uses more than "
-            "once (tied ones) are added in another order than eager's, with other last bits. To "
-            "have them planned together, plan a module whose forward makes both calls",
-        )
+    def _say_waiting(self, num_alive: int) -> None:
+        if num_alive > self._num_concurrent:
+            self._tally.say(
+                "two forwards",
+                "a planned model is called again before the backward pass of its last call: the "
+                f"saved tensors of {num_alive} calls lie in memory side by side, and the budget "
+                f"counts {self._num_concurrent}. Plan with concurrent_calls={num_alive}, or "
+                "plan a module whose forward makes all calls",
+            )
+        if self._is_summed:
+            self._tally.say(
+                "sums of two calls",
+                "a planned model is called again before the backward pass of its last call, and it "
+                "uses a weight more than once (a tied one): where one backward pass goes through "
+                "both calls, its gradients are added in another order than eager's, with other "
+                "last bits. To have eager's, call backward() on each loss, or plan a module "
+                "whose forward makes all calls",
+            )
 
     def _say_casts(self) -> None:
         self._tally.say(
@@ -450,6 +459,15 @@ def _leaving(
         tuple(i for i, place in enumerate(of_input) if place == s)
         for s in range(max(len(segments), 1))
     )
+
+
+def _has_sums(captured: CapturedStep) -> bool:
+    """Whether a parameter is used at several places, whose gradients are added."""
+    for leaf, _ in captured.step.gradients:
+        users = (user for user in leaf.users if user.meta.get("phase") == "forward")
+        if leaf.meta["role"] == "parameter" and len(list(users)) > 1:
+            return True
+    return False
 
 
 def _reads_what_it_writes(captured: CapturedStep) -> bool:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
+import weakref
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import PlanWarning
+from .autograd_chain import StepCall
 
 _NOT_THE_LOOP = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), "<")
 
@@ -26,6 +29,8 @@ class Tally:
         How the last call that no plan ran differed from the planned call.
     peak_bytes
         The highest predicted peak of the steps that ran by a plan.
+    waiting
+        Calls whose backward pass has not run, of all plans.
     num_captures, capture_s
         Plans made for other calls while the loop waited, and the seconds that they took.
     """
@@ -38,6 +43,13 @@ class Tally:
         self.num_captures = 0
         self.capture_s = 0.0
         self._said: set[str] = set()
+        self.waiting: weakref.WeakSet[StepCall] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "waiting": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, waiting=weakref.WeakSet())
 
     def ran(self, peak_bytes: int) -> None:
         """Count a training call by a plan with this predicted peak."""

@@ -115,6 +115,10 @@ def _check_loop_holds(plan: PlanRecord) -> None:
     graph, holds = plan.graph, plan.holds
     found = sum(s.size_bytes for s in graph.storages if s.category == "resident")
     _agree("loop_holds.resident_bytes", holds.resident_bytes, found)
+    waiting = [s.size_bytes for s in graph.storages if s.category == "waiting"]
+    if len(waiting) != (holds.concurrent_calls > 1):
+        raise ValueError("at loop_holds: concurrent_calls does not fit the storages")
+    _agree("loop_holds.waiting_bytes", holds.waiting_bytes, sum(waiting))
     adds = any(op.target == ACCUMULATE for op in graph.operators)
     if adds and not holds.accumulates:
         raise ValueError("at operators: gradients are added to earlier ones, which nobody holds")

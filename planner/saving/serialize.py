@@ -240,7 +240,7 @@ def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
         "detached": list(plan.detached),
         "branch_free": plan.branch_free,
         **({"shapes": plan.shapes.to_json()} if plan.shapes.largest else {}),
-        **({} if plan.holds == NOTHING_ELSE else {"loop_holds": asdict(plan.holds)}),
+        **({} if plan.holds == NOTHING_ELSE else {"loop_holds": plan.holds.to_json()}),
         **({} if plan.outcomes is None else {"outcomes": [o.to_json() for o in plan.outcomes]}),
         "operators": graph["operators"],
         "storages": graph["storages"],

@@ -31,6 +31,7 @@ _HEADINGS = {
     "temporary": "temporaries",
     "workspace": "scratch",
     "resident": "caller's own",
+    "waiting": "other calls",
     "library_workspace": "library workspace",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -33,22 +34,12 @@ def _gradients(
 
 
 def _in_threads(*functions: Callable[[], None]) -> list[BaseException]:
-    errors: list[BaseException] = []
-
-    def guarded(function: Callable[[], None]) -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(f,)) for f in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return errors
+    with ThreadPoolExecutor(len(functions)) as threads:
+        calls = [threads.submit(function) for function in functions]
+    return [error for call in calls if (error := call.exception()) is not None]
 
 
+@pytest.mark.filterwarnings("ignore:a planned model is called again")  # in another thread
 def test_a_thread_trains_while_another_adapts_the_same_module() -> None:
     """Captures put stand-ins into the module; no step sees them, and all bits are eager's."""
     torch.manual_seed(1)
