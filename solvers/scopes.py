@@ -13,6 +13,7 @@ class BoundScope(StrEnum):
     ANY_ORDER = "any_order"  # see ``any_order/order_free_bound.py``
     OWN_ORDER = "own_order"  # as BASE_ORDER, of the schedule's own order, which is not eager's
     OWN_ORDER_STAGED = "own_order_staged"  # as STAGED, of the schedule's own order
+    INSIDE_BLOCKS = "inside_blocks"  # see ``block_plans/solve.py``
 
     @property
     def words(self) -> str:
@@ -36,6 +37,8 @@ _WORDS = {
     "any order",
     BoundScope.OWN_ORDER: f"{_BASE_ORDER}, {_OWN}",
     BoundScope.OWN_ORDER_STAGED: f"{_STAGED}, {_OWN}",
+    BoundScope.INSIDE_BLOCKS: "schedules in eager's order that repeat a block's operators inside "
+    "that block's own forward or backward, and nothing else",
 }
 
 _IN_OWN_ORDER = {

@@ -1,0 +1,356 @@
+"""Plans inside blocks: find points of each block where they matter, and choose among them.
+
+A few points of each block come first, spread over what it can save. The program chooses;
+its choice is replayed on the whole step, which alone decides whether it fits. Then points
+between the chosen ones and their neighbours are solved, and schedules of the chosen ones'
+savings that need less while they run, and the program chooses again, until the choice is
+proven, no point is new, or the time is over.
+
+The lower bound speaks of all schedules that repeat a block's operators inside this
+block's backward (or forward) only. Between two limits on what is saved, no schedule takes less
+time than the bound of the looser one, and none saves less than the tighter one: these
+corners, offered to the program as if they were points, give a bound for the step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..replay import replay
+from ..schedule import Schedule
+from .points import UNLIMITED, BlockPoints, Point
+from .program import Assignment, Choice, Program
+from .stepping import BlockedStep
+
+FIRST_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
+"""Of what a block can save beyond the least, the first points' limits."""
+
+LEAN_SAVED = (0.0, 0.0625, 0.125, 0.25, 0.4)
+LEAN_PEAKS = (0.05, 0.15, 0.3, 0.6, 0.8)
+"""The same for low budgets: parts of what it can save, and of what lies between the peak of
+the least memory and that of the schedule that repeats everything."""
+
+SOLVE_SHARE = 0.1
+"""Of the time left, what one block's solve may take at most."""
+
+SMALLEST_STEP = 1 / 128
+"""Of what a block can save: nearer limits are not worth a solve."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlocksResult:
+    """A schedule of each block, and how good that is.
+
+    Parameters
+    ----------
+    chosen
+        By module; ``None`` where nothing within the budget was found.
+    peak_bytes, cost_ns
+        Of the whole step, by replay; 0 without a schedule.
+    lower_bound_ns
+        No choice of schedules inside the blocks takes less time.
+    infeasible
+        Whether there is provably no such choice.
+    num_points
+        How many schedules of blocks were compared.
+    solve_s
+        Seconds.
+    log
+        What was found, in turn.
+    """
+
+    chosen: Mapping[str, Schedule] | None
+    peak_bytes: int
+    cost_ns: int
+    lower_bound_ns: int
+    infeasible: bool
+    num_points: int
+    solve_s: float
+    log: tuple[str, ...]
+
+
+def solve_blocks(
+    step: BlockedStep,
+    points: Sequence[BlockPoints],
+    budget_bytes: int,
+    *,
+    time_limit_s: float = 60.0,
+    gap: float = 1e-3,
+    seed: int = 0,
+) -> BlocksResult:
+    """Choose a schedule for each block so that the step fits, in the least time.
+
+    Parameters
+    ----------
+    points
+        Of each distinct block; what is solved here is kept in them.
+    budget_bytes
+        Of the whole step.
+    gap
+        In parts of the step's time, for the choice and for each block's own schedules.
+    """
+    return _Search(step, points, budget_bytes, time_limit_s, gap, seed).run()
+
+
+def least_memory_of_blocks(
+    step: BlockedStep, points: Sequence[BlockPoints], *, time_limit_s: float = 20.0, seed: int = 0
+) -> tuple[dict[str, Schedule], int]:
+    """Return the choice with the lowest peak that is found, and this peak in bytes."""
+    end_s = time.monotonic() + time_limit_s
+    _add_lean_points(points, time_limit_s)
+    program = Program(step)
+    choices = [[_choice(p) for p in ps.points] for ps in points]
+    best: tuple[dict[str, Schedule], int] | None = None
+    for pick in (_least_saved, _least_needed):
+        chosen = {c.path: pick(points[c.block]).schedule for c in step.calls}
+        peak_bytes = replay(step.whole, step.schedule(chosen)).peak_bytes
+        if best is None or peak_bytes < best[1]:
+            best = chosen, peak_bytes
+    assert best is not None
+    low, high = step.rest.resident_bytes, best[1]
+    while high - low > max(1, best[1] // 5_000) and time.monotonic() < end_s:
+        middle = (low + high) // 2
+        found = program.solve(choices, middle, time_limit_s=2.0, seed=seed, gap=1.0)
+        if found.chosen is None:
+            low = middle
+            continue
+        chosen = _schedules(step, points, found.chosen)
+        peak_bytes = replay(step.whole, step.schedule(chosen)).peak_bytes
+        if peak_bytes < best[1]:
+            best = chosen, peak_bytes
+        high = min(middle, peak_bytes)
+    return best
+
+
+class _Search:
+    """One search; its stages share the points, the incumbent and the clock."""
+
+    def __init__(
+        self,
+        step: BlockedStep,
+        points: Sequence[BlockPoints],
+        budget_bytes: int,
+        time_limit_s: float,
+        gap: float,
+        seed: int,
+    ) -> None:
+        self.step, self.points, self.budget_bytes = step, points, budget_bytes
+        self.gap, self.seed = gap, seed
+        self.began_s = time.monotonic()
+        self.end_s = self.began_s + time_limit_s
+        self.program = Program(step)
+        self.blocks_ns = sum(step.blocks[call.block].graph.base_cost_ns for call in step.calls)
+        self.best: dict[str, Schedule] | None = None
+        self.best_ns, self.best_peak = 0, 0
+        self.bound_ns = 0
+        self.infeasible = False
+        self.log: list[str] = []
+
+    def run(self) -> BlocksResult:
+        step = self.step
+        self._offer({c.path: self.points[c.block].keep_all.schedule for c in step.calls}, "keep")
+        if self.best is None:
+            self._first_points()
+            tried_lean = began = False
+            while not (began and self._done()):
+                began = True
+                found = self._choose()
+                if found is None and not tried_lean:
+                    tried_lean = True
+                    _add_lean_points(self.points, max(0.5, 0.4 * self._left_s()))
+                    continue
+                self._raise_bound()
+                if self.infeasible or self._done():
+                    break
+                if not self._refine(found):
+                    break
+        else:
+            self.bound_ns = self.best_ns
+        self._raise_bound()
+        return BlocksResult(
+            chosen=self.best,
+            peak_bytes=self.best_peak,
+            cost_ns=self.best_ns,
+            lower_bound_ns=self.bound_ns,
+            infeasible=self.infeasible and self.best is None,
+            num_points=sum(len(ps.points) for ps in self.points),
+            solve_s=time.monotonic() - self.began_s,
+            log=tuple(self.log),
+        )
+
+    def _left_s(self) -> float:
+        return self.end_s - time.monotonic()
+
+    def _done(self) -> bool:
+        if self._left_s() <= 0:
+            return True
+        return self.best is not None and self.best_ns <= self.bound_ns * (1 + self.gap)
+
+    def _note(self, text: str) -> None:
+        self.log.append(f"{time.monotonic() - self.began_s:7.2f} s  {text}")
+
+    def _first_points(self) -> None:
+        for ps in self.points:
+            if self._left_s() <= 0:
+                return
+            least = ps.repeat_all
+            span = ps.keep_all.saved_bytes - least.saved_bytes
+            for share in FIRST_SHARES:
+                self._solve(ps, least.saved_bytes + int(share * span))
+            self._note(f"{len(ps.solved)} points of a block of {ps.graph.num_operators} operators")
+
+    def _solve(
+        self, ps: BlockPoints, saved_limit: int, peak_limit: int = UNLIMITED
+    ) -> Point | None:
+        if self._left_s() <= 0:
+            return None
+        limit_s = max(0.2, SOLVE_SHARE * self._left_s())
+        # A block's share of the step's time is small, and so is what its own gap leaves open.
+        return ps.solve(saved_limit, peak_limit, time_limit_s=limit_s, gap=self.gap).point
+
+    def _offer(self, chosen: dict[str, Schedule], what: str) -> int:
+        """Judge a choice on the whole step; return the bytes that it is above the budget."""
+        outcome = replay(self.step.whole, self.step.schedule(chosen))
+        excess = outcome.peak_bytes - self.budget_bytes
+        if excess <= 0 and (self.best is None or outcome.cost_ns < self.best_ns):
+            self.best, self.best_ns = chosen, outcome.cost_ns
+            self.best_peak = outcome.peak_bytes
+            self._note(f"{what}: {outcome.cost_ns} ns at {outcome.peak_bytes} bytes")
+        return excess
+
+    def _choose(self) -> tuple[int, ...] | None:
+        """Choose among the points; the rows may be wrong by what is shared, so try again."""
+        choices = [[_choice(p) for p in ps.points] for ps in self.points]
+        budget_bytes = self.budget_bytes
+        last = None
+        for _ in range(4):
+            found = self.program.solve(
+                choices, budget_bytes, time_limit_s=max(0.5, 0.3 * self._left_s()), seed=self.seed
+            )
+            if found.chosen is None:
+                break
+            last = found.chosen
+            excess = self._offer(_schedules(self.step, self.points, found.chosen), "program")
+            if excess <= 0:
+                break
+            budget_bytes -= excess
+        return last
+
+    def _raise_bound(self) -> None:
+        corners = [_corners(ps) for ps in self.points]
+        if self._left_s() <= 0:
+            return
+        if not all(corners):
+            self.infeasible = True
+            return
+        found: Assignment = self.program.solve(
+            corners,
+            self.budget_bytes,
+            time_limit_s=max(0.5, 0.2 * self._left_s()),
+            seed=self.seed,
+            inputs_may_go=True,
+        )
+        if found.infeasible:
+            self.infeasible = True
+            return
+        own_ns = sum(op.cost_ns for op in self.step.rest.operators)
+        self.bound_ns = max(self.bound_ns, own_ns + found.bound_ns)
+
+    def _refine(self, chosen: tuple[int, ...] | None) -> bool:
+        """Solve new points around the chosen ones; return whether there were any."""
+        step, before = self.step, sum(len(ps.solved) for ps in self.points)
+        used: dict[int, set[int]] = {b: set() for b in range(len(self.points))}
+        block_of = {call.path: call.block for call in step.calls}
+        for path, i in zip(step.paths, chosen or (), strict=False):
+            used[block_of[path]].add(i)
+        for b, ps in enumerate(self.points):
+            listed = ps.points
+            for i in used[b] or {0, len(listed) - 1}:
+                if self._left_s() <= 0:
+                    break
+                self._around(ps, listed[i])
+        return sum(len(ps.solved) for ps in self.points) > before
+
+    def _around(self, ps: BlockPoints, point: Point) -> None:
+        least_step = max(1, int(SMALLEST_STEP * ps.keep_all.saved_bytes))
+        limits = sorted({s.saved_limit for s in ps.solved.values()} | {ps.keep_all.saved_bytes})
+        saved = sorted({*limits, *(p.saved_bytes for p in ps.points)})
+        below = max((x for x in saved if x < point.saved_bytes), default=None)
+        above = min((x for x in saved if x > point.saved_bytes), default=None)
+        for other in (below, above):
+            if other is not None and abs(other - point.saved_bytes) > least_step:
+                self._solve(ps, (point.saved_bytes + other) // 2)
+        lowest = min(p.peak_bytes for p in ps.points)
+        for share in (1 / 3, 2 / 3):
+            limit = lowest + int(share * (point.peak_bytes - lowest))
+            if limit < point.peak_bytes - least_step:
+                self._solve(ps, point.saved_bytes, limit)
+
+
+def _add_lean_points(points: Sequence[BlockPoints], time_limit_s: float) -> None:
+    """Solve points for low budgets: that save little, and need little while they run."""
+    end_s = time.monotonic() + time_limit_s
+    share_s = time_limit_s / ((len(LEAN_PEAKS) * len(LEAN_SAVED) + 1) * max(1, len(points)))
+    for ps in points:
+        saves = ps.repeat_all
+        needs = ps.least_peak(time_limit_s=share_s)
+        for saved_share in LEAN_SAVED:
+            saved = saves.saved_bytes + int(saved_share * ps.keep_all.saved_bytes)
+            for share in LEAN_PEAKS:
+                peak = needs.peak_bytes + int(share * (saves.peak_bytes - needs.peak_bytes))
+                if time.monotonic() < end_s:
+                    ps.solve(saved, peak, time_limit_s=share_s, gap=1e-2)
+
+
+def _corners(ps: BlockPoints) -> list[Choice]:
+    """What no schedule of a block can be better than, piece by piece of what it saves."""
+    limits = sorted(
+        {s.saved_limit for s in ps.solved.values()} | {ps.keep_all.saved_bytes, UNLIMITED}
+    )
+    corners = []
+    above = 0
+    for limit in limits:
+        bound_ns = ps.bound_ns(limit)
+        if bound_ns is not None:
+            corners.append(
+                Choice(
+                    cost_ns=bound_ns,
+                    saved_bytes=above,
+                    forward_bytes=ps.least_forward_bytes,
+                    backward_bytes=ps.least_backward_bytes,
+                    left_bytes=ps.least_backward_bytes,
+                )
+            )
+        above = limit + 1
+    return corners
+
+
+def _choice(point: Point) -> Choice:
+    return Choice(
+        cost_ns=point.cost_ns,
+        saved_bytes=point.saved_bytes,
+        forward_bytes=point.forward_bytes,
+        backward_bytes=point.backward_bytes,
+        left_bytes=point.left_bytes,
+        shared=point.shared,
+    )
+
+
+def _schedules(
+    step: BlockedStep, points: Sequence[BlockPoints], chosen: Sequence[int]
+) -> dict[str, Schedule]:
+    block_of = {call.path: call.block for call in step.calls}
+    listed = [ps.points for ps in points]
+    return {
+        path: listed[block_of[path]][i].schedule for path, i in zip(step.paths, chosen, strict=True)
+    }
+
+
+def _least_saved(ps: BlockPoints) -> Point:
+    return min(ps.points, key=lambda p: (p.saved_bytes, p.backward_bytes))
+
+
+def _least_needed(ps: BlockPoints) -> Point:
+    return min(ps.points, key=lambda p: (p.peak_bytes, p.saved_bytes))
