@@ -47,6 +47,8 @@ class CapturedStep:
     unplanned
         The cost graph of the step as eager PyTorch runs it, without the planner's own
         writes over arguments; ``None`` while the step is being captured.
+    unplanned_carriers
+        For each storage of ``unplanned``, the nodes whose value owns its memory.
     model
         Refers weakly to the captured module.
     costs
@@ -66,6 +68,7 @@ class CapturedStep:
     optimizer: OptimizerStep | None
     model: weakref.ref[nn.Module]
     unplanned: CostGraph | None = None
+    unplanned_carriers: tuple[tuple[Node, ...], ...] = ()
     costs: CostRecord | None = None
     holds: LoopHolds = NOTHING_ELSE
 

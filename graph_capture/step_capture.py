@@ -158,14 +158,20 @@ def capture_step(
     )
     first = pricing if check is None else _unmeasured(pricing)
     try:
-        unplanned = _fold(step, first, optimizer, model, progress, reuse=False).graph
+        eager = _fold(step, first, optimizer, model, progress, reuse=False)
         folded = _fold(step, pricing, optimizer, model, progress, reuse=True, check=check)
     finally:
         if isinstance(costs, PreparedCostModel):
             costs.save()
     record = costs.record()
     record = replace(record, notes=(*record.notes, *probe.notes))
-    return replace(folded, unplanned=unplanned, costs=record, holds=holds)
+    return replace(
+        folded,
+        unplanned=eager.graph,
+        unplanned_carriers=eager.carriers,
+        costs=record,
+        holds=holds,
+    )
 
 
 def _fold(

@@ -1,0 +1,439 @@
+"""Record a step in which chosen modules stand for themselves: one operator each way.
+
+What such a module computes is captured apart, once for all that are alike. In the step
+around it, its call is an autograd function that makes outputs of the right form and
+later gradients of the right form, so that everything else of the step, and the time at
+which everything else lives, is recorded as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+
+from .call_spec import TensorSpec, bind_call, describe, tensors_of
+from .captured_step import CapturedStep
+from .errors import CaptureError, NotFittingError
+from .outputs import OutputTemplate, tensors_within
+from .private_torch.autograd import sequence_number_of
+from .private_torch.operators import OpOverload, schema_of
+from .recorder import storage_id
+from .traced_step import TracedStep
+
+NAMESPACE = "remat_blocks"
+FORWARD = f"{NAMESPACE}.forward_call.default"
+BACKWARD = f"{NAMESPACE}.backward_call.default"
+
+Form = tuple["MadeTensor", ...]
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeTensor:
+    """A tensor that a call makes, or passes on.
+
+    Parameters
+    ----------
+    spec
+        Its shape, strides, dtype and device.
+    offset
+        Elements of its memory before the first one.
+    memory
+        Number of its memory among those that the call makes; -1 for a tensor passed on.
+    size_bytes
+        Of that memory.
+    given
+        Index of the tensor that is passed on; ``None`` for one that is made.
+    """
+
+    spec: TensorSpec
+    offset: int = 0
+    memory: int = -1
+    size_bytes: int = 0
+    given: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpaqueForm:
+    """All that the rest of a step sees of a module's call.
+
+    Parameters
+    ----------
+    outputs
+        The tensors that it returns; ``given`` are tensors of the call.
+    template
+        How they are returned.
+    differentiated
+        Those that a gradient comes back for.
+    gradients
+        Its gradients, in the order of ``leaves``; ``given`` are gradients of
+        ``differentiated``.
+    leaves
+        For each the index of the tensor of the call, or the name of the parameter.
+    summed
+        Those of the gradients that are sums of several contributions.
+    """
+
+    outputs: Form
+    template: OutputTemplate
+    differentiated: tuple[int, ...]
+    gradients: Form
+    leaves: tuple[int | str, ...]
+    summed: frozenset[int]
+
+    @classmethod
+    def of(cls, captured: CapturedStep) -> OpaqueForm:
+        """Return the form of a module's captured step.
+
+        Raises
+        ------
+        NotFittingError
+            When it does what cannot stand apart from the rest of the step.
+        """
+        step = captured.step
+        if step.reassigned or step.left or step.made_to_require:
+            what = [*step.reassigned, *step.left]
+            name = getattr(what[0], "target", "an attribute") if what else "an argument"
+            raise NotFittingError(f"its forward replaces {name!r}, which later calls may read")
+        inputs = {
+            storage_id(node.meta["val"]): int(node.meta["target"])
+            for node in step.graph.find_nodes(op="placeholder")
+            if node.meta["role"] == "input"
+        }
+        tangents = {storage_id(node.meta["val"]): i for i, node in enumerate(step.tangents)}
+        own = {
+            storage_id(node.meta["val"])
+            for node in step.graph.find_nodes(op="placeholder")
+            if node.meta["role"] not in ("input", "tangent")
+        }
+        outputs = [step.outputs[i].meta["val"] for i in range(len(step.template.names))]
+        if any(storage_id(value) in own for value in outputs):
+            raise NotFittingError("it returns a parameter or buffer of its own")
+        return cls(
+            outputs=_made(outputs, inputs),
+            template=step.template,
+            differentiated=step.differentiated,
+            gradients=_made([gradient.meta["val"] for _, gradient in step.gradients], tangents),
+            leaves=tuple(
+                int(leaf.meta["target"])
+                if leaf.meta["role"] == "input"
+                else str(leaf.meta["target"])
+                for leaf, _ in step.gradients
+            ),
+            summed=_sums(step),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenCall:
+    """A call that stood for itself.
+
+    Parameters
+    ----------
+    path
+        The module.
+    number
+        Which call of the step; the two operators have it as an argument.
+    arguments
+        The call by name, tensors as ``TensorSpec``.
+    form
+        Its form.
+    """
+
+    path: str
+    number: int
+    arguments: Mapping[str, Any]
+    form: OpaqueForm
+
+
+class UnknownFormError(BaseException):
+    """Ends a capture at the first call whose form is not known.
+
+    Not an ``Exception``, since a capture goes on after those in another way.
+    """
+
+    def __init__(self, path: str, arguments: Mapping[str, Any]) -> None:
+        super().__init__(path)
+        self.path = path
+        self.arguments = arguments
+
+
+class OpaqueCalls:
+    """Lets modules stand for themselves while a step is captured.
+
+    Parameters
+    ----------
+    modules
+        By path.
+    form_of
+        Returns the form of a module's call, or ``None`` where it is not known.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        form_of: Callable[[str, Mapping[str, Any]], OpaqueForm | None],
+    ) -> None:
+        self._modules = modules
+        self._form_of = form_of
+        self.seen: list[SeenCall] = []
+        self.without_gradient: dict[int, set[int]] = {}  # outputs of a call
+        self.out_of_order: dict[int, int | str] = {}  # a leaf of a call
+        self._nodes: dict[int, Any] = {}  # autograd's nodes of the calls
+
+    def around(self, forward: Forward) -> Forward:
+        """Return the model's forward with the modules standing for themselves inside it."""
+
+        @wraps(forward)
+        def standing_in(*args: Any, **kwargs: Any) -> Any:
+            with self.standing_in():
+                output = forward(*args, **kwargs)
+                self.look_at(output)
+                return output
+
+        return standing_in
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        """While active, the modules make nothing but their form; what was seen is forgotten."""
+        self.seen.clear()
+        self.without_gradient.clear()
+        self.out_of_order.clear()
+        self._nodes.clear()
+        before = {path: vars(m).get("forward") for path, m in self._modules.items()}
+        try:
+            for path, module in self._modules.items():
+                vars(module)["forward"] = self._stand_in(path, module)
+            yield
+        finally:
+            for path, module in self._modules.items():
+                if before[path] is None:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = before[path]
+
+    def forget(self) -> None:
+        """Let go of the forms that the operators look up."""
+        for call in self.seen:
+            _FORMS.pop(call.number, None)
+
+    def _stand_in(self, path: str, module: nn.Module) -> Forward:
+        own = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not module.training or not torch.is_grad_enabled():
+                return own(*args, **kwargs)
+            arguments = bind_call(own, args, kwargs)
+            spec = describe(arguments)
+            form = self._form_of(path, spec)
+            if form is None:
+                raise UnknownFormError(path, spec)
+            number = len(self.seen)
+            _FORMS[number] = form
+            self.seen.append(SeenCall(path=path, number=number, arguments=spec, form=form))
+            given = tensors_of(arguments)
+            leaves = [
+                given[leaf] if isinstance(leaf, int) else module.get_parameter(leaf)
+                for leaf in form.leaves
+            ]
+            made = _Opaque.apply(self, number, len(leaves), *leaves, *given)
+            outputs = list(made)
+            self._nodes[number] = made[form.differentiated[0]].grad_fn
+            for i, out in enumerate(form.outputs):
+                if out.given is not None and i not in form.differentiated:
+                    outputs[i] = given[out.given]
+            return form.template.build(outputs)
+
+        return forward
+
+    def look_at(self, output: Any) -> None:
+        """Note the calls whose gradients autograd would add up in another order than eager's.
+
+        Eager adds the contributions of a module to a tensor's gradient one by one to those
+        that are there already; a planned module adds up its own first. The two differ where
+        another one that runs later in forward has contributed before, and where a module
+        gets one tensor twice.
+
+        Parameters
+        ----------
+        output
+            What the model's forward returns.
+        """
+        differentiated = [t for t in tensors_within(output) if t.requires_grad]
+        readers = _readers(map(get_gradient_edge, differentiated))
+        for call in self.seen:
+            node = self._nodes[call.number]
+            own = list(node.next_functions[: len(call.form.leaves)])
+            number = sequence_number_of(node)
+            for i in call.form.summed:
+                later = any(
+                    reader is not node and (reader is None or sequence_number_of(reader) > number)
+                    for reader in readers.get(own[i], ())
+                )
+                if later or own.count(own[i]) > 1:
+                    self.out_of_order.setdefault(call.number, call.form.leaves[i])
+        self._nodes.clear()
+
+    def note_without_gradient(self, number: int, outputs: Sequence[int]) -> None:
+        """Note outputs that no gradient has come back for."""
+        self.without_gradient.setdefault(number, set()).update(outputs)
+
+
+class _Opaque(torch.autograd.Function):
+    """A call that makes its outputs, and later its gradients, out of nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, calls: OpaqueCalls, number: int, num_leaves: int, *tensors: Any) -> Any:
+        form = _FORMS[number]
+        given = tensors[num_leaves:]
+        ctx.calls, ctx.number = calls, number
+        ctx.num_leaves, ctx.num_given = num_leaves, len(given)
+        ctx.save_for_backward(*given)  # a planned call holds its arguments until its backward
+        ctx.set_materialize_grads(False)
+        fresh = _forward_call(list(given), number)
+        outputs = _placed(form.outputs, fresh, given)
+        ctx.mark_non_differentiable(
+            *(t for i, t in enumerate(outputs) if i not in form.differentiated)
+        )
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        form = _FORMS[ctx.number]
+        tangents = [gradients[i] for i in form.differentiated]
+        missing = [i for i in form.differentiated if gradients[i] is None]
+        if missing:
+            ctx.calls.note_without_gradient(ctx.number, missing)
+            like = [form.outputs[i].spec for i in form.differentiated]
+            tangents = [
+                torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) if t is None else t
+                for t, spec in zip(tangents, like, strict=True)
+            ]
+        fresh = _backward_call([*tangents, *ctx.saved_tensors], ctx.number)
+        made = _placed(form.gradients, fresh, tangents)
+        return (None, None, None, *made, *([None] * ctx.num_given))
+
+
+def _readers(edges: Iterable[Any]) -> dict[tuple[Any, int], list[Any]]:
+    """The nodes that read each tensor on the way to some others; ``None`` is the loop."""
+    readers: dict[tuple[Any, int], list[Any]] = {}
+    todo: list[Any] = []
+    for edge in edges:
+        readers.setdefault((edge.node, edge.output_nr), []).append(None)
+        todo.append(edge.node)
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        for edge in node.next_functions:
+            if edge[0] is None:
+                continue
+            readers.setdefault(edge, []).append(node)
+            if edge[0] not in seen:
+                seen.add(edge[0])
+                todo.append(edge[0])
+    return readers
+
+
+def _placed(
+    form: Form, fresh: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The tensors of a form: those made, and those passed on."""
+    left = iter(fresh)
+    return [next(left) if tensor.given is None else given[tensor.given] for tensor in form]
+
+
+def _made(values: Sequence[torch.Tensor], given: Mapping[int, int]) -> Form:
+    memory: dict[int, int] = {}
+    made = []
+    for value in values:
+        spec = TensorSpec.of(value.detach())
+        sid = storage_id(value)
+        if sid in given:
+            made.append(MadeTensor(spec=spec, given=given[sid]))
+            continue
+        made.append(
+            MadeTensor(
+                spec=spec,
+                offset=int(value.storage_offset()),
+                memory=memory.setdefault(sid, len(memory)),
+                size_bytes=value.untyped_storage().nbytes(),
+            )
+        )
+    return tuple(made)
+
+
+def _sums(step: TracedStep) -> frozenset[int]:
+    """The gradients that autograd adds up, or that end in a sum for another reason."""
+    added = {
+        storage_id(node.meta["val"])
+        for node in step.graph.nodes
+        if node.meta.get("phase") == "backward"
+        and isinstance(node.target, OpOverload)
+        and schema_of(node.target).name in ("aten::add", "aten::add_")
+        and isinstance(node.meta["val"], torch.Tensor)
+    }
+    return frozenset(
+        i
+        for i, (_, gradient) in enumerate(step.gradients)
+        if storage_id(gradient.meta["val"]) in added
+    )
+
+
+# -- the two operators ---------------------------------------------------------------------
+
+_FORMS: dict[int, OpaqueForm] = {}
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("forward_call(Tensor[] given, int number) -> Tensor[]")
+_library.define("backward_call(Tensor[] given, int number) -> Tensor[]")
+
+
+def _fresh(form: Form) -> list[torch.Tensor]:
+    memory: dict[int, torch.Tensor] = {}
+    made = []
+    for tensor in form:
+        if tensor.given is not None:
+            continue
+        spec = tensor.spec
+        if tensor.size_bytes == spec.extent_bytes and not tensor.offset:
+            alone = sum(other.memory == tensor.memory for other in form) == 1
+            if alone:
+                made.append(
+                    torch.empty_strided(
+                        spec.shape, spec.stride, dtype=spec.dtype, device=spec.device
+                    )
+                )
+                continue
+        if tensor.memory not in memory:
+            memory[tensor.memory] = torch.empty(
+                tensor.size_bytes, dtype=torch.uint8, device=spec.device
+            )
+        elements = memory[tensor.memory].view(spec.dtype)
+        made.append(elements.as_strided(spec.shape, spec.stride, tensor.offset))
+    return made
+
+
+def _fake_forward(given: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
+    return _fresh(_FORMS[number].outputs)
+
+
+def _fake_backward(given: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
+    return _fresh(_FORMS[number].gradients)
+
+
+def _no_values(given: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
+    raise CaptureError("a module that stands for itself has no values")
+
+
+torch.library.register_fake(f"{NAMESPACE}::forward_call", _fake_forward, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::backward_call", _fake_backward, lib=_library)
+_library.impl("forward_call", _no_values, "CompositeExplicitAutograd")
+_library.impl("backward_call", _no_values, "CompositeExplicitAutograd")
+_forward_call = getattr(torch.ops, NAMESPACE).forward_call
+_backward_call = getattr(torch.ops, NAMESPACE).backward_call
