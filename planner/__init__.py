@@ -3,6 +3,8 @@
 from graph_capture.costs.profile import Profile
 
 from .base.forward_slot import unplanned
+from .block_plan import BlockPlan
+from .blocks.applying import AppliedBlocks, applied_blocks
 from .comparing.compare import compare
 from .comparing.comparison import Comparison
 from .comparing.files import ComparisonFileError
@@ -35,7 +37,9 @@ from .versions import show_versions
 from .watch import Watched, watch
 
 __all__ = [
+    "AppliedBlocks",
     "AppliedPlan",
+    "BlockPlan",
     "BudgetBound",
     "CallMismatchError",
     "CaptureError",
@@ -66,6 +70,7 @@ __all__ = [
     "Validation",
     "Why",
     "Watched",
+    "applied_blocks",
     "applied_plan",
     "compare",
     "estimate",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
+from graph_capture.errors import CaptureError
 from graph_capture.loop_holds import Grads, LoopHolds, Outputs
 
 from .base.budget import read_budget
@@ -18,9 +19,19 @@ from .base.request import Request
 from .base.shape_range import Shapes
 from .base.solve_options import SolveOptions
 from .base.step_spec import StepSpec
+from .block_plan import BlockPlan
+from .blocks.find import has_blocks
+from .blocks.make_blocks import make_block_plan
 from .plan import Plan
 from .planning.captured_call import captured_call
 from .planning.make_plan import make_plan
+
+Granularity = Literal["step", "blocks"]
+
+IN_BLOCKS = (
+    "Where only a part of the step cannot be captured, plan inside the model's blocks, and leave "
+    "that part as it is: optimize(…, granularity='blocks')"
+)
 
 
 def optimize(
@@ -48,6 +59,8 @@ def optimize(
     grads: Grads = "none",
     resident_bytes: int | str = 0,
     concurrent_calls: int = 1,
+    granularity: Granularity = "step",
+    blocks: str | Sequence[str] = "auto",
     progress: ShowProgress = None,
 ) -> Plan:
     """Plan a training step of ``model`` whose peak memory stays within a budget.
@@ -133,6 +146,14 @@ def optimize(
         How many calls of the model the loop makes before it differentiates the first: 2 for
         a siamese or contrastive loss, a pipeline's micro-batches in flight. All run by the
         plan, and all of them together stay within the budget.
+    granularity
+        ``"step"`` plans the whole step as one. ``"blocks"`` plans inside the model's own
+        blocks, so that hooks on blocks, ``fully_shard`` and pipeline stages stay as they
+        are, and returns a :class:`planner.BlockPlan`; what lies between the blocks runs
+        as it is (``docs/blocks.md``).
+    blocks
+        Which modules these are: a pattern of module paths such as ``"model.layers.*"``,
+        several, or ``"auto"`` for the model's lists of layers.
     progress
         ``True`` shows a progress bar, while calls are timed and while the solver
         runs; a function receives :class:`solvers.progress.ProgressEvent`.
@@ -169,5 +190,14 @@ def optimize(
         always_recompute=always_recompute,
         progress=progress,
     )
-    with captured_call(spec, progress) as call:
-        return Plan.of(*make_plan(call, request.settled(call.unplanned_peak_bytes)))
+    if granularity not in get_args(Granularity):
+        raise ValueError(f"granularity is one of {get_args(Granularity)}, got {granularity!r}")
+    if granularity == "blocks":
+        return BlockPlan.of_blocks(*make_block_plan(spec, request, blocks))
+    try:
+        with captured_call(spec, progress) as call:
+            return Plan.of(*make_plan(call, request.settled(call.unplanned_peak_bytes)))
+    except CaptureError as error:
+        if has_blocks(model):
+            error.add_note(IN_BLOCKS)
+        raise

@@ -179,12 +179,19 @@ def check_options(options: Mapping[str, Any]) -> None:
     ------
     TypeError
         Names the first one.
+    ValueError
+        When the plan is to be made in blocks.
     """
     unknown = sorted(options.keys() - _OPTIONS)
     if unknown:
         raise TypeError(
             f"the arguments of optimize() are understood, and {unknown[0]!r} is none of them; "
             f"there are {', '.join(sorted(_OPTIONS))}"
+        )
+    if options.get("granularity", "step") != "step":
+        raise ValueError(
+            "a first call is planned as a whole step; to plan in blocks, watch(model) without a "
+            "budget, and pass its sample_input to optimize(…, granularity='blocks')"
         )
 
 

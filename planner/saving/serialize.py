@@ -98,6 +98,8 @@ def load_plan(path: Path) -> PlanRecord:
     data = _read(path)
     if isinstance(data, dict) and "plan_set_version" in data:
         raise _refused(f"{path} holds a set of plans: read it with PlanSet.load")
+    if isinstance(data, dict) and "block_plan_version" in data:
+        raise _refused(f"{path} holds a plan in blocks: read it with BlockPlan.load")
     try:
         return plan_from_dict(data)
     except PlanError as error:

@@ -1,0 +1,131 @@
+"""A plan whose parts are inside the model's own blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+from graph_capture.units import format_bytes
+
+from .base.live_state import LiveState
+from .blocks.applying import apply_blocks, remove_blocks
+from .blocks.block_files import load_block_plan, save_block_plan
+from .blocks.block_record import BlockParts
+from .blocks.block_report import block_lines
+from .errors import PlanError
+from .plan import Plan
+from .plan_record import OnShapeChange, PlanRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan(Plan):
+    """Plans for the blocks of one model, chosen together under a budget for the whole step.
+
+    Made by :func:`planner.optimize` with ``granularity="blocks"``, or read from a file by
+    :meth:`load`. Each block's forward is replaced by a planned step of its own, and all else
+    of the model stays as it is: hooks on blocks, ``fully_shard``, pipeline stages. The
+    attributes are those of :class:`planner.plan_record.PlanRecord`, of the whole step.
+
+    Attributes
+    ----------
+    parts
+        Which block runs by which plan.
+    """
+
+    parts: BlockParts
+    _parts_live: tuple[LiveState | None, ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def of_blocks(
+        cls, record: PlanRecord, parts: BlockParts, live: Sequence[LiveState | None] = ()
+    ) -> BlockPlan:
+        """Make a plan of a step's record and its blocks' plans."""
+        decided = {f.name: getattr(record, f.name) for f in fields(PlanRecord)}
+        return cls(**decided, parts=parts, _parts_live=tuple(live) or (None,) * len(parts.plans))
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths of the planned blocks, in the order of the forward pass."""
+        return tuple(self.parts.plan_of)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_live": None, "_parts_live": (None,) * len(self.parts.plans)}
+
+    def apply(  # type: ignore[override]  # a block cannot plan another shape by itself
+        self, model: nn.Module, *, on_shape_change: OnShapeChange = "error"
+    ) -> nn.Module:
+        """Make the blocks of ``model`` train by this plan; returns the same object.
+
+        Call it before or after ``fully_shard``, on the module whose blocks have these paths.
+        Nothing is applied when one of the blocks is not the planned one.
+
+        Parameters
+        ----------
+        on_shape_change
+            What a block does when it is called otherwise than planned: ``"error"`` names
+            the difference, ``"unplanned"`` runs the block's own forward.
+
+        Raises
+        ------
+        PlanMismatchError
+            When a block is missing or is another than planned; names it.
+        PlanError
+            When the model has a plan of the whole step.
+        """
+        return apply_blocks(model, self.parts, self._parts_live, on_shape_change)
+
+    @staticmethod
+    def remove(model: nn.Module) -> nn.Module:
+        """Restore the own forward of the blocks of ``model``; returns the same object.
+
+        Raises
+        ------
+        PlanError
+            When none has a plan.
+        """
+        return remove_blocks(model)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, blocks named by their paths, whole or not at all."""
+        save_block_plan(self, self.parts, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> BlockPlan:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises
+        ------
+        PlanError
+            When the file is not such a plan, or is damaged.
+        """
+        return BlockPlan.of_blocks(*load_block_plan(Path(path)))
+
+    def for_call(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Refuse: another call has blocks of its own, to be planned by ``optimize``."""
+        raise PlanError("plan another call in blocks with optimize(…, granularity='blocks')")
+
+    def max_batch(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Refuse: the largest batch is searched for plans of the whole step."""
+        raise PlanError("max_batch plans the whole step: use planner.max_batch(model, …)")
+
+    def validate(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Refuse: a planned model in blocks is measured as it is."""
+        raise PlanError("apply the plan, and measure the model with planner.measure(model, …)")
+
+    def export(self, to: str) -> NoReturn:
+        """Refuse: settings of other tools are chosen from a plan of the whole step."""
+        raise PlanError(f"to export to {to!r}, plan the whole step: granularity='step'")
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{block_lines(self, self.parts)}"
+
+    def __repr__(self) -> str:
+        return (
+            f"<BlockPlan {self.status} of {len(self.parts.plan_of)} blocks for "
+            f"{format_bytes(self.budget_bytes)}: peak {format_bytes(self.predicted_peak_bytes)}, "
+            f"+{self.overhead:.2%}, gap {self.gap:.2%}>"
+        )

@@ -1,0 +1,109 @@
+"""Put plans inside a model's blocks, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..base.forward_slot import stand_in_of
+from ..base.live_state import LiveState
+from ..errors import PlanError, PlanMismatchError
+from ..plan_record import OnShapeChange
+from ..running.attach import AppliedPlan, applied_plan, apply_plan, remove_plan
+from .block_record import BlockParts
+
+POLICIES: tuple[OnShapeChange, ...] = ("error", "unplanned")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppliedBlocks:
+    """How the blocks of a model have trained under their plans so far.
+
+    Parameters
+    ----------
+    blocks
+        By path, as :func:`planner.applied_plan` says it of one module.
+    """
+
+    blocks: dict[str, AppliedPlan]
+
+    @property
+    def planned_steps(self) -> int:
+        """Training calls that every block has run by its plan."""
+        return min((applied.planned_steps for applied in self.blocks.values()), default=0)
+
+    @property
+    def unplanned_steps(self) -> int:
+        """The most training calls that a block has run by its own forward."""
+        return max((applied.unplanned_steps for applied in self.blocks.values()), default=0)
+
+    @property
+    def last_mismatch(self) -> str | None:
+        """Why the last of those differed from the planned one, of the first such block."""
+        reasons = (applied.last_mismatch for applied in self.blocks.values())
+        return next((reason for reason in reasons if reason is not None), None)
+
+
+def apply_blocks(
+    model: nn.Module,
+    parts: BlockParts,
+    live: Sequence[LiveState | None],
+    on_shape_change: OnShapeChange,
+) -> nn.Module:
+    """Apply the plans, all or none; see :meth:`planner.BlockPlan.apply`."""
+    if on_shape_change not in POLICIES:
+        raise ValueError(
+            f"on_shape_change is one of {POLICIES} for a plan in blocks, got {on_shape_change!r}: "
+            "a block cannot plan another shape by itself, since the budget is the whole step's"
+        )
+    if stand_in_of(model) is not None:
+        raise PlanError(
+            f"this {type(model).__name__} has a plan of the whole step: Plan.remove(model) first"
+        )
+    modules = {path: _at(model, path) for path in parts.plan_of}
+    done: list[nn.Module] = []
+    try:
+        for path, module in modules.items():
+            i = parts.plan_of[path]
+            try:
+                apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
+            except PlanMismatchError as error:
+                raise PlanMismatchError(f"block {path!r}: {error}") from error
+            done.append(module)
+    except BaseException:
+        for module in done:
+            remove_plan(module)
+        raise
+    return model
+
+
+def remove_blocks(model: nn.Module) -> nn.Module:
+    """Remove the plans inside a model; see :meth:`planner.BlockPlan.remove`."""
+    planned = [m for _, m in _planned(model)]
+    if not planned:
+        raise PlanError(f"no block of this {type(model).__name__} has a plan")
+    for module in planned:
+        remove_plan(module)
+    return model
+
+
+def applied_blocks(model: nn.Module) -> AppliedBlocks | None:
+    """Return the plans inside a model and how many steps each has run; ``None`` for none."""
+    found = {path: applied for path, m in _planned(model) if (applied := applied_plan(m))}
+    return AppliedBlocks(blocks=found) if found else None
+
+
+def _planned(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    named = [(path, m) for path, m in model.named_modules() if path]
+    return [(path, m) for path, m in named if applied_plan(m) is not None]
+
+
+def _at(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise PlanMismatchError(
+            f"this {type(model).__name__} has no block {path!r}, which the plan is for"
+        ) from error

@@ -1,0 +1,313 @@
+"""Capture a step's blocks by their real calls, and the rest of the step around them.
+
+The rest is captured with the blocks as operators of their own kind
+(``graph_capture/opaque_calls.py``). At the first call of a block that is not known yet the
+capture ends, this block is captured by that call, and the capture begins again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from graph_capture.call_spec import TensorSpec, difference, specs_of, to_json
+from graph_capture.captured_step import CapturedStep
+from graph_capture.costs.cost_model import TimingProgress
+from graph_capture.errors import CaptureError
+from graph_capture.loss import LossRegion, LossSource, LossSpec
+from graph_capture.opaque_calls import (
+    OpaqueCalls,
+    OpaqueForm,
+    SeenCall,
+    UnknownFormError,
+)
+from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.reads import Where
+from graph_capture.snapshots import ABSENT
+from graph_capture.snapshots import difference as difference_held
+from graph_capture.step_capture import capture_step
+from graph_capture.target import Target
+
+from ..base.call_guard import CallGuard, autocast_dtype
+from ..base.forward_slot import original_forward
+from ..base.step_spec import StepSpec
+from ..errors import PlanError
+
+
+class UnfitBlockError(PlanError):
+    """A module cannot have a plan of its own inside this step.
+
+    Parameters
+    ----------
+    path
+        The module.
+    message
+        Why, and what to do.
+    """
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+MAX_ROUNDS = 200
+"""Distinct calls of blocks in a step; a model with more has no blocks that are alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistinctBlock:
+    """A block that was captured, for all that are alike.
+
+    Parameters
+    ----------
+    path
+        The module that was captured.
+    module
+        The module.
+    arguments
+        Its call by name, tensors as ``TensorSpec``.
+    captured
+        Its step.
+    form
+        What the rest of the step sees of it.
+    guard
+        The call, and the state of the module.
+    unused
+        Outputs that no gradient comes back for.
+    """
+
+    path: str
+    module: weakref.ref[nn.Module]
+    arguments: Mapping[str, Any]
+    captured: CapturedStep
+    form: OpaqueForm
+    guard: CallGuard
+    unused: frozenset[int]
+
+
+class Capturing:
+    """Captures the rest again and again, with one more block known each time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: tuple[str, ...],
+        spec: StepSpec,
+        target: Target,
+        progress: TimingProgress | None,
+    ) -> None:
+        self.model, self.spec, self.target, self.progress = model, spec, target, progress
+        self.modules = {path: model.get_submodule(path) for path in paths}
+        self.autocast = autocast_dtype(target.torch_type)
+        self.blocks: list[DistinctBlock] = []
+        self.used: dict[str, int] = {}  # path -> distinct block
+        self.unused: dict[str, frozenset[int]] = {}
+        self._looks = {path: _looks_of(module) for path, module in self.modules.items()}
+
+    def rest(self, arguments: Mapping[str, Any]) -> tuple[CapturedStep, list[SeenCall]]:
+        """Return the captured rest, and the blocks' calls in it."""
+        forward = original_forward(self.model)
+        calls = OpaqueCalls(self.modules, self._form_of)
+
+        optimizer = measure_optimizer(self.spec.optimizer, self.model, self.target)
+        for _ in range(MAX_ROUNDS):
+            try:
+                rest = capture_step(
+                    self.model,
+                    arguments,
+                    loss=self.spec.loss_fn,
+                    optimizer=optimizer,
+                    forward=calls.around(forward),
+                    target=self.target,
+                    cost_model=self.spec.cost_model,
+                    progress=self.progress,
+                    holds=self.spec.holds,
+                )
+            except UnknownFormError as unknown:
+                self._capture(unknown.path, unknown.arguments)
+                continue
+            finally:
+                calls.forget()
+            seen = list(calls.seen)
+            missing = self._note_unused(seen, calls.without_gradient)
+            if not missing:
+                self._check(seen, calls.out_of_order)
+                return rest, seen
+        raise PlanError(
+            f"more than {MAX_ROUNDS} blocks differ from one another: name fewer in blocks="
+        )
+
+    def _form_of(self, path: str, arguments: Mapping[str, Any]) -> OpaqueForm | None:
+        found = self._known(path, arguments)
+        if found is None:
+            return None
+        self.used[path] = found
+        return self.blocks[found].form
+
+    def _known(self, path: str, arguments: Mapping[str, Any]) -> int | None:
+        """The distinct block that a call of a module is one of."""
+        unused = self.unused.get(path, frozenset())
+        for i, block in enumerate(self.blocks):
+            if (
+                block.unused == unused
+                and difference(block.arguments, arguments) is None
+                and self._looks[path] == self._looks[block.path]
+                and _reads_the_same(block, self.modules[block.path], self.modules[path])
+            ):
+                return i
+        return None
+
+    def _capture(self, path: str, arguments: Mapping[str, Any]) -> None:
+        """Capture a block by a call that was seen."""
+        module = self.modules[path]
+        if autocast_dtype(self.target.torch_type) != self.autocast:
+            raise UnfitBlockError(
+                path, f"block {path!r} is called under another autocast than the model"
+            )
+        try:
+            to_json(arguments)
+        except TypeError as error:
+            raise UnfitBlockError(
+                path,
+                f"block {path!r} cannot have a plan of its own: {error}. Call the model so that it "
+                "passes tensors and plain values to its blocks (use_cache=False, say)",
+            ) from error
+        unused = self.unused.get(path, frozenset())
+        try:
+            captured = self._captured(module, arguments, None)
+            if unused:
+                captured = self._captured(module, arguments, _without(captured, unused))
+            form = OpaqueForm.of(captured)
+        except CaptureError as error:
+            raise UnfitBlockError(
+                path, f"block {path!r} cannot have a plan of its own: {error}"
+            ) from error
+        self.blocks.append(
+            DistinctBlock(
+                path=path,
+                module=weakref.ref(module),
+                arguments=arguments,
+                captured=captured,
+                form=form,
+                guard=CallGuard.of(module, arguments, captured.device_type, captured.target.place),
+                unused=unused,
+            )
+        )
+
+    def _captured(
+        self, module: nn.Module, arguments: Mapping[str, Any], loss: LossSpec | None
+    ) -> CapturedStep:
+        return capture_step(
+            module,
+            arguments,
+            loss=loss,
+            forward=original_forward(module),
+            target=self.target,
+            cost_model=self.spec.cost_model,
+            progress=self.progress,
+        )
+
+    def _note_unused(self, seen: list[SeenCall], without_gradient: Mapping[int, set[int]]) -> bool:
+        """Note outputs that nobody differentiates; return whether there were unknown ones."""
+        for call in seen:
+            missing = without_gradient.get(call.number)
+            if missing:
+                if missing >= set(call.form.differentiated):
+                    raise UnfitBlockError(
+                        call.path,
+                        f"the loss does not depend on block {call.path!r}: leave it out of blocks=",
+                    )
+                self.unused[call.path] = self.unused.get(call.path, frozenset()) | missing
+        return bool(without_gradient)
+
+    def _check(self, seen: list[SeenCall], out_of_order: Mapping[int, int | str]) -> None:
+        called = Counter(call.path for call in seen)
+        twice = next((path for path, count in called.items() if count > 1), None)
+        if twice is not None:
+            raise UnfitBlockError(
+                twice,
+                f"block {twice!r} is called {called[twice]} times in one step, and a plan inside "
+                "it would hold what several calls save: plan the module around it as a block",
+            )
+        for call in seen:
+            leaf = out_of_order.get(call.number)
+            if leaf is not None:
+                name = tensor_names(call.arguments)[leaf] if isinstance(leaf, int) else leaf
+                raise UnfitBlockError(
+                    call.path,
+                    f"block {call.path!r} uses {name!r} more than once, and others use it later: "
+                    "its gradients would be added in another order than eager's, with other last "
+                    "bits. Name smaller blocks, or leave this one out of blocks=",
+                )
+        never = next((path for path in self.modules if path not in called), None)
+        if never is not None:
+            raise UnfitBlockError(
+                never,
+                f"block {never!r} is not called with gradients in this step (eval mode, no_grad, a "
+                "branch that is not taken?): leave it out of blocks=",
+            )
+
+
+def _without(captured: CapturedStep, unused: frozenset[int]) -> LossSpec:
+    """The loop's part of a block's step in which some outputs get no gradient."""
+    step = captured.step
+    kept = tuple(i for i in step.differentiated if i not in unused)
+    tangents = dict(zip(step.differentiated, step.tangents, strict=True))
+    values = [tangents[i].meta["val"] for i in kept]
+    return LossSpec.of(
+        LossRegion(
+            source=LossSource.LOSS_FN, held_bytes=sum(value.element_size() for value in values)
+        ),
+        kept,
+        values,
+        [node.meta["val"] for node in step.outputs],
+    )
+
+
+def _looks_of(module: nn.Module) -> tuple[Any, ...]:
+    """What two blocks must have in common to be alike, apart from what forward reads."""
+    parts = tuple((name, type(part), part.training) for name, part in module.named_modules())
+    state = tuple(
+        (name, TensorSpec.of(tensor), isinstance(tensor, nn.Parameter))
+        for named in (
+            module.named_parameters(remove_duplicate=False),
+            module.named_buffers(remove_duplicate=False),
+        )
+        for name, tensor in named
+    )
+    order: dict[int, int] = {}
+    tied = tuple(
+        order.setdefault(id(p), len(order))
+        for _, p in module.named_parameters(remove_duplicate=False)
+    )
+    return parts, state, tied
+
+
+def _reads_the_same(block: DistinctBlock, module: nn.Module, other: nn.Module) -> bool:
+    """Whether another module holds what a captured one's forward has read, at the same places."""
+    if module is other:
+        return True
+    path_of = {id(part): name for name, part in module.named_modules()}
+    twins = dict(other.named_modules())
+    for place in block.captured.step.reads.places:
+        holder = place.holder() if isinstance(place.holder, weakref.ref) else place.holder
+        if not isinstance(holder, nn.Module) or id(holder) not in path_of:
+            continue
+        twin = twins[path_of[id(holder)]]
+        if place.where is Where.ATTRIBUTE:
+            now = getattr(twin, place.key, ABSENT)
+        else:
+            now = vars(twin).get(place.key, ABSENT)
+        if difference_held(place.held, now, place.label) is not None:
+            return False
+    return True
+
+
+def tensor_names(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the argument that each tensor of a call is in, in the order of ``tensors_of``."""
+    return [name for name in sorted(arguments) for _ in specs_of(arguments[name])]
