@@ -19,7 +19,7 @@ from .base.live_state import LiveState
 from .base.progress import ShowLines, ShowProgress
 from .base.step_spec import check_model
 from .base.training_step import Sample
-from .explaining.explain import MORE_BYTES, TIME_LIMIT_S, explain_plan
+from .explaining.explain import MORE, TIME_LIMIT_S, explain_plan
 from .explaining.explanation import Explanation
 from .exporting.export import Export, export_plan
 from .measuring.validate import validate_plan
@@ -253,7 +253,7 @@ class Plan(PlanRecord):
     def explain(
         self,
         *,
-        more: int | str = MORE_BYTES,
+        more: int | str = MORE,
         time_limit_s: float = TIME_LIMIT_S,
         progress: ShowProgress = None,
     ) -> Explanation:
@@ -265,8 +265,8 @@ class Plan(PlanRecord):
         Parameters
         ----------
         more
-            Bytes that the larger budget has beyond the plan's, or such as ``"1GB"``;
-            0 for no such solve.
+            How much larger the budget of that solve is than the plan's: bytes, ``"1GB"``,
+            or a share of the plan's such as ``"10%"``; 0 for no such solve.
         time_limit_s
             For that solve.
         progress

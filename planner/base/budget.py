@@ -63,6 +63,16 @@ class RequestedBudget:
         return replace(self, num_bytes=num_bytes)
 
 
+def read_percentage(text: object) -> float | None:
+    """Return what a text such as ``"60%"`` says, as a fraction; ``None`` if it is none.
+
+    >>> read_percentage("12.5 %"), read_percentage("40GB")
+    (0.125, None)
+    """
+    percent = _PERCENT.fullmatch(text) if isinstance(text, str) else None
+    return None if percent is None else float(percent[1]) / 100
+
+
 def share_text(share: float) -> str:
     """Write a share as a percentage.
 
@@ -178,9 +188,8 @@ def read_budget(
             "give the budget once: budget='60%', budget_gb=40, budget_gb='40GiB' or budget_bytes=…"
         )
     for asked in (budget, budget_gb, budget_bytes):
-        percent = _PERCENT.fullmatch(asked) if isinstance(asked, str) else None
-        if percent is not None:
-            share = float(percent[1]) / 100
+        share = read_percentage(asked)
+        if share is not None:
             if not 0 < share <= 1:
                 raise ValueError(
                     "a share of the peak of the step without a plan is above 0% and at most 100%, "
@@ -242,8 +251,8 @@ def parse_headroom(headroom: float | str | None, budget_bytes: int, device_type:
 def _amount(headroom: float | str) -> float | int:
     """Return a fraction as a float, or bytes as an integer."""
     if isinstance(headroom, str):
-        percent = _PERCENT.fullmatch(headroom)
-        if percent is None and headroom.strip()[-1:].isalpha():
+        share = read_percentage(headroom)
+        if share is None and headroom.strip()[-1:].isalpha():
             try:
                 return parse_bytes(headroom)
             except ValueError as error:
@@ -251,13 +260,13 @@ def _amount(headroom: float | str) -> float | int:
                     "headroom is a fraction of the budget or an amount of bytes, got "
                     f"{headroom!r} ({error}): write '5%', 0.05 or '2GB'"
                 ) from error
-        if percent is None:
+        if share is None:
             raise ValueError(
                 "headroom is a fraction of the budget or an amount of bytes, and "
                 f"{headroom!r} does not say which: write '5%', '2GB' or a number such as 0.05"
             )
-        if float(percent[1]) < 100:
-            return float(percent[1]) / 100
+        if share < 1:
+            return share
     elif isinstance(headroom, (int, float)) and not isinstance(headroom, bool):
         if 0 <= headroom < 1:
             return float(headroom)

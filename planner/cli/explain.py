@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..explaining.explain import MORE_BYTES, TIME_LIMIT_S
+from ..explaining.explain import MORE, TIME_LIMIT_S
 from ..explaining.explanation import NUM_LINES
 from .answers import Answer, AsJson, command, say_error
 from .arguments import PlanFile, load_plan
@@ -17,8 +17,12 @@ from .arguments import PlanFile, load_plan
 def explain_command(
     path: PlanFile,
     more: Annotated[
-        str, typer.Option(help="ask what this much more memory would buy, e.g. 1GB; 0 for nothing")
-    ] = f"{MORE_BYTES // 10**6}MB",
+        str,
+        typer.Option(
+            help="ask what this much more memory would buy: 1GB, or a share of the budget such as "
+            "5%; 0 for nothing"
+        ),
+    ] = MORE,
     time_limit_s: Annotated[float, typer.Option(help="for solving that")] = TIME_LIMIT_S,
     lines: Annotated[int, typer.Option(min=1, help="of each table")] = NUM_LINES,
     as_json: AsJson = False,

@@ -172,7 +172,21 @@ def _why(group: Sequence[Holder], step_us: float) -> str:
     again_us = sum(holder.recompute_us or 0.0 for holder in group)
     kept = "saved" if first.why is Why.SAVED else "recomputed already"
     it = "it" if len(group) == 1 else "each of them"
-    return f"{kept}: to make {it} again would take {format_us(again_us)}; {until}"
+    return f"{kept}: to make {it} again would take {format_us(again_us)}{_beside(group)}; {until}"
+
+
+def _beside(group: Sequence[Holder]) -> str:
+    """Say what else would have to be kept to make storages again."""
+    needed = {one.made_by: one for holder in group for one in holder.also_needed}
+    if not needed:
+        return ""
+    calls = list(dict.fromkeys(_short(one.call) for one in needed.values()))
+    reasons = dict.fromkeys(one.pinned for one in needed.values())
+    return (
+        f", and needs {format_bytes(sum(one.size_bytes for one in needed.values()))} kept that are "
+        f"made only once: {', '.join(calls[:3])}{', …' if len(calls) > 3 else ''}"
+        f"{_modules([one.module_path for one in needed.values()])} ({'; '.join(reasons)})"
+    )
 
 
 def _when(times_us: Sequence[float], step_us: float) -> str:
@@ -206,6 +220,7 @@ def _kind_of_holder(holder: Holder) -> tuple[str, ...]:
         _name(holder.last_used_by),
         _pattern(holder.last_used_module),
         holder.pinned,
+        *dict.fromkeys(needed.pinned for needed in holder.also_needed),
     )
 
 

@@ -3,7 +3,9 @@
 A storage at the peak could be absent only by being made again for its next use. What
 that costs is asked of the schedule as it is: everything that is in memory just before
 that use, or stays all step long, is there to be read; what is missing is made in turn.
-So the figure is the time for this storage alone, and it does not ask for memory.
+So the figure is the time for this storage alone, and it does not ask for memory. If what
+is missing comes from an operator that must run exactly once (the state of a generator, a
+choice), it would have to be kept instead; it is named, with its bytes.
 """
 
 from __future__ import annotations
@@ -25,9 +27,30 @@ class Why(StrEnum):
     RESIDENT = "resident"  # all step long: parameters, inputs, optimizer state
     IN_USE = "in_use"  # the operator at the peak reads it or makes it
     HELD = "held"  # to the end of the step: gradients, outputs in the user's hands
-    ONLY_ONCE = "only_once"  # what makes it, or what that needs, must run exactly once
+    ONLY_ONCE = "only_once"  # what makes it must run exactly once
     MADE_AGAIN = "made_again"  # recomputed already, for a use that is still to come
     SAVED = "saved"  # it could be made again; to keep it is what the plan decided
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needed:
+    """A storage that another could be made from, if it were kept.
+
+    Parameters
+    ----------
+    made_by, call, module_path
+        The operator that makes it, what that calls, and where in the model.
+    size_bytes
+        Its size.
+    pinned
+        Why that operator must run exactly once.
+    """
+
+    made_by: str
+    call: str
+    module_path: str
+    size_bytes: int
+    pinned: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +77,13 @@ class Holder:
         When it is freed, in microseconds from the beginning of the step.
     recompute_us
         Time to make it again for its next use after the peak, from what is in memory
-        then; ``None`` where it is not read after the peak, or cannot be made again.
+        then and ``also_needed``; ``None`` where it is not read after the peak, or cannot
+        be made again.
     pinned
         Why it cannot, for :attr:`Why.ONLY_ONCE`; else ``""``.
+    also_needed
+        What would have to be kept for that, because it can be made only once and is not
+        in memory at that use.
     """
 
     storage: str
@@ -73,6 +100,7 @@ class Holder:
     freed_us: float
     recompute_us: float | None = None
     pinned: str = ""
+    also_needed: tuple[Needed, ...] = ()
 
 
 def holders_at_peak(plan: PlanRecord) -> tuple[Holder, ...]:
@@ -120,7 +148,7 @@ class _Peak:
         maker = self.graph.operators[storage.producer]
         uses = [i for i in self.reads.get(k, ()) if i <= last]  # a later version has the others
         reader = self.graph.operators[self.order[uses[-1]]] if uses else None
-        why, recompute_us, pinned = self._why(k, born, uses)
+        why, again = self._why(k, born, uses)
         return Holder(
             storage=storage.name,
             category=storage.category,
@@ -134,38 +162,58 @@ class _Peak:
             last_used_phase="" if reader is None else reader.phase,
             last_used_module="" if reader is None else reader.module_path,
             freed_us=self.ends_us[last],
-            recompute_us=recompute_us,
-            pinned=pinned,
+            recompute_us=None if again is None else again[0] / 1e3,
+            pinned=maker.pinned or "" if why is Why.ONLY_ONCE else "",
+            also_needed=() if again is None else again[1],
         )
 
-    def _why(self, k: int, born: int, uses: list[int]) -> tuple[Why, float | None, str]:
+    def _why(
+        self, k: int, born: int, uses: list[int]
+    ) -> tuple[Why, tuple[int, tuple[Needed, ...]] | None]:
+        """Return the reason, and what it takes to make the storage again where that is one."""
         storage = self.graph.storages[k]
         peak = self.graph.operators[self.order[self.at]]
         if k in (*peak.inputs, *peak.outputs):
-            return Why.IN_USE, None, ""
+            return Why.IN_USE, None
         if storage.kept:
-            return Why.HELD, None, ""
-        cost_ns, pinned = self._cost_ns(k, uses[0]) if uses else (None, "")
-        if cost_ns is None:
-            return Why.ONLY_ONCE, None, pinned
+            return Why.HELD, None
+        assert storage.producer is not None
+        if not uses or self.graph.operators[storage.producer].pinned is not None:
+            return Why.ONLY_ONCE, None
         why = Why.SAVED if born == self.born_first[k] else Why.MADE_AGAIN
-        return why, cost_ns / 1e3, ""
+        return why, self._again(k, uses[0])
 
-    def _cost_ns(self, k: int, run: int) -> tuple[int | None, str]:
-        """Return the time to make a storage just before a run, or ``None`` and what forbids it."""
+    def _again(self, k: int, run: int) -> tuple[int, tuple[Needed, ...]]:
+        """Return the time in ns to make a storage just before a run, and what would be kept."""
         there = {j for j, born, last in self.outcome.live if born < run <= last} - {k}
         needed: set[int] = set()
+        kept: set[int] = set()
         missing = [k]
         while missing:
-            producer = self.graph.storages[missing.pop()].producer
+            storage = missing.pop()
+            producer = self.graph.storages[storage].producer
             if producer is None or producer in needed:
                 continue
             operator = self.graph.operators[producer]
             if operator.pinned is not None:
-                return None, operator.pinned
+                kept.add(storage)
+                continue
             needed.add(producer)
             missing += [j for j in operator.inputs if j not in there]
-        return sum(self.graph.operators[v].cost_ns for v in needed), ""
+        cost_ns = sum(self.graph.operators[v].cost_ns for v in needed)
+        return cost_ns, tuple(self._needed(j) for j in sorted(kept))
+
+    def _needed(self, k: int) -> Needed:
+        storage = self.graph.storages[k]
+        assert storage.producer is not None
+        maker = self.graph.operators[storage.producer]
+        return Needed(
+            made_by=maker.name,
+            call=maker.target,
+            module_path=maker.module_path,
+            size_bytes=storage.size_bytes,
+            pinned=maker.pinned or "",
+        )
 
 
 def _ends_us(graph: CostGraph, schedule: Schedule) -> list[float]:

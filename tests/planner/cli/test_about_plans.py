@@ -28,7 +28,7 @@ def test_explain_refuses_what_is_no_amount(plan_file: Path) -> None:
     """The message says how to write one."""
     done = CliRunner().invoke(app, ["explain", str(plan_file), "--more=lots"])
     assert done.exit_code == 1
-    assert "write more='100MB', or 0 for none" in done.stderr
+    assert "more='100MB', or 0 for none" in done.stderr
 
 
 def test_validate(plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

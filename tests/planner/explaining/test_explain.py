@@ -41,6 +41,16 @@ def test_enough_memory_buys_all_recomputations_back(plan: Plan) -> None:
     assert more.budget_bytes == plan.baseline_peak_bytes
 
 
+def test_a_tenth_of_the_budget_is_asked_about(plan: Plan) -> None:
+    """Whatever the plan's size; another share may be named."""
+    more = plan.explain(time_limit_s=0).more
+    assert more is not None
+    assert more.extra_bytes == plan.budget_bytes // 10
+    five = plan.explain(more="5%", time_limit_s=0).more
+    assert five is not None
+    assert five.extra_bytes == plan.budget_bytes // 20
+
+
 def test_a_plan_from_a_file_explains_itself(plan: Plan, tmp_path) -> None:
     """In the same words."""
     plan.save(tmp_path / "plan.json")
@@ -66,7 +76,9 @@ def test_json_holds_everything(plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"more": -1}, "more=-1.*write more='100MB'"),
+        ({"more": -1}, "more=-1.*write more='10%' of the budget, more='100MB', or 0"),
+        ({"more": "0%"}, "more='0%'"),
+        ({"more": 2**62}, "a budget has at most"),
         ({"more": "lots"}, "more='lots'"),
         ({"more": False}, "more=False"),
         ({"time_limit_s": -1}, "time_limit_s must be finite"),

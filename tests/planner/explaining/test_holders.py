@@ -39,7 +39,7 @@ def test_what_is_freed_is_freed_after_the_peak(plan: Plan) -> None:
     assert all(explained.peak_us <= h.freed_us <= explained.step_us for h in explained.holders)
 
 
-def _chain(*, pinned: str | None = None) -> CostGraph:
+def _chain(*, pinned: str | None = None, at: int = 1) -> CostGraph:
     """Four forward operators of 1, 2, 4, 8 ns, whose outputs the backward pass reads.
 
     The peak is at the first backward operator, ``b3``, which needs scratch.
@@ -51,7 +51,7 @@ def _chain(*, pinned: str | None = None) -> CostGraph:
             inputs=(i - 1,) if i else (8,),
             outputs=(i,),
             cost_ns=2**i,
-            pinned=pinned if i == 1 else None,
+            pinned=pinned if i == at else None,
         )
         for i in range(4)
     ]
@@ -90,12 +90,27 @@ def test_reasons_and_costs_by_hand(plan: Plan) -> None:
 
 
 def test_what_must_run_once_is_kept_for_that(plan: Plan) -> None:
-    """The reason is the operator's own, and of what needs it when it is not there."""
+    """The reason is the operator's own, and no other's that reads it while it is there."""
     held = _held(plan, _chain(pinned="draws"), tuple(range(8)))
     assert held["a1"].why is Why.ONLY_ONCE
     assert held["a1"].pinned == "draws"
     assert held["a1"].recompute_us is None
     assert held["a2"].why is Why.SAVED
+    assert held["a2"].also_needed == ()
+
+
+@pytest.mark.parametrize(
+    ("order", "why"),
+    [(range(8), Why.SAVED), ((0, 1, 2, 3, 4, 1, 5, 6, 7), Why.MADE_AGAIN)],
+)
+def test_what_is_made_from_it_names_it(plan: Plan, order, why) -> None:
+    """A result can be made again if what runs once is kept for that, and may have been already."""
+    held = _held(plan, _chain(pinned="draws", at=0), tuple(order))
+    assert (held["a1"].why, held["a1"].pinned) == (why, "")
+    assert held["a1"].recompute_us == 0.002  # f1 alone
+    assert [(one.made_by, one.size_bytes, one.pinned) for one in held["a1"].also_needed] == [
+        ("f0", 10, "draws")
+    ]
 
 
 def test_what_was_recomputed_early_is_told_apart(plan: Plan) -> None:
