@@ -363,7 +363,7 @@ class Assembly:
 
     def _add_block(self, k: int, producer: int | None, phase: Phase) -> int:
         block = self._blocks[k]
-        num_bytes = block.size_bytes if block.device_type == self._device_type else 0
+        num_bytes = self._kept_alive(block) if block.device_type == self._device_type else 0
         num_bytes = block_bytes(num_bytes, self._device_type)
         handed_out = self._outputs | self._gradients
         leaving = self._leaving.outputs | self._leaving.gradients.keys()
@@ -377,6 +377,13 @@ class Assembly:
             carriers=tuple(block.carriers),
         )
         return self._storage_of[k]
+
+    def _kept_alive(self, block: Block) -> int:
+        """Bytes of a block; of an argument all that it keeps alive."""
+        meta, of_call = block.carriers[0].meta, self._pricing.argument_bytes
+        if of_call is None or block.producer is not None or meta["role"] != "input":
+            return block.size_bytes
+        return of_call[int(meta["target"])]
 
     def _category(self, k: int, phase: Phase) -> Category:
         block = self._blocks[k]

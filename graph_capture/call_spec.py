@@ -55,7 +55,10 @@ class TensorSpec:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         grad = ", requires_grad" if self.requires_grad else ""
-        return f"{dtype}{list(self.shape)} on {self.device}{grad}"
+        dense = torch.empty(self.shape, device="meta").stride()
+        gaps = any(n > 1 and a != b for n, a, b in zip(self.shape, self.stride, dense, strict=True))
+        strides = f" with strides {list(self.stride)}" if gaps and 0 not in self.shape else ""
+        return f"{dtype}{list(self.shape)}{strides} on {self.device}{grad}"
 
 
 def bind_call(forward: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict:

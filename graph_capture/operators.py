@@ -52,8 +52,11 @@ class Folder:
         self.written_resident: dict[int, str] = {}
         self._last_ordered = -1  # place of the last ordered operator
         self._num_placed = 0
+        self._arguments: set[int] = set()
         for node in placeholders:
-            self.resident(node)
+            k = self.resident(node)
+            if node.meta["role"] == "input":
+                self._arguments.add(k)
 
     def resident(self, node: Node) -> int:
         """Declare memory that comes from outside."""
@@ -175,6 +178,8 @@ class Folder:
             code.ordered = True
             if not repeats_without_writing(node.target, node.args):
                 code.pinned = code.pinned or f"writes to {self.blocks[outside[0]].name}"
+            if not self._arguments.isdisjoint(outside):  # tensors of a call may share memory
+                outside += sorted(self._arguments)
             for k in outside:
                 self.written_resident[k] = node.name
 

@@ -29,6 +29,9 @@ class Pricing:
         Bytes of tensors that lie in modules but take no part in the step.
     holds
         What the loop around the step holds.
+    argument_bytes
+        What the tensors of the call keep alive, see
+        :func:`~graph_capture.argument_memory.argument_bytes`.
     known
         Time and scratch of the calls that were priced before, by node and target. A
         step is assembled more than once, and few calls change in between.
@@ -39,4 +42,5 @@ class Pricing:
     probe: WorkspaceProbe
     held_bytes: int
     holds: LoopHolds = NOTHING_ELSE
+    argument_bytes: tuple[int, ...] | None = None
     known: dict[tuple[Node, Any], tuple[int, int]] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .argument_memory import argument_bytes
 from .assembly import Assembly
 from .call_spec import bind_call, split_sample, tensors_of
 from .capture_lock import holds_capture_lock
@@ -82,6 +83,7 @@ def capture(
         target=target,
         cost_model=cost_model,
         holds=holds,
+        argument_bytes=argument_bytes(model, arguments),
     ).graph
 
 
@@ -100,6 +102,7 @@ def capture_step(
     taken: TakenPath | None = None,
     check: Callable[[CostGraph], None] | None = None,
     holds: LoopHolds = NOTHING_ELSE,
+    argument_bytes: tuple[int, ...] | None = None,
 ) -> CapturedStep:
     """Trace a step and fold it into a cost graph.
 
@@ -127,6 +130,9 @@ def capture_step(
         scratch; raises to prevent that.
     holds
         What the loop around the step holds.
+    argument_bytes
+        What the call's tensors keep alive, see
+        :func:`~graph_capture.argument_memory.argument_bytes`; ``None`` for what they span.
     """
     costs, roofline = resolve_cost_model(cost_model, target), Roofline(target.device)
     step = trace_step(
@@ -155,6 +161,7 @@ def capture_step(
         probe=probe,
         held_bytes=_held(model, step, target),
         holds=holds,
+        argument_bytes=argument_bytes,
     )
     first = pricing if check is None else _unmeasured(pricing)
     try:

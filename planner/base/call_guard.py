@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.call_spec import TensorSpec, describe, difference, moved, tensors_of
+from graph_capture.call_spec import (
+    TensorSpec,
+    describe,
+    difference,
+    moved,
+    specs_of,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +33,16 @@ class CallGuard:
         Paths of the modules in eval mode.
     state
         Parameters and buffers by name.
+    argument_bytes
+        What the call's tensors keep alive, see
+        :func:`graph_capture.argument_memory.argument_bytes`. Another call may keep more.
     """
 
     arguments: Mapping[str, Any]
     autocast: str | None
     evaluating: tuple[str, ...]
     state: Mapping[str, TensorSpec]
+    argument_bytes: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -40,6 +51,7 @@ class CallGuard:
         arguments: Mapping[str, Any],
         device_type: str,
         place: Callable[[torch.device], torch.device] = lambda device: device,
+        argument_bytes: tuple[int, ...] | None = None,
     ) -> CallGuard:
         """Describe a call; tensors count as being on the device that ``place`` gives."""
         return cls(
@@ -54,7 +66,15 @@ class CallGuard:
                 )
                 for name, tensor in named
             },
+            argument_bytes=argument_bytes,
         )
+
+    @property
+    def held_by_call(self) -> int:
+        """Bytes that the call's tensors keep alive, wherever they lie."""
+        if self.argument_bytes is not None:
+            return sum(self.argument_bytes)
+        return sum(spec.extent_bytes for spec in specs_of(self.arguments))
 
     def difference_to(self, other: CallGuard) -> str | None:
         """Describe the first difference to another call."""

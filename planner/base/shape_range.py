@@ -113,16 +113,13 @@ class ShapeRange:
             here, shape = found.get(place), list(spec.shape)
             if here is None or len(here.shape) != len(shape):
                 return spec
-            for dim, size in self.largest.get(place, {}).items():
+            sizes = self.largest.get(place, {})
+            for dim, size in sizes.items():
                 if 1 <= here.shape[dim] <= size:
                     shape[dim] = here.shape[dim]
-            strides = list(strides_like(spec, shape))
-            if tuple(shape) != spec.shape:
-                # The stride of one element means nothing: clone() keeps what slicing left there.
-                for dim, size in enumerate(here.shape):
-                    if size == shape[dim] == 1:
-                        strides[dim] = here.stride[dim]
-            return replace(spec, shape=tuple(shape), stride=tuple(strides))
+            # What is cut out of a larger tensor lies in the same order, with gaps.
+            stride = here.stride if sizes and _lie_alike(spec, here) else spec.stride
+            return replace(spec, shape=tuple(shape), stride=stride)
 
         expected = {name: _map(name, value, resized) for name, value in planned.items()}
         return difference(expected, call) is None
@@ -178,6 +175,17 @@ def _largest(place: str, tensor: torch.Tensor, dim: Any, size: Any) -> int:
     if here == 0:
         raise ValueError(f"shapes[{place!r}][{dim}]: the sample has none of them to repeat")
     return size
+
+
+def _lie_alike(spec: TensorSpec, other: TensorSpec) -> bool:
+    """Whether two tensors' dimensions of more than one element lie in one order, expanded alike."""
+    dims = [i for i, (n, m) in enumerate(zip(spec.shape, other.shape, strict=True)) if n > 1 < m]
+
+    def order(one: TensorSpec) -> list[int]:
+        moving = [i for i in dims if one.stride[i]]
+        return sorted(moving, key=lambda i: (one.stride[i], -i))
+
+    return order(spec) == order(other)
 
 
 def _tensors_in(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from graph_capture.argument_memory import enlarged_bytes
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.captured_step import CapturedStep
@@ -43,11 +44,15 @@ class CapturedCall:
         The step.
     shapes
         Other shapes of this call that its plan is for.
+    argument_bytes
+        What the call's tensors keep alive, see
+        :func:`graph_capture.argument_memory.argument_bytes`.
     """
 
     model: nn.Module
     arguments: Mapping[str, Any]
     captured: CapturedStep
+    argument_bytes: tuple[int, ...] | None = None
     shapes: ShapeRange = field(default_factory=ShapeRange)
 
     @property
@@ -75,13 +80,14 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
     """
     model = spec.model
     forward = original_forward(model)
-    arguments = bind_call(forward, *split_sample(spec.sample_input))
-    shapes = ShapeRange.of(spec.shapes, arguments)
-    arguments = shapes.enlarged(arguments)
+    sample = bind_call(forward, *split_sample(spec.sample_input))
+    shapes = ShapeRange.of(spec.shapes, sample)
+    arguments = shapes.enlarged(sample)
     lazy = lazy_input(arguments)
     if lazy is not None:
         raise ValueError(lazy)
     target = target_of(model, tensors_of(arguments), spec.device)
+    held = enlarged_bytes(model, sample, arguments)
     under = autocast_as(target.torch_type, spec.autocast) if spec.autocast else nullcontext()
     with under:
         with showing_timing(progress) as timing:
@@ -95,6 +101,13 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
                 cost_model=spec.cost_model,
                 progress=timing,
                 holds=spec.holds,
+                argument_bytes=held,
             )
         captured = with_unplanned_calls(captured)
-        yield CapturedCall(model=model, arguments=arguments, captured=captured, shapes=shapes)
+        yield CapturedCall(
+            model=model,
+            arguments=arguments,
+            captured=captured,
+            shapes=shapes,
+            argument_bytes=held,
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graph_capture.argument_memory import argument_bytes
 from graph_capture.call_spec import tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
@@ -125,7 +126,13 @@ def recorded(
     record = PlanRecord(
         graph=constrained.graph,
         schedule=result.schedule,
-        guard=CallGuard.of(model, call.arguments, captured.device_type, captured.target.place),
+        guard=CallGuard.of(
+            model,
+            call.arguments,
+            captured.device_type,
+            captured.target.place,
+            argument_bytes=call.argument_bytes,
+        ),
         budget_bytes=request.budget_bytes,
         budget_share=request.budget.share,
         headroom_bytes=budget_of(request, captured).headroom_bytes,
@@ -239,6 +246,7 @@ def another_call(
         request = request_again(plan)
     if loss_fn is not None:
         request = replace(request, loss_fn=loss_fn)
+    held = argument_bytes(model, arguments)
     with showing_timing(request.progress) as timing:
         captured = capture_step(
             model,
@@ -250,8 +258,10 @@ def another_call(
             cost_model=request.cost_model,
             progress=timing,
             holds=plan.holds,
+            argument_bytes=held,
         )
-    return CapturedCall(model=model, arguments=arguments, captured=captured), request
+    call = CapturedCall(model=model, arguments=arguments, captured=captured, argument_bytes=held)
+    return call, request
 
 
 def _solve(

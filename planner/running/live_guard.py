@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graph_capture.argument_memory import argument_bytes
 from graph_capture.call_spec import describe, difference
 from graph_capture.private_torch.modules import buffers_of, parameters_of
 
@@ -66,6 +67,8 @@ class LiveGuard:
         self._places: tuple[list[bool], list[int]] = ([], [])
         self.replaced_bytes = 0
         """Of parameters that others took the place of, while they are in memory."""
+        self.uncounted_bytes = 0
+        """What the tensors of a call were found to keep alive beyond what the plan counts."""
 
     def difference(self, arguments: Mapping[str, Any], looks: Any) -> str | None:
         """Describe the first difference between a call and the planned one."""
@@ -96,9 +99,20 @@ class LiveGuard:
             return None
         arguments = {**self._defaults, **arguments}
         found = difference(self._guard.arguments, describe(arguments)) or lazy_input(arguments)
+        if found is None:
+            self._count(arguments)
         if found is None and looks is not None and len(self._known_calls) < _NUM_REMEMBERED:
             self._known_calls.add(looks)
         return found
+
+    def _count(self, arguments: Mapping[str, Any]) -> None:
+        now = replace(
+            self._guard,
+            arguments=describe(arguments),
+            argument_bytes=argument_bytes(self._model, arguments),
+        )
+        beyond = now.held_by_call - self._guard.held_by_call
+        self.uncounted_bytes = max(self.uncounted_bytes, beyond)
 
     # -- the state ---------------------------------------------------------------
 

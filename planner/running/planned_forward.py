@@ -230,6 +230,15 @@ class PlannedForward(StandIn):
                 "parameters are still in memory that others took the place of",
                 "Let go of them, or plan with a budget that is lower by these bytes",
             )
+        if prepared.guard.uncounted_bytes:
+            self._say_held(
+                call,
+                "larger inputs",
+                prepared.guard.uncounted_bytes,
+                "memory is kept by inputs that are slices of larger tensors, or that were one "
+                "tensor in the sample",
+                "Plan with a sample that is made as the loop makes its batches",
+            )
         output = prepared.step(arguments)
         self.tally.ran(call.peak_bytes)
         if call is not self._last:

@@ -277,6 +277,7 @@ def _capture_again(
         taken=taken,
         check=check if measure_scratch else None,
         holds=plan.holds,
+        argument_bytes=plan.guard.argument_bytes,
     )
     return apply_policies(captured, *rules)
 

@@ -31,6 +31,7 @@ def check_file_plan(plan: PlanRecord) -> None:
     """
     for place, spec in _specs(plan):
         _check_spec(place, spec, plan)
+    _check_argument_bytes(plan)
     autocast = plan.guard.autocast
     if autocast is not None:
         parse_dtype(autocast)
@@ -81,6 +82,18 @@ def _check_spec(place: str, spec: TensorSpec, plan: PlanRecord) -> None:
             f"at {place}: a tensor of {spec.extent_bytes} bytes is above the budget of "
             f"{plan.budget_bytes}"
         )
+
+
+def _check_argument_bytes(plan: PlanRecord) -> None:
+    held, specs = plan.guard.argument_bytes, specs_of(plan.guard.arguments)
+    if held is None:
+        return
+    _agree("call.argument_bytes", len(held), len(specs))
+    for num_bytes, spec in zip(held, specs, strict=True):
+        if num_bytes and num_bytes < spec.extent_bytes:
+            raise ValueError(
+                f"at call.argument_bytes: {num_bytes} hold no tensor of {spec.extent_bytes} bytes"
+            )
 
 
 def _check_loss(plan: PlanRecord) -> None:

@@ -222,6 +222,11 @@ def plan_to_dict(plan: PlanRecord) -> dict[str, Any]:
             "autocast": plan.guard.autocast,
             "evaluating": list(plan.guard.evaluating),
             "state": {name: to_json(spec)["tensor"] for name, spec in plan.guard.state.items()},
+            **(
+                {}
+                if plan.guard.argument_bytes is None
+                else {"argument_bytes": list(plan.guard.argument_bytes)}
+            ),
         },
         "optimizer": None
         if plan.optimizer is None
@@ -351,6 +356,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
             autocast=call["autocast"],
             evaluating=tuple(call["evaluating"]),
             state={name: _tensor(spec) for name, spec in call["state"].items()},
+            argument_bytes=None if "argument_bytes" not in call else tuple(call["argument_bytes"]),
         ),
         budget_bytes=data["budget_bytes"],
         budget_share=data.get("budget_share"),

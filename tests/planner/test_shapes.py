@@ -254,3 +254,35 @@ def test_another_way_is_no_shape(rows: int, policy: Any) -> None:
             planned(**call)
     else:
         assert_same_tensors(trained(plain, call), trained(planned, call))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [lambda x: x[:100], lambda x: x[:, :20], lambda x: x[50:90, 4:24], lambda x: x[::2]],
+    ids=["rows", "columns", "a window", "every second row"],
+)
+def test_what_is_cut_out_of_a_larger_tensor_is_in_the_range(cut: Any) -> None:
+    """Its strides are those of the whole; the sample may be cut out or not."""
+
+    def kind() -> nn.Module:
+        return nn.Sequential(nn.Tanh(), nn.Softmax(0))
+
+    whole = sample(rows=256)
+    for largest in (whole, sample(rows=300, width=40)[:256, :32]):
+        model = optimize(
+            kind(), largest.requires_grad_(), budget="100%", loss_fn=square, shapes="sample"
+        ).apply(kind())
+        results = []
+        for one in (kind(), model):
+            call = cut(whole.detach()).requires_grad_()
+            square(one(call)).backward()
+            results.append({"x": call.grad})
+        assert_same_tensors(*results)
+
+
+def test_another_order_in_memory_is_no_other_size(pair_plan: Plan) -> None:
+    """A transposed batch is another call, and the error says how it lies."""
+    turned = batch(5, 30)
+    turned["ids"] = turned["ids"].t().contiguous().t()
+    with pytest.raises(CallMismatchError, match=r"\[5, 30\] with strides \[1, 5\] on cpu, planned"):
+        pair_plan.apply(make(Pair))(**turned)
