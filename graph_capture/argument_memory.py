@@ -34,9 +34,10 @@ def argument_bytes(model: nn.Module, arguments: Mapping[str, Any]) -> tuple[int,
         from its first to its last element, as made from specifications.
     """
     tensors = tensors_of(arguments)
-    if any(t.layout != torch.strided for t in tensors):
+    state = [*model.parameters(), *model.buffers()] if tensors else []
+    if any(t.layout != torch.strided for t in (*tensors, *state)):
         return None  # is refused elsewhere
-    seen = {storage_id(t) for t in (*model.parameters(), *model.buffers())} if tensors else set()
+    seen = set(map(storage_id, state))
     found = []
     for tensor in tensors:
         memory = storage_id(tensor)

@@ -29,6 +29,8 @@ def saved_by(node: Any, name: str) -> Any:
 
 # 2.11+; whether the backward pass of this thread has retain_graph=True
 keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+# 2.11+; whether the backward pass of this thread will come to a node
+will_execute = torch._C._will_engine_execute_node
 # 2.11+; sets grad mode as a plain call, where generated code has no ``with``
 set_grad_enabled = torch._C._set_grad_enabled
 
@@ -71,4 +73,5 @@ __all__ = [
     "sequence_number_of",
     "set_grad_enabled",
     "top_saved_tensors_hooks",
+    "will_execute",
 ]

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from graph_capture.private_torch.autograd import will_execute
+
 from .autograd_nodes import FirstDerivative, anchor
 
 
@@ -75,6 +77,10 @@ class StepCall:
         self.arrived: Sequence[torch.Tensor | None] = ()
         self.own: list[torch.Tensor | None] | None = None
 
+    def end(self) -> None:
+        """Let go of what later segments would read."""
+        self.values, self.arrived, self.own = {}, (), None
+
 
 Gradients = list[torch.Tensor | None]
 
@@ -130,6 +136,7 @@ class _First(torch.autograd.Function):
         again = torch.is_grad_enabled()  # create_graph=True
         with torch.no_grad():
             found = ctx.step.run_backward(ctx, ctx.call, gradients)
+        _end_where_nothing_follows(ctx)
         link = _link(ctx.step) if ctx.leads_on else None
         return (None, None, link, *_handed_on(ctx, found, again=again))
 
@@ -154,8 +161,18 @@ class _Later(torch.autograd.Function):
         again = torch.is_grad_enabled()
         with torch.no_grad():
             found = ctx.step.run_segment(ctx.call, ctx.place)
+        _end_where_nothing_follows(ctx)
         link = _link(ctx.step) if ctx.leads_on else None
         return (None, None, None, link, *_handed_on(ctx, found, again=again))
+
+
+def _end_where_nothing_follows(ctx: Any) -> None:
+    """Let go of what lives between segments where this pass comes to none of the later ones.
+
+    ``torch.autograd.grad`` asks for some gradients only, and eager's values go as it goes.
+    """
+    if ctx.leads_on and not will_execute(ctx.next_functions[0][0]):
+        ctx.call.end()
 
 
 def _link(step: Chained) -> torch.Tensor:

@@ -104,6 +104,17 @@ def _in_backward(ask: Callable[[], Any], **options: Any) -> Any:
     return answers[0]
 
 
+def _sees_what_comes() -> bool:
+    one, other = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    parts, answers = [one * 2, other * 2], []
+    made = parts[0] + parts[1]
+    nodes = [part.grad_fn for part in parts]
+    made.grad_fn.register_hook(lambda *_: answers.append(list(map(autograd.will_execute, nodes))))
+    torch.autograd.grad(made, one, retain_graph=True)
+    made.backward()
+    return answers == [[True, False], [True, True]]
+
+
 def _hooks_seen() -> bool:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         inside = autograd.top_saved_tensors_hooks(False)
@@ -342,6 +353,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
         _in_backward(autograd.keeps_graph, retain_graph=True)
         and not _in_backward(autograd.keeps_graph)
     ),
+    "autograd.will_execute": _sees_what_comes,
     "autograd.set_grad_enabled": _grad_mode_set,
     "autograd.top_saved_tensors_hooks": _hooks_seen,
     "autograd.innermost_transform": lambda: (

@@ -14,6 +14,7 @@ from benchmarks.testing.bitwise import assert_same_tensors, assert_same_training
 from benchmarks.testing.zoo import Case, cases
 from graph_capture import leaving
 from planner import CallMismatchError, Plan, measure, optimize
+from planner.measuring.measure import peak_extra_bytes
 from planner.running.planned_forward import PlannedForward
 from tests.planner.small import Net, make, plan_for, sample, square
 
@@ -152,6 +153,21 @@ def test_only_some_gradients_are_asked_for(plan: Plan) -> None:
             loss = square(model(sample()))
             found.append(torch.autograd.grad(loss, [model.get_parameter(pick)])[0])
         assert torch.equal(*found)
+
+
+def test_what_no_gradient_needs_is_let_go_of(plan: Plan) -> None:
+    """After one parameter's gradient no more is alive than in eager, while the loss still is."""
+    peaks = []
+    for model in (make(), plan.apply(make())):
+
+        def grad_of_the_last(model: nn.Module = model) -> tuple[Tensor, ...]:
+            loss = square(model(sample()))
+            (gradient,) = torch.autograd.grad(loss, [model.get_parameter("head.weight")])
+            return loss, gradient, torch.empty(10**6)
+
+        grad_of_the_last()
+        peaks.append(peak_extra_bytes(grad_of_the_last))
+    assert peaks[1] <= peaks[0]
 
 
 @pytest.mark.filterwarnings("ignore::planner.PlanWarning")
