@@ -16,6 +16,7 @@ def refuse_spread_out(model: nn.Module) -> None:
     NotFittingError
         Names the module and what can be planned instead.
     """
+    gathered = is_gathered(model)
     for path, module in model.named_modules():
         name = f"module {path!r}" if path else f"this {type(module).__name__}"
         if isinstance(module, DistributedDataParallel):
@@ -25,14 +26,39 @@ def refuse_spread_out(model: nn.Module) -> None:
                 "the wrapper as before: optimize(wrapper.module, …).apply(wrapper.module)"
             )
         # Set by FullyShardedDataParallel and by fully_shard, for torch.compile.
-        if vars(module).get("_is_fsdp_managed_module"):
+        if vars(module).get("_is_fsdp_managed_module") and not gathered:
             raise NotFittingError(
                 f"{name} is sharded by FSDP (fully_shard or FullyShardedDataParallel): its "
                 "parameters are gathered and freed again while a step runs, and a plan is made "
                 "for parameters that are there. To train by a plan, wrap the planned module in "
-                "DistributedDataParallel instead, or leave it whole; under FSDP recompute with "
-                "torch.utils.checkpoint, without a plan"
+                "DistributedDataParallel instead, or plan inside its blocks before they are "
+                "sharded by fully_shard: optimize(…, granularity='blocks')"
             )
 
 
-__all__ = ["refuse_spread_out"]
+def is_gathered(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has gathered a module's parameters, as it does for its calls."""
+    return _is_unit(module) and not _has_shards(module)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's parameters are spread out by ``fully_shard``, and gathered for calls."""
+    return _is_unit(module) and _has_shards(module)
+
+
+def _is_unit(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` gathers all of a module at once."""
+    if not vars(module).get("_is_fsdp_managed_module"):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # a third of a second; most never need it
+
+    return [m for m in module.modules() if isinstance(m, FSDPModule)] == [module]
+
+
+def _has_shards(module: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+__all__ = ["is_gathered", "is_sharded", "refuse_spread_out"]

@@ -60,8 +60,9 @@ class BlockPlan(Plan):
     ) -> nn.Module:
         """Make the blocks of ``model`` train by this plan; returns the same object.
 
-        Call it before or after ``fully_shard``, on the module whose blocks have these paths.
-        Nothing is applied when one of the blocks is not the planned one.
+        Call it before or after ``fully_shard`` of each block, on the module whose blocks have
+        these paths. Nothing is applied when one of the blocks is not the planned one; a block
+        that is sharded already is captured and compared at its first call.
 
         Parameters
         ----------

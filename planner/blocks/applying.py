@@ -7,11 +7,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from graph_capture.spread_out import is_sharded
+
 from ..base.forward_slot import stand_in_of
 from ..base.live_state import LiveState
 from ..errors import PlanError, PlanMismatchError
-from ..plan_record import OnShapeChange
-from ..running.attach import AppliedPlan, applied_plan, apply_plan, remove_plan
+from ..plan_record import OnShapeChange, PlanRecord
+from ..running.attach import (
+    AppliedPlan,
+    applied_plan,
+    apply_plan,
+    apply_unseen,
+    remove_plan,
+)
 from .block_record import BlockParts
 
 POLICIES: tuple[OnShapeChange, ...] = ("error", "unplanned")
@@ -68,7 +76,11 @@ def apply_blocks(
         for path, module in modules.items():
             i = parts.plan_of[path]
             try:
-                apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
+                if is_sharded(module):
+                    _check_shapes(parts.plans[i], module)
+                    apply_unseen(parts.plans[i], module, on_shape_change)
+                else:
+                    apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
             except PlanMismatchError as error:
                 raise PlanMismatchError(f"block {path!r}: {error}") from error
             done.append(module)
@@ -77,6 +89,17 @@ def apply_blocks(
             remove_plan(module)
         raise
     return model
+
+
+def _check_shapes(plan: PlanRecord, module: nn.Module) -> None:
+    """Compare a sharded block's parameters with those planned, by their whole shapes."""
+    found = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name, spec in plan.guard.state.items():
+        if name in found and found[name] != spec.shape:
+            raise PlanMismatchError(
+                f"{name} has shape {found[name]}, planned was {spec.shape}: make a plan for this "
+                "model with optimize()"
+            )
 
 
 def remove_blocks(model: nn.Module) -> nn.Module:

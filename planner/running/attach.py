@@ -133,6 +133,14 @@ def apply_plan(
     return model
 
 
+def apply_unseen(plan: PlanRecord, model: nn.Module, on_shape_change: OnShapeChange) -> None:
+    """Apply a plan whose step is captured, and compared with the planned one, at the first call.
+
+    For a module whose parameters are only there while it is called.
+    """
+    _put(model, PlannedForward(model, plan, None, None, on_shape_change, {}))
+
+
 def _put(model: nn.Module, planned: PlannedForward) -> None:
     """Put a plan in the place of a forward, or of one that waits for the first training call."""
     waiting = stand_in_of(model)
