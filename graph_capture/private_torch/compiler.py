@@ -54,6 +54,14 @@ def takes_boxed(function: Any) -> Any:
     return function
 
 
+def min_cut_partition(module: Any, inputs: Any, **options: Any) -> tuple[Any, Any]:
+    """PyTorch's own partition, which saves for speed; the module is used up; 2.11+."""
+    with functorch_config().patch(activation_memory_budget=1.0):
+        partition = functorch_partitioners().min_cut_rematerialization_partition
+        forward, backward = partition(module, inputs, compiler="inductor", **options)
+    return forward, backward
+
+
 def frees_tangents() -> bool:
     """Whether compiled code may free gradients of outputs (``boxed_grads_call``); 2.13+."""
     from torch.autograd import Function
@@ -95,6 +103,7 @@ __all__ = [
     "holds_up_to",
     "inductor_config",
     "largest",
+    "min_cut_partition",
     "register_backend",
     "saved_description",
     "takes_boxed",

@@ -2,7 +2,8 @@
 
 from .backend import register, remat
 from .compiled_plan import CompiledPlan
+from .install import install
 
 register()
 
-__all__ = ["CompiledPlan", "remat"]
+__all__ = ["CompiledPlan", "install", "remat"]

@@ -9,6 +9,11 @@ import torch
 from torch.fx import GraphModule
 
 from graph_capture.private_torch.compiler import aot_autograd, register_backend, takes_boxed
+from graph_capture.private_torch.inductor import (
+    compile_by_inductor,
+    custom_partitioner,
+    partitioning_by,
+)
 
 from ..running.rewrite import BoxedCodeGen
 from .options import CompiledOptions
@@ -41,7 +46,11 @@ def remat(
     read = CompiledOptions.of(options)
     tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
     goes_on = any(t.requires_grad and not t.is_leaf for t in tensors)
-    return _with_eager_kernels(Partitioner(read, goes_on=goes_on))(module, inputs)
+    partition = Partitioner(read, goes_on=goes_on)
+    if read.lower == "aot_eager":
+        return _with_eager_kernels(partition)(module, inputs)
+    with partitioning_by(custom_partitioner(partition, read.name)):
+        return compile_by_inductor(module, inputs)
 
 
 def _with_eager_kernels(partition: Partitioner) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from graph_capture.loop_holds import LoopHolds
@@ -12,7 +12,7 @@ from ..base.budget import parse_budget, parse_headroom
 from ..base.solve_options import SolveOptions
 from .compiled_plan import CompiledPlan
 
-Lower = Literal["aot_eager"]
+Lower = Literal["inductor", "aot_eager"]
 
 _SOLVING = ("time_limit_s", "gap", "seed", "workers")
 
@@ -28,7 +28,8 @@ class CompiledOptions:
     headroom
         Part of it that stays free, as of :func:`planner.optimize`.
     lower
-        What the two graphs are compiled with: ``"aot_eager"``, eager PyTorch's own kernels.
+        What the two graphs are compiled with: ``"inductor"``, or ``"aot_eager"``, eager
+        PyTorch's own kernels.
     resident_bytes
         What the caller has on the device that the graph does not take: optimizer state,
         parameters that it does not use.
@@ -40,10 +41,15 @@ class CompiledOptions:
 
     budget_bytes: int
     headroom: float | str | None = None
-    lower: Lower = "aot_eager"
+    lower: Lower = "inductor"
     resident_bytes: int = 0
     on_plan: Callable[[CompiledPlan], Any] | None = None
     solving: SolveOptions = field(default_factory=lambda: SolveOptions(time_limit_s=10.0))
+
+    @property
+    def name(self) -> str:
+        """What a plan depends on besides the graph, for caches of compiled code."""
+        return f"remat-planner: {replace(self, on_plan=None)}"
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> CompiledOptions:
@@ -69,7 +75,7 @@ class CompiledOptions:
             )
         budget_bytes = parse_budget(given.get("budget_gb"), given.get("budget_bytes"))
         parse_headroom(given.get("headroom"), budget_bytes, "cpu")  # refuses invalid ones at once
-        lower = given.get("lower", "aot_eager")
+        lower = given.get("lower", "inductor")
         if lower not in get_args(Lower):
             raise ValueError(
                 f"lower is {', '.join(map(repr, get_args(Lower)))}, got {lower!r:.100}"

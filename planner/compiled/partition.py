@@ -9,15 +9,22 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from graph_capture.costs.devices import device_for
+from graph_capture.private_torch.compiler import min_cut_partition
 from solvers.replay import replay
+from solvers.result import SolveStatus
+from solvers.schedule import Schedule
 
 from ..base.budget import parse_headroom
 from ..errors import PlanWarning
 from .compiled_plan import CompiledPlan
 from .emit import emit
+from .fused_groups import fuse, kernel_ns
+from .inductor_rounds import choose
 from .joint_step import JointStep, read_joint_step, tensors_of
+from .lowered_peak import copied
 from .options import CompiledOptions
-from .priced_step import price_step, unplanned_peak_bytes, without_unused_states
+from .priced_step import device_of, price_step, unplanned_peak_bytes, without_unused_states
 from .sizes import plan_for_largest
 from .solve_step import solve_step
 
@@ -49,7 +56,6 @@ class Partitioner:
         static_lifetime_input_indices: Sequence[int] | None = None,
         **_others: Any,
     ) -> tuple[GraphModule, GraphModule]:
-        options = self._options
         step = read_joint_step(module, num_fwd_outputs)
         static = frozenset(static_lifetime_input_indices or ())
         goes_on = self._goes_on
@@ -59,29 +65,87 @@ class Partitioner:
             )
         _warn_of_parts(step, goes_on)
         plan_for_largest(step)
-        priced = price_step(step, resident_bytes=options.resident_bytes)
-        budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
-        result = solve_step(priced, budget, options.solving)
-        assert result.schedule is not None
-        graph = without_unused_states(priced, result.schedule)
-        plan = CompiledPlan(
-            graph=graph,
-            schedule=result.schedule,
-            turn=priced.turn,
-            lower=options.lower,
-            budget_bytes=options.budget_bytes,
-            headroom_bytes=budget.headroom_bytes,
-            predicted_peak_bytes=replay(graph, result.schedule).peak_bytes,
-            unplanned_peak_bytes=unplanned_peak_bytes(priced),
-            lower_bound_ns=result.lower_bound_ns,
-            status=result.status,
-            solve_s=result.solve_s,
-        )
+        if self._options.lower == "aot_eager":
+            plan, graphs = _for_eager_kernels(step, self._options)
+        else:
+            own = min_cut_partition(
+                copied(module),
+                joint_inputs,
+                num_fwd_outputs=num_fwd_outputs,
+                static_lifetime_input_indices=static_lifetime_input_indices,
+            )
+            plan, graphs = _for_inductor(step, self._options, own)
         logger.info("%s", plan)
-        if options.on_plan is not None:
-            options.on_plan(plan)
-        return emit(priced, result.schedule)
+        if self._options.on_plan is not None:
+            self._options.on_plan(plan)
+        return graphs
 
+
+_Graphs = tuple[GraphModule, GraphModule]
+
+
+def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[CompiledPlan, _Graphs]:
+    priced = price_step(step, resident_bytes=options.resident_bytes)
+    budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
+    result = solve_step(priced, budget, options.solving)
+    assert result.schedule is not None
+    graph = without_unused_states(priced, result.schedule)
+    plan = CompiledPlan(
+        graph=graph,
+        schedule=result.schedule,
+        turn=priced.turn,
+        lower=options.lower,
+        budget_bytes=options.budget_bytes,
+        headroom_bytes=budget.headroom_bytes,
+        predicted_peak_bytes=replay(graph, result.schedule).peak_bytes,
+        unplanned_peak_bytes=unplanned_peak_bytes(priced),
+        lower_bound_ns=result.lower_bound_ns,
+        status=result.status,
+        solve_s=result.solve_s,
+    )
+    return plan, emit(priced, result.schedule)
+
+
+def _for_inductor(
+    step: JointStep, options: CompiledOptions, own: _Graphs
+) -> tuple[CompiledPlan, _Graphs]:
+    fused = fuse(step)
+    device = device_for(device_of(step).type)
+    priced = price_step(
+        step,
+        groups=fused.groups,
+        inner=fused.inner,
+        replays_draws=False,
+        resident_bytes=options.resident_bytes,
+        group_ns=lambda group, outside: kernel_ns(group, outside, device),
+    )
+    budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
+    chosen, theirs = choose(priced, budget, options, own)
+    solved, result = chosen.schedule, chosen.result
+    everything = Schedule.keep_all(priced.graph)
+    notes = [FITS_AS_IT_IS if result is None else OF_FUSION]
+    notes.append(PEAK_IS_READ if chosen.is_read else PEAK_BY_RULE)
+    plan = CompiledPlan(
+        graph=priced.graph,
+        schedule=everything if solved is None else solved,
+        turn=priced.turn,
+        lower=options.lower,
+        budget_bytes=options.budget_bytes,
+        headroom_bytes=budget.headroom_bytes,
+        predicted_peak_bytes=chosen.peak_bytes,
+        unplanned_peak_bytes=theirs.peak_bytes,
+        lower_bound_ns=priced.graph.base_cost_ns if result is None else result.lower_bound_ns,
+        status=SolveStatus.OPTIMAL if result is None else result.status,
+        solve_s=0.0 if result is None else result.solve_s,
+        notes=tuple(notes),
+    )
+    return plan, (chosen.forward, chosen.backward)
+
+
+FITS_AS_IT_IS = "PyTorch's own partition fits, nothing was solved"
+OF_FUSION = "bound and gap speak of kernels fused by rule"
+PEAK_IS_READ = "the peak is that of the code that Inductor generates"
+PEAK_BY_RULE = "the peak is predicted by rule, not read from Inductor's code"
 
 PART_OF_A_STEP = (
     "a compiled graph is only a part of the training step: the loss is computed outside of it, or "

@@ -91,7 +91,7 @@ def unplanned_peak_bytes(priced: PricedStep) -> int:
     return replay(without_unused_states(priced, everything), everything).peak_bytes
 
 
-GroupCost = Callable[[Sequence[Node], Sequence[Node]], int]
+GroupCost = Callable[[Sequence[Node], Sequence[Node]], int | None]
 """Nanoseconds of a group, from its calls and the nodes outside of it that they read."""
 
 
@@ -103,7 +103,7 @@ def price_step(
     replays_draws: bool = True,
     resident_bytes: int = 0,
     scratch: bool = True,
-    cost_ns: GroupCost | None = None,
+    group_ns: GroupCost | None = None,
 ) -> PricedStep:
     """Return the cost graph of a joint step.
 
@@ -119,11 +119,12 @@ def price_step(
         What else the caller has on the device.
     scratch
         Whether the scratch memory of kernels is measured.
-    cost_ns
-        Time of a group; ``None`` for the sum of its calls by the roofline.
+    group_ns
+        Time of a group of several calls, or of one that is elementwise or reduces; ``None``
+        from it, or in its place, for the sum of its calls by the roofline.
     """
     with disable_current_modes():  # AOTAutograd partitions under its fake tensors' mode
-        return _Pricing(step, inner, replays_draws, scratch, cost_ns).finish(
+        return _Pricing(step, inner, replays_draws, scratch, group_ns).finish(
             [tuple(g) for g in groups] if groups is not None else [(n,) for n in step.calls],
             resident_bytes,
         )
@@ -154,12 +155,12 @@ class _Pricing:
         inner: frozenset[int],
         replays_draws: bool,
         scratch: bool,
-        cost_ns: GroupCost | None,
+        group_ns: GroupCost | None,
     ) -> None:
         self._step = step
         self._inner = inner
         self._replays_draws = replays_draws
-        self._cost_ns = cost_ns
+        self._group_ns = group_ns
         self._device = device_of(step)
         entry = device_for(self._device.type)
         self._entry = entry
@@ -232,9 +233,8 @@ class _Pricing:
         last = group[-1]
         records = [self._record(call) for call in group]
         outside = [n for n in read if not own & set(_memories([n]))]
-        if self._cost_ns is not None:
-            cost_ns = self._cost_ns(group, outside)
-        else:
+        cost_ns = None if self._group_ns is None else self._group_ns(group, outside)
+        if cost_ns is None:
             cost_ns = sum(self._time_ns(call, record) for call, record in zip(group, records))
         self._groups.append(group)
         self._operators.append(

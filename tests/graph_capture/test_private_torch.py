@@ -23,6 +23,7 @@ from graph_capture.private_torch import (
     devices,
     dispatch,
     fake_tensors,
+    inductor,
     modules,
     operators,
     profiler,
@@ -35,7 +36,7 @@ from graph_capture.private_torch import (
 ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "graph_capture" / "private_torch"
 ROOMS = (
-    *(aten, autograd, compiler, devices, dispatch, fake_tensors, modules, operators),
+    *(aten, autograd, compiler, devices, dispatch, fake_tensors, inductor, modules, operators),
     *(profiler, replacing, settings, tensors, trees),
 )
 NAMES = {
@@ -244,6 +245,20 @@ MODULE = nn.Sequential(nn.BatchNorm1d(2))
 QKV = (torch.ones(1, 1, 2, 4),) * 3
 
 
+def _kernels_do_nothing() -> bool:
+    from torch._inductor.async_compile import AsyncCompile
+
+    with inductor.kernels_do_nothing():
+        return AsyncCompile.cpp_pybinding(["float*"], "not C++")(torch.ones(1)) is None
+
+
+def _partitions() -> bool:
+    config, partitioner = compiler.inductor_config(), inductor.custom_partitioner(print, "name")
+    with inductor.partitioning_by(partitioner):
+        inside = config.custom_partitioner_fn
+    return inside is partitioner and config.custom_partitioner_fn is None
+
+
 def _registers() -> bool:
     from torch._dynamo.backends import registry
 
@@ -422,6 +437,18 @@ CHECKS: dict[str, Callable[[], Any]] = {
         compiler.saved_description(1, checked=True) != compiler.saved_description(1, checked=False)
     ),
     "compiler.takes_boxed": lambda: compiler.takes_boxed(lambda given: given)._boxed_call,
+    "compiler.min_cut_partition": lambda: callable(
+        compiler.functorch_partitioners().min_cut_rematerialization_partition
+    ),
+    # Inductor itself is tried by tests/planner/compiled/test_inductor.py, which take longer.
+    "inductor.GeneratedCode": lambda: inductor.GeneratedCode("x", {}).text == "x",
+    "inductor.compile_by_inductor": lambda: callable(inductor.compile_by_inductor),
+    "inductor.custom_partitioner": lambda: (
+        inductor.custom_partitioner(lambda gm, _, **kw: (gm, kw), "a name").uuid() == "a name"
+    ),
+    "inductor.generate_code": lambda: callable(inductor.generate_code),
+    "inductor.kernels_do_nothing": _kernels_do_nothing,
+    "inductor.partitioning_by": _partitions,
     "compiler.forget_compiled_code": lambda: compiler.forget_compiled_code() is None,
 }
 
@@ -553,7 +580,9 @@ def test_ways_around_are_seen(source: str) -> None:
     assert _around_the_door(source)
 
 
-@pytest.mark.parametrize("name", sorted(NAMES.keys() - {"replacing.Place"}))  # our own class
+@pytest.mark.parametrize(
+    "name", sorted(NAMES.keys() - {"replacing.Place", "inductor.GeneratedCode"})
+)  # ours
 def test_line_says_since_when(name: str) -> None:
     """The version is said beside a name, above it, or in its docstring."""
     room, short = NAMES[name]

@@ -34,14 +34,14 @@ def _joint(function: Any, *inputs: torch.Tensor) -> tuple[GraphModule, int]:
     return found[0]
 
 
-def _read(function: Any, *inputs: torch.Tensor) -> JointStep:
+def joint_step_of(function: Any, *inputs: torch.Tensor) -> JointStep:
     return read_joint_step(*_joint(function, *inputs))
 
 
 def test_views_make_no_memory() -> None:
     """Transposing and reshaping are views; a product is not."""
     x = torch.randn(4, 6, requires_grad=True)
-    step = _read(lambda x: (x.t().reshape(2, 12) * 2).sum(), x)
+    step = joint_step_of(lambda x: (x.t().reshape(2, 12) * 2).sum(), x)
     nodes = {n.name: n for n in step.module.graph.nodes}
     assert is_view(nodes["permute"] if "permute" in nodes else nodes["t"])
     assert makes_memory(nodes["mul"])
@@ -50,7 +50,7 @@ def test_views_make_no_memory() -> None:
 def test_forward_needs_what_its_results_are_made_of() -> None:
     """The sum comes from the product; the gradient's calls come after them."""
     x = torch.randn(4, requires_grad=True)
-    step = _read(lambda x: x.sin().sum(), x)
+    step = joint_step_of(lambda x: x.sin().sum(), x)
     names = [n.name for n in step.calls]
     assert names[: step.num_forward] == ["sin", "sum_1"]
     assert "cos" in names[step.num_forward :]
@@ -64,7 +64,7 @@ def test_written_inputs_are_known() -> None:
         total.add_(x.detach())
         return x.sin().sum()
 
-    step = _read(function, x, total)
+    step = joint_step_of(function, x, total)
     written = list(step.written.values())
     assert len(written) <= 1  # AOTAutograd may also hand the new value out
     assert len(step.outputs) + len(written) == 2

@@ -1,0 +1,234 @@
+"""Compiled steps within budgets, beside PyTorch's own budgets: gradients, peaks and times.
+
+``python -m benchmarks.compiled --models bert --shares 0.9 0.8 --theirs 0.5 0.1`` prints one row for
+each cell, as a Markdown table. Models are those of the tests (two layers, narrow), because CPU
+Inductor compiles slowly. Everything is compared with ``torch.compile`` without a budget, from
+the same seed: gradients by their bits and their largest relative error, the peak by the
+allocator's record, the time in alternating pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+
+import planner.compiled
+from benchmarks.testing.zoo import ZOO, Case
+from graph_capture.private_torch.compiler import functorch_config
+from graph_capture.units import format_bytes
+from planner.base.training_step import make_step, train_step
+from planner.measuring.measure import measure, measure_pair
+
+MODELS = ("bert", "gpt2", "llama", "t5", "vit", "unet")
+LOWER = ("inductor", "aot_eager")
+
+
+class WithLoss(nn.Module):
+    """A model and its loss in one graph."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.loss_fn(self.model(*args, **kwargs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One cell: what was asked for and what came of it."""
+
+    model: str
+    asked: str
+    budget_bytes: int | None
+    predicted_bytes: int | None
+    peak_bytes: int
+    bits_equal: bool
+    error: float
+    time_ratio: float
+    compile_s: float
+    note: str = ""
+
+    def __str__(self) -> str:
+        budget = "" if self.budget_bytes is None else format_bytes(self.budget_bytes)
+        predicted = "" if self.predicted_bytes is None else f"{self.predicted_bytes:,}"
+        gradients = "equal to the bit" if self.bits_equal else f"error {self.error:.1e}"
+        if self.error > 1e-3:
+            gradients = f"**wrong**, error {self.error:.2f}"
+        return (
+            f"| {self.model} | {self.asked} | {budget} | {predicted} | {self.peak_bytes:,} | "
+            f"{gradients} | {self.time_ratio:.2f} | {self.compile_s:.0f} | {self.note} |"
+        )
+
+
+HEAD = (
+    "| model | asked for | budget | predicted, bytes | measured, bytes | gradients | "
+    "time / no budget | compiled in, s | |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def _built(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    model = case.build()
+    return model if case.loss_fn is None else WithLoss(model, case.loss_fn)
+
+
+def _gradients(model: nn.Module, call: Any, sample: Any) -> list[torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(7)
+    train_step(call, sample)
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def _error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest error of a gradient, relative to its norm, or a thousandth of all gradients'."""
+    total = torch.stack([g.norm() for g in expected]).norm()
+    errors = [
+        (a - b).norm() / torch.maximum(b.norm(), 1e-3 * total)
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return max(float(e) for e in errors)
+
+
+def _their_budget(lower: str, budget: float) -> Callable[..., Any]:
+    """A backend of its own for each budget, so that Dynamo takes no other's code."""
+    backend = lookup_backend(lower)
+    config = functorch_config()
+
+    def compile_within(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        with config.patch(activation_memory_budget=budget, enable_autograd_cache=False):
+            return backend(module, inputs)
+
+    return compile_within
+
+
+class _Bench:
+    """The cells of one model, each on a copy of its own."""
+
+    def __init__(self, name: str, size: Any, lower: str, repeats: int) -> None:
+        self._name, self._lower, self._repeats = name, lower, repeats
+        self._model = _built(ZOO[name](size))
+        self._sample = ZOO[name](size).sample(0)
+        torch.compiler.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train_step(
+                copy.deepcopy(self._model), self._sample
+            )  # libraries warn once, which breaks graphs
+        self._plain_model = copy.deepcopy(self._model)
+        self._plain = torch.compile(self._plain_model, backend=lower, dynamic=False)
+        start_s = time.perf_counter()
+        self._expected = _gradients(self._plain_model, self._plain, self._sample)
+        self._compile_s = time.perf_counter() - start_s
+        self.peak_bytes = measure(self._plain, self._sample, repeats=0).peak_bytes
+
+    def unbudgeted(self) -> Row:
+        """The step without a budget, twice, which shows what times are worth here."""
+        again = _gradients(self._plain_model, self._plain, self._sample)
+        return self._row(
+            "no budget", self._plain_model, self._plain, again, self._compile_s, None, None
+        )
+
+    def theirs(self, budget: float) -> Row:
+        """PyTorch's ``activation_memory_budget``."""
+        model = copy.deepcopy(self._model)
+        call = torch.compile(model, backend=_their_budget(self._lower, budget), dynamic=False)
+        start_s = time.perf_counter()
+        found = _gradients(model, call, self._sample)
+        spent_s = time.perf_counter() - start_s
+        return self._row(f"PyTorch's {budget:g}", model, call, found, spent_s, None, None)
+
+    def ours(self, budget_bytes: int, asked: str) -> Row | str:
+        """Backend ``remat``; a text if nothing fits."""
+        model = copy.deepcopy(self._model)
+        plans: list[planner.compiled.CompiledPlan] = []
+        options = {"budget_bytes": budget_bytes, "lower": self._lower, "on_plan": plans.append}
+        call = torch.compile(model, backend="remat", dynamic=False, options=options)
+        start_s = time.perf_counter()
+        try:
+            found = _gradients(model, call, self._sample)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            budget, why = format_bytes(budget_bytes), f"{error.inner_exception!s:.160}"
+            return f"| {self._name} | {asked} | {budget} | | | | | | {why} … |"
+        spent_s = time.perf_counter() - start_s
+        (plan,) = plans
+        note = (
+            f"{plan.num_recomputed} recomputed, estimated +{plan.overhead:.1%}, gap {plan.gap:.2%}"
+        )
+        row = self._row(asked, model, call, found, spent_s, plan, note)
+        if row.peak_bytes > budget_bytes:
+            raise AssertionError(f"above the budget: {row}")
+        return row
+
+    def _row(
+        self,
+        asked: str,
+        model: nn.Module,
+        call: Any,
+        found: list[torch.Tensor],
+        compile_s: float,
+        plan: planner.compiled.CompiledPlan | None,
+        note: str | None,
+    ) -> Row:
+        same = all(torch.equal(a, b) for a, b in zip(found, self._expected, strict=True))
+        peak_bytes = measure(call, self._sample, repeats=0).peak_bytes
+        first = make_step(self._plain, self._sample, seed=0)
+        timed = measure_pair(first, make_step(call, self._sample, seed=0), repeats=self._repeats)
+        return Row(
+            model=self._name,
+            asked=asked,
+            budget_bytes=None if plan is None else plan.budget_bytes,
+            predicted_bytes=None if plan is None else plan.predicted_peak_bytes,
+            peak_bytes=peak_bytes,
+            bits_equal=same,
+            error=_error(found, self._expected),
+            time_ratio=timed.ratio,
+            compile_s=compile_s,
+            note=note or "",
+        )
+
+
+def _say(line: object) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=sorted(ZOO), default=list(MODELS))
+    parser.add_argument("--shares", nargs="*", type=float, default=[1.0, 0.9, 0.8, 0.7])
+    parser.add_argument("--theirs", nargs="*", type=float, default=[0.8, 0.5, 0.2])
+    parser.add_argument("--at-theirs", action="store_true", help="ours at PyTorch's realized peaks")
+    parser.add_argument("--size", choices=("tiny", "small"), default="tiny")
+    parser.add_argument("--lower", choices=LOWER, default="inductor")
+    parser.add_argument("--repeats", type=int, default=10)
+    options = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 1000
+    _say(HEAD)
+    for name in options.models:
+        bench = _Bench(name, options.size, options.lower, options.repeats)
+        _say(bench.unbudgeted())
+        peaks = []
+        for budget in options.theirs:
+            row = bench.theirs(budget)
+            peaks.append((budget, row.peak_bytes))
+            _say(row)
+        for share in options.shares:
+            _say(bench.ours(int(share * bench.peak_bytes), f"ours, {share:.0%}"))
+        for budget, peak_bytes in peaks if options.at_theirs else ():
+            _say(bench.ours(peak_bytes, f"ours, at the peak of {budget:g}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What Inductor makes of a graph; imported when it is asked for, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .compiler import functorch_config, inductor_config
+from .replacing import Place
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedCode:
+    """The Python code that Inductor generates for a graph, without its compiled kernels.
+
+    Parameters
+    ----------
+    text
+        A module with a function ``call`` of one list of arguments, which it empties.
+    constants
+        What the module finds under these names.
+    """
+
+    text: str
+    constants: Mapping[str, Any]
+
+
+class _Generated(Exception):
+    """The code is there; compiling it is not wanted."""
+
+
+# 2.11+; what is written before kernels are compiled
+def generate_code(
+    module: Any,
+    inputs: Sequence[Any],
+    *,
+    is_backward: bool,
+    num_visible: int,
+    donated: Sequence[int] = (),
+) -> GeneratedCode:
+    """``compile_fx_inner`` up to ``GraphLowering.codegen``; the module is used up; 2.11+.
+
+    Parameters
+    ----------
+    num_visible
+        How many of the first results the caller sees; these keep their strides.
+    donated
+        Inputs whose memory the code may reuse.
+    """
+    from torch._inductor import compile_fx, graph, utils
+
+    found: list[GeneratedCode] = []
+
+    def stop(lowering: Any) -> Any:
+        code, _ = lowering.codegen()
+        found.append(GeneratedCode(code.value, dict(lowering.constants)))
+        raise _Generated
+
+    (output,) = module.graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = list(range(num_visible))
+    num_static = utils.count_tangents(module) if is_backward else len(inputs)
+    with ExitStack() as stack:
+        stack.enter_context(Place(graph.GraphLowering, "compile_to_module").holding(stop))
+        stack.enter_context(Place(graph, "get_donated_idxs").holding(lambda: list(donated)))
+        stack.enter_context(
+            inductor_config().patch(fx_graph_cache=False, fx_graph_remote_cache=False)
+        )
+        try:
+            compile_fx.compile_fx_inner(
+                module,
+                inputs,
+                static_input_idxs=list(range(num_static)),
+                is_backward=is_backward,
+            )
+        except Exception:  # Inductor raises an error of its own around ours
+            if not found:
+                raise
+    return found[0]
+
+
+@contextmanager
+def kernels_do_nothing() -> Iterator[None]:
+    """While active, generated code gets kernels that return at once (``AsyncCompile``); 2.11+."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    def made(*_args: Any, **_kwargs: Any) -> Callable[..., None]:
+        return lambda *_given, **_named: None
+
+    with ExitStack() as stack:
+        for name in ("cpp_pybinding", "cpp"):
+            stack.enter_context(Place(AsyncCompile, name).holding(made))
+        yield
+
+
+@contextmanager
+def partitioning_by(partitioner: Any) -> Iterator[None]:
+    """While active, Inductor partitions by ``custom_partitioner_fn``; 2.11+.
+
+    AOTAutograd's cache is off, as nobody is asked on its hits.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(inductor_config().patch(custom_partitioner_fn=partitioner))
+        stack.enter_context(functorch_config().patch(enable_autograd_cache=False))
+        yield
+
+
+def compile_by_inductor(module: Any, inputs: Sequence[Any]) -> Any:
+    """``torch._inductor.compile_fx.compile_fx``: all of Inductor, for Dynamo's graph; 2.11+."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, inputs)
+
+
+def custom_partitioner(partition: Callable[..., Any], name: str) -> Any:
+    """A ``CustomPartitionerFn`` whose ``uuid`` is a name, for Inductor's caches; 2.11+."""
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    class Custom(CustomPartitionerFn):
+        def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
+            return partition(gm, joint_inputs, **kwargs)
+
+        def uuid(self) -> str:
+            return name
+
+        def __reduce__(self) -> Any:  # for the key of a cache, which writes down all settings
+            return str, (name,)
+
+    return Custom()
+
+
+__all__ = [
+    "GeneratedCode",
+    "compile_by_inductor",
+    "custom_partitioner",
+    "generate_code",
+    "kernels_do_nothing",
+    "partitioning_by",
+]

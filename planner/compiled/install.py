@@ -1,0 +1,57 @@
+"""Budgets for ``torch.compile(model)`` as it stands, in trainers as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from graph_capture.private_torch.inductor import custom_partitioner, partitioning_by
+
+from .compiled_plan import CompiledPlan
+from .options import CompiledOptions
+from .partition import Partitioner
+
+
+@contextmanager
+def install(**options: Any) -> Iterator[list[CompiledPlan]]:
+    """Within the block, whatever Inductor compiles stays within a byte budget.
+
+    For ``torch.compile(model)`` with its own backend, and for trainers that call it
+    (``TrainingArguments(torch_compile=True)``). What was compiled before is not compiled
+    again.
+
+    Parameters
+    ----------
+    options
+        As for backend ``"remat"``, ``budget_gb=40`` for instance; ``lower`` is Inductor.
+
+    Yields
+    ------
+    list
+        The plans of the graphs that were compiled in the block so far.
+
+    Raises
+    ------
+    ValueError
+        When an option is invalid.
+    """
+    if options.get("lower", "inductor") != "inductor":
+        raise ValueError(
+            f"install() is for Inductor, got lower={options['lower']!r}: use "
+            "torch.compile(model, backend='remat', options={'lower': …})"
+        )
+    plans: list[CompiledPlan] = []
+    told = options.get("on_plan")
+
+    def on_plan(plan: CompiledPlan) -> None:
+        plans.append(plan)
+        if told is not None:
+            told(plan)
+
+    read = CompiledOptions.of({**options, "lower": "inductor", "on_plan": on_plan})
+    with partitioning_by(custom_partitioner(Partitioner(read), read.name)):
+        yield plans
+
+
+__all__ = ["install"]

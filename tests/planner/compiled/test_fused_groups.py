@@ -1,0 +1,55 @@
+"""Kernels fused by rule: what joins, what needs memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graph_capture.recorder import storage_id
+from planner.compiled.fused_groups import fuse
+from planner.compiled.joint_step import JointStep, tensors_of
+from tests.planner.compiled.test_joint_step import joint_step_of
+
+
+def _names(step: JointStep) -> list[list[str]]:
+    return [[call.name for call in group] for group in fuse(step).groups]
+
+
+def test_elementwise_calls_join_their_only_reader() -> None:
+    """A chain before a reduction is one kernel."""
+    x = torch.randn(4, 6, requires_grad=True)
+    step = joint_step_of(lambda x: (x.detach() * 2 + 1).sum() + x.sum(), x)
+    (joined,) = [g for g in _names(step) if "mul" in g]
+    assert joined[:2] == ["mul", "add"]
+
+
+def test_a_product_reads_memory() -> None:
+    """What a matrix product reads is no part of a kernel before it."""
+    x, w = torch.randn(4, 6), torch.randn(6, 6, requires_grad=True)
+    step = joint_step_of(lambda x, w: ((x * 2).sin() @ w).sum(), x, w)
+    groups = _names(step)
+    assert ["mul", "sin"] in groups
+    assert ["mm"] in groups
+
+
+def test_what_backward_reads_has_memory() -> None:
+    """The tanh is read by the sum and by its own gradient, so one may save it."""
+    x = torch.randn(4, 6, requires_grad=True)
+    step = joint_step_of(lambda x: (x * 3).tanh().square().sum(), x)
+    found = fuse(step)
+    (tanh,) = [c for c in step.calls if c.name == "tanh"]
+    (mul,) = [c for c in step.calls if c.name == "mul"]
+    assert {storage_id(t) for t in tensors_of(mul.meta["val"])} <= found.inner
+    assert found.inner.isdisjoint(storage_id(t) for t in tensors_of(tanh.meta["val"]))
+
+
+def test_every_call_is_in_one_group() -> None:
+    """In base order, forward's groups first."""
+    x, w = torch.randn(4, 6), torch.randn(6, 6, requires_grad=True)
+    step: Any = joint_step_of(lambda x, w: (x @ w).softmax(-1).square().mean(), x, w)
+    groups = fuse(step).groups
+    assert sorted(c.name for g in groups for c in g) == sorted(c.name for c in step.calls)
+    place = {call: i for i, call in enumerate(step.calls)}
+    lasts = [max(place[c] for c in g) for g in groups]
+    assert lasts == sorted(lasts)

@@ -1,0 +1,157 @@
+"""Steps that Inductor compiles within a budget: bits, bytes, and what lies on the way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from graph_capture.private_torch.inductor import generate_code
+from planner import InfeasibleBudgetError, PlanWarning
+from planner.compiled import CompiledPlan, inductor_rounds, install
+from planner.compiled import lowered_peak as lowered
+from planner.measuring.measure import measure
+from solvers.replay import replay
+from tests.planner.compiled.models import assert_same, compiled, model_and_sample, step
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+class Ran(NamedTuple):
+    """A step within a budget, and the one without."""
+
+    found: dict[str, Tensor]
+    plan: CompiledPlan
+    measured_bytes: int
+    unbudgeted: dict[str, Tensor]
+    unbudgeted_bytes: int
+    codes: list[str]
+
+
+@pytest.fixture(scope="module")
+def ran() -> Iterator[Ran]:
+    """Compiled once for all tests of this file: the C++ compiler takes its time."""
+    codes: list[str] = []
+
+    def kept(module: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        code = generate_code(module, inputs, **options)
+        codes.append(code.text)
+        return code
+
+    model, x = model_and_sample()
+    torch.compiler.reset()
+    plain = torch.compile(model)
+    expected = step(model, plain, x)
+    unbudgeted_bytes = measure(plain, x, repeats=0).peak_bytes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowered, "generate_code", kept)
+        budget_bytes = int(0.8 * unbudgeted_bytes)
+        call, plans = compiled(model, lower="inductor", budget_bytes=budget_bytes)
+        found = step(model, call, x)
+    measured = measure(call, x, repeats=0).peak_bytes
+    yield Ran(found, plans[0], measured, expected, unbudgeted_bytes, codes)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_bits_are_those_of_the_unbudgeted_step(ran: Ran) -> None:
+    """Loss, gradients and the generator equal those of ``torch.compile``, dropout included."""
+    assert ran.plan.num_recomputed > 0
+    assert_same(ran.found, ran.unbudgeted)
+
+
+@pytest.mark.slow
+def test_measured_peak_is_that_of_the_generated_code(ran: Ran) -> None:
+    """To the byte, and within the budget."""
+    assert ran.measured_bytes == ran.plan.predicted_peak_bytes <= ran.plan.budget_bytes
+
+
+@pytest.mark.slow
+def test_unplanned_peak_is_that_of_plain_compile(ran: Ran) -> None:
+    """PyTorch's own partition is lowered and read, too."""
+    assert ran.plan.unplanned_peak_bytes == ran.unbudgeted_bytes
+
+
+@pytest.mark.slow
+def test_recomputation_survives_lowering(ran: Ran) -> None:
+    """The last generated code multiplies as often as the schedule says: nothing was merged."""
+    forward, backward = ran.codes[-2:]
+    called = sum(len(re.findall(r"extern_kernels\.(?:add)?mm\(", c)) for c in (forward, backward))
+    targets = [ran.plan.graph.operators[v].target for v in ran.plan.schedule.order]
+    assert called == sum(t in ("aten.mm.default", "aten.addmm.default") for t in targets)
+
+
+@pytest.mark.slow
+def test_a_budget_above_all_leaves_pytorchs_own_partition() -> None:
+    """Nothing is solved, and the words say so."""
+    model, x = model_and_sample()
+    call, plans = compiled(model, lower="inductor", budget_gb=1)
+    step(model, call, x)
+    assert plans[0].overhead == 0
+    assert "PyTorch's own partition fits" in str(plans[0])
+
+
+@pytest.mark.slow
+def test_infeasible_budget_names_what_was_found() -> None:
+    """The error is raised before any kernel is compiled."""
+    model, x = model_and_sample()
+    call, _ = compiled(model, lower="inductor", budget_bytes=1000)
+    with pytest.raises(Exception, match="once Inductor has compiled it") as caught:
+        step(model, call, x)
+    error = caught.value.inner_exception  # type: ignore[attr-defined]
+    assert isinstance(error, InfeasibleBudgetError)
+    assert error.min_budget_bytes > 1000
+
+
+@pytest.mark.slow
+def test_install_plans_what_inductor_compiles(ran: Ran) -> None:
+    """``torch.compile(model)`` within the block gets the same plan, and none after it."""
+    model, x = model_and_sample()
+    torch.compiler.reset()
+    with install(budget_bytes=ran.plan.budget_bytes) as plans:
+        found = step(model, torch.compile(model), x)
+    assert_same(found, ran.unbudgeted)
+    assert [p.predicted_peak_bytes for p in plans] == [ran.plan.predicted_peak_bytes]
+    torch.compiler.reset()
+    step(model, torch.compile(model), x)
+    assert len(plans) == 1
+
+
+@pytest.mark.slow
+def test_a_device_whose_code_is_not_read_gets_a_plan_by_rule(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A warning says so, the plan, too; its peak is the cost graph's, within the budget."""
+    monkeypatch.setattr(inductor_rounds, "can_be_read", lambda device: False)
+    model, x = model_and_sample()
+    told: list[CompiledPlan] = []
+
+    class Made(Exception):
+        """The plan is there; compiling is not wanted."""
+
+    def on_plan(plan: CompiledPlan) -> None:
+        told.append(plan)
+        raise Made
+
+    call, _ = compiled(model, lower="inductor", budget_bytes=500_000, on_plan=on_plan)
+    with (
+        pytest.warns(PlanWarning, match="read back on the CPU only"),
+        pytest.raises(Exception, match="Made"),
+    ):
+        step(model, call, x)
+    assert told[0].predicted_peak_bytes == replay(told[0].graph, told[0].schedule).peak_bytes
+    assert "predicted by rule" in str(told[0])
+
+
+def test_install_is_for_inductor() -> None:
+    """Other kernels are the backend's."""
+    with (
+        pytest.raises(ValueError, match=r"install\(\) is for Inductor, got lower='aot_eager'"),
+        install(budget_gb=1, lower="aot_eager"),
+    ):
+        pass
