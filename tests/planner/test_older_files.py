@@ -93,7 +93,7 @@ def test_a_plan_in_its_own_order_loads_and_applies() -> None:
     _bits_equal(plan, Fan, 64, 16)
 
 
-@pytest.mark.parametrize("scope", BoundScope)
+@pytest.mark.parametrize("scope", WORDS)
 def test_words_become_codes(scope: BoundScope) -> None:
     """Each sentence that files ever had, and each code; a plan is written with the code."""
     data = _written(IN_EAGERS_ORDER)

@@ -59,7 +59,7 @@ def batch(rows: int = 64) -> tuple[Tensor, Tensor]:
 def small_plan(budget: str = "70%") -> BlockPlan:
     """A plan in blocks for the model; made once."""
     plan = optimize(
-        small(), batch(), budget=budget, granularity="blocks", blocks="layers.*", time_limit_s=1.0
+        small(), batch(), budget=budget, granularity="blocks", blocks="layers.*", time_limit_s=0.6
     )
     assert isinstance(plan, BlockPlan)
     return plan
