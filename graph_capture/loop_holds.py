@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from .cost_graph import MAX_TOTAL
+from .suggestions import did_you_mean
 from .units import format_bytes, parse_bytes
 
 Outputs = Literal["held", "released"]
@@ -66,7 +67,8 @@ class LoopHolds:
             value, known = getattr(self, name), get_args(words)
             if not isinstance(value, str) or value not in known:
                 choices = " or ".join(map(repr, known))
-                raise ValueError(f"{name} is {choices}, got {value!r:.100}")
+                meant = did_you_mean(str(value), known)
+                raise ValueError(f"{name} is {choices}, got {value!r:.100}; {meant}".rstrip("; "))
         for name in ("resident_bytes", "waiting_bytes"):
             num_bytes = getattr(self, name)
             if not _is_whole(num_bytes) or num_bytes < 0:

@@ -22,6 +22,7 @@ from .private_torch.dispatch import TorchDispatchMode
 from .private_torch.fake_tensors import FakeTensor, FakeTensorMode
 from .private_torch.modules import FOREACH_TYPES
 from .recorder import storage_id
+from .suggestions import did_you_mean
 from .target import Target
 
 OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -176,7 +177,10 @@ def _twin(
     if isinstance(optimizer, str):
         make = OPTIMIZERS.get(optimizer.lower())
         if make is None:
-            raise ValueError(f"unknown optimizer {optimizer!r}; one of {', '.join(OPTIMIZERS)}")
+            meant = did_you_mean(optimizer.lower(), OPTIMIZERS)
+            raise ValueError(
+                f"unknown optimizer {optimizer!r}; {meant}one of {', '.join(OPTIMIZERS)}"
+            )
         twin = make([stand_in(p) for p in model.parameters() if p.requires_grad])
         return twin, type(twin).__name__
     groups = [

@@ -11,6 +11,7 @@ from torch import nn
 from .costs.devices import DEVICES, Device, device_for
 from .cuda_attention import known_capability
 from .errors import CaptureError
+from .suggestions import did_you_mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,10 @@ def _entry(device: str | Device) -> Device:
         return device_for("cuda")
     if device not in DEVICES:
         known = ", ".join(DEVICES)
-        raise ValueError(f"unknown device {device!r}; known are {known}, or give a Device")
+        raise ValueError(
+            f"unknown device {device!r}; {did_you_mean(device.lower(), DEVICES)}known are {known}, "
+            "or give a Device"
+        )
     return DEVICES[device]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from .suggestions import did_you_mean
+
 _BYTE_UNITS = {
     "b": 1,
     "kb": 10**3,
@@ -54,7 +56,8 @@ def parse_bytes(quantity: float | str, *, default_unit: str = "b") -> int:
         number = quantity
     factor = _BYTE_UNITS.get(unit.lower())
     if factor is None:
-        raise ValueError(f"unknown unit {unit!r}; one of {', '.join(_BYTE_UNITS)}")
+        meant = did_you_mean(unit.lower(), _BYTE_UNITS)
+        raise ValueError(f"unknown unit {unit!r}; {meant}one of {', '.join(_BYTE_UNITS)}")
     num_bytes = number * factor  # exact for integers of any size
     if (isinstance(num_bytes, float) and not math.isfinite(num_bytes)) or num_bytes < 1:
         raise ValueError(f"an amount of memory must be positive and finite, got {quantity!r:.40}")

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 
 from graph_capture.cost_graph import CostGraph
+from graph_capture.suggestions import unknown_name
 
 from .backward_search import least_memory_bound
 from .baseline_incumbents import BaselineSchedules
@@ -85,7 +86,7 @@ def solve(
         first runs of ``hint`` leave the base order.
     """
     if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}; known are {', '.join(sorted(SOLVERS))}")
+        raise ValueError(unknown_name("solver", solver, sorted(SOLVERS)))
     if not gap >= 0:
         raise ValueError(f"gap must be >= 0, got {gap}")
     budget_bytes = checked_budget(budget_bytes)

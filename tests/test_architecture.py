@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("graph_capture", "solvers", "planner")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("graph_capture.suggestions",),
     (
         "graph_capture.json_text",
         "graph_capture.printable",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -9,6 +10,10 @@ from typing import Any, Literal
 import torch
 
 from graph_capture.call_spec import TensorSpec, difference, strides_like
+from graph_capture.units import format_bytes
+
+MAX_TENSOR_BYTES = 2**34
+"""Of one argument at its largest: it is made once, to see what the step does with it."""
 
 Shapes = Mapping[str, Mapping[int, Any]] | Literal["sample"] | None
 """As users write them: tensor arguments, their dimensions that vary, and the largest size
@@ -83,6 +88,15 @@ class ShapeRange:
             sizes = self.largest.get(place, {})
             if all(tensor.shape[dim] == size for dim, size in sizes.items()):
                 return tensor
+            num_bytes = tensor.element_size() * math.prod(
+                sizes.get(dim, size) for dim, size in enumerate(tensor.shape)
+            )
+            if num_bytes > MAX_TENSOR_BYTES:
+                raise ValueError(
+                    f"shapes[{place!r}] is a tensor of {num_bytes} bytes at its largest; the limit "
+                    f"is {format_bytes(MAX_TENSOR_BYTES)} ({MAX_TENSOR_BYTES} bytes): name the "
+                    "largest sizes that the loop has"
+                )
             longer = tensor.detach()
             for dim, size in sizes.items():
                 index = torch.arange(size, device=tensor.device) % tensor.shape[dim]

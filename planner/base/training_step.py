@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.optimizer_step import OPTIMIZERS
 from graph_capture.private_torch.trees import tree_leaves, tree_map
+from graph_capture.suggestions import did_you_mean
 
 LossFn = Callable[[Any], Tensor]
 Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -269,8 +270,8 @@ def build_optimizer(name: str, parameters: Iterable[nn.Parameter]) -> torch.opti
     try:
         build = OPTIMIZERS[name.lower()]
     except KeyError:
-        known = ", ".join(OPTIMIZERS)
-        raise ValueError(f"unknown optimizer {name!r}; known by name: {known}") from None
+        known, meant = ", ".join(OPTIMIZERS), did_you_mean(name.lower(), OPTIMIZERS)
+        raise ValueError(f"unknown optimizer {name!r}; {meant}known by name: {known}") from None
     return build([p for p in parameters if p.requires_grad])
 
 

@@ -11,8 +11,8 @@ from itertools import count as count_from
 from numbers import Integral, Real
 from typing import Literal
 
+from graph_capture.suggestions import did_you_mean
 from graph_capture.units import parse_bytes
-from solvers.suggestions import did_you_mean
 
 NUM_DEFAULT_BUDGETS = 8
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from graph_capture.captured_step import CapturedStep
+from graph_capture.suggestions import did_you_mean
 from graph_capture.units import format_bytes
 
 from ..base.forward_slot import (
@@ -111,7 +112,10 @@ def apply_plan(
         Plans for other calls, made ahead, with what this process knows besides them.
     """
     if on_shape_change not in _POLICIES:
-        raise ValueError(f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}")
+        meant = did_you_mean(str(on_shape_change), _POLICIES)
+        raise ValueError(
+            f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}; {meant}".rstrip("; ")
+        )
     forward = original_forward(model)
     (plan, live, captured), *more = (
         _captured(plan, live, model, forward) for plan, live in ((plan, live), *others)

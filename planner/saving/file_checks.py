@@ -135,6 +135,9 @@ def _check_loop_holds(plan: PlanRecord) -> None:
     adds = any(op.target == ACCUMULATE for op in graph.operators)
     if adds and not holds.accumulates:
         raise ValueError("at operators: gradients are added to earlier ones, which nobody holds")
+    staying = sum(s.category == "gradient" and s.kept for s in graph.storages)
+    if holds.accumulates and not adds and staying > len(specs_of(plan.guard.arguments)):
+        raise ValueError("at loop_holds: gradients are accumulated, and no operator adds them")
     for storage in graph.storages:
         made_before_loss = (
             storage.category == "output"

@@ -7,9 +7,9 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from graph_capture.cost_graph import CostGraph
+from graph_capture.suggestions import unknown_name
 
 from ..schedule import Schedule
-from ..suggestions import unknown_name
 from .articulation import AP_GREEDY, AP_SQRT, LINEARIZED_GREEDY, LINEARIZED_SQRT
 from .attention import MEGATRON_SELECTIVE
 from .chen import CHEN_GREEDY

@@ -20,6 +20,7 @@ from solvers.schedule import Schedule
         (("kept", "none", 0), "outputs is 'held' or 'released', got 'kept'"),
         ((None, "none", 0), "outputs is 'held' or 'released'"),
         (("held", "zero", 0), "grads is 'none' or "),
+        (("held", "acumulated", 0), "got 'acumulated'; did you mean 'accumulated'"),
         (("held", "none", -1), "resident_bytes is a number of bytes from 0 on"),
         (("held", "none", 1.5), "resident_bytes is a number of bytes from 0 on"),
         (("held", "none", True), "resident_bytes is a number of bytes from 0 on"),

@@ -74,7 +74,10 @@ def test_an_instance_that_has_stepped_counts_the_same() -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     """An unknown name is refused with the names that are known."""
-    with pytest.raises(ValueError, match=r"unknown optimizer 'adma'; one of adadelta, .*adamw"):
+    with pytest.raises(
+        ValueError,
+        match=r"'adma'; did you mean 'adamax'\? one of adadelta, .*adamw",
+    ):
         measure_optimizer("adma", nn.Linear(2, 2))
 
 

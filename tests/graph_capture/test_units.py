@@ -49,3 +49,9 @@ def test_bytes_in_words(num_bytes: int, text: str) -> None:
 def test_times_in_words(time_us: float, text: str) -> None:
     """Microseconds are written in the unit that reads best."""
     assert format_us(time_us) == text
+
+
+def test_a_unit_that_is_nearly_one_is_named() -> None:
+    """A letter too many is no riddle."""
+    with pytest.raises(ValueError, match="unknown unit 'gigb'; did you mean 'gib'"):
+        parse_bytes("40gigb")

@@ -390,6 +390,14 @@ def test_a_file_whose_words_do_not_fit_its_graph_is_refused(
         plan_from_dict(written)
 
 
+def test_accumulation_that_no_operator_does_is_refused() -> None:
+    """A file's words about gradients fit its graph in the other direction, too."""
+    written = plan_to_dict(optimize(make(), sample(), budget_gb=1, loss_fn=square))
+    written["loop_holds"] = {"outputs": "held", "grads": "accumulated", "resident_bytes": 0}
+    with pytest.raises(PlanError, match="accumulated, and no operator adds them"):
+        plan_from_dict(json.loads(json.dumps(written)))
+
+
 def test_a_plan_for_another_shape_has_the_same_words(plan: Plan) -> None:
     """``"replan"`` and ``max_batch`` ask for what was asked."""
     model = plan.apply(make(), on_shape_change="replan")

@@ -116,6 +116,9 @@ def test_a_loss_that_is_none(loss_fn, named):
 @pytest.mark.parametrize(
     ("option", "kind", "named"),
     [
+        ({"solver": "auot"}, ValueError, "'auot'; did you mean 'auto'"),
+        ({"optimizer": "adamwx"}, ValueError, "'adamwx'; did you mean 'adamw'"),
+        ({"device": "h10"}, ValueError, "'h10'; did you mean 'h100'"),
         ({"solver": "magic"}, ValueError, "unknown solver 'magic'; known are auto"),
         ({"optimizer": "magic"}, ValueError, "unknown optimizer 'magic'; one of"),
         ({"optimizer": 3}, TypeError, "optimizer must be an instance or a name"),

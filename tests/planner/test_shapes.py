@@ -159,6 +159,12 @@ def test_a_range_that_does_not_fit_is_refused(shapes: Any, message: str) -> None
         optimize(make(Net), sample(), budget_gb=1, shapes=shapes)
 
 
+def test_a_size_that_no_memory_holds_is_refused_with_the_limit() -> None:
+    """Before a tensor of it is made."""
+    with pytest.raises(ValueError, match=r"of 128000000000000 bytes .* limit is 17\.2 GB"):
+        optimize(make(Net), sample(), budget_gb=1, shapes={"x": {0: 10**12}})
+
+
 def test_a_row_that_a_slice_left_its_stride_is_in_the_range(pair_plan: Plan) -> None:
     """Neither ``clone()`` nor ``contiguous()`` would change the stride of a single row."""
     plain, planned = make(Pair), pair_plan.apply(make(Pair))
@@ -286,3 +292,9 @@ def test_another_order_in_memory_is_no_other_size(pair_plan: Plan) -> None:
     turned["ids"] = turned["ids"].t().contiguous().t()
     with pytest.raises(CallMismatchError, match=r"\[5, 30\] with strides \[1, 5\] on cpu, planned"):
         pair_plan.apply(make(Pair))(**turned)
+
+
+def test_a_policy_that_is_nearly_one_is_named(pair_plan: Plan) -> None:
+    """A letter in the wrong place is no riddle."""
+    with pytest.raises(ValueError, match="got 'adpat'; did you mean 'adapt'"):
+        pair_plan.apply(make(Pair), on_shape_change="adpat")  # type: ignore[arg-type]

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from graph_capture.cost_graph import CostGraph
+from graph_capture.suggestions import unknown_name
 from solvers.strategies import StrategyError, module_blocks
-from solvers.suggestions import unknown_name
 
 from ...comparison_record import ComparisonRow
 from ..events import ProgressReporter
