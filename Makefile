@@ -9,7 +9,7 @@ WHEEL_VENV := build/wheel-venv
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test test-slow test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-literature bench-small bench-lengths sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
+.PHONY: help setup demo docs test test-slow test-distributed test-gpu lint format gpu-check bench-solvers bench-growth bench-scale bench-guides bench-compare bench-record bench-literature bench-small bench-lengths sweep-operators sweep-models sweep-loops calibrate notebooks wheel test-wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -35,7 +35,10 @@ test: $(STAMP)  ## the tests that take a moment
 	$(PYTEST)
 
 test-slow: $(STAMP)  ## the tests that take longer
-	$(PYTEST) -m 'slow and not gpu' --timeout 900 --durations 40
+	$(PYTEST) -m 'slow and not gpu and not distributed' --timeout 900 --durations 40
+
+test-distributed: $(STAMP)  ## the tests that train in two processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m distributed --timeout 300
 
 test-gpu: $(STAMP)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu --timeout 900

@@ -14,11 +14,13 @@ from torch.fx import Graph, Node
 
 from .blocks import Block, OperatorCode
 from .captured_step import CapturedStep
+from .consumption import consumption, in_turn
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.allocator import block_bytes
 from .costs.cost_model import Call
 from .costs.library_workspace import STORAGE_NAME, library_workspace_bytes
-from .leaving import ACCUMULATE, Leaving, groups_of
+from .data_parallel import scaling_bytes
+from .leaving import ACCUMULATE, CONSUME, COPY_OUTPUTS, Leaving, arrivals_of, groups_of
 from .loss import LossSource
 from .operators import item_index
 from .optimizer_step import OptimizerStep
@@ -57,8 +59,10 @@ class Assembly:
         self.carriers: list[tuple[Node, ...]] = []
         self.state_of: dict[int, int] = {}
         self._storage_of: dict[int, int] = {}
+        self._buckets: int | None = None
+        self._copy_of: dict[Node, int] = {}  # by the output
         self._earlier_gradients: int | None = None
-        self._groups: Mapping[int, Sequence[int]] = {}
+        self._groups: Mapping[int, Sequence[Sequence[int]]] = {}  # by the place that they follow
         self._resized: dict[int, torch.Tensor] = {}
         self._state_node = Graph().placeholder("generator_state")
         self._state_node.meta["role"] = "generator"
@@ -91,20 +95,23 @@ class Assembly:
         if self._pricing.holds.concurrent_calls > 1:
             waiting_bytes = self._pricing.holds.waiting_bytes
             self._add_storage("held for other calls", waiting_bytes, None, "waiting")
-        if self._leaving.gradients:
-            self._add_earlier_gradients()
-            turn = codes.index(loss)
-            self._groups = groups_of(codes, turn, self._leaving.gradients, self._blocks)
+        if self._pricing.bucket_bytes:
+            num_bytes = block_bytes(self._pricing.bucket_bytes, self._device_type)
+            self._buckets = self._add_storage(
+                "buckets of DistributedDataParallel", num_bytes, None, "bucket"
+            )
+        self._group(codes, codes.index(loss))
         loss_index = -1
         for place, code in enumerate(codes):
             if code is loss:
+                self._add_copies_of_outputs()
                 loss_index = self._add_loss(code)
                 phase = "backward"
             else:
                 self._add_operator(code, phase)
-            if place in self._groups:
-                self._add_accumulation(self._groups[place])
-        if self._optimizer is not None:
+            for new in self._groups.get(place, ()):
+                self._add_handing_on(new)
+        if self._optimizer is not None and not self._pricing.holds.consumes:
             self._add_optimizer()
         return CapturedStep(
             step=self._step,
@@ -200,6 +207,7 @@ class Assembly:
     def _add_loss(self, code: OperatorCode) -> int:
         v = len(self.operators)
         region = self._step.loss
+        read = {self._copy_of.get(n, self._storage_of[k]) for n, k in code.reads.items()}
         outputs = [self._add_tangent(k, v) for k in code.outputs]
         if region.held_bytes:
             outputs.append(self._add_storage("loss", region.held_bytes, v, "output", kept=True))
@@ -208,7 +216,7 @@ class Assembly:
             Operator(
                 name="loss",
                 target=str(region.source),
-                inputs=tuple(sorted({self._storage_of[k] for k in code.reads.values()})),
+                inputs=tuple(sorted(read)),
                 outputs=tuple(outputs),
                 cost_ns=self._region_ns(region.calls),
                 workspace_bytes=region.workspace_bytes,
@@ -218,6 +226,36 @@ class Assembly:
             ),
         )
         return v
+
+    def _add_copies_of_outputs(self) -> None:
+        """``DistributedDataParallel`` copies outputs where it looks for unused parameters."""
+        copied = self._leaving.copied
+        if not copied:
+            return
+        v = len(self.operators)
+        outputs = []
+        for i, copy in enumerate(copied):
+            value = copy.node.meta["val"]
+            num_bytes = block_bytes(value.numel() * value.element_size(), self._device_type)
+            held = copy.replaced and copy.block not in self._leaving.outputs
+            outputs.append(
+                self._add_storage(f"copy of output {i}", num_bytes, v, "output", kept=held)
+            )
+            if copy.replaced:
+                self._copy_of[copy.node] = outputs[-1]
+        self._push(
+            OperatorCode(calls=[]),
+            Operator(
+                name=COPY_OUTPUTS,
+                target=COPY_OUTPUTS,
+                inputs=tuple(sorted({self._storage_of[copy.block] for copy in copied})),
+                outputs=tuple(outputs),
+                cost_ns=sum(self._clone_ns_of(copy.node) for copy in copied),
+                phase="forward",
+                pinned="DistributedDataParallel copies outputs",
+                ordered=True,
+            ),
+        )
 
     def _add_tangent(self, k: int, v: int) -> int:
         """The gradient of an output; freed at its last use unless someone else holds it.
@@ -230,6 +268,56 @@ class Assembly:
         if scalar or self._step.loss.source is LossSource.OUTPUTS:
             self.storages[storage] = replace(self.storages[storage], kept=True)
         return storage
+
+    def _group(self, codes: Sequence[OperatorCode], turn: int) -> None:
+        """Say which gradients leave together, and after which operator."""
+        leaving = self._leaving
+        if not leaving.gradients:
+            return
+        if self._pricing.holds.in_buckets:
+            self._earlier_gradients = self._buckets
+        elif self._pricing.holds.accumulates:
+            self._add_earlier_gradients()
+        if leaving.at_once:
+            position = {node: i for i, node in enumerate(self._step.graph.nodes)}
+            arriving = arrivals_of(codes, turn, leaving, position)
+            self._groups = {place: [[k] for k in new] for place, new in arriving.items()}
+            return
+        groups = groups_of(codes, turn, leaving.gradients, self._blocks)
+        self._groups = {place: [new] for place, new in groups.items()}
+
+    def _add_handing_on(self, new: Sequence[int]) -> None:
+        if self._pricing.holds.consumes:
+            self._add_consumption(new)
+        else:
+            self._add_accumulation(new)
+
+    def _add_consumption(self, new: Sequence[int]) -> None:
+        """What hooks do with gradients as they arrive: an optimizer updates their parameters."""
+        index = {k: i for i, k in enumerate(self._leaving.gradients)}
+        order = in_turn((self._blocks[k].size_bytes, index[k], k) for k in new)
+        taken = consumption(
+            [
+                (self._leaving.names[k], self.storages[self._storage_of[k]].size_bytes)
+                for k in order
+            ],
+            self._optimizer,
+            # Gradients of tensors of the call arrive among them, and where is not known.
+            in_order=all(leaf.meta["role"] == "parameter" for leaf, _ in self._step.gradients),
+        )
+        self._push(
+            OperatorCode(calls=[]),
+            Operator(
+                name=f"{CONSUME}_{len(self.operators)}",
+                target=CONSUME,
+                inputs=tuple(sorted(self._storage_of[k] for k in new)),
+                cost_ns=self._region_ns(taken.calls),
+                workspace_bytes=taken.workspace_bytes,
+                phase="backward",
+                pinned="hooks consume gradients as they arrive",
+                ordered=True,
+            ),
+        )
 
     def _add_earlier_gradients(self) -> None:
         num_bytes = sum(
@@ -247,7 +335,8 @@ class Assembly:
         values = [self._blocks[k].carriers[0].meta["val"] for k in new]
         add = torch.ops.aten.add_.Tensor
         cost_ns = self._region_ns(tuple((add, (t, t), {}, t) for t in values))
-        read = [] if self._leaving.at_once else [self._storage_of[k] for k in new]
+        read = [self._storage_of[k] for k in new]
+        in_buckets = self._pricing.holds.in_buckets
         self._push(
             OperatorCode(calls=[]),
             Operator(
@@ -255,6 +344,7 @@ class Assembly:
                 target=ACCUMULATE,
                 inputs=tuple(sorted((*read, self._earlier_gradients))),
                 cost_ns=cost_ns,
+                workspace_bytes=scaling_bytes(self._device_type) if in_buckets else 0,
                 phase="backward",
                 pinned="autograd adds gradients to those that are there",
                 ordered=True,
@@ -338,7 +428,10 @@ class Assembly:
         return self._pricing.costs.time_ns(made), self._probe.bytes_of(made)
 
     def _clone_ns(self, k: int) -> int:
-        value = self._blocks[k].carriers[0].meta["val"]
+        return self._clone_ns_of(self._blocks[k].carriers[0])
+
+    def _clone_ns_of(self, node: Node) -> int:
+        value = node.meta["val"]
         func = torch.ops.aten.clone.default
         return self._pricing.costs.time_ns(Call(func=func, args=(value,), kwargs={}, out=value))
 
@@ -366,7 +459,7 @@ class Assembly:
         num_bytes = self._kept_alive(block) if block.device_type == self._device_type else 0
         num_bytes = block_bytes(num_bytes, self._device_type)
         handed_out = self._outputs | self._gradients
-        leaving = self._leaving.outputs | self._leaving.gradients.keys()
+        leaving = self._leaving.outputs | self._leaving.gradients.keys() | self._leaving.replaced
         kept = producer is not None and k in handed_out and k not in leaving
         self._storage_of[k] = self._add_storage(
             block.name,

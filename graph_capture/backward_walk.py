@@ -32,6 +32,7 @@ from .private_torch.autograd import current_node, input_metadata_of, sequence_nu
 from .private_torch.modules import has_backward_hooks
 
 _Gradients = tuple[torch.Tensor | None, ...]
+Arrived = Callable[[int], None]
 Wanted = torch.Tensor | GradientEdge
 """What a gradient is asked of; an edge holds no memory."""
 
@@ -44,10 +45,13 @@ class Differentiator(Protocol):
         outputs: list[torch.Tensor],
         inputs: Sequence[Wanted],
         grad_outputs: Sequence[torch.Tensor | None] | None = None,
+        *,
+        arrived: Arrived | None = None,
     ) -> _Gradients:
         """Return the gradients of ``inputs``; ``None`` where nothing depends on one.
 
-        ``outputs`` is emptied, so that what only they keep alive can be freed.
+        ``outputs`` is emptied, so that what only they keep alive can be freed. ``arrived``
+        is called with the index of a leaf among ``inputs`` when its gradient is complete.
         """
 
     def current_node(self) -> Any:
@@ -62,17 +66,35 @@ class Engine:
         outputs: list[torch.Tensor],
         inputs: Sequence[Wanted],
         grad_outputs: Sequence[torch.Tensor | None] | None = None,
+        *,
+        arrived: Arrived | None = None,
     ) -> _Gradients:
         """See :class:`Differentiator`."""
+        listening = []
+        if arrived is not None:
+            listening = [
+                leaf.register_hook(_telling(arrived, i))
+                for i, leaf in enumerate(inputs)
+                if isinstance(leaf, torch.Tensor)
+            ]
         try:
             wanted: Any = list(inputs)
             return torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True)
         finally:
             outputs.clear()
+            for handle in listening:
+                handle.remove()
 
     def current_node(self) -> Any:
         """See :class:`Differentiator`."""
         return current_node()
+
+
+def _telling(arrived: Arrived, i: int) -> Callable[[torch.Tensor], None]:
+    def tell(_gradient: torch.Tensor) -> None:
+        arrived(i)
+
+    return tell
 
 
 class _Place:
@@ -106,6 +128,7 @@ class BackwardWalk:
         grad_outputs: Sequence[torch.Tensor | None] | None = None,
         *,
         create_graph: bool = False,
+        arrived: Arrived | None = None,
     ) -> _Gradients:
         """See :class:`Differentiator`."""
         given = [None] * len(outputs) if grad_outputs is None else list(grad_outputs)
@@ -117,7 +140,7 @@ class BackwardWalk:
         self._current = _ROOT
         try:
             with torch.set_grad_enabled(create_graph):
-                task = _Task(outputs, inputs, self)
+                task = _Task(outputs, inputs, self, arrived)
                 outputs.clear()
                 return task.run(list(first))  # torch.autograd.grad also holds them meanwhile
         finally:
@@ -232,8 +255,10 @@ class _Task:
         outputs: Sequence[torch.Tensor],
         inputs: Sequence[Wanted],
         walk: BackwardWalk,
+        arrived: Arrived | None,
     ) -> None:
         self._walk = walk
+        self._arrived = arrived
         self._roots = [_edge_of(t) for t in outputs]
         self._num_inputs = len(inputs)
         self._captures: dict[int, list[tuple[int, int]]] = {}  # node -> [(its input, ours)]
@@ -309,6 +334,8 @@ class _Task:
         self._alive.pop(id(node))
         for slot, i in self._captures.get(id(node), ()):
             self._found[i] = gradients[slot]
+            if self._arrived is not None:
+                self._arrived(i)
         if id(node) not in self._needed:
             return
         results = self._call(node, gradients)

@@ -44,6 +44,7 @@ Category = Literal[
     "temporary",
     "resident",
     "waiting",
+    "bucket",
 ]
 
 GRAPH_FORMAT = 1

@@ -6,10 +6,21 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
+from torch.fx import Node
+
 from .blocks import Block, OperatorCode
 
 ACCUMULATE = "accumulate"
 """Target of the operators that stand for autograd's adding to earlier gradients."""
+
+CONSUME = "consume"
+"""Target of the operators that stand for hooks which take gradients as they arrive."""
+
+COPY_OUTPUTS = "copy_outputs"
+"""Target of the operator that stands for the copies of outputs by a wrapper of the model."""
+
+HANDED_ON = frozenset({ACCUMULATE, CONSUME})
+"""Targets of operators after which gradients leave a planned backward pass."""
 
 LARGEST_BYTES = 25 * 2**20
 """Gradients that leave together: a bucket of ``DistributedDataParallel``."""
@@ -22,6 +33,23 @@ MANY_GROUPS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CopiedOutput:
+    """An output that a wrapper of the model copies.
+
+    Parameters
+    ----------
+    node, block
+        The output and its memory.
+    replaced
+        Whether the loop gets the copy; else it gets the output, and the copy is dropped.
+    """
+
+    node: Node
+    block: int
+    replaced: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leaving:
     """What leaves before the step has ended.
 
@@ -29,15 +57,29 @@ class Leaving:
     ----------
     outputs
         Blocks of outputs that the loop lets go of once it has the loss.
+    copied
+        Outputs that a wrapper of the model copies.
+    replaced
+        Blocks of outputs that nobody holds once they are copied.
     gradients
-        Blocks of gradients that are added to earlier ones, and the block of what each is for.
+        Blocks of gradients that are added to earlier ones or consumed, and the block of what
+        each is for.
+    names
+        The parameter that each of them is for.
+    arrivals
+        For each of them its turn among all that arrive in eager's backward pass, and the
+        position in the traced graph of the last node before it arrives.
     at_once
         Whether each of these leaves when it is there, as in eager; a planned step hands
         them on in groups.
     """
 
     outputs: AbstractSet[int] = frozenset()
+    copied: Sequence[CopiedOutput] = ()
+    replaced: AbstractSet[int] = frozenset()
     gradients: Mapping[int, int] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
+    arrivals: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     at_once: bool = False
 
 
@@ -66,11 +108,7 @@ def groups_of(
     gradients
         Blocks of gradients, and the block of what each is for.
     """
-    ready: dict[int, int] = {}
-    for place, code in enumerate(codes):
-        if place > turn:
-            used = {*code.reads.values(), *code.outputs, *(old for old, _ in code.clones)}
-            ready.update((k, place) for k in used)
+    ready = _last_uses(codes, turn)
     by_place = sorted(
         (max(ready.get(k, 0), ready.get(owner, 0)), k) for k, owner in gradients.items()
     )
@@ -87,4 +125,48 @@ def groups_of(
     return groups
 
 
-__all__ = ["ACCUMULATE", "Leaving", "groups_of", "least_group_bytes"]
+def arrivals_of(
+    codes: Sequence[OperatorCode],
+    turn: int,
+    leaving: Leaving,
+    position: Mapping[Node, int],
+) -> dict[int, list[int]]:
+    """Return which gradients eager hands on after which operator, in the order of arrival.
+
+    Parameters
+    ----------
+    codes, turn
+        As for :func:`groups_of`.
+    position
+        Of each node in the traced graph.
+    """
+    ready = _last_uses(codes, turn)
+    begins = [min((position[call] for call in code.calls), default=-1) for code in codes]
+    arriving: dict[int, list[int]] = {}
+    for k, (_, last) in sorted(leaving.arrivals.items(), key=lambda item: item[1]):
+        before = [p for p in range(turn + 1, len(codes)) if begins[p] <= last]
+        arriving.setdefault(max([turn, ready.get(k, turn), *before]), []).append(k)
+    return arriving
+
+
+def _last_uses(codes: Sequence[OperatorCode], turn: int) -> dict[int, int]:
+    """The place of the last operator of the backward pass that makes or reads each block."""
+    last: dict[int, int] = {}
+    for place, code in enumerate(codes):
+        if place > turn:
+            used = {*code.reads.values(), *code.outputs, *(old for old, _ in code.clones)}
+            last.update((k, place) for k in used)
+    return last
+
+
+__all__ = [
+    "ACCUMULATE",
+    "CONSUME",
+    "COPY_OUTPUTS",
+    "CopiedOutput",
+    "HANDED_ON",
+    "Leaving",
+    "arrivals_of",
+    "groups_of",
+    "least_group_bytes",
+]

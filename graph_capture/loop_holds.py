@@ -7,15 +7,17 @@ assembled by them, and every search and every replay of it goes by them without 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from .cost_graph import MAX_TOTAL
+from .data_parallel import DataParallel
 from .suggestions import did_you_mean
 from .units import format_bytes, parse_bytes
 
 Outputs = Literal["held", "released"]
-Grads = Literal["none", "accumulated"]
+Grads = Literal["none", "accumulated", "consumed"]
 
 MAX_CONCURRENT_CALLS = 10_000
 
@@ -36,7 +38,9 @@ class LoopHolds:
         differentiates the outputs themselves, it holds them in any case.
     grads
         ``"none"``: no parameter has a gradient when forward begins. ``"accumulated"``:
-        each that the step gives one has one, and it stays.
+        each that the step gives one has one, and it stays. ``"consumed"``: none has one,
+        and each new one is gone as soon as it has arrived at its parameter, because an
+        optimizer in a hook steps then.
     resident_bytes
         Bytes of other tensors of the caller on the device, all the while.
     concurrent_calls
@@ -44,11 +48,13 @@ class LoopHolds:
     waiting_bytes
         What all of these but one hold for their backward passes, which a plan decides; 0
         before there is one.
+    distributed
+        The ``DistributedDataParallel`` around the model, whose buckets are counted.
 
     Raises
     ------
     ValueError
-        When one is none of these.
+        When one is none of these, or two do not go together.
 
     Examples
     --------
@@ -61,6 +67,7 @@ class LoopHolds:
     resident_bytes: int = 0
     concurrent_calls: int = 1
     waiting_bytes: int = 0
+    distributed: DataParallel | None = None
 
     def __post_init__(self) -> None:
         for name, words in (("outputs", Outputs), ("grads", Grads)):
@@ -83,10 +90,27 @@ class LoopHolds:
             )
         if self.waiting_bytes and calls == 1:
             raise ValueError("waiting_bytes are of other calls, and concurrent_calls is 1")
+        if self.consumes and self.distributed is not None:
+            raise ValueError(
+                "grads='consumed' and distributed='ddp' do not go together: the buckets of "
+                "DistributedDataParallel hold every gradient to the end of the backward pass, so "
+                "that nothing is freed"
+            )
+        if calls > 1 and (self.consumes or self.distributed is not None):
+            word = "grads='consumed'" if self.consumes else "distributed='ddp'"
+            raise ValueError(
+                f"concurrent_calls={calls} and {word} do not go together yet: gradients arrive at "
+                "their parameters when those of all calls are added up, which is not planned for"
+            )
 
     @classmethod
     def of(
-        cls, outputs: Any, grads: Any, resident_bytes: Any, concurrent_calls: Any = 1
+        cls,
+        outputs: Any,
+        grads: Any,
+        resident_bytes: Any,
+        concurrent_calls: Any = 1,
+        distributed: Any = None,
     ) -> LoopHolds:
         """Read the words as users write them; ``resident_bytes`` may be ``"2GB"``, too.
 
@@ -100,7 +124,13 @@ class LoopHolds:
             grads=grads,
             resident_bytes=resident_bytes,
             concurrent_calls=concurrent_calls,
+            distributed=DataParallel.of(distributed),
         )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LoopHolds:
+        """The inverse of :meth:`to_json`."""
+        return cls(**{**data, "distributed": DataParallel.of(data.get("distributed"))})
 
     @property
     def releases(self) -> bool:
@@ -113,11 +143,41 @@ class LoopHolds:
         return self.grads == "accumulated"
 
     @property
+    def consumes(self) -> bool:
+        """Whether a gradient is consumed as soon as it arrives at its parameter."""
+        return self.grads == "consumed"
+
+    @property
+    def in_buckets(self) -> bool:
+        """Whether gradients of parameters are parts of ``DistributedDataParallel``'s buckets.
+
+        Those that micro-batches add up under ``no_sync()`` lie beside the buckets all the same.
+        """
+        views = self.distributed is not None and self.distributed.gradient_as_bucket_view
+        return views and not self.accumulates
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether memory for all gradients of parameters is there before the step."""
+        return self.accumulates or self.in_buckets
+
+    @property
+    def copies_outputs(self) -> bool:
+        """Whether the loop gets copies of the model's outputs."""
+        return self.distributed is not None and self.distributed.copies_outputs
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether gradients of parameters leave a planned backward pass while it runs."""
+        return self.accumulates or self.consumes or self.in_buckets
+
+    @property
     def words(self) -> tuple[str, ...]:
         """What differs from a loop that holds its outputs and nothing else."""
         return (
             *(("outputs until the loss is there",) if self.releases else ()),
             *(("gradients of earlier backward passes",) if self.accumulates else ()),
+            *(("each gradient until a hook has consumed it",) if self.consumes else ()),
             *(
                 (f"{format_bytes(self.resident_bytes)} of the caller's own",)
                 if self.resident_bytes
@@ -128,6 +188,7 @@ class LoopHolds:
                 if self.concurrent_calls > 1
                 else ()
             ),
+            *((f"buckets of {self.distributed}",) if self.distributed is not None else ()),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -135,6 +196,9 @@ class LoopHolds:
         held = asdict(self)
         if self.concurrent_calls == 1:
             del held["concurrent_calls"], held["waiting_bytes"]
+        del held["distributed"]
+        if self.distributed is not None:
+            held["distributed"] = str(self.distributed)
         return held
 
 

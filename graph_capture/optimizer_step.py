@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import nn
 from .absent_cuda import ensure_cuda_guard
 from .capture_lock import holds_capture_lock
 from .costs.allocator import block_bytes
+from .costs.cost_model import Call
 from .fake_call_cache import FakeCallCache
 from .fake_inputs import FakeInputs
-from .memory_meter import MemoryMeter
+from .memory_meter import MemoryMeter, Moment
 from .private_torch.aten import local_scalar_dense
 from .private_torch.dispatch import TorchDispatchMode
 from .private_torch.fake_tensors import FakeTensor, FakeTensorMode
@@ -41,6 +43,33 @@ OPTIMIZERS: Mapping[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParameterStep:
+    """What it takes to update one parameter alone.
+
+    Parameters
+    ----------
+    workspace_bytes
+        Bytes beside parameter, gradient and state.
+    calls
+        The calls that are dispatched, for costing.
+    moments
+        What is allocated once each call has its results.
+    """
+
+    workspace_bytes: int = 0
+    calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
+    moments: tuple[Moment, ...] = ()
+
+    def with_scratch(self, scratch_bytes: Callable[[Call], int]) -> ParameterStep:
+        """Return a copy that includes what its kernels allocate and free beside their results."""
+        most = self.workspace_bytes
+        for (func, args, kwargs, out), moment in zip(self.calls, self.moments, strict=True):
+            call = Call(func=func, args=args, kwargs=kwargs, out=out, grad_enabled=False)
+            most = max(most, moment.live_bytes + scratch_bytes(call))
+        return replace(self, workspace_bytes=most)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerStep:
     """Memory of an optimizer.
 
@@ -54,6 +83,9 @@ class OptimizerStep:
         Bytes that its step takes beside parameters, gradients and state.
     calls
         The calls that the step dispatches, for costing.
+    for_parameter
+        What each parameter's own step takes, by its name, where an optimizer in a hook
+        updates one after the other; ``calls`` is then empty. Empty for a plan from a file.
     step_ns
         Nanoseconds of the step if its calls are no longer known, as in a plan from a
         file; ``None`` if it was not priced.
@@ -64,11 +96,28 @@ class OptimizerStep:
     workspace_bytes: int
     calls: tuple[tuple[Any, tuple, dict, Any], ...] = ()
     step_ns: int | None = None
+    for_parameter: Mapping[str, ParameterStep] = field(default_factory=dict)
+
+    def with_scratch(self, scratch_bytes: Callable[[Call], int]) -> OptimizerStep:
+        """Return a copy whose steps of single parameters include their kernels' scratch memory."""
+        if not self.for_parameter:
+            return self
+        distinct = {id(step): step for step in self.for_parameter.values()}
+        counted = {key: step.with_scratch(scratch_bytes) for key, step in distinct.items()}
+        return replace(
+            self,
+            workspace_bytes=max(step.workspace_bytes for step in counted.values()),
+            for_parameter={name: counted[id(s)] for name, s in self.for_parameter.items()},
+        )
 
 
 @holds_capture_lock
 def measure_optimizer(
-    optimizer: torch.optim.Optimizer | str | None, model: nn.Module, target: Target
+    optimizer: torch.optim.Optimizer | str | None,
+    model: nn.Module,
+    target: Target,
+    *,
+    in_hooks: bool = False,
 ) -> OptimizerStep | None:
     """Measure state and workspace of ``optimizer`` on the parameters of ``model``.
 
@@ -81,6 +130,8 @@ def measure_optimizer(
     ----------
     target
         Where the step runs.
+    in_hooks
+        Whether hooks update each parameter alone, when its gradient arrives.
 
     Raises
     ------
@@ -113,6 +164,20 @@ def measure_optimizer(
             if storage_id(t) not in own and t.device.type == target.torch_type
         }
         known = own | {storage_id(t) for t in _tensors(twin.state)}
+        if in_hooks:
+            names = {id(p): name for name, p in model.named_parameters()}
+            originals = _updated(optimizer, model)
+            for_parameter = {
+                names[id(p)]: step
+                for p, step in zip(originals, _steps_alone(twin, known), strict=True)
+                if id(p) in names
+            }
+            return OptimizerStep(
+                name=name,
+                state_bytes=sum(state.values()),
+                workspace_bytes=max((s.workspace_bytes for s in for_parameter.values()), default=0),
+                for_parameter=for_parameter,
+            )
         meter = MemoryMeter(known=known.__contains__)
         with meter:
             twin.step()
@@ -122,6 +187,50 @@ def measure_optimizer(
         workspace_bytes=meter.peak_bytes,
         calls=tuple(meter.calls),
     )
+
+
+@contextmanager
+def updating_only(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterator[None]:
+    """While active, ``optimizer.step()`` updates one of its parameters alone, or nothing at all
+    where it is none of its own."""
+    optimizer = _innermost(optimizer)
+    groups = optimizer.param_groups
+    group = next((g for g in groups if any(p is parameter for p in g["params"])), None)
+    optimizer.param_groups = [] if group is None else [group]
+    parameters = [] if group is None else group["params"]
+    if group is not None:
+        group["params"] = [parameter]
+    try:
+        yield
+    finally:
+        if group is not None:
+            group["params"] = parameters
+        optimizer.param_groups = groups
+
+
+def _updated(optimizer: torch.optim.Optimizer | str, model: nn.Module) -> list[torch.Tensor]:
+    """The parameters that an optimizer updates, in the order of a twin's."""
+    if isinstance(optimizer, str):
+        return [p for p in model.parameters() if p.requires_grad]
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _steps_alone(twin: torch.optim.Optimizer, known: AbstractSet[int]) -> Iterator[ParameterStep]:
+    """What a second step of each parameter alone takes; those that look alike are asked once."""
+    found: dict[Any, ParameterStep] = {}
+    for number, group in enumerate(twin.param_groups):
+        for p in list(group["params"]):
+            looks = number, p.shape, p.stride(), p.dtype, p.device
+            if looks not in found:
+                meter = MemoryMeter(known=known.__contains__)
+                with updating_only(twin, p), meter:
+                    twin.step()
+                found[looks] = ParameterStep(
+                    workspace_bytes=meter.peak_bytes,
+                    calls=tuple(meter.calls),
+                    moments=tuple(meter.moments),
+                )
+            yield found[looks]
 
 
 class _NumbersOfFakeTensors(TorchDispatchMode):

@@ -27,6 +27,8 @@ class Pricing:
         Scratch memory of each call.
     held_bytes
         Bytes of tensors that lie in modules but take no part in the step.
+    bucket_bytes
+        Bytes of the buckets of ``DistributedDataParallel``.
     holds
         What the loop around the step holds.
     argument_bytes
@@ -41,6 +43,7 @@ class Pricing:
     costs: CostModel
     probe: WorkspaceProbe
     held_bytes: int
+    bucket_bytes: int = 0
     holds: LoopHolds = NOTHING_ELSE
     argument_bytes: tuple[int, ...] | None = None
     known: dict[tuple[Node, Any], tuple[int, int]] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +26,10 @@ from .costs.resolve import (
 )
 from .costs.roofline import LONGEST_TRIAL_NS, Roofline
 from .costs.workspace import WorkspaceProbe
+from .data_parallel import bucket_bytes
 from .dropout import split_dropout
 from .last_readings import LastReadings
-from .leaving import Leaving
+from .leaving import CopiedOutput, Leaving
 from .loop_holds import NOTHING_ELSE, LoopHolds
 from .loss import LossFn, LossSpec
 from .operators import (
@@ -155,11 +156,16 @@ def capture_step(
     )
     region = step.loss.without(step.gone_bytes()) if holds.releases else step.loss
     step = replace(step, loss=region.with_scratch(probe.bytes_of))
+    if optimizer is not None:
+        optimizer = optimizer.with_scratch(probe.bytes_of)
     pricing = Pricing(
         target=target,
         costs=costs,
         probe=probe,
         held_bytes=_held(model, step, target),
+        bucket_bytes=0
+        if holds.distributed is None
+        else bucket_bytes(holds.distributed, model.parameters(), target.torch_type),
         holds=holds,
         argument_bytes=argument_bytes,
     )
@@ -209,9 +215,15 @@ def _fold(
     gradient_blocks = {folder.block_of(n) for _, n in step.gradients}
     operators = drop_unused(folder.operators, output_blocks | gradient_blocks)
 
+    copied = _copied(step, folder) if pricing.holds.copies_outputs else ()
+    handed_on = _handed_on(step, folder) if pricing.holds.hands_on else {}
     leaving = Leaving(
         outputs={folder.block_of(n) for n in released},
-        gradients=_accumulated(step, folder) if pricing.holds.accumulates else {},
+        copied=copied,
+        replaced=_replaced(copied, step, folder) - gradient_blocks,
+        gradients=handed_on,
+        names={folder.block_of(gradient): leaf.meta["target"] for leaf, gradient in step.gradients},
+        arrivals=_arrivals(step, folder, handed_on),
         at_once=not reuse,
     )
 
@@ -229,14 +241,42 @@ def _fold(
     return assembled(pricing)
 
 
-def _accumulated(step: TracedStep, folder: Folder) -> dict[int, int]:
-    """Blocks of gradients that are added to earlier ones, and of what each is for."""
+def _handed_on(step: TracedStep, folder: Folder) -> dict[int, int]:
+    """Blocks of gradients that do not stay in the step, and of what each is for."""
     others = [n for leaf, n in step.gradients if leaf.meta["role"] != "parameter"]
     staying = {folder.block_of(n) for n in (*others, *step.outputs)}
     return {
         folder.block_of(gradient): folder.block_of(leaf)
         for leaf, gradient in step.gradients
         if leaf.meta["role"] == "parameter" and folder.block_of(gradient) not in staying
+    }
+
+
+def _copied(step: TracedStep, folder: Folder) -> tuple[CopiedOutput, ...]:
+    """The outputs, each of which is copied on its way to the loop."""
+    requiring = {*step.differentiated, *step.detached}
+    return tuple(
+        CopiedOutput(node=node, block=folder.block_of(node), replaced=i in requiring)
+        for i, node in enumerate(step.outputs[: len(step.template.names)])
+    )
+
+
+def _replaced(copied: Sequence[CopiedOutput], step: TracedStep, folder: Folder) -> set[int]:
+    """Blocks of outputs of which the loop and the model have nothing once they are copied."""
+    stay = {folder.block_of(node) for node in step.outputs[len(copied) :]}
+    stay |= {copy.block for copy in copied if not copy.replaced}
+    return {copy.block for copy in copied} - stay
+
+
+def _arrivals(
+    step: TracedStep, folder: Folder, handed_on: Mapping[int, int]
+) -> dict[int, tuple[int, int]]:
+    """When gradients arrive in eager's backward pass, by their blocks."""
+    position = {node: i for i, node in enumerate(step.graph.nodes)}
+    return {
+        folder.block_of(gradient): (turn, max(position[gradient], position.get(last, -1)))
+        for (_, gradient), (turn, last) in zip(step.gradients, step.arrivals, strict=True)
+        if folder.block_of(gradient) in handed_on
     }
 
 

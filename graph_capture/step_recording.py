@@ -191,7 +191,9 @@ class _Recording:
                 recorder.placeholder(f"tangent_{i}", tangent, role="tangent", target=str(i))
                 for i, tangent in enumerate(tangents)
             )
-            gradients = self._backward([tensors[i] for i in differentiated], tangents, tensors)
+            gradients, arrivals = self._backward(
+                [tensors[i] for i in differentiated], tangents, tensors
+            )
             recorder.questions.finish()
             recorder.check_generators()
             effects.refuse_in_backward(before_backward)
@@ -206,6 +208,7 @@ class _Recording:
             differentiated=tuple(differentiated),
             tangents=tangent_nodes,
             gradients=tuple(gradients),
+            arrivals=tuple(arrivals),
             constants=recorder.constants,
             loss=region,
             detached=tuple(
@@ -284,9 +287,15 @@ class _Recording:
         differentiated: list[torch.Tensor],
         tangents: list[torch.Tensor],
         tensors: list[torch.Tensor],
-    ) -> list[tuple[Node, Node]]:
-        """Gradients of all leaves, as autograd leaves them behind."""
+    ) -> tuple[list[tuple[Node, Node]], list[tuple[int, Node]]]:
+        """Gradients of all leaves, as autograd leaves them behind, and when they arrived."""
         self.recorder.phase = "backward"
+        nodes = self.recorder.graph.nodes
+        arrivals: dict[Node, tuple[int, Node]] = {}  # by the leaf's node
+
+        def arrived(i: int) -> None:
+            arrivals[self.leaves[i][0]] = len(arrivals), next(reversed(nodes))
+
         with (
             self.watcher.watching(),
             self.recorder,
@@ -294,9 +303,10 @@ class _Recording:
             self._eager_formulas(),
         ):
             found = self.differentiator.grad(
-                differentiated, [leaf for _, leaf in self.leaves], tangents
+                differentiated, [leaf for _, leaf in self.leaves], tangents, arrived=arrived
             )
-            return settle_gradients(self.leaves, found, tensors, self.recorder)
+            gradients = settle_gradients(self.leaves, found, tensors, self.recorder)
+        return gradients, [arrivals[leaf] for leaf, _ in gradients]
 
     def _stays(self, replaced: Iterable[torch.Tensor]) -> Callable[[int], bool]:
         """Whether a memory comes from outside of the step or stays in the model after it."""

@@ -88,6 +88,9 @@ class TracedStep:
         Placeholders of those gradients, in the same order.
     gradients
         ``(placeholder, gradient node)`` of every leaf that receives one.
+    arrivals
+        For each of them its turn among the gradients of eager's backward pass, and the last
+        node before it arrived at its leaf.
     constants
         Tensors that forward uses besides parameters, buffers and inputs.
     outcomes
@@ -119,6 +122,7 @@ class TracedStep:
     reassigned: tuple[Reassigned, ...] = ()
     left: tuple[LeftValue, ...] = ()
     made_to_require: tuple[int, ...] = ()
+    arrivals: tuple[tuple[int, Node], ...] = ()
     reads: Reads = field(default_factory=Reads, compare=False)
 
     @property

@@ -30,6 +30,7 @@ from .plan import Plan
 from .plan_record import PeakMemory
 from .plan_set import PlanSet
 from .running.attach import AppliedPlan, applied_plan
+from .running.same_plan import check_same_plan
 from .sizing.estimate import estimate
 from .sizing.estimate_report import Estimate, EstimateRow
 from .sizing.max_batch_report import MaxBatch
@@ -72,6 +73,7 @@ __all__ = [
     "Watched",
     "applied_blocks",
     "applied_plan",
+    "check_same_plan",
     "compare",
     "estimate",
     "max_batch",

@@ -13,6 +13,7 @@ from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.loop_holds import Grads, LoopHolds, Outputs
 from graph_capture.loss import LossFn
 
+from .base.data_parallel import Distributed, wrapped_by
 from .base.progress import ShowLines
 from .base.request import Request
 from .base.solve_options import SolveOptions
@@ -42,6 +43,7 @@ def max_batch(
     outputs: Outputs = "held",
     grads: Grads = "none",
     resident_bytes: int | str = 0,
+    distributed: Distributed = None,
     never_recompute: Sequence[str] = (),
     always_recompute: Sequence[str] = (),
     batch_dim: int = 0,
@@ -62,7 +64,7 @@ def max_batch(
         At most one of them, as for :func:`planner.optimize`; a share is one of the peak of
         the sample's own step without a plan: ``"100%"`` asks which batch fits where the
         sample's fits now. By default, the device's memory minus what its context takes.
-    never_recompute, always_recompute, outputs, grads, resident_bytes
+    never_recompute, always_recompute, outputs, grads, resident_bytes, distributed
         As for :func:`planner.optimize`.
     batch_dim
         Which dimension of the inputs is the batch.
@@ -94,6 +96,7 @@ def max_batch(
     >>> found.plan.predicted_peak_bytes <= 10_000
     True
     """
+    model, around = wrapped_by(model, distributed)
     spec = StepSpec(
         model=model,
         sample_input=sample_input,
@@ -102,7 +105,7 @@ def max_batch(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
-        holds=LoopHolds.of(outputs, grads, resident_bytes),
+        holds=LoopHolds.of(outputs, grads, resident_bytes, distributed=around),
     )
     family = StepFamily.of(
         spec, batch_dim=batch_dim, sequence_dim=batch_dim + 1, make_sample=make_sample

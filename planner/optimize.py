@@ -14,6 +14,7 @@ from graph_capture.errors import CaptureError
 from graph_capture.loop_holds import Grads, LoopHolds, Outputs
 
 from .base.budget import read_budget
+from .base.data_parallel import Distributed, wrapped_by
 from .base.progress import ShowProgress
 from .base.request import Request
 from .base.shape_range import Shapes
@@ -61,6 +62,7 @@ def optimize(
     concurrent_calls: int = 1,
     granularity: Granularity = "step",
     blocks: str | Sequence[str] = "auto",
+    distributed: Distributed = None,
     progress: ShowProgress = None,
 ) -> Plan:
     """Plan a training step of ``model`` whose peak memory stays within a budget.
@@ -72,7 +74,8 @@ def optimize(
     Parameters
     ----------
     model
-        In training mode, on the device where it will train.
+        In training mode, on the device where it will train. Of a
+        ``DistributedDataParallel`` the module inside is planned.
     sample_input
         A tensor, a tuple of positional arguments or a dict of keyword
         arguments. Shapes, dtypes and devices matter; values where forward asks
@@ -138,7 +141,10 @@ def optimize(
         Whether gradients are in memory when the step begins: ``"none"``, or
         ``"accumulated"`` from earlier micro-batches (with ``zero_grad(set_to_none=False)``,
         too). Their sum stays; new gradients are handed on in groups of up to 25 MiB, and the
-        budget has room for the set and one group.
+        budget has room for the set and one group. ``"consumed"``: hooks
+        (``register_post_accumulate_grad_hook``) step the optimizer for each parameter as its
+        gradient arrives and free it; the budget has room for one group, and for what the
+        optimizer takes for one parameter.
     resident_bytes
         What else of the caller's is on the device all the while (an averaged copy of the
         weights, a reference model): bytes, or such as ``"2GB"``.
@@ -154,6 +160,11 @@ def optimize(
     blocks
         Which modules these are: a pattern of module paths such as ``"model.layers.*"``,
         several, or ``"auto"`` for the model's lists of layers.
+    distributed
+        ``"ddp"`` where the model trains inside a ``DistributedDataParallel``, whose buckets
+        are counted; its options that change memory follow with commas between them:
+        ``"ddp:gradient_as_bucket_view,static_graph"``, ``"ddp:find_unused_parameters"``. Of
+        a model that is wrapped already they are found.
     progress
         ``True`` shows a progress bar, while calls are timed and while the solver
         runs; a function receives :class:`solvers.progress.ProgressEvent`.
@@ -170,6 +181,7 @@ def optimize(
     ValueError
         When an argument is invalid.
     """
+    model, around = wrapped_by(model, distributed)
     spec = StepSpec(
         model=model,
         sample_input=sample_input,
@@ -179,7 +191,7 @@ def optimize(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
-        holds=LoopHolds.of(outputs, grads, resident_bytes, concurrent_calls),
+        holds=LoopHolds.of(outputs, grads, resident_bytes, concurrent_calls, around),
     )
     request = Request.of(
         spec,

@@ -30,6 +30,7 @@ from .planning.make_plan import replan
 from .report import report
 from .running.attach import apply_plan, remove_plan
 from .running.planned_forward import Replan
+from .running.same_plan import checked_everywhere
 from .saving.serialize import load_plan, save_plan
 from .sizing.max_batch import max_batch_of
 from .sizing.max_batch_report import MaxBatch
@@ -80,6 +81,9 @@ class Plan(PlanRecord):
 
         Parameters
         ----------
+        model
+            Of a ``DistributedDataParallel`` the module inside gets the plan, and all
+            processes of its group compare theirs: see :func:`planner.check_same_plan`.
         on_shape_change
             What a training call does that differs from the planned one (in
             shapes, dtypes, plain arguments, the modules' training flags, …):
@@ -96,12 +100,14 @@ class Plan(PlanRecord):
         Raises
         ------
         PlanMismatchError
-            When the plan was made for another model, input, version or device.
+            When the plan was made for another model, input, version or device, or another
+            process applies another plan.
         PlanError
             When other steps are known to take another path through the model, and
             ``on_shape_change`` is ``"error"``.
         """
-        return apply_plan(self, self._live, model, on_shape_change, replans_with(loss_fn))
+        apply_plan(self, self._live, model, on_shape_change, replans_with(loss_fn))
+        return checked_everywhere(model)
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:

@@ -39,7 +39,8 @@ class PeakMemory:
         Bytes of it by what they hold: parameter, buffer, gradient,
         optimizer_state, input, output, activation, temporary, workspace (a
         kernel's scratch), library_workspace (what cuBLAS holds all the while),
-        resident (the caller's other tensors, see ``resident_bytes``).
+        resident (the caller's other tensors, see ``resident_bytes``), bucket (of
+        ``DistributedDataParallel``, see ``distributed``).
     operator
         Name of the operator that runs at the peak.
     phase, module_path, source

@@ -14,6 +14,7 @@ from .errors import PlanError
 from .plan import Plan, replans_with
 from .plan_record import OnShapeChange
 from .running.attach import applied_plan, apply_plan
+from .running.same_plan import checked_everywhere
 from .saving.serialize import load_plans, save_plans
 
 
@@ -78,7 +79,7 @@ class PlanSet(Sequence[Plan]):
         one of the plans does not fit the model. :meth:`planner.Plan.remove` takes all away.
         """
         first, *others = self.plans
-        return apply_plan(
+        apply_plan(
             first,
             first._live,
             model,
@@ -86,6 +87,7 @@ class PlanSet(Sequence[Plan]):
             replans_with(loss_fn),
             [(plan, plan._live) for plan in others],
         )
+        return checked_everywhere(model)
 
     def save(self, path: str | Path) -> None:
         """Write the plans as one JSON file, whole or not at all."""

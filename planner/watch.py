@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from graph_capture.data_parallel import DataParallel
+from graph_capture.private_torch.modules import active_data_parallel
+
 from .base.budget import read_budget
 from .base.forward_slot import original_forward, put_stand_in, stand_in_of, take_stand_in
 from .base.step_spec import check_model
@@ -97,7 +100,9 @@ class Watched:
         return self._plan(_as_sample(self.model, args, kwargs))
 
     def _plan(self, sample: tuple[Any, ...] | dict[str, Any]) -> Plan:
-        plan = optimize(self.model, sample, **self._options)
+        around = active_data_parallel()  # the call comes through its forward
+        found = {} if around is None else {"distributed": DataParallel.of_wrapper(around)}
+        plan = optimize(self.model, sample, **{**found, **self._options})
         gc.collect()  # cycles of what was captured hold copies of the sample
         plan.apply(self.model, on_shape_change=self._on_shape_change)
         self.plan = plan

@@ -40,8 +40,9 @@ from .trial import (
 logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-# A number in place of a tensor becomes a tensor: first in double, then in the kernel's dtype.
-_SCALAR_BYTES = 16
+# A number in place of a tensor becomes a tensor, of int64 or double; where the others have
+# another dtype, it is cast to theirs.
+_SCALAR_BYTES = 8
 _COMPLEX_DOUBLE_BYTES = 16
 
 _LEAST_BY_BLOCKS = 60 * 60  # elements
@@ -196,7 +197,12 @@ def _is_copied_by_blocks(t: torch.Tensor) -> bool:
 def _number_bytes(args: tuple, given: list[torch.Tensor]) -> int:
     if any(isinstance(x, complex) for x in args):
         return _COMPLEX_DOUBLE_BYTES + max((t.element_size() for t in given), default=0)
-    return _SCALAR_BYTES if any(isinstance(x, (int, float)) for x in args) else 0
+    number = next((x for x in args if isinstance(x, (int, float))), None)
+    if number is None:
+        return 0
+    own = torch.float64 if isinstance(number, float) else torch.int64
+    cast = [t.element_size() for t in given if t.dtype != own]
+    return _SCALAR_BYTES + max(cast, default=0)
 
 
 def _plain_product(call: Call) -> bool:

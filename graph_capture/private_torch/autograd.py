@@ -34,6 +34,11 @@ will_execute = torch._C._will_engine_execute_node
 # 2.11+; sets grad mode as a plain call, where generated code has no ``with``
 set_grad_enabled = torch._C._set_grad_enabled
 
+# 2.11+; runs a function when the backward pass of this thread has ended
+at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
+# 2.11+; a leaf's hooks that run once its gradient is there, by their handles; or None
+post_accumulate_hooks_of = attrgetter("_post_accumulate_grad_hooks")
+
 # -- what a call runs under ----------------------------------------------------------------
 
 # 2.11+; hooks of saved_tensors_hooks that are active, or None
@@ -59,6 +64,7 @@ is_batched = torch._C._functorch.is_batchedtensor
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 __all__ = [
+    "at_end_of_backward",
     "current_node",
     "forward_derivative_level",
     "innermost_transform",
@@ -69,6 +75,7 @@ __all__ = [
     "jit_tracing_state",
     "keeps_graph",
     "next_sequence_number",
+    "post_accumulate_hooks_of",
     "saved_by",
     "sequence_number_of",
     "set_grad_enabled",

@@ -15,7 +15,7 @@ The planner, the measuring tool and the tests all mean this step:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.optimizer_step import OPTIMIZERS
 from graph_capture.private_torch.trees import tree_leaves, tree_map
 from graph_capture.suggestions import did_you_mean
+
+from .consuming import consuming, stepping
 
 LossFn = Callable[[Any], Tensor]
 Sample = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -120,6 +122,7 @@ def train_step(
     *,
     releases_outputs: bool = False,
     num_calls: int = 1,
+    copies_outputs: bool = False,
 ) -> tuple[Any, Tensor | None]:
     """Run forward, loss and backward once; gradients accumulate as ``backward()`` does.
 
@@ -136,6 +139,9 @@ def train_step(
     num_calls
         How often the model is called, on the sample and on copies of it, before one
         backward pass from the losses of all.
+    copies_outputs
+        Whether the loop gets copies, as from a ``DistributedDataParallel`` that looks for
+        unused parameters.
 
     Returns
     -------
@@ -149,6 +155,8 @@ def train_step(
             model, sample_input, loss_fn, releases_outputs=releases_outputs, num_calls=num_calls
         )
     output = call_model(model, sample_input)
+    if copies_outputs:
+        output = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)
     target = differentiate(output, loss_fn)
     if releases_outputs and target.loss is not None:
         output = None
@@ -205,11 +213,14 @@ def make_step(
     model, sample_input, loss_fn
         As :func:`train_step` takes them.
     optimizer
-        Steps after each backward pass; ``None`` leaves the parameters unchanged.
+        Steps after each backward pass, or in hooks where the loop consumes gradients;
+        ``None`` leaves the parameters unchanged.
     seed
         Given to ``torch.manual_seed`` before each call; ``None`` seeds nothing.
     holds
-        What the loop holds; ``resident_bytes`` is the caller's business.
+        What the loop holds; ``resident_bytes`` is the caller's business. One process stands
+        for ``DistributedDataParallel``: gradients of earlier steps for buckets that gradients
+        are parts of; buckets beside gradients are the caller's business, too.
 
     Returns
     -------
@@ -219,17 +230,20 @@ def make_step(
     """
 
     def step() -> tuple[Any, Tensor | None]:
-        clear_gradients(model, sample_input, loss_fn, set_to_none=not holds.accumulates)
+        clear_gradients(model, sample_input, loss_fn, set_to_none=not holds.keeps_gradients)
         if seed is not None:
             torch.manual_seed(seed)
-        output, loss = train_step(
-            model,
-            sample_input,
-            loss_fn,
-            releases_outputs=holds.releases,
-            num_calls=holds.concurrent_calls,
-        )
-        if optimizer is not None:
+        hooks = consuming(model, stepping(optimizer)) if holds.consumes else nullcontext()
+        with hooks:
+            output, loss = train_step(
+                model,
+                sample_input,
+                loss_fn,
+                releases_outputs=holds.releases,
+                copies_outputs=holds.copies_outputs,
+                num_calls=holds.concurrent_calls,
+            )
+        if optimizer is not None and not holds.consumes:
             optimizer.step()
         return output, loss
 

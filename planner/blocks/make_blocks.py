@@ -129,6 +129,8 @@ def _refuse_others(spec: StepSpec, request: Request) -> None:
     given = {
         "shapes=": spec.shapes is not None,
         "concurrent_calls=": spec.holds.concurrent_calls > 1,
+        "grads='consumed'": spec.holds.consumes,
+        "distributed=": spec.holds.distributed is not None,
         "never_recompute=": bool(request.never_recompute),
         "always_recompute=": bool(request.always_recompute),
         "reorder=True": request.options.reorder,

@@ -39,10 +39,18 @@ OutputsWord = Annotated[
     str, typer.Option(help="held to the end of the step, or released once the loss is there")
 ]
 GradsWord = Annotated[
-    str, typer.Option(help="none when the step begins, or accumulated from earlier ones")
+    str,
+    typer.Option(
+        help="none when the step begins, accumulated from earlier ones, or consumed as they arrive"
+    ),
 ]
 Resident = Annotated[
     str, typer.Option(help="what else of yours is on the device all the while: bytes, or e.g. 2GB")
+]
+
+Around = Annotated[
+    str | None,
+    typer.Option(help="ddp, or e.g. ddp:gradient_as_bucket_view: the wrapper it trains in"),
 ]
 
 _DTYPES = {
@@ -116,16 +124,16 @@ def read_autocast(text: str | None) -> torch.dtype | None:
     return _DTYPES[text]
 
 
-def read_holds(outputs: str, grads: str, resident: str) -> dict[str, Any]:
+def read_holds(outputs: str, grads: str, resident: str, distributed: str | None) -> dict[str, Any]:
     """Return what the loop holds, as keyword arguments."""
     resident_bytes: int | str = (
         int(resident) if resident.isascii() and resident.isdigit() else resident
     )
     try:
-        holds = LoopHolds.of(outputs, grads, resident_bytes)
+        holds = LoopHolds.of(outputs, grads, resident_bytes, distributed=distributed)
     except ValueError as error:
         fail(f"{error}".replace("resident_bytes", "--resident"))
-    named = ("outputs", "grads", "resident_bytes")
+    named = ("outputs", "grads", "resident_bytes", "distributed")
     return {name: getattr(holds, name) for name in named}
 
 

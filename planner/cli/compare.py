@@ -20,6 +20,7 @@ from ..errors import CaptureError
 from ..plots.style import check_matplotlib
 from .answers import Answer, AsJson, ExitCode, command, fail, say_error
 from .arguments import (
+    Around,
     Autocast,
     CostModelName,
     DeviceName,
@@ -69,6 +70,7 @@ def compare_command(
     outputs: OutputsWord = "held",
     grads: GradsWord = "none",
     resident: Resident = "0",
+    distributed: Around = None,
     time_limit_s: Annotated[float, typer.Option(help="for each solve")] = 30.0,
     gap: Annotated[float, typer.Option(help="stop when proven to be this near the least time")] = (
         0.001
@@ -115,7 +117,7 @@ def compare_command(
             device=device,
             autocast=dtype,
             cost_model=cost_model,
-            **read_holds(outputs, grads, resident),
+            **read_holds(outputs, grads, resident, distributed),
             measure=measure,
             repeats=repeats,
             time_limit_s=time_limit_s,

@@ -15,6 +15,7 @@ from ..plan import Plan
 from ..saving.serialize import plan_to_dict, schema
 from .answers import Answer, AsJson, command, fail, say_error
 from .arguments import (
+    Around,
     Autocast,
     CostModelName,
     DeviceName,
@@ -58,6 +59,7 @@ def plan_command(
     concurrent_calls: Annotated[
         int, typer.Option(help="of the model, before the first of them is differentiated")
     ] = 1,
+    distributed: Around = None,
     time_limit_s: Annotated[float, typer.Option(help="for solving")] = 60.0,
     gap: Annotated[float, typer.Option(help="stop when proven to be this near the least time")] = (
         0.001
@@ -82,7 +84,7 @@ def plan_command(
             autocast=dtype,
             cost_model=cost_model,
             headroom=read_headroom(headroom),
-            **read_holds(outputs, grads, resident),
+            **read_holds(outputs, grads, resident, distributed),
             concurrent_calls=concurrent_calls,
             time_limit_s=time_limit_s,
             gap=gap,

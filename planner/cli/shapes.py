@@ -14,6 +14,7 @@ from ..sizing.estimate import estimate
 from ..sizing.max_batch import LARGEST_BATCH
 from .answers import Answer, AsJson, ExitCode, command, say_error
 from .arguments import (
+    Around,
     Autocast,
     CostModelName,
     DeviceName,
@@ -52,6 +53,7 @@ def estimate_command(
     outputs: OutputsWord = "held",
     grads: GradsWord = "none",
     resident: Resident = "0",
+    distributed: Around = None,
     batch_dim: BatchDim = 0,
     sequence_dim: Annotated[int, typer.Option(help="and which the sequence")] = 1,
     time_limit_s: Annotated[
@@ -78,7 +80,7 @@ def estimate_command(
             autocast=dtype,
             cost_model=cost_model,
             headroom=read_headroom(headroom),
-            **read_holds(outputs, grads, resident),
+            **read_holds(outputs, grads, resident, distributed),
             batch_dim=batch_dim,
             sequence_dim=sequence_dim,
             time_limit_s=time_limit_s,
@@ -113,6 +115,7 @@ def max_batch_command(
     outputs: OutputsWord = "held",
     grads: GradsWord = "none",
     resident: Resident = "0",
+    distributed: Around = None,
     batch_dim: BatchDim = 0,
     largest: Annotated[int, typer.Option(help="no batch above it is tried")] = LARGEST_BATCH,
     time_limit_s: Annotated[
@@ -139,7 +142,7 @@ def max_batch_command(
             autocast=dtype,
             cost_model=cost_model,
             headroom=read_headroom(headroom),
-            **read_holds(outputs, grads, resident),
+            **read_holds(outputs, grads, resident, distributed),
             batch_dim=batch_dim,
             largest=largest,
             time_limit_s=time_limit_s,

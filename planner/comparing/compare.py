@@ -18,6 +18,7 @@ from solvers.schedule import Schedule
 from solvers.strategies.registry import STRATEGIES, PlainStrategy, Registry
 from solvers.strategies.strategy import Strategy
 
+from ..base.data_parallel import Distributed, wrapped_by
 from ..base.solve_options import DEFAULT_GAP, SolveOptions
 from ..base.step_spec import StepSpec
 from ..comparison_record import ComparisonRecord
@@ -70,6 +71,7 @@ def compare(
     outputs: Outputs = "held",
     grads: Grads = "none",
     resident_bytes: int | str = 0,
+    distributed: Distributed = None,
     measure: bool | None = None,
     repeats: int = 8,
     time_limit_s: float = 30.0,
@@ -92,7 +94,7 @@ def compare(
     ----------
     model, sample_input, loss_fn, optimizer, device, autocast, cost_model
         As for :func:`planner.optimize`.
-    outputs, grads, resident_bytes
+    outputs, grads, resident_bytes, distributed
         As for :func:`planner.optimize`; steps are executed in such a loop.
     budgets
         Each is a share of the predicted unplanned peak (``0.6``, ``"60%"``), bytes
@@ -148,6 +150,7 @@ def compare(
     including your own functions: they still work, and are compiled again on their next
     call.
     """
+    model, around = wrapped_by(model, distributed)
     spec = StepSpec(
         model=model,
         sample_input=sample_input,
@@ -156,7 +159,7 @@ def compare(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
-        holds=LoopHolds.of(outputs, grads, resident_bytes),
+        holds=LoopHolds.of(outputs, grads, resident_bytes, distributed=around),
     )
     options = SolveOptions(time_limit_s=time_limit_s, gap=gap, seed=seed, workers=workers)
     known, names = choose_strategies(strategies, STRATEGIES if registry is None else registry)

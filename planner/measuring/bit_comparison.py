@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from graph_capture.outputs import take_apart
 
+from ..base.consuming import consuming
 from ..base.resident import single_device
 from ..base.training_step import (
     LossFn,
@@ -46,6 +48,7 @@ def step_results(
     *,
     accumulates: bool = False,
     num_calls: int = 1,
+    consumes: bool = False,
 ) -> Results:
     """Return everything that a step without an optimizer leaves, copied to the CPU.
 
@@ -57,17 +60,29 @@ def step_results(
         Whether the step is the second, whose gradients are added to those of the first.
     num_calls
         Of the model before the one backward pass.
+    consumes
+        Whether gradients are copied as they arrive, and freed.
     """
     device = single_device(model, sample_input)
     with preserve_state(model, sample_input, loss_fn, None):
         torch.manual_seed(seed)
         if accumulates:
             train_step(model, sample_input, loss_fn, num_calls=num_calls)
-        output, loss = train_step(model, sample_input, loss_fn, num_calls=num_calls)
+        arrived: dict[int, Tensor] = {}  # by the parameter
+
+        def consume(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            arrived[id(parameter)] = parameter.grad.to("cpu", copy=True)
+
+        with consuming(model, consume) if consumes else nullcontext():
+            output, loss = train_step(model, sample_input, loss_fn, num_calls=num_calls)
         template, outputs = take_apart(output)
         found: Results = {"the loss": loss}
         found |= {f"output {n!r}": t for n, t in zip(template.names, outputs, strict=True)}
-        found |= {f"the gradient of {name}": p.grad for name, p in model.named_parameters()}
+        found |= {
+            f"the gradient of {name}": arrived.get(id(p), p.grad)
+            for name, p in model.named_parameters()
+        }
         for i, t in enumerate(output_tensors(sample_input)):
             if t.is_leaf and t.requires_grad:
                 found[f"the gradient of input {i}"] = t.grad

@@ -59,19 +59,18 @@ def planned_optimizer(
             return None
         for name, build in OPTIMIZERS.items():
             if getattr(build, "func", build).__name__ == counted.name:
-                twin = measure_optimizer(name, model, target)
+                twin = measure_optimizer(name, model, target, in_hooks=plan.holds.consumes)
                 assert twin is not None
-                if (twin.state_bytes, twin.workspace_bytes) == (
-                    counted.state_bytes,
-                    counted.workspace_bytes,
-                ):
+                # What steps in hooks take includes their kernels' scratch, which a twin has not.
+                same = twin.workspace_bytes == counted.workspace_bytes or plan.holds.consumes
+                if twin.state_bytes == counted.state_bytes and same:
                     return name
         raise PlanError(
             f"the plan counts an optimizer, {counted.name} with {counted.state_bytes} bytes of "
             "state, that is not one of those known by name with their defaults: pass it as "
             "optimizer="
         )
-    found = measure_optimizer(optimizer, model, target)
+    found = measure_optimizer(optimizer, model, target, in_hooks=plan.holds.consumes)
     assert found is not None
     if counted is None:
         raise PlanMismatchError(

@@ -45,17 +45,19 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
+from graph_capture.data_parallel import bucket_bytes
 from graph_capture.loop_holds import NOTHING_ELSE, Grads, LoopHolds, Outputs
 from graph_capture.private_torch.devices import cublas_workspace_clearer
 from graph_capture.private_torch.tensors import is_zero_tensor
 
+from ..base.data_parallel import Distributed, wrapped_by
 from ..base.resident import (
     gradients_of,
     resident_tensors,
@@ -71,6 +73,9 @@ from ..base.training_step import (
 )
 from ..running.attach import applied_plan
 from .preserve_state import preserve_state
+
+_STEPS_OF_WRAPPER = 3
+"""A ``DistributedDataParallel`` makes its buckets anew in its second step, or third."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +172,7 @@ def measure(
     grads: Grads | None = None,
     resident_bytes: int | str | None = None,
     concurrent_calls: int | None = None,
+    distributed: Distributed = None,
 ) -> Measurement:
     """Run training steps and measure their peak memory and time.
 
@@ -191,11 +197,12 @@ def measure(
         How many steps are timed; 0 gives a ``step_us`` of NaN.
     seed
         Given to ``torch.manual_seed`` before each step.
-    outputs, grads, resident_bytes, concurrent_calls
+    outputs, grads, resident_bytes, concurrent_calls, distributed
         What the loop around the step holds, as for :func:`planner.optimize`. ``None`` for
         what the applied plan says; without one, outputs and nothing else. Nothing shows
         where the caller's other tensors lie: ``resident_bytes`` is added to what is
-        measured.
+        measured, and so are buckets. Of a ``DistributedDataParallel`` real steps of all
+        processes are run, which have to call this together.
 
     Returns
     -------
@@ -220,26 +227,34 @@ def measure(
     160
     """
     device = single_device(model, sample_input)
+    run = model
     applied = applied_plan(model)
     plan = None if applied is None else applied.plan
     planned = NOTHING_ELSE if plan is None else plan.holds
+    model, around = wrapped_by(run, planned.distributed if distributed is None else distributed)
     holds = LoopHolds.of(
         planned.outputs if outputs is None else outputs,
         planned.grads if grads is None else grads,
         planned.resident_bytes if resident_bytes is None else resident_bytes,
         planned.concurrent_calls if concurrent_calls is None else concurrent_calls,
+        around,
     )
+    buckets = 0 if around is None else bucket_bytes(around, model.parameters(), device.type)
     with preserve_state(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, model.parameters())
+        own = holds if run is model else replace(holds, distributed=None)  # the wrapper does it
         step = make_step(
-            model, sample_input, loss_fn=loss_fn, optimizer=optimizer, seed=seed, holds=holds
+            run, sample_input, loss_fn=loss_fn, optimizer=optimizer, seed=seed, holds=own
         )
-        step()
-        clear_gradients(model, sample_input, loss_fn, set_to_none=not holds.accumulates)
+        for _ in range(1 if run is model else _STEPS_OF_WRAPPER):
+            step()
+        clear_gradients(model, sample_input, loss_fn, set_to_none=not own.keeps_gradients)
         held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)
-        held += gradients_of(model)
-        there_bytes = storage_bytes(held, device) + holds.resident_bytes
+        in_buckets = gradients_of(model) if holds.in_buckets else []
+        held += [] if holds.in_buckets else gradients_of(model)
+        there_bytes = storage_bytes(held, device) + holds.resident_bytes + buckets
+        held += in_buckets
         extra_bytes, reserved_bytes = record_peak(step, device, held)
         step_us_all = tuple(timed_us(step, device) for _ in range(repeats))
     return Measurement(

@@ -21,9 +21,11 @@ from torch import nn
 from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.cost_graph import Storage
 from graph_capture.costs.library_workspace import STORAGE_NAME
+from graph_capture.data_parallel import bucket_bytes
 from graph_capture.loop_holds import LoopHolds
 from graph_capture.outputs import take_apart
 
+from ..base.data_parallel import inside
 from ..base.forward_slot import forward_set, own_forward
 from ..base.live_state import LiveState
 from ..base.resident import (
@@ -79,6 +81,7 @@ def validate_plan(
         raise ValueError(f"repeats must be a whole number from 0 on, got {repeats!r}")
     if not model.training:
         raise ValueError("the model is in eval mode, where no plan runs: call model.train()")
+    model = inside(model)
     device = single_device(model, sample_input)
     plan, live = on_card_of(plan, live, model)
     own = own_forward(model)
@@ -124,6 +127,13 @@ class _Trial:
     device: torch.device
     holds: LoopHolds
 
+    def bucket_bytes(self) -> int:
+        """Bytes of the buckets that a ``DistributedDataParallel`` would have."""
+        around = self.holds.distributed
+        if around is None:
+            return 0
+        return bucket_bytes(around, self.model.parameters(), self.device.type)
+
     def step(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], Any]:
         return make_step(
             self.model,
@@ -167,7 +177,7 @@ def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer |
     def recorded() -> Any:
         output, loss = step()
         held = output if output is not None or loss_fn is not None else loss
-        gradients = gradients_of(model)
+        gradients = [] if trial.holds.in_buckets else gradients_of(model)
         gradients += [
             t.grad
             for t in output_tensors(sample_input)
@@ -181,14 +191,17 @@ def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer |
 
     with forward_set(model, forward):
         step()
-        accumulates = trial.holds.accumulates
-        clear_gradients(model, sample_input, loss_fn, set_to_none=not accumulates)
+        keeps = trial.holds.keeps_gradients
+        clear_gradients(model, sample_input, loss_fn, set_to_none=not keeps)
         resident = resident_bytes_by_category(
             model, sample_input, trial.device, loss_fn=loss_fn, optimizer=optimizer
         )
         resident["resident"] = trial.holds.resident_bytes
+        resident["bucket"] = trial.bucket_bytes()
         held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)
-        earlier_gradient_bytes = storage_bytes(gradients_of(model), trial.device)
+        earlier_gradient_bytes = 0  # parts of buckets are counted with these
+        if not trial.holds.in_buckets:
+            earlier_gradient_bytes = storage_bytes(gradients_of(model), trial.device)
         held += gradients_of(model)
         extra_bytes, reserved_bytes = record_peak(recorded, trial.device, held)
         clear_gradients(model, sample_input, loss_fn)
@@ -252,6 +265,7 @@ def _compare(
                 trial.seed,
                 accumulates=trial.holds.accumulates,
                 num_calls=trial.holds.concurrent_calls,
+                consumes=trial.holds.consumes,
             )
 
     def unplanned() -> Results:
@@ -313,7 +327,7 @@ def _report(
             name=category,
             predicted=predicted.pop(category, 0),
             measured=num_bytes,
-            how="given" if category == "resident" else "observed",
+            how="given" if category in ("resident", "bucket") else "observed",
         )
         for category, num_bytes in taken.resident_bytes.items()
     ]
@@ -368,7 +382,7 @@ def _predicted_parts(plan: PlanRecord) -> dict[str, int]:
 
     A recorded step makes the workspace itself, so it counts as part of the rest.
     """
-    parts = dict(plan.memory.by_category)
+    parts: dict[str, int] = dict(plan.memory.by_category)
     if LIBRARY_WORKSPACE in parts:
         parts[STORAGE_NAME] = parts.pop(LIBRARY_WORKSPACE)
     return parts

@@ -95,7 +95,9 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
                 model,
                 arguments,
                 loss=spec.loss_fn,
-                optimizer=measure_optimizer(spec.optimizer, model, target),
+                optimizer=measure_optimizer(
+                    spec.optimizer, model, target, in_hooks=spec.holds.consumes
+                ),
                 forward=forward,
                 target=target,
                 cost_model=spec.cost_model,

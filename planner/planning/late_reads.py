@@ -1,16 +1,16 @@
 """Whether a schedule reads a parameter after its gradient has left.
 
-Gradients that are accumulated leave a planned backward pass in groups, so that one group
-of new gradients lies beside all earlier ones instead of a whole set. A gradient waits
-for the last operator that reads its parameter. In the base order the groups take care of
-that; a schedule that recomputes such an operator later, which nothing needs, or that has
-another order, would hold a gradient longer than its replay says.
+Gradients that are accumulated or consumed leave a planned backward pass in groups, so that
+one group of new gradients is in memory instead of a whole set. A gradient waits for the last
+operator that reads its parameter. In the base order the groups take care of that; a schedule
+that recomputes such an operator later, which nothing needs, or that has another order, would
+hold a gradient longer than its replay says.
 """
 
 from __future__ import annotations
 
 from graph_capture.captured_step import CapturedStep
-from graph_capture.leaving import ACCUMULATE
+from graph_capture.leaving import HANDED_ON
 from graph_capture.recorder import storage_id
 from solvers.schedule import Schedule
 
@@ -18,9 +18,9 @@ from solvers.schedule import Schedule
 def late_read(captured: CapturedStep, schedule: Schedule) -> str | None:
     """Return the first run that reads a parameter too late, in words; ``None`` for none.
 
-    Only where gradients are accumulated does it matter.
+    Only where gradients leave while the step runs does it matter.
     """
-    if not captured.holds.accumulates:
+    if not captured.holds.hands_on:
         return None
     graph, order = captured.graph, schedule.order
     last_read: dict[int, int] = {}
@@ -28,7 +28,7 @@ def late_read(captured: CapturedStep, schedule: Schedule) -> str | None:
         last_read.update((k, i) for k in graph.operators[v].inputs)
     owners = _owners(captured)
     for i, v in enumerate(order):
-        if graph.operators[v].target != ACCUMULATE:
+        if graph.operators[v].target not in HANDED_ON:
             continue
         for k in graph.operators[v].inputs:
             owner = owners.get(k)

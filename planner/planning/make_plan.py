@@ -14,6 +14,7 @@ from graph_capture.call_spec import tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES, Device
+from graph_capture.leaving import CONSUME
 from graph_capture.loss import LossFn, LossSource
 from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
@@ -88,8 +89,8 @@ def make_plan(
     if late is not None:
         raise PlanError(
             f"in the schedule that was found {late} after the parameter's gradient was added to "
-            "earlier ones, which would hold the gradient longer than planned: solve with another "
-            "seed or more time"
+            "earlier ones or consumed, which would hold the gradient longer than planned: solve "
+            "with another seed or more time"
         )
     return recorded(call, constrained, request, result)
 
@@ -199,8 +200,10 @@ def _table_name(device: str | Device | None) -> str | None:
 
 def _priced(optimizer: OptimizerStep, graph: CostGraph) -> OptimizerStep:
     """Return an optimizer without its calls, with their estimated time."""
-    step_ns = sum(op.cost_ns for op in graph.operators if op.phase == "optimizer")
-    return replace(optimizer, calls=(), step_ns=step_ns)
+    step_ns = sum(
+        op.cost_ns for op in graph.operators if op.phase == "optimizer" or op.target == CONSUME
+    )
+    return replace(optimizer, calls=(), for_parameter={}, step_ns=step_ns)
 
 
 def replan(

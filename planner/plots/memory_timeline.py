@@ -43,6 +43,7 @@ _OF_CATEGORY = {
     "output": INOUT,
     "resident": RESIDENT,
     "waiting": RESIDENT,
+    "bucket": GRADIENTS,
 }
 
 

@@ -12,6 +12,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.suggestions import did_you_mean
 from graph_capture.units import format_bytes
 
+from ..base.data_parallel import inside
 from ..base.forward_slot import (
     Forward,
     StandIn,
@@ -116,6 +117,7 @@ def apply_plan(
         raise ValueError(
             f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}; {meant}".rstrip("; ")
         )
+    wrapper, model = model, inside(model)
     forward = original_forward(model)
     (plan, live, captured), *more = (
         _captured(plan, live, model, forward) for plan, live in ((plan, live), *others)
@@ -134,7 +136,7 @@ def apply_plan(
     for other in more:
         planned.add(*other)
     planned.watch_backward(captured)
-    return model
+    return wrapper
 
 
 def apply_unseen(plan: PlanRecord, model: nn.Module, on_shape_change: OnShapeChange) -> None:
@@ -199,7 +201,7 @@ def remove_plan(model: nn.Module) -> nn.Module:
     if planned is None:
         raise PlanError(f"no plan is applied to this {type(model).__name__}")
     planned.stop()
-    take_stand_in(model, planned)
+    take_stand_in(inside(model), planned)
     return model
 
 
@@ -230,5 +232,5 @@ def applied_plan(model: nn.Module) -> AppliedPlan | None:
 
 
 def _planned_forward(model: nn.Module) -> PlannedForward | None:
-    found = stand_in_of(model)
+    found = stand_in_of(inside(model))
     return found if isinstance(found, PlannedForward) else None

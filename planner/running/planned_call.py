@@ -26,6 +26,7 @@ from .live_guard import (
     LiveGuard,
     described_defaults,
 )
+from .not_consumed import say_not_consumed
 from .planned_step import PlannedStep
 from .recapture import (
     as_captured,
@@ -73,6 +74,7 @@ class Planned(Protocol):
 
     model: nn.Module
     tally: Tally
+    watching: bool
 
     @property
     def unplanned(self) -> Callable[..., Any]:
@@ -247,8 +249,13 @@ class PlannedCall:
             forward=planned.unplanned,
             changed=changed_now,
             tally=planned.tally,
+            after_backward=self._look_for_gradients if self.plan.holds.consumes else None,
         )
         return Prepared(captured=captured, step=step, structure=structure, guard=guard)
+
+    def _look_for_gradients(self) -> None:
+        if self._planned.watching:  # a trial step collects gradients as it likes
+            say_not_consumed(self._planned.model, self.plan, self._planned.tally)
 
     def _say_captured_again(self, changed: str) -> None:
         self._num_captures += 1

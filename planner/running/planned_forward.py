@@ -16,9 +16,10 @@ from torch import nn
 from graph_capture.call_spec import describe, specs_of
 from graph_capture.capture_lock import CAPTURE_LOCK
 from graph_capture.captured_step import CapturedStep
+from graph_capture.data_parallel import DataParallel
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
-from graph_capture.private_torch.modules import active_data_parallel, bucketed_parameters_of
+from graph_capture.private_torch.modules import active_data_parallel
 from graph_capture.units import format_bytes, format_us
 from solvers import transfer
 
@@ -42,6 +43,7 @@ from .live_guard import looks_of
 from .planned_call import PlannedCall
 from .surroundings import foreign_surroundings
 from .tally import Tally
+from .uncounted_buckets import uncounted_bytes
 from .unplanned_backward import UnplannedBackward
 
 MAX_CALLS = 64
@@ -386,8 +388,8 @@ class PlannedForward(StandIn):
             self._watch.stop()
             self._watch = UnplannedBackward.of(self, call.prepared[0].captured)
         watched = None if self._watch is None else self._watch.parameter()
-        if watched is None or watched.grad is None or self.plan.holds.accumulates:
-            return
+        if watched is None or watched.grad is None or self.plan.holds.hands_on:
+            return  # they are counted, or were spoken of when the backward pass ended
         held = sum(
             p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None
         )
@@ -406,21 +408,15 @@ class PlannedForward(StandIn):
         if wrapper is None or self._buckets_said:
             return
         self._buckets_said = True
-        holds = call.plan.holds
-        num_bytes = sum(p.numel() * p.element_size() for p in bucketed_parameters_of(wrapper))
-        if wrapper.gradient_as_bucket_view:
-            counted_bytes = num_bytes if holds.accumulates else 0
-            advice = "Plan with grads='accumulated', which counts them"
-        else:
-            counted_bytes = min(num_bytes, holds.resident_bytes)
-            advice = f"Plan with resident_bytes={num_bytes}, or with gradient_as_bucket_view=True"
-        if counted_bytes < num_bytes:
+        num_bytes = uncounted_bytes(wrapper, call.plan)
+        found = DataParallel.of_wrapper(wrapper)
+        if num_bytes:
             self._say_held(
                 call,
                 "buckets",
-                num_bytes - counted_bytes,
+                num_bytes,
                 "gradients lie in the buckets of a DistributedDataParallel",
-                advice,
+                f"Plan the wrapped model, or with distributed='{found}', which counts them",
             )
 
     def _say_held(

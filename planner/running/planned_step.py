@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from graph_capture.arrival_order import arranged
 from graph_capture.call_spec import parse_dtype, tensors_of
 from graph_capture.capture_lock import CAPTURE_LOCK
 from graph_capture.captured_step import CapturedStep
 from graph_capture.checks import Check, OutcomeChanged
+from graph_capture.consumption import in_turn
 from graph_capture.outputs import OutputTemplate
-from graph_capture.private_torch.autograd import keeps_graph
+from graph_capture.private_torch.autograd import at_end_of_backward, keeps_graph
 from graph_capture.private_torch.dispatch import (
     below_autograd,
     without_autocast,
@@ -90,6 +92,8 @@ class PlannedStep:
         Explains out-of-memory errors; without it they are not explained.
     tally
         Counts steps and issues warnings.
+    after_backward
+        Called when a backward pass has ended and its gradients have arrived.
     """
 
     def __init__(
@@ -102,8 +106,10 @@ class PlannedStep:
         forward: Callable[..., Any] | None = None,
         changed: Callable[[], str | None] = lambda: None,
         tally: Tally | None = None,
+        after_backward: Callable[[], None] | None = None,
     ) -> None:
         step = captured.step
+        self._after_backward = after_backward
         self._model, self._graphs, self._plan = model, graphs, plan
         self._own_forward, self._changed, self._tally = forward, changed, tally or Tally()
         self.device = captured.target.torch_device
@@ -127,7 +133,7 @@ class PlannedStep:
             fetch=tuple(fetch_of(node, model, step.constants) for node in inputs),
             saved_at=tuple(position[n] for n in graphs.saved_inputs),
             gradient_at=tuple(gradient_of.get(n) for n in inputs),
-            leaving=_leaving([gradient_of.get(n) for n in inputs], self._segments),
+            leaving=_leaving([gradient_of.get(n) for n in inputs], self._segments, captured),
             differentiated=step.differentiated,
             tangents=tuple(n.meta["val"] for n in step.tangents),
             template=step.template,
@@ -234,6 +240,8 @@ class PlannedStep:
         for gradient in gradients:
             refuse_batched(gradient)
         self._tally.ran_backward()
+        if self._after_backward is not None:
+            at_end_of_backward(self._after_backward)
         self._region.ran_in(self._model, self.device)
         retained = keeps_graph()
         outputs = self._layout.differentiated
@@ -277,7 +285,8 @@ class PlannedStep:
         ctx.maybe_clear_saved_tensors()
         if not self._segments:
             found = self._run(lambda: self._backward(boxed), self._graphs.backward)
-            return [None if at is None else found[at] for at in self._layout.gradient_at]
+            places = (self._layout.gradient_at[i] for i in self._layout.leaving[0])
+            return [None if at is None else found[at] for at in places]
         call.values = dict(zip(self._backward_inputs, boxed, strict=True))
         boxed.clear()
         call.arrived = gradients  # autograd holds them for as long as a step of one node runs
@@ -450,15 +459,25 @@ def segments_of(graphs: PlannedGraphs, captured: CapturedStep) -> tuple[Segment,
 
 
 def _leaving(
-    gradient_at: Sequence[int | None], segments: Sequence[Segment]
+    gradient_at: Sequence[int | None], segments: Sequence[Segment], captured: CapturedStep
 ) -> tuple[tuple[int, ...], ...]:
-    """For each segment the inputs whose gradients leave with it; the first has all others."""
+    """For each segment the inputs whose gradients leave with it; the first has all others.
+
+    Where gradients are consumed, they are in the order in which they arrive as planned.
+    """
     later = {j: s for s, segment in enumerate(segments) if s for j in segment.gradients}
     of_input = [0 if j is None else later.get(j, 0) for j in gradient_at]
-    return tuple(
-        tuple(i for i, place in enumerate(of_input) if place == s)
-        for s in range(max(len(segments), 1))
-    )
+    last = max(len(segments), 1) - 1
+    leaving = []
+    for s in range(last + 1):
+        mine = [i for i, place in enumerate(of_input) if place == s]
+        if captured.holds.consumes:
+            sizes = [_bytes_of(g.meta["val"]) for _, g in captured.step.gradients]
+            given = [(sizes[j], j, i) for i in mine if (j := gradient_at[i]) is not None]
+            others = [i for i in mine if gradient_at[i] is None]
+            mine = [*others, *arranged(in_turn(given), leads_on=s < last)]
+        leaving.append(tuple(mine))
+    return tuple(leaving)
 
 
 def _has_sums(captured: CapturedStep) -> bool:

@@ -24,6 +24,7 @@ from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
 from graph_capture.errors import CaptureError, NotFittingError
+from graph_capture.leaving import CONSUME
 from graph_capture.loss import LossSource
 from graph_capture.outcomes import OutcomeMismatchError
 from graph_capture.policies import apply_policies
@@ -152,7 +153,9 @@ def _priced_as_planned(planned: CostGraph, found: CostGraph, measured: bool) -> 
     operators = []
     for there, here in zip(planned.operators, found.operators, strict=True):
         workspace_bytes = here.workspace_bytes
-        if measured or here.phase in ("loss", "optimizer"):
+        if here.target == CONSUME:  # a file has only the most that any parameter's step takes
+            workspace_bytes = there.workspace_bytes
+        elif measured or here.phase in ("loss", "optimizer"):
             workspace_bytes = max(workspace_bytes, there.workspace_bytes)
         operators.append(
             replace(

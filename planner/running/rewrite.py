@@ -22,7 +22,7 @@ from torch.fx.graph import CodeGen
 
 from graph_capture.blocks import OperatorCode
 from graph_capture.captured_step import CapturedStep
-from graph_capture.leaving import ACCUMULATE
+from graph_capture.leaving import HANDED_ON
 from graph_capture.private_torch.autograd import set_grad_enabled
 from graph_capture.purity import draws, repeated_arguments
 from graph_capture.recorder import storage_id
@@ -106,7 +106,7 @@ def rewrite(captured: CapturedStep, schedule: Schedule) -> PlannedGraphs:
         cuts=tuple(
             i
             for i, v in enumerate(schedule.order)
-            if captured.graph.operators[v].target == ACCUMULATE
+            if captured.graph.operators[v].target in HANDED_ON
         ),
     )
 
@@ -253,7 +253,7 @@ class _Emitter:
                 self._emit(v, code, first=v not in self._has_run and not code.repeats)
             elif v in self._states:
                 self._record_state(v)
-            elif self._captured.graph.operators[v].target == ACCUMULATE:
+            elif self._captured.graph.operators[v].target in HANDED_ON:
                 self._set_grad_mode(False)  # autograd goes on in its own
             self._has_run.add(v)
         self._set_grad_mode(self._earlier is None)

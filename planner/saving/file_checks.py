@@ -12,7 +12,7 @@ from typing import Any
 
 from graph_capture.call_spec import TensorSpec, parse_dtype, specs_of
 from graph_capture.cost_graph import MAX_TOTAL, CostGraph
-from graph_capture.leaving import ACCUMULATE
+from graph_capture.leaving import ACCUMULATE, CONSUME
 
 from ..base.budget import RequestedBudget
 from ..plan_record import PlanRecord
@@ -116,11 +116,12 @@ def _check_loss(plan: PlanRecord) -> None:
 
 def _check_optimizer(plan: PlanRecord) -> None:
     steps = [op for op in plan.graph.operators if op.phase == "optimizer"]
-    if len(steps) != (plan.optimizer is not None):
+    at_end = plan.optimizer is not None and not plan.holds.consumes
+    if len(steps) != at_end:
         raise ValueError(f"at operators: {len(steps)} are an optimizer's, which does not fit")
     held = _held(plan.graph, "optimizer state")
     _agree("the optimizer's state_bytes", plan.optimizer.state_bytes if plan.optimizer else 0, held)
-    if plan.optimizer is not None:
+    if plan.optimizer is not None and at_end:
         _agree("the optimizer's name", plan.optimizer.name, steps[0].target)
 
 
@@ -133,18 +134,24 @@ def _check_loop_holds(plan: PlanRecord) -> None:
         raise ValueError("at loop_holds: concurrent_calls does not fit the storages")
     _agree("loop_holds.waiting_bytes", holds.waiting_bytes, sum(waiting))
     adds = any(op.target == ACCUMULATE for op in graph.operators)
-    if adds and not holds.accumulates:
+    if adds and not (holds.accumulates or holds.in_buckets):
         raise ValueError("at operators: gradients are added to earlier ones, which nobody holds")
     staying = sum(s.category == "gradient" and s.kept for s in graph.storages)
     if holds.accumulates and not adds and staying > len(specs_of(plan.guard.arguments)):
         raise ValueError("at loop_holds: gradients are accumulated, and no operator adds them")
+    if any(op.target == CONSUME for op in graph.operators) and not holds.consumes:
+        raise ValueError("at operators: gradients are consumed, which the loop does not do")
+    buckets = any(s.category == "bucket" for s in graph.storages)
+    if buckets != (holds.distributed is not None):
+        raise ValueError("at storages: buckets and loop_holds.distributed do not fit")
     for storage in graph.storages:
         made_before_loss = (
             storage.category == "output"
             and storage.producer is not None
             and graph.operators[storage.producer].phase == "forward"
         )
-        if made_before_loss and not storage.kept and not holds.releases:
+        copied = holds.copies_outputs  # the loop has copies of them
+        if made_before_loss and not storage.kept and not (holds.releases or copied):
             raise ValueError(f"output {storage.name!r:.100} is let go of, and outputs are held")
 
 

@@ -22,6 +22,7 @@ from graph_capture.call_spec import TensorSpec, from_json, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
 from graph_capture.costs.cost_model import CostRecord
 from graph_capture.json_text import read_json
+from graph_capture.leaving import CONSUME
 from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.loss import LossRegion, LossSource, LossSpec, TangentMemory
 from graph_capture.optimizer_step import OptimizerStep
@@ -401,7 +402,7 @@ def _build(data: Mapping[str, Any]) -> PlanRecord:
         outcomes=None
         if "outcomes" not in data
         else tuple(Outcome.from_json(o) for o in data["outcomes"]),
-        holds=LoopHolds(**data["loop_holds"]) if "loop_holds" in data else NOTHING_ELSE,
+        holds=LoopHolds.from_json(data["loop_holds"]) if "loop_holds" in data else NOTHING_ELSE,
     )
 
 
@@ -415,7 +416,9 @@ def _with_buffers(by_category: Mapping[str, int]) -> dict[str, int]:
 
 
 def _optimizer_ns(graph: CostGraph) -> int:
-    return sum(op.cost_ns for op in graph.operators if op.phase == "optimizer")
+    return sum(
+        op.cost_ns for op in graph.operators if op.phase == "optimizer" or op.target == CONSUME
+    )
 
 
 def _tensor(spec: Mapping[str, Any]) -> TensorSpec:

@@ -20,6 +20,7 @@ from solvers.replay import replay
 from solvers.schedule import Schedule
 
 from ..base.budget import Budget, parse_headroom
+from ..base.data_parallel import Distributed, wrapped_by
 from ..base.progress import (
     ShowLines,
     showing_lines,
@@ -49,6 +50,7 @@ def estimate(
     outputs: Outputs = "held",
     grads: Grads = "none",
     resident_bytes: int | str = 0,
+    distributed: Distributed = None,
     batch_dim: int = 0,
     sequence_dim: int = 1,
     make_sample: MakeSample | None = None,
@@ -79,7 +81,7 @@ def estimate(
     loss_fn
         As for :func:`planner.optimize`; targets in its closure are resized like
         the sample.
-    optimizer, autocast, cost_model, headroom, outputs, grads, resident_bytes
+    optimizer, autocast, cost_model, headroom, outputs, grads, resident_bytes, distributed
         As for :func:`planner.optimize`.
     batch_dim, sequence_dim
         The dimensions of the inputs that are batch and sequence.
@@ -119,6 +121,7 @@ def estimate(
     >>> [row.memory.by_category["input"] for row in found.rows]
     [16, 16000]
     """
+    model, around = wrapped_by(model, distributed)
     spec = StepSpec(
         model=model,
         sample_input=sample_input,
@@ -127,7 +130,7 @@ def estimate(
         device=device,
         autocast=autocast,
         cost_model=cost_model,
-        holds=LoopHolds.of(outputs, grads, resident_bytes),
+        holds=LoopHolds.of(outputs, grads, resident_bytes, distributed=around),
     )
     batches = positive_integers("batch_sizes", batch_sizes)
     lengths: tuple[int | None, ...] = (None,)

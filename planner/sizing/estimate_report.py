@@ -32,6 +32,7 @@ _HEADINGS = {
     "workspace": "scratch",
     "resident": "caller's own",
     "waiting": "other calls",
+    "bucket": "buckets",
     "library_workspace": "library workspace",
 }
 

@@ -112,7 +112,9 @@ class StepFamily:
             make_sample=make_sample,
             target=target_of(model, tensors_of(arguments), spec.device),
             loss_fn=spec.loss_fn,
-            optimizer=measure_optimizer(spec.optimizer, model, target),
+            optimizer=measure_optimizer(
+                spec.optimizer, model, target, in_hooks=spec.holds.consumes
+            ),
             autocast=spec.autocast,
             cost_model=spec.cost_model,
             measure_scratch=measure_scratch,

@@ -26,6 +26,7 @@ from graph_capture.private_torch import (
     inductor,
     modules,
     operators,
+    processes,
     profiler,
     replacing,
     settings,
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "graph_capture" / "private_torch"
 ROOMS = (
     *(aten, autograd, compiler, devices, dispatch, fake_tensors, inductor, modules, operators),
-    *(profiler, replacing, settings, tensors, trees),
+    *(processes, profiler, replacing, settings, tensors, trees),
 )
 NAMES = {
     f"{room.__name__.rpartition('.')[2]}.{n}": (room, n) for room in ROOMS for n in room.__all__
@@ -114,6 +115,39 @@ def _sees_what_comes() -> bool:
     torch.autograd.grad(made, one, retain_graph=True)
     made.backward()
     return answers == [[True, False], [True, True]]
+
+
+def _store_is_found() -> bool:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        processes.default_store().set("ours", "1")
+        return processes.default_store().get("ours") == b"1"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _runs_at_the_end() -> bool:
+    leaf, seen = torch.ones(1, requires_grad=True), []
+    made = leaf * 2
+    made.grad_fn.register_hook(
+        lambda *_: autograd.at_end_of_backward(lambda: seen.append(leaf.grad))
+    )
+    made.backward()
+    return seen == [leaf.grad] and leaf.grad is not None
+
+
+def _hooks_by_handle() -> bool:
+    leaf, calls = torch.ones(1, requires_grad=True), []
+    if autograd.post_accumulate_hooks_of(leaf):
+        return False
+    leaf.register_post_accumulate_grad_hook(calls.append)
+    hooks = autograd.post_accumulate_hooks_of(leaf)
+    waiting = dict(hooks)
+    hooks.clear()
+    (leaf * 2).backward()
+    hooks.update(waiting)
+    return not calls and list(waiting.values()) == [calls.append]
 
 
 def _hooks_seen() -> bool:
@@ -369,6 +403,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
         and not _in_backward(autograd.keeps_graph)
     ),
     "autograd.will_execute": _sees_what_comes,
+    "processes.default_store": _store_is_found,
+    "autograd.at_end_of_backward": _runs_at_the_end,
+    "autograd.post_accumulate_hooks_of": _hooks_by_handle,
     "autograd.set_grad_enabled": _grad_mode_set,
     "autograd.top_saved_tensors_hooks": _hooks_seen,
     "autograd.innermost_transform": lambda: (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.testing.bitwise import assert_same_tensors
 from graph_capture.units import format_bytes
-from planner import CaptureError, PlanMismatchError, PlanWarning, applied_plan, optimize
+from planner import (
+    CaptureError,
+    Plan,
+    PlanError,
+    PlanMismatchError,
+    PlanWarning,
+    applied_plan,
+    measure,
+    optimize,
+    watch,
+)
 from planner.measuring.measure import record_peak
+from planner.running.uncounted_buckets import uncounted_bytes
+from planner.saving.serialize import plan_from_dict, plan_to_dict
 from tests.planner.small import make, sample, square
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without distributed")
@@ -70,19 +84,102 @@ def test_a_sharded_model_is_refused_by_that_name(sharded):
         plan.apply(model)
 
 
-def test_a_wrapper_is_refused_with_what_works():
-    """Its forward would no longer tell the others; the module inside is planned and trained."""
-    plain, wrapper = DistributedDataParallel(make()), DistributedDataParallel(make())
+def test_a_wrapper_within_a_model_is_refused_with_what_works():
+    """Its forward would no longer tell the others."""
+    model = nn.Sequential(DistributedDataParallel(make()))
     with pytest.raises(CaptureError, match=r"optimize\(wrapper\.module"):
-        optimize(wrapper, sample(), budget_gb=1, loss_fn=square)
-    optimize(wrapper.module, sample(), budget_gb=1, loss_fn=square).apply(wrapper.module)
+        optimize(model, sample(), budget_gb=1, loss_fn=square)
+
+
+def test_of_a_wrapper_the_module_inside_is_planned_and_trained():
+    """The wrapper's forward still tells the others, and its plan is found through it."""
+    plain, wrapper = DistributedDataParallel(make()), DistributedDataParallel(make())
+    plan = optimize(wrapper, sample(), budget_gb=1, loss_fn=square)
+    assert plan.apply(wrapper) is wrapper
     found = []
     for model in (plain, wrapper):
         torch.manual_seed(0)
         square(model(sample())).backward()
         found.append({n: p.grad for n, p in model.named_parameters()})
     assert_same_tensors(*found)
+    assert applied_plan(wrapper).planned_steps == 1
     assert applied_plan(wrapper.module).planned_steps == 1
+    Plan.remove(wrapper)
+    assert applied_plan(wrapper) is None
+
+
+DIVISOR_BYTES = 12
+"""The reducer divides a gradient beside which eager may hold others; plans leave it out."""
+
+OPTIONS = [
+    {},
+    {"gradient_as_bucket_view": True},
+    {"find_unused_parameters": True},
+    {"static_graph": True},
+]
+
+
+@pytest.mark.filterwarnings("ignore:find_unused_parameters=True")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_wrapped_models_buckets_are_in_its_plan_exactly(options):
+    """A category of their own, found from the wrapper's options."""
+    wrapper = DistributedDataParallel(make(), **options)
+    plan = optimize(wrapper, sample(), budget_gb=1, loss_fn=square)
+    num_flags = 2 if plan.holds.copies_outputs else 0
+    num_bytes = sum(p.numel() * p.element_size() + 4 * num_flags for p in wrapper.parameters())
+    assert plan.memory.by_category["bucket"] == num_bytes
+    eager = measure(wrapper, sample(), loss_fn=square, repeats=0)
+    assert eager.peak_bytes - plan.baseline_peak_bytes in (0, DIVISOR_BYTES)
+    found = measure(plan.apply(wrapper), sample(), loss_fn=square, repeats=0)
+    assert found.peak_bytes == plan.predicted_peak_bytes
+
+
+def test_a_plan_for_a_wrapper_says_so_and_is_validated_without_one():
+    """The word is in the plan and its file; one process stands for the wrapper."""
+    plan = optimize(
+        make(),
+        sample(),
+        budget_gb=1,
+        loss_fn=square,
+        distributed="ddp:gradient_as_bucket_view,find_unused_parameters",
+    )
+    loaded = plan_from_dict(json.loads(json.dumps(plan_to_dict(plan))))
+    assert loaded.holds == plan.holds
+    assert "buckets of ddp:gradient_as_bucket_view,find_unused_parameters" in str(Plan.of(loaded))
+    found = plan.validate(make(), sample(), repeats=0)
+    assert found.peak.predicted == found.peak.measured
+    assert found.bits == "equal"
+
+
+def test_words_that_do_not_fit_are_refused():
+    """Unknown options, other options than the wrapper's, and gradients that nothing frees."""
+    asked = {"budget_gb": 1, "loss_fn": square}
+    for word in ("fsdp", "ddp:views", 1):
+        with pytest.raises(ValueError, match="distributed is None, 'ddp', or 'ddp:' and some of"):
+            optimize(make(), sample(), distributed=word, **asked)
+    wrapper = DistributedDataParallel(make())
+    with pytest.raises(ValueError, match="the model is wrapped as 'ddp'"):
+        optimize(wrapper, sample(), distributed="ddp:static_graph", **asked)
+    with pytest.raises(ValueError, match="hold every gradient to the end"):
+        optimize(wrapper, sample(), grads="consumed", **asked)
+
+
+def test_a_file_whose_buckets_do_not_fit_its_word_is_refused():
+    """The message names both."""
+    plan = optimize(make(), sample(), budget_gb=1, loss_fn=square, resident_bytes=8)
+    written = json.loads(json.dumps(plan_to_dict(plan)))
+    written["loop_holds"]["distributed"] = "ddp"
+    with pytest.raises(PlanError, match=r"buckets and loop_holds\.distributed do not fit"):
+        plan_from_dict(written)
+
+
+def test_a_watched_model_finds_its_wrapper():
+    """The first call comes through it."""
+    model = make()
+    wrapper = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    watched = watch(model, budget_gb=1, loss_fn=square)
+    square(wrapper(sample())).backward()
+    assert str(watched.plan.holds.distributed) == "ddp:gradient_as_bucket_view"
 
 
 @pytest.mark.parametrize("view", [False, True])
@@ -110,6 +207,34 @@ def test_buckets_that_a_plan_counts_are_in_its_peak_exactly(view):
     resident = sum(t.untyped_storage().nbytes() for t in there) + num_bytes
     added, _ = record_peak(step, torch.device("cpu"), there)
     assert resident + added == whole.predicted_peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "sync", "sets"),
+    [
+        ({}, {}, True, 1),
+        ({}, {"gradient_as_bucket_view": True}, True, 1),
+        ({"grads": "accumulated"}, {}, True, 1),
+        ({"grads": "accumulated"}, {"gradient_as_bucket_view": True}, True, 0),
+        ({"grads": "accumulated"}, {"gradient_as_bucket_view": True}, False, 1),
+        ({"distributed": "ddp"}, {}, True, 0),
+        ({"distributed": "ddp"}, {"gradient_as_bucket_view": True}, True, 0),
+        ({"distributed": "ddp:gradient_as_bucket_view"}, {}, True, 1),
+        (
+            {"distributed": "ddp:gradient_as_bucket_view"},
+            {"gradient_as_bucket_view": True},
+            False,
+            1,
+        ),
+    ],
+)
+def test_what_of_a_wrapper_is_not_counted(words, options, sync, sets):
+    """As many sets of gradients as a plan's words leave out."""
+    plan = optimize(make(), sample(), budget_gb=1, loss_fn=square, **words)
+    wrapper = DistributedDataParallel(make(), **options)
+    num_bytes = sum(p.numel() * p.element_size() for p in wrapper.parameters())
+    with nullcontext() if sync else wrapper.no_sync():
+        assert uncounted_bytes(wrapper, plan) == sets * num_bytes
 
 
 def test_buckets_that_the_budget_does_not_hold_are_said_once():

@@ -238,6 +238,7 @@ def _measured(
         outputs=holds.outputs,
         grads=holds.grads,
         resident_bytes=holds.resident_bytes,
+        distributed=holds.distributed,
     ).peak_bytes
     beside = sides if verdict is not None else sides[1:]
     return measured_step(

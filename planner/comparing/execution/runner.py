@@ -155,6 +155,7 @@ class Runner:
                 outputs=e.spec.holds.outputs,
                 grads=e.spec.holds.grads,
                 resident_bytes=e.spec.holds.resident_bytes,
+                distributed=e.spec.holds.distributed,
             ).peak_bytes
 
     @contextmanager

@@ -1,0 +1,47 @@
+"""The module inside a ``DistributedDataParallel``, and what the wrapper holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+from graph_capture.data_parallel import DataParallel
+
+Distributed = str | DataParallel | None
+"""As users write it: ``None``, ``"ddp"``, ``"ddp:gradient_as_bucket_view"``."""
+
+
+def inside(model: Any) -> Any:
+    """Return the module inside a ``DistributedDataParallel``; anything else as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def wrapped_by(model: Any, distributed: Distributed) -> tuple[Any, DataParallel | None]:
+    """Return the module to plan, and the wrapper that is around it.
+
+    Parameters
+    ----------
+    model
+        A module, or a ``DistributedDataParallel`` of it, whose own options are taken.
+    distributed
+        What the user says is around it.
+
+    Raises
+    ------
+    ValueError
+        When the word is none, or names other options than the wrapper has.
+    """
+    said = DataParallel.of(distributed)
+    if not isinstance(model, DistributedDataParallel):
+        return model, said
+    found = DataParallel.of_wrapper(model)
+    if said is not None and said not in (found, DataParallel()):
+        raise ValueError(
+            f"distributed={str(said)!r}, and the model is wrapped as {str(found)!r}: leave the "
+            "argument out, since the wrapper's own options are taken"
+        )
+    return model.module, found
+
+
+__all__ = ["Distributed", "inside", "wrapped_by"]

@@ -1,0 +1,57 @@
+"""What of a ``DistributedDataParallel`` a plan does not count."""
+
+from __future__ import annotations
+
+from torch.nn.parallel import DistributedDataParallel
+
+from graph_capture.data_parallel import DataParallel, bucket_bytes, buckets_of
+
+from ..plan_record import PlanRecord
+
+
+def uncounted_bytes(wrapper: DistributedDataParallel, plan: PlanRecord) -> int:
+    """Return how many bytes a wrapper's buckets and copies take that a plan does not count.
+
+    Buckets are counted by the plan's word for them, by ``resident_bytes`` that are at least
+    theirs, and, where gradients become parts of them, as gradients of earlier backward
+    passes. Under ``no_sync()`` gradients lie beside the buckets.
+
+    Parameters
+    ----------
+    wrapper
+        Its forward runs.
+    """
+    parameters, holds = buckets_of(wrapper), plan.holds
+    found, planned = DataParallel.of_wrapper(wrapper), holds.distributed
+
+    def buckets(options: DataParallel) -> int:
+        return bucket_bytes(options, parameters, plan.device_type)
+
+    become_parts = found.gradient_as_bucket_view and wrapper.require_backward_grad_sync
+    gradients_bytes = buckets(DataParallel())
+    there_bytes, counted_bytes = buckets(found), holds.resident_bytes
+    if planned is not None:
+        counted_bytes += buckets(planned)
+    if holds.accumulates:
+        counted_bytes += gradients_bytes
+        if planned is not None or not become_parts:
+            there_bytes += gradients_bytes  # else those of earlier passes are parts of buckets
+    if holds.in_buckets and not become_parts:
+        there_bytes += gradients_bytes
+    if found.copies_outputs and not holds.copies_outputs:
+        there_bytes += _output_bytes(plan)
+    return max(0, there_bytes - counted_bytes)
+
+
+def _output_bytes(plan: PlanRecord) -> int:
+    """Bytes of the model's outputs, which the wrapper copies."""
+    return sum(
+        s.size_bytes
+        for s in plan.graph.storages
+        if s.category == "output"
+        and s.producer is not None
+        and plan.graph.operators[s.producer].phase == "forward"
+    )
+
+
+__all__ = ["uncounted_bytes"]

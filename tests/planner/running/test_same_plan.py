@@ -1,0 +1,182 @@
+"""Processes of one job with other plans, with none, and with one that has ended."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from planner import (
+    Plan,
+    PlanError,
+    PlanMismatchError,
+    applied_plan,
+    check_same_plan,
+    optimize,
+)
+from tests.planner.small import make, plan_for, sample, square
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without distributed")
+TWO_PROCESSES = pytest.mark.distributed
+
+
+def test_without_a_process_group_there_is_nobody_to_ask() -> None:
+    """The message says what to call first."""
+    with pytest.raises(PlanError, match="init_process_group first"):
+        check_same_plan(make())
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/it", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_process_agrees_with_itself() -> None:
+    """By its plan, and by the module that it is applied to; time has to be given."""
+    plan = optimize(make(), sample(), budget_gb=1, loss_fn=square)
+    check_same_plan(plan)
+    check_same_plan(plan.apply(make()))
+    with pytest.raises(PlanMismatchError, match="no plan is applied in any process"):
+        check_same_plan(make())
+    with pytest.raises(ValueError, match="timeout_s must be a positive number"):
+        check_same_plan(plan, timeout_s=0)
+
+
+# -- two processes -----------------------------------------------------------------------
+
+
+def _same(rank: int, plans: list[Plan]) -> None:
+    check_same_plan(plans[0])
+    wrapper = plans[0].apply(DistributedDataParallel(make()))
+    square(wrapper(sample(rank))).backward()
+    assert applied_plan(wrapper).planned_steps == 1
+
+
+def _another(rank: int, plans: list[Plan]) -> None:
+    wrapper = DistributedDataParallel(make())
+    plans[rank].apply(wrapper)
+
+
+def _another_is_not_applied(rank: int, plans: list[Plan]) -> None:
+    wrapper = DistributedDataParallel(make())
+    try:
+        plans[rank].apply(wrapper)
+    except PlanMismatchError:
+        assert applied_plan(wrapper) is None
+        square(wrapper(sample(rank))).backward()
+        return
+    raise AssertionError("another plan was not noticed")
+
+
+def _none_on_one(rank: int, plans: list[Plan]) -> None:
+    model = make()
+    if rank == 0:
+        plans[0].apply(model)
+    check_same_plan(model)
+
+
+def _one_ends(rank: int, plans: list[Plan]) -> None:
+    if rank == 1:
+        return
+    check_same_plan(plans[0], timeout_s=2)
+
+
+def _the_store_ends(rank: int, plans: list[Plan]) -> None:
+    if rank == 0:
+        return
+    time.sleep(1)
+    check_same_plan(plans[0], timeout_s=3)
+
+
+TOGETHER = (_same, _another, _another_is_not_applied, _none_on_one, _one_ends)
+"""One after the other in the same two processes; in the last of them one ends."""
+
+
+def _process(
+    rank: int, works: tuple[Callable[[int, list[Plan]], None], ...], folder: str, port: int
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for work in works:
+        said = "nothing"
+        try:
+            work(rank, [Plan.load(f"{folder}/{i}.json") for i in range(2)])
+        except PlanError as error:
+            said = f"{type(error).__name__}: {error}"
+        Path(folder, f"{work.__name__}.{rank}.txt").write_text(said)
+
+
+def _run(works: tuple[Callable[[int, list[Plan]], None], ...], folder: Path) -> None:
+    """Have two processes do this."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, (works, str(folder), port), nprocs=2)
+
+
+def _said(work: Callable[[int, list[Plan]], None], folder: Path) -> list[str]:
+    """What each process said."""
+    return [(folder / f"{work.__name__}.{rank}.txt").read_text() for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two plans of one step, with other budgets and schedules, and what was said of them."""
+    place = tmp_path_factory.mktemp("plans")
+    whole = optimize(make(), sample(), budget_gb=1, loss_fn=square)
+    whole.save(place / "0.json")
+    plan_for(make(), sample(), loss_fn=square).save(place / "1.json")
+    _run(TOGETHER, place)
+    return place
+
+
+@TWO_PROCESSES
+def test_the_same_plan_trains(folder: Path) -> None:
+    """Nobody says anything."""
+    assert _said(_same, folder) == ["nothing", "nothing"]
+
+
+@TWO_PROCESSES
+def test_another_plan_is_an_error_on_both(folder: Path) -> None:
+    """The message names the ranks and what differs."""
+    for said in _said(_another, folder):
+        assert said.startswith("PlanMismatchError: the processes do not train by the same plan")
+        assert "ranks 0 and 1 have schedule" in said
+
+
+@TWO_PROCESSES
+def test_a_refused_plan_is_not_left_applied(folder: Path) -> None:
+    """Both may go on without one."""
+    assert _said(_another_is_not_applied, folder) == ["nothing", "nothing"]
+
+
+@TWO_PROCESSES
+def test_a_process_without_a_plan_is_an_error_on_both(folder: Path) -> None:
+    """The message says which rank has none."""
+    for said in _said(_none_on_one, folder):
+        assert "no plan is applied on rank 1, but one is on rank 0" in said
+
+
+@TWO_PROCESSES
+def test_a_process_that_has_ended_is_named_by_the_other(folder: Path) -> None:
+    """After a time, without a hang."""
+    assert "rank 1 did not come to compare plans within 2 s" in _said(_one_ends, folder)[0]
+
+
+@TWO_PROCESSES
+def test_a_store_that_has_gone_is_named(folder: Path) -> None:
+    """It lies in rank 0, whose end the other notices."""
+    _run((_the_store_ends,), folder)
+    said = _said(_the_store_ends, folder)[1]
+    assert "does not answer" in said or "rank 0 did not come" in said
