@@ -6,7 +6,7 @@ one memory keep it once. Eager's peak counts it so, and a plan's does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,4 +66,33 @@ def enlarged_bytes(
     )
 
 
-__all__ = ["argument_bytes", "enlarged_bytes"]
+def beside_slices(
+    planned: tuple[int, ...] | None,
+    planned_alone: Sequence[int],
+    held: tuple[int, ...] | None,
+    alone: Sequence[int],
+) -> tuple[int, ...] | None:
+    """Return what a call keeps alive, beside what a planned call was a slice of.
+
+    A loop may copy its batches out of the tensor that the first one was a slice of. That
+    stays in memory; whether a call's own memory is that tensor shows in no size, so it
+    counts unless the call is a slice of as much.
+
+    Parameters
+    ----------
+    planned, held
+        :func:`argument_bytes` of the planned call and of this one.
+    planned_alone, alone
+        Bytes from the first to the last element of each tensor.
+    """
+    if planned is None or not alone:
+        return held
+    sliced = sum(there for there, own in zip(planned, planned_alone, strict=True) if there > own)
+    own_bytes = tuple(alone) if held is None else held
+    is_slice = any(there > own for there, own in zip(own_bytes, alone, strict=True))
+    if not sliced or (is_slice and sum(own_bytes) >= sliced):
+        return held
+    return (own_bytes[0] + sliced, *own_bytes[1:])
+
+
+__all__ = ["argument_bytes", "beside_slices", "enlarged_bytes"]

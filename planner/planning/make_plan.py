@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.argument_memory import argument_bytes
-from graph_capture.call_spec import tensors_of
+from graph_capture.argument_memory import argument_bytes, beside_slices
+from graph_capture.call_spec import describe, specs_of, tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES, Device
@@ -249,7 +249,12 @@ def another_call(
         request = request_again(plan)
     if loss_fn is not None:
         request = replace(request, loss_fn=loss_fn)
-    held = argument_bytes(model, arguments)
+    held = beside_slices(
+        plan.guard.argument_bytes,
+        [spec.extent_bytes for spec in specs_of(plan.guard.arguments)],
+        argument_bytes(model, arguments),
+        [spec.extent_bytes for spec in specs_of(describe(arguments))],
+    )
     with showing_timing(request.progress) as timing:
         captured = capture_step(
             model,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner import Plan, PlanError, PlanWarning, measure, optimize
+from planner import Plan, PlanError, PlanWarning, applied_plan, measure, optimize
 from planner.saving.serialize import plan_to_dict
 from tests.planner.small import Net, least_bytes, make, sample, square
 
@@ -123,3 +123,22 @@ def test_a_file_with_other_counts_is_refused(held: list[int], tmp_path: Path) ->
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(PlanError, match="argument_bytes"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_a_copy_of_another_shape_is_planned_beside_the_larger_tensor() -> None:
+    """What the sample was a slice of is still there when the loop passes copies."""
+    plan = optimize(make(), LARGE[:256], budget="75%", loss_fn=square, shapes="sample")
+    planned, copied = plan.apply(make()), LARGE[:128].clone()
+    found = measure(planned, copied, loss_fn=square, repeats=0)
+    assert found.peak_bytes + LARGE.nbytes <= plan.budget_bytes
+    (adapted,) = applied_plan(planned).other_plans
+    assert adapted.predicted_peak_bytes == found.peak_bytes + LARGE.nbytes
+
+
+def test_a_slice_of_another_shape_counts_the_larger_tensor_once() -> None:
+    """It is the memory of the call itself."""
+    plan = optimize(make(), LARGE[:256], budget="75%", loss_fn=square, shapes="sample")
+    planned = plan.apply(make())
+    found = measure(planned, LARGE[8:256], loss_fn=square, repeats=0)
+    (adapted,) = applied_plan(planned).other_plans
+    assert adapted.predicted_peak_bytes == found.peak_bytes
