@@ -18,7 +18,7 @@ from planner.base.resident import storage_bytes
 from planner.measuring.measure import record_peak
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.distributed,
     pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without distributed"),
 ]
 

@@ -17,7 +17,7 @@ from planner.errors import PlanMismatchError
 from .small_blocks import batch, small, small_plan
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.distributed,
     pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without distributed"),
 ]
 
