@@ -29,7 +29,7 @@ from solvers.strategies import STRATEGIES, apply_strategy
 MODELS = ("bert", "gpt2", "llama", "vit", "t5")
 SHARES = (0.7, 0.5, 0.4)
 PER_LAYER = "transformers_per_layer"
-EVERY_N = ("uniform_every_k", "megatron_full_block")
+EVERY_N = ("uniform_every_k", "transformers_every_n_layers", "megatron_full_block")
 """Whole layers, in groups of n or the first n: the best setting that fits counts."""
 
 

@@ -29,6 +29,7 @@ from .strategy import Candidate, Strategy, StrategyOptions
 from .uniform_segments import (
     MEGATRON_FULL_BLOCK,
     MEGATRON_FULL_UNIFORM,
+    TRANSFORMERS_EVERY_N,
     TRANSFORMERS_PER_LAYER,
     UNIFORM_EVERY_K,
     UNIFORM_SQRT,
@@ -62,6 +63,7 @@ STRATEGIES: Registry = MappingProxyType(
             CHEN_RECURSIVE,
             REVOLVE,
             TRANSFORMERS_PER_LAYER,
+            TRANSFORMERS_EVERY_N,
             MEGATRON_SELECTIVE,
             MEGATRON_FULL_UNIFORM,
             MEGATRON_FULL_BLOCK,

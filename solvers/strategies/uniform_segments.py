@@ -60,6 +60,17 @@ def per_layer(graph: CostGraph, *, early_stop: bool = True) -> Schedule:
     return schedule_for_segments(graph, module_blocks(graph).groups(1), early_stop=early_stop)
 
 
+def every_n_layers(graph: CostGraph, n: int) -> Schedule:
+    """Make every ``n``-th block a segment, beginning with the first; keep the others.
+
+    What ``model.activation_checkpointing_enable(every_n_layers=n)`` of Transformers does.
+    """
+    segments = module_blocks(graph).groups(1)
+    if not 1 <= n <= len(segments):
+        raise StrategyError(f"every {n}th layer of {len(segments)}")
+    return schedule_for_segments(graph, segments[::n])
+
+
 def megatron_uniform(graph: CostGraph, size: int) -> Schedule:
     """Groups of ``size`` layers, all recomputed to their ends.
 
@@ -92,6 +103,11 @@ def _propose_every(graph: CostGraph, options: StrategyOptions) -> Iterator[Candi
 
 def _propose_per_layer(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
     yield Candidate(schedule=per_layer(graph))
+
+
+def _propose_every_n_layers(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
+    for n in _sizes(len(module_blocks(graph))):
+        yield Candidate(schedule=every_n_layers(graph, n), setting=f"n={n}")
 
 
 def _propose_megatron_uniform(graph: CostGraph, options: StrategyOptions) -> Iterator[Candidate]:
@@ -133,6 +149,12 @@ TRANSFORMERS_PER_LAYER = Strategy(
     summary="each block's input saved; every block recomputed",
     source="Transformers 5, gradient_checkpointing_enable()",
     propose=_propose_per_layer,
+)
+TRANSFORMERS_EVERY_N = Strategy(
+    name="transformers_every_n_layers",
+    summary="the input of every n-th layer saved, those layers recomputed; the others kept",
+    source="Transformers 5, activation_checkpointing_enable(every_n_layers=n)",
+    propose=_propose_every_n_layers,
 )
 MEGATRON_FULL_UNIFORM = Strategy(
     name="megatron_full_uniform",

@@ -35,6 +35,7 @@ ONE_FORWARD = (
     "uniform_every_k",
     "chen_greedy",
     "transformers_per_layer",
+    "transformers_every_n_layers",
     "megatron_selective",
     "megatron_full_uniform",
     "megatron_full_block",
