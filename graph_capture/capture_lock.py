@@ -47,7 +47,7 @@ class CaptureLock:
 
     def __exit__(self, *_error: object) -> None:
         mine = self._of_thread.__dict__
-        mine["depth"] -= 1
+        mine["depth"] = max(mine["depth"] - 1, 0)
         if mine["depth"] == 0 and mine.pop("shares", False):
             self._give_share()
 
@@ -63,8 +63,9 @@ class CaptureLock:
         try:
             yield
         finally:
+            mine["depth"] = depth  # even if an interrupt ends the wait for a share
             self._take_share()
-            mine["depth"], mine["shares"] = depth, True
+            mine["shares"] = True
 
     @contextmanager
     def alone(self) -> Iterator[None]:

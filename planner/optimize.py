@@ -150,8 +150,9 @@ def optimize(
         weights, a reference model): bytes, or such as ``"2GB"``.
     concurrent_calls
         How many calls of the model the loop makes before it differentiates the first: 2 for
-        a siamese or contrastive loss, a pipeline's micro-batches in flight. All run by the
-        plan, and all of them together stay within the budget.
+        a siamese or contrastive loss; with ``grads="accumulated"`` a pipeline's micro-batches
+        in flight, which are differentiated one by one. All run by the plan, and all of them
+        together stay within the budget.
     granularity
         ``"step"`` plans the whole step as one. ``"blocks"`` plans inside the model's own
         blocks, so that hooks on blocks, ``fully_shard`` and pipeline stages stay as they

@@ -51,6 +51,15 @@ def stand_in_of(model: nn.Module) -> StandIn | None:
     return found if isinstance(found, StandIn) else None
 
 
+def planned_inside(model: nn.Module) -> list[tuple[str, StandIn]]:
+    """Return the stand-ins of modules inside a model, by path."""
+    return [
+        (path, stand_in)
+        for path, module in model.named_modules()
+        if path and (stand_in := stand_in_of(module)) is not None
+    ]
+
+
 def put_stand_in(model: nn.Module, stand_in: StandIn) -> None:
     """Make a module call ``stand_in`` from now on."""
     model.__dict__["forward"] = model.__dict__[_KEPT] = stand_in
@@ -102,7 +111,8 @@ def unplanned(model: nn.Module) -> Iterator[None]:
     """Temporarily let a planned module run its own forward, outside its budget.
 
     For calls that a plan does not cover, such as one whose gradient is differentiated
-    again. Without a plan this changes nothing.
+    again. A model with plans inside its blocks runs without any of them. Without a plan
+    this changes nothing.
 
     Examples
     --------
@@ -111,13 +121,14 @@ def unplanned(model: nn.Module) -> Iterator[None]:
     >>> with unplanned(layer):
     ...     penalty = layer(torch.ones(1, 2)).square().sum()
     """
-    stand_in = stand_in_of(model)
-    if stand_in is not None:
+    own = stand_in_of(model)
+    stand_ins = [own] if own is not None else [s for _, s in planned_inside(model)]
+    for stand_in in stand_ins:
         stand_in.suspended += 1
     try:
         yield
     finally:
-        if stand_in is not None:
+        for stand_in in stand_ins:
             stand_in.suspended -= 1
 
 

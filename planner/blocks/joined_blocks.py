@@ -21,7 +21,7 @@ from solvers.block_plans.points import BlockPoints
 from solvers.block_plans.stepping import Block, BlockCall, BlockedStep
 
 from ..base.step_spec import StepSpec
-from .captured_blocks import Capturing, DistinctBlock
+from .captured_blocks import Capturing, DistinctBlock, UnfitBlockError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +252,12 @@ class _Rest:
         holds
             Whether the call holds its arguments until its backward, as a planned one does.
         """
+        if call.number not in self._forward or call.number not in self._backward:
+            raise UnfitBlockError(
+                call.path,
+                f"the model writes in place to what block {call.path!r} returns, which a plan "
+                "inside the block cannot follow: write to a copy, or leave it out of blocks=",
+            )
         forward, backward = self._forward[call.number], self._backward[call.number]
         ahead, behind = (self._nodes[self._graph.operators[v].name] for v in (forward, backward))
         given, returned = ahead.args[0], _items(ahead)

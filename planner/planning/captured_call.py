@@ -13,6 +13,7 @@ from graph_capture.argument_memory import enlarged_bytes
 from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.captured_step import CapturedStep
+from graph_capture.errors import CaptureError
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
@@ -20,13 +21,14 @@ from solvers.replay import replay
 from solvers.schedule import Schedule
 
 from ..base.call_guard import lazy_input
-from ..base.forward_slot import original_forward
+from ..base.forward_slot import original_forward, planned_inside
 from ..base.progress import (
     ShowProgress,
     showing_timing,
 )
 from ..base.shape_range import ShapeRange
 from ..base.step_spec import StepSpec
+from ..errors import PlanError
 from .concurrent import with_unplanned_calls
 
 
@@ -91,7 +93,7 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
     under = autocast_as(target.torch_type, spec.autocast) if spec.autocast else nullcontext()
     with under:
         with showing_timing(progress) as timing:
-            captured = capture_step(
+            captured = _captured(
                 model,
                 arguments,
                 loss=spec.loss_fn,
@@ -113,3 +115,19 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
             shapes=shapes,
             argument_bytes=held,
         )
+
+
+def _captured(model: nn.Module, arguments: Mapping[str, Any], **options: Any) -> CapturedStep:
+    """Capture the step; name plans inside the model where they are in the way."""
+    try:
+        return capture_step(model, arguments, **options)
+    except CaptureError as error:
+        inside = planned_inside(model)
+        if not inside:
+            raise
+        raise PlanError(
+            f"module {inside[0][0]!r} inside this {type(model).__name__} has a plan of its own, "
+            "and the step could not be captured with it: remove it first, by "
+            "BlockPlan.remove(model) where the model has plans in blocks, else by Plan.remove of "
+            "the module"
+        ) from error

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
@@ -132,4 +133,22 @@ def test_a_waiting_capture_does_not_stop_steps_for_ever() -> None:
         thread = _in_thread(_captures(lock, threading.Event()))
         _in_thread(step)
         assert begun.wait(5)
+    thread.join(5)
+
+
+def test_an_interrupt_while_a_share_is_taken_again_leaves_the_lock_usable() -> None:
+    """Ctrl-C in a notebook, which goes on with the same thread."""
+    lock, begun = CaptureLock(), threading.Event()
+    take = lock._take_share
+
+    def interrupted(**_options: bool) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), lock, lock.resting():
+        lock._take_share = interrupted  # type: ignore[method-assign]
+    lock._take_share = take  # type: ignore[method-assign]
+    with lock:
+        thread = _in_thread(_captures(lock, begun))
+        assert not begun.wait(0.05)  # the step has its share again
+    assert begun.wait(5)
     thread.join(5)

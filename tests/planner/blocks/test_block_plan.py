@@ -17,6 +17,7 @@ from planner import (
     applied_blocks,
     measure,
     optimize,
+    unplanned,
     watch,
 )
 from planner.errors import CallMismatchError
@@ -246,3 +247,43 @@ def test_a_refusal_of_the_whole_step_offers_blocks() -> None:
     with pytest.raises(RuntimeError) as caught:
         optimize(Opaque().train(), batch(), budget="90%")
     assert any("granularity='blocks'" in note for note in caught.value.__notes__)
+
+
+def test_no_plan_inside_runs_where_none_is_wanted() -> None:
+    """``planner.unplanned`` reaches the blocks."""
+    planned = small_plan().apply(small())
+    with unplanned(planned):
+        planned(*batch()).backward()
+    applied = applied_blocks(planned)
+    assert applied is not None
+    assert applied.planned_steps == 0
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_plan_of_the_step_is_not_made_beside_plans_inside() -> None:
+    """The error says what has a plan, and how to remove it."""
+    with pytest.raises(PlanError, match=r"module 'layers.0' inside this Small has a plan of its"):
+        optimize(small_plan().apply(small()), batch(), budget="90%")
+
+
+class _WrittenTo(nn.Module):
+    """Writes in place to what its blocks return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).mul_(2)
+        return x.square().mean()
+
+
+def test_a_block_whose_output_is_written_to_is_refused() -> None:
+    """By name; a plan inside would not see the write."""
+    with pytest.raises(PlanError, match=r"writes in place to what block 'blocks\.\d' returns"):
+        optimize(
+            _WrittenTo(), torch.ones(99, 16), budget="85%", granularity="blocks", blocks="blocks.*"
+        )
