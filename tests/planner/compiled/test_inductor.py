@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,13 @@ from planner.measuring.measure import measure
 from solvers.replay import replay
 from tests.planner.compiled.models import assert_same, compiled, model_and_sample, step
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.skipif(
+        not any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++"))),
+        reason="Inductor needs a C++ compiler",
+    ),
+]
 
 
 class Ran(NamedTuple):
