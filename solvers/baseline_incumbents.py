@@ -50,6 +50,7 @@ from .strategies.strategy import (
 from .strategies.uniform_segments import (
     MEGATRON_FULL_BLOCK,
     MEGATRON_FULL_UNIFORM,
+    TRANSFORMERS_EVERY_N,
     TRANSFORMERS_PER_LAYER,
     UNIFORM_EVERY_K,
     UNIFORM_SQRT,
@@ -69,6 +70,7 @@ SINGLE: tuple[Strategy, ...] = (
 
 FAMILIES: tuple[Strategy, ...] = (
     UNIFORM_EVERY_K,
+    TRANSFORMERS_EVERY_N,
     CHEN_GREEDY,
     MEGATRON_FULL_BLOCK,
     MEGATRON_FULL_UNIFORM,

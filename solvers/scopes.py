@@ -38,7 +38,7 @@ _WORDS = {
     BoundScope.OWN_ORDER: f"{_BASE_ORDER}, {_OWN}",
     BoundScope.OWN_ORDER_STAGED: f"{_STAGED}, {_OWN}",
     BoundScope.INSIDE_BLOCKS: "schedules in eager's order that repeat a block's operators inside "
-    "that block's own forward or backward, and nothing else",
+    "that block's own forward or backward",
 }
 
 _IN_OWN_ORDER = {

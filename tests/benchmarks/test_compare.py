@@ -238,6 +238,7 @@ def test_what_failed_or_does_not_apply_is_said_below_the_table() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_ours_beside_a_strategy_on_a_chain() -> None:
     """Eight layers of two unit operators: its peak and cost by hand, ours no worse in both."""
     graph = layered(8)

@@ -90,7 +90,7 @@ def bench() -> Bench:
     return Bench(subject=net(), device=CPU, time_limit_s=2)
 
 
-@pytest.mark.parametrize("where", [0.6, "least"])
+@pytest.mark.parametrize("where", [0.6, pytest.param("least", marks=pytest.mark.slow)])
 def test_bits_are_equal(bench: Bench, where: float | str) -> None:
     """Eager is equal to itself and to the planned step, and the weights are put back."""
     before = {name: p.clone() for name, p in bench.model.named_parameters()}
@@ -277,6 +277,7 @@ def test_a_run_without_a_card_says_what_is_owed(
     assert "### Peak memory" in text
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_is_a_fault_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

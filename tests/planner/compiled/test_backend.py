@@ -147,6 +147,7 @@ def test_a_graph_break_is_said() -> None:
     assert said == [PART_OF_A_STEP, PART_OF_A_STEP]
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_are_planned_for_the_largest() -> None:
     """One plan holds for smaller calls; a larger one is compiled again, with a plan of its own."""
     model, x = model_and_sample()
