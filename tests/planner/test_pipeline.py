@@ -86,7 +86,7 @@ def train(rank: int, schedule: str, *, planned: bool) -> Found:
     if planned:
         plan = optimize(
             stage,
-            torch.zeros(ROWS, WIDTH, requires_grad=rank > 0),
+            torch.zeros(ROWS, WIDTH, requires_grad=True) if rank else _batch(0)[:ROWS],
             budget="85%",
             grads="accumulated",
             concurrent_calls=calls_in_flight(schedule, rank),
