@@ -307,13 +307,7 @@ def _solve(
         )
     if result.schedule is not None:
         return result
-    fitting = least()
-    if fitting.peak_bytes > budget_bytes:
-        raise nothing_fits(graph, budget, fitting)
-    raise PlanError(
-        f"solver {options.solver!r} found no schedule within {options.time_limit_s} s, though one "
-        f"for {fitting.peak_bytes} bytes exists; use solver='auto' or more time"
-    )
+    raise _no_schedule(graph, budget, least(), options)
 
 
 def _solve_together(
@@ -353,11 +347,20 @@ def _solve_together(
             return result
         raise PlanError(f"in the schedule that was found {late}: solve with another seed")
     assert fitting is not None
-    if fitting.peak_bytes > budget.usable_bytes:
-        raise nothing_fits(with_waiting(captured, calls, fitting.schedule).graph, budget, fitting)
-    raise PlanError(
+    raise _no_schedule(
+        with_waiting(captured, calls, fitting.schedule).graph, budget, fitting, options
+    )
+
+
+def _no_schedule(
+    graph: CostGraph, budget: Budget, least: LeastMemory, options: SolveOptions
+) -> PlanError:
+    """Build the error for a search without a result, whether or not a schedule exists."""
+    if least.peak_bytes > budget.usable_bytes:
+        return nothing_fits(graph, budget, least)
+    return PlanError(
         f"solver {options.solver!r} found no schedule within {options.time_limit_s} s, though one "
-        f"for {fitting.peak_bytes} bytes exists; use solver='auto' or more time"
+        f"for {least.peak_bytes} bytes exists; use solver='auto' or more time"
     )
 
 
