@@ -14,8 +14,19 @@ from .cost_graph import CostGraph
 from .costs.cost_model import CostRecord
 from .loop_holds import NOTHING_ELSE, LoopHolds
 from .optimizer_step import OptimizerStep
+from .recorder import storage_id
 from .target import Target
 from .traced_step import TracedStep
+
+
+def storages_by_memory(carriers: tuple[tuple[Node, ...], ...]) -> dict[int, int]:
+    """Return the index of each storage by the memory that its nodes' values lie in."""
+    return {
+        storage_id(node.meta["val"]): k
+        for k, nodes in enumerate(carriers)
+        for node in nodes
+        if node.meta.get("role") != "generator"
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +82,11 @@ class CapturedStep:
     unplanned_carriers: tuple[tuple[Node, ...], ...] = ()
     costs: CostRecord | None = None
     holds: LoopHolds = NOTHING_ELSE
+
+    @property
+    def storage_of_memory(self) -> dict[int, int]:
+        """The index of each storage by the memory of its tensors, a ``recorder.storage_id``."""
+        return storages_by_memory(self.carriers)
 
     @property
     def device_type(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from graph_capture.captured_step import CapturedStep
+from graph_capture.captured_step import CapturedStep, storages_by_memory
 from graph_capture.cost_graph import CostGraph, Storage
 from graph_capture.costs.cost_model import TimingProgress
 from graph_capture.opaque_calls import BACKWARD, FORWARD, OpaqueForm, SeenCall
@@ -135,7 +135,7 @@ class _Inside:
         carriers: tuple[tuple[Node, ...], ...],
     ) -> None:
         step = captured.step
-        at = _storages_by_memory(carriers)
+        at = storages_by_memory(carriers)
         self.captured = captured
         attributes = {
             at[storage_id(node.meta["val"])]
@@ -189,7 +189,7 @@ class _Rest:
     def __init__(self, captured: CapturedStep) -> None:
         assert captured.unplanned is not None
         self._graph, self._target = captured.unplanned, captured.target
-        self._at = _storages_by_memory(captured.unplanned_carriers)
+        self._at = storages_by_memory(captured.unplanned_carriers)
         self._nodes = {node.name: node for node in captured.step.graph.nodes}
         self._forward: dict[int, int] = {}
         self._backward: dict[int, int] = {}
@@ -307,13 +307,4 @@ def _items(node: Node) -> dict[int, Node]:
         user.args[1]: user  # type: ignore[misc]
         for user in node.users
         if user.target is operator.getitem
-    }
-
-
-def _storages_by_memory(carriers: tuple[tuple[Node, ...], ...]) -> dict[int, int]:
-    return {
-        storage_id(node.meta["val"]): k
-        for k, nodes in enumerate(carriers)
-        for node in nodes
-        if node.meta.get("role") != "generator"
     }

@@ -28,12 +28,7 @@ def calls_of(captured: CapturedStep) -> Calls | None:
     number = captured.holds.concurrent_calls
     if number == 1:
         return None
-    place = {
-        storage_id(node.meta["val"]): k
-        for k, nodes in enumerate(captured.carriers)
-        for node in nodes
-        if node.meta.get("role") != "generator"
-    }
+    place = captured.storage_of_memory
     of_parameters = {
         place[storage_id(gradient.meta["val"])]
         for leaf, gradient in captured.step.gradients

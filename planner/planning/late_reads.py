@@ -40,12 +40,7 @@ def late_read(captured: CapturedStep, schedule: Schedule) -> str | None:
 
 def _owners(captured: CapturedStep) -> dict[int, int]:
     """The storage that each gradient's storage is for."""
-    storage_of = {
-        storage_id(node.meta["val"]): k
-        for k, carriers in enumerate(captured.carriers)
-        for node in carriers
-        if node.meta.get("role") != "generator"
-    }
+    storage_of = captured.storage_of_memory
     return {
         storage_of[storage_id(gradient.meta["val"])]: storage_of[storage_id(leaf.meta["val"])]
         for leaf, gradient in captured.step.gradients

@@ -55,12 +55,16 @@ def _t5() -> tuple[nn.Module, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [_gpt2, _llama, _t5], ids=["gpt2", "llama", "t5"])
-def test_a_model_of_transformers_in_blocks(build: Any) -> None:
+@pytest.mark.parametrize(
+    ("build", "most_too_high"),
+    [(_gpt2, 2_500), (_llama, 2_500), (_t5, 18_432)],
+    ids=["gpt2", "llama", "t5"],
+)
+def test_a_model_of_transformers_in_blocks(build: Any, most_too_high: int) -> None:
     """Bits of two steps equal eager's, and the peak is the predicted one or just below it.
 
-    T5's decoder layers share the encoder's output, and are divided; its plans are predicted up to
-    some per cent too high, by what the layers' arguments are held for.
+    T5's decoder layers share the encoder's output, and are divided; its plans are predicted too
+    high by one attention mask, at every budget.
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
@@ -80,4 +84,4 @@ def test_a_model_of_transformers_in_blocks(build: Any) -> None:
         assert all(map(torch.equal, *gradients))
     measured = measure(planned, sample, repeats=0)
     assert measured.peak_bytes <= plan.predicted_peak_bytes <= plan.budget_bytes
-    assert measured.peak_bytes >= 0.95 * plan.predicted_peak_bytes
+    assert plan.predicted_peak_bytes - measured.peak_bytes <= most_too_high
