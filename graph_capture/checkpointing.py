@@ -8,6 +8,7 @@ recorded.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,17 +18,47 @@ import torch.utils.checkpoint as implementation
 from .private_torch.replacing import CHECKPOINT_GENERATOR
 
 
+class _Depth:
+    """How many checkpoints the code is inside of, while these are looked through."""
+
+    def __init__(self) -> None:
+        self.num = 0
+
+    @contextmanager
+    def deeper(self) -> Iterator[None]:
+        self.num += 1
+        try:
+            yield
+        finally:
+            self.num -= 1
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.depth = _Depth()
+
+
+_here = _Here()
+
+
+def inside_checkpoint() -> bool:
+    """Whether the code runs inside of a checkpoint that is looked through."""
+    return _here.depth.num > 0
+
+
 class _CallThrough:
     """Replaces the autograd function behind ``checkpoint(use_reentrant=True)``."""
 
     @staticmethod
     def apply(function: Callable[..., Any], _preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
+        with _here.depth.deeper():
+            return function(*args)
 
 
 def _keep_everything(*_args: Any, **_kwargs: Any) -> Iterator[None]:
     """Replace the generator behind ``checkpoint(use_reentrant=False)``."""
-    yield
+    with _here.depth.deeper():
+        yield
 
 
 @contextmanager
@@ -42,8 +73,10 @@ def checkpoints_inlined() -> Iterator[None]:
         CHECKPOINT_GENERATOR.name: _keep_everything,
     }
     before = {name: getattr(implementation, name) for name in stand_ins}
+    outer, _here.depth = _here.depth, _Depth()  # an exception may leave a checkpoint half open
     vars(implementation).update(stand_ins)
     try:
         yield
     finally:
         vars(implementation).update(before)
+        _here.depth = outer

@@ -18,8 +18,10 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from .autocast import AutocastState
 from .call_spec import TensorSpec, bind_call, describe, tensors_of
 from .captured_step import CapturedStep
+from .checkpointing import inside_checkpoint
 from .errors import CaptureError, NotFittingError
 from .outputs import OutputTemplate, tensors_within
 from .private_torch.autograd import sequence_number_of
@@ -159,10 +161,22 @@ class UnknownFormError(BaseException):
     Not an ``Exception``, since a capture goes on after those in another way.
     """
 
-    def __init__(self, path: str, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, path: str, arguments: Mapping[str, Any], autocast: AutocastState) -> None:
         super().__init__(path)
         self.path = path
         self.arguments = arguments
+        self.autocast = autocast
+
+
+class CheckpointedCallError(BaseException):
+    """Ends a capture at a call that ``torch.utils.checkpoint`` would make again in backward.
+
+    Not an ``Exception``, for the same reason.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
 
 
 class OpaqueCalls:
@@ -173,16 +187,21 @@ class OpaqueCalls:
     modules
         By path.
     form_of
-        Returns the form of a module's call, or ``None`` where it is not known.
+        Returns the form of a module's call under an autocast, or ``None`` where it is not
+        known.
+    torch_type
+        The device type whose autocast counts.
     """
 
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        form_of: Callable[[str, Mapping[str, Any]], OpaqueForm | None],
+        form_of: Callable[[str, Mapping[str, Any], AutocastState], OpaqueForm | None],
+        torch_type: str,
     ) -> None:
         self._modules = modules
         self._form_of = form_of
+        self._torch_type = torch_type
         self.seen: list[SeenCall] = []
         self.without_gradient: dict[int, set[int]] = {}  # outputs of a call
         self.out_of_order: dict[int, int | str] = {}  # a leaf of a call
@@ -230,11 +249,14 @@ class OpaqueCalls:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not module.training or not torch.is_grad_enabled():
                 return own(*args, **kwargs)
+            if inside_checkpoint():
+                raise CheckpointedCallError(path)
             arguments = bind_call(own, args, kwargs)
             spec = describe(arguments)
-            form = self._form_of(path, spec)
+            autocast = AutocastState.of(self._torch_type)
+            form = self._form_of(path, spec, autocast)
             if form is None:
-                raise UnknownFormError(path, spec)
+                raise UnknownFormError(path, spec, autocast)
             number = len(self.seen)
             _FORMS[number] = form
             self.seen.append(SeenCall(path=path, number=number, arguments=spec, form=form))

@@ -15,12 +15,14 @@ from typing import Any
 
 from torch import nn
 
+from graph_capture.autocast import AutocastState
 from graph_capture.call_spec import TensorSpec, difference, specs_of, to_json
 from graph_capture.captured_step import CapturedStep
 from graph_capture.costs.cost_model import TimingProgress
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossRegion, LossSource, LossSpec
 from graph_capture.opaque_calls import (
+    CheckpointedCallError,
     OpaqueCalls,
     OpaqueForm,
     SeenCall,
@@ -33,7 +35,6 @@ from graph_capture.snapshots import difference as difference_held
 from graph_capture.step_capture import capture_step
 from graph_capture.target import Target
 
-from ..base.call_guard import CallGuard, autocast_dtype
 from ..base.forward_slot import original_forward
 from ..base.step_spec import StepSpec
 from ..errors import PlanError
@@ -75,8 +76,8 @@ class DistinctBlock:
         Its step.
     form
         What the rest of the step sees of it.
-    guard
-        The call, and the state of the module.
+    autocast
+        What it is called under.
     unused
         Outputs that no gradient comes back for.
     """
@@ -86,7 +87,7 @@ class DistinctBlock:
     arguments: Mapping[str, Any]
     captured: CapturedStep
     form: OpaqueForm
-    guard: CallGuard
+    autocast: AutocastState
     unused: frozenset[int]
 
 
@@ -103,7 +104,6 @@ class Capturing:
     ) -> None:
         self.model, self.spec, self.target, self.progress = model, spec, target, progress
         self.modules = {path: model.get_submodule(path) for path in paths}
-        self.autocast = autocast_dtype(target.torch_type)
         self.blocks: list[DistinctBlock] = []
         self.used: dict[str, int] = {}  # path -> distinct block
         self.unused: dict[str, frozenset[int]] = {}
@@ -112,7 +112,7 @@ class Capturing:
     def rest(self, arguments: Mapping[str, Any]) -> tuple[CapturedStep, list[SeenCall]]:
         """Return the captured rest, and the blocks' calls in it."""
         forward = original_forward(self.model)
-        calls = OpaqueCalls(self.modules, self._form_of)
+        calls = OpaqueCalls(self.modules, self._form_of, self.target.torch_type)
 
         optimizer = measure_optimizer(self.spec.optimizer, self.model, self.target)
         for _ in range(MAX_ROUNDS):
@@ -129,8 +129,16 @@ class Capturing:
                     holds=self.spec.holds,
                 )
             except UnknownFormError as unknown:
-                self._capture(unknown.path, unknown.arguments)
+                with unknown.autocast.holding():
+                    self._capture(unknown.path, unknown.arguments, unknown.autocast)
                 continue
+            except CheckpointedCallError as checkpointed:
+                raise PlanError(
+                    f"block {checkpointed.path!r} is called by torch.utils.checkpoint, which would "
+                    "run it again beside its plan, and the plan decides what is repeated: switch "
+                    "gradient checkpointing off (model.gradient_checkpointing_disable() in "
+                    "Transformers), or leave the block out of blocks="
+                ) from checkpointed
             finally:
                 calls.forget()
             seen = list(calls.seen)
@@ -142,19 +150,23 @@ class Capturing:
             f"more than {MAX_ROUNDS} blocks differ from one another: name fewer in blocks="
         )
 
-    def _form_of(self, path: str, arguments: Mapping[str, Any]) -> OpaqueForm | None:
-        found = self._known(path, arguments)
+    def _form_of(
+        self, path: str, arguments: Mapping[str, Any], autocast: AutocastState
+    ) -> OpaqueForm | None:
+        found = self._known(path, arguments, autocast)
         if found is None:
             return None
         self.used[path] = found
         return self.blocks[found].form
 
-    def _known(self, path: str, arguments: Mapping[str, Any]) -> int | None:
+    def _known(
+        self, path: str, arguments: Mapping[str, Any], autocast: AutocastState
+    ) -> int | None:
         """The distinct block that a call of a module is one of."""
         unused = self.unused.get(path, frozenset())
         for i, block in enumerate(self.blocks):
             if (
-                block.unused == unused
+                (block.unused, block.autocast) == (unused, autocast)
                 and difference(block.arguments, arguments) is None
                 and self._looks[path] == self._looks[block.path]
                 and _reads_the_same(block, self.modules[block.path], self.modules[path])
@@ -162,13 +174,9 @@ class Capturing:
                 return i
         return None
 
-    def _capture(self, path: str, arguments: Mapping[str, Any]) -> None:
-        """Capture a block by a call that was seen."""
+    def _capture(self, path: str, arguments: Mapping[str, Any], autocast: AutocastState) -> None:
+        """Capture a block by a call that was seen, under the autocast of that call."""
         module = self.modules[path]
-        if autocast_dtype(self.target.torch_type) != self.autocast:
-            raise UnfitBlockError(
-                path, f"block {path!r} is called under another autocast than the model"
-            )
         try:
             to_json(arguments)
         except TypeError as error:
@@ -194,7 +202,7 @@ class Capturing:
                 arguments=arguments,
                 captured=captured,
                 form=form,
-                guard=CallGuard.of(module, arguments, captured.device_type, captured.target.place),
+                autocast=autocast,
                 unused=unused,
             )
         )

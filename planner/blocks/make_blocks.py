@@ -288,7 +288,8 @@ def _part(
     )
     call = CapturedCall(model=module, arguments=block.arguments, captured=step)
     own = replace(request.for_other_calls, loss_fn=None, headroom=0)
-    plan, state = recorded(call, step, own, as_solved)
+    with block.autocast.holding():
+        plan, state = recorded(call, step, own, as_solved)
     return replace(plan, budget_bytes=max(plan.budget_bytes, outcome.peak_bytes)), state
 
 

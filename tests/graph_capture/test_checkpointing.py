@@ -9,7 +9,7 @@ import torch
 import torch.utils.checkpoint as implementation
 from torch.utils.checkpoint import checkpoint
 
-from graph_capture.checkpointing import checkpoints_inlined
+from graph_capture.checkpointing import checkpoints_inlined, inside_checkpoint
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -40,3 +40,26 @@ def test_afterwards_it_is_itself_again() -> None:
         implementation.CheckpointFunction,
         implementation._checkpoint_without_reentrant_generator,
     )
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_code_knows_that_it_is_checkpointed(use_reentrant: bool) -> None:
+    """Inside a part and not after it, also where a part ends with an error."""
+    seen: list[bool] = []
+
+    def part(x: torch.Tensor) -> torch.Tensor:
+        seen.append(inside_checkpoint())
+        return x * 2
+
+    def failing(_x: torch.Tensor) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    x = torch.ones(3, requires_grad=True)
+    with checkpoints_inlined():
+        checkpoint(part, x, use_reentrant=use_reentrant)
+        seen.append(inside_checkpoint())
+        with pytest.raises(KeyboardInterrupt) as caught:
+            checkpoint(failing, x, use_reentrant=use_reentrant)
+    seen.append(inside_checkpoint())
+    del caught
+    assert seen == [True, False, False]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graph_capture.autocast import AutocastState
 from graph_capture.call_spec import TensorSpec
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import NotFittingError
@@ -63,7 +64,7 @@ def _form() -> OpaqueForm:
 
 def _rest(form: OpaqueForm | None) -> tuple[CapturedStep, OpaqueCalls]:
     model = Outer().train()
-    calls = OpaqueCalls({"inner": model.inner}, lambda _path, _arguments: form)
+    calls = OpaqueCalls({"inner": model.inner}, lambda *_call: form, "cpu")
 
     x = torch.ones(3, 4, requires_grad=True)
     try:
@@ -127,3 +128,21 @@ def test_a_module_that_replaces_its_buffer_cannot_stand_apart() -> None:
     captured = _captured(Counting().train(), {"x": spec})
     with pytest.raises(NotFittingError, match="replaces 'count'"):
         OpaqueForm.of(captured)
+
+
+def test_a_call_is_asked_for_under_its_autocast() -> None:
+    """The one that it is made under, not the one that the model is."""
+    model = Outer().train()
+    seen = []
+
+    def form_of(_path: str, _arguments: Mapping[str, Any], autocast: AutocastState) -> None:
+        seen.append((autocast.dtype, autocast.caches))
+
+    calls = OpaqueCalls({"inner": model.inner}, form_of, "cpu")
+    for caches in (True, False):
+        region = torch.autocast("cpu", torch.float16, cache_enabled=caches)
+        with calls.standing_in(), region, pytest.raises(UnknownFormError):
+            model.inner(torch.ones(3, 4))
+    with calls.standing_in(), pytest.raises(UnknownFormError):
+        model.inner(torch.ones(3, 4))
+    assert seen == [(torch.float16, True), (torch.float16, False), (None, True)]
