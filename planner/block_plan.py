@@ -7,18 +7,28 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
+from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.loss import LossFn
 from graph_capture.units import format_bytes
 
+from .base.call_guard import CallGuard
+from .base.forward_slot import forwards_set
 from .base.live_state import LiveState
-from .blocks.applying import apply_blocks, remove_blocks
+from .base.training_step import Sample
+from .blocks.applying import apply_blocks, planned_forwards, remove_blocks
 from .blocks.block_files import load_block_plan, save_block_plan
 from .blocks.block_record import BlockParts
 from .blocks.block_report import block_lines
 from .errors import PlanError
+from .measuring.loss_and_optimizer import planned_loss_fn
+from .measuring.validate import check_trial, validate_step
+from .measuring.validation import Validation
 from .plan import Plan
 from .plan_record import OnShapeChange, PlanRecord
+from .running.another_call import mismatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +48,20 @@ class BlockPlan(Plan):
 
     parts: BlockParts
     _parts_live: tuple[LiveState | None, ...] = field(default=(), repr=False, compare=False)
+    _loss_fn: LossFn | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of_blocks(
-        cls, record: PlanRecord, parts: BlockParts, live: Sequence[LiveState | None] = ()
+        cls,
+        record: PlanRecord,
+        parts: BlockParts,
+        live: Sequence[LiveState | None] = (),
+        loss_fn: LossFn | None = None,
     ) -> BlockPlan:
         """Make a plan of a step's record and its blocks' plans."""
         decided = {f.name: getattr(record, f.name) for f in fields(PlanRecord)}
-        return cls(**decided, parts=parts, _parts_live=tuple(live) or (None,) * len(parts.plans))
+        states = tuple(live) or (None,) * len(parts.plans)
+        return cls(**decided, parts=parts, _parts_live=states, _loss_fn=loss_fn)
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -53,7 +69,8 @@ class BlockPlan(Plan):
         return tuple(self.parts.plan_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_live": None, "_parts_live": (None,) * len(self.parts.plans)}
+        states = (None,) * len(self.parts.plans)
+        return {**self.__dict__, "_live": None, "_parts_live": states, "_loss_fn": None}
 
     def apply(  # type: ignore[override]  # a block cannot plan another shape by itself
         self, model: nn.Module, *, on_shape_change: OnShapeChange = "error"
@@ -113,9 +130,43 @@ class BlockPlan(Plan):
         """Refuse: the largest batch is searched for plans of the whole step."""
         raise PlanError("max_batch plans the whole step: use planner.max_batch(model, …)")
 
-    def validate(self, *_args: Any, **_options: Any) -> NoReturn:
-        """Refuse: a planned model in blocks is measured as it is."""
-        raise PlanError("apply the plan, and measure the model with planner.measure(model, …)")
+    def validate(
+        self,
+        model: nn.Module,
+        sample_input: Sample,
+        *,
+        loss_fn: LossFn | None = None,
+        optimizer: torch.optim.Optimizer | str | None = None,
+        repeats: int = 10,
+        unplanned: bool = True,
+        bits: bool = True,
+        seed: int = 0,
+    ) -> Validation:
+        """Run real training steps by this plan and compare them with its predictions.
+
+        As :meth:`planner.Plan.validate` does, on a model whose blocks are not sharded.
+        """
+        check_trial(model, sample_input, repeats)
+        planned, own = planned_forwards(model, self.parts, self._parts_live)
+        with forwards_set(own):
+            arguments = bind_call(model.forward, *split_sample(sample_input))
+            found = CallGuard.of(model, arguments, self.device_type)
+        different = self.guard.difference_to(found)
+        if different is not None:
+            raise mismatch(different)
+        return validate_step(
+            self,
+            model,
+            sample_input,
+            planned=planned,
+            own=own,
+            loss_fn=planned_loss_fn(self, loss_fn, self._loss_fn),
+            optimizer=optimizer,
+            repeats=repeats,
+            unplanned=unplanned,
+            bits=bits,
+            seed=seed,
+        )
 
     def export(self, to: str) -> NoReturn:
         """Refuse: settings of other tools are chosen from a plan of the whole step."""

@@ -206,7 +206,7 @@ def optimize(
     if granularity not in get_args(Granularity):
         raise ValueError(f"granularity is one of {get_args(Granularity)}, got {granularity!r}")
     if granularity == "blocks":
-        return BlockPlan.of_blocks(*make_block_plan(spec, request, blocks))
+        return BlockPlan.of_blocks(*make_block_plan(spec, request, blocks), spec.loss_fn)
     try:
         with captured_call(spec, progress) as call:
             return Plan.of(*make_plan(call, request.settled(call.unplanned_peak_bytes)))

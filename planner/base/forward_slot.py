@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from .unwrap import find_wrapped
 _KEPT = "_remat_planned_forward"
 
 Forward = Callable[..., Any]
+Forwards = Sequence[tuple[nn.Module, Forward | None]]
+"""Forwards of several modules; ``None`` stands for the class's own."""
 
 
 class StandIn:
@@ -104,6 +106,15 @@ def forward_set(model: nn.Module, forward: Forward | None) -> Iterator[None]:
         if stand_in is not None:
             stand_in.unwatched -= 1
         _set_forward(model, before)
+
+
+@contextmanager
+def forwards_set(forwards: Forwards) -> Iterator[None]:
+    """Temporarily give several modules other forwards."""
+    with ExitStack() as stack:
+        for module, forward in forwards:
+            stack.enter_context(forward_set(module, forward))
+        yield
 
 
 @contextmanager

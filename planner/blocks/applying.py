@@ -9,7 +9,7 @@ from torch import nn
 
 from graph_capture.spread_out import is_sharded
 
-from ..base.forward_slot import stand_in_of
+from ..base.forward_slot import Forward, Forwards, forward_set, own_forward, stand_in_of
 from ..base.live_state import LiveState
 from ..errors import PlanError, PlanMismatchError
 from ..plan_record import OnShapeChange, PlanRecord
@@ -18,8 +18,10 @@ from ..running.attach import (
     applied_plan,
     apply_plan,
     apply_unseen,
+    captured_plan,
     remove_plan,
 )
+from ..running.planned_forward import PlannedForward
 from .block_record import BlockParts
 
 POLICIES: tuple[OnShapeChange, ...] = ("error", "unplanned")
@@ -89,6 +91,36 @@ def apply_blocks(
             remove_plan(module)
         raise
     return model
+
+
+def planned_forwards(
+    model: nn.Module, parts: BlockParts, live: Sequence[LiveState | None]
+) -> tuple[Forwards, Forwards]:
+    """Return the forwards with which a model runs by its blocks' plans, and those without.
+
+    Nothing is applied. A plan of the whole step is in neither of them.
+
+    Raises
+    ------
+    PlanMismatchError
+        Names the first block that is missing or is another than planned.
+    PlanError
+        When a block is sharded.
+    """
+    own = [(model, own_forward(model))]
+    planned: list[tuple[nn.Module, Forward | None]] = list(own)
+    for path, i in parts.plan_of.items():
+        module = _at(model, path)
+        if is_sharded(module):
+            raise PlanError(f"block {path!r} is sharded: try the plan on the whole model")
+        own.append((module, own_forward(module)))
+        try:
+            with forward_set(*own[-1]):
+                plan, state, captured = captured_plan(parts.plans[i], live[i], module)
+        except PlanMismatchError as error:
+            raise PlanMismatchError(f"block {path!r}: {error}") from error
+        planned.append((module, PlannedForward(module, plan, state, captured)))
+    return planned, own
 
 
 def _check_shapes(plan: PlanRecord, module: nn.Module) -> None:

@@ -54,6 +54,15 @@ def save_block_plan(step: PlanRecord, parts: BlockParts, path: Path) -> None:
     write_whole(path, text)
 
 
+def is_block_plan(path: Path) -> bool:
+    """Whether a file says that it is a block plan; other files and none are not."""
+    try:
+        data = read_json(read_regular(path, MAX_FILE_BYTES))
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, Mapping) and "block_plan_version" in data
+
+
 def load_block_plan(path: Path) -> tuple[PlanRecord, BlockParts]:
     """Read a block plan; see :meth:`planner.BlockPlan.load`."""
     try:

@@ -15,6 +15,8 @@ from torch import nn
 from graph_capture.costs.devices import DEVICES
 from graph_capture.loop_holds import LoopHolds
 
+from ..block_plan import BlockPlan
+from ..blocks.block_files import is_block_plan
 from ..errors import PlanError
 from ..plan import Plan
 from .answers import fail
@@ -137,6 +139,17 @@ def read_holds(outputs: str, grads: str, resident: str, distributed: str | None)
     return {name: getattr(holds, name) for name in named}
 
 
+def read_blocks(text: str | None) -> dict[str, Any]:
+    """Return what says whether to plan inside blocks, as keyword arguments."""
+    patterns = read_names(text)
+    if patterns is None:
+        return {}
+    return {
+        "granularity": "blocks",
+        "blocks": patterns[0] if len(patterns) == 1 else patterns,
+    }
+
+
 def read_headroom(text: str | None) -> float | str | None:
     """Return a bare number as a number, everything else unchanged."""
     if text is None:
@@ -157,8 +170,8 @@ def save_plan(plan: Plan, path: Path) -> str:
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan file."""
+    """Read a plan file, of a whole step or in blocks."""
     try:
-        return Plan.load(path)
+        return BlockPlan.load(path) if is_block_plan(path) else Plan.load(path)
     except (PlanError, OSError) as error:
         fail(str(error))

@@ -29,6 +29,7 @@ from .arguments import (
     load_plan,
     load_target,
     read_autocast,
+    read_blocks,
     read_headroom,
     read_holds,
     save_plan,
@@ -68,6 +69,13 @@ def plan_command(
     reorder: Annotated[
         bool, typer.Option("--reorder", help="let operators run in another order than eager's")
     ] = False,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="plan inside the modules of these paths, e.g. 'model.layers.*' or auto, and leave "
+            "all else as it is; several with commas"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> Answer:
     """Plan a model's training step and print the plan."""
@@ -90,6 +98,7 @@ def plan_command(
             gap=gap,
             seed=seed,
             reorder=reorder,
+            **read_blocks(blocks),
             progress=sys.stderr.isatty(),
         )
     except (CaptureError, ValueError) as error:

@@ -9,7 +9,6 @@ from graph_capture.loss import LossSource
 from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
 from graph_capture.target import target_of
 
-from ..base.live_state import LiveState
 from ..base.training_step import LossFn
 from ..errors import (
     PlanError,
@@ -19,9 +18,16 @@ from ..plan_record import PlanRecord
 
 
 def planned_loss_fn(
-    plan: PlanRecord, live: LiveState | None, loss_fn: LossFn | None
+    plan: PlanRecord, loss_fn: LossFn | None, requested: LossFn | None
 ) -> LossFn | None:
     """Return the loss of the planned step.
+
+    Parameters
+    ----------
+    loss_fn
+        Given now.
+    requested
+        That the plan was made with, where this process knows it.
 
     Raises
     ------
@@ -35,10 +41,9 @@ def planned_loss_fn(
             "plan with it"
         )
     if loss_fn is None and planned_with:
-        request = None if live is None else live.request
-        if request is None or request.loss_fn is None:
+        if requested is None:
             raise PlanError("the plan was made with a loss_fn, which a file cannot hold: give it")
-        return request.loss_fn
+        return requested
     return loss_fn
 
 

@@ -26,7 +26,7 @@ from graph_capture.loop_holds import LoopHolds
 from graph_capture.outputs import take_apart
 
 from ..base.data_parallel import inside
-from ..base.forward_slot import forward_set, own_forward
+from ..base.forward_slot import Forwards, forward_set, forwards_set, own_forward
 from ..base.live_state import LiveState
 from ..base.resident import (
     gradients_of,
@@ -44,13 +44,9 @@ from ..base.training_step import (
     output_tensors,
 )
 from ..plan_record import LIBRARY_WORKSPACE, PlanRecord
+from ..running.attach import captured_plan
 from ..running.out_of_memory import is_out_of_memory
 from ..running.planned_forward import PlannedForward
-from ..running.recapture import (
-    as_captured,
-    capture_for,
-    on_card_of,
-)
 from .bit_comparison import Results, compare_bits, step_results
 from .loss_and_optimizer import (
     planned_loss_fn,
@@ -77,27 +73,76 @@ def validate_plan(
     seed: int = 0,
 ) -> Validation:
     """See :meth:`planner.Plan.validate`."""
+    model = inside(model)
+    check_trial(model, sample_input, repeats)
+    own = own_forward(model)
+    with forward_set(model, own):
+        plan, live, captured = captured_plan(plan, live, model)
+        planned = PlannedForward(model, plan, live, captured)
+        planned.check(bind_call(model.forward, *split_sample(sample_input)))
+    request = None if live is None else live.request
+    return validate_step(
+        plan,
+        model,
+        sample_input,
+        planned=((model, planned),),
+        own=((model, own),),
+        loss_fn=planned_loss_fn(plan, loss_fn, None if request is None else request.loss_fn),
+        optimizer=optimizer,
+        repeats=repeats,
+        unplanned=unplanned,
+        bits=bits,
+        seed=seed,
+    )
+
+
+def check_trial(model: nn.Module, sample_input: Sample, repeats: int) -> None:
+    """Refuse what no step can be run with.
+
+    Raises
+    ------
+    ValueError
+        In eval mode, with tensors on several devices, or without a number of repeats.
+    """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 0:
         raise ValueError(f"repeats must be a whole number from 0 on, got {repeats!r}")
     if not model.training:
         raise ValueError("the model is in eval mode, where no plan runs: call model.train()")
-    model = inside(model)
-    device = single_device(model, sample_input)
-    plan, live = on_card_of(plan, live, model)
-    own = own_forward(model)
-    with forward_set(model, own):
-        captured = capture_for(plan, live, model, model.forward)
-        plan, live = as_captured(plan, live, captured)
-        planned = PlannedForward(model, plan, live, captured)
-        planned.check(bind_call(model.forward, *split_sample(sample_input)))
-        trial = _Trial(
-            model=model,
-            sample_input=sample_input,
-            loss_fn=planned_loss_fn(plan, live, loss_fn),
-            seed=seed,
-            device=device,
-            holds=plan.holds,
-        )
+    single_device(model, sample_input)
+
+
+def validate_step(
+    plan: PlanRecord,
+    model: nn.Module,
+    sample_input: Sample,
+    *,
+    planned: Forwards,
+    own: Forwards,
+    loss_fn: LossFn | None,
+    optimizer: torch.optim.Optimizer | str | None,
+    repeats: int,
+    unplanned: bool,
+    bits: bool,
+    seed: int,
+) -> Validation:
+    """Hold a plan to its word, given the forwards with which a step runs by it.
+
+    The trial has been checked (:func:`check_trial`).
+
+    Parameters
+    ----------
+    planned, own
+        Forwards of the same modules, with the plan and without.
+    """
+    trial = _Trial(
+        model=model,
+        sample_input=sample_input,
+        loss_fn=loss_fn,
+        seed=seed,
+        device=single_device(model, sample_input),
+        holds=plan.holds,
+    )
+    with forwards_set(own):
         chosen = planned_optimizer(plan, model, optimizer)
         with preserve_state(model, sample_input, trial.loss_fn, chosen):
             if isinstance(chosen, str):
@@ -112,7 +157,7 @@ def validate_plan(
                 without, note = _unless_out_of_memory(trial, lambda: _record(trial, own, chosen))
             timing: tuple[list[float], list[float]] = ([], [])
             if repeats:
-                timing = _time(trial, planned, own if without else planned, chosen, repeats)
+                timing = _time(trial, planned, own if without else None, chosen, repeats)
     return _report(plan, trial, taken, without, timing, found, note)
 
 
@@ -165,10 +210,7 @@ class _Taken:
         return sum(self.resident_bytes.values()) + self.rest_bytes
 
 
-_Forward = Callable[..., Any] | None
-
-
-def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer | None) -> _Taken:
+def _record(trial: _Trial, forwards: Forwards, optimizer: torch.optim.Optimizer | None) -> _Taken:
     """The peak of a step, after a first one has built what is built lazily."""
     model, sample_input, loss_fn = trial.model, trial.sample_input, trial.loss_fn
     step = trial.step(optimizer)
@@ -189,7 +231,7 @@ def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer |
         seen.append(both - storage_bytes(there, trial.device))
         return output, loss
 
-    with forward_set(model, forward):
+    with forwards_set(forwards):
         step()
         keeps = trial.holds.keeps_gradients
         clear_gradients(model, sample_input, loss_fn, set_to_none=not keeps)
@@ -217,19 +259,19 @@ def _record(trial: _Trial, forward: _Forward, optimizer: torch.optim.Optimizer |
 
 def _time(
     trial: _Trial,
-    planned: PlannedForward,
-    other: _Forward,
+    planned: Forwards,
+    other: Forwards | None,
     optimizer: torch.optim.Optimizer | None,
     repeats: int,
 ) -> tuple[list[float], list[float]]:
-    """Microseconds of unplanned and of planned steps; only planned ones if ``other`` is planned."""
+    """Microseconds of unplanned and of planned steps; only planned ones without ``other``."""
     step = trial.step(optimizer)
 
-    def run(forward: _Forward) -> Any:
-        with forward_set(trial.model, forward):
+    def run(forwards: Forwards) -> Any:
+        with forwards_set(forwards):
             return step()
 
-    if other is planned:
+    if other is None:
         for _ in range(_WARMUP_PAIRS):
             run(planned)
         return [], [timed_us(lambda: run(planned), trial.device) for _ in range(repeats)]
@@ -248,7 +290,7 @@ class _UnplannedRanOut(Exception):
 
 
 def _compare(
-    trial: _Trial, planned: PlannedForward, own: _Forward
+    trial: _Trial, planned: Forwards, own: Forwards
 ) -> tuple[tuple[Bits, str | None], str | None]:
     """The verdict on the bits, and why the unplanned step could not run.
 
@@ -256,8 +298,8 @@ def _compare(
     """
     note: str | None = None
 
-    def run(forward: _Forward) -> Results:
-        with forward_set(trial.model, forward):
+    def run(forwards: Forwards) -> Results:
+        with forwards_set(forwards):
             return step_results(
                 trial.model,
                 trial.sample_input,

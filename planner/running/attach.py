@@ -14,7 +14,6 @@ from graph_capture.units import format_bytes
 
 from ..base.data_parallel import inside
 from ..base.forward_slot import (
-    Forward,
     StandIn,
     keep_stand_in,
     original_forward,
@@ -118,9 +117,8 @@ def apply_plan(
             f"on_shape_change is one of {_POLICIES}, got {on_shape_change!r}; {meant}".rstrip("; ")
         )
     wrapper, model = model, inside(model)
-    forward = original_forward(model)
     (plan, live, captured), *more = (
-        _captured(plan, live, model, forward) for plan, live in ((plan, live), *others)
+        captured_plan(plan, live, model) for plan, live in ((plan, live), *others)
     )
     if on_shape_change == "error":
         _refuse_passing_way(captured)
@@ -166,12 +164,12 @@ def _put(model: nn.Module, planned: PlannedForward) -> None:
         put_stand_in(model, planned)
 
 
-def _captured(
-    plan: PlanRecord, live: LiveState | None, model: nn.Module, forward: Forward
+def captured_plan(
+    plan: PlanRecord, live: LiveState | None, model: nn.Module
 ) -> tuple[PlanRecord, LiveState | None, CapturedStep]:
     """Capture a plan's step on the model, and return the plan with what was found."""
     plan, live = on_card_of(plan, live, model)
-    captured = capture_for(plan, live, model, forward)
+    captured = capture_for(plan, live, model, original_forward(model))
     return *as_captured(plan, live, captured), captured
 
 
