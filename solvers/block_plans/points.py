@@ -8,6 +8,7 @@ others, gets so much scratch that just these bytes fit beside it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,12 +18,18 @@ from graph_capture.cost_graph import CostGraph
 from ..least_memory import least_memory
 from ..portfolio import solve
 from ..replay import replay
-from ..result import SolveStatus
+from ..result import OPTIMAL_GAP, SolveResult, SolveStatus
 from ..schedule import Schedule
 from .stepping import Block
 
 UNLIMITED = 2**60
 """Bytes of a limit that limits nothing."""
+
+QUICK_S = 1.0
+"""In which slice refinement alone, without the searches beside it, solves most blocks.
+
+A LLaMA layer of 91 operators takes it 0.02 to 0.07 s, everything together 0.3 to 0.9 s.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,18 +194,30 @@ class BlockPoints:
 
     def _solve(self, saved_limit: int, peak_limit: int, time_limit_s: float, gap: float) -> Solved:
         budget_bytes = min(peak_limit, self._all_bytes)
-        scratch = max(0, budget_bytes - saved_limit - self._turn_bytes)
-        result = solve(
-            self._with_turn(scratch),
+        graph = self._with_turn(max(0, budget_bytes - saved_limit - self._turn_bytes))
+        begin_s = time.monotonic()
+        found = solve(
+            graph,
             budget_bytes,
-            time_limit_s=time_limit_s,
+            solver="slice_refinement",
+            time_limit_s=min(QUICK_S, time_limit_s),
             seed=self._seed,
             gap=gap,
         )
+        result = found
+        if not _is_settled(found, gap):
+            result = solve(
+                graph,
+                budget_bytes,
+                time_limit_s=max(0.0, time_limit_s - (time.monotonic() - begin_s)),
+                seed=self._seed,
+                hint=found.schedule,
+                gap=gap,
+            )
         return Solved(
             saved_limit=saved_limit,
             peak_limit=peak_limit,
-            bound_ns=result.global_bound_ns,
+            bound_ns=max(result.global_bound_ns, found.global_bound_ns),
             point=None if result.schedule is None else self.measured(result.schedule),
             proven=result.status is SolveStatus.INFEASIBLE and not result.staged_infeasible,
         )
@@ -294,6 +313,13 @@ def _bare(graph: CostGraph, handed_on: frozenset[int]) -> CostGraph:
             storage = replace(storage, kept=False)
         storages.append(storage)
     return CostGraph(graph.operators, tuple(storages))
+
+
+def _is_settled(result: SolveResult, gap: float) -> bool:
+    """Whether more of the search would bring nothing."""
+    if result.cost_ns is None:
+        return result.status is SolveStatus.INFEASIBLE and not result.staged_infeasible
+    return result.cost_ns <= result.global_bound_ns * (1 + max(gap, OPTIMAL_GAP))
 
 
 def _figures(point: Point) -> tuple[int, int, int, int]:

@@ -10,19 +10,23 @@ one row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from operator import attrgetter
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import highspy
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import coo_array
 
 from ..highs import OBJECTIVE_SCALE, build_lp, quiet_highs, rounded_bound
 from ..replay import replay
 from ..schedule import Schedule
 from .stepping import BlockedStep
+
+SMALLEST_PART = 1e-6
+"""Of a choice, from which a relaxed solution counts as having it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +54,14 @@ class Assignment:
         No choice takes less time in the blocks.
     infeasible
         Whether there is provably none.
+    used
+        Of each distinct block, the choices that some module has, or has a bit of.
     """
 
     chosen: tuple[int, ...] | None
     bound_ns: int
     infeasible: bool
+    used: Mapping[int, AbstractSet[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class _Row:
     waiting: tuple[int, ...]  # calls between forward and backward
     running: int | None  # the call that this moment stands for
     is_forward: bool
-    gone: tuple[tuple[int, int], ...]  # (call, storage of its block) that only the block holds
+    gone: Mapping[int, Mapping[int, int]]  # call -> bytes that only it holds, by its storage
     going_bytes: int  # what dies here, perhaps before the block's fullest moment
 
 
@@ -78,7 +85,13 @@ class Program:
 
     def __init__(self, step: BlockedStep) -> None:
         self._step = step
-        self._module_of = [step.paths.index(call.path) for call in step.calls]
+        at = {path: i for i, path in enumerate(step.paths)}
+        self._module_of = [at[call.path] for call in step.calls]
+        self._block_of = [0] * len(at)
+        self._num_calls = [0] * len(at)
+        for call, i in zip(step.calls, self._module_of, strict=True):
+            self._block_of[i] = call.block
+            self._num_calls[i] += 1
         self._rows = _rows(step)
         self._all_leave = [
             step.leaving_with(call) == step.leaving(call.block) for call in step.calls
@@ -93,6 +106,7 @@ class Program:
         seed: int = 0,
         gap: float = 1e-4,
         inputs_may_go: bool = False,
+        relaxed: bool = False,
     ) -> Assignment:
         """Choose for each block.
 
@@ -104,107 +118,172 @@ class Program:
             In parts of the step's time.
         inputs_may_go
             Whether what a block reads last may be gone at its fullest moment: for bounds.
+        relaxed
+            Whether a module may have a bit of several choices: for bounds, in less time.
         """
-        step = self._step
-        block_of = {call.path: call.block for call in step.calls}
-        offsets, columns = [], 0
-        for path in step.paths:
-            offsets.append(columns)
-            columns += len(choices[block_of[path]])
-        base_ns = max(1, step.whole.base_cost_ns)
-        num_calls = {path: sum(call.path == path for call in step.calls) for path in step.paths}
-        cost_ns = np.array(
-            [num_calls[p] * c.cost_ns for p in step.paths for c in choices[block_of[p]]],
-            dtype=np.float64,
+        starts = [0]
+        for b in self._block_of:
+            starts.append(starts[-1] + len(choices[b]))
+        columns = starts[-1]
+        base_ns = max(1, self._step.whole.base_cost_ns)
+        cost_ns = np.zeros(columns)
+        shift = np.zeros(columns)
+        least_ns = 0
+        for i, b in enumerate(self._block_of):
+            own = [self._num_calls[i] * c.cost_ns for c in choices[b]]
+            cost_ns[starts[i] : starts[i + 1]] = own
+            shift[starts[i] : starts[i + 1]] = min(own)
+            least_ns += min(own)
+        going = [row.going_bytes if inputs_may_go else 0 for row in self._rows]
+        there = np.array([row.there_bytes for row in self._rows], dtype=np.float64) - going
+        memory = self._memory(choices, starts)
+        room = budget_bytes - there
+        binding = np.maximum.reduceat(memory, starts[:-1], axis=1).sum(axis=1) > room
+        memory, room = memory[binding], room[binding]
+        model = _Model(
+            cost=(cost_ns - shift) * OBJECTIVE_SCALE / base_ns,
+            memory=memory / max(1, budget_bytes),
+            room=room / max(1, budget_bytes),
+            starts=np.array(starts),
         )
-        least_ns = sum(
-            num_calls[p] * min(c.cost_ns for c in choices[block_of[p]]) for p in step.paths
+        found = model.relaxed(time_limit_s, seed)
+        if not relaxed and found.shares is not None:
+            allowed = gap * OBJECTIVE_SCALE
+            rounded = model.rounded(found.shares)
+            if rounded is not None and model.cost @ rounded <= found.bound + allowed:
+                found = _Found(bound=found.bound, shares=rounded)
+            else:
+                found = model.integer(time_limit_s, seed, allowed, rounded)
+        if found.infeasible:
+            return Assignment(chosen=None, bound_ns=least_ns, infeasible=True)
+        bound_ns = least_ns + rounded_bound(found.bound, base_ns)
+        if found.shares is None:
+            return Assignment(chosen=None, bound_ns=bound_ns, infeasible=False)
+        parts = [found.shares[starts[i] : starts[i + 1]] for i in range(len(self._block_of))]
+        used: dict[int, set[int]] = {b: set() for b in self._block_of}
+        for b, part in zip(self._block_of, parts, strict=True):
+            used[b].update(int(j) for j in np.flatnonzero(part > SMALLEST_PART))
+        return Assignment(
+            chosen=tuple(int(np.argmax(part)) for part in parts),
+            bound_ns=bound_ns,
+            infeasible=False,
+            used=used,
         )
-        rows: list[int] = []
-        cols: list[int] = []
-        values: list[float] = []
-        lower: list[float] = []
-        upper: list[float] = []
-        scale = 1.0 / max(1, budget_bytes)
-        for row in self._rows:
-            entries = self._entries(row, choices, offsets)
-            rows += [len(upper)] * len(entries)
-            cols += list(entries)
-            values += [value * scale for value in entries.values()]
-            lower.append(-math.inf)
-            there_bytes = row.there_bytes - (row.going_bytes if inputs_may_go else 0)
-            upper.append((budget_bytes - there_bytes) * scale)
-        for i, path in enumerate(step.paths):
-            num = len(choices[block_of[path]])
-            rows += [len(upper)] * num
-            cols += range(offsets[i], offsets[i] + num)
-            values += [1.0] * num
-            lower.append(1.0)
-            upper.append(1.0)
-        starts = [*offsets, columns]
-        shift = np.concatenate(
-            [
-                np.full(starts[i + 1] - starts[i], cost_ns[starts[i] : starts[i + 1]].min())
-                for i in range(len(offsets))
-            ]
-        )
-        h = quiet_highs(time_limit_s=time_limit_s, seed=seed)
-        h.setOptionValue("mip_abs_gap", gap * OBJECTIVE_SCALE)
-        h.setOptionValue("mip_rel_gap", 0.0)
-        h.passModel(
-            build_lp(
-                cost=(cost_ns - shift) * OBJECTIVE_SCALE / base_ns,
-                upper=np.ones(columns),
-                matrix=coo_array((values, (rows, cols)), shape=(len(upper), columns)),
-                row_lower=np.array(lower),
-                row_upper=np.array(upper),
-                integer=np.ones(columns, dtype=bool),
-            )
-        )
+
+    def _memory(
+        self, choices: Sequence[Sequence[Choice]], starts: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """Bytes that each choice has at each moment."""
+        memory = np.zeros((len(self._rows), starts[-1]))
+        figures = [
+            np.array([(c.saved_bytes, c.forward_bytes, *_ends(c)) for c in cs], dtype=np.float64)
+            for cs in choices
+        ]
+        for r, row in enumerate(self._rows):
+            for c in row.waiting:
+                i, b = self._module_of[c], self._step.calls[c].block
+                memory[r, starts[i] : starts[i + 1]] += figures[b][:, 0]
+            for c, sizes in row.gone.items():
+                i, b = self._module_of[c], self._step.calls[c].block
+                memory[r, starts[i] : starts[i + 1]] += [
+                    sum(sizes.get(k, 0) for k in choice.shared) for choice in choices[b]
+                ]
+            if row.running is not None:
+                i, b = self._module_of[row.running], self._step.calls[row.running].block
+                figure = 1 if row.is_forward else 3 if self._all_leave[row.running] else 2
+                memory[r, starts[i] : starts[i + 1]] += figures[b][:, figure]
+        return memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    bound: float = 0.0
+    shares: NDArray[np.float64] | None = None  # of each column; None where none was found
+    infeasible: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Model:
+    """Minimal cost with one column of each module, all rows within their room."""
+
+    cost: NDArray[np.float64]
+    memory: NDArray[np.float64]
+    room: NDArray[np.float64]
+    starts: NDArray[np.int64]
+
+    def relaxed(self, time_limit_s: float, seed: int) -> _Found:
+        """Solve without integrality."""
+        h = self._highs(time_limit_s, seed, integer=False)
         h.run()
         status = h.getModelStatus()
         if status == highspy.HighsModelStatus.kInfeasible:
-            return Assignment(chosen=None, bound_ns=least_ns, infeasible=True)
+            return _Found(infeasible=True)
+        if status != highspy.HighsModelStatus.kOptimal:
+            return _Found()
+        value = float(h.getInfo().objective_function_value)
+        return _Found(bound=value, shares=np.array(h.getSolution().col_value))
+
+    def rounded(self, shares: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """Give each module the smallest of the columns that it has a share of, if that fits."""
+        weight = self.memory.sum(axis=0) + np.where(shares > SMALLEST_PART, 0.0, np.inf)
+        whole = np.zeros(len(self.cost))
+        for begin, end in pairwise(self.starts):
+            whole[begin + int(np.argmin(weight[begin:end]))] = 1.0
+        return whole if np.all(self.memory @ whole <= self.room) else None
+
+    def integer(
+        self, time_limit_s: float, seed: int, gap: float, start: NDArray[np.float64] | None
+    ) -> _Found:
+        """Solve to a gap in units of the objective."""
+        h = self._highs(time_limit_s, seed, integer=True)
+        h.setOptionValue("mip_abs_gap", gap)
+        h.setOptionValue("mip_rel_gap", 0.0)
+        if start is not None:
+            solution = highspy.HighsSolution()
+            solution.col_value = start
+            solution.value_valid = True
+            h.setSolution(solution)
+        h.run()
+        if h.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
+            return _Found(infeasible=True)
         info = h.getInfo()
-        bound_ns = least_ns + rounded_bound(float(info.mip_dual_bound), base_ns)
-        if info.primal_solution_status != 2:  # none found
-            return Assignment(chosen=None, bound_ns=bound_ns, infeasible=False)
-        x = np.array(h.getSolution().col_value)
-        chosen = tuple(int(np.argmax(x[starts[i] : starts[i + 1]])) for i in range(len(step.paths)))
-        return Assignment(chosen=chosen, bound_ns=bound_ns, infeasible=False)
+        is_found = info.primal_solution_status == 2
+        return _Found(
+            bound=float(info.mip_dual_bound),
+            shares=np.array(h.getSolution().col_value) if is_found else None,
+        )
 
-    def _gone_bytes(self, row: _Row, c: int) -> dict[int, int]:
-        """Bytes of what only a waiting block holds, by the block's storage."""
-        outside, storages = self._step.calls[c].outside, self._step.rest.storages
-        return {k: storages[outside[k]].size_bytes for call, k in row.gone if call == c}
-
-    def _entries(
-        self, row: _Row, choices: Sequence[Sequence[Choice]], offsets: Sequence[int]
-    ) -> dict[int, int]:
-        entries: dict[int, int] = {}
-
-        def add(c: int, bytes_of: Callable[[Choice], int]) -> None:
-            at = offsets[self._module_of[c]]
-            for i, choice in enumerate(choices[self._step.calls[c].block]):
-                entries[at + i] = entries.get(at + i, 0) + bytes_of(choice)
-
-        for c in row.waiting:
-            add(c, partial(_saved_bytes, sizes=self._gone_bytes(row, c)))
-        if row.running is not None:
-            if row.is_forward:
-                add(row.running, lambda choice: choice.forward_bytes)
-            else:
-                all_leave = self._all_leave[row.running]
-                add(row.running, _LEFT_BYTES if all_leave else _BACKWARD_BYTES)
-        return {column: value for column, value in entries.items() if value}
-
-
-_BACKWARD_BYTES = attrgetter("backward_bytes")
-_LEFT_BYTES = attrgetter("left_bytes")
+    def _highs(self, time_limit_s: float, seed: int, *, integer: bool) -> highspy.Highs:
+        rows, cols = np.nonzero(self.memory)
+        num_rows, num_columns = self.memory.shape
+        of_module = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        num_modules = len(self.starts) - 1
+        ones = np.ones(num_columns)
+        h = quiet_highs(time_limit_s=time_limit_s, seed=seed)
+        h.passModel(
+            build_lp(
+                cost=self.cost,
+                upper=ones,
+                matrix=coo_array(
+                    (
+                        np.concatenate([self.memory[rows, cols], ones]),
+                        (
+                            np.concatenate([rows, num_rows + of_module]),
+                            np.concatenate([cols, np.arange(num_columns)]),
+                        ),
+                    ),
+                    shape=(num_rows + num_modules, num_columns),
+                ),
+                row_lower=np.concatenate([np.full(num_rows, -math.inf), np.ones(num_modules)]),
+                row_upper=np.concatenate([self.room, np.ones(num_modules)]),
+                integer=np.full(num_columns, integer),
+            )
+        )
+        return h
 
 
-def _saved_bytes(choice: Choice, sizes: Mapping[int, int]) -> int:
-    return choice.saved_bytes + sum(sizes.get(k, 0) for k in choice.shared)
+def _ends(choice: Choice) -> tuple[int, int]:
+    return choice.backward_bytes, choice.left_bytes
 
 
 def _rows(step: BlockedStep) -> list[_Row]:
@@ -230,5 +309,9 @@ def _rows(step: BlockedStep) -> list[_Row]:
             going_bytes = sum(rest.storages[k].size_bytes for k in read if last_of.get(k) == v)
         key = (waiting, c, is_forward, gone)
         if key not in found or there_bytes > found[key].there_bytes:
-            found[key] = _Row(there_bytes, waiting, c, is_forward, gone, going_bytes)
+            sizes: dict[int, dict[int, int]] = {}
+            for i, k in gone:
+                outer = step.calls[i].outside[k]
+                sizes.setdefault(i, {})[k] = rest.storages[outer].size_bytes
+            found[key] = _Row(there_bytes, waiting, c, is_forward, sizes, going_bytes)
     return list(found.values())

@@ -1,15 +1,20 @@
 """Plans inside blocks: find points of each block where they matter, and choose among them.
 
 A few points of each block come first, spread over what it can save. The program chooses;
-its choice is replayed on the whole step, which alone decides whether it fits. Then points
-between the chosen ones and their neighbours are solved, and schedules of the chosen ones'
-savings that need less while they run, and the program chooses again, until the choice is
-proven, no point is new, or the time is over.
+its choice is replayed on the whole step, which alone decides whether it fits. The points that
+the lower bound asks for come next, see below. Where they leave a gap, points between the chosen
+ones and their neighbours are solved, and schedules of the chosen ones' savings that need less
+while they run. The program chooses again, until the choice is proven, no point is new, or the
+time is over.
 
 The lower bound speaks of all schedules that repeat a block's operators inside this
 block's backward (or forward) only. Between two limits on what is saved, no schedule takes less
 time than the bound of the looser one, and none saves less than the tighter one: these
-corners, offered to the program as if they were points, give a bound for the step.
+corners, offered to the program as if they were points, give a bound for the step. It is as
+good as its corners. So for each corner that the relaxed program uses, the block is solved just
+below what the corner's schedule saves, which makes the corner that schedule's own figures, until
+all corners in use are such. Those are then the points at which the block's time and savings
+are best exchanged, and most choices among them are proven at once.
 """
 
 from __future__ import annotations
@@ -35,7 +40,10 @@ the least memory and that of the schedule that repeats everything."""
 SOLVE_SHARE = 0.1
 """Of the time left, what one block's solve may take at most."""
 
-SMALLEST_STEP = 1 / 128
+POINT_SHARE, PROGRAM_SHARE = 0.25, 0.25
+"""Of the gap, what a block's own schedules may be away from their bounds, and the choice."""
+
+SMALLEST_STEP = 1 / 512
 """Of what a block can save: nearer limits are not worth a solve."""
 
 
@@ -161,14 +169,14 @@ class _Search:
                     tried_lean = True
                     _add_lean_points(self.points, max(0.5, 0.4 * self._left_s()))
                     continue
-                self._raise_bound()
+                is_tighter = self._tighten_bound()
                 if self.infeasible or self._done():
                     break
-                if not self._refine(found):
+                if not is_tighter and not self._refine(found):
+                    self._raise_bound(relaxed=False)
                     break
         else:
             self.bound_ns = self.best_ns
-        self._raise_bound()
         return BlocksResult(
             chosen=self.best,
             peak_bytes=self.best_peak,
@@ -207,8 +215,8 @@ class _Search:
         if self._left_s() <= 0:
             return None
         limit_s = max(0.2, SOLVE_SHARE * self._left_s())
-        # A block's share of the step's time is small, and so is what its own gap leaves open.
-        return ps.solve(saved_limit, peak_limit, time_limit_s=limit_s, gap=self.gap).point
+        gap = POINT_SHARE * self.gap
+        return ps.solve(saved_limit, peak_limit, time_limit_s=limit_s, gap=gap).point
 
     def _offer(self, chosen: dict[str, Schedule], what: str) -> int:
         """Judge a choice on the whole step; return the bytes that it is above the budget."""
@@ -227,7 +235,11 @@ class _Search:
         last = None
         for _ in range(4):
             found = self.program.solve(
-                choices, budget_bytes, time_limit_s=max(0.5, 0.3 * self._left_s()), seed=self.seed
+                choices,
+                budget_bytes,
+                time_limit_s=max(0.5, 0.3 * self._left_s()),
+                seed=self.seed,
+                gap=PROGRAM_SHARE * self.gap,
             )
             if found.chosen is None:
                 break
@@ -238,25 +250,65 @@ class _Search:
             budget_bytes -= excess
         return last
 
-    def _raise_bound(self) -> None:
+    def _tighten_bound(self) -> bool:
+        """Raise the bound until its corners are points; return whether points are new."""
+        found_new = False
+        while self._left_s() > 0:
+            used = self._raise_bound(relaxed=True)
+            if self.infeasible or self._done():
+                break
+            before = sum(len(ps.solved) for ps in self.points)
+            for ps, corners in used:
+                for corner in corners:
+                    limit = self._limit_below(ps, corner)
+                    if limit is not None:
+                        self._solve(ps, limit)
+            if sum(len(ps.solved) for ps in self.points) == before:
+                break
+            found_new = True
+        return found_new
+
+    def _limit_below(self, ps: BlockPoints, corner: _Corner) -> int | None:
+        """The next limit that says more about a corner: just below what is saved there.
+
+        Between its limit and what the schedule saves there is nothing better, so the corner
+        comes as near to the schedule as the next limit is below it.
+        """
+        least_step = max(1, int(SMALLEST_STEP * ps.keep_all.saved_bytes))
+        if corner.at_most == UNLIMITED:
+            saved = ps.keep_all.saved_bytes
+        else:
+            point = ps.solved[corner.at_most, UNLIMITED].point
+            saved = corner.at_most if point is None else point.saved_bytes
+        if saved - corner.choice.saved_bytes < least_step:
+            return None
+        return saved - least_step
+
+    def _raise_bound(self, *, relaxed: bool) -> list[tuple[BlockPoints, list[_Corner]]]:
+        """Solve the program for the corners; return those that it uses."""
         corners = [_corners(ps) for ps in self.points]
         if self._left_s() <= 0:
-            return
+            return []
         if not all(corners):
             self.infeasible = True
-            return
+            return []
         found: Assignment = self.program.solve(
-            corners,
+            [[corner.choice for corner in cs] for cs in corners],
             self.budget_bytes,
             time_limit_s=max(0.5, 0.2 * self._left_s()),
             seed=self.seed,
+            gap=PROGRAM_SHARE * self.gap,
             inputs_may_go=True,
+            relaxed=relaxed,
         )
         if found.infeasible:
             self.infeasible = True
-            return
+            return []
         own_ns = sum(op.cost_ns for op in self.step.rest.operators)
         self.bound_ns = max(self.bound_ns, own_ns + found.bound_ns)
+        return [
+            (self.points[b], [corners[b][j] for j in sorted(js)]) for b, js in found.used.items()
+        ]
 
     def _refine(self, chosen: tuple[int, ...] | None) -> bool:
         """Solve new points around the chosen ones; return whether there were any."""
@@ -304,25 +356,30 @@ def _add_lean_points(points: Sequence[BlockPoints], time_limit_s: float) -> None
                     ps.solve(saved, peak, time_limit_s=share_s, gap=1e-2)
 
 
-def _corners(ps: BlockPoints) -> list[Choice]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Corner:
+    """What no schedule that saves at most so much can be better than."""
+
+    choice: Choice
+    at_most: int
+
+
+def _corners(ps: BlockPoints) -> list[_Corner]:
     """What no schedule of a block can be better than, piece by piece of what it saves."""
-    limits = sorted(
-        {s.saved_limit for s in ps.solved.values()} | {ps.keep_all.saved_bytes, UNLIMITED}
-    )
+    limits = sorted({s.saved_limit for s in ps.solved.values() if s.peak_limit >= UNLIMITED})
     corners = []
     above = 0
-    for limit in limits:
+    for limit in (*limits, UNLIMITED):
         bound_ns = ps.bound_ns(limit)
         if bound_ns is not None:
-            corners.append(
-                Choice(
-                    cost_ns=bound_ns,
-                    saved_bytes=above,
-                    forward_bytes=ps.least_forward_bytes,
-                    backward_bytes=ps.least_backward_bytes,
-                    left_bytes=ps.least_backward_bytes,
-                )
+            choice = Choice(
+                cost_ns=bound_ns,
+                saved_bytes=above,
+                forward_bytes=ps.least_forward_bytes,
+                backward_bytes=ps.least_backward_bytes,
+                left_bytes=ps.least_backward_bytes,
             )
+            corners.append(_Corner(choice=choice, at_most=limit))
         above = limit + 1
     return corners
 
