@@ -31,7 +31,7 @@ def run_job(job: Job) -> Iterator[dict[str, Any]]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    limit_s = (1 + len(job.budgets_bytes)) * (START_S + 1.5 * job.limit_s)
+    limit_s = (1 + len(job.budgets_bytes) + bool(job.frontier)) * (START_S + 1.5 * job.limit_s)
     alarm = threading.Timer(limit_s, child.kill)
     alarm.start()
     words: list[str] = []
@@ -63,6 +63,12 @@ def surveyed(job: Job) -> dict[str, Any]:
     """The result of a survey, or ``{"error": …}``."""
     results = list(run_job(job))
     return results[0]["survey"] if results and "survey" in results[0] else results[-1]
+
+
+def frontier_from(job: Job) -> dict[str, Any]:
+    """The plans at many budgets, or ``{"error": …}``."""
+    results = list(run_job(job))
+    return results[-1].get("frontier", results[-1])
 
 
 def planned(job: Job) -> list[dict[str, Any]]:

@@ -28,11 +28,13 @@ from graph_capture.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
-from planner import InfeasibleBudgetError, Plan, optimize
+from planner import InfeasibleBudgetError, frontier, optimize
+from planner.optimize import Granularity
 from solvers.instances import keep_all_peak_bytes
 from solvers.least_memory import least_memory
 
 LEAST_MEMORY_LIMIT_S = 20.0
+FRONTIER_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,10 @@ class Job:
         Whether to report the range of budgets.
     budgets_bytes
         Budgets to plan at, one after another.
+    granularity
+        As in ``optimize``.
+    frontier
+        At how many budgets to plan from one capture; 0 for none.
     """
 
     model: str
@@ -81,6 +87,8 @@ class Job:
     loss_only: bool = False
     survey: bool = False
     budgets_bytes: tuple[int, ...] = ()
+    granularity: Granularity = "step"
+    frontier: int = 0
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -88,7 +96,7 @@ class Job:
 
 
 def work(job: Job) -> Iterator[dict[str, Any]]:
-    """Yield the results of a job: ``{"survey": …}``, then a ``{"plan": …}`` for each budget."""
+    """Yield a job's results: ``{"survey": …}``, ``{"plan": …}`` by budget, ``{"frontier": …}``."""
     begin_s = time.perf_counter()
     model, sample = build(
         job.model,
@@ -106,6 +114,8 @@ def work(job: Job) -> Iterator[dict[str, Any]]:
         yield {"survey": {"build_s": build_s, **survey(job, model, sample)}}
     for budget_bytes in job.budgets_bytes:
         yield {"plan": plan_at(job, model, sample, budget_bytes)}
+    if job.frontier:
+        yield {"frontier": frontier_of(job, model, sample)}
 
 
 def survey(job: Job, model: torch.nn.Module, sample: Sample) -> dict[str, Any]:
@@ -152,6 +162,7 @@ def plan_at(job: Job, model: torch.nn.Module, sample: Sample, budget_bytes: int)
             device=job.device,
             headroom=job.headroom,
             autocast=job.autocast_dtype,
+            granularity=job.granularity,
         )
     except InfeasibleBudgetError as error:
         watch.lap("optimize_s")
@@ -172,7 +183,7 @@ def plan_at(job: Job, model: torch.nn.Module, sample: Sample, budget_bytes: int)
         plan.save(path)
         watch.lap("save_s")
         file_bytes = path.stat().st_size
-        Plan.load(path)
+        type(plan).load(path)
         watch.lap("load_s")
     return {
         "status": str(plan.status),
@@ -195,6 +206,25 @@ def plan_at(job: Job, model: torch.nn.Module, sample: Sample, budget_bytes: int)
         **watch.laps,
         "max_rss_bytes": max_rss_bytes(),
     }
+
+
+def frontier_of(job: Job, model: torch.nn.Module, sample: Sample) -> dict[str, Any]:
+    """One call of ``frontier``, and its figures."""
+    watch = _Watch()
+    found = frontier(
+        model,
+        sample,
+        budgets=job.frontier,
+        granularity=job.granularity,
+        optimizer=job.optimizer,
+        device=job.device,
+        headroom=job.headroom,
+        autocast=job.autocast_dtype,
+        time_limit_s=min(FRONTIER_LIMIT_S, job.limit_s),
+        seed=job.seed,
+    )
+    watch.lap("frontier_s")
+    return {**found.to_dict(), **watch.laps, "max_rss_bytes": max_rss_bytes(), "report": str(found)}
 
 
 def max_rss_bytes() -> int:

@@ -3,6 +3,7 @@
 ``deep`` plans steps of published shapes at full width and depth. Budgets are shares of
 the way from the least peak to the peak when nothing is recomputed: no single card holds
 these models, and a share says how tight a budget is, regardless of the weights.
+``blocks`` plans the same steps inside their layers, at one budget and at twenty.
 ``suite`` plans the usual twelve-layer models at half of their memory. Each plan is made
 in a fresh process. Times are those of this machine, memory is the process's own.
 """
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .plan_runs import described, markdown, planned, surveyed, write_json
+from .plan_runs import described, frontier_from, markdown, planned, surveyed, write_json
 from .plan_worker import Job
 from .shapes import SHAPES
 
@@ -28,6 +29,7 @@ DEEP = (
     "gpt3-175b:4096x1",
     "gpt3-175b:8192x1",
 )
+IN_BLOCKS = ("llama-70b:8192x2", "gpt3-175b:2048x16")
 SHARES = (0.1, 0.25, 0.5)
 SUITE = ("bert:512x4", "gpt2:512x4", "llama-small:512x8", "t5:512x8", "vit:0x32")
 
@@ -99,6 +101,51 @@ def deep(
             rows += _plans(replace(job, budgets_bytes=(budget,)), name, sizes, {"share": s})
     settings = {"limit_s": limit_s, "seed": seed, "shares": list(share or SHARES)}
     _leave(out / "deep", rows, settings)
+
+
+@app.command()
+def blocks(
+    case: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=f"MODEL:SEQUENCExBATCH; by default {' '.join(IN_BLOCKS)}", show_default=False
+        ),
+    ] = None,
+    share: Annotated[float, typer.Option(help="of the peak without a plan, of one plan")] = 0.85,
+    budgets: Annotated[int, typer.Option(help="of the frontier, from the least up", min=2)] = 20,
+    numbers: Numbers = "bf16",
+    optimizer: Optimizer = "adamw",
+    device: Card = "h100",
+    layers: Layers = None,
+    limit_s: Limit = 60.0,
+    seed: Seed = 0,
+    out: Out = Path("build/bench-scale"),
+) -> None:
+    """Plan inside the layers: one plan, and plans at many budgets from one capture."""
+    rows: list[dict[str, Any]] = []
+    for name in case or IN_BLOCKS:
+        job = parse_case(
+            name,
+            numbers,
+            optimizer=optimizer,
+            device=device,
+            layers=layers,
+            limit_s=limit_s,
+            seed=seed,
+        )
+        job = replace(job, granularity="blocks")
+        many = _said(name, frontier_from(replace(job, frontier=budgets)))
+        row = {"case": name, **described(job), "frontier": many}
+        if "error" not in many:
+            budget = int(share * many["unplanned_peak_bytes"])
+            (row["plan"],) = planned(replace(job, budgets_bytes=(budget,)))
+            _said(name, row["plan"])
+        rows.append(row)
+    words = blocks_table(rows)
+    write_json(out / "blocks.json", rows, {"share": share, "budgets": budgets}, "benchmarks.scale")
+    (out / "blocks.md").write_text(words, encoding="utf-8")
+    typer.echo(words)
+    typer.echo(f"written to {out / 'blocks'}.json and {out / 'blocks'}.md")
 
 
 @app.command()
@@ -211,6 +258,50 @@ def table(rows: list[dict[str, Any]]) -> str:
         "save + load, s",
     ]
     return markdown(header, [_line(row) for row in rows])
+
+
+def blocks_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one plan and a frontier in blocks, and their times."""
+    header = [
+        "case",
+        "least, GB",
+        "keep-all, GB",
+        "budget, GB",
+        "overhead",
+        "gap",
+        "capture + plan, s",
+        "of these solve, s",
+        "save + load, s",
+        "budgets",
+        "overheads",
+        "greatest gap",
+        "all of them, s",
+        "memory, GB",
+    ]
+    return markdown(header, [_blocks_line(row) for row in rows])
+
+
+def _blocks_line(row: dict[str, Any]) -> list[str]:
+    many, plan = row["frontier"], row.get("plan", {})
+    if "error" in many or "overhead" not in plan:
+        return [row["case"], many.get("error") or plan.get("error") or plan["why"], *[""] * 12]
+    points = [point for point in many["points"] if "gap" in point]
+    return [
+        row["case"],
+        f"{many['points'][0]['budget_bytes'] / 1e9:.1f}",
+        f"{many['unplanned_peak_bytes'] / 1e9:.1f}",
+        f"{plan['budget_bytes'] / 1e9:.1f}",
+        f"{plan['overhead']:.2%}",
+        f"{plan['gap']:.3%}",
+        f"{plan['optimize_s']:.1f}",
+        f"{plan['solve_s']:.1f}",
+        f"{plan['save_s'] + plan['load_s']:.1f}",
+        str(len(points)),
+        f"{points[0]['overhead']:.2%} to {points[-1]['overhead']:.2%}",
+        f"{max(point['gap'] for point in points):.3%}",
+        f"{many['frontier_s']:.1f}",
+        f"{many['max_rss_bytes'] / 1e9:.2f}",
+    ]
 
 
 def _line(row: dict[str, Any]) -> list[str]:

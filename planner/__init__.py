@@ -22,6 +22,7 @@ from .explaining.holders import Holder, Why
 from .explaining.more_memory import MoreMemory
 from .explaining.recomputations import Recomputation
 from .exporting.export import Export, ExportTarget
+from .frontier import frontier
 from .max_batch import max_batch
 from .measuring.measure import Measurement, measure
 from .measuring.validation import Figure, Validation
@@ -33,6 +34,7 @@ from .running.attach import AppliedPlan, applied_plan
 from .running.same_plan import check_same_plan
 from .sizing.estimate import estimate
 from .sizing.estimate_report import Estimate, EstimateRow
+from .sizing.frontier_report import Frontier, FrontierPoint
 from .sizing.max_batch_report import MaxBatch
 from .versions import show_versions
 from .watch import Watched, watch
@@ -53,6 +55,8 @@ __all__ = [
     "Export",
     "ExportTarget",
     "Figure",
+    "Frontier",
+    "FrontierPoint",
     "Holder",
     "InfeasibleBudgetError",
     "MaxBatch",
@@ -76,6 +80,7 @@ __all__ = [
     "check_same_plan",
     "compare",
     "estimate",
+    "frontier",
     "max_batch",
     "measure",
     "optimize",

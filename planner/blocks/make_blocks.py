@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -16,8 +17,8 @@ from graph_capture.costs.cost_model import TimingProgress
 from graph_capture.errors import CaptureError
 from graph_capture.target import Target, target_of
 from graph_capture.units import format_bytes
-from solvers.block_plans.solve import BlocksResult, least_memory_of_blocks, solve_blocks
-from solvers.block_plans.stepping import BlockedStep
+from solvers.block_plans.least import least_memory_of_blocks
+from solvers.block_plans.solve import BlocksResult, solve_blocks
 from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import OPTIMAL_GAP, Ending, SolveResult, SolveStatus
@@ -72,6 +73,55 @@ def make_block_plan(
     CaptureError, PlanError, ValueError
         When a block or the rest of the step cannot be planned so.
     """
+    with captured_in_blocks(spec, request, blocks) as call:
+        request = request.settled(call.unplanned_peak_bytes)
+        record, parts, live = plan_call(call, request, time_share=1 - WHOLE_SHARE)
+        whole = _whole_step(spec, request, call.captured)
+    return record, replace(parts, whole=whole), live
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallInBlocks:
+    """A call of a model, captured in blocks; to be planned under one budget or several.
+
+    Parameters
+    ----------
+    model
+        The model.
+    arguments
+        Of its forward, by name.
+    captured
+        The blocks and the rest; what is solved for one budget is kept for the next.
+    """
+
+    model: nn.Module
+    arguments: Mapping[str, Any]
+    captured: CapturedBlocks
+
+    @cached_property
+    def unplanned_peak_bytes(self) -> int:
+        """Peak of the step without a plan."""
+        whole = self.captured.eager.whole
+        return replay(whole, Schedule.keep_all(whole)).peak_bytes
+
+    def least_memory(self, seed: int, time_limit_s: float) -> tuple[dict[str, Schedule], int]:
+        """Return the choice with the least memory that is found, and its peak in bytes."""
+        step = self.captured.step
+        chosen = _least(self.captured, seed, time_limit_s)
+        return chosen, replay(step.whole, step.schedule(chosen)).peak_bytes
+
+
+@contextmanager
+def captured_in_blocks(
+    spec: StepSpec, request: Request, blocks: str | Sequence[str]
+) -> Iterator[CallInBlocks]:
+    """Capture a step in blocks, under the autocast that it is planned for.
+
+    Raises
+    ------
+    CaptureError, PlanError, ValueError
+        When a block or the rest of the step cannot be planned so.
+    """
     _refuse_others(spec, request)
     model = spec.model
     paths = find_blocks(model, blocks)
@@ -87,12 +137,34 @@ def make_block_plan(
             captured = _captured(
                 spec, arguments, paths, target, timing, request.options.seed, blocks == AUTO
             )
-        request = request.settled(_peak_of(captured.eager))
-        result = _solved(captured, request)
-        record = _whole_record(captured, request, result, model, arguments)
-        parts, live = _parts(captured, request, result)
-        whole = _whole_step(spec, request, captured)
-    return record, replace(parts, whole=whole), live
+        yield CallInBlocks(model=model, arguments=arguments, captured=captured)
+
+
+def plan_call(
+    call: CallInBlocks,
+    request: Request,
+    *,
+    time_share: float = 1.0,
+    hint: Mapping[str, Schedule] | None = None,
+) -> tuple[PlanRecord, BlockParts, tuple[LiveState, ...]]:
+    """Plan a captured call within a budget in bytes.
+
+    Parameters
+    ----------
+    time_share
+        Of the time for solving, what may be used.
+    hint
+        A schedule of each block, to start from.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        When no choice of plans inside the blocks fits.
+    """
+    result = _solved(call.captured, request, time_share * request.options.time_limit_s, hint)
+    record = _whole_record(call.captured, request, result, call.model, call.arguments)
+    parts, live = _parts(call.captured, request, result)
+    return record, parts, live
 
 
 def _captured(
@@ -144,29 +216,30 @@ def _refuse_others(spec: StepSpec, request: Request) -> None:
             )
 
 
-def _peak_of(step: BlockedStep) -> int:
-    return replay(step.whole, Schedule.keep_all(step.whole)).peak_bytes
-
-
 def _budget(request: Request, target: Target) -> Budget:
     return parse_headroom(request.headroom, request.budget_bytes, target.torch_type)
 
 
-def _solved(captured: CapturedBlocks, request: Request) -> BlocksResult:
+def _solved(
+    captured: CapturedBlocks,
+    request: Request,
+    time_limit_s: float,
+    hint: Mapping[str, Schedule] | None,
+) -> BlocksResult:
     budget = _budget(request, captured.rest.target)
     options = request.options
-    share = 1 - WHOLE_SHARE
     result = solve_blocks(
         captured.step,
         captured.points,
         budget.usable_bytes,
-        time_limit_s=share * options.time_limit_s,
+        time_limit_s=time_limit_s,
+        hint=hint,
         gap=options.gap,
         seed=options.seed,
     )
     if result.chosen is not None:
         return result
-    chosen = _least(captured, options.seed, share * options.time_limit_s)
+    chosen = _least(captured, options.seed, time_limit_s)
     outcome = replay(captured.step.whole, captured.step.schedule(chosen))
     if outcome.peak_bytes > budget.usable_bytes:
         raise _nothing_fits(captured, budget, chosen, outcome.peak_bytes)

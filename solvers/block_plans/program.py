@@ -23,6 +23,7 @@ from scipy.sparse import coo_array
 from ..highs import OBJECTIVE_SCALE, build_lp, quiet_highs, rounded_bound
 from ..replay import replay
 from ..schedule import Schedule
+from .points import BlockPoints, Point
 from .stepping import BlockedStep
 
 SMALLEST_PART = 1e-6
@@ -39,6 +40,18 @@ class Choice:
     backward_bytes: int
     left_bytes: int
     shared: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, point: Point) -> Choice:
+        """Return a point's figures."""
+        return cls(
+            cost_ns=point.cost_ns,
+            saved_bytes=point.saved_bytes,
+            forward_bytes=point.forward_bytes,
+            backward_bytes=point.backward_bytes,
+            left_bytes=point.left_bytes,
+            shared=point.shared,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,3 +328,14 @@ def _rows(step: BlockedStep) -> list[_Row]:
                 sizes.setdefault(i, {})[k] = rest.storages[outer].size_bytes
             found[key] = _Row(there_bytes, waiting, c, is_forward, sizes, going_bytes)
     return list(found.values())
+
+
+def schedules_of(
+    step: BlockedStep, points: Sequence[BlockPoints], chosen: Sequence[int]
+) -> dict[str, Schedule]:
+    """Return the schedule of each module, by the index of its point."""
+    block_of = {call.path: call.block for call in step.calls}
+    listed = [ps.points for ps in points]
+    return {
+        path: listed[block_of[path]][i].schedule for path, i in zip(step.paths, chosen, strict=True)
+    }

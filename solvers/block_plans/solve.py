@@ -25,17 +25,13 @@ from dataclasses import dataclass
 
 from ..replay import replay
 from ..schedule import Schedule
+from .least import add_lean_points
 from .points import UNLIMITED, BlockPoints, Point
-from .program import Assignment, Choice, Program
+from .program import Assignment, Choice, Program, schedules_of
 from .stepping import BlockedStep
 
 FIRST_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)
 """Of what a block can save beyond the least, the first points' limits."""
-
-LEAN_SAVED = (0.0, 0.0625, 0.125, 0.25, 0.4)
-LEAN_PEAKS = (0.05, 0.15, 0.3, 0.6, 0.8)
-"""The same for low budgets: parts of what it can save, and of what lies between the peak of
-the least memory and that of the schedule that repeats everything."""
 
 SOLVE_SHARE = 0.1
 """Of the time left, what one block's solve may take at most."""
@@ -87,6 +83,7 @@ def solve_blocks(
     time_limit_s: float = 60.0,
     gap: float = 1e-3,
     seed: int = 0,
+    hint: Mapping[str, Schedule] | None = None,
 ) -> BlocksResult:
     """Choose a schedule for each block so that the step fits, in the least time.
 
@@ -98,38 +95,10 @@ def solve_blocks(
         Of the whole step.
     gap
         In parts of the step's time, for the choice and for each block's own schedules.
+    hint
+        A schedule of each module, to start from.
     """
-    return _Search(step, points, budget_bytes, time_limit_s, gap, seed).run()
-
-
-def least_memory_of_blocks(
-    step: BlockedStep, points: Sequence[BlockPoints], *, time_limit_s: float = 20.0, seed: int = 0
-) -> tuple[dict[str, Schedule], int]:
-    """Return the choice with the lowest peak that is found, and this peak in bytes."""
-    end_s = time.monotonic() + time_limit_s
-    _add_lean_points(points, time_limit_s)
-    program = Program(step)
-    choices = [[_choice(p) for p in ps.points] for ps in points]
-    best: tuple[dict[str, Schedule], int] | None = None
-    for pick in (_least_saved, _least_needed):
-        chosen = {c.path: pick(points[c.block]).schedule for c in step.calls}
-        peak_bytes = replay(step.whole, step.schedule(chosen)).peak_bytes
-        if best is None or peak_bytes < best[1]:
-            best = chosen, peak_bytes
-    assert best is not None
-    low, high = step.rest.resident_bytes, best[1]
-    while high - low > max(1, best[1] // 5_000) and time.monotonic() < end_s:
-        middle = (low + high) // 2
-        found = program.solve(choices, middle, time_limit_s=2.0, seed=seed, gap=1.0)
-        if found.chosen is None:
-            low = middle
-            continue
-        chosen = _schedules(step, points, found.chosen)
-        peak_bytes = replay(step.whole, step.schedule(chosen)).peak_bytes
-        if peak_bytes < best[1]:
-            best = chosen, peak_bytes
-        high = min(middle, peak_bytes)
-    return best
+    return _Search(step, points, budget_bytes, time_limit_s, gap, seed).run(hint)
 
 
 class _Search:
@@ -150,16 +119,18 @@ class _Search:
         self.end_s = self.began_s + time_limit_s
         self.program = Program(step)
         self.blocks_ns = sum(step.blocks[call.block].graph.base_cost_ns for call in step.calls)
-        self.best: dict[str, Schedule] | None = None
+        self.best: Mapping[str, Schedule] | None = None
         self.best_ns, self.best_peak = 0, 0
         self.bound_ns = 0
         self.infeasible = False
         self.log: list[str] = []
 
-    def run(self) -> BlocksResult:
+    def run(self, hint: Mapping[str, Schedule] | None) -> BlocksResult:
         step = self.step
         self._offer({c.path: self.points[c.block].keep_all.schedule for c in step.calls}, "keep")
         if self.best is None:
+            if hint is not None:
+                self._offer(hint, "hint")
             self._first_points()
             tried_lean = began = False
             while not (began and self._done()):
@@ -167,7 +138,7 @@ class _Search:
                 found = self._choose()
                 if found is None and not tried_lean:
                     tried_lean = True
-                    _add_lean_points(self.points, max(0.5, 0.4 * self._left_s()))
+                    add_lean_points(self.points, max(0.5, 0.4 * self._left_s()))
                     continue
                 is_tighter = self._tighten_bound()
                 if self.infeasible or self._done():
@@ -218,7 +189,7 @@ class _Search:
         gap = POINT_SHARE * self.gap
         return ps.solve(saved_limit, peak_limit, time_limit_s=limit_s, gap=gap).point
 
-    def _offer(self, chosen: dict[str, Schedule], what: str) -> int:
+    def _offer(self, chosen: Mapping[str, Schedule], what: str) -> int:
         """Judge a choice on the whole step; return the bytes that it is above the budget."""
         outcome = replay(self.step.whole, self.step.schedule(chosen))
         excess = outcome.peak_bytes - self.budget_bytes
@@ -230,7 +201,7 @@ class _Search:
 
     def _choose(self) -> tuple[int, ...] | None:
         """Choose among the points; the rows may be wrong by what is shared, so try again."""
-        choices = [[_choice(p) for p in ps.points] for ps in self.points]
+        choices = [[Choice.of(p) for p in ps.points] for ps in self.points]
         budget_bytes = self.budget_bytes
         last = None
         for _ in range(4):
@@ -244,7 +215,7 @@ class _Search:
             if found.chosen is None:
                 break
             last = found.chosen
-            excess = self._offer(_schedules(self.step, self.points, found.chosen), "program")
+            excess = self._offer(schedules_of(self.step, self.points, found.chosen), "program")
             if excess <= 0:
                 break
             budget_bytes -= excess
@@ -341,21 +312,6 @@ class _Search:
                 self._solve(ps, point.saved_bytes, limit)
 
 
-def _add_lean_points(points: Sequence[BlockPoints], time_limit_s: float) -> None:
-    """Solve points for low budgets: that save little, and need little while they run."""
-    end_s = time.monotonic() + time_limit_s
-    share_s = time_limit_s / ((len(LEAN_PEAKS) * len(LEAN_SAVED) + 1) * max(1, len(points)))
-    for ps in points:
-        saves = ps.repeat_all
-        needs = ps.least_peak(time_limit_s=share_s)
-        for saved_share in LEAN_SAVED:
-            saved = saves.saved_bytes + int(saved_share * ps.keep_all.saved_bytes)
-            for share in LEAN_PEAKS:
-                peak = needs.peak_bytes + int(share * (saves.peak_bytes - needs.peak_bytes))
-                if time.monotonic() < end_s:
-                    ps.solve(saved, peak, time_limit_s=share_s, gap=1e-2)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Corner:
     """What no schedule that saves at most so much can be better than."""
@@ -382,32 +338,3 @@ def _corners(ps: BlockPoints) -> list[_Corner]:
             corners.append(_Corner(choice=choice, at_most=limit))
         above = limit + 1
     return corners
-
-
-def _choice(point: Point) -> Choice:
-    return Choice(
-        cost_ns=point.cost_ns,
-        saved_bytes=point.saved_bytes,
-        forward_bytes=point.forward_bytes,
-        backward_bytes=point.backward_bytes,
-        left_bytes=point.left_bytes,
-        shared=point.shared,
-    )
-
-
-def _schedules(
-    step: BlockedStep, points: Sequence[BlockPoints], chosen: Sequence[int]
-) -> dict[str, Schedule]:
-    block_of = {call.path: call.block for call in step.calls}
-    listed = [ps.points for ps in points]
-    return {
-        path: listed[block_of[path]][i].schedule for path, i in zip(step.paths, chosen, strict=True)
-    }
-
-
-def _least_saved(ps: BlockPoints) -> Point:
-    return min(ps.points, key=lambda p: (p.saved_bytes, p.backward_bytes))
-
-
-def _least_needed(ps: BlockPoints) -> Point:
-    return min(ps.points, key=lambda p: (p.peak_bytes, p.saved_bytes))

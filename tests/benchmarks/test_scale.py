@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from benchmarks.plan_runs import planned
 from benchmarks.plan_worker import Job, from_json, to_json, work
-from benchmarks.scale import DEEP, SUITE, app, parse_case, table
+from benchmarks.scale import DEEP, SUITE, app, blocks_table, parse_case, table
 from benchmarks.shapes import SHAPES, build, num_parameters
 
 pytest.importorskip("transformers")
@@ -155,3 +155,19 @@ def test_table_has_errors_and_infeasible_rows() -> None:
     header, _, *lines = table([infeasible, {"case": "b", "error": "no"}]).splitlines()
     assert {line.count("|") for line in lines} == {header.count("|")}
     assert "infeasible" in lines[0]
+
+
+@pytest.mark.slow
+def test_a_frontier_in_blocks_is_a_row() -> None:
+    """Three budgets of two narrow layers, and one plan in a file of its own, read again."""
+    (many,) = work(narrow("llama-70b", batch=16, granularity="blocks", frontier=3, limit_s=1.0))
+    found = many["frontier"]
+    assert len(found["points"]) == 3
+    budget = int(0.9 * found["unplanned_peak_bytes"])
+    job = narrow("llama-70b", batch=16, granularity="blocks", budgets_bytes=(budget,), limit_s=2.0)
+    (one,) = work(job)
+    assert one["plan"]["bound_scope"] == "inside_blocks"
+    words = blocks_table([{"case": "narrow", "frontier": found, "plan": one["plan"]}])
+    header, _, row = words.splitlines()
+    assert header.count("|") == row.count("|")
+    assert "| 3 |" in row

@@ -7,9 +7,10 @@ from itertools import product
 import pytest
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
+from solvers.block_plans.least import least_memory_of_blocks
 from solvers.block_plans.points import BlockPoints
-from solvers.block_plans.program import Program
-from solvers.block_plans.solve import _choice, least_memory_of_blocks, solve_blocks
+from solvers.block_plans.program import Choice, Program
+from solvers.block_plans.solve import solve_blocks
 from solvers.block_plans.stepping import Block, BlockCall, BlockedStep
 from solvers.replay import replay
 from solvers.schedule import Schedule
@@ -136,7 +137,7 @@ def test_the_program_finds_what_enumeration_finds(scales: tuple[int, ...]) -> No
     """At every budget the cheapest of all choices that fit, by replay of each."""
     step = _step(3, scales)
     points = _points(step)
-    choices = [[_choice(ps.measured(s)) for s in SCHEDULES] for ps in points]
+    choices = [[Choice.of(ps.measured(s)) for s in SCHEDULES] for ps in points]
     program = Program(step)
     costs = []
     for picked in product(SCHEDULES, repeat=3):
@@ -184,7 +185,7 @@ def test_the_relaxed_program_is_no_dearer_than_the_choice() -> None:
     """Parts of choices cost no more than whole ones, and say which choices they are parts of."""
     step = _step(3)
     (ps,) = _points(step)
-    choices = [[_choice(ps.measured(s)) for s in SCHEDULES]]
+    choices = [[Choice.of(ps.measured(s)) for s in SCHEDULES]]
     program = Program(step)
     peak_bytes = replay(step.whole, Schedule.keep_all(step.whole)).peak_bytes
     dearer = 0
