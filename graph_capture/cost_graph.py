@@ -45,6 +45,7 @@ Category = Literal[
     "resident",
     "waiting",
     "bucket",
+    "gathered",
 ]
 
 GRAPH_FORMAT = 1

@@ -64,7 +64,7 @@ class DataParallel:
         if kind != WORD or not set(chosen) <= set(known):
             raise ValueError(
                 f"distributed is None, 'ddp', or 'ddp:' and some of {', '.join(known)} with "
-                f"commas between them, got {word!r:.100}"
+                f"commas between them, or for plans in blocks 'fsdp2:ranks=2'; got {word!r:.100}"
             )
         return cls(**dict.fromkeys(chosen, True))
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from .cost_graph import MAX_TOTAL
 from .data_parallel import DataParallel
+from .fully_sharded import FullySharded
 from .suggestions import did_you_mean
 from .units import format_bytes, parse_bytes
 
@@ -50,6 +51,9 @@ class LoopHolds:
         before there is one.
     distributed
         The ``DistributedDataParallel`` around the model, whose buckets are counted.
+    sharded
+        How ``fully_shard`` shards the model's blocks and its root, where the step is one
+        rank's.
 
     Raises
     ------
@@ -68,6 +72,7 @@ class LoopHolds:
     concurrent_calls: int = 1
     waiting_bytes: int = 0
     distributed: DataParallel | None = None
+    sharded: FullySharded | None = None
 
     def __post_init__(self) -> None:
         for name, words in (("outputs", Outputs), ("grads", Grads)):
@@ -95,6 +100,14 @@ class LoopHolds:
                 "grads='consumed' and distributed='ddp' do not go together: the buckets of "
                 "DistributedDataParallel hold every gradient to the end of the backward pass, so "
                 "that nothing is freed"
+            )
+        if self.sharded is not None and (self.distributed is not None or self.consumes):
+            other = "grads='consumed'" if self.consumes else "DistributedDataParallel"
+            raise ValueError(f"distributed={str(self.sharded)!r} and {other} do not go together")
+        if self.sharded is not None and self.sharded.no_sync and not self.accumulates:
+            raise ValueError(
+                f"distributed={str(self.sharded)!r} adds up gradients of micro-batches: plan with "
+                "grads='accumulated'"
             )
         if calls > 1 and (self.consumes or self.distributed is not None):
             word = "grads='consumed'" if self.consumes else "distributed='ddp'"
@@ -124,13 +137,18 @@ class LoopHolds:
             grads=grads,
             resident_bytes=resident_bytes,
             concurrent_calls=concurrent_calls,
-            distributed=DataParallel.of(distributed),
+            **_around(distributed),
         )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LoopHolds:
         """The inverse of :meth:`to_json`."""
-        return cls(**{**data, "distributed": DataParallel.of(data.get("distributed"))})
+        return cls(**{**data, **_around(data.get("distributed"))})
+
+    @property
+    def around(self) -> DataParallel | FullySharded | None:
+        """How several processes train the model, whichever way it is."""
+        return self.sharded if self.distributed is None else self.distributed
 
     @property
     def releases(self) -> bool:
@@ -189,6 +207,7 @@ class LoopHolds:
                 else ()
             ),
             *((f"buckets of {self.distributed}",) if self.distributed is not None else ()),
+            *((f"one rank's part of {self.sharded}",) if self.sharded is not None else ()),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -196,14 +215,21 @@ class LoopHolds:
         held = asdict(self)
         if self.concurrent_calls == 1:
             del held["concurrent_calls"], held["waiting_bytes"]
-        del held["distributed"]
-        if self.distributed is not None:
-            held["distributed"] = str(self.distributed)
+        del held["distributed"], held["sharded"]
+        if self.around is not None:
+            held["distributed"] = str(self.around)
         return held
 
 
 NOTHING_ELSE = LoopHolds()
 """The loop that holds its outputs to the end of the step, and nothing beside it."""
+
+
+def _around(word: Any) -> dict[str, Any]:
+    """What a word for several processes says, by the field that it is for."""
+    if FullySharded.is_word(word):
+        return {"distributed": None, "sharded": FullySharded.of(word)}
+    return {"distributed": DataParallel.of(word), "sharded": None}
 
 
 def _calls(number: int) -> str:

@@ -118,6 +118,7 @@ def measure_optimizer(
     target: Target,
     *,
     in_hooks: bool = False,
+    part_of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
 ) -> OptimizerStep | None:
     """Measure state and workspace of ``optimizer`` on the parameters of ``model``.
 
@@ -132,6 +133,8 @@ def measure_optimizer(
         Where the step runs.
     in_hooks
         Whether hooks update each parameter alone, when its gradient arrives.
+    part_of
+        What of a parameter this process updates: all of it, or its shard.
 
     Raises
     ------
@@ -146,7 +149,7 @@ def measure_optimizer(
         ensure_cuda_guard()
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     with fake_mode, _NumbersOfFakeTensors(FakeCallCache(fake_mode)), _fake_tensors_are_parameters():
-        twin, name = _twin(optimizer, model, FakeInputs(fake_mode, target))
+        twin, name = _twin(optimizer, model, FakeInputs(fake_mode, target), part_of)
         parameters = [p for group in twin.param_groups for p in group["params"]]
         for p in parameters:
             p.grad = torch.empty_like(p)
@@ -278,10 +281,16 @@ def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _twin(
-    optimizer: torch.optim.Optimizer | str, model: nn.Module, twins: FakeInputs
+    optimizer: torch.optim.Optimizer | str,
+    model: nn.Module,
+    twins: FakeInputs,
+    part_of: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.optim.Optimizer, str]:
+    parts: list[torch.Tensor] = []  # twins are known by the memory of what they stand for
+
     def stand_in(p: torch.Tensor) -> nn.Parameter:
-        return nn.Parameter(twins.of(p.detach()), requires_grad=p.requires_grad)
+        parts.append(part_of(p))
+        return nn.Parameter(twins.of(parts[-1]), requires_grad=p.requires_grad)
 
     if isinstance(optimizer, str):
         make = OPTIMIZERS.get(optimizer.lower())

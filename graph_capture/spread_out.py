@@ -1,7 +1,10 @@
-"""Refuse what cannot be planned in models that several processes train together."""
+"""Models that several processes train together: what cannot be planned, what is this process's."""
 
 from __future__ import annotations
 
+import sys
+
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +35,8 @@ def refuse_spread_out(model: nn.Module) -> None:
                 "parameters are gathered and freed again while a step runs, and a plan is made "
                 "for parameters that are there. To train by a plan, wrap the planned module in "
                 "DistributedDataParallel instead, or plan inside its blocks before they are "
-                "sharded by fully_shard: optimize(…, granularity='blocks')"
+                "sharded by fully_shard: optimize(…, granularity='blocks', "
+                "distributed='fsdp2:ranks=2')"
             )
 
 
@@ -44,6 +48,15 @@ def is_gathered(module: nn.Module) -> bool:
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module's parameters are spread out by ``fully_shard``, and gathered for calls."""
     return _is_unit(module) and _has_shards(module)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what of a tensor lies in this process: of a ``DTensor`` its own part."""
+    module = sys.modules.get("torch.distributed.tensor")  # where it is not loaded, there is none
+    if module is None or not isinstance(tensor, module.DTensor):
+        return tensor
+    part: torch.Tensor = tensor.detach().to_local()
+    return part
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -61,4 +74,4 @@ def _has_shards(module: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-__all__ = ["is_gathered", "is_sharded", "refuse_spread_out"]
+__all__ = ["is_gathered", "is_sharded", "local_part", "refuse_spread_out"]

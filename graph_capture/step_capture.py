@@ -135,6 +135,11 @@ def capture_step(
         What the call's tensors keep alive, see
         :func:`~graph_capture.argument_memory.argument_bytes`; ``None`` for what they span.
     """
+    if holds.sharded is not None:
+        raise ValueError(
+            f"distributed={str(holds.sharded)!r} is counted in plans in blocks only: plan with "
+            "optimize(…, granularity='blocks')"
+        )
     costs, roofline = resolve_cost_model(cost_model, target), Roofline(target.device)
     step = trace_step(
         model,

@@ -79,7 +79,9 @@ class BlockPlan(Plan):
 
         Call it before or after ``fully_shard`` of each block, on the module whose blocks have
         these paths. Nothing is applied when one of the blocks is not the planned one; a block
-        that is sharded already is captured and compared at its first call.
+        that is sharded already is captured and compared at its first call. Where blocks are
+        sharded, or will be among all processes of the job as the plan counts, every process has
+        to apply it: their plans are compared first (:func:`planner.check_same_plan`).
 
         Parameters
         ----------
@@ -90,11 +92,12 @@ class BlockPlan(Plan):
         Raises
         ------
         PlanMismatchError
-            When a block is missing or is another than planned; names it.
+            When a block is missing or is another than planned, and names it; or when another
+            process has another plan.
         PlanError
-            When the model has a plan of the whole step.
+            When the model has a plan of the whole step, or another process does not come.
         """
-        return apply_blocks(model, self.parts, self._parts_live, on_shape_change)
+        return apply_blocks(model, self, self.parts, self._parts_live, on_shape_change)
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:
@@ -146,6 +149,11 @@ class BlockPlan(Plan):
 
         As :meth:`planner.Plan.validate` does, on a model whose blocks are not sharded.
         """
+        if self.holds.sharded is not None:
+            raise PlanError(
+                f"the plan is for one rank of {self.holds.sharded}: apply it on all of them, and "
+                "measure the sharded model with planner.measure(model, …)"
+            )
         check_trial(model, sample_input, repeats)
         planned, own = planned_forwards(model, self.parts, self._parts_live)
         with forwards_set(own):

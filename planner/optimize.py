@@ -165,7 +165,9 @@ def optimize(
         ``"ddp"`` where the model trains inside a ``DistributedDataParallel``, whose buckets
         are counted; its options that change memory follow with commas between them:
         ``"ddp:gradient_as_bucket_view,static_graph"``, ``"ddp:find_unused_parameters"``. Of
-        a model that is wrapped already they are found.
+        a model that is wrapped already they are found. With ``granularity="blocks"``
+        ``"fsdp2:ranks=8"`` makes the budget that of one rank where ``fully_shard`` shards each
+        block and the model; options are in ``docs/distributed.md``.
     progress
         ``True`` shows a progress bar, while calls are timed and while the solver
         runs; a function receives :class:`solvers.progress.ProgressEvent`.

@@ -1,4 +1,4 @@
-"""The module inside a ``DistributedDataParallel``, and what the wrapper holds."""
+"""The module inside a ``DistributedDataParallel``, and what the processes of a job hold."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any
 from torch.nn.parallel import DistributedDataParallel
 
 from graph_capture.data_parallel import DataParallel
+from graph_capture.fully_sharded import FullySharded
 
-Distributed = str | DataParallel | None
-"""As users write it: ``None``, ``"ddp"``, ``"ddp:gradient_as_bucket_view"``."""
+Distributed = str | DataParallel | FullySharded | None
+"""As users write it: ``None``, ``"ddp"``, ``"ddp:gradient_as_bucket_view"``, ``"fsdp2:ranks=2"``.
+
+The last is for plans in blocks.
+"""
 
 
 def inside(model: Any) -> Any:
@@ -17,8 +21,10 @@ def inside(model: Any) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def wrapped_by(model: Any, distributed: Distributed) -> tuple[Any, DataParallel | None]:
-    """Return the module to plan, and the wrapper that is around it.
+def wrapped_by(
+    model: Any, distributed: Distributed
+) -> tuple[Any, DataParallel | FullySharded | None]:
+    """Return the module to plan, and the wrapper that is around it, or how it is sharded.
 
     Parameters
     ----------
@@ -32,7 +38,8 @@ def wrapped_by(model: Any, distributed: Distributed) -> tuple[Any, DataParallel 
     ValueError
         When the word is none, or names other options than the wrapper has.
     """
-    said = DataParallel.of(distributed)
+    is_sharded = FullySharded.is_word(distributed)
+    said = FullySharded.of(distributed) if is_sharded else DataParallel.of(distributed)
     if not isinstance(model, DistributedDataParallel):
         return model, said
     found = DataParallel.of_wrapper(model)

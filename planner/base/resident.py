@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graph_capture.private_torch.tensors import is_zero_tensor
+from graph_capture.spread_out import local_part
 
 from .forward_slot import StandIn
 from .training_step import (
@@ -85,7 +86,7 @@ def resident_bytes_by_category(
 def storage_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
     """Return the bytes of the distinct storages of the tensors on the device."""
     sizes: dict[int, int] = {}
-    for t in tensors:
+    for t in map(local_part, tensors):
         # A tensor that is known to be zero, as some gradients are, has no memory.
         if t.device == device and t.layout == torch.strided and not is_zero_tensor(t):
             storage = t.untyped_storage()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import nn
 
+from graph_capture.private_torch.sharding import gathered_group_of
 from graph_capture.spread_out import is_sharded
 
 from ..base.forward_slot import Forward, Forwards, forward_set, own_forward, stand_in_of
@@ -19,10 +21,13 @@ from ..running.attach import (
     apply_plan,
     apply_unseen,
     captured_plan,
+    look_at_first_call,
     remove_plan,
 )
 from ..running.planned_forward import PlannedForward
+from ..running.same_plan import check_same_plan
 from .block_record import BlockParts
+from .looking_at_shards import LookAtShards
 
 POLICIES: tuple[OnShapeChange, ...] = ("error", "unplanned")
 
@@ -58,6 +63,7 @@ class AppliedBlocks:
 
 def apply_blocks(
     model: nn.Module,
+    step: PlanRecord,
     parts: BlockParts,
     live: Sequence[LiveState | None],
     on_shape_change: OnShapeChange,
@@ -73,6 +79,8 @@ def apply_blocks(
             f"this {type(model).__name__} has a plan of the whole step: Plan.remove(model) first"
         )
     modules = {path: _at(model, path) for path in parts.plan_of}
+    _compare_plans(step, modules.values())
+    look = LookAtShards.of(step)
     done: list[nn.Module] = []
     try:
         for path, module in modules.items():
@@ -85,6 +93,7 @@ def apply_blocks(
                     apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
             except PlanMismatchError as error:
                 raise PlanMismatchError(f"block {path!r}: {error}") from error
+            look_at_first_call(module, look)
             done.append(module)
     except BaseException:
         for module in done:
@@ -121,6 +130,20 @@ def planned_forwards(
             raise PlanMismatchError(f"block {path!r}: {error}") from error
         planned.append((module, PlannedForward(module, plan, state, captured)))
     return planned, own
+
+
+def _compare_plans(step: PlanRecord, blocks: Iterable[nn.Module]) -> None:
+    """Refuse a plan that is another one in other processes that shard the same blocks.
+
+    Where blocks are not sharded yet, these are all processes, if they are as many as planned.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    group = next(filter(None, map(gathered_group_of, blocks)), None)
+    if group is not None:
+        check_same_plan(step, group.mesh_info.shard_process_group)
+    elif step.holds.sharded is not None and dist.get_world_size() == step.holds.sharded.ranks:
+        check_same_plan(step)
 
 
 def _check_shapes(plan: PlanRecord, module: nn.Module) -> None:

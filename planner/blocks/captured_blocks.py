@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -114,19 +114,25 @@ class Capturing:
         forward = original_forward(self.model)
         calls = OpaqueCalls(self.modules, self._form_of, self.target.torch_type)
 
-        optimizer = measure_optimizer(self.spec.optimizer, self.model, self.target)
+        optimizer, holds = self.spec.optimizer, self.spec.holds
+        if holds.sharded is None:
+            updated = measure_optimizer(optimizer, self.model, self.target)
+        else:
+            shard_of = holds.sharded.shard_of
+            updated = measure_optimizer(optimizer, self.model, self.target, part_of=shard_of)
+            holds = replace(holds, sharded=None, grads="none")  # which comes later
         for _ in range(MAX_ROUNDS):
             try:
                 rest = capture_step(
                     self.model,
                     arguments,
                     loss=self.spec.loss_fn,
-                    optimizer=optimizer,
+                    optimizer=updated,
                     forward=calls.around(forward),
                     target=self.target,
                     cost_model=self.spec.cost_model,
                     progress=self.progress,
-                    holds=self.spec.holds,
+                    holds=holds,
                 )
             except UnknownFormError as unknown:
                 with unknown.autocast.holding():

@@ -22,6 +22,8 @@ from solvers.block_plans.stepping import Block, BlockCall, BlockedStep
 
 from ..base.step_spec import StepSpec
 from .captured_blocks import Capturing, DistinctBlock, UnfitBlockError
+from .sharded_groups import sharded_groups
+from .sharded_step import sharded_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ def _joined(
     around = _Rest(rest)
     planned = [_Inside.planned(block.captured) for block in blocks]
     eager = [_Inside.eager(block.captured) for block in blocks]
+    holds = capturing.spec.holds
     num_bytes = sum(
         block.captured.step.before_checks.num_bytes for block in (blocks[b] for b in of)
     )
@@ -106,8 +109,14 @@ def _joined(
         )
         for insides in (planned, eager)
     ]
+    if holds.sharded is not None:
+        groups = sharded_groups(capturing.model, rest, calls, holds.sharded)
+        steps = [
+            sharded_step(step, groups, holds.sharded, accumulates=holds.accumulates)
+            for step in steps
+        ]
     return CapturedBlocks(
-        rest=rest,
+        rest=replace(rest, holds=holds),
         blocks=blocks,
         step=steps[0],
         eager=steps[1],

@@ -369,6 +369,8 @@ def _part(
 def _whole_step(spec: StepSpec, request: Request, captured: CapturedBlocks) -> WholeStep | None:
     """Solve the whole step under the same budget for a while, for its bound."""
     limit_s = WHOLE_SHARE * request.options.time_limit_s
+    if spec.holds.sharded is not None:
+        return None  # no rank has the whole step
     if captured.step.whole.num_operators > MOST_OPERATORS or limit_s <= 0:
         return None
     try:

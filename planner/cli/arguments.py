@@ -52,7 +52,10 @@ Resident = Annotated[
 
 Around = Annotated[
     str | None,
-    typer.Option(help="ddp, or e.g. ddp:gradient_as_bucket_view: the wrapper it trains in"),
+    typer.Option(
+        help="ddp, or e.g. ddp:gradient_as_bucket_view: the wrapper it trains in; with blocks "
+        "fsdp2:ranks=8, one rank's memory"
+    ),
 ]
 
 _DTYPES = {
@@ -135,8 +138,8 @@ def read_holds(outputs: str, grads: str, resident: str, distributed: str | None)
         holds = LoopHolds.of(outputs, grads, resident_bytes, distributed=distributed)
     except ValueError as error:
         fail(f"{error}".replace("resident_bytes", "--resident"))
-    named = ("outputs", "grads", "resident_bytes", "distributed")
-    return {name: getattr(holds, name) for name in named}
+    named = ("outputs", "grads", "resident_bytes")
+    return {**{name: getattr(holds, name) for name in named}, "distributed": holds.around}
 
 
 def read_blocks(text: str | None) -> dict[str, Any]:

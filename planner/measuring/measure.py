@@ -33,7 +33,8 @@ Known imperfections
 - On CPU, a block that existed before the step and is freed inside it counts as if it
   stayed: its free is not reported, or is reported with the size of an earlier block at
   the same address. Resident tensors are therefore kept until the record has ended.
-- On CPU, allocations of threads other than the caller's are not reported.
+- On CPU, allocations of threads other than the caller's are not reported, nor are frees:
+  gloo's threads at times free a buffer of a collective, which then seems to stay.
 - Tensors that only a Python closure nested in another object holds are not found as
   resident.
 """
@@ -53,9 +54,11 @@ from torch import nn
 
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
 from graph_capture.data_parallel import bucket_bytes
+from graph_capture.fully_sharded import FullySharded
 from graph_capture.loop_holds import NOTHING_ELSE, Grads, LoopHolds, Outputs
 from graph_capture.private_torch.devices import cublas_workspace_clearer
 from graph_capture.private_torch.tensors import is_zero_tensor
+from graph_capture.spread_out import local_part
 
 from ..base.data_parallel import Distributed, wrapped_by
 from ..base.resident import (
@@ -201,8 +204,9 @@ def measure(
         What the loop around the step holds, as for :func:`planner.optimize`. ``None`` for
         what the applied plan says; without one, outputs and nothing else. Nothing shows
         where the caller's other tensors lie: ``resident_bytes`` is added to what is
-        measured, and so are buckets. Of a ``DistributedDataParallel`` real steps of all
-        processes are run, which have to call this together.
+        measured, and so are buckets. Of a ``DistributedDataParallel``, and of a model that
+        ``fully_shard`` has sharded, real steps of all processes are run, which have to call
+        this together; the figures are this process's.
 
     Returns
     -------
@@ -239,6 +243,11 @@ def measure(
         planned.concurrent_calls if concurrent_calls is None else concurrent_calls,
         around,
     )
+    if isinstance(around, FullySharded):
+        raise ValueError(
+            f"leave distributed={str(around)!r} out: a model that fully_shard has sharded is "
+            "measured as it is, by all ranks together"
+        )
     buckets = 0 if around is None else bucket_bytes(around, model.parameters(), device.type)
     with preserve_state(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
@@ -349,7 +358,8 @@ def record_peak(
         memory, but not the tensors, is held during the call, so that nothing is freed
         whose allocation was not recorded.
     """
-    dense = [t for t in resident if t.layout == torch.strided and not is_zero_tensor(t)]
+    local = map(local_part, resident)
+    dense = [t for t in local if t.layout == torch.strided and not is_zero_tensor(t)]
     kept = [t.untyped_storage() for t in dense] if device.type == "cpu" else []
     resident.clear()
     del dense

@@ -44,6 +44,7 @@ _OF_CATEGORY = {
     "resident": RESIDENT,
     "waiting": RESIDENT,
     "bucket": GRADIENTS,
+    "gathered": MODEL,
 }
 
 

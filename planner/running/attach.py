@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -143,6 +143,13 @@ def apply_unseen(plan: PlanRecord, model: nn.Module, on_shape_change: OnShapeCha
     For a module whose parameters are only there while it is called.
     """
     _put(model, PlannedForward(model, plan, None, None, on_shape_change, {}))
+
+
+def look_at_first_call(model: nn.Module, look: Callable[[nn.Module], None]) -> None:
+    """Have a planned module shown to a function in its first planned call."""
+    planned = _planned_forward(model)
+    assert planned is not None
+    planned.at_first_call = look
 
 
 def _put(model: nn.Module, planned: PlannedForward) -> None:

@@ -112,6 +112,7 @@ class PlannedForward(StandIn):
         self.watching = False
         self.tally = Tally()
         self._ahead: list[PlanRecord] = []  # made for other calls before the loop began
+        self.at_first_call: Callable[[nn.Module], None] | None = None  # to look at surroundings
         self._begin(plan, live, captured)
 
     def _begin(
@@ -224,6 +225,9 @@ class PlannedForward(StandIn):
         prepared = call.prepared[0]
         self._say_gradients_held(call)
         self._say_buckets(call)
+        if self.at_first_call is not None:
+            look, self.at_first_call = self.at_first_call, None
+            look(self.model)
         if prepared.guard.replaced_bytes:
             self._say_held(
                 call,
@@ -453,6 +457,7 @@ class PlannedForward(StandIn):
         twin.own_forward = copy.deepcopy(self.own_forward, memo)
         twin.watching = twin._watch_is_due = self.watching
         twin.removed = self.removed
+        twin.at_first_call = copy.deepcopy(self.at_first_call, memo)
         for plan in self._ahead:
             twin.add(plan, None, None)
         return twin

@@ -39,7 +39,8 @@ def check_same_plan(
     """Refuse to train where the processes of a group do not have the same plan.
 
     Every process of the group has to call this, as often as the others. Either all return,
-    or all raise. Applying a plan to a ``DistributedDataParallel`` calls it.
+    or all raise. Applying a plan to a ``DistributedDataParallel`` calls it, and so does applying
+    a plan in blocks to a model that ``fully_shard`` has sharded.
 
     Parameters
     ----------
@@ -110,10 +111,17 @@ def _decided(plan: PlanRecord | nn.Module) -> dict[str, str]:
     if isinstance(plan, nn.Module):
         applied = applied_plan(plan)
         if applied is None:
-            return {"plan": _NO_PLAN}
+            return _in_blocks(plan)
         made_ahead = sorted(_hash(_of_plan(other)) for other in applied.other_plans)
         return {**_of_plan(applied.plan), "plans for other calls": _hash(made_ahead)}
     return {**_of_plan(plan), "plans for other calls": _hash([])}
+
+
+def _in_blocks(model: nn.Module) -> dict[str, str]:
+    """Likewise of plans inside a model's blocks."""
+    found = {path: applied_plan(module) for path, module in model.named_modules()}
+    plans = {path: _of_plan(applied.plan) for path, applied in found.items() if applied}
+    return {"plans in blocks": _hash(plans)} if plans else {"plan": _NO_PLAN}
 
 
 def _of_plan(plan: PlanRecord) -> dict[str, str]:

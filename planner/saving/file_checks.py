@@ -144,6 +144,8 @@ def _check_loop_holds(plan: PlanRecord) -> None:
     buckets = any(s.category == "bucket" for s in graph.storages)
     if buckets != (holds.distributed is not None):
         raise ValueError("at storages: buckets and loop_holds.distributed do not fit")
+    if any(s.category == "gathered" for s in graph.storages) != (holds.sharded is not None):
+        raise ValueError("at storages: what is gathered and loop_holds.distributed do not fit")
     for storage in graph.storages:
         made_before_loss = (
             storage.category == "output"

@@ -33,6 +33,7 @@ _HEADINGS = {
     "resident": "caller's own",
     "waiting": "other calls",
     "bucket": "buckets",
+    "gathered": "gathered",
     "library_workspace": "library workspace",
 }
 

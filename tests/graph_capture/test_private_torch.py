@@ -30,6 +30,7 @@ from graph_capture.private_torch import (
     profiler,
     replacing,
     settings,
+    sharding,
     tensors,
     trees,
 )
@@ -38,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "graph_capture" / "private_torch"
 ROOMS = (
     *(aten, autograd, compiler, devices, dispatch, fake_tensors, inductor, modules, operators),
-    *(processes, profiler, replacing, settings, tensors, trees),
+    *(processes, profiler, replacing, settings, sharding, tensors, trees),
 )
 NAMES = {
     f"{room.__name__.rpartition('.')[2]}.{n}": (room, n) for room in ROOMS for n in room.__all__
@@ -274,6 +275,21 @@ def _buckets_found() -> bool:
     return "self._module_parameters = " in source  # making one takes a process group
 
 
+def _groups_found() -> bool:
+    folder = Path(torch.distributed.__file__).parent / "fsdp" / "_fully_shard"
+    state, group, parameter = (
+        (folder / f"_fsdp_{part}.py").read_text("utf-8")
+        for part in ("state", "param_group", "param")
+    )  # sharding a module takes a process group
+    names = ("mesh_info", "post_forward_mesh_info", "mp_policy", "reduce_grads", "fsdp_params")
+    return (
+        sharding.gathered_group_of(MODULE) is None
+        and "_fsdp_param_group" in state
+        and all(re.search(rf"self\.{name}(: bool)? =", group) for name in names)
+        and "self.sharded_param = " in parameter
+    )
+
+
 TREE = trees.tree_flatten(NESTED)[1]
 MODULE = nn.Sequential(nn.BatchNorm1d(2))
 QKV = (torch.ones(1, 1, 2, 4),) * 3
@@ -428,6 +444,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "modules.has_backward_hooks": _hooked,
     "modules.active_data_parallel": lambda: modules.active_data_parallel() is None,
     "modules.bucketed_parameters_of": _buckets_found,
+    "sharding.gathered_group_of": _groups_found,
     "settings.onednn_enabled": lambda: settings.onednn_enabled() is True,
     "settings.cudnn_enabled": lambda: settings.cudnn_enabled() == torch.backends.cudnn.enabled,
     "settings.flash_attention_enabled": lambda: settings.flash_attention_enabled() is True,

@@ -154,14 +154,26 @@ def test_a_plan_for_a_wrapper_says_so_and_is_validated_without_one():
 def test_words_that_do_not_fit_are_refused():
     """Unknown options, other options than the wrapper's, and gradients that nothing frees."""
     asked = {"budget_gb": 1, "loss_fn": square}
-    for word in ("fsdp", "ddp:views", 1):
+    for word in ("ddq", "ddp:views", 1):
         with pytest.raises(ValueError, match="distributed is None, 'ddp', or 'ddp:' and some of"):
             optimize(make(), sample(), distributed=word, **asked)
+    with pytest.raises(ValueError, match="fully_shard is 'fsdp2:ranks=2'"):
+        optimize(make(), sample(), distributed="fsdp", **asked)
     wrapper = DistributedDataParallel(make())
-    with pytest.raises(ValueError, match="the model is wrapped as 'ddp'"):
-        optimize(wrapper, sample(), distributed="ddp:static_graph", **asked)
+    for word in ("ddp:static_graph", "fsdp2:ranks=2"):
+        with pytest.raises(ValueError, match="the model is wrapped as 'ddp'"):
+            optimize(wrapper, sample(), distributed=word, **asked)
     with pytest.raises(ValueError, match="hold every gradient to the end"):
         optimize(wrapper, sample(), grads="consumed", **asked)
+
+
+def test_fully_shard_is_counted_in_blocks_only():
+    """Any other plan, and a measurement, says what to do instead."""
+    word = {"loss_fn": square, "distributed": "fsdp2:ranks=2"}
+    with pytest.raises(ValueError, match="granularity='blocks'"):
+        optimize(make(), sample(), budget_gb=1, **word)
+    with pytest.raises(ValueError, match="measured as it is, by all ranks together"):
+        measure(make(), sample(), **word)
 
 
 def test_a_file_whose_buckets_do_not_fit_its_word_is_refused():

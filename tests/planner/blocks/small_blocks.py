@@ -63,3 +63,32 @@ def small_plan(budget: str = "70%") -> BlockPlan:
     )
     assert isinstance(plan, BlockPlan)
     return plan
+
+
+ROWS = 256
+
+
+def deep() -> Small:
+    """The model with six blocks, more of which are between the first and the last."""
+    return small(num_layers=6)
+
+
+def deep_plan(
+    word: str | None, budget: str = "75%", dtype: torch.dtype = torch.float32
+) -> BlockPlan:
+    """A plan in blocks that repeats something, for one rank of ``fully_shard`` if it says so."""
+    x, target = batch(ROWS)
+    plan = optimize(
+        deep().to(dtype),
+        (x.to(dtype), target),
+        budget=budget,
+        optimizer="adamw",
+        granularity="blocks",
+        blocks="layers.*",
+        distributed=word,
+        grads="accumulated" if word is not None and "no_sync" in word else "none",
+        time_limit_s=0.6,
+    )
+    assert isinstance(plan, BlockPlan)
+    assert plan.schedule.recomputed()
+    return plan

@@ -118,3 +118,14 @@ def test_the_shell_names_a_wrong_pattern() -> None:
     done = CliRunner().invoke(app, ["plan", TARGET, "--budget=70%", "--blocks=layer.*"])
     assert done.exit_code == 1
     assert "no module of this Small is at 'layer.*'" in done.stderr
+
+
+def test_the_shell_plans_for_one_rank() -> None:
+    """``--distributed fsdp2:ranks=2`` with ``--blocks``; without them the line says so."""
+    words = ["plan", TARGET, "--budget=80%", "--distributed=fsdp2:ranks=2", "--time-limit-s=0.6"]
+    made = CliRunner().invoke(app, [*words, "--blocks=layers.*"])
+    assert made.exit_code == 0, made.output
+    assert "one rank's part of fsdp2:ranks=2" in made.stdout
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 1
+    assert "counted in plans in blocks only" in refused.stderr
