@@ -27,6 +27,7 @@ from .max_batch import max_batch
 from .measuring.measure import Measurement, measure
 from .measuring.validation import Figure, Validation
 from .optimize import optimize
+from .pipeline import PipelinePlan, PlannedStage, Stage, plan_pipeline
 from .plan import Plan
 from .plan_record import PeakMemory
 from .plan_set import PlanSet
@@ -64,14 +65,17 @@ __all__ = [
     "Measurement",
     "MoreMemory",
     "PeakMemory",
+    "PipelinePlan",
     "Plan",
     "PlanError",
     "PlanMismatchError",
     "PlanSet",
     "PlanWarning",
+    "PlannedStage",
     "Profile",
     "Recomputation",
     "RowOutcome",
+    "Stage",
     "Validation",
     "Why",
     "Watched",
@@ -84,6 +88,7 @@ __all__ = [
     "max_batch",
     "measure",
     "optimize",
+    "plan_pipeline",
     "show_versions",
     "unplanned",
     "watch",

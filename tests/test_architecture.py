@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planner.measuring", "planner.sizing", "planner.blocks", "planner.compiled"),
     ("planner.plan",),
     ("planner.plan_set", "planner.block_plan"),
-    ("planner.optimize", "planner.max_batch", "planner.comparing"),
+    ("planner.optimize", "planner.max_batch", "planner.comparing", "planner.pipeline"),
     ("planner.watch", "planner.frontier"),
     ("planner.versions",),
     ("planner",),
