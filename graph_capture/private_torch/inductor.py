@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .compiler import functorch_config, inductor_config
+from .inductor_fusion import fusing_as_told
 from .replacing import Place
 
 
@@ -62,6 +63,7 @@ def generate_code(
     output.meta["user_visible_output_idxs"] = list(range(num_visible))
     num_static = utils.count_tangents(module) if is_backward else len(inputs)
     with ExitStack() as stack:
+        stack.enter_context(fusing_as_told())
         stack.enter_context(Place(graph.GraphLowering, "compile_to_module").holding(stop))
         stack.enter_context(Place(graph, "get_donated_idxs").holding(lambda: list(donated)))
         stack.enter_context(
@@ -98,11 +100,14 @@ def kernels_do_nothing() -> Iterator[None]:
 def partitioning_by(partitioner: Any) -> Iterator[None]:
     """While active, Inductor partitions by ``custom_partitioner_fn``; 2.11+.
 
-    AOTAutograd's cache is off, as nobody is asked on its hits.
+    AOTAutograd's cache is off, as nobody is asked on its hits. Backward is compiled at once, under
+    the same rules of fusion as forward, and not when it is first run.
     """
+    settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with ExitStack() as stack:
         stack.enter_context(inductor_config().patch(custom_partitioner_fn=partitioner))
-        stack.enter_context(functorch_config().patch(enable_autograd_cache=False))
+        stack.enter_context(functorch_config().patch(settings))
+        stack.enter_context(fusing_as_told())
         yield
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from graph_capture.private_torch.compiler import saved_description
+from graph_capture.private_torch.inductor_fusion import FusionRules, KernelPlace, put
 from graph_capture.purity import draws
 from graph_capture.recorder import storage_id
 from solvers.replay import InvalidScheduleError
@@ -29,8 +30,16 @@ from .joint_step import is_number, is_view, items_of, makes_memory, tensors_of
 from .priced_step import PricedStep
 
 
-def emit(priced: PricedStep, schedule: Schedule) -> tuple[GraphModule, GraphModule]:
+def emit(
+    priced: PricedStep, schedule: Schedule, rules: FusionRules | None = None
+) -> tuple[GraphModule, GraphModule]:
     """Build forward and backward for a schedule, which must have passed replay.
+
+    Parameters
+    ----------
+    rules
+        Which runs Inductor may join; it then stores what the cost graph counts as stored.
+        ``None`` leaves both to Inductor.
 
     Returns
     -------
@@ -40,15 +49,15 @@ def emit(priced: PricedStep, schedule: Schedule) -> tuple[GraphModule, GraphModu
     step = priced.step
     at_turn = schedule.order.index(priced.turn)
     repeated = schedule.recomputed().keys()
-    forward = _Region(priced, None, repeated)
+    forward = _Region(priced, None, repeated, rules)
     for primal in step.primals:
         forward.declare(primal)
-    forward.run(schedule.order[:at_turn])
+    forward.run(schedule.order[:at_turn], 0)
     outputs = [forward.result(value) for value in step.outputs]
-    backward = _Region(priced, forward, repeated)
+    backward = _Region(priced, forward, repeated, rules)
     for tangent in step.tangents:
         backward.declare(tangent)
-    backward.run(schedule.order[at_turn + 1 :])
+    backward.run(schedule.order[at_turn + 1 :], at_turn + 1)
     gradients = [backward.result(value) for value in step.gradients]
 
     numbers = [n for n in backward.taken if is_number(n)]
@@ -92,9 +101,15 @@ class _Region:
     """Writes runs into one graph and knows the current value of each node of the joint graph."""
 
     def __init__(
-        self, priced: PricedStep, earlier: _Region | None, repeated: Collection[int]
+        self,
+        priced: PricedStep,
+        earlier: _Region | None,
+        repeated: Collection[int],
+        rules: FusionRules | None,
     ) -> None:
         self._priced = priced
+        self._rules = rules
+        self._run = 0
         self._wanted_states = {priced.state_of[v] for v in repeated if v in priced.state_of}
         self._earlier = earlier
         self.graph = Graph()
@@ -160,7 +175,19 @@ class _Region:
         return new
 
     def _copy(self, node: Node) -> Node:
-        return self._noted(self.graph.node_copy(node, self.value))
+        new = self._noted(self.graph.node_copy(node, self.value))
+        if self._rules is not None:
+            put(new, KernelPlace(self._run, self._is_stored(node), self._rules))
+        return new
+
+    def _is_stored(self, node: Node) -> bool:
+        """Whether a call makes one tensor, whose memory the cost graph counts."""
+        made = node.meta.get("val")
+        return (
+            isinstance(made, torch.Tensor)
+            and makes_memory(node)
+            and storage_id(made) in self._priced.storage_of
+        )
 
     def _noted(self, new: Node) -> Node:
         if self._first_call is None:
@@ -177,9 +204,9 @@ class _Region:
 
     # -- runs --------------------------------------------------------------------------
 
-    def run(self, order: Sequence[int]) -> None:
-        """Write runs in order."""
-        for v in order:
+    def run(self, order: Sequence[int], first: int) -> None:
+        """Write runs in order; ``first`` is the place of the first one in the schedule."""
+        for self._run, v in enumerate(order, first):
             if v in self._wanted_states:
                 self._record(self._priced.state_nodes[v])
             again = v in self._has_run

@@ -1,10 +1,13 @@
 """Choose what Inductor gets: a partition whose compiled code stays within the budget.
 
-The cost graph predicts fusion by rule, and the code that Inductor generates shows what it
-takes. So the two are brought together in rounds: solve, emit, generate code and read its peak.
-Where that is above the budget, the next solve gets as much less; where it is far below and
-something is recomputed, as much more. PyTorch's own partition is tried first: where it fits,
-nothing is to be solved.
+The cost graph predicts fusion by rule. What a schedule counts on is then held
+(:mod:`planner.compiled.held_fusion`), and the code that Inductor generates shows what it takes.
+So the two are brought together in rounds: solve, emit, generate code and read its peak. Where
+that is above the budget, the next solve gets as much less; where it is far below and something
+is recomputed, as much more; between a target that was too high and one that fits, the middle.
+PyTorch's own partition is tried first: where it fits, nothing is to be solved. Before a budget
+is refused, schedules of the least memory are read, which do not depend on the budget: so what
+the error names as the least is found again.
 
 Generated code is read on the CPU only. Elsewhere the plan goes by the rules of fusion, in one
 round, and a warning says so.
@@ -13,7 +16,9 @@ round, and a warning says so.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.fx import GraphModule
@@ -27,13 +32,14 @@ from ..base.budget import Budget
 from ..errors import InfeasibleBudgetError, PlanWarning
 from ..planning.known_least import known_least_memory
 from .emit import emit
+from .held_fusion import WithinMemory
 from .lowered_peak import lowered_extra_bytes
 from .options import CompiledOptions
-from .priced_step import PricedStep, unplanned_peak_bytes, without_unused_states
+from .priced_step import PricedStep, unplanned_peak_bytes
 from .solve_step import solve_step
 
-MOST_ROUNDS = 3
-"""Times that a graph is solved and lowered; the second round ends it nearly always."""
+NEAR_THE_LEAST = (1.0, 1.02, 1.05)
+"""Shares of the least predicted memory that are solved for before a budget is refused."""
 
 WORTH_A_ROUND = 0.02
 """Share of the budget that must be unused for another round of a plan that recomputes."""
@@ -95,43 +101,90 @@ def choose(
     theirs = Lowered(forward=own[0], backward=own[1], peak_bytes=lower(*own))
     if theirs.peak_bytes <= usable_bytes:
         return theirs, theirs
-    best: Lowered | None = None
-    lowest = theirs
-    target_bytes = usable_bytes
-    for _ in range(MOST_ROUNDS):
-        target_bytes = max(target_bytes, _least_bytes(priced, target_bytes, options.solving.seed))
+    search = _Search(priced, options, lower)
+    best = search.within(usable_bytes)
+    if best is None:
+        near = search.near_the_least()
+        fitting = [found for found in near if found.peak_bytes <= usable_bytes]
+        if not fitting:
+            raise _nothing_fits(budget, min((*near, theirs), key=lambda found: found.peak_bytes))
+        best = min(fitting, key=_cost_ns)
+    return best, theirs
+
+
+class _Search:
+    """Solves for targets and reads what comes of them, each once."""
+
+    def __init__(
+        self,
+        priced: PricedStep,
+        options: CompiledOptions,
+        lower: Callable[[GraphModule, GraphModule], int],
+    ) -> None:
+        self._priced, self._options, self._lower = priced, options, lower
+        self._found: dict[int, Lowered] = {}
+        self._most_bytes = replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes
+
+    def within(self, usable_bytes: int) -> Lowered | None:
+        """The fastest plan found whose compiled code takes no more, or ``None``."""
+        best: Lowered | None = None
+        fits_bytes, too_high_bytes = 0, self._most_bytes + 1
+        target_bytes = usable_bytes
+        for _ in range(self._options.rounds):
+            target_bytes = self._allowed(target_bytes)
+            if target_bytes in self._found:
+                break
+            found = self._at(target_bytes)
+            over_bytes = found.peak_bytes - usable_bytes
+            if over_bytes <= 0:
+                fits_bytes = max(fits_bytes, target_bytes)
+                if best is None or _cost_ns(found) < _cost_ns(best):
+                    best = found
+                unused = -over_bytes / usable_bytes
+                if unused <= WORTH_A_ROUND or _cost_ns(found) <= self._priced.graph.base_cost_ns:
+                    break
+            else:
+                too_high_bytes = min(too_high_bytes, target_bytes)
+            target_bytes -= over_bytes
+            if fits_bytes and not fits_bytes < target_bytes < too_high_bytes:
+                target_bytes = (fits_bytes + too_high_bytes) // 2
+            if too_high_bytes - fits_bytes <= WORTH_A_ROUND * usable_bytes:
+                break
+        return best
+
+    def near_the_least(self) -> list[Lowered]:
+        """What comes of the least memory that the rules of fusion allow for, and a little more."""
+        least_bytes = self._least_bytes
+        return [self._at(self._allowed(round(f * least_bytes))) for f in NEAR_THE_LEAST]
+
+    @cached_property
+    def _least_bytes(self) -> int:
+        return known_least_memory(self._priced.graph, self._options.solving.seed).peak_bytes
+
+    def _allowed(self, target_bytes: int) -> int:
+        if self._most_bytes <= target_bytes:
+            return self._most_bytes
+        return max(target_bytes, self._least_bytes)
+
+    def _at(self, target_bytes: int) -> Lowered:
+        if target_bytes not in self._found:
+            self._found[target_bytes] = self._solved(target_bytes)
+        return self._found[target_bytes]
+
+    def _solved(self, target_bytes: int) -> Lowered:
         target = Budget(total_bytes=target_bytes, headroom_bytes=0)
-        result = solve_step(priced, target, options.solving)
+        result = solve_step(self._priced, target, self._options.solving)
         assert result.schedule is not None
-        forward, backward = emit(priced, result.schedule)
-        found = Lowered(
+        replayed = replay(self._priced.graph, result.schedule)
+        rules = WithinMemory(memory_bytes=replayed.memory_bytes, limit_bytes=target_bytes)
+        forward, backward = emit(self._priced, result.schedule, rules)
+        return Lowered(
             forward=forward,
             backward=backward,
-            peak_bytes=lower(forward, backward),
+            peak_bytes=self._lower(forward, backward),
             schedule=result.schedule,
             result=result,
         )
-        predicted_bytes = replay(
-            without_unused_states(priced, result.schedule), result.schedule
-        ).peak_bytes
-        if found.peak_bytes < lowest.peak_bytes:
-            lowest = found
-        over_bytes = found.peak_bytes - usable_bytes
-        if over_bytes <= 0 and (best is None or _cost_ns(found) < _cost_ns(best)):
-            best = found
-        if over_bytes <= 0 and _cost_ns(found) <= priced.graph.base_cost_ns:
-            break
-        if over_bytes > 0 and best is not None:
-            break
-        if 0 <= -over_bytes <= WORTH_A_ROUND * usable_bytes:
-            break
-        next_bytes = min(target_bytes, predicted_bytes) - over_bytes
-        if next_bytes == target_bytes:
-            break
-        target_bytes = next_bytes
-    if best is None:
-        raise _nothing_fits(budget, lowest)
-    return best, theirs
 
 
 BY_RULE = (
@@ -168,13 +221,6 @@ def _by_rule(
         result=result,
     )
     return found, theirs
-
-
-def _least_bytes(priced: PricedStep, target_bytes: int, seed: int) -> int:
-    """The least that the rules of fusion allow for; compiled code may take less."""
-    if replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes <= target_bytes:
-        return 0
-    return known_least_memory(priced.graph, seed).peak_bytes
 
 
 def _cost_ns(found: Lowered) -> int:

@@ -35,6 +35,8 @@ class CompiledOptions:
         parameters that it does not use.
     on_plan
         Is told each plan, once it is made.
+    rounds
+        How often a graph is solved and lowered by Inductor to find a plan whose code fits.
     solving
         How hard to search for a schedule.
     """
@@ -44,12 +46,16 @@ class CompiledOptions:
     lower: Lower = "inductor"
     resident_bytes: int = 0
     on_plan: Callable[[CompiledPlan], Any] | None = None
+    rounds: int = 4
     solving: SolveOptions = field(default_factory=lambda: SolveOptions(time_limit_s=10.0))
 
     @property
     def name(self) -> str:
-        """What a plan depends on besides the graph, for caches of compiled code."""
-        return f"remat-planner: {replace(self, on_plan=None)}"
+        """What a plan depends on besides the graph, for caches of compiled code.
+
+        The number is that of the rules by which kernels are fused.
+        """
+        return f"remat-planner 2: {replace(self, on_plan=None)}"
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> CompiledOptions:
@@ -83,6 +89,9 @@ class CompiledOptions:
         on_plan = given.get("on_plan")
         if on_plan is not None and not callable(on_plan):
             raise ValueError(f"on_plan is a function of a plan, got {on_plan!r:.100}")
+        rounds = given.get("rounds", 4)
+        if type(rounds) is not int or rounds < 1:
+            raise ValueError(f"rounds is a number from 1, got {rounds!r:.100}")
         holds = LoopHolds.of("held", "none", given.get("resident_bytes", 0))
         solving = {"time_limit_s": 10.0, **{k: given[k] for k in _SOLVING if k in given}}
         return cls(
@@ -91,6 +100,7 @@ class CompiledOptions:
             lower=lower,
             resident_bytes=holds.resident_bytes,
             on_plan=on_plan,
+            rounds=rounds,
             solving=SolveOptions(**solving),
         )
 

@@ -24,6 +24,7 @@ from graph_capture.private_torch import (
     dispatch,
     fake_tensors,
     inductor,
+    inductor_fusion,
     modules,
     operators,
     processes,
@@ -38,8 +39,8 @@ from graph_capture.private_torch import (
 ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "graph_capture" / "private_torch"
 ROOMS = (
-    *(aten, autograd, compiler, devices, dispatch, fake_tensors, inductor, modules, operators),
-    *(processes, profiler, replacing, settings, sharding, tensors, trees),
+    *(aten, autograd, compiler, devices, dispatch, fake_tensors, inductor, inductor_fusion),
+    *(modules, operators, processes, profiler, replacing, settings, sharding, tensors, trees),
 )
 NAMES = {
     f"{room.__name__.rpartition('.')[2]}.{n}": (room, n) for room in ROOMS for n in room.__all__
@@ -309,6 +310,32 @@ def _partitions() -> bool:
     return inside is partitioner and config.custom_partitioner_fn is None
 
 
+def _fuses_as_told() -> bool:
+    from torch._inductor import graph
+    from torch._inductor.virtualized import V
+
+    before, run_node = V.choices, graph.GraphLowering.run_node
+    with inductor_fusion.fusing_as_told():
+        told = V.choices is not before and graph.GraphLowering.run_node is not run_node
+    return told and V.choices is before and graph.GraphLowering.run_node is run_node
+
+
+class _Never:
+    """Rules that join nothing."""
+
+    def for_one_lowering(self) -> inductor_fusion.JoinOnce:
+        return lambda runs, num_bytes: False
+
+
+PLACED = inductor_fusion.KernelPlace(1, False, _Never())
+
+
+def _puts() -> bool:
+    node = torch.fx.Graph().placeholder("x")
+    inductor_fusion.put(node, PLACED)
+    return PLACED in node.meta.values()
+
+
 def _registers() -> bool:
     from torch._dynamo.backends import registry
 
@@ -503,6 +530,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "inductor.generate_code": lambda: callable(inductor.generate_code),
     "inductor.kernels_do_nothing": _kernels_do_nothing,
     "inductor.partitioning_by": _partitions,
+    "inductor_fusion.KernelPlace": lambda: PLACED.run == 1,
+    "inductor_fusion.fusing_as_told": _fuses_as_told,
+    "inductor_fusion.put": _puts,
     "compiler.forget_compiled_code": lambda: compiler.forget_compiled_code() is None,
 }
 
@@ -634,9 +664,10 @@ def test_ways_around_are_seen(source: str) -> None:
     assert _around_the_door(source)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(NAMES.keys() - {"replacing.Place", "inductor.GeneratedCode"})
-)  # ours
+NOT_OF_TORCH = {"replacing.Place", "inductor.GeneratedCode", "inductor_fusion.KernelPlace"}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES.keys() - NOT_OF_TORCH))
 def test_line_says_since_when(name: str) -> None:
     """The version is said beside a name, above it, or in its docstring."""
     room, short = NAMES[name]

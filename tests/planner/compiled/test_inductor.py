@@ -19,7 +19,7 @@ from planner.compiled import CompiledPlan, inductor_rounds, install
 from planner.compiled import lowered_peak as lowered
 from planner.measuring.measure import measure
 from solvers.replay import replay
-from tests.planner.compiled.models import assert_same, compiled, model_and_sample, step
+from tests.planner.compiled.models import WithLoss, assert_same, compiled, model_and_sample, step
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
@@ -154,6 +154,26 @@ def test_a_device_whose_code_is_not_read_gets_a_plan_by_rule(
         step(model, call, x)
     assert told[0].predicted_peak_bytes == replay(told[0].graph, told[0].schedule).peak_bytes
     assert "predicted by rule" in str(told[0])
+
+
+@pytest.mark.slow
+def test_least_budget_that_an_error_names_works() -> None:
+    """It is far below what Inductor's own fusion takes, and the step measures no more."""
+    torch.manual_seed(0)
+    model, x = WithLoss(num_blocks=6), torch.randn(128, 32)
+    call, _ = compiled(model, lower="inductor", budget_bytes=1000)
+    with pytest.raises(Exception, match="once Inductor has compiled it") as caught:
+        step(model, call, x)
+    least_bytes = caught.value.inner_exception.min_budget_bytes  # type: ignore[attr-defined]
+    call, plans = compiled(model, lower="inductor", budget_bytes=least_bytes)
+    found = step(model, call, x)
+    measured_bytes = measure(call, x, repeats=0).peak_bytes
+    assert measured_bytes == plans[0].predicted_peak_bytes <= least_bytes
+    torch.compiler.reset()
+    plain = torch.compile(model)
+    for name, value in step(model, plain, x).items():
+        torch.testing.assert_close(found[name], value)
+    assert measured_bytes < 0.6 * measure(plain, x, repeats=0).peak_bytes
 
 
 def test_install_is_for_inductor() -> None:
