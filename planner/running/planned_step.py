@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,20 +10,16 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from graph_capture.arrival_order import arranged
 from graph_capture.call_spec import parse_dtype, tensors_of
 from graph_capture.capture_lock import CAPTURE_LOCK
 from graph_capture.captured_step import CapturedStep
-from graph_capture.checks import Check, OutcomeChanged
-from graph_capture.consumption import in_turn
-from graph_capture.outputs import OutputTemplate
+from graph_capture.checks import OutcomeChanged
 from graph_capture.private_torch.autograd import at_end_of_backward, keeps_graph
 from graph_capture.private_torch.dispatch import (
     below_autograd,
     without_autocast,
     without_torch_function,
 )
-from graph_capture.recorder import storage_id
 
 from ..errors import (
     CallMismatchError,
@@ -39,13 +34,6 @@ from .autograd_nodes import (
     anchor,
     refuse_batched,
 )
-from .backward_segments import Segment, split
-from .bindings import (
-    Fetch,
-    fetch_of,
-    leave_of,
-    put_back_of,
-)
 from .generators import PutRightOnError
 from .out_of_memory import explain
 from .own_gradients import (
@@ -53,26 +41,17 @@ from .own_gradients import (
     own_gradients,
     set_generator,
 )
-from .rewrite import PlannedGraphs, compile_boxed
+from .rewrite import PlannedGraphs
+from .step_layout import StepLayout, has_sums, reads_what_it_writes, segments_of
+from .step_warnings import (
+    say_casts,
+    say_nan,
+    say_own_forward,
+    say_retained,
+    say_waiting,
+    what_changed,
+)
 from .tally import Tally
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """Where arguments come from and where results go, by position."""
-
-    fetch: tuple[Fetch, ...]  # inputs of the forward graph, from the call's tensors
-    saved_at: tuple[int, ...]  # positions of saved inputs among them
-    gradient_at: tuple[int | None, ...]  # for each input the index of its gradient
-    leaving: tuple[tuple[int, ...], ...]  # inputs whose gradients leave with each segment
-    differentiated: tuple[int, ...]
-    tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
-    template: OutputTemplate
-    put_back: tuple[Callable[[list[torch.Tensor]], None], ...]  # what forward replaces
-    leave: tuple[Callable[[], None], ...]  # plain values that forward puts into attributes
-    require: tuple[int, ...]  # tensors of the call that forward makes require grad
-    checks: tuple[Check, ...]
-    written_at: tuple[int, ...]  # positions of inputs that are written to before a check
 
 
 class PlannedStep:
@@ -114,14 +93,8 @@ class PlannedStep:
         self._own_forward, self._changed, self._tally = forward, changed, tally or Tally()
         self.device = captured.target.torch_device
         self._draws = bool(captured.state_of) or any(code.draws for code in captured.code)
-        self._rewrites_state = _reads_what_it_writes(captured)
-        inputs = list(graphs.forward_inputs)
-        inputs += [n for n in graphs.saved_inputs if n not in graphs.forward_inputs]
-        missing = [n for n, _ in step.gradients if n not in inputs]
+        self._rewrites_state = reads_what_it_writes(captured)
         self._num_forward = len(graphs.forward_inputs)
-        inputs += missing
-        position = {node: i for i, node in enumerate(inputs)}
-        gradient_of = {node: i for i, (node, _) in enumerate(step.gradients)}
         self._forward = graphs.forward.forward
         self._backward = graphs.backward.forward
         self._segments = segments_of(graphs, captured)
@@ -129,30 +102,18 @@ class PlannedStep:
             n.name for n in graphs.backward.graph.nodes if n.op == "placeholder"
         ]
         self._num_outputs = graphs.num_outputs
-        self._layout = _Layout(
-            fetch=tuple(fetch_of(node, model, step.constants) for node in inputs),
-            saved_at=tuple(position[n] for n in graphs.saved_inputs),
-            gradient_at=tuple(gradient_of.get(n) for n in inputs),
-            leaving=_leaving([gradient_of.get(n) for n in inputs], self._segments, captured),
-            differentiated=step.differentiated,
-            tangents=tuple(n.meta["val"] for n in step.tangents),
-            template=step.template,
-            put_back=tuple(put_back_of(entry, model) for entry in step.reassigned),
-            leave=tuple(leave_of(entry, model) for entry in step.left),
-            require=step.made_to_require,
-            checks=step.checks,
-            written_at=tuple(position[n] for n in step.before_checks.written if n in position),
-        )
+        self._layout = StepLayout.of(model, captured, graphs, self._segments)
         self._detached = step.detached
         self._num_concurrent = 1 if plan is None else plan.holds.concurrent_calls
-        self._is_summed = _has_sums(captured)
+        self._is_summed = has_sums(captured)
         self._region = AutocastRegion()
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
         if self._tally.waiting:
-            self._say_waiting(len(self._tally.waiting) + 1)
+            num_alive = len(self._tally.waiting) + 1
+            say_waiting(self._tally, num_alive, self._num_concurrent, is_summed=self._is_summed)
         if self._region.has_casts_of_old(self._model):
-            self._say_casts()
+            say_casts(self._tally)
         given = tensors_of(arguments)
         for i in self._layout.require:
             given[i].requires_grad_()
@@ -207,7 +168,7 @@ class PlannedStep:
         if changed is not None:
             for tensor, value in before:
                 _write_below_autograd(tensor, value)
-            raise OutcomeChangedError(_what_changed(changed, layout.checks[changed.place]))
+            raise OutcomeChangedError(what_changed(changed, layout.checks[changed.place]))
         del before
         exposed = self._num_outputs + self._graphs.num_exposed
         outputs, saved = results[: self._num_outputs], results[self._num_outputs : exposed]
@@ -265,11 +226,7 @@ class PlannedStep:
         private = call.saved
         if retained:
             private = list(private)
-            self._tally.say(
-                "retained",
-                "backward(retain_graph=True) through a planned model: what the plan saved stays "
-                "in memory during and after the backward pass, which the budget does not count",
-            )
+            say_retained(self._tally)
         else:
             self._let_go(call)
         boxed: list[torch.Tensor] = []
@@ -326,7 +283,7 @@ class PlannedStep:
                 without_torch_function(),
             ):
                 found = run()
-            self._say_nan(found)
+            say_nan(self._tally, found)
         except (RuntimeError, MemoryError) as error:
             self._explain(error, graph)
             raise
@@ -352,13 +309,7 @@ class PlannedStep:
                 f"{changed}. Change it after the last backward pass, or make the call under `with "
                 "planner.unplanned(model):`"
             )
-        self._tally.say(
-            "own forward",
-            "a backward pass from some of the outputs alone is requested of a planned model: "
-            "the model's own forward runs again for it, with the same numbers, but neither its "
-            "memory nor its time are in the plan. The plan has one backward pass of all outputs, "
-            "by one loss_fn=",
-        )
+        say_own_forward(self._tally)
         call.by_own_forward = True
         _ = ctx.saved_tensors  # autograd's own error where one was changed meanwhile
         assert self._plan is not None
@@ -394,46 +345,6 @@ class PlannedStep:
         call.arguments, call.saved = {}, []
         self._tally.waiting.discard(call)
 
-    def _say_waiting(self, num_alive: int) -> None:
-        if num_alive > self._num_concurrent:
-            self._tally.say(
-                "two forwards",
-                "a planned model is called again before the backward pass of its last call: the "
-                f"saved tensors of {num_alive} calls lie in memory side by side, and the budget "
-                f"counts {self._num_concurrent}. Plan with concurrent_calls={num_alive}, or "
-                "plan a module whose forward makes all calls",
-            )
-        if self._is_summed:
-            self._tally.say(
-                "sums of two calls",
-                "a planned model is called again before the backward pass of its last call, and it "
-                "uses a weight more than once (a tied one): where one backward pass goes through "
-                "both calls, its gradients are added in another order than eager's, with other "
-                "last bits. To have eager's, call backward() on each loss, or plan a module "
-                "whose forward makes all calls",
-            )
-
-    def _say_casts(self) -> None:
-        self._tally.say(
-            "casts of old parameters",
-            "a planned step begins within the autocast region that its last one ran in, and "
-            "parameters were changed meanwhile: without the plan PyTorch would go on with casts "
-            "of the old ones, which autocast keeps until its region ends; the plan casts those "
-            "that are there. Leave the region before optimizer.step(), which makes both alike",
-        )
-
-    def _say_nan(self, gradients: list[torch.Tensor]) -> None:
-        """What autograd's anomaly mode finds next, and where it would find the operator."""
-        if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):
-            return
-        if any(bool(torch.isnan(g).any()) for g in gradients if isinstance(g, torch.Tensor)):
-            self._tally.say(
-                "anomaly",
-                "a gradient of a planned step is nan, and anomaly mode sees the step as one "
-                "function: make the call under `with planner.unplanned(model):` to see the "
-                "operator and its line",
-            )
-
     def _explain(self, error: BaseException, graph: GraphModule) -> None:
         if self._plan is not None:
             explain(error, self._plan, self._model, graph)
@@ -446,83 +357,9 @@ def _outside_compilers(run: Callable[..., Gradients]) -> Callable[..., Gradients
     return torch.compiler.disable(run)
 
 
-def segments_of(graphs: PlannedGraphs, captured: CapturedStep) -> tuple[Segment, ...]:
-    """Return the parts of the backward graph between which gradients leave."""
-    pairs = captured.step.gradients
-    return split(
-        graphs.backward,
-        sizes=[_bytes_of(gradient.meta["val"]) for _, gradient in pairs],
-        owners=[storage_id(node.meta["val"]) for node, _ in pairs],
-        compiled=compile_boxed,
-        cuts=graphs.cuts,
-    )
-
-
-def _leaving(
-    gradient_at: Sequence[int | None], segments: Sequence[Segment], captured: CapturedStep
-) -> tuple[tuple[int, ...], ...]:
-    """For each segment the inputs whose gradients leave with it; the first has all others.
-
-    Where gradients are consumed, they are in the order in which they arrive as planned.
-    """
-    later = {j: s for s, segment in enumerate(segments) if s for j in segment.gradients}
-    of_input = [0 if j is None else later.get(j, 0) for j in gradient_at]
-    last = max(len(segments), 1) - 1
-    leaving = []
-    for s in range(last + 1):
-        mine = [i for i, place in enumerate(of_input) if place == s]
-        if captured.holds.consumes:
-            sizes = [_bytes_of(g.meta["val"]) for _, g in captured.step.gradients]
-            given = [(sizes[j], j, i) for i in mine if (j := gradient_at[i]) is not None]
-            others = [i for i in mine if gradient_at[i] is None]
-            mine = [*others, *arranged(in_turn(given), leads_on=s < last)]
-        leaving.append(tuple(mine))
-    return tuple(leaving)
-
-
-def _has_sums(captured: CapturedStep) -> bool:
-    """Whether a parameter is used at several places, whose gradients are added."""
-    for leaf, _ in captured.step.gradients:
-        users = (user for user in leaf.users if user.meta.get("phase") == "forward")
-        if leaf.meta["role"] == "parameter" and len(list(users)) > 1:
-            return True
-    return False
-
-
-def _reads_what_it_writes(captured: CapturedStep) -> bool:
-    """Whether a second forward would start from different buffers than the first."""
-    nodes = captured.step.graph.find_nodes(op="placeholder")
-    read = {node.meta["target"] for node in nodes if node.meta["role"] == "attribute"}
-    if any(e.role == "buffer" or e.target in read for e in captured.step.reassigned):
-        return True
-    for node in captured.step.graph.nodes:
-        for written in node.meta.get("writes", ()):
-            if written.op != "placeholder":
-                continue
-            if written.meta["role"] == "attribute" or set(written.users) - {node}:
-                return True
-    return False
-
-
 def _write_below_autograd(tensor: torch.Tensor, value: torch.Tensor) -> None:
     with torch.no_grad(), below_autograd():
         tensor.copy_(value)
-
-
-def _what_changed(changed: OutcomeChanged, check: Check) -> str:
-    module = f" in module {check.module_path!r}" if check.module_path else ""
-    state = (
-        f" It follows from {check.state!r}, which the model holds: where a first step sets that "
-        "up, run the model once before planning."
-    )
-    return (
-        f"this step takes another way through the model than the planned one: at {check.source}"
-        f"{module} forward asks for {check.what}, which was {changed.planned} when the plan was "
-        f"made and is {changed.got} now.{'' if check.state is None else state} If that line raises "
-        "for this input, so does the model without the plan (Plan.remove). Else apply the plan "
-        "with on_shape_change='adapt' or 'replan', which plan for this way, too, or 'unplanned', "
-        "or make a plan on such an input"
-    )
 
 
 def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -530,7 +367,3 @@ def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     if tangent.stride() == expected.stride() or tangent.is_contiguous():
         return tangent
     return tangent.contiguous()
-
-
-def _bytes_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
