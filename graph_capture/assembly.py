@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, Node
 
 from .blocks import Block, OperatorCode
+from .call_prices import CallPrices, beside
 from .captured_step import CapturedStep
 from .consumption import consumption, in_turn
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.allocator import block_bytes
-from .costs.cost_model import Call
-from .costs.library_workspace import STORAGE_NAME, library_workspace_bytes
 from .data_parallel import scaling_bytes
 from .leaving import ACCUMULATE, CONSUME, COPY_OUTPUTS, Leaving, arrivals_of, groups_of
 from .loss import LossSource
 from .operators import item_index
 from .optimizer_step import OptimizerStep
 from .pricing import Pricing
-from .private_torch.operators import OpOverload, schema_of
-from .private_torch.trees import tree_map
-from .recorder import storage_id
 from .traced_step import TracedStep
 
 
@@ -52,7 +46,7 @@ class Assembly:
         self._optimizer = optimizer
         self._leaving = leaving
         self._device_type = pricing.target.torch_type
-        self._probe = pricing.probe
+        self._prices = CallPrices(pricing)
         self.operators: list[Operator] = []
         self.storages: list[Storage] = []
         self.code: list[OperatorCode] = []
@@ -63,7 +57,6 @@ class Assembly:
         self._copy_of: dict[Node, int] = {}  # by the output
         self._earlier_gradients: int | None = None
         self._groups: Mapping[int, Sequence[Sequence[int]]] = {}  # by the place that they follow
-        self._resized: dict[int, torch.Tensor] = {}
         self._state_node = Graph().placeholder("generator_state")
         self._state_node.meta["role"] = "generator"
 
@@ -74,27 +67,9 @@ class Assembly:
         for k, block in enumerate(self._blocks):
             if block.producer is None:
                 self._add_block(k, None, phase)
-        if self._step.loss.constant_bytes:
-            self._add_storage("held by loss_fn", self._step.loss.constant_bytes, None, "input")
-        if self._pricing.held_bytes:
-            self._add_storage("held by modules", self._pricing.held_bytes, None, "buffer")
-        copied_bytes = self._step.before_checks.num_bytes
-        if copied_bytes:
-            self._add_storage("copies, in case a check fails", copied_bytes, None, "buffer")
-        calls = (call.target for code in codes for call in code.calls)
-        workspace_bytes = library_workspace_bytes(calls, self._pricing.target.device)
-        if workspace_bytes:
-            self._add_storage(STORAGE_NAME, workspace_bytes, None, "buffer")
-        if self._optimizer is not None and self._optimizer.state_bytes:
-            self._add_storage(
-                "optimizer state", self._optimizer.state_bytes, None, "optimizer_state"
-            )
-        resident_bytes = self._pricing.holds.resident_bytes
-        if resident_bytes:
-            self._add_storage("held by the loop", resident_bytes, None, "resident")
-        if self._pricing.holds.concurrent_calls > 1:
-            waiting_bytes = self._pricing.holds.waiting_bytes
-            self._add_storage("held for other calls", waiting_bytes, None, "waiting")
+        calls = [call.target for code in codes for call in code.calls]
+        for name, num_bytes, category in beside(self._step, self._pricing, self._optimizer, calls):
+            self._add_storage(name, num_bytes, None, category)
         if self._pricing.bucket_bytes:
             num_bytes = block_bytes(self._pricing.bucket_bytes, self._device_type)
             self._buckets = self._add_storage(
@@ -136,7 +111,7 @@ class Assembly:
             self.state_of[len(self.operators)] = len(self.operators) - 1
         v = len(self.operators)
         outputs = tuple(self._add_block(k, v, phase) for k in code.outputs)
-        costs = [self._cost(call) for call in code.calls]
+        costs = [self._prices.of(call) for call in code.calls]
         for call in code.calls:
             self._correct_outputs(call, code)
         last = code.calls[-1]
@@ -173,7 +148,8 @@ class Assembly:
         rewrites: list[tuple[int, int, int]] = []
         copies_ns = 0
         for old, new in code.clones:
-            copy_ns, producer = self._clone_ns(old), self._blocks[old].producer
+            copy_ns = self._prices.clone_ns(self._blocks[old].carriers[0])
+            producer = self._blocks[old].producer
             k, into = self._storage_of[old], self._storage_of[new]
             own = producer is not None and producer.calls and producer.calls[0].meta["phase"]
             same = self.storages[k].size_bytes == self.storages[into].size_bytes
@@ -218,7 +194,7 @@ class Assembly:
                 target=str(region.source),
                 inputs=tuple(sorted(read)),
                 outputs=tuple(outputs),
-                cost_ns=self._region_ns(region.calls),
+                cost_ns=self._prices.region_ns(region.calls),
                 workspace_bytes=region.workspace_bytes,
                 phase="loss",
                 pinned="it belongs to the training loop",
@@ -250,7 +226,7 @@ class Assembly:
                 target=COPY_OUTPUTS,
                 inputs=tuple(sorted({self._storage_of[copy.block] for copy in copied})),
                 outputs=tuple(outputs),
-                cost_ns=sum(self._clone_ns_of(copy.node) for copy in copied),
+                cost_ns=sum(self._prices.clone_ns(copy.node) for copy in copied),
                 phase="forward",
                 pinned="DistributedDataParallel copies outputs",
                 ordered=True,
@@ -311,7 +287,7 @@ class Assembly:
                 name=f"{CONSUME}_{len(self.operators)}",
                 target=CONSUME,
                 inputs=tuple(sorted(self._storage_of[k] for k in new)),
-                cost_ns=self._region_ns(taken.calls),
+                cost_ns=self._prices.region_ns(taken.calls),
                 workspace_bytes=taken.workspace_bytes,
                 phase="backward",
                 pinned="hooks consume gradients as they arrive",
@@ -334,7 +310,7 @@ class Assembly:
         assert self._earlier_gradients is not None
         values = [self._blocks[k].carriers[0].meta["val"] for k in new]
         add = torch.ops.aten.add_.Tensor
-        cost_ns = self._region_ns(tuple((add, (t, t), {}, t) for t in values))
+        cost_ns = self._prices.region_ns(tuple((add, (t, t), {}, t) for t in values))
         read = [self._storage_of[k] for k in new]
         in_buckets = self._pricing.holds.in_buckets
         self._push(
@@ -357,7 +333,7 @@ class Assembly:
         gradients = tuple(sorted(self._storage_of[k] for k in staying))
         if self._earlier_gradients is not None:
             gradients = (*gradients, self._earlier_gradients)
-        step_ns = self._region_ns(self._optimizer.calls)
+        step_ns = self._prices.region_ns(self._optimizer.calls)
         if not self._optimizer.calls and self._optimizer.step_ns is not None:
             step_ns = self._optimizer.step_ns
         self._push(
@@ -390,7 +366,7 @@ class Assembly:
 
     def _correct_outputs(self, call: Node, code: OperatorCode) -> None:
         """Sizes of outputs that fake tensors know nothing of."""
-        sizes = self._probe.output_bytes(call.target, *self._values(call))
+        sizes = self._pricing.probe.output_bytes(call.target, *self._prices.values(call))
         if sizes is None:
             return
         of_node = {n: k for k in code.outputs for n in self._blocks[k].carriers}
@@ -399,58 +375,7 @@ class Assembly:
                 k = self._storage_of[of_node[item]]
                 num_bytes = sizes[item_index(item)]
                 self.storages[k] = replace(self.storages[k], size_bytes=num_bytes)
-                if num_bytes and not item.meta["val"].numel():
-                    stand_in = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
-                    self._resized[storage_id(item.meta["val"])] = stand_in
-
-    def _cost(self, call: Node) -> tuple[int, int]:
-        key = call, call.target
-        if key not in self._pricing.known:
-            self._pricing.known[key] = self._priced(call)
-        return self._pricing.known[key]
-
-    def _priced(self, call: Node) -> tuple[int, int]:
-        args, kwargs = self._values(call)
-        assert isinstance(call.target, OpOverload)
-        out = call.meta["val"]
-        if out is None:
-            items = {
-                item_index(u): u.meta["val"] for u in call.users if u.target is operator.getitem
-            }
-            out = tuple(items.get(i) for i in range(len(schema_of(call.target).returns)))
-        made = Call(
-            func=call.target,
-            args=args,
-            kwargs=kwargs,
-            out=out,
-            grad_enabled=call.meta["phase"] == "forward",
-        )
-        return self._pricing.costs.time_ns(made), self._probe.bytes_of(made)
-
-    def _clone_ns(self, k: int) -> int:
-        return self._clone_ns_of(self._blocks[k].carriers[0])
-
-    def _clone_ns_of(self, node: Node) -> int:
-        value = node.meta["val"]
-        func = torch.ops.aten.clone.default
-        return self._pricing.costs.time_ns(Call(func=func, args=(value,), kwargs={}, out=value))
-
-    def _region_ns(self, calls: tuple[tuple[Any, tuple, dict, Any], ...]) -> int:
-        """Time of code that stays in the training loop."""
-        return sum(
-            self._pricing.costs.time_ns(Call(func=func, args=args, kwargs=kwargs, out=out))
-            for func, args, kwargs, out in calls
-        )
-
-    def _values(self, call: Node) -> tuple[tuple, dict]:
-        """Stand-ins of the tensors that a call was made with."""
-
-        def value(x: Any) -> Any:
-            if not isinstance(x, Node):
-                return x
-            return self._resized.get(storage_id(x.meta["val"]), x.meta["val"])
-
-        return tree_map(value, call.args), tree_map(value, call.kwargs)
+                self._prices.resize(item, num_bytes)
 
     # -- storages --------------------------------------------------------------
 
