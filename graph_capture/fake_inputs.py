@@ -33,14 +33,20 @@ class FakeInputs:
         self._target = target
         self._storages: dict[int, torch.UntypedStorage] = {}
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the twin of a parameter or buffer; a leaf if it requires grad."""
+    def of(self, tensor: torch.Tensor, *, with_rest: bool = True) -> torch.Tensor:
+        """Return the twin of a parameter or buffer; a leaf if it requires grad.
+
+        Parameters
+        ----------
+        with_rest
+            Whether memory behind it that no view covers counts, too.
+        """
         where = self._target.place(tensor.device)
         fake: torch.Tensor
         if where == tensor.device and not isinstance(tensor, FakeTensor):
             fake = self._fake_mode.from_tensor(tensor, static_shapes=True)
             memory, num_bytes = fake.untyped_storage(), tensor.untyped_storage().nbytes()
-            if memory.nbytes() < num_bytes:  # memory that no view covers counts, too
+            if with_rest and memory.nbytes() < num_bytes:
                 memory.resize_(num_bytes)
         else:
             fake = self._moved(tensor, where)

@@ -12,7 +12,7 @@ from .errors import NotFittingError
 
 
 def refuse_spread_out(model: nn.Module) -> None:
-    """Refuse sharded parameters, and wrappers that communicate in forward.
+    """Refuse sharded parameters, and wrappers or tensors that communicate in forward.
 
     Raises
     ------
@@ -39,6 +39,15 @@ def refuse_spread_out(model: nn.Module) -> None:
                 "distributed='fsdp2:ranks=2')"
             )
 
+    for path, parameter in model.named_parameters():
+        if not gathered and is_spread(parameter):
+            raise NotFittingError(
+                f"parameter {path!r} is a DTensor, as parallelize_module makes them for tensor "
+                "parallelism: its operators run on this process's part and communicate, which no "
+                "plan does yet. Shard the model with fully_shard instead, and plan inside its "
+                "blocks: optimize(…, granularity='blocks', distributed='fsdp2:ranks=2')"
+            )
+
 
 def is_gathered(module: nn.Module) -> bool:
     """Whether ``fully_shard`` has gathered a module's parameters, as it does for its calls."""
@@ -50,12 +59,17 @@ def is_sharded(module: nn.Module) -> bool:
     return _is_unit(module) and _has_shards(module)
 
 
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a ``DTensor``, of which each process has a part."""
+    module = sys.modules.get("torch.distributed.tensor")  # where it is not loaded, there is none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return what of a tensor lies in this process: of a ``DTensor`` its own part."""
-    module = sys.modules.get("torch.distributed.tensor")  # where it is not loaded, there is none
-    if module is None or not isinstance(tensor, module.DTensor):
+    if not is_spread(tensor):
         return tensor
-    part: torch.Tensor = tensor.detach().to_local()
+    part: torch.Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return part
 
 
@@ -69,9 +83,7 @@ def _is_unit(module: nn.Module) -> bool:
 
 
 def _has_shards(module: nn.Module) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return any(map(is_spread, module.parameters()))
 
 
-__all__ = ["is_gathered", "is_sharded", "local_part", "refuse_spread_out"]
+__all__ = ["is_gathered", "is_sharded", "is_spread", "local_part", "refuse_spread_out"]

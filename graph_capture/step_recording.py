@@ -42,6 +42,7 @@ from .private_torch.fake_tensors import FakeTensorMode
 from .reading import Watcher
 from .real_results import RealResults
 from .recorder import Recorder, storage_id
+from .spread_out import is_gathered
 from .target import Target
 from .traced_step import Reassigned, TracedStep
 
@@ -245,9 +246,10 @@ class _Recording:
 
     def _declare_state(self) -> None:
         """Declare parameters and buffers as inputs, and other tensors of the model if read."""
+        padded = is_gathered(self.model)  # to shards of the same length, which is not the step's
         for role, tensor, names in state_of(self.model):
             refuse_state(tensor, f"{role} {names[0]!r}")
-            self.stand_ins[id(tensor)] = self.twins.of(tensor)
+            self.stand_ins[id(tensor)] = self.twins.of(tensor, with_rest=not padded)
             self._declare(self.stand_ins[id(tensor)], role, names, tensor)
         # Each argument gets its own stand-in: two arguments that are the same tensor in the sample
         # may differ in the next call.

@@ -12,6 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.testing.bitwise import assert_same_tensors
@@ -81,6 +86,18 @@ def test_a_sharded_model_is_refused_by_that_name(sharded):
     with pytest.raises(
         PlanMismatchError, match=r"sharded by FSDP.*DistributedDataParallel instead"
     ):
+        plan.apply(model)
+
+
+def test_tensor_parallel_parameters_are_refused_by_that_name():
+    """Planning and applying say which parameter it is."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    plan = optimize(_layers(), sample(), budget_gb=1, loss_fn=square)
+    model = parallelize_module(_layers(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    words = r"parameter '0\.weight' is a DTensor, as parallelize_module makes them"
+    with pytest.raises(CaptureError, match=words):
+        optimize(model, sample(), budget_gb=1, loss_fn=square)
+    with pytest.raises(PlanMismatchError, match=words):
         plan.apply(model)
 
 

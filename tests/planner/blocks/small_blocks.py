@@ -41,11 +41,11 @@ class Small(nn.Module):
         return nn.functional.cross_entropy(self.head(hidden), target)
 
 
-def small(seed: int = 0, num_layers: int = 3) -> Small:
+def small(seed: int = 0, num_layers: int = 3, width: int = 16) -> Small:
     """The model in training mode, with weights by the seed."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return Small(num_layers).train()
+        return Small(num_layers, width).train()
 
 
 def batch(rows: int = 64) -> tuple[Tensor, Tensor]:
@@ -68,18 +68,21 @@ def small_plan(budget: str = "70%") -> BlockPlan:
 ROWS = 256
 
 
-def deep() -> Small:
+def deep(width: int = 16) -> Small:
     """The model with six blocks, more of which are between the first and the last."""
-    return small(num_layers=6)
+    return small(num_layers=6, width=width)
 
 
 def deep_plan(
-    word: str | None, budget: str = "75%", dtype: torch.dtype = torch.float32
+    word: str | None,
+    budget: str = "75%",
+    dtype: torch.dtype = torch.float32,
+    width: int = 16,
 ) -> BlockPlan:
     """A plan in blocks that repeats something, for one rank of ``fully_shard`` if it says so."""
     x, target = batch(ROWS)
     plan = optimize(
-        deep().to(dtype),
+        deep(width).to(dtype),
         (x.to(dtype), target),
         budget=budget,
         optimizer="adamw",

@@ -180,7 +180,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_bits_are_those_of_fsdp_without_adeep_plan(
+def test_bits_are_those_of_fsdp_without_a_plan(
     found: list[dict[str, Any]], when: str, way: str
 ) -> None:
     """Applied before and after sharding, on both ranks, in two planned steps."""
@@ -234,20 +234,23 @@ def test_a_rank_with_another_plan_is_an_error_on_both(
 
 # -- four ranks --------------------------------------------------------------------------
 
+UNEVEN = 18
+"""A width that four ranks do not divide."""
+
 
 def _four(rank: int, folder: str) -> None:
     _begin(rank, folder, world_size=4)
     plan = BlockPlan.load(f"{folder}/plan.json")
     make = partial(_sharded, reshard=2)
-    expected = _train(make(deep()))
-    model = plan.apply(make(deep()))
+    expected = _train(make(deep(UNEVEN)))
+    model = plan.apply(make(deep(UNEVEN)))
     same = _same(_train(model), expected)
-    _end(rank, folder, {"same": same, "peak": _peak(model), "eager": _peak(make(deep()))})
+    _end(rank, folder, {"same": same, "peak": _peak(model), "eager": _peak(make(deep(UNEVEN)))})
 
 
-def test_four_ranks_that_keep_shards_among_two(tmp_path: Path) -> None:
-    """Bits and peaks on each, where parameters stay sharded among fewer ranks after forward."""
-    plan = deep_plan("fsdp2:ranks=4,reshard_after_forward=2")
+def test_four_ranks_with_padded_shards_that_keep_some_among_two(tmp_path: Path) -> None:
+    """Bits on each; the first, whose shards are longest, has the predicted peaks."""
+    plan = deep_plan("fsdp2:ranks=4,reshard_after_forward=2", width=UNEVEN)
     plan.save(tmp_path / "plan.json")
     mp.spawn(_four, (str(tmp_path),), nprocs=4)
     for rank in range(4):
@@ -257,4 +260,5 @@ def test_four_ranks_that_keep_shards_among_two(tmp_path: Path) -> None:
             (plan.predicted_peak_bytes, seen["peak"], 0),
             (plan.baseline_peak_bytes, seen["eager"], TINY_BYTES),
         ):
-            assert predicted - 3 * TINY_BYTES <= recorded <= predicted + more
+            assert recorded <= predicted + more
+            assert recorded >= predicted - TINY_BYTES or rank > 0
