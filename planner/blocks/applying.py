@@ -21,13 +21,13 @@ from ..running.attach import (
     apply_plan,
     apply_unseen,
     captured_plan,
-    look_at_first_call,
+    look_at_calls,
     remove_plan,
 )
 from ..running.planned_forward import PlannedForward
 from ..running.same_plan import check_same_plan
 from .block_record import BlockParts
-from .looking_at_shards import LookAtShards
+from .looking_at_loop import LookAtLoop
 
 POLICIES: tuple[OnShapeChange, ...] = ("error", "unplanned")
 
@@ -80,7 +80,7 @@ def apply_blocks(
         )
     modules = {path: _at(model, path) for path in parts.plan_of}
     _compare_plans(step, modules.values())
-    look = LookAtShards.of(step)
+    look = LookAtLoop.of(step)
     done: list[nn.Module] = []
     try:
         for path, module in modules.items():
@@ -93,7 +93,7 @@ def apply_blocks(
                     apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
             except PlanMismatchError as error:
                 raise PlanMismatchError(f"block {path!r}: {error}") from error
-            look_at_first_call(module, look)
+            look_at_calls(module, look)
             done.append(module)
     except BaseException:
         for module in done:

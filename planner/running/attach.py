@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -25,7 +25,7 @@ from ..base.live_state import LiveState
 from ..base.unwrap import is_reached
 from ..errors import PlanError
 from ..plan_record import OnShapeChange, PlanRecord
-from .planned_forward import PlannedForward, Replan
+from .planned_forward import Look, PlannedForward, Replan
 from .recapture import (
     as_captured,
     capture_for,
@@ -145,11 +145,11 @@ def apply_unseen(plan: PlanRecord, model: nn.Module, on_shape_change: OnShapeCha
     _put(model, PlannedForward(model, plan, None, None, on_shape_change, {}))
 
 
-def look_at_first_call(model: nn.Module, look: Callable[[nn.Module], None]) -> None:
-    """Have a planned module shown to a function in its first planned call."""
+def look_at_calls(model: nn.Module, look: Look) -> None:
+    """Have a planned module looked at in its planned calls, as long as that is asked for."""
     planned = _planned_forward(model)
     assert planned is not None
-    planned.at_first_call = look
+    planned.look, planned.looked = look, False
 
 
 def _put(model: nn.Module, planned: PlannedForward) -> None:

@@ -52,6 +52,14 @@ MAX_CALLS = 64
 _NUM_REMEMBERED = 64
 
 
+class Look(Protocol):
+    """Looks at a module that is about to run by its plan."""
+
+    def __call__(self, model: nn.Module, /, *, again: bool) -> bool:
+        """Return whether to look again."""
+        ...
+
+
 class Replan(Protocol):
     """Makes another plan for another call of a planned model."""
 
@@ -112,7 +120,8 @@ class PlannedForward(StandIn):
         self.watching = False
         self.tally = Tally()
         self._ahead: list[PlanRecord] = []  # made for other calls before the loop began
-        self.at_first_call: Callable[[nn.Module], None] | None = None  # to look at surroundings
+        self.look: Look | None = None
+        self.looked = False
         self._begin(plan, live, captured)
 
     def _begin(
@@ -225,9 +234,9 @@ class PlannedForward(StandIn):
         prepared = call.prepared[0]
         self._say_gradients_held(call)
         self._say_buckets(call)
-        if self.at_first_call is not None:
-            look, self.at_first_call = self.at_first_call, None
-            look(self.model)
+        if self.look is not None:
+            looks_again = self.look(self.model, again=self.looked)
+            self.look, self.looked = self.look if looks_again else None, True
         if prepared.guard.replaced_bytes:
             self._say_held(
                 call,
@@ -457,7 +466,7 @@ class PlannedForward(StandIn):
         twin.own_forward = copy.deepcopy(self.own_forward, memo)
         twin.watching = twin._watch_is_due = self.watching
         twin.removed = self.removed
-        twin.at_first_call = copy.deepcopy(self.at_first_call, memo)
+        twin.look, twin.looked = copy.deepcopy(self.look, memo), self.looked
         for plan in self._ahead:
             twin.add(plan, None, None)
         return twin

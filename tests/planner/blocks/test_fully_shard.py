@@ -154,6 +154,12 @@ def _otherwise(rank: int, folder: str) -> dict[str, Any]:
             warnings.simplefilter("always", PlanWarning)
             _train(model)
         found[name] = [str(w.message) for w in said if w.category is PlanWarning]
+    model = plan.apply(_sharded(deep()))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", PlanWarning)
+        for _ in range(3):
+            model(*batch(ROWS)).backward()
+    found["gradients held"] = [str(w.message) for w in said if w.category is PlanWarning]
     mine = BlockPlan.load(f"{folder}/{('resharded', 'another')[rank]}.json")
     for when, model in (("sharded", _sharded(deep())), ("not yet", deep())):
         with pytest.raises(PlanMismatchError) as caught:
@@ -221,6 +227,15 @@ def test_sharding_that_a_plan_does_not_count_is_said_once(found: list[dict[str, 
         assert "as fsdp2:ranks=2,reshard_after_forward=False, and its plan counts fsdp2:r" in other
 
 
+def test_sharded_gradients_that_are_not_counted_are_said_once(
+    found: list[dict[str, Any]],
+) -> None:
+    """Where the budget has no room for them."""
+    for rank in found:
+        (said,) = rank["gradients held"]
+        assert "26.4 kB of gradients are there when a planned step begins" in said
+
+
 @pytest.mark.parametrize("when", ["sharded", "not yet"])
 def test_a_rank_with_another_plan_is_an_error_on_both(
     found: list[dict[str, Any]], when: str
@@ -245,13 +260,20 @@ def _four(rank: int, folder: str) -> None:
     expected = _train(make(deep(UNEVEN)))
     model = plan.apply(make(deep(UNEVEN)))
     same = _same(_train(model), expected)
+    two = BlockPlan.load(f"{folder}/two.json").apply(_sharded(deep(UNEVEN)))
+    with pytest.warns(PlanWarning, match=r"as fsdp2:ranks=4, and its plan counts fsdp2:ranks=2:"):
+        two(*batch(ROWS)).backward()
     _end(rank, folder, {"same": same, "peak": _peak(model), "eager": _peak(make(deep(UNEVEN)))})
 
 
 def test_four_ranks_with_padded_shards_that_keep_some_among_two(tmp_path: Path) -> None:
-    """Bits on each; the first, whose shards are longest, has the predicted peaks."""
+    """Bits on each; the first, whose shards are longest, has the predicted peaks.
+
+    A plan for two ranks says that there are four.
+    """
     plan = deep_plan("fsdp2:ranks=4,reshard_after_forward=2", width=UNEVEN)
     plan.save(tmp_path / "plan.json")
+    deep_plan("fsdp2:ranks=2", width=UNEVEN).save(tmp_path / "two.json")
     mp.spawn(_four, (str(tmp_path),), nprocs=4)
     for rank in range(4):
         seen = torch.load(tmp_path / str(rank))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_a_plan_for_shards_that_runs_without_them_says_so() -> None:
     with pytest.warns(PlanWarning, match="is not sharded by itself, and its plan counts") as said:
         model(*batch(ROWS)).backward()
     assert len([w for w in said if w.category is PlanWarning]) == 1
+    model.zero_grad()
     model(*batch(ROWS)).backward()
     small_plan().apply(small())(*batch()).backward()
 
@@ -80,3 +82,18 @@ def test_parameters_that_cannot_be_sharded_are_refused() -> None:
     model.scale = nn.Parameter(model.head.bias.detach().sum())
     with pytest.raises(ValueError, match="without dimensions"):
         optimize(model, batch(ROWS), **ASKED)
+
+
+def test_gradients_that_a_plan_in_blocks_does_not_count_are_said_once() -> None:
+    """Where the budget of the whole step has no room for them, whatever a block alone has."""
+    plan = small_plan()
+    tight = replace(plan, budget_bytes=plan.predicted_peak_bytes)
+    model = tight.apply(small())
+    model(*batch()).backward()
+    with pytest.warns(PlanWarning, match="of gradients are there when a planned step") as said:
+        model(*batch()).backward()
+    assert len(said) == 1
+    model(*batch()).backward()
+    model = replace(plan, budget_bytes=2 * plan.predicted_peak_bytes).apply(small())
+    for _ in range(2):
+        model(*batch()).backward()

@@ -1,0 +1,117 @@
+"""See whether the loop around a model in blocks is as its plan counts, and say once if not.
+
+A block's own plan knows nothing of the step's budget, so that one block looks for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from graph_capture.fully_sharded import FullySharded
+from graph_capture.private_torch.sharding import gathered_group_of
+from graph_capture.units import format_bytes
+
+from ..plan_record import PlanRecord
+from ..running.tally import Tally
+
+
+@dataclass(kw_only=True)
+class LookAtLoop:
+    """Looks at the block that is called first; all blocks of a model have the same one.
+
+    Parameters
+    ----------
+    planned
+        How the plan counts that blocks are sharded; ``None`` for not at all.
+    accumulates
+        Whether it counts gradients that are there before the step.
+    peak_bytes, budget_bytes
+        The predicted peak, and what it may be.
+    gradient_bytes
+        Of the gradients that a step leaves.
+    """
+
+    planned: FullySharded | None
+    accumulates: bool
+    peak_bytes: int
+    budget_bytes: int
+    gradient_bytes: int
+    _tally: Tally = field(default_factory=Tally, repr=False, compare=False)
+    _begun: bool = False
+
+    @classmethod
+    def of(cls, step: PlanRecord) -> LookAtLoop:
+        """Return one for a plan of a step."""
+        return cls(
+            planned=step.holds.sharded,
+            accumulates=step.holds.accumulates,
+            peak_bytes=step.predicted_peak_bytes,
+            budget_bytes=step.budget_bytes,
+            gradient_bytes=sum(
+                s.size_bytes for s in step.graph.storages if s.category == "gradient" and s.kept
+            ),
+        )
+
+    def __call__(self, block: nn.Module, *, again: bool) -> bool:
+        """Look at a block that is about to run by its plan; return whether to look again.
+
+        Parameters
+        ----------
+        again
+            Whether this block was looked at before.
+        """
+        if not again:
+            if self._begun:
+                return False
+            self._begun = True
+            self._look_at_shards(block)
+        return self._look_at_gradients(block)
+
+    def _look_at_shards(self, block: nn.Module) -> None:
+        """Warn where a block is sharded otherwise than planned."""
+        found, planned = FullySharded.found_on(block), self.planned
+        if planned is not None and found is not None:
+            adds = planned.no_sync or found.no_sync  # some micro-batch reduces in any case
+            found = replace(found, reshard_root=planned.reshard_root, no_sync=adds)
+        if found == planned:
+            return
+        is_so = "not sharded by itself" if found is None else f"sharded as {found}"
+        counts = "that it is not" if planned is None else str(planned)
+        advice = (
+            "shard each block with fully_shard, or plan without distributed="
+            if found is None
+            else f"plan with distributed='{found}'"
+        )
+        self._tally.say(
+            "sharding",
+            f"a planned {type(block).__name__} is {is_so}, and its plan counts {counts}: the peak "
+            f"of this process is another than the predicted {format_bytes(self.peak_bytes)}, and "
+            f"may be above the budget; {advice}",
+        )
+
+    def _look_at_gradients(self, block: nn.Module) -> bool:
+        """Warn where gradients are there that the budget has no room for."""
+        peak_bytes = self.peak_bytes + self.gradient_bytes
+        if self.accumulates or peak_bytes <= self.budget_bytes:
+            return False
+        group = gathered_group_of(block)
+        parameters = (
+            block.parameters()
+            if group is None
+            else (parameter.sharded_param for parameter in group.fsdp_params)
+        )
+        if all(p.grad is None for p in parameters):
+            return True
+        self._tally.say(
+            "gradients held",
+            f"{format_bytes(self.gradient_bytes)} of gradients are there when a planned step "
+            f"begins, which the plan does not count: its peak may be {format_bytes(peak_bytes)}, "
+            f"the budget is {format_bytes(self.budget_bytes)}. Call zero_grad(set_to_none=True) "
+            "before forward, or plan with grads='accumulated', which counts them",
+        )
+        return False
+
+
+__all__ = ["LookAtLoop"]
