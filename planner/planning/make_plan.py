@@ -54,7 +54,7 @@ from .concurrent import (
     within_waiting,
 )
 from .known_least import known_least_memory
-from .late_reads import late_read
+from .late_reads import LateRead, solve_in_time
 
 
 def make_plan(
@@ -76,29 +76,34 @@ def make_plan(
     budget = budget_of(request, constrained)
     calls = calls_of(constrained)
     if calls is not None and not constrained.holds.waiting_bytes:
-        result = _solve_together(constrained, calls, budget, request)
+        result, late = solve_in_time(
+            constrained, lambda step: _solve_together(step, calls, budget, request)
+        )
+        _refuse_late(late)
         assert result.schedule is not None
         constrained = with_waiting(constrained, calls, result.schedule)
         return recorded(call, constrained, request, result)
-    graph = within_waiting(constrained, budget.usable_bytes)
-    result = _solve(graph, budget, request, hint)
-    if _late(constrained, result) and request.options.reorder:
+
+    def solved(step: CapturedStep) -> SolveResult:
+        graph = within_waiting(step, budget.usable_bytes)
+        known = hint if step is constrained else None  # which may repeat what is to run once
+        return _solve(graph, budget, request, known)
+
+    result, late = solve_in_time(constrained, solved)
+    if late is not None and request.options.reorder:
         request = replace(request, options=replace(request.options, reorder=False))
-        result = _solve(graph, budget, request, hint)
-    late = _late(constrained, result)
+        result, late = solve_in_time(constrained, solved)
+    _refuse_late(late)
+    return recorded(call, constrained, request, result)
+
+
+def _refuse_late(late: LateRead | None) -> None:
     if late is not None:
         raise PlanError(
             f"in the schedule that was found {late} after the parameter's gradient was added to "
             "earlier ones or consumed, which would hold the gradient longer than planned: solve "
             "with another seed or more time"
         )
-    return recorded(call, constrained, request, result)
-
-
-def _late(captured: CapturedStep, result: SolveResult) -> str | None:
-    """Return what a schedule reads too late, see :mod:`planner.planning.late_reads`."""
-    assert result.schedule is not None
-    return late_read(captured, result.schedule)
 
 
 def budget_of(request: Request, captured: CapturedStep) -> Budget:
@@ -342,10 +347,7 @@ def _solve_together(
             least=lambda graph: known_least_memory(graph, options.seed),
         )
     if result.schedule is not None:
-        late = _late(captured, result)
-        if late is None:
-            return result
-        raise PlanError(f"in the schedule that was found {late}: solve with another seed")
+        return result
     assert fitting is not None
     raise _no_schedule(
         with_waiting(captured, calls, fitting.schedule).graph, budget, fitting, options

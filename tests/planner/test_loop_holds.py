@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.testing.zoo import ZOO
 from graph_capture import leaving
+from graph_capture.captured_step import CapturedStep
+from graph_capture.cost_graph import CostGraph
 from planner import (
     InfeasibleBudgetError,
     Plan,
@@ -29,10 +31,12 @@ from planner import (
 )
 from planner.base.resident import resident_tensors, storage_bytes
 from planner.measuring.measure import record_peak
-from planner.planning.late_reads import late_read
+from planner.planning.late_reads import late_read, solve_in_time
 from planner.saving.serialize import plan_from_dict, plan_to_dict
 from solvers.replay import replay
+from solvers.result import Ending, SolveResult, SolveStatus
 from solvers.schedule import Schedule
+from solvers.scopes import BoundScope
 from tests.planner.small import make, plan_for, sample, square
 
 CPU = torch.device("cpu")
@@ -263,8 +267,37 @@ def test_an_order_that_reads_a_parameter_too_late_is_found() -> None:
     head = next(v for v, op in enumerate(graph.operators) if op.module_path == "head")
     late = Schedule((*order, head))
     replay(graph, late)
-    assert (
-        late_read(captured, late) == f"{graph.operators[head].name!r} reads 'parameter_head_weight'"
+    text = f"{graph.operators[head].name!r} reads 'parameter_head_weight'"
+    assert str(late_read(captured, late)) == text
+
+    def solved(step: CapturedStep) -> SolveResult:
+        if step.graph.operators[head].pinned is None:
+            return solved_by(step.graph, late)
+        return solved_by(step.graph, plan.schedule)
+
+    result, left = solve_in_time(captured, solved)
+    assert left is None
+    assert result.schedule == plan.schedule
+    assert result.lower_bound_ns == solved_by(graph, late).lower_bound_ns
+    _, left = solve_in_time(captured, lambda _: solved_by(graph, late))
+    assert str(left) == text
+
+
+def solved_by(graph: CostGraph, schedule: Schedule) -> SolveResult:
+    """A solver's answer with this schedule, and the least that any takes."""
+    outcome = replay(graph, schedule)
+    return SolveResult(
+        status=SolveStatus.FEASIBLE,
+        ending=Ending.TIME_LIMIT,
+        schedule=schedule,
+        cost_ns=outcome.cost_ns,
+        lower_bound_ns=graph.base_cost_ns,
+        bound_scope=BoundScope.BASE_ORDER,
+        global_bound_ns=graph.base_cost_ns,
+        staged_infeasible=False,
+        peak_bytes=outcome.peak_bytes,
+        solver="test",
+        solve_s=0.0,
     )
 
 
