@@ -9,12 +9,9 @@ the bit.
 from __future__ import annotations
 
 import random
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +19,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .asked_numbers import AskedNumber
+from .call_places import CallPlaces, calling_line
 from .constant_values import (
     ConstantValues,
     ReplayAnswersMode,
@@ -32,11 +30,10 @@ from .fake_call_cache import FakeCallCache
 from .isolation import generator_states
 from .kernels_word import kernels_word, laid_out_rightly
 from .layouts import refuse_nesting, refuse_result
-from .lines import is_machinery
 from .outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
 from .packed_sequences import PACK, packed
 from .private_torch.aten import assert_async
-from .private_torch.autograd import current_node, next_sequence_number, sequence_number_of
+from .private_torch.autograd import current_node
 from .private_torch.dispatch import disable_current_modes
 from .private_torch.fake_tensors import FakeTensor, FakeTensorMode
 from .private_torch.operators import OpOverload, schema_of
@@ -118,7 +115,6 @@ class Recorder(ReadsWhole):
     ) -> None:
         super().__init__()
         self.real = real
-        self._current_node = current_node
         self._repeated = repeated
         self._on_call = on_call
         self._twin = twin
@@ -137,8 +133,7 @@ class Recorder(ReadsWhole):
         self._by_storage: dict[int, list[Node]] = {}
         self._known = ConstantValues()
         self.questions = Questions(self, None if outcomes is None else GivenOutcomes(outcomes))
-        self._module_stack: list[str] = [""]
-        self._module_of_sequence: dict[int, tuple[str, str]] = {}
+        self._places = CallPlaces(current_node)
 
     # -- what enters from outside ------------------------------------------
 
@@ -180,7 +175,7 @@ class Recorder(ReadsWhole):
                 return candidate
         raise CaptureError(
             f"a tensor of shape {tuple(tensor.shape)} entered the step unseen "
-            f"({self._where()}); it may come from a tensor subclass or a cached value"
+            f"({calling_line()}); it may come from a tensor subclass or a cached value"
         )
 
     def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -190,7 +185,7 @@ class Recorder(ReadsWhole):
         if tensor.requires_grad:
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} that requires grad is used in forward "
-                f"({self._where()}) but is not a parameter of the model; register it as one"
+                f"({calling_line()}) but is not a parameter of the model; register it as one"
             )
         self._refuse_undense(tensor)
         name = f"constant_{len(self.constants)}"
@@ -281,8 +276,8 @@ class Recorder(ReadsWhole):
     ) -> Any:
         kwargs = kwargs or {}
         if not isinstance(func, OpOverload):
-            raise CaptureError(f"{func} cannot be recorded ({self._where()})")
-        refuse_nesting(func, self._where)
+            raise CaptureError(f"{func} cannot be recorded ({calling_line()})")
+        refuse_nesting(func, calling_line)
         self._on_call()
         args, kwargs = self._with_twins(func, (args, kwargs))
         if self._known.answers(func, args):
@@ -336,7 +331,7 @@ class Recorder(ReadsWhole):
         """Refuse other generators: a step draws one sequence, from the default generator."""
         if any(isinstance(v, torch.Generator) for v in tree_iter((args, kwargs))):
             raise CaptureError(
-                f"random numbers are drawn from a generator of the model's own ({self._where()}); "
+                f"random numbers are drawn from a generator of the model's own ({calling_line()}); "
                 "use the default generator, or draw outside and pass the numbers as an argument"
             )
         self.check_generators()
@@ -362,7 +357,7 @@ class Recorder(ReadsWhole):
         if ahead:
             raise CaptureError(
                 f"random numbers were drawn from PyTorch's global generator while the model was "
-                f"captured ({self.phase}, {self._where()}), and by no call of the model in this "
+                f"captured ({self.phase}, {calling_line()}), and by no call of the model in this "
                 "thread: another thread draws (a data loader, a second training loop), or code "
                 "that is not PyTorch's. A plan cannot draw as eager does then, and planning puts "
                 "the generator back: wait for that thread while planning, or let it draw from a "
@@ -371,7 +366,7 @@ class Recorder(ReadsWhole):
         if moved:
             raise CaptureError(
                 f"{self.phase} seeds the random generator and then draws from it, or puts back an "
-                f"earlier state ({self._where()}): seed outside, or draw outside and pass the "
+                f"earlier state ({calling_line()}): seed outside, or draw outside and pass the "
                 "numbers as an argument. A checkpoint of the model's own does so: switch it off, "
                 "since the plan decides what is recomputed, or use torch.utils.checkpoint, which "
                 "is looked through"
@@ -400,8 +395,8 @@ class Recorder(ReadsWhole):
         if tensor.shape != before:
             raise CaptureError(
                 f"a tensor of shape {tuple(before)} is resized in place to {tuple(tensor.shape)} "
-                f"({self._where()}), by resize_ or as out= of a call; make it in its size at once, "
-                "or leave out= away"
+                f"({calling_line()}), by resize_ or as out= of a call; make it in its size at "
+                "once, or leave out= away"
             )
 
     def as_nodes(self, tree: Any) -> Any:
@@ -435,7 +430,7 @@ class Recorder(ReadsWhole):
                 if isinstance(leaf, torch.Tensor):
                     self._bind_output(self._getitem(node, i), leaf)
         elif any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-            raise CaptureError(f"{func} returns a nested structure ({self._where()})")
+            raise CaptureError(f"{func} returns a nested structure ({calling_line()})")
 
     def _bind_output(self, node: Node, out: torch.Tensor) -> None:
         node.meta["val"] = out
@@ -454,55 +449,19 @@ class Recorder(ReadsWhole):
 
     def origin(self) -> tuple[str, str]:
         """Module path and source line; a backward call has those of its forward call."""
-        current = self._current_node()
-        if self.phase == "backward" and current is not None:
-            return self._module_of_sequence.get(sequence_number_of(current), ("", ""))
-        origin = (self._module_stack[-1], self._where())
-        self._module_of_sequence[next_sequence_number() - 1] = origin
-        return origin
-
-    @staticmethod
-    def _where() -> str:
-        frame = sys._getframe(1)
-        while frame is not None:
-            name = frame.f_code.co_filename
-            if not is_machinery(name):
-                return f"{Path(name).name}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
-        return "unknown line"
+        return self._places.origin(self.phase)
 
     @contextmanager
     def module_paths(self, model: torch.nn.Module) -> Iterator[None]:
         """While active, calls know the submodule that they run in."""
-        path_of = {id(m): name for name, m in model.named_modules()}
-        mine = threading.get_ident()  # modules of other threads may run meanwhile
 
         def look_outside() -> None:
             if self.draws_outside is None and _outside_generators() != self._outside_state:
-                self.draws_outside = self._module_stack[-1]
+                self.draws_outside = self._places.module_path
 
-        def enter(module: torch.nn.Module, _args: Any) -> None:
-            if threading.get_ident() != mine:
-                return
-            look_outside()
-            self._module_stack.append(path_of.get(id(module), self._module_stack[-1]))
-
-        def leave(_module: torch.nn.Module, _args: Any, _out: Any) -> None:
-            if threading.get_ident() != mine:
-                return
-            look_outside()
-            self._module_stack.pop()
-
-        handles = [
-            torch.nn.modules.module.register_module_forward_pre_hook(enter),
-            torch.nn.modules.module.register_module_forward_hook(leave, always_call=True),
-        ]
-        try:
+        with self._places.inside_modules(model, look_outside):
             yield
             look_outside()  # for draws of the model's own forward after its last module
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _outside_generators() -> tuple[Any, ...]:

@@ -160,7 +160,7 @@ def train_step(
     target = differentiate(output, loss_fn)
     if releases_outputs and target.loss is not None:
         output = None
-    with _outside_autocast():
+    with outside_autocast():
         torch.autograd.backward(target.tensors, [torch.ones_like(t) for t in target.tensors])
     return output, target.loss
 
@@ -182,7 +182,7 @@ def _several_calls(
             held.append(output)
         del output
     roots = [t for target in targets for t in target.tensors]
-    with _outside_autocast():
+    with outside_autocast():
         torch.autograd.backward(roots, [torch.ones_like(t) for t in roots])
     held += [target.loss for target in targets]
     return held, targets[0].loss
@@ -300,7 +300,7 @@ def _of_loss(loss: Any, what: str) -> Differentiated:
 
 
 @contextmanager
-def _outside_autocast() -> Iterator[None]:
+def outside_autocast() -> Iterator[None]:
     """Exit every active autocast, as the end of its ``with`` block would."""
     with ExitStack() as stack:
         for device_type in ("cpu", "cuda"):

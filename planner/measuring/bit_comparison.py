@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from graph_capture.outputs import take_apart
 
 from ..base.consuming import consuming
+from ..base.preserve_state import preserve_state
 from ..base.resident import single_device
 from ..base.training_step import (
     LossFn,
@@ -18,7 +19,6 @@ from ..base.training_step import (
     output_tensors,
     train_step,
 )
-from .preserve_state import preserve_state
 from .validation import Bits
 
 Results = dict[str, Tensor | None]

@@ -61,6 +61,7 @@ from graph_capture.private_torch.tensors import is_zero_tensor
 from graph_capture.spread_out import local_part
 
 from ..base.data_parallel import Distributed, wrapped_by
+from ..base.preserve_state import preserve_state
 from ..base.resident import (
     gradients_of,
     resident_tensors,
@@ -75,7 +76,6 @@ from ..base.training_step import (
     make_step,
 )
 from ..running.attach import applied_plan
-from .preserve_state import preserve_state
 
 _STEPS_OF_WRAPPER = 3
 """A ``DistributedDataParallel`` makes its buckets anew in its second step, or third."""

@@ -28,6 +28,7 @@ from graph_capture.outputs import take_apart
 from ..base.data_parallel import inside
 from ..base.forward_slot import Forwards, forward_set, forwards_set, own_forward
 from ..base.live_state import LiveState
+from ..base.preserve_state import preserve_state
 from ..base.resident import (
     gradients_of,
     resident_bytes_by_category,
@@ -53,7 +54,6 @@ from .loss_and_optimizer import (
     planned_optimizer,
 )
 from .measure import measure_pair, quartiles, record_peak, timed_us
-from .preserve_state import preserve_state
 from .validation import Bits, Figure, Validation
 
 _WARMUP_PAIRS = 2

@@ -13,6 +13,7 @@ from solvers.schedule import Schedule
 
 from ...base.budget import RequestedBudget
 from ...base.forward_slot import forward_set, own_forward
+from ...base.preserve_state import preserve_state
 from ...base.request import Request
 from ...base.solve_options import SolveOptions
 from ...base.training_step import (
@@ -24,7 +25,6 @@ from ...comparison_record import (
     ComparisonRow,
     MeasuredStep,
 )
-from ...measuring.preserve_state import preserve_state
 from ...plan_record import PlanRecord
 from ...planning.captured_call import CapturedCall
 from ...planning.make_plan import (

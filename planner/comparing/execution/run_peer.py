@@ -17,6 +17,7 @@ from torch import nn
 from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 
 from ...base.forward_slot import forward_set, own_forward
+from ...base.preserve_state import preserve_state
 from ...base.resident import single_device
 from ...base.training_step import (
     LossFn,
@@ -34,7 +35,6 @@ from ...measuring.measure import (
     measure_pair,
     timed_us,
 )
-from ...measuring.preserve_state import preserve_state
 from ...running.out_of_memory import is_out_of_memory
 from ..peers.peer import (
     PEER_ERRORS,

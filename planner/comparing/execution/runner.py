@@ -20,6 +20,7 @@ import torch
 
 from ...base.forward_slot import forward_set
 from ...base.live_state import LiveState
+from ...base.preserve_state import preserve_state
 from ...base.resident import single_device
 from ...base.step_spec import StepSpec
 from ...base.training_step import (
@@ -39,7 +40,6 @@ from ...measuring.measure import (
     quartiles,
     timed_us,
 )
-from ...measuring.preserve_state import preserve_state
 from ...plan_record import PlanRecord
 from ...running.out_of_memory import is_out_of_memory
 from ...running.planned_forward import PlannedForward

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ...base.preserve_state import preserve_state
 from ...base.resident import single_device
 from ...base.training_step import (
     LossFn,
@@ -38,7 +39,6 @@ from ...measuring.bit_comparison import (
     Results,
     first_difference,
 )
-from ...measuring.preserve_state import preserve_state
 from .training_run import (
     StepResults,
     TrainingRun,

@@ -60,7 +60,7 @@ class TrainingRun:
     """One model's successive steps, with their own random states.
 
     Parameters change from step to step; the caller restores them
-    (:func:`planner.measuring.preserve_state.preserve_state` with the optimizer ``"sgd"``).
+    (:func:`planner.base.preserve_state.preserve_state` with the optimizer ``"sgd"``).
 
     Parameters
     ----------

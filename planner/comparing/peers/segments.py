@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 from graph_capture.private_torch.dispatch import without_torch_function_of_subclasses
 from graph_capture.private_torch.trees import TreeSpec, tree_flatten, tree_unflatten
 
+from ...base.preserve_state import preserve_state
 from ...base.training_step import call_model
-from ...measuring.preserve_state import preserve_state
 from .checkpointing import without_cache
 from .peer import (
     Ready,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planner.base.preserve_state import preserve_state
 from planner.comparing.execution.step_verdict import (
     StepVerdict,
     _distance,
@@ -24,7 +25,6 @@ from planner.comparing.execution.training_run import (
     StepResults,
     TrainingRun,
 )
-from planner.measuring.preserve_state import preserve_state
 from tests.planner.comparing.peers.peer_models import (
     Stack,
     Statistics,

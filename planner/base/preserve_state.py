@@ -11,7 +11,7 @@ from torch import nn
 from graph_capture.isolation import attributes_put_back, generators_put_back
 from graph_capture.private_torch.modules import buffers_of
 
-from ..base.training_step import (
+from .training_step import (
     LossFn,
     Sample,
     output_tensors,
@@ -25,7 +25,7 @@ def preserve_state(
     loss_fn: LossFn | None,
     optimizer: torch.optim.Optimizer | str | None,
 ) -> Iterator[None]:
-    """Restore, at the end, every value that a step changes; copies lie on the CPU.
+    """Restore, at the end, every value that a step changed; copies lie on the CPU.
 
     This includes plain attributes of the modules (a counter in Python, a list that
     forward appends to, a tensor that it keeps) and the random generators of Python,
@@ -59,7 +59,8 @@ def preserve_state(
                 leaf.grad = grad
             with torch.no_grad():
                 for t, copy in copies:
-                    t.copy_(copy)
+                    if not torch.equal(t.to("cpu"), copy):
+                        t.copy_(copy)
             for module, saved in registered:
                 for name, buffer in saved.items():
                     if buffers_of(module)[name] is not buffer:
