@@ -13,24 +13,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.utils.checkpoint as implementation
 
 from .private_torch.replacing import CHECKPOINT_GENERATOR
 
 
 class _Depth:
-    """How many checkpoints the code is inside of, while these are looked through."""
+    """How many checkpoints with gradients the code is inside of."""
 
     def __init__(self) -> None:
         self.num = 0
 
     @contextmanager
     def deeper(self) -> Iterator[None]:
-        self.num += 1
+        one = int(torch.is_grad_enabled())  # else it runs once
+        self.num += one
         try:
             yield
         finally:
-            self.num -= 1
+            self.num -= one
 
 
 class _Here(threading.local):
@@ -42,7 +44,10 @@ _here = _Here()
 
 
 def inside_checkpoint() -> bool:
-    """Whether the code runs inside of a checkpoint that is looked through."""
+    """Whether the code is a checkpoint's, which would repeat it in backward.
+
+    Known while :func:`checkpoints_inlined` or :func:`checkpoints_noticed` is active.
+    """
     return _here.depth.num > 0
 
 
@@ -68,10 +73,34 @@ def checkpoints_inlined() -> Iterator[None]:
     Both of its implementations are replaced where it looks them up, so code that
     has imported the function by name is covered as well.
     """
-    stand_ins = {
-        "CheckpointFunction": _CallThrough,
-        CHECKPOINT_GENERATOR.name: _keep_everything,
-    }
+    with _replaced(_CallThrough, _keep_everything):
+        yield
+
+
+@contextmanager
+def checkpoints_noticed() -> Iterator[None]:
+    """While active, code knows that it is :func:`inside_checkpoint`; nothing else changes."""
+    function = implementation.CheckpointFunction
+    generator: Any = CHECKPOINT_GENERATOR.value
+
+    class Noticed:
+        @staticmethod
+        def apply(*args: Any) -> Any:
+            with _here.depth.deeper():
+                return function.apply(*args)
+
+    def noticed(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with _here.depth.deeper():
+            yield from generator(*args, **kwargs)
+
+    with _replaced(Noticed, noticed):
+        yield
+
+
+@contextmanager
+def _replaced(function: Any, generator: Any) -> Iterator[None]:
+    """Put others into the places of both implementations."""
+    stand_ins = {"CheckpointFunction": function, CHECKPOINT_GENERATOR.name: generator}
     before = {name: getattr(implementation, name) for name in stand_ins}
     outer, _here.depth = _here.depth, _Depth()  # an exception may leave a checkpoint half open
     vars(implementation).update(stand_ins)

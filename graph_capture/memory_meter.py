@@ -84,7 +84,7 @@ class MemoryMeter(ReadsWhole):
         self._values.note(func, own_args, own_kwargs, out)
         if func.namespace != "prim":  # a fake tensor is asked for its device
             with disable_current_modes():  # a plain meta tensor is made at a tenth of the cost
-                self.calls.append((func, _shapes(args), _shapes(kwargs), _shapes(out)))
+                self.calls.append((func, shapes_of(args), shapes_of(kwargs), shapes_of(out)))
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor)
@@ -144,7 +144,7 @@ def _freed(meter: weakref.ref[MemoryMeter], sid: int, num_bytes: int) -> None:
         listening._forget(sid, num_bytes)
 
 
-def _shapes(tree: Any) -> Any:
+def shapes_of(tree: Any) -> Any:
     """Replace tensors by meta tensors of the same memory size, so that no storage is held."""
     return tree_map(lambda x: _shape(x) if isinstance(x, torch.Tensor) else x, tree)
 

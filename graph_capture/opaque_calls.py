@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -179,6 +179,40 @@ class CheckpointedCallError(BaseException):
         self.path = path
 
 
+class Making(Protocol):
+    """Makes what a call that stands for itself returns."""
+
+    def called(self, call: SeenCall, forward: Forward, arguments: Mapping[str, Any]) -> None:
+        """Is told of a call of a module's own forward, before anything of it is made."""
+
+    def outputs(self, number: int, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the outputs that the call makes, in the order of its form."""
+
+    def gradients(
+        self, number: int, tangents: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Return the gradients that the call makes, in the order of its form."""
+
+
+class AsOperators:
+    """Makes tensors without values by one operator each way, for a step on stand-ins."""
+
+    def called(self, call: SeenCall, forward: Forward, arguments: Mapping[str, Any]) -> None:
+        """Do nothing: values play no part."""
+
+    def outputs(self, number: int, given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """See :class:`Making`."""
+        made: list[torch.Tensor] = _forward_call(list(given), number)
+        return made
+
+    def gradients(
+        self, number: int, tangents: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """See :class:`Making`."""
+        made: list[torch.Tensor] = _backward_call([*tangents, *given], number)
+        return made
+
+
 class OpaqueCalls:
     """Lets modules stand for themselves while a step is captured.
 
@@ -191,6 +225,8 @@ class OpaqueCalls:
         known.
     torch_type
         The device type whose autocast counts.
+    making
+        Makes what they return.
     """
 
     def __init__(
@@ -198,7 +234,9 @@ class OpaqueCalls:
         modules: Mapping[str, nn.Module],
         form_of: Callable[[str, Mapping[str, Any], AutocastState], OpaqueForm | None],
         torch_type: str,
+        making: Making | None = None,
     ) -> None:
+        self.making = making or AsOperators()
         self._modules = modules
         self._form_of = form_of
         self._torch_type = torch_type
@@ -247,10 +285,10 @@ class OpaqueCalls:
         own = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if module.training and inside_checkpoint():  # a reentrant one disables gradients
+                raise CheckpointedCallError(path)
             if not module.training or not torch.is_grad_enabled():
                 return own(*args, **kwargs)
-            if inside_checkpoint():
-                raise CheckpointedCallError(path)
             arguments = bind_call(own, args, kwargs)
             spec = describe(arguments)
             autocast = AutocastState.of(self._torch_type)
@@ -259,7 +297,9 @@ class OpaqueCalls:
                 raise UnknownFormError(path, spec, autocast)
             number = len(self.seen)
             _FORMS[number] = form
-            self.seen.append(SeenCall(path=path, number=number, arguments=spec, form=form))
+            call = SeenCall(path=path, number=number, arguments=spec, form=form)
+            self.seen.append(call)
+            self.making.called(call, own, arguments)
             given = tensors_of(arguments)
             leaves = [
                 given[leaf] if isinstance(leaf, int) else module.get_parameter(leaf)
@@ -319,7 +359,7 @@ class _Opaque(torch.autograd.Function):
         ctx.num_leaves, ctx.num_given = num_leaves, len(given)
         ctx.save_for_backward(*given)  # a planned call holds its arguments until its backward
         ctx.set_materialize_grads(False)
-        fresh = _forward_call(list(given), number)
+        fresh = calls.making.outputs(number, given)
         outputs = _placed(form.outputs, fresh, given)
         ctx.mark_non_differentiable(
             *(t for i, t in enumerate(outputs) if i not in form.differentiated)
@@ -338,7 +378,7 @@ class _Opaque(torch.autograd.Function):
                 torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device) if t is None else t
                 for t, spec in zip(tangents, like, strict=True)
             ]
-        fresh = _backward_call([*tangents, *ctx.saved_tensors], ctx.number)
+        fresh = ctx.calls.making.gradients(ctx.number, tangents, ctx.saved_tensors)
         made = _placed(form.gradients, fresh, tangents)
         return (None, None, None, *made, *([None] * ctx.num_given))
 
@@ -416,7 +456,8 @@ _library.define("forward_call(Tensor[] given, int number) -> Tensor[]")
 _library.define("backward_call(Tensor[] given, int number) -> Tensor[]")
 
 
-def _fresh(form: Form) -> list[torch.Tensor]:
+def fresh_tensors(form: Form) -> list[torch.Tensor]:
+    """Return the tensors that a form says are made, without values."""
     memory: dict[int, torch.Tensor] = {}
     made = []
     for tensor in form:
@@ -442,11 +483,11 @@ def _fresh(form: Form) -> list[torch.Tensor]:
 
 
 def _fake_forward(given: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
-    return _fresh(_FORMS[number].outputs)
+    return fresh_tensors(_FORMS[number].outputs)
 
 
 def _fake_backward(given: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:
-    return _fresh(_FORMS[number].gradients)
+    return fresh_tensors(_FORMS[number].gradients)
 
 
 def _no_values(given: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:

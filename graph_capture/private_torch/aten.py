@@ -10,6 +10,8 @@ assert_async = torch.ops.aten._assert_async
 ctc_loss = torch.ops.aten._ctc_loss
 # 2.11+; its backward
 ctc_loss_backward = torch.ops.aten._ctc_loss_backward
+# 2.11+; what x[i] += y comes to, in place
+index_put_impl = torch.ops.aten._index_put_impl_
 # 2.11+; what .item() comes to
 local_scalar_dense = torch.ops.aten._local_scalar_dense
 # 2.11+; pack_padded_sequence, which reads lengths out of memory
@@ -35,6 +37,7 @@ __all__ = [
     "attention_in_math",
     "ctc_loss",
     "ctc_loss_backward",
+    "index_put_impl",
     "local_scalar_dense",
     "pack_padded_sequence",
     "to_copy",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -39,6 +39,8 @@ from ..base.forward_slot import original_forward
 from ..base.step_spec import StepSpec
 from ..errors import PlanError
 
+R = TypeVar("R")
+
 
 class UnfitBlockError(PlanError):
     """A module cannot have a plan of its own inside this step.
@@ -49,11 +51,18 @@ class UnfitBlockError(PlanError):
         The module.
     message
         Why, and what to do.
+    others
+        Others that cannot for the same reason.
+    by_itself
+        Whether the reason lies in the module, so that it holds for all that look alike.
     """
 
-    def __init__(self, path: str, message: str) -> None:
+    def __init__(
+        self, path: str, message: str, others: Sequence[str] = (), *, by_itself: bool = False
+    ) -> None:
         super().__init__(message)
-        self.path = path
+        self.paths = (path, *others)
+        self.by_itself = by_itself
 
 
 MAX_ROUNDS = 200
@@ -70,6 +79,8 @@ class DistinctBlock:
         The module that was captured.
     module
         The module.
+    looks
+        See :func:`looks_of`.
     arguments
         Its call by name, tensors as ``TensorSpec``.
     captured
@@ -84,11 +95,29 @@ class DistinctBlock:
 
     path: str
     module: weakref.ref[nn.Module]
+    looks: tuple[Any, ...]
     arguments: Mapping[str, Any]
     captured: CapturedStep
     form: OpaqueForm
     autocast: AutocastState
     unused: frozenset[int]
+
+
+@dataclass(kw_only=True)
+class Known:
+    """What several attempts to capture a step have in common.
+
+    Parameters
+    ----------
+    blocks
+        The distinct blocks that were captured.
+    why_measured
+        Why the rest cannot be captured; ``None`` as long as it can. With fewer or smaller
+        blocks it cannot either.
+    """
+
+    blocks: list[DistinctBlock] = field(default_factory=list)
+    why_measured: CaptureError | None = None
 
 
 class Capturing:
@@ -101,19 +130,17 @@ class Capturing:
         spec: StepSpec,
         target: Target,
         progress: TimingProgress | None,
+        known: Known,
     ) -> None:
         self.model, self.spec, self.target, self.progress = model, spec, target, progress
         self.modules = {path: model.get_submodule(path) for path in paths}
-        self.blocks: list[DistinctBlock] = []
+        self.blocks = known.blocks
         self.used: dict[str, int] = {}  # path -> distinct block
         self.unused: dict[str, frozenset[int]] = {}
-        self._looks = {path: _looks_of(module) for path, module in self.modules.items()}
+        self._looks = {path: looks_of(module) for path, module in self.modules.items()}
 
     def rest(self, arguments: Mapping[str, Any]) -> tuple[CapturedStep, list[SeenCall]]:
-        """Return the captured rest, and the blocks' calls in it."""
-        forward = original_forward(self.model)
-        calls = OpaqueCalls(self.modules, self._form_of, self.target.torch_type)
-
+        """Return the rest, captured on stand-ins, and the blocks' calls in it."""
         optimizer, holds = self.spec.optimizer, self.spec.holds
         if holds.sharded is None:
             updated = measure_optimizer(optimizer, self.model, self.target)
@@ -121,19 +148,37 @@ class Capturing:
             shard_of = holds.sharded.shard_of
             updated = measure_optimizer(optimizer, self.model, self.target, part_of=shard_of)
             holds = replace(holds, sharded=None, grads="none")  # which comes later
+
+        def captured(calls: OpaqueCalls, forward: Callable[..., Any]) -> CapturedStep:
+            return capture_step(
+                self.model,
+                arguments,
+                loss=self.spec.loss_fn,
+                optimizer=updated,
+                forward=calls.around(forward),
+                target=self.target,
+                cost_model=self.spec.cost_model,
+                progress=self.progress,
+                holds=holds,
+            )
+
+        return self.rounds(captured)
+
+    def rounds(
+        self, run: Callable[[OpaqueCalls, Callable[..., Any]], R]
+    ) -> tuple[R, list[SeenCall]]:
+        """Run the rest until each block that it calls is known.
+
+        Parameters
+        ----------
+        run
+            Gets the blocks' calls and the model's own forward.
+        """
+        forward = original_forward(self.model)
         for _ in range(MAX_ROUNDS):
+            calls = OpaqueCalls(self.modules, self._form_of, self.target.torch_type)
             try:
-                rest = capture_step(
-                    self.model,
-                    arguments,
-                    loss=self.spec.loss_fn,
-                    optimizer=updated,
-                    forward=calls.around(forward),
-                    target=self.target,
-                    cost_model=self.spec.cost_model,
-                    progress=self.progress,
-                    holds=holds,
-                )
+                rest = run(calls, forward)
             except UnknownFormError as unknown:
                 with unknown.autocast.holding():
                     self._capture(unknown.path, unknown.arguments, unknown.autocast)
@@ -174,8 +219,8 @@ class Capturing:
             if (
                 (block.unused, block.autocast) == (unused, autocast)
                 and difference(block.arguments, arguments) is None
-                and self._looks[path] == self._looks[block.path]
-                and _reads_the_same(block, self.modules[block.path], self.modules[path])
+                and self._looks[path] == block.looks
+                and _reads_the_same(block, self.modules[path])
             ):
                 return i
         return None
@@ -190,6 +235,7 @@ class Capturing:
                 path,
                 f"block {path!r} cannot have a plan of its own: {error}. Call the model so that it "
                 "passes tensors and plain values to its blocks (use_cache=False, say)",
+                by_itself=True,
             ) from error
         unused = self.unused.get(path, frozenset())
         try:
@@ -199,12 +245,13 @@ class Capturing:
             form = OpaqueForm.of(captured)
         except CaptureError as error:
             raise UnfitBlockError(
-                path, f"block {path!r} cannot have a plan of its own: {error}"
+                path, f"block {path!r} cannot have a plan of its own: {error}", by_itself=True
             ) from error
         self.blocks.append(
             DistinctBlock(
                 path=path,
                 module=weakref.ref(module),
+                looks=self._looks[path],
                 arguments=arguments,
                 captured=captured,
                 form=form,
@@ -241,29 +288,33 @@ class Capturing:
 
     def _check(self, seen: list[SeenCall], out_of_order: Mapping[int, int | str]) -> None:
         called = Counter(call.path for call in seen)
-        twice = next((path for path, count in called.items() if count > 1), None)
-        if twice is not None:
+        twice = [path for path, count in called.items() if count > 1]
+        if twice:
             raise UnfitBlockError(
-                twice,
-                f"block {twice!r} is called {called[twice]} times in one step, and a plan inside "
-                "it would hold what several calls save: plan the module around it as a block",
+                twice[0],
+                f"block {twice[0]!r} is called {called[twice[0]]} times in one step, and a plan "
+                "inside it would hold what several calls save: plan the module around it as a "
+                "block",
+                twice[1:],
             )
-        for call in seen:
-            leaf = out_of_order.get(call.number)
-            if leaf is not None:
-                name = tensor_names(call.arguments)[leaf] if isinstance(leaf, int) else leaf
-                raise UnfitBlockError(
-                    call.path,
-                    f"block {call.path!r} uses {name!r} more than once, and others use it later: "
-                    "its gradients would be added in another order than eager's, with other last "
-                    "bits. Name smaller blocks, or leave this one out of blocks=",
-                )
-        never = next((path for path in self.modules if path not in called), None)
-        if never is not None:
+        unordered = [call for call in seen if call.number in out_of_order]
+        if unordered:
+            call, leaf = unordered[0], out_of_order[unordered[0].number]
+            name = tensor_names(call.arguments)[leaf] if isinstance(leaf, int) else leaf
             raise UnfitBlockError(
-                never,
-                f"block {never!r} is not called with gradients in this step (eval mode, no_grad, a "
-                "branch that is not taken?): leave it out of blocks=",
+                call.path,
+                f"block {call.path!r} uses {name!r} more than once, and others use it later: "
+                "its gradients would be added in another order than eager's, with other last "
+                "bits. Name smaller blocks, or leave this one out of blocks=",
+                [other.path for other in unordered[1:]],
+            )
+        never = [path for path in self.modules if path not in called]
+        if never:
+            raise UnfitBlockError(
+                never[0],
+                f"block {never[0]!r} is not called with gradients in this step (eval mode, "
+                "no_grad, a branch that is not taken?): leave it out of blocks=",
+                never[1:],
             )
 
 
@@ -283,8 +334,8 @@ def _without(captured: CapturedStep, unused: frozenset[int]) -> LossSpec:
     )
 
 
-def _looks_of(module: nn.Module) -> tuple[Any, ...]:
-    """What two blocks must have in common to be alike, apart from what forward reads."""
+def looks_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return what two blocks must have in common to be alike, apart from what forward reads."""
     parts = tuple((name, type(part), part.training) for name, part in module.named_modules())
     state = tuple(
         (name, TensorSpec.of(tensor), isinstance(tensor, nn.Parameter))
@@ -302,10 +353,11 @@ def _looks_of(module: nn.Module) -> tuple[Any, ...]:
     return parts, state, tied
 
 
-def _reads_the_same(block: DistinctBlock, module: nn.Module, other: nn.Module) -> bool:
+def _reads_the_same(block: DistinctBlock, other: nn.Module) -> bool:
     """Whether another module holds what a captured one's forward has read, at the same places."""
-    if module is other:
-        return True
+    module = block.module()
+    if module is None or module is other:
+        return module is other
     path_of = {id(part): name for name, part in module.named_modules()}
     twins = dict(other.named_modules())
     for place in block.captured.step.reads.places:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -74,10 +74,18 @@ def has_blocks(model: nn.Module) -> bool:
     return bool(_lists_in(model))
 
 
-def smaller_blocks(model: nn.Module, paths: tuple[str, ...], unfit: str) -> tuple[str, ...]:
-    """Return the blocks without one that is not fit, but with the layers inside that one."""
-    inner = [f"{unfit}.{path}" for path in _lists_in(model.get_submodule(unfit))]
-    chosen = {path for path in paths if path != unfit} | set(inner)
+def smaller_blocks(
+    model: nn.Module, paths: tuple[str, ...], unfit: Collection[str]
+) -> tuple[str, ...]:
+    """Return the blocks without those that are not fit, but with the parts inside of these.
+
+    The parts are the elements of its lists of layers, or else its own composed modules, such
+    as the attention of a layer whose experts cannot be planned.
+    """
+    chosen = {path for path in paths if path not in unfit}
+    for outer in unfit:
+        module = model.get_submodule(outer)
+        chosen |= {f"{outer}.{path}" for path in _lists_in(module) or _parts_of(module)}
     return tuple(path for path, _ in model.named_modules() if path in chosen)
 
 
@@ -97,10 +105,25 @@ def _lists_in(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         if any(path == outer or path.startswith(f"{outer}.") for outer in found):
             continue
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
-            trained = [any(p.requires_grad for p in child.parameters()) for child in module]
-            composed = all(any(True for _ in child.children()) for child in module)
-            if all(trained) and composed:
-                prefix = f"{path}." if path else ""
-                found += [f"{prefix}{name}" for name, _ in module.named_children()]
+        is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+        if is_list and all(map(_is_composed, module.children())):
+            prefix = f"{path}." if path else ""
+            found += [f"{prefix}{name}" for name, _ in module.named_children()]
     return found
+
+
+def _parts_of(module: nn.Module) -> list[str]:
+    """The composed modules directly inside of one, those in lists and dicts included."""
+    found: list[str] = []
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # these are not called
+            found += [f"{name}.{path}" for path in _parts_of(child)]
+        elif _is_composed(child):
+            found.append(name)
+    return found
+
+
+def _is_composed(module: nn.Module) -> bool:
+    """Whether a module is trained and made of others."""
+    trained = any(p.requires_grad for p in module.parameters())
+    return trained and any(True for _ in module.children())

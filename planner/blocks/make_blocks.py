@@ -37,7 +37,7 @@ from ..plan_record import PlanRecord
 from ..planning.captured_call import CapturedCall, captured_call
 from ..planning.make_plan import recorded
 from .block_record import BlockParts, WholeStep
-from .captured_blocks import UnfitBlockError
+from .captured_blocks import Known, UnfitBlockError, looks_of
 from .find import AUTO, find_blocks, smaller_blocks
 from .joined_blocks import CapturedBlocks, capture_blocks
 
@@ -177,6 +177,7 @@ def _captured(
     automatic: bool,
 ) -> CapturedBlocks:
     """Capture the blocks; where they were not named, leave out or divide what is not fit."""
+    known = Known()
     while True:
         try:
             return capture_blocks(
@@ -187,13 +188,23 @@ def _captured(
                 target=target,
                 progress=timing,
                 seed=seed,
+                known=known,
             )
         except UnfitBlockError as error:
-            smaller = smaller_blocks(spec.model, paths, error.path)
+            smaller = smaller_blocks(spec.model, paths, _unfit(spec.model, paths, error))
             if not automatic or not smaller:
                 raise
             logger.debug("not a block: %s", error)
             paths = smaller
+
+
+def _unfit(model: nn.Module, paths: tuple[str, ...], error: UnfitBlockError) -> set[str]:
+    """The blocks that an error is about."""
+    unfit = set(error.paths)
+    if error.by_itself:
+        looks = looks_of(model.get_submodule(error.paths[0]))
+        unfit |= {path for path in paths if looks_of(model.get_submodule(path)) == looks}
+    return unfit
 
 
 def _refuse_others(spec: StepSpec, request: Request) -> None:
@@ -315,7 +326,8 @@ def _whole_record(
     whole = replace(rest, graph=captured.step.whole, unplanned=eager)
     call = CapturedCall(model=model, arguments=arguments, captured=whole)
     record, _ = recorded(call, whole, request, as_solved)
-    return replace(record, detached=())  # eager code hands its outputs out as they are
+    # Eager code hands its outputs out as they are.
+    return replace(record, detached=(), loss=captured.loss)
 
 
 def _parts(
@@ -335,7 +347,8 @@ def _parts(
             plans.append(plan)
             live.append(state)
         plan_of[call.path] = known[key]
-    return BlockParts(plans=tuple(plans), plan_of=plan_of), tuple(live)
+    parts = BlockParts(plans=tuple(plans), plan_of=plan_of, measured=captured.measured)
+    return parts, tuple(live)
 
 
 def _part(

@@ -9,7 +9,7 @@ import torch
 import torch.utils.checkpoint as implementation
 from torch.utils.checkpoint import checkpoint
 
-from graph_capture.checkpointing import checkpoints_inlined, inside_checkpoint
+from graph_capture.checkpointing import checkpoints_inlined, checkpoints_noticed, inside_checkpoint
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -42,8 +42,9 @@ def test_afterwards_it_is_itself_again() -> None:
     )
 
 
+@pytest.mark.parametrize("context", [checkpoints_inlined, checkpoints_noticed])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_code_knows_that_it_is_checkpointed(use_reentrant: bool) -> None:
+def test_code_knows_that_it_is_checkpointed(use_reentrant: bool, context: Any) -> None:
     """Inside a part and not after it, also where a part ends with an error."""
     seen: list[bool] = []
 
@@ -55,7 +56,7 @@ def test_code_knows_that_it_is_checkpointed(use_reentrant: bool) -> None:
         raise KeyboardInterrupt
 
     x = torch.ones(3, requires_grad=True)
-    with checkpoints_inlined():
+    with context():
         checkpoint(part, x, use_reentrant=use_reentrant)
         seen.append(inside_checkpoint())
         with pytest.raises(KeyboardInterrupt) as caught:
@@ -63,3 +64,18 @@ def test_code_knows_that_it_is_checkpointed(use_reentrant: bool) -> None:
     seen.append(inside_checkpoint())
     del caught
     assert seen == [True, False, False]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_noticed_checkpoint_still_runs_twice(use_reentrant: bool) -> None:
+    """In forward and in backward, as without anybody looking."""
+    runs: list[bool] = []
+
+    def part(x: Any) -> Any:
+        runs.append(inside_checkpoint())
+        return torch.tanh(x).exp()
+
+    x = torch.ones(3, requires_grad=True)
+    with checkpoints_noticed():
+        checkpoint(part, x, use_reentrant=use_reentrant).sum().backward()
+    assert runs == [True, False]

@@ -397,6 +397,12 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "aten.ctc_loss_backward": lambda: (
         aten.ctc_loss_backward.Tensor is not aten.ctc_loss_backward.default
     ),
+    "aten.index_put_impl": lambda: (
+        aten.index_put_impl.default(
+            torch.zeros(2), [torch.tensor([1, 1])], torch.ones(2), True, True
+        ).tolist()
+        == [0, 2]
+    ),
     "aten.local_scalar_dense": lambda: aten.local_scalar_dense.default(torch.tensor(3)) == 3,
     "aten.pack_padded_sequence": lambda: (
         aten.pack_padded_sequence.default(torch.ones(2, 2), torch.tensor([2, 1]), True)[1].tolist()

@@ -56,5 +56,29 @@ def test_a_model_without_lists_has_to_name_its_blocks() -> None:
 
 def test_an_unfit_block_gives_way_to_the_layers_inside() -> None:
     """Its own list takes its place, in order."""
-    found = smaller_blocks(_model(), ("layers.0", "layers.1"), "layers.0")
+    found = smaller_blocks(_model(), ("layers.0", "layers.1"), {"layers.0"})
     assert found == ("layers.0.parts.0", "layers.0.parts.1", "layers.1")
+
+
+class _Layer(nn.Module):
+    """Attention, and experts in a list of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.Linear(2, 2))
+        self.norm = nn.LayerNorm(2)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
+        self.frozen = nn.Sequential(nn.Linear(2, 2)).requires_grad_(False)
+
+
+def test_a_layer_without_lists_is_divided_into_its_parts() -> None:
+    """Composed and trained ones, for all the layers that are not fit."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([_Layer(), _Layer(), _Layer()])})
+    paths = ("layers.0", "layers.1", "layers.2")
+    assert smaller_blocks(model, paths, {"layers.0", "layers.2"}) == (
+        "layers.0.attention",
+        "layers.0.experts.0",
+        "layers.1",
+        "layers.2.attention",
+        "layers.2.experts.0",
+    )
