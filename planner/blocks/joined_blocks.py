@@ -114,8 +114,8 @@ def _measured(
     spec, target = capturing.spec, capturing.target
     if spec.holds.sharded is not None:
         raise CaptureError(
-            f"{why}\n  One process cannot run a sharded step instead: plan without sharded=, or "
-            "change the line"
+            f"{why}\n  One process cannot run a sharded step instead: plan without distributed=, "
+            "or change the line"
         ) from why
     optimizer = measure_optimizer(spec.optimizer, capturing.model, target)
 
