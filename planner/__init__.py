@@ -26,6 +26,8 @@ from .frontier import frontier
 from .max_batch import max_batch
 from .measuring.measure import Measurement, measure
 from .measuring.validation import Figure, Validation
+from .mesh.estimate_mesh import estimate_mesh
+from .mesh.mesh_report import MeshEstimate, StageEstimate
 from .optimize import optimize
 from .pipeline import PipelinePlan, PlannedStage, Stage, plan_pipeline
 from .plan import Plan
@@ -63,6 +65,7 @@ __all__ = [
     "MaxBatch",
     "MeasuredStep",
     "Measurement",
+    "MeshEstimate",
     "MoreMemory",
     "PeakMemory",
     "PipelinePlan",
@@ -76,6 +79,7 @@ __all__ = [
     "Recomputation",
     "RowOutcome",
     "Stage",
+    "StageEstimate",
     "Validation",
     "Why",
     "Watched",
@@ -84,6 +88,7 @@ __all__ = [
     "check_same_plan",
     "compare",
     "estimate",
+    "estimate_mesh",
     "frontier",
     "max_batch",
     "measure",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from graph_capture.cost_graph import CostGraph
 from graph_capture.units import format_bytes, format_us
 from solvers.pipeline import (
     Division,
@@ -15,6 +16,7 @@ from solvers.pipeline import (
     even_ranges,
     simulate,
 )
+from solvers.schedule import Schedule
 
 from .errors import InfeasibleBudgetError
 from .plan import Plan
@@ -207,7 +209,12 @@ def stage_times(plan: PlanRecord) -> StageTimes:
     Forward ends with the loss, or else with the last run of one of its operators; the
     optimizer is no part of it.
     """
-    operators, order = plan.graph.operators, plan.schedule.order
+    return times_of_schedule(plan.graph, plan.schedule)
+
+
+def times_of_schedule(graph: CostGraph, schedule: Schedule) -> StageTimes:
+    """Return the same of any schedule of a step."""
+    operators, order = graph.operators, schedule.order
     ends = max(
         (i for i, v in enumerate(order) if operators[v].phase == "loss"),
         default=max(i for i, v in enumerate(order) if operators[v].phase == "forward"),

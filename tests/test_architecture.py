@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planner.plan",),
     ("planner.plan_set", "planner.block_plan"),
     ("planner.optimize", "planner.max_batch", "planner.comparing", "planner.pipeline"),
-    ("planner.watch", "planner.frontier"),
+    ("planner.watch", "planner.frontier", "planner.mesh"),
     ("planner.versions",),
     ("planner",),
     ("planner.cli", "planner.demo", "planner.integrations"),

@@ -1,0 +1,1 @@
+"""Steps on a mesh of devices, before any of them is there."""
