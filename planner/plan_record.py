@@ -40,7 +40,8 @@ class PeakMemory:
         optimizer_state, input, output, activation, temporary, workspace (a
         kernel's scratch), library_workspace (what cuBLAS holds all the while),
         resident (the caller's other tensors, see ``resident_bytes``), bucket (of
-        ``DistributedDataParallel``, see ``distributed``).
+        ``DistributedDataParallel``, see ``distributed``), gathered (by ``fully_shard``: whole
+        parameters, buffers of collectives).
     operator
         Name of the operator that runs at the peak.
     phase, module_path, source
