@@ -296,7 +296,7 @@ class _Recording:
         arrivals: dict[Node, tuple[int, Node]] = {}  # by the leaf's node
 
         def arrived(i: int) -> None:
-            arrivals[self.leaves[i][0]] = len(arrivals), next(reversed(nodes))
+            arrivals[self.leaves[i][0]] = len(arrivals), next(iter(reversed(nodes)))
 
         with (
             self.watcher.watching(),
