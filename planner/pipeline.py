@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graph_capture.cost_graph import CostGraph
 from graph_capture.units import format_bytes, format_us
@@ -72,8 +73,8 @@ class PipelinePlan:
         Where all stages have the same number of layers (or differ by one) and plans of their
         own; ``None`` where such a stage does not fit.
     uniform_us
-        The same where all stages recompute what the one with the most calls in flight must,
-        as one setting for all does; ``None`` where that does not fit.
+        The same where all stages recompute as large a share of their time as the one that must
+        recompute most, as one setting for all does.
     """
 
     schedule: PipelineSchedule
@@ -157,9 +158,9 @@ def plan_pipeline(
     plans: dict[object, Plan | InfeasibleBudgetError] = {}
     refused: list[InfeasibleBudgetError] = []
 
-    def planned(index: int, first: int, end: int, in_flight: int | None = None) -> Plan | None:
-        own = calls_in_flight(schedule, index, num_stages, num_microbatches)
-        stage = Stage(index=index, first=first, end=end, calls_in_flight=in_flight or own)
+    def planned(index: int, first: int, end: int) -> Plan | None:
+        in_flight = calls_in_flight(schedule, index, num_stages, num_microbatches)
+        stage = Stage(index=index, first=first, end=end, calls_in_flight=in_flight)
         where = (index == 0, index == num_stages - 1, end - first) if alike else (index, first, end)
         key = where, stage.calls_in_flight
         if key not in plans:
@@ -175,6 +176,8 @@ def plan_pipeline(
         plan = planned(index, first, end)
         return None if plan is None else stage_times(plan)
 
+    if not 0 <= send_us < math.inf:
+        raise ValueError(f"send_us is a number of microseconds from 0 on, got {send_us!r}")
     send_ns = round(send_us * 1e3)
     division = divide_layers(
         times_of, num_layers, num_stages, num_microbatches, schedule, send_ns=send_ns
@@ -182,13 +185,14 @@ def plan_pipeline(
     if division is None:
         raise refused[-1]
 
-    def simulated(in_flight: int | None) -> float | None:
-        found = [
-            planned(s, *r, in_flight) for s, r in enumerate(even_ranges(num_layers, num_stages))
-        ]
-        if any(plan is None for plan in found):
+    even = [planned(s, *layers) for s, layers in enumerate(even_ranges(num_layers, num_stages))]
+
+    def simulated(*, uniform: bool) -> float | None:
+        plans = [plan for plan in even if plan is not None]
+        if len(plans) < num_stages:
             return None
-        times = [stage_times(plan) for plan in found if plan is not None]
+        most = max(plan.overhead for plan in plans)
+        times = [_with_overhead(plan, most) if uniform else stage_times(plan) for plan in plans]
         return simulate(times, num_microbatches, schedule, send_ns=send_ns).step_ns / 1e3
 
     return PipelinePlan(
@@ -198,8 +202,8 @@ def plan_pipeline(
         step_us=division.run.step_ns / 1e3,
         idle_shares=tuple(division.run.idle_share(s) for s in range(num_stages)),
         lower_bound_us=division.lower_bound_ns / 1e3,
-        even_us=simulated(None),
-        uniform_us=simulated(calls_in_flight(schedule, 0, num_stages, num_microbatches)),
+        even_us=simulated(uniform=False),
+        uniform_us=simulated(uniform=True),
     )
 
 
@@ -221,6 +225,13 @@ def times_of_schedule(graph: CostGraph, schedule: Schedule) -> StageTimes:
     )
     costs = [0 if operators[v].phase == "optimizer" else operators[v].cost_ns for v in order]
     return StageTimes(forward_ns=sum(costs[: ends + 1]), backward_ns=sum(costs[ends + 1 :]))
+
+
+def _with_overhead(plan: PlanRecord, overhead: float) -> StageTimes:
+    """A stage's times if it recomputed more, up to this overhead."""
+    times = stage_times(plan)
+    more_us = max(0.0, overhead - plan.overhead) * plan.baseline_step_us
+    return replace(times, backward_ns=times.backward_ns + round(more_us * 1e3))
 
 
 def _stages(

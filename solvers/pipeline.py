@@ -136,10 +136,7 @@ def simulate(
     ValueError
         For another schedule, no stage, or no micro-batch.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is one of {SCHEDULES}, got {schedule!r}")
-    if not stages or num_microbatches < 1:
-        raise ValueError("a pipeline needs a stage and a micro-batch at least")
+    _check(schedule, len(stages), num_microbatches)
     last = len(stages) - 1
     todo = [calls_of(schedule, s, len(stages), num_microbatches) for s in range(len(stages))]
     spans: list[list[Span]] = [[] for _ in stages]
@@ -202,8 +199,9 @@ def divide_layers(
     Raises
     ------
     ValueError
-        When there are fewer layers than stages.
+        When there are fewer layers than stages, or an argument is invalid.
     """
+    _check(schedule, num_stages, num_microbatches)
     if num_layers < num_stages:
         raise ValueError(f"{num_stages} stages need a layer each, there are {num_layers}")
     known = cache(times_of)
@@ -228,6 +226,14 @@ def divide_layers(
             if found is not None and found.step_ns < best.step_ns:
                 ends, best, improved = neighbour, found, True
     return Division(ends=ends, run=best, lower_bound_ns=num_microbatches * slowest_ns)
+
+
+def _check(schedule: PipelineSchedule, num_stages: int, num_microbatches: int) -> None:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is one of {SCHEDULES}, got {schedule!r}")
+    for name, number in (("stage", num_stages), ("micro-batch", num_microbatches)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"a pipeline needs one {name} at least, got {number!r}")
 
 
 def _least_slowest(times_of: TimesOf, num_layers: int, num_stages: int) -> tuple[int, ...] | None:

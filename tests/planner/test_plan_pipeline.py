@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -107,10 +108,27 @@ def test_nothing_fits() -> None:
             num_stages=2,
             num_microbatches=2,
         )
-    with pytest.raises(ValueError, match="need a layer each"):
-        plan_pipeline(
-            plan_within(10**9),
-            num_layers=1,
-            num_stages=2,
-            num_microbatches=2,
-        )
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ({"num_stages": 3}, "need a layer each"),
+        ({"num_stages": 0}, "one stage at least"),
+        ({"num_microbatches": 0}, "one micro-batch at least"),
+        ({"schedule": "1F1B"}, "schedule is one of"),
+        ({"send_us": float("nan")}, "send_us is a number"),
+        ({"send_us": -1.0}, "send_us is a number"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_planned(
+    words: dict[str, Any], match: str
+) -> None:
+    """The message names the argument."""
+
+    def plan_stage(_: Stage) -> Plan:
+        raise AssertionError("planned")
+
+    given = {"num_layers": 2, "num_stages": 2, "num_microbatches": 2} | words
+    with pytest.raises(ValueError, match=match):
+        plan_pipeline(plan_stage, **given)
