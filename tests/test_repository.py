@@ -53,3 +53,14 @@ def test_the_citation_names_this_version() -> None:
     citation = read("CITATION.cff")
     assert f"\nversion: {PROJECT['version']}\n" in citation
     assert f"\nlicense: {PROJECT['license']}\n" in citation
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    """The list that setuptools goes by has each folder of modules, and none that is gone."""
+    listed = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]["packages"]
+    folders = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in ("graph_capture", "planner", "solvers")
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert listed == sorted(folders)
