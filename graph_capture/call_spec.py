@@ -55,8 +55,10 @@ class TensorSpec:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         grad = ", requires_grad" if self.requires_grad else ""
-        dense = torch.empty(self.shape, device="meta").stride()
-        gaps = any(n > 1 and a != b for n, a, b in zip(self.shape, self.stride, dense, strict=True))
+        step, gaps = 1, False  # makes no tensor, which a capture that is under way would record
+        for n, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            gaps |= n > 1 and stride != step
+            step *= n
         strides = f" with strides {list(self.stride)}" if gaps and 0 not in self.shape else ""
         return f"{dtype}{list(self.shape)}{strides} on {self.device}{grad}"
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from graph_capture.autocast import AutocastState
@@ -308,6 +309,7 @@ class Capturing:
                 "bits. Name smaller blocks, or leave this one out of blocks=",
                 [other.path for other in unordered[1:]],
             )
+        self._refuse_shared_casts()
         never = [path for path in self.modules if path not in called]
         if never:
             raise UnfitBlockError(
@@ -315,6 +317,37 @@ class Capturing:
                 f"block {never[0]!r} is not called with gradients in this step (eval mode, "
                 "no_grad, a branch that is not taken?): leave it out of blocks=",
                 never[1:],
+            )
+
+    def _refuse_shared_casts(self) -> None:
+        """Refuse blocks that share with others a parameter which autocast casts once for all.
+
+        Eager adds the gradients of the cast, and casts their sum; a planned block has a cast of
+        its own, and adds what has been cast.
+        """
+        users: dict[int, set[str]] = {}
+        for path, module in self.model.named_modules():
+            block = next((b for b in self.modules if path == b or path.startswith(f"{b}.")), path)
+            for parameter in vars(module)["_parameters"].values():
+                users.setdefault(id(parameter), set()).add(block)
+        shared: dict[str, str] = {}
+        for path, module in self.modules.items():
+            autocast = self.blocks[self.used[path]].autocast if path in self.used else None
+            if autocast is None or autocast.dtype is None or not autocast.caches:
+                continue
+            for name, parameter in module.named_parameters():
+                is_cast = parameter.dtype == torch.float32 and parameter.requires_grad
+                if is_cast and len(users[id(parameter)]) > 1:
+                    shared.setdefault(path, name)
+        if shared:
+            path, name = next(iter(shared.items()))
+            raise UnfitBlockError(
+                path,
+                f"block {path!r} shares {name!r} with modules outside of it, and autocast casts it "
+                "once for all of them: its gradients would be added after the cast back and not "
+                "before, with other bits than eager's. Name other blocks, switch the cache off "
+                "(torch.autocast(cache_enabled=False)), or plan the whole step",
+                [other for other in shared if other != path],
             )
 
 

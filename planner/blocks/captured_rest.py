@@ -90,13 +90,21 @@ class CapturedRest:
         forward, backward = self._forward[call.number], self._backward[call.number]
         ahead, behind = (self._nodes[self._graph.operators[v].name] for v in (forward, backward))
         num_tangents = len(call.form.differentiated)
+        tangents = behind.args[0][:num_tangents]
         return CallPlace(
             forward=forward,
             backward=backward,
             given=tuple(map(self._of, ahead.args[0])),
             made={i: self._of(item) for i, item in _items(ahead).items()},
-            tangents=tuple(map(self._of, behind.args[0][:num_tangents])),
+            tangents=tuple(map(self._of, tangents)),
             gradients={i: self._of(item) for i, item in _items(behind).items()},
+            copied_bytes=sum(
+                value.numel() * value.element_size()
+                for value, i in zip(
+                    (node.meta["val"] for node in tangents), call.form.differentiated, strict=True
+                )
+                if value.stride() != call.form.outputs[i].spec.stride and not value.is_contiguous()
+            ),
         )
 
     def _of(self, node: Node) -> int:

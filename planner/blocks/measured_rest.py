@@ -92,6 +92,12 @@ class MeasuredRest:
             tangents=behind.given[: len(call.form.differentiated)],
             made=dict(enumerate(ahead.made)),
             gradients=dict(enumerate(behind.made)),
+            copied_bytes=sum(
+                extent
+                for k, i in zip(behind.given, call.form.differentiated, strict=False)
+                if (extent := call.form.outputs[i].spec.extent_bytes)
+                > self._step.graph.storages[k].size_bytes
+            ),
         )
 
 

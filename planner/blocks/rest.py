@@ -29,6 +29,9 @@ class CallPlace:
     made, gradients
         The storage of each tensor that forward makes, and that backward makes, by index;
         those that nobody reads may be missing.
+    copied_bytes
+        Of those gradients of outputs that come in another layout than the block's backward was
+        captured with, and are copied.
     """
 
     forward: int
@@ -37,6 +40,7 @@ class CallPlace:
     tangents: tuple[int, ...]
     made: Mapping[int, int]
     gradients: Mapping[int, int]
+    copied_bytes: int = 0
 
 
 class Rest(Protocol):
@@ -110,7 +114,7 @@ def block_call(
         backward=place.backward,
         outside=outside,
         arguments=tuple(sorted(set(place.given))) if holds else (),
-        held_bytes=_handed_over_bytes(call.form) if holds else 0,
+        held_bytes=_handed_over_bytes(call.form) + place.copied_bytes if holds else 0,
     )
 
 

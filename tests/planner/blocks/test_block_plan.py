@@ -22,7 +22,7 @@ from planner import (
 )
 from planner.errors import CallMismatchError
 
-from .small_blocks import Small, batch, small, small_plan
+from .small_blocks import Layer, Small, batch, small, small_plan
 
 
 def _steps(model: nn.Module, count: int = 3) -> list[Any]:
@@ -287,3 +287,19 @@ def test_a_block_whose_output_is_written_to_is_refused() -> None:
         optimize(
             _WrittenTo(), torch.ones(99, 16), budget="85%", granularity="blocks", blocks="blocks.*"
         )
+
+
+def test_a_raw_input_leaves_nothing_behind() -> None:
+    """The first block's input needs no gradient, the others' do: peak as without a plan.
+
+    The gradient of a sum has no memory of its own, and the last block's plan copies it.
+    """
+    model = nn.Sequential(*(Layer(16, i) for i in range(3))).train()
+    x = torch.randn(64, 16)
+    words: dict[str, Any] = {"loss_fn": torch.sum, "granularity": "blocks", "blocks": "*"}
+    unplanned = optimize(model, x, budget_gb=1, loss_fn=torch.sum).baseline_peak_bytes
+    plan = optimize(model, x, budget_bytes=unplanned + x.nbytes + 64, time_limit_s=1, **words)
+    found = plan.validate(model, x, repeats=0)
+    assert found.bits == "equal"
+    assert plan.overhead == 0
+    assert 0 <= found.peak.predicted - found.peak.measured <= 64

@@ -120,3 +120,35 @@ def test_checkpoints_inside_of_blocks_are_looked_through() -> None:
     )
     assert isinstance(plan, BlockPlan)
     assert plan.blocks == ("layers.0", "layers.2")
+
+
+@pytest.mark.parametrize("shares", ["two blocks", "block and head", "nothing"])
+def test_a_parameter_that_autocast_casts_once_for_several_modules(shares: str) -> None:
+    """Eager adds gradients of the one cast: blocks with a cast of their own have other bits."""
+    model = nn.Sequential(
+        nn.Linear(16, 16), nn.Sequential(*(_Tanh() for _ in range(2))), nn.Linear(16, 16)
+    ).train()
+    weight = model[1][0].linear.weight
+    if shares == "two blocks":
+        model[1][1].linear.weight = weight
+    elif shares == "block and head":
+        model[2].weight = weight
+    x = torch.randn(64, 16)
+    words: dict[str, Any] = {"loss_fn": torch.sum, "autocast": torch.bfloat16, "budget_gb": 1}
+    words |= {"granularity": "blocks", "time_limit_s": 0.5}
+    if shares == "nothing":
+        plan = optimize(model, x, blocks="1.*", **words)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert plan.validate(model, x, repeats=0).bits == "equal"
+        return
+    with pytest.raises(PlanError, match=r"shares 'linear.weight' .* casts it once"):
+        optimize(model, x, blocks="1.*", **words)
+
+
+class _Tanh(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x))
