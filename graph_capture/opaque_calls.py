@@ -25,6 +25,7 @@ from .checkpointing import inside_checkpoint
 from .errors import CaptureError, NotFittingError
 from .outputs import OutputTemplate, tensors_within
 from .private_torch.autograd import sequence_number_of
+from .private_torch.dispatch import disable_current_modes
 from .private_torch.operators import OpOverload, schema_of
 from .recorder import storage_id
 from .traced_step import TracedStep
@@ -292,7 +293,8 @@ class OpaqueCalls:
             arguments = bind_call(own, args, kwargs)
             spec = describe(arguments)
             autocast = AutocastState.of(self._torch_type)
-            form = self._form_of(path, spec, autocast)
+            with disable_current_modes():  # what is compared is no part of the step
+                form = self._form_of(path, spec, autocast)
             if form is None:
                 raise UnknownFormError(path, spec, autocast)
             number = len(self.seen)

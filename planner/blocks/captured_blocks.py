@@ -137,6 +137,7 @@ class Capturing:
         self.modules = {path: model.get_submodule(path) for path in paths}
         self.blocks = known.blocks
         self.used: dict[str, int] = {}  # path -> distinct block
+        self.met: dict[int, None] = {}  # distinct blocks, in the order in which they were met
         self.unused: dict[str, frozenset[int]] = {}
         self._looks = {path: looks_of(module) for path, module in self.modules.items()}
 
@@ -209,6 +210,7 @@ class Capturing:
         if found is None:
             return None
         self.used[path] = found
+        self.met.setdefault(found)
         return self.blocks[found].form
 
     def _known(

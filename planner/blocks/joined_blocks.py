@@ -140,7 +140,8 @@ def _measured(
 def _joined(rest: Rest, calls: list[SeenCall], capturing: Capturing, seed: int) -> CapturedBlocks:
     blocks = tuple(capturing.blocks)
     of = [capturing.used[call.path] for call in calls]
-    used = sorted(set(of))  # what was captured before its unused outputs were known is not
+    # What was captured before its unused outputs were known is not used.
+    used = [b for b in capturing.met if b in set(of)]
     of = [used.index(b) for b in of]
     blocks = tuple(blocks[b] for b in used)
     planned = [InsideBlock.planned(block.captured) for block in blocks]

@@ -27,6 +27,7 @@ from graph_capture.computed_calls import Computing
 from graph_capture.cost_graph import CostGraph, Storage
 from graph_capture.costs.cost_model import TimingProgress
 from graph_capture.errors import CaptureError
+from graph_capture.foreign_generators import ForeignGenerators
 from graph_capture.isolation import swap_tensors, undisturbed
 from graph_capture.loss import LossRegion, LossSource, LossSpec
 from graph_capture.opaque_calls import (
@@ -133,6 +134,30 @@ def measured_rest(
     """
     refuse_spread_out(model)
     _refuse_unreal(model, arguments, target)
+    with _own_generators_put_back(model):  # calls that draw run once more for their scratch
+        return _measured(
+            model,
+            arguments,
+            forward,
+            calls,
+            spec=spec,
+            target=target,
+            optimizer=optimizer,
+            progress=progress,
+        )
+
+
+def _measured(
+    model: nn.Module,
+    arguments: Mapping[str, Any],
+    forward: Callable[..., Any],
+    calls: OpaqueCalls,
+    *,
+    spec: StepSpec,
+    target: Target,
+    optimizer: OptimizerStep | None,
+    progress: TimingProgress | None,
+) -> MeasuredRest:
     recorded = RealCalls(target.torch_type)
     calls.making = computing = Computing(recorded, model, target.torch_type)
     running = _Running(model, arguments, spec, recorded)
@@ -142,7 +167,8 @@ def measured_rest(
         raise
     except Exception as error:  # the user's code may raise anything
         raise CaptureError(
-            f"a real step on the sample, without a plan, fails: {type(error).__name__}: {error}"
+            "a real step on the sample, in which each block holds its arguments until its "
+            f"backward, fails: {type(error).__name__}: {error}"
         ) from error
     finally:
         computing.forget()
@@ -324,6 +350,24 @@ def _refuse_unreal(model: nn.Module, arguments: Mapping[str, Any], target: Targe
             f"what lies between the blocks cannot be captured, so one step would have to be run "
             f"for real, and {why}: pass a real model and a real sample on the device"
         )
+
+
+@contextmanager
+def _own_generators_put_back(model: nn.Module) -> Iterator[None]:
+    """Restore generators, arrays and iterators that modules hold; global ones are put back, too."""
+    foreign = ForeignGenerators()
+    states = []
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            foreign.meet(value, f"{path}.{name}")
+            if isinstance(value, torch.Generator):
+                states.append((value, value.get_state()))
+    try:
+        yield
+    finally:
+        foreign.put_back()
+        for generator, state in states:
+            generator.set_state(state)
 
 
 @contextmanager

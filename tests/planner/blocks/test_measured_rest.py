@@ -247,11 +247,36 @@ def test_a_step_that_cannot_run_is_refused(where: str) -> None:
         optimize(model, x, loss_fn=matched, budget="80%", granularity="blocks", device=device)
 
 
+class Draws(Branching):
+    """Draws from generators of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numpy = np.random.default_rng(0)
+        self.torch = torch.Generator().manual_seed(0)
+        self.counts = np.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts[0] += 1
+        factor = 1 + self.numpy.random()
+        return super().forward(x + torch.rand(8, generator=self.torch)) * factor
+
+
+def test_generators_of_the_model_are_put_back() -> None:
+    """So that the first step draws what it would have drawn, and arrays are as they were."""
+    model = _model(Draws)
+    _planned(model, "90%", time_limit_s=0.3)
+    assert model.numpy.random() == np.random.default_rng(0).random()
+    fresh = torch.Generator().manual_seed(0)
+    assert torch.equal(torch.rand(9, generator=model.torch), torch.rand(9, generator=fresh))
+    assert model.counts.tolist() == [0, 0]
+
+
 class Fails(Branching):
     """Does not run at all."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if float(super().forward(x).mean()) < 10:
+        if super().forward(x).mean().item() < 10:
             raise KeyError("nothing to see")
         return x
 

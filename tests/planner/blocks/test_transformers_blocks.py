@@ -57,14 +57,13 @@ def _t5() -> tuple[nn.Module, dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "most_too_high"),
-    [(_gpt2, 2_500), (_llama, 2_500), (_t5, 18_432)],
+    [(_gpt2, 2_500), (_llama, 2_500), (_t5, 2_500)],
     ids=["gpt2", "llama", "t5"],
 )
 def test_a_model_of_transformers_in_blocks(build: Any, most_too_high: int) -> None:
     """Bits of two steps equal eager's, and the peak is the predicted one or just below it.
 
-    T5's decoder layers share the encoder's output, and are divided; its plans are predicted too
-    high by one attention mask, at every budget.
+    T5's decoder layers share the encoder's output, and are divided.
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
