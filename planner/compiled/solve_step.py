@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveResult
 from solvers.schedule import Schedule
@@ -11,6 +10,7 @@ from ..base.budget import Budget, nothing_fits
 from ..base.solve_options import SolveOptions
 from ..errors import PlanError
 from ..planning.known_least import known_least_memory
+from ..planning.search import search
 from .priced_step import PricedStep, unplanned_peak_bytes
 
 
@@ -35,16 +35,7 @@ def solve_step(priced: PricedStep, budget: Budget, options: SolveOptions) -> Sol
         if least.peak_bytes > budget_bytes:
             raise nothing_fits(graph, budget, least)
         hint = least.schedule
-    result = solve(
-        graph,
-        budget_bytes,
-        solver=options.solver,
-        time_limit_s=options.time_limit_s,
-        seed=options.seed,
-        workers=options.workers,
-        hint=hint,
-        gap=options.gap,
-    )
+    result = search(graph, budget_bytes, options, hint=hint)
     if result.schedule is None:
         raise PlanError(
             f"no schedule was found within {options.time_limit_s} s, though one for "

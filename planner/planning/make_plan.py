@@ -20,10 +20,8 @@ from graph_capture.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
 from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
-from solvers.any_order.solve import solve_in_any_order
 from solvers.concurrent_calls import Calls
 from solvers.least_memory import LeastMemory
-from solvers.portfolio import solve
 from solvers.replay import replay
 from solvers.result import SolveResult
 from solvers.schedule import Schedule
@@ -55,6 +53,7 @@ from .concurrent import (
 )
 from .known_least import known_least_memory
 from .late_reads import LateRead, solve_in_time
+from .search import search
 
 
 def make_plan(
@@ -297,19 +296,8 @@ def _solve(
         if fitting.peak_bytes > budget_bytes:
             raise nothing_fits(graph, budget, fitting)
         hint = fitting.schedule
-    search = solve_in_any_order if options.reorder else solve
     with showing(request.progress) as progress:
-        result = search(
-            graph,
-            budget_bytes,
-            solver=options.solver,
-            time_limit_s=options.time_limit_s,
-            seed=options.seed,
-            workers=options.workers,
-            hint=hint,
-            progress=progress,
-            gap=options.gap,
-        )
+        result = search(graph, budget_bytes, options, hint=hint, progress=progress)
     if result.schedule is not None:
         return result
     raise _no_schedule(graph, budget, least(), options)
@@ -322,26 +310,17 @@ def _solve_together(
     options = request.options
     with showing(request.progress) as progress:
 
-        def search(
+        def search_for_calls(
             graph: CostGraph, budget_bytes: int, *, time_limit_s: float, hint: Schedule | None
         ) -> SolveResult:
-            return solve(
-                graph,
-                budget_bytes,
-                solver=options.solver,
-                time_limit_s=time_limit_s,
-                seed=options.seed,
-                workers=options.workers,
-                hint=hint,
-                progress=progress,
-                gap=options.gap,
-            )
+            limited = replace(options, time_limit_s=time_limit_s, reorder=False)
+            return search(graph, budget_bytes, limited, hint=hint, progress=progress)
 
         result, fitting = solve_for_calls(
             captured,
             calls,
             budget.usable_bytes,
-            search,
+            search_for_calls,
             time_limit_s=options.time_limit_s,
             gap=options.gap,
             least=lambda graph: known_least_memory(graph, options.seed),
