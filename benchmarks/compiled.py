@@ -1,10 +1,15 @@
 """Compiled steps within budgets, beside PyTorch's own budgets: gradients, peaks and times.
 
-``python -m benchmarks.compiled --models bert --shares 0.9 0.8 --theirs 0.5 0.1`` prints one row for
-each cell, as a Markdown table. Models are those of the tests (two layers, narrow), because CPU
+``python -m benchmarks.compiled`` prints one row for each cell, as a Markdown table: ten budgets
+from the least that is known to work to the unbudgeted peak, and ten ratios of PyTorch's
+``activation_memory_budget``. Models are those of the tests (two layers, narrow), because CPU
 Inductor compiles slowly. Everything is compared with ``torch.compile`` without a budget, from
 the same seed: gradients by their bits and their largest relative error, the peak by the
-allocator's record, the time in alternating pairs.
+allocator's record, and with ``--repeats 10`` the time in alternating pairs. A measured peak above
+the budget, or more than 2 % from the prediction, ends it with an error, as does a plan that is
+slower than one of a lower budget.
+
+``--shares 0.9 0.8 --theirs 0.5 0.1`` asks for certain budgets and ratios.
 """
 
 from __future__ import annotations
@@ -26,8 +31,14 @@ import planner.compiled
 from benchmarks.testing.zoo import ZOO, Case
 from graph_capture.private_torch.compiler import functorch_config
 from graph_capture.units import format_bytes
+from planner import InfeasibleBudgetError
 from planner.base.training_step import make_step, train_step
 from planner.measuring.measure import measure, measure_pair
+
+MOST_OFF = 0.02
+"""Share of the measured peak that the predicted one may be off."""
+
+NUM_CELLS = 10
 
 MODELS = ("bert", "gpt2", "llama", "t5", "vit", "unet")
 LOWER = ("inductor", "aot_eager")
@@ -55,8 +66,9 @@ class Row:
     peak_bytes: int
     bits_equal: bool
     error: float
-    time_ratio: float
+    time_ratio: float | None
     compile_s: float
+    step_us: float | None = None
     note: str = ""
 
     def __str__(self) -> str:
@@ -65,9 +77,10 @@ class Row:
         gradients = "equal to the bit" if self.bits_equal else f"error {self.error:.1e}"
         if self.error > 1e-3:
             gradients = f"**wrong**, error {self.error:.2f}"
+        ratio = "" if self.time_ratio is None else f"{self.time_ratio:.2f}"
         return (
             f"| {self.model} | {self.asked} | {budget} | {predicted} | {self.peak_bytes:,} | "
-            f"{gradients} | {self.time_ratio:.2f} | {self.compile_s:.0f} | {self.note} |"
+            f"{gradients} | {ratio} | {self.compile_s:.0f} | {self.note} |"
         )
 
 
@@ -168,7 +181,23 @@ class _Bench:
         row = self._row(asked, model, call, found, spent_s, plan, note)
         if row.peak_bytes > budget_bytes:
             raise AssertionError(f"above the budget: {row}")
+        if abs(row.peak_bytes - plan.predicted_peak_bytes) > MOST_OFF * row.peak_bytes:
+            raise AssertionError(f"the prediction is more than {MOST_OFF:.0%} off: {row}")
         return row
+
+    def least_bytes(self) -> int:
+        """The least budget that the refusal of an impossible one names."""
+        options = {"budget_bytes": 1, "lower": self._lower}
+        call = torch.compile(
+            copy.deepcopy(self._model), backend="remat", dynamic=False, options=options
+        )
+        try:
+            train_step(call, self._sample)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            refused = error.inner_exception
+            assert isinstance(refused, InfeasibleBudgetError)
+            return refused.min_budget_bytes
+        raise AssertionError("a budget of one byte was kept")
 
     def _row(
         self,
@@ -182,8 +211,10 @@ class _Bench:
     ) -> Row:
         same = all(torch.equal(a, b) for a, b in zip(found, self._expected, strict=True))
         peak_bytes = measure(call, self._sample, repeats=0).peak_bytes
-        first = make_step(self._plain, self._sample, seed=0)
-        timed = measure_pair(first, make_step(call, self._sample, seed=0), repeats=self._repeats)
+        time_ratio = None
+        if self._repeats:
+            first, second = (make_step(c, self._sample, seed=0) for c in (self._plain, call))
+            time_ratio = measure_pair(first, second, repeats=self._repeats).ratio
         return Row(
             model=self._name,
             asked=asked,
@@ -192,10 +223,24 @@ class _Bench:
             peak_bytes=peak_bytes,
             bits_equal=same,
             error=_error(found, self._expected),
-            time_ratio=timed.ratio,
+            time_ratio=time_ratio,
             compile_s=compile_s,
+            step_us=None if plan is None else plan.step_ns / 1e3,
             note=note or "",
         )
+
+
+def _say_ours(bench: _Bench, budgets: list[int]) -> None:
+    """Rows of ours by rising budgets; a larger one never gives a slower plan."""
+    before_us = float("inf")
+    for budget_bytes in sorted(budgets):
+        row = bench.ours(budget_bytes, f"ours, {budget_bytes / bench.peak_bytes:.0%}")
+        _say(row)
+        if isinstance(row, Row):
+            assert row.step_us is not None
+            if row.step_us > before_us:
+                raise AssertionError(f"slower than with less memory ({before_us} us): {row}")
+            before_us = row.step_us
 
 
 def _say(line: object) -> None:
@@ -207,12 +252,13 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(ZOO), default=list(MODELS))
-    parser.add_argument("--shares", nargs="*", type=float, default=[1.0, 0.9, 0.8, 0.7])
-    parser.add_argument("--theirs", nargs="*", type=float, default=[0.8, 0.5, 0.2])
+    parser.add_argument("--shares", nargs="*", type=float, help="of the unbudgeted peak")
+    ratios = [i / (NUM_CELLS - 1) for i in reversed(range(NUM_CELLS))]
+    parser.add_argument("--theirs", nargs="*", type=float, default=ratios)
     parser.add_argument("--at-theirs", action="store_true", help="ours at PyTorch's realized peaks")
     parser.add_argument("--size", choices=("tiny", "small"), default="tiny")
     parser.add_argument("--lower", choices=LOWER, default="inductor")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=0, help="pairs of timed steps a cell")
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = 1000
     _say(HEAD)
@@ -224,8 +270,13 @@ def main() -> None:
             row = bench.theirs(budget)
             peaks.append((budget, row.peak_bytes))
             _say(row)
-        for share in options.shares:
-            _say(bench.ours(int(share * bench.peak_bytes), f"ours, {share:.0%}"))
+        if options.shares is None:
+            least_bytes = bench.least_bytes()
+            step = (bench.peak_bytes - least_bytes) / (NUM_CELLS - 1)
+            budgets = [round(least_bytes + i * step) for i in range(NUM_CELLS)]
+        else:
+            budgets = [int(share * bench.peak_bytes) for share in options.shares]
+        _say_ours(bench, budgets)
         for budget, peak_bytes in peaks if options.at_theirs else ():
             _say(bench.ours(peak_bytes, f"ours, at the peak of {budget:g}"))
 
