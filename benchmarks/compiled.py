@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._pytree import tree_leaves
 
 import planner.compiled
 from benchmarks.testing.zoo import ZOO, Case
@@ -37,8 +38,6 @@ from planner.measuring.measure import measure, measure_pair
 
 MOST_OFF = 0.02
 """Share of the measured peak that the predicted one may be off."""
-
-NUM_CELLS = 10
 
 MODELS = ("bert", "gpt2", "llama", "t5", "vit", "unet")
 LOWER = ("inductor", "aot_eager")
@@ -125,6 +124,14 @@ def _their_budget(lower: str, budget: float) -> Callable[..., Any]:
     return compile_within
 
 
+class _Planned(Exception):
+    """A plan is there; compiling it is not wanted."""
+
+    def __init__(self, resident_bytes: int) -> None:
+        super().__init__()
+        self.resident_bytes = resident_bytes
+
+
 class _Bench:
     """The cells of one model, each on a copy of its own."""
 
@@ -144,6 +151,7 @@ class _Bench:
         self._expected = _gradients(self._plain_model, self._plain, self._sample)
         self._compile_s = time.perf_counter() - start_s
         self.peak_bytes = measure(self._plain, self._sample, repeats=0).peak_bytes
+        self._outside_bytes = self._outside_of_the_graph()
 
     def unbudgeted(self) -> Row:
         """The step without a budget, twice, which shows what times are worth here."""
@@ -165,7 +173,7 @@ class _Bench:
         """Backend ``remat``; a text if nothing fits."""
         model = copy.deepcopy(self._model)
         plans: list[planner.compiled.CompiledPlan] = []
-        options = {"budget_bytes": budget_bytes, "lower": self._lower, "on_plan": plans.append}
+        options = self._options(budget_bytes, plans.append)
         call = torch.compile(model, backend="remat", dynamic=False, options=options)
         start_s = time.perf_counter()
         try:
@@ -187,17 +195,39 @@ class _Bench:
 
     def least_bytes(self) -> int:
         """The least budget that the refusal of an impossible one names."""
-        options = {"budget_bytes": 1, "lower": self._lower}
-        call = torch.compile(
-            copy.deepcopy(self._model), backend="remat", dynamic=False, options=options
-        )
+        refused = self._stopped(self._options(1 + self._outside_bytes, None))
+        assert isinstance(refused, InfeasibleBudgetError)
+        return refused.min_budget_bytes
+
+    def _outside_of_the_graph(self) -> int:
+        """Bytes of the model and its sample that the graph does not take, a buffer for instance."""
+
+        def on_plan(plan: planner.compiled.CompiledPlan) -> None:
+            raise _Planned(plan.graph.resident_bytes)
+
+        planned = self._stopped({"budget_bytes": 10**12, "lower": self._lower, "on_plan": on_plan})
+        assert isinstance(planned, _Planned)
+        tensors = [*self._model.parameters(), *self._model.buffers(), *tree_leaves(self._sample)]
+        storages = {t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)}
+        return max(0, sum(s.nbytes() for s in storages) - planned.resident_bytes)
+
+    def _stopped(self, options: dict[str, Any]) -> BaseException | None:
+        """What ends a compilation before any kernel is compiled."""
+        model = copy.deepcopy(self._model)
+        call = torch.compile(model, backend="remat", dynamic=False, options=options)
         try:
             train_step(call, self._sample)
         except torch._dynamo.exc.BackendCompilerFailed as error:
-            refused = error.inner_exception
-            assert isinstance(refused, InfeasibleBudgetError)
-            return refused.min_budget_bytes
-        raise AssertionError("a budget of one byte was kept")
+            return error.inner_exception
+        return None
+
+    def _options(self, budget_bytes: int, on_plan: Any) -> dict[str, Any]:
+        return {
+            "budget_bytes": budget_bytes,
+            "lower": self._lower,
+            "on_plan": on_plan,
+            "resident_bytes": self._outside_bytes,
+        }
 
     def _row(
         self,
@@ -253,27 +283,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=sorted(ZOO), default=list(MODELS))
     parser.add_argument("--shares", nargs="*", type=float, help="of the unbudgeted peak")
-    ratios = [i / (NUM_CELLS - 1) for i in reversed(range(NUM_CELLS))]
-    parser.add_argument("--theirs", nargs="*", type=float, default=ratios)
+    parser.add_argument("--theirs", nargs="*", type=float, help="ratios of PyTorch's budget")
+    parser.add_argument("--cells", type=int, default=10, help="budgets and ratios a model")
     parser.add_argument("--at-theirs", action="store_true", help="ours at PyTorch's realized peaks")
     parser.add_argument("--size", choices=("tiny", "small"), default="tiny")
     parser.add_argument("--lower", choices=LOWER, default="inductor")
     parser.add_argument("--repeats", type=int, default=0, help="pairs of timed steps a cell")
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = 1000
+    parts = [i / max(1, options.cells - 1) for i in range(options.cells)]
+    ratios = parts[::-1] if options.theirs is None else options.theirs
     _say(HEAD)
     for name in options.models:
         bench = _Bench(name, options.size, options.lower, options.repeats)
         _say(bench.unbudgeted())
         peaks = []
-        for budget in options.theirs:
+        for budget in ratios:
             row = bench.theirs(budget)
             peaks.append((budget, row.peak_bytes))
             _say(row)
         if options.shares is None:
             least_bytes = bench.least_bytes()
-            step = (bench.peak_bytes - least_bytes) / (NUM_CELLS - 1)
-            budgets = [round(least_bytes + i * step) for i in range(NUM_CELLS)]
+            more_bytes = bench.peak_bytes - least_bytes
+            budgets = [round(least_bytes + part * more_bytes) for part in parts]
         else:
             budgets = [int(share * bench.peak_bytes) for share in options.shares]
         _say_ours(bench, budgets)
