@@ -18,6 +18,8 @@ from graph_capture.private_torch.inductor import (
 from ..running.rewrite import BoxedCodeGen
 from .options import CompiledOptions
 from .partition import Partitioner
+from .sizes import num_bytes
+from .step_so_far import StepSoFar
 
 
 def remat(
@@ -45,12 +47,29 @@ def remat(
         )
     read = CompiledOptions.of(options)
     tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-    goes_on = any(t.requires_grad and not t.is_leaf for t in tensors)
-    partition = Partitioner(read, goes_on=goes_on)
+    taken = [t for t in tensors if t.requires_grad and not t.is_leaf]
+    partition = Partitioner(
+        read, so_far=_so_far(options), taken_bytes=[num_bytes(tensor) for tensor in taken]
+    )
     if read.lower == "aot_eager":
         return _with_eager_kernels(partition)(module, inputs)
     with partitioning_by(custom_partitioner(partition, read.name)):
         return compile_by_inductor(module, inputs)
+
+
+_MOST_STEPS = 8
+
+_steps: list[tuple[Any, StepSoFar]] = []  # by the options of a torch.compile, the last one last
+
+
+def _so_far(options: Any) -> StepSoFar:
+    """The graphs that the same ``torch.compile`` has compiled, which passes the same options."""
+    for given, so_far in _steps:
+        if given is options:
+            return so_far
+    _steps.append((options, StepSoFar()))
+    del _steps[:-_MOST_STEPS]
+    return _steps[-1][1]
 
 
 def _with_eager_kernels(partition: Partitioner) -> Any:

@@ -56,6 +56,11 @@ class CompiledPlan:
     notes: tuple[str, ...] = ()
 
     @property
+    def usable_bytes(self) -> int:
+        """The budget without its headroom."""
+        return self.budget_bytes - self.headroom_bytes
+
+    @property
     def step_ns(self) -> int:
         """Estimated time of the step."""
         return replay(self.graph, self.schedule).cost_ns

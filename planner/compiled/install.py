@@ -11,6 +11,7 @@ from graph_capture.private_torch.inductor import custom_partitioner, partitionin
 from .compiled_plan import CompiledPlan
 from .options import CompiledOptions
 from .partition import Partitioner
+from .step_so_far import StepSoFar
 
 
 @contextmanager
@@ -50,7 +51,8 @@ def install(**options: Any) -> Iterator[list[CompiledPlan]]:
             told(plan)
 
     read = CompiledOptions.of({**options, "lower": "inductor", "on_plan": on_plan})
-    with partitioning_by(custom_partitioner(Partitioner(read), read.name)):
+    partition = Partitioner(read, so_far=StepSoFar())
+    with partitioning_by(custom_partitioner(partition, read.name)):
         yield plans
 
 

@@ -33,6 +33,9 @@ class CompiledOptions:
     resident_bytes
         What the caller has on the device that the graph does not take: optimizer state,
         parameters that it does not use.
+    later_bytes
+        What graphs after a graph break hold while an earlier one runs: their parameters,
+        gradients and results. Counted in the plans of graphs without a loss.
     on_plan
         Is told each plan, once it is made.
     rounds
@@ -45,6 +48,7 @@ class CompiledOptions:
     headroom: float | str | None = None
     lower: Lower = "inductor"
     resident_bytes: int = 0
+    later_bytes: int = 0
     on_plan: Callable[[CompiledPlan], Any] | None = None
     rounds: int = 4
     solving: SolveOptions = field(default_factory=lambda: SolveOptions(time_limit_s=10.0))
@@ -93,12 +97,14 @@ class CompiledOptions:
         if type(rounds) is not int or rounds < 1:
             raise ValueError(f"rounds is a number from 1, got {rounds!r:.100}")
         holds = LoopHolds.of("held", "none", given.get("resident_bytes", 0))
+        later = LoopHolds.of("held", "none", given.get("later_bytes", 0))
         solving = {"time_limit_s": 10.0, **{k: given[k] for k in _SOLVING if k in given}}
         return cls(
             budget_bytes=budget_bytes,
             headroom=given.get("headroom"),
             lower=lower,
             resident_bytes=holds.resident_bytes,
+            later_bytes=later.resident_bytes,
             on_plan=on_plan,
             rounds=rounds,
             solving=SolveOptions(**solving),

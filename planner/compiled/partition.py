@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from graph_capture.costs.devices import device_for
 from graph_capture.private_torch.compiler import min_cut_partition
+from graph_capture.units import format_bytes
 from solvers.replay import replay
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule
@@ -25,8 +27,9 @@ from .joint_step import JointStep, read_joint_step, tensors_of
 from .lowered_peak import copied
 from .options import CompiledOptions
 from .priced_step import device_of, price_step, unplanned_peak_bytes, without_unused_states
-from .sizes import plan_for_largest
+from .sizes import num_bytes, plan_for_largest
 from .solve_step import solve_step
+from .step_so_far import Part, StepSoFar
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +41,23 @@ class Partitioner:
     ----------
     options
         Budget and more.
-    goes_on
-        Whether an input of the graph comes from another graph; ``None`` if only the graph
-        itself can show it, by an input beside the parameters that gets a gradient.
+    so_far
+        The graphs of the same step that were compiled before.
+    taken_bytes
+        Of each input of the graph that comes from another graph; ``None`` if only the graph
+        itself can show it, by inputs beside the parameters that get a gradient.
     """
 
-    def __init__(self, options: CompiledOptions, *, goes_on: bool | None = None) -> None:
+    def __init__(
+        self,
+        options: CompiledOptions,
+        *,
+        so_far: StepSoFar,
+        taken_bytes: Sequence[int] | None = None,
+    ) -> None:
         self._options = options
-        self._goes_on = goes_on
+        self._so_far = so_far
+        self._taken_bytes = taken_bytes
 
     def __call__(
         self,
@@ -58,15 +70,26 @@ class Partitioner:
     ) -> tuple[GraphModule, GraphModule]:
         step = read_joint_step(module, num_fwd_outputs)
         static = frozenset(static_lifetime_input_indices or ())
-        goes_on = self._goes_on
-        if goes_on is None:
-            goes_on = any(
-                isinstance(g, Node) and i not in static for i, g in enumerate(step.gradients)
-            )
-        _warn_of_parts(step, goes_on)
+        taken_bytes = self._taken_bytes
+        if taken_bytes is None:
+            taken_bytes = [
+                num_bytes(tensor)
+                for i, gradient in enumerate(step.gradients)
+                if isinstance(gradient, Node) and i not in static
+                for tensor in tensors_of(step.primals[i].meta["val"])
+            ]
+        if not taken_bytes:
+            self._so_far.parts.clear()
+        others_bytes = self._so_far.held_bytes(taken_bytes)
+        has_loss = any(t.numel() <= 1 for n in step.tangents for t in tensors_of(n.meta["val"]))
+        if not has_loss:
+            others_bytes += self._options.later_bytes
+        _warn_of_parts(has_loss, bool(taken_bytes), others_bytes)
+        asked = self._options
+        options = replace(asked, resident_bytes=asked.resident_bytes + others_bytes)
         plan_for_largest(step)
-        if self._options.lower == "aot_eager":
-            plan, graphs = _for_eager_kernels(step, self._options)
+        if options.lower == "aot_eager":
+            plan, graphs = _for_eager_kernels(step, options)
         else:
             own = min_cut_partition(
                 copied(module),
@@ -74,8 +97,10 @@ class Partitioner:
                 num_fwd_outputs=num_fwd_outputs,
                 static_lifetime_input_indices=static_lifetime_input_indices,
             )
-            plan, graphs = _for_inductor(step, self._options, own)
+            plan, graphs = _for_inductor(step, options, own)
         logger.info("%s", plan)
+        part = Part.of(plan, options.resident_bytes)
+        self._so_far.add(part, taken_bytes, plan.usable_bytes, asked.later_bytes)
         if self._options.on_plan is not None:
             self._options.on_plan(plan)
         return graphs
@@ -156,9 +181,17 @@ PART_OF_A_STEP = (
 )
 
 
-def _warn_of_parts(step: JointStep, goes_on: bool) -> None:
-    has_loss = any(t.numel() <= 1 for n in step.tangents for t in tensors_of(n.meta["val"]))
-    if not has_loss or goes_on:
+AFTER_A_BREAK = (
+    "a graph break cuts the training step: the plan of this graph counts {held} that other graphs "
+    "hold, but not their time, so its bound speaks of this graph alone. fullgraph=True shows breaks"
+)
+
+
+def _warn_of_parts(has_loss: bool, goes_on: bool, others_bytes: int) -> None:
+    if goes_on and others_bytes:
+        said = AFTER_A_BREAK.format(held=format_bytes(others_bytes))
+        warnings.warn(said, PlanWarning, stacklevel=2)
+    elif not has_loss or goes_on:
         warnings.warn(PART_OF_A_STEP, PlanWarning, stacklevel=2)
 
 

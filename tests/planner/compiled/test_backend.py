@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,7 +19,13 @@ from planner import InfeasibleBudgetError, PlanWarning
 from planner.compiled import CompiledPlan
 from planner.compiled.partition import PART_OF_A_STEP
 from planner.measuring.measure import measure
-from tests.planner.compiled.models import assert_same, compiled, model_and_sample, step
+from tests.planner.compiled.models import (
+    WithLoss,
+    assert_same,
+    compiled,
+    model_and_sample,
+    step,
+)
 
 ROOT = Path(__file__).parents[3]
 BUDGETS = (577_000, 480_000, 355_000)
@@ -129,22 +136,50 @@ def test_a_loss_outside_is_said() -> None:
         call(x).square().mean().backward()
 
 
-def test_a_graph_break_is_said() -> None:
-    """A graph that goes on from another one is planned alone, and a warning says so."""
-    model, x = model_and_sample()
-    torch.compiler.reset()
+class _Broken(WithLoss):
+    """With a graph break between its blocks."""
 
-    def broken(x: Tensor) -> Tensor:
-        x = model.blocks[0](x)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
         torch._dynamo.graph_break()
-        return model.blocks[1](x).square().mean()
+        return self.blocks[1](x).square().mean()
 
-    options = {"budget_bytes": 10**6, "lower": "aot_eager"}
+
+def _broken() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return _Broken(), torch.randn(128, 32)
+
+
+def test_a_graph_break_is_said() -> None:
+    """The second graph's plan says what it counts of the first."""
+    model, x = _broken()
+    call, _ = compiled(model, budget_bytes=10**6)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.compile(broken, backend="remat", options=options)(x).backward()
+        call(x).backward()
     said = [str(w.message) for w in caught if issubclass(w.category, PlanWarning)]
-    assert said == [PART_OF_A_STEP, PART_OF_A_STEP]
+    assert said[0] == PART_OF_A_STEP
+    assert re.match(r"a graph break cuts .* counts \d+ kB that other graphs hold", said[1])
+    assert len(said) == 2
+
+
+@pytest.mark.filterwarnings(
+    "ignore:a compiled graph is only a part",
+    "ignore:a graph break cuts",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # Dynamo reads it
+)
+@pytest.mark.parametrize(
+    ("budget_bytes", "later_bytes"), [(600_000, 0), (520_000, 0), (460_000, 90_000)]
+)
+def test_graphs_of_a_step_share_its_budget(budget_bytes: int, later_bytes: int) -> None:
+    """The last plan predicts the whole step; bits are those of the unbudgeted one."""
+    model, x = _broken()
+    expected = _unbudgeted(model, x)
+    call, plans = compiled(model, budget_bytes=budget_bytes, later_bytes=later_bytes)
+    assert_same(step(model, call, x), expected)
+    measured_bytes = measure(call, x, repeats=0).peak_bytes
+    assert len(plans) == 2
+    assert measured_bytes == plans[1].predicted_peak_bytes <= budget_bytes
 
 
 @pytest.mark.slow

@@ -176,6 +176,25 @@ def test_least_budget_that_an_error_names_works() -> None:
     assert measured_bytes < 0.6 * measure(plain, x, repeats=0).peak_bytes
 
 
+@pytest.mark.slow
+def test_a_marked_dimension_is_planned_for_its_largest_size() -> None:
+    """One plan for all sizes up to it: no call takes more, and gradients are right."""
+    model, x = model_and_sample()
+    for dropout in (m for m in model.modules() if isinstance(m, torch.nn.Dropout)):
+        dropout.p = 0.0  # eager draws other masks than Inductor
+    call, plans = compiled(model, lower="inductor", budget_bytes=450_000)
+    for rows in (96, 128, 64):
+        part = x[:rows].clone()
+        torch._dynamo.mark_dynamic(part, 0, min=2, max=128)
+        found = step(model, call, part)
+        assert measure(call, part, repeats=0).peak_bytes <= plans[0].predicted_peak_bytes
+        for name, value in step(model, model, part).items():
+            torch.testing.assert_close(found[name], value)
+    assert len(plans) == 1
+    assert plans[0].num_recomputed > 0
+    assert plans[0].predicted_peak_bytes <= 450_000
+
+
 def test_install_is_for_inductor() -> None:
     """Other kernels are the backend's."""
     with (
