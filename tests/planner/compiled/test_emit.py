@@ -14,6 +14,7 @@ from graph_capture.private_torch.compiler import aot_autograd, takes_boxed
 from planner.compiled.compiled_plan import CompiledPlan
 from planner.compiled.options import CompiledOptions
 from planner.compiled.partition import Partitioner
+from planner.compiled.step_so_far import StepSoFar
 from tests.planner.compiled.models import model_and_sample, step
 
 
@@ -30,7 +31,7 @@ def _emitted(budget_bytes: int) -> tuple[list[GraphModule], CompiledPlan]:
         return takes_boxed(lambda given: module.forward(*given))
 
     options = {"budget_bytes": budget_bytes, "lower": "aot_eager", "on_plan": plans.append}
-    partition = Partitioner(CompiledOptions.of(options))
+    partition = Partitioner(CompiledOptions.of(options), so_far=StepSoFar())
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
     step(model, torch.compile(model, backend=backend), x)
     return graphs, plans[0]
