@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -138,6 +138,13 @@ class FullySharded:
             stored="" if gathered == stored else _name(stored),
             reduce_dtype="" if reduced in (None, gathered) else _name(reduced),
         )
+
+    def without_dtype(self, dtype: torch.dtype) -> FullySharded:
+        """Return the same without saying of a dtype that it is this one, in which blocks run."""
+        name = _name(dtype)
+        stored = "" if self.stored == name else self.stored
+        reduced = "" if self.reduce_dtype == name else self.reduce_dtype
+        return replace(self, stored=stored, reduce_dtype=reduced)
 
     def __str__(self) -> str:
         chosen = [f"ranks={self.ranks}"]

@@ -80,7 +80,7 @@ def apply_blocks(
         )
     modules = {path: _at(model, path) for path in parts.plan_of}
     _compare_plans(step, modules.values())
-    look = LookAtLoop.of(step)
+    look = LookAtLoop.of(step, model)
     done: list[nn.Module] = []
     try:
         for path, module in modules.items():

@@ -5,6 +5,7 @@ A block's own plan knows nothing of the step's budget, so that one block looks f
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -23,6 +24,8 @@ class LookAtLoop:
 
     Parameters
     ----------
+    model
+        The model that the blocks are in.
     planned
         How the plan counts that blocks are sharded; ``None`` for not at all.
     accumulates
@@ -33,6 +36,7 @@ class LookAtLoop:
         Of the gradients that a step leaves.
     """
 
+    model: weakref.ref[nn.Module]
     planned: FullySharded | None
     accumulates: bool
     peak_bytes: int
@@ -42,9 +46,10 @@ class LookAtLoop:
     _begun: bool = False
 
     @classmethod
-    def of(cls, step: PlanRecord) -> LookAtLoop:
+    def of(cls, step: PlanRecord, model: nn.Module) -> LookAtLoop:
         """Return one for a plan of a step."""
         return cls(
+            model=weakref.ref(model),
             planned=step.holds.sharded,
             accumulates=step.holds.accumulates,
             peak_bytes=step.predicted_peak_bytes,
@@ -74,22 +79,62 @@ class LookAtLoop:
         found, planned = FullySharded.found_on(block), self.planned
         if planned is not None and found is not None:
             adds = planned.no_sync or found.no_sync  # some micro-batch reduces in any case
-            found = replace(found, reshard_root=planned.reshard_root, no_sync=adds)
-        if found == planned:
+            found = replace(found, reshard_root=self._reshards_root(planned), no_sync=adds)
+            planned = planned.without_dtype(next(block.parameters()).dtype)
+        other = self._counted_by_no_word(block, sharded=found is not None)
+        if found == planned and other is None:
             return
         is_so = "not sharded by itself" if found is None else f"sharded as {found}"
-        counts = "that it is not" if planned is None else str(planned)
+        counts = "that it is not" if self.planned is None else str(self.planned)
         advice = (
             "shard each block with fully_shard, or plan without distributed="
             if found is None
             else f"plan with distributed='{found}'"
         )
+        if other is not None:
+            is_so, advice = other
         self._tally.say(
             "sharding",
             f"a planned {type(block).__name__} is {is_so}, and its plan counts {counts}: the peak "
             f"of this process is another than the predicted {format_bytes(self.peak_bytes)}, and "
             f"may be above the budget; {advice}",
         )
+
+    def _reshards_root(self, planned: FullySharded) -> bool:
+        """Whether the model's own group is resharded after forward; as planned without one."""
+        model = self.model()
+        group = None if model is None else gathered_group_of(model)
+        return planned.reshard_root if group is None else group.post_forward_mesh_info is not None
+
+    def _counted_by_no_word(self, block: nn.Module, *, sharded: bool) -> tuple[str, str] | None:
+        """What no plan counts in how a block is sharded, and what to do; ``None`` for nothing."""
+        group, model = gathered_group_of(block), self.model()
+        if group is None:
+            return None
+        if not sharded:
+            return (
+                "sharded among one process, which gathers copies",
+                "leave fully_shard out where there is one process",
+            )
+        if len(group.fsdp_params) != len(list(block.parameters())):
+            return (
+                "sharded together with other parameters, or without some of its own",
+                "call fully_shard once for each planned block",
+            )
+        inside = {id(p) for b in self._blocks() for p in b.parameters()}
+        if model is None or gathered_group_of(model) is not None:
+            return None
+        if all(id(p) in inside for p in model.parameters()):
+            return None
+        return (
+            "sharded, and what lies between the blocks is not",
+            "call fully_shard on the model, too, after its blocks",
+        )
+
+    def _blocks(self) -> list[nn.Module]:
+        model = self.model()
+        modules = [] if model is None else list(model.modules())
+        return [m for m in modules if gathered_group_of(m) is not None]
 
     def _look_at_gradients(self, block: nn.Module) -> bool:
         """Warn where gradients are there that the budget has no room for."""

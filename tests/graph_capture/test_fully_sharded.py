@@ -23,6 +23,13 @@ def test_words_are_read_and_written():
     )
 
 
+def test_a_dtype_that_blocks_run_in_anyway_need_not_be_said():
+    """Found on a block it is not, and the two are compared."""
+    named = FullySharded.of("fsdp2:ranks=2,stored=float32,reduce_dtype=float32")
+    assert named.without_dtype(torch.float32) == FullySharded.of("fsdp2:ranks=2")
+    assert named.without_dtype(torch.bfloat16) == named
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

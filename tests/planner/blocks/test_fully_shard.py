@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,27 @@ NUM_RECORDS = 3
 
 
 def _sharded(
-    model: nn.Module, *, reshard: bool | int = True, root: bool | None = None, **options: Any
+    model: nn.Module,
+    *,
+    reshard: bool | int = True,
+    root: bool | None = None,
+    with_root: bool = True,
+    **options: Any,
 ) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.get_submodule("layers").children():
         fully_shard(layer, reshard_after_forward=reshard, **options)
-    fully_shard(model, reshard_after_forward=root, **options)
+    if with_root:
+        fully_shard(model, reshard_after_forward=root, **options)
+    return model
+
+
+def _sharded_together(model: nn.Module) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(list(model.get_submodule("layers").children()))
+    fully_shard(model)
     return model
 
 
@@ -53,7 +68,8 @@ def _train(model: nn.Module, call: Any = None, *, micro_batches: int = 1) -> lis
             loss = model(*(batch(ROWS) if call is None else call))
             loss.backward()
         found.append(loss.detach())
-        found += [p.grad.to_local().clone() for p in model.parameters() if p.grad is not None]
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found += [(g.to_local() if hasattr(g, "to_local") else g).clone() for g in grads]
         optimizer.step()
     return found
 
@@ -147,9 +163,15 @@ def _otherwise(rank: int, folder: str) -> dict[str, Any]:
     with pytest.raises(PlanMismatchError) as caught:
         plan.apply(_sharded(other))
     found["another shape"] = str(caught.value)
-    ways = {"no word": ("unsharded", {}), "other word": ("resharded", {"reshard": False})}
-    for name, (file, options) in ways.items():
-        model = BlockPlan.load(f"{folder}/{file}.json").apply(_sharded(deep(), **options))
+    ways: dict[str, tuple[str, Callable[[nn.Module], nn.Module]]] = {
+        "no word": ("unsharded", _sharded),
+        "other word": ("resharded", partial(_sharded, reshard=False)),
+        "root": ("resharded", partial(_sharded, root=True)),
+        "together": ("resharded", _sharded_together),
+        "without root": ("resharded", partial(_sharded, reshard=True, with_root=False)),
+    }
+    for name, (file, shard) in ways.items():
+        model = BlockPlan.load(f"{folder}/{file}.json").apply(shard(deep()))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", PlanWarning)
             _train(model)
@@ -225,6 +247,23 @@ def test_sharding_that_a_plan_does_not_count_is_said_once(found: list[dict[str, 
         assert "is sharded as fsdp2:ranks=2, and its plan counts that it is not" in unsharded
         assert "plan with distributed='fsdp2:ranks=2'" in unsharded
         assert "as fsdp2:ranks=2,reshard_after_forward=False, and its plan counts fsdp2:r" in other
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("root", "sharded as fsdp2:ranks=2,reshard_root, and its plan counts fsdp2:ranks=2:"),
+        ("together", "call fully_shard once for each planned block"),
+        ("without root", "call fully_shard on the model, too, after its blocks"),
+    ],
+)
+def test_sharding_of_the_rest_is_seen_from_a_block(
+    found: list[dict[str, Any]], way: str, words: str
+) -> None:
+    """A root resharded otherwise or not sharded, and blocks that are gathered together."""
+    for rank in found:
+        (said,) = rank[way]
+        assert words in said
 
 
 def test_sharded_gradients_that_are_not_counted_are_said_once(
