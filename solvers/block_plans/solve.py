@@ -121,7 +121,7 @@ class _Search:
         self.blocks_ns = sum(step.blocks[call.block].graph.base_cost_ns for call in step.calls)
         self.best: Mapping[str, Schedule] | None = None
         self.best_ns, self.best_peak = 0, 0
-        self.bound_ns = 0
+        self.bound_ns = step.whole.base_cost_ns
         self.infeasible = False
         self.log: list[str] = []
 

@@ -232,6 +232,14 @@ def test_below_the_least_memory_there_is_no_schedule() -> None:
     assert result.chosen is None
 
 
+def test_without_time_the_bound_is_that_every_operator_runs() -> None:
+    """And not nothing at all, which would look like a proof."""
+    step = _step(2)
+    result = solve_blocks(step, _points(step), 3, time_limit_s=0.0)
+    assert result.chosen is None
+    assert result.lower_bound_ns == step.whole.base_cost_ns
+
+
 def test_a_block_of_another_size_is_refused() -> None:
     """An output that has 4 bytes in the step cannot have 5 in its block."""
     step = _step(1)
