@@ -114,6 +114,8 @@ def frontier(
         count = budgets
     else:
         read = read_budgets(budgets, ())
+        if not read:
+            raise ValueError("budgets has none: give some, or how many")
     model, around = wrapped_by(model, distributed)
     spec = StepSpec(
         model=model,

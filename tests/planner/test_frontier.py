@@ -91,6 +91,12 @@ def test_one_budget_is_no_frontier(budgets: int) -> None:
         frontier(small(), batch(), budgets=budgets)
 
 
+def test_an_empty_list_of_budgets_is_refused() -> None:
+    """And not answered with no points."""
+    with pytest.raises(ValueError, match="budgets has none"):
+        frontier(small(), batch(), budgets=[])
+
+
 def test_where_the_optimizer_needs_most_no_block_is_searched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
