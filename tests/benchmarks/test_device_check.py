@@ -214,6 +214,7 @@ def test_a_plan_from_stand_ins_is_the_same(bench: Bench) -> None:
     assert row.entry == "cpu"
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_leaves_its_error(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its row says why, the rows of the others are there."""
 

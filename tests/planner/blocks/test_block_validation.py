@@ -59,6 +59,7 @@ def test_an_applied_plan_stays() -> None:
     assert applied.planned_steps == 0
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_file_needs_its_loss(tmp_path: Path) -> None:
     """The process that planned knows it; a file cannot hold it."""
     torch.manual_seed(0)

@@ -284,6 +284,7 @@ def test_the_gap_of_the_solves_is_kept() -> None:
     assert predicted(strategies=["none"], budgets=[], gap=0.03).gap == 0.03
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was() -> None:
     """Parameters, gradients, buffers, an applied plan and the generator are as before."""
     model = make()

@@ -81,6 +81,7 @@ def test_a_llama_is_divided_by_its_own_plan() -> None:
     assert forward.exposed_us == forward.time_us
 
 
+@pytest.mark.slow
 def test_a_plan_repeats_sums_with_their_products() -> None:
     """At the least memory attention's output is made again, and its sum with it."""
     model, sample = (
@@ -203,6 +204,7 @@ def test_without_a_bandwidth_there_are_volumes_only() -> None:
     assert "give bandwidth_gb_per_s=" in str(found)
 
 
+@pytest.mark.slow
 def test_a_stage_that_cannot_fit_says_what_would() -> None:
     """A megabyte is less than the parameters: no plan, the least budget, no step time."""
     model, sample = meta(layers=1)

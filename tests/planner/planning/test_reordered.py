@@ -141,7 +141,7 @@ def assert_trains_within_its_budget(case: Case, plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("size", "share", "time_limit_s"),
     [
-        ("tiny", 0.6, 5.0),
+        pytest.param("tiny", 0.6, 5.0, marks=pytest.mark.slow),
         pytest.param("small", 0.5, 30.0, marks=pytest.mark.slow),
         pytest.param("small", 0.4, 30.0, marks=pytest.mark.slow),
     ],
@@ -161,6 +161,7 @@ def test_optimize_may_reorder(size, share, time_limit_s, tmp_path):
     assert_trains_within_its_budget(case, loaded)
 
 
+@pytest.mark.slow
 def test_the_least_budget_is_that_of_every_order():
     """What reorder=True names is no higher than what eager's order needs, and it works."""
     case = ZOO["convnext"]("tiny")

@@ -232,6 +232,7 @@ def test_a_step_that_fits_with_a_plan(judged):
     assert "fits with a plan at +" in str(judged)
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit(judged):
     """The least budget that it names works, and less than the bound does not."""
     row = judged.row(4000)

@@ -74,6 +74,7 @@ def test_a_peer_computes_the_same(name: str) -> None:
     assert row.measured.ratio > 0
 
 
+@pytest.mark.slow
 def test_peaks_are_in_the_order_of_what_is_saved() -> None:
     """Per block below selective below eager; the optimizer's state counts."""
     model, sample = made(Stack)
