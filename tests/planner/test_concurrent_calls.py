@@ -129,6 +129,7 @@ def test_the_least_budget_named_is_enough() -> None:
     assert measured.peak_bytes <= found.value.min_budget_bytes
 
 
+@pytest.mark.slow
 def test_calls_of_other_shapes_leave_the_others_their_part() -> None:
     """A small and a large call together stay within the budget."""
     plan = _plan(concurrent_calls=2, shapes="sample")

@@ -100,7 +100,6 @@ def check(name: str, size: Size, share: float) -> None:
     "mlp_bf16",
     "mlp_frozen",
     "resnet50",
-    "t5",
     "unet",
     "vit",
 )

@@ -31,6 +31,7 @@ def test_explain_refuses_what_is_no_amount(plan_file: Path) -> None:
     assert "more='100MB', or 0 for none" in done.stderr
 
 
+@pytest.mark.slow
 def test_validate(plan_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real steps keep the budget and the bits; where one of them does not, the status is 4."""
     arguments = ["validate", str(plan_file), TARGET, "--repeats=0"]

@@ -237,6 +237,7 @@ def test_below_ours_finds_what_is_below() -> None:
         without.below_ours()
 
 
+@pytest.mark.slow
 def test_default_budgets_span_what_is_possible() -> None:
     """Without budgets there are eight, from the least peak to the unplanned one."""
     found = predicted(budgets=None, strategies=["none", "uniform_sqrt"])

@@ -354,6 +354,7 @@ def test_a_librarys_workspace_is_no_buffer():
 # -- loss and optimizer ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_file_needs_its_loss(plan, model, tmp_path):
     """The file cannot hold it; with it the validation is the same."""
     plan.save(tmp_path / "plan.json")
