@@ -20,7 +20,8 @@ from torch import nn
 from .autocast import AutocastState
 from .call_spec import call_forward, tensors_of
 from .isolation import generator_states, generators_put_back, set_generator_states
-from .opaque_calls import BACKWARD, FORWARD, Form, Forward, SeenCall, fresh_tensors
+from .opaque_calls import BACKWARD, FORWARD, Forward, SeenCall
+from .opaque_form import Form, fresh_tensors
 from .outputs import take_apart
 from .private_torch.trees import tree_map
 from .real_calls import RealCalls

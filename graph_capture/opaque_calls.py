@@ -19,119 +19,19 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
 from .autocast import AutocastState
-from .call_spec import TensorSpec, bind_call, describe, tensors_of
-from .captured_step import CapturedStep
+from .call_spec import bind_call, describe, tensors_of
 from .checkpointing import inside_checkpoint
-from .errors import CaptureError, NotFittingError
-from .outputs import OutputTemplate, tensors_within
+from .errors import CaptureError
+from .opaque_form import OpaqueForm, fresh_tensors, placed
+from .outputs import tensors_within
 from .private_torch.autograd import sequence_number_of
 from .private_torch.dispatch import disable_current_modes
-from .private_torch.operators import OpOverload, schema_of
-from .recorder import storage_id
-from .traced_step import TracedStep
 
 NAMESPACE = "remat_blocks"
 FORWARD = f"{NAMESPACE}.forward_call.default"
 BACKWARD = f"{NAMESPACE}.backward_call.default"
 
-Form = tuple["MadeTensor", ...]
 Forward = Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MadeTensor:
-    """A tensor that a call makes, or passes on.
-
-    Parameters
-    ----------
-    spec
-        Its shape, strides, dtype and device.
-    offset
-        Elements of its memory before the first one.
-    memory
-        Number of its memory among those that the call makes; -1 for a tensor passed on.
-    size_bytes
-        Of that memory.
-    given
-        Index of the tensor that is passed on; ``None`` for one that is made.
-    """
-
-    spec: TensorSpec
-    offset: int = 0
-    memory: int = -1
-    size_bytes: int = 0
-    given: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpaqueForm:
-    """All that the rest of a step sees of a module's call.
-
-    Parameters
-    ----------
-    outputs
-        The tensors that it returns; ``given`` are tensors of the call.
-    template
-        How they are returned.
-    differentiated
-        Those that a gradient comes back for.
-    gradients
-        Its gradients, in the order of ``leaves``; ``given`` are gradients of
-        ``differentiated``.
-    leaves
-        For each the index of the tensor of the call, or the name of the parameter.
-    summed
-        Those of the gradients that are sums of several contributions.
-    """
-
-    outputs: Form
-    template: OutputTemplate
-    differentiated: tuple[int, ...]
-    gradients: Form
-    leaves: tuple[int | str, ...]
-    summed: frozenset[int]
-
-    @classmethod
-    def of(cls, captured: CapturedStep) -> OpaqueForm:
-        """Return the form of a module's captured step.
-
-        Raises
-        ------
-        NotFittingError
-            When it does what cannot stand apart from the rest of the step.
-        """
-        step = captured.step
-        if step.reassigned or step.left or step.made_to_require:
-            what = [*step.reassigned, *step.left]
-            name = getattr(what[0], "target", "an attribute") if what else "an argument"
-            raise NotFittingError(f"its forward replaces {name!r}, which later calls may read")
-        inputs = {
-            storage_id(node.meta["val"]): int(node.meta["target"])
-            for node in step.graph.find_nodes(op="placeholder")
-            if node.meta["role"] == "input"
-        }
-        tangents = {storage_id(node.meta["val"]): i for i, node in enumerate(step.tangents)}
-        own = {
-            storage_id(node.meta["val"])
-            for node in step.graph.find_nodes(op="placeholder")
-            if node.meta["role"] not in ("input", "tangent")
-        }
-        outputs = [step.outputs[i].meta["val"] for i in range(len(step.template.names))]
-        if any(storage_id(value) in own for value in outputs):
-            raise NotFittingError("it returns a parameter or buffer of its own")
-        return cls(
-            outputs=_made(outputs, inputs),
-            template=step.template,
-            differentiated=step.differentiated,
-            gradients=_made([gradient.meta["val"] for _, gradient in step.gradients], tangents),
-            leaves=tuple(
-                int(leaf.meta["target"])
-                if leaf.meta["role"] == "input"
-                else str(leaf.meta["target"])
-                for leaf, _ in step.gradients
-            ),
-            summed=_sums(step),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +262,7 @@ class _Opaque(torch.autograd.Function):
         ctx.save_for_backward(*given)  # a planned call holds its arguments until its backward
         ctx.set_materialize_grads(False)
         fresh = calls.making.outputs(number, given)
-        outputs = _placed(form.outputs, fresh, given)
+        outputs = placed(form.outputs, fresh, given)
         ctx.mark_non_differentiable(
             *(t for i, t in enumerate(outputs) if i not in form.differentiated)
         )
@@ -381,7 +281,7 @@ class _Opaque(torch.autograd.Function):
                 for t, spec in zip(tangents, like, strict=True)
             ]
         fresh = ctx.calls.making.gradients(ctx.number, tangents, ctx.saved_tensors)
-        made = _placed(form.gradients, fresh, tangents)
+        made = placed(form.gradients, fresh, tangents)
         return (None, None, None, *made, *([None] * ctx.num_given))
 
 
@@ -405,83 +305,12 @@ def _readers(edges: Iterable[Any]) -> dict[tuple[Any, int], list[Any]]:
     return readers
 
 
-def _placed(
-    form: Form, fresh: Sequence[torch.Tensor], given: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """The tensors of a form: those made, and those passed on."""
-    left = iter(fresh)
-    return [next(left) if tensor.given is None else given[tensor.given] for tensor in form]
-
-
-def _made(values: Sequence[torch.Tensor], given: Mapping[int, int]) -> Form:
-    memory: dict[int, int] = {}
-    made = []
-    for value in values:
-        spec = TensorSpec.of(value.detach())
-        sid = storage_id(value)
-        if sid in given:
-            made.append(MadeTensor(spec=spec, given=given[sid]))
-            continue
-        made.append(
-            MadeTensor(
-                spec=spec,
-                offset=int(value.storage_offset()),
-                memory=memory.setdefault(sid, len(memory)),
-                size_bytes=value.untyped_storage().nbytes(),
-            )
-        )
-    return tuple(made)
-
-
-def _sums(step: TracedStep) -> frozenset[int]:
-    """The gradients that autograd adds up, or that end in a sum for another reason."""
-    added = {
-        storage_id(node.meta["val"])
-        for node in step.graph.nodes
-        if node.meta.get("phase") == "backward"
-        and isinstance(node.target, OpOverload)
-        and schema_of(node.target).name in ("aten::add", "aten::add_")
-        and isinstance(node.meta["val"], torch.Tensor)
-    }
-    return frozenset(
-        i
-        for i, (_, gradient) in enumerate(step.gradients)
-        if storage_id(gradient.meta["val"]) in added
-    )
-
-
 # -- the two operators ---------------------------------------------------------------------
 
 _FORMS: dict[int, OpaqueForm] = {}
 _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define("forward_call(Tensor[] given, int number) -> Tensor[]")
 _library.define("backward_call(Tensor[] given, int number) -> Tensor[]")
-
-
-def fresh_tensors(form: Form) -> list[torch.Tensor]:
-    """Return the tensors that a form says are made, without values."""
-    memory: dict[int, torch.Tensor] = {}
-    made = []
-    for tensor in form:
-        if tensor.given is not None:
-            continue
-        spec = tensor.spec
-        if tensor.size_bytes == spec.extent_bytes and not tensor.offset:
-            alone = sum(other.memory == tensor.memory for other in form) == 1
-            if alone:
-                made.append(
-                    torch.empty_strided(
-                        spec.shape, spec.stride, dtype=spec.dtype, device=spec.device
-                    )
-                )
-                continue
-        if tensor.memory not in memory:
-            memory[tensor.memory] = torch.empty(
-                tensor.size_bytes, dtype=torch.uint8, device=spec.device
-            )
-        elements = memory[tensor.memory].view(spec.dtype)
-        made.append(elements.as_strided(spec.shape, spec.stride, tensor.offset))
-    return made
 
 
 def _fake_forward(given: Sequence[torch.Tensor], number: int) -> list[torch.Tensor]:

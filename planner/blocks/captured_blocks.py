@@ -8,16 +8,14 @@ capture ends, this block is captured by that call, and the capture begins again.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from graph_capture.autocast import AutocastState
-from graph_capture.call_spec import TensorSpec, difference, specs_of, to_json
+from graph_capture.call_spec import difference, to_json
 from graph_capture.captured_step import CapturedStep
 from graph_capture.costs.cost_model import TimingProgress
 from graph_capture.errors import CaptureError
@@ -25,100 +23,24 @@ from graph_capture.loss import LossRegion, LossSource, LossSpec
 from graph_capture.opaque_calls import (
     CheckpointedCallError,
     OpaqueCalls,
-    OpaqueForm,
     SeenCall,
     UnknownFormError,
 )
+from graph_capture.opaque_form import OpaqueForm
 from graph_capture.optimizer_step import measure_optimizer
-from graph_capture.reads import Where
-from graph_capture.snapshots import ABSENT
-from graph_capture.snapshots import difference as difference_held
 from graph_capture.step_capture import capture_step
 from graph_capture.target import Target
 
 from ..base.forward_slot import original_forward
 from ..base.step_spec import StepSpec
 from ..errors import PlanError
+from .distinct_blocks import DistinctBlock, Known, looks_of, reads_the_same
+from .unfit_blocks import UnfitBlockError, refuse_unfit
 
 R = TypeVar("R")
 
-
-class UnfitBlockError(PlanError):
-    """A module cannot have a plan of its own inside this step.
-
-    Parameters
-    ----------
-    path
-        The module.
-    message
-        Why, and what to do.
-    others
-        Others that cannot for the same reason.
-    by_itself
-        Whether the reason lies in the module, so that it holds for all that look alike.
-    """
-
-    def __init__(
-        self, path: str, message: str, others: Sequence[str] = (), *, by_itself: bool = False
-    ) -> None:
-        super().__init__(message)
-        self.paths = (path, *others)
-        self.by_itself = by_itself
-
-
 MAX_ROUNDS = 200
 """Distinct calls of blocks in a step; a model with more has no blocks that are alike."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistinctBlock:
-    """A block that was captured, for all that are alike.
-
-    Parameters
-    ----------
-    path
-        The module that was captured.
-    module
-        The module.
-    looks
-        See :func:`looks_of`.
-    arguments
-        Its call by name, tensors as ``TensorSpec``.
-    captured
-        Its step.
-    form
-        What the rest of the step sees of it.
-    autocast
-        What it is called under.
-    unused
-        Outputs that no gradient comes back for.
-    """
-
-    path: str
-    module: weakref.ref[nn.Module]
-    looks: tuple[Any, ...]
-    arguments: Mapping[str, Any]
-    captured: CapturedStep
-    form: OpaqueForm
-    autocast: AutocastState
-    unused: frozenset[int]
-
-
-@dataclass(kw_only=True)
-class Known:
-    """What several attempts to capture a step have in common.
-
-    Parameters
-    ----------
-    blocks
-        The distinct blocks that were captured.
-    why_measured
-        Why the rest cannot be captured; ``None`` as long as it can. With fewer or smaller
-        blocks it cannot either.
-    """
-
-    blocks: list[DistinctBlock] = field(default_factory=list)
-    why_measured: CaptureError | None = None
 
 
 class Capturing:
@@ -197,7 +119,8 @@ class Capturing:
             seen = list(calls.seen)
             missing = self._note_unused(seen, calls.without_gradient)
             if not missing:
-                self._check(seen, calls.out_of_order)
+                under = {path: self.blocks[b].autocast for path, b in self.used.items()}
+                refuse_unfit(self.model, self.modules, seen, calls.out_of_order, under)
                 return rest, seen
         raise PlanError(
             f"more than {MAX_ROUNDS} blocks differ from one another: name fewer in blocks="
@@ -223,7 +146,7 @@ class Capturing:
                 (block.unused, block.autocast) == (unused, autocast)
                 and difference(block.arguments, arguments) is None
                 and self._looks[path] == block.looks
-                and _reads_the_same(block, self.modules[path])
+                and reads_the_same(block, self.modules[path])
             ):
                 return i
         return None
@@ -289,69 +212,6 @@ class Capturing:
                 self.unused[call.path] = self.unused.get(call.path, frozenset()) | missing
         return bool(without_gradient)
 
-    def _check(self, seen: list[SeenCall], out_of_order: Mapping[int, int | str]) -> None:
-        called = Counter(call.path for call in seen)
-        twice = [path for path, count in called.items() if count > 1]
-        if twice:
-            raise UnfitBlockError(
-                twice[0],
-                f"block {twice[0]!r} is called {called[twice[0]]} times in one step, and a plan "
-                "inside it would hold what several calls save: plan the module around it as a "
-                "block",
-                twice[1:],
-            )
-        unordered = [call for call in seen if call.number in out_of_order]
-        if unordered:
-            call, leaf = unordered[0], out_of_order[unordered[0].number]
-            name = tensor_names(call.arguments)[leaf] if isinstance(leaf, int) else leaf
-            raise UnfitBlockError(
-                call.path,
-                f"block {call.path!r} uses {name!r} more than once, and others use it later: "
-                "its gradients would be added in another order than eager's, with other last "
-                "bits. Name smaller blocks, or leave this one out of blocks=",
-                [other.path for other in unordered[1:]],
-            )
-        self._refuse_shared_casts()
-        never = [path for path in self.modules if path not in called]
-        if never:
-            raise UnfitBlockError(
-                never[0],
-                f"block {never[0]!r} is not called with gradients in this step (eval mode, "
-                "no_grad, a branch that is not taken?): leave it out of blocks=",
-                never[1:],
-            )
-
-    def _refuse_shared_casts(self) -> None:
-        """Refuse blocks that share with others a parameter which autocast casts once for all.
-
-        Eager adds the gradients of the cast, and casts their sum; a planned block has a cast of
-        its own, and adds what has been cast.
-        """
-        users: dict[int, set[str]] = {}
-        for path, module in self.model.named_modules():
-            block = next((b for b in self.modules if path == b or path.startswith(f"{b}.")), path)
-            for parameter in vars(module)["_parameters"].values():
-                users.setdefault(id(parameter), set()).add(block)
-        shared: dict[str, str] = {}
-        for path, module in self.modules.items():
-            autocast = self.blocks[self.used[path]].autocast if path in self.used else None
-            if autocast is None or autocast.dtype is None or not autocast.caches:
-                continue
-            for name, parameter in module.named_parameters():
-                is_cast = parameter.dtype == torch.float32 and parameter.requires_grad
-                if is_cast and len(users[id(parameter)]) > 1:
-                    shared.setdefault(path, name)
-        if shared:
-            path, name = next(iter(shared.items()))
-            raise UnfitBlockError(
-                path,
-                f"block {path!r} shares {name!r} with modules outside of it, and autocast casts it "
-                "once for all of them: its gradients would be added after the cast back and not "
-                "before, with other bits than eager's. Name other blocks, switch the cache off "
-                "(torch.autocast(cache_enabled=False)), or plan the whole step",
-                [other for other in shared if other != path],
-            )
-
 
 def _without(captured: CapturedStep, unused: frozenset[int]) -> LossSpec:
     """The loop's part of a block's step in which some outputs get no gradient."""
@@ -367,48 +227,3 @@ def _without(captured: CapturedStep, unused: frozenset[int]) -> LossSpec:
         values,
         [node.meta["val"] for node in step.outputs],
     )
-
-
-def looks_of(module: nn.Module) -> tuple[Any, ...]:
-    """Return what two blocks must have in common to be alike, apart from what forward reads."""
-    parts = tuple((name, type(part), part.training) for name, part in module.named_modules())
-    state = tuple(
-        (name, TensorSpec.of(tensor), isinstance(tensor, nn.Parameter))
-        for named in (
-            module.named_parameters(remove_duplicate=False),
-            module.named_buffers(remove_duplicate=False),
-        )
-        for name, tensor in named
-    )
-    order: dict[int, int] = {}
-    tied = tuple(
-        order.setdefault(id(p), len(order))
-        for _, p in module.named_parameters(remove_duplicate=False)
-    )
-    return parts, state, tied
-
-
-def _reads_the_same(block: DistinctBlock, other: nn.Module) -> bool:
-    """Whether another module holds what a captured one's forward has read, at the same places."""
-    module = block.module()
-    if module is None or module is other:
-        return module is other
-    path_of = {id(part): name for name, part in module.named_modules()}
-    twins = dict(other.named_modules())
-    for place in block.captured.step.reads.places:
-        holder = place.holder() if isinstance(place.holder, weakref.ref) else place.holder
-        if not isinstance(holder, nn.Module) or id(holder) not in path_of:
-            continue
-        twin = twins[path_of[id(holder)]]
-        if place.where is Where.ATTRIBUTE:
-            now = getattr(twin, place.key, ABSENT)
-        else:
-            now = vars(twin).get(place.key, ABSENT)
-        if difference_held(place.held, now, place.label) is not None:
-            return False
-    return True
-
-
-def tensor_names(arguments: Mapping[str, Any]) -> list[str]:
-    """Return the argument that each tensor of a call is in, in the order of ``tensors_of``."""
-    return [name for name in sorted(arguments) for _ in specs_of(arguments[name])]

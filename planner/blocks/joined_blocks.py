@@ -20,8 +20,9 @@ from solvers.block_plans.points import BlockPoints
 from solvers.block_plans.stepping import BlockedStep
 
 from ..base.step_spec import StepSpec
-from .captured_blocks import Capturing, DistinctBlock, Known
+from .captured_blocks import Capturing
 from .captured_rest import CapturedRest
+from .distinct_blocks import DistinctBlock, Known
 from .inside_block import InsideBlock
 from .measured_rest import MeasuredRest, measured_rest
 from .rest import Rest, block_call

@@ -37,9 +37,10 @@ from ..plan_record import PlanRecord
 from ..planning.captured_call import CapturedCall, captured_call
 from ..planning.make_plan import recorded
 from .block_record import BlockParts, WholeStep
-from .captured_blocks import Known, UnfitBlockError, looks_of
+from .distinct_blocks import Known, looks_of
 from .find import AUTO, find_blocks, smaller_blocks
 from .joined_blocks import CapturedBlocks, capture_blocks
+from .unfit_blocks import UnfitBlockError
 
 logger = logging.getLogger(__name__)
 

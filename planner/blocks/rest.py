@@ -9,11 +9,12 @@ from typing import Protocol
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from graph_capture.loss import LossSpec
-from graph_capture.opaque_calls import OpaqueForm, SeenCall
+from graph_capture.opaque_calls import SeenCall
+from graph_capture.opaque_form import OpaqueForm
 from solvers.block_plans.stepping import BlockCall
 
-from .captured_blocks import UnfitBlockError
 from .inside_block import InsideBlock
+from .unfit_blocks import UnfitBlockError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,13 +13,8 @@ from graph_capture.autocast import AutocastState
 from graph_capture.call_spec import TensorSpec
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import NotFittingError
-from graph_capture.opaque_calls import (
-    BACKWARD,
-    FORWARD,
-    OpaqueCalls,
-    OpaqueForm,
-    UnknownFormError,
-)
+from graph_capture.opaque_calls import BACKWARD, FORWARD, OpaqueCalls, UnknownFormError
+from graph_capture.opaque_form import OpaqueForm
 from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
 
