@@ -19,6 +19,7 @@ from torch import nn
 
 from .autocast import AutocastState
 from .call_spec import call_forward, tensors_of
+from .call_values import CallValues
 from .isolation import generator_states, generators_put_back, set_generator_states
 from .opaque_calls import BACKWARD, FORWARD, Forward, SeenCall
 from .opaque_form import Form, fresh_tensors
@@ -56,6 +57,16 @@ class Computing:
         self._model = model
         self._torch_type = torch_type
         self._open: dict[int, _Called] = {}  # until their backward
+
+    def values_of(self, arguments: Mapping[str, Any]) -> CallValues:
+        """See :class:`~.opaque_calls.Making`."""
+        return CallValues(
+            arguments=tree_map(_apart, dict(arguments)),
+            computed=frozenset(
+                i for i, t in enumerate(tensors_of(arguments)) if self._calls.is_computed(t)
+            ),
+            generators=generator_states(),
+        )
 
     def called(self, call: SeenCall, forward: Forward, arguments: Mapping[str, Any]) -> None:
         """See :class:`~.opaque_calls.Making`."""

@@ -12,5 +12,9 @@ class CaptureError(RuntimeError):
         super().__init__(printable(message, lines=True))
 
 
+class UnknownValueError(CaptureError):
+    """The step's code asks for a value of a tensor that nobody knows."""
+
+
 class NotFittingError(CaptureError):
     """The step was traced but is not a training step."""

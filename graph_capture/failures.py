@@ -9,6 +9,11 @@ from .private_torch.fake_tensors import DataDependentOutputException, DynamicOut
 _DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 
 
+def lack_values(failures: list[tuple[str, BaseException]]) -> bool:
+    """Whether an attempt stopped at a value that was not known."""
+    return any(isinstance(error, _DECIDED_BY_VALUE) for _, error in failures)
+
+
 def explain_failures(failures: list[tuple[str, BaseException]]) -> str:
     """Return what stopped each attempt, and what to do about it."""
     reasons: dict[str, list[str]] = {}
@@ -19,7 +24,7 @@ def explain_failures(failures: list[tuple[str, BaseException]]) -> str:
         reasons.setdefault(f"{name}{first}{f' (at {where})' if where else ''}", []).append(how)
     lines = ["the model could not be captured as one graph:"]
     lines += [f"  {' and '.join(ways)}: {reason}" for reason, ways in reasons.items()]
-    if any(isinstance(error, _DECIDED_BY_VALUE) for _, error in failures):
+    if lack_values(failures):
         lines.append(
             "  A branch or shape depends on a tensor's value, and the value is not known: "
             "the model or the sample is on meta (pass real ones), or backward asks for it. "

@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from .autocast import AutocastState
 from .call_spec import bind_call, describe, tensors_of
+from .call_values import CallValues
 from .checkpointing import inside_checkpoint
 from .errors import CaptureError
 from .opaque_form import OpaqueForm, fresh_tensors, placed
@@ -62,11 +63,18 @@ class UnknownFormError(BaseException):
     Not an ``Exception``, since a capture goes on after those in another way.
     """
 
-    def __init__(self, path: str, arguments: Mapping[str, Any], autocast: AutocastState) -> None:
+    def __init__(
+        self,
+        path: str,
+        arguments: Mapping[str, Any],
+        autocast: AutocastState,
+        values: CallValues | None,
+    ) -> None:
         super().__init__(path)
         self.path = path
         self.arguments = arguments
         self.autocast = autocast
+        self.values = values
 
 
 class CheckpointedCallError(BaseException):
@@ -83,6 +91,9 @@ class CheckpointedCallError(BaseException):
 class Making(Protocol):
     """Makes what a call that stands for itself returns."""
 
+    def values_of(self, arguments: Mapping[str, Any]) -> CallValues | None:
+        """Return the real values of a call that is about to be made, if it has any."""
+
     def called(self, call: SeenCall, forward: Forward, arguments: Mapping[str, Any]) -> None:
         """Is told of a call of a module's own forward, before anything of it is made."""
 
@@ -97,6 +108,10 @@ class Making(Protocol):
 
 class AsOperators:
     """Makes tensors without values by one operator each way, for a step on stand-ins."""
+
+    def values_of(self, arguments: Mapping[str, Any]) -> CallValues | None:
+        """Return nothing: stand-ins have no values."""
+        return None
 
     def called(self, call: SeenCall, forward: Forward, arguments: Mapping[str, Any]) -> None:
         """Do nothing: values play no part."""
@@ -114,6 +129,9 @@ class AsOperators:
         return made
 
 
+FormOf = Callable[[str, Mapping[str, Any], AutocastState, CallValues | None], OpaqueForm | None]
+
+
 class OpaqueCalls:
     """Lets modules stand for themselves while a step is captured.
 
@@ -122,8 +140,8 @@ class OpaqueCalls:
     modules
         By path.
     form_of
-        Returns the form of a module's call under an autocast, or ``None`` where it is not
-        known.
+        Returns the form of a module's call under an autocast, with its values if it has any,
+        or ``None`` where it is not known.
     torch_type
         The device type whose autocast counts.
     making
@@ -133,7 +151,7 @@ class OpaqueCalls:
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        form_of: Callable[[str, Mapping[str, Any], AutocastState], OpaqueForm | None],
+        form_of: FormOf,
         torch_type: str,
         making: Making | None = None,
     ) -> None:
@@ -194,9 +212,11 @@ class OpaqueCalls:
             spec = describe(arguments)
             autocast = AutocastState.of(self._torch_type)
             with disable_current_modes():  # what is compared is no part of the step
-                form = self._form_of(path, spec, autocast)
+                values = self.making.values_of(arguments)
+                form = self._form_of(path, spec, autocast, values)
             if form is None:
-                raise UnknownFormError(path, spec, autocast)
+                raise UnknownFormError(path, spec, autocast, values)
+            del values
             number = len(self.seen)
             _FORMS[number] = form
             call = SeenCall(path=path, number=number, arguments=spec, form=form)

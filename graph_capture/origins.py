@@ -27,14 +27,14 @@ class Origins:
     @property
     def is_drawn(self) -> bool:
         """Whether random numbers contribute to it and parameters do not."""
-        learned = any(n.op == "placeholder" and n.meta["role"] == "parameter" for n in self._part)
+        learned = any(n.op == "placeholder" and _is_learned(n) for n in self._part)
         return not learned and any(n.op != "placeholder" and draws(n) for n in self._part)
 
     @property
     def is_activation(self) -> bool:
         """Whether parameters or random numbers contribute to it."""
         return any(
-            (n.op == "placeholder" and n.meta["role"] in ("parameter", "tangent"))
+            (n.op == "placeholder" and (_is_learned(n) or n.meta["role"] == "tangent"))
             or (n.op != "placeholder" and draws(n))
             for n in self._part
         )
@@ -56,6 +56,11 @@ class Origins:
                     if m in memory and memory[m].meta["role"] in ("buffer", "attribute"):
                         return str(memory[m].meta["target"])
         return None
+
+
+def _is_learned(placeholder: Node) -> bool:
+    """Whether it is a parameter, or what modules around the step have computed."""
+    return placeholder.meta["role"] == "parameter" or placeholder.meta.get("computed", False)
 
 
 def written_by(node: Node) -> tuple[Node, ...]:

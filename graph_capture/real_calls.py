@@ -30,7 +30,7 @@ from .private_torch.dispatch import TorchDispatchMode, disable_current_modes
 from .private_torch.operators import OpOverload, schema_of
 from .private_torch.tensors import identity_of_storage
 from .private_torch.trees import tree_iter
-from .purity import hidden_writes, written_arguments
+from .purity import draws_now, hidden_writes, written_arguments
 from .recorder import storage_id
 
 _LIFTED = {torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default}
@@ -122,6 +122,7 @@ class RealCalls(TorchDispatchMode):
         self.memory: list[Memory] = []
         self.phase = "forward"
         self.number_bytes = 0  # of numbers in place of tensors, which autograd may save
+        self._learned: set[int] = set()  # memory that parameters or draws contribute to
         self._at: dict[int, int] = {}  # identity of a storage -> its memory
         self._places = CallPlaces()
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
@@ -139,6 +140,10 @@ class RealCalls(TorchDispatchMode):
         _refuse_undense(tensor)
         return self.there(tensor, f"constant_{len(self.memory)}", "constant")
 
+    def is_computed(self, tensor: torch.Tensor) -> bool:
+        """Whether parameters or random numbers have contributed to a tensor."""
+        return self._at.get(storage_id(tensor)) in self._learned
+
     def _new(
         self, tensor: torch.Tensor, name: str, *, role: str | None = None, maker: int | None = None
     ) -> int:
@@ -154,6 +159,8 @@ class RealCalls(TorchDispatchMode):
                 maker=maker,
             )
         )
+        if role == "parameter":
+            self._learned.add(k)
         # The interpreter holds finalizers; see memory_meter.py.
         weakref.finalize(
             storage, _freed, weakref.ref(self), identity_of_storage(storage), k
@@ -211,6 +218,8 @@ class RealCalls(TorchDispatchMode):
         results = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         base = f"{schema_of(func).name.split('::')[-1]}_{len(self.calls)}"
         made = self._made(results, base)
+        if draws_now(func, args, kwargs) or not self._learned.isdisjoint(given):
+            self._learned.update(made, map(self.memory_of, written))
         if not made and not written and results:
             return  # a view
         module_path, source = self._places.origin(self.phase)
@@ -247,7 +256,7 @@ class RealCalls(TorchDispatchMode):
         """Write down one call in place of all those that a module makes."""
         known = tuple(map(self.memory_of, given))
         name = f"{target.split('.')[1]}_{number}"
-        self._made(made, name)
+        self._learned.update(self._made(made, name))
         self.calls.append(
             RealCall(
                 name=name,

@@ -9,6 +9,7 @@ current state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,6 +158,37 @@ class SampleValues:
                         )
                 given = map_arg(args, env.get), map_arg(kwargs, env.get)
                 yield given[0][0] if func is None else self._run(func, *given)
+
+    def run_through(self, last: Node) -> None:
+        """Run all calls up to one, with the step's own draws.
+
+        Raises
+        ------
+        UnknowableError
+            When there is no value to compute with.
+        OutcomeChanged
+            When a check finds another value than planned.
+        """
+        self._slice({})  # update who writes what
+        order = list(itertools.takewhile(lambda n: n is not last, self._graph.nodes))
+        last_use = {a: n for n in (*order, last) for a in n.all_input_nodes}
+        env: dict[Node, Any] = {}
+        copies: dict[int, torch.UntypedStorage] = {}
+        with for_real():
+            for node in (*order, last):
+                if node.op == "placeholder":
+                    if node in last_use:
+                        env[node] = self._placeholder(node, copies)
+                    continue
+                args, kwargs = map_arg(node.args, env.get), map_arg(node.kwargs, env.get)
+                run = self._draw if draws(node) else self._called
+                env[node] = run(node, args, kwargs)
+                for used in {node, *node.all_input_nodes}:
+                    if last_use.get(used, node) is node:
+                        env.pop(used, None)
+
+    def _called(self, node: Node, args: Any, kwargs: Any) -> Any:
+        return self._run(node.target, args, kwargs)
 
     def value(self, node: Node) -> torch.Tensor:
         """Return a copy of a node's current value, on the CPU."""

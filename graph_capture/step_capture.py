@@ -104,6 +104,7 @@ def capture_step(
     check: Callable[[CostGraph], None] | None = None,
     holds: LoopHolds = NOTHING_ELSE,
     argument_bytes: tuple[int, ...] | None = None,
+    computed: frozenset[int] = frozenset(),
 ) -> CapturedStep:
     """Trace a step and fold it into a cost graph.
 
@@ -134,6 +135,8 @@ def capture_step(
     argument_bytes
         What the call's tensors keep alive, see
         :func:`~graph_capture.argument_memory.argument_bytes`; ``None`` for what they span.
+    computed
+        Tensors of the call, by index, that other modules of a larger step have computed.
     """
     if holds.sharded is not None:
         raise ValueError(
@@ -149,6 +152,7 @@ def capture_step(
         target=target,
         taken=taken,
         releases_outputs=holds.releases,
+        computed=computed,
     )
     split_dropout(step.graph)
 

@@ -58,6 +58,7 @@ def record_step(
     outcomes: Sequence[Outcome] | None,
     *,
     releases_outputs: bool = False,
+    computed: frozenset[int] = frozenset(),
 ) -> TracedStep:
     """Record one step of ``model`` on stand-ins as a graph.
 
@@ -71,6 +72,8 @@ def record_step(
         As for :class:`~.recorder.Recorder`.
     releases_outputs
         Whether the loop lets go of the outputs once it has the loss.
+    computed
+        Tensors of the call, by index, that other modules of a larger step have computed.
     """
     differentiator: Differentiator = Engine()
     watching: AbstractContextManager[None] = nullcontext()
@@ -78,7 +81,7 @@ def record_step(
         refuse_backward_hooks(model)
         differentiator = walk = BackwardWalk()
         watching = walk.watching()
-    recording = _Recording(watcher, model, arguments, differentiator, target, outcomes)
+    recording = _Recording(watcher, model, arguments, differentiator, target, outcomes, computed)
     try:
         with watching:
             return recording.run(forward, loss, how, releases_outputs)
@@ -101,7 +104,9 @@ class _Recording:
         differentiator: Differentiator,
         target: Target,
         outcomes: Sequence[Outcome] | None,
+        computed: frozenset[int],
     ) -> None:
+        self.computed = computed
         self.watcher = watcher
         self.model = model
         self.arguments = arguments
@@ -282,6 +287,8 @@ class _Recording:
             self._declare(tensor, "input", (str(i),), real[i] if real else None)
             for i, tensor in enumerate(given)
         ]
+        for i in self.computed:
+            nodes[i].meta["computed"] = True
         return fake_arguments, given, nodes
 
     def _backward(

@@ -23,8 +23,8 @@ from .checkpointing import checkpoints_inlined
 from .clocks import ClocksMet
 from .constant_values import disguise_fake_tensors
 from .cuda_dispatch_rules import dispatch_as_on, refuse_recurrent
-from .errors import CaptureError, NotFittingError
-from .failures import explain_failures
+from .errors import CaptureError, NotFittingError, UnknownValueError
+from .failures import explain_failures, lack_values
 from .isolation import undisturbed
 from .layouts import refuse_argument
 from .ledger import Change, make_again
@@ -54,6 +54,7 @@ def trace_step(
     target: Target,
     taken: TakenPath | None = None,
     releases_outputs: bool = False,
+    computed: frozenset[int] = frozenset(),
 ) -> TracedStep:
     """Trace ``model`` on ``arguments`` (bound by name, see ``call_spec.bind_call``).
 
@@ -68,6 +69,8 @@ def trace_step(
         The path of an earlier capture, which this capture takes, too.
     releases_outputs
         Whether the loop lets go of the outputs once it has the loss.
+    computed
+        Tensors of the call, by index, that other modules of a larger step have computed.
 
     Raises
     ------
@@ -79,7 +82,9 @@ def trace_step(
         refuse_argument(tensor)
 
     def traced() -> tuple[TracedStep, list[Change], ClocksMet]:
-        return _first_that_works(model, arguments, loss, forward, target, taken, releases_outputs)
+        return _first_that_works(
+            model, arguments, loss, forward, target, taken, releases_outputs, computed
+        )
 
     step, settled, clocks = traced()
     if clocks.where is not None:
@@ -121,6 +126,7 @@ def _first_that_works(
     target: Target,
     taken: TakenPath | None,
     releases_outputs: bool,
+    computed: frozenset[int],
 ) -> tuple[TracedStep, list[Change], ClocksMet]:
     """The step, the changes that forward makes once to what it reads, and the clocks it names."""
     if target.imitated:
@@ -166,6 +172,7 @@ def _first_that_works(
                         target,
                         outcomes,
                         releases_outputs=releases_outputs,
+                        computed=computed,
                     )
                 finally:
                     watcher.outside.put_back()
@@ -182,7 +189,8 @@ def _first_that_works(
             if isinstance(error, NotFittingError):
                 raise
             failures.append((how, error))
-    raise CaptureError(explain_failures(failures)) from failures[-1][1]
+    kind = UnknownValueError if lack_values(failures) else CaptureError
+    raise kind(explain_failures(failures)) from failures[-1][1]
 
 
 @contextmanager

@@ -75,7 +75,8 @@ class TracedStep:
     ----------
     graph
         Placeholders carry ``meta["role"]`` (parameter, buffer, attribute, input,
-        constant, tangent) and ``meta["target"]``; calls carry ``val``, ``phase``,
+        constant, tangent) and ``meta["target"]``, inputs that other modules have computed
+        ``meta["computed"]``; calls carry ``val``, ``phase``,
         ``writes``, ``module_path`` and ``source``. The output is
         ``(outputs, gradients)``.
     outputs

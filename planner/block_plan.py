@@ -161,7 +161,7 @@ class BlockPlan(Plan):
             found = CallGuard.of(model, arguments, self.device_type)
         different = self.guard.difference_to(found)
         if different is not None:
-            raise mismatch(different)
+            raise mismatch(different, inside=True)
         return validate_step(
             self,
             model,

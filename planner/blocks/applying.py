@@ -21,7 +21,7 @@ from ..running.attach import (
     apply_plan,
     apply_unseen,
     captured_plan,
-    look_at_calls,
+    place_in_model,
     remove_plan,
 )
 from ..running.planned_forward import PlannedForward
@@ -93,7 +93,7 @@ def apply_blocks(
                     apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
             except PlanMismatchError as error:
                 raise PlanMismatchError(f"block {path!r}: {error}") from error
-            look_at_calls(module, look)
+            place_in_model(module, path, look)
             done.append(module)
     except BaseException:
         for module in done:

@@ -8,7 +8,7 @@ capture ends, this block is captured by that call, and the capture begins again.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -16,9 +16,10 @@ from torch import nn
 
 from graph_capture.autocast import AutocastState
 from graph_capture.call_spec import difference, to_json
+from graph_capture.call_values import CallValues, takes_same_way
 from graph_capture.captured_step import CapturedStep
 from graph_capture.costs.cost_model import TimingProgress
-from graph_capture.errors import CaptureError
+from graph_capture.errors import CaptureError, UnknownValueError
 from graph_capture.loss import LossRegion, LossSource, LossSpec
 from graph_capture.opaque_calls import (
     CheckpointedCallError,
@@ -39,6 +40,23 @@ from .unfit_blocks import UnfitBlockError, refuse_unfit
 
 R = TypeVar("R")
 
+
+class ValuesNeededError(Exception):
+    """A block's code asks for values of its call, which is made on stand-ins.
+
+    Parameters
+    ----------
+    path
+        The block.
+    why
+        How its capture ended.
+    """
+
+    def __init__(self, path: str, why: CaptureError) -> None:
+        super().__init__(path)
+        self.path, self.why = path, why
+
+
 MAX_ROUNDS = 200
 """Distinct calls of blocks in a step; a model with more has no blocks that are alike."""
 
@@ -57,7 +75,7 @@ class Capturing:
     ) -> None:
         self.model, self.spec, self.target, self.progress = model, spec, target, progress
         self.modules = {path: model.get_submodule(path) for path in paths}
-        self.blocks = known.blocks
+        self.blocks, self.ways = known.blocks, known.ways
         self.used: dict[str, int] = {}  # path -> distinct block
         self.met: dict[int, None] = {}  # distinct blocks, in the order in which they were met
         self.unused: dict[str, frozenset[int]] = {}
@@ -101,12 +119,11 @@ class Capturing:
         forward = original_forward(self.model)
         for _ in range(MAX_ROUNDS):
             calls = OpaqueCalls(self.modules, self._form_of, self.target.torch_type)
+            unknown: UnknownFormError | None = None
             try:
                 rest = run(calls, forward)
-            except UnknownFormError as unknown:
-                with unknown.autocast.holding():
-                    self._capture(unknown.path, unknown.arguments, unknown.autocast)
-                continue
+            except UnknownFormError as error:
+                unknown = error.with_traceback(None)  # which holds what was computed so far
             except CheckpointedCallError as checkpointed:
                 raise PlanError(
                     f"block {checkpointed.path!r} is called by torch.utils.checkpoint, which would "
@@ -116,6 +133,10 @@ class Capturing:
                 ) from checkpointed
             finally:
                 calls.forget()
+            if unknown is not None:
+                with unknown.autocast.holding():
+                    self._capture(unknown)
+                continue
             seen = list(calls.seen)
             missing = self._note_unused(seen, calls.without_gradient)
             if not missing:
@@ -127,35 +148,60 @@ class Capturing:
         )
 
     def _form_of(
-        self, path: str, arguments: Mapping[str, Any], autocast: AutocastState
+        self,
+        path: str,
+        arguments: Mapping[str, Any],
+        autocast: AutocastState,
+        values: CallValues | None,
     ) -> OpaqueForm | None:
-        found = self._known(path, arguments, autocast)
-        if found is None:
-            return None
-        self.used[path] = found
-        self.met.setdefault(found)
-        return self.blocks[found].form
+        for b in self._alike(path, arguments, autocast):
+            if self._goes(b, path, values):
+                self.used[path] = b
+                self.met.setdefault(b)
+                return self.blocks[b].form
+        return None
 
-    def _known(
+    def _alike(
         self, path: str, arguments: Mapping[str, Any], autocast: AutocastState
-    ) -> int | None:
-        """The distinct block that a call of a module is one of."""
-        unused = self.unused.get(path, frozenset())
-        for i, block in enumerate(self.blocks):
+    ) -> Iterator[int]:
+        """The distinct blocks that a call of a module may be one of, whatever its values are."""
+        unused = self._unused_of(path)
+        for b, block in enumerate(self.blocks):
             if (
                 (block.unused, block.autocast) == (unused, autocast)
                 and difference(block.arguments, arguments) is None
                 and self._looks[path] == block.looks
                 and reads_the_same(block, self.modules[path])
             ):
-                return i
-        return None
+                yield b
 
-    def _capture(self, path: str, arguments: Mapping[str, Any], autocast: AutocastState) -> None:
-        """Capture a block by a call that was seen, under the autocast of that call."""
-        module = self.modules[path]
+    def _goes(self, b: int, path: str, values: CallValues | None) -> bool:
+        """Whether the values of a call lead through the module as through a distinct block."""
+        block, key = self.blocks[b], (path, self._unused_of(path))
+        if not block.asks:
+            return True
+        if key in self.ways or values is None:
+            return self.ways.get(key) == b
+        if not takes_same_way(block.captured.step, self.modules[path], values):
+            return False
+        self.ways[key] = b
+        return True
+
+    def _unused_of(self, path: str) -> frozenset[int]:
+        return self.unused.get(path, frozenset())
+
+    def _capture(self, unknown: UnknownFormError) -> None:
+        """Capture a block by a call that was seen, under the autocast of that call.
+
+        Raises
+        ------
+        ValuesNeededError
+            When its code asks for values of the call, and the call has none.
+        """
+        path, values = unknown.path, unknown.values
+        module, unused = self.modules[path], self._unused_of(path)
         try:
-            to_json(arguments)
+            to_json(unknown.arguments)
         except TypeError as error:
             raise UnfitBlockError(
                 path,
@@ -163,41 +209,68 @@ class Capturing:
                 "passes tensors and plain values to its blocks (use_cache=False, say)",
                 by_itself=True,
             ) from error
-        unused = self.unused.get(path, frozenset())
         try:
-            captured = self._captured(module, arguments, None)
-            if unused:
-                captured = self._captured(module, arguments, _without(captured, unused))
+            captured = self._captured_as_called(module, unknown, unused)
             form = OpaqueForm.of(captured)
         except CaptureError as error:
+            if isinstance(error, UnknownValueError) and values is None:
+                raise ValuesNeededError(path, error) from error
             raise UnfitBlockError(
                 path, f"block {path!r} cannot have a plan of its own: {error}", by_itself=True
             ) from error
+        asks = values is not None and bool(captured.step.checks)
+        if asks:
+            self.ways[path, unused] = len(self.blocks)
         self.blocks.append(
             DistinctBlock(
                 path=path,
                 module=weakref.ref(module),
                 looks=self._looks[path],
-                arguments=arguments,
+                arguments=unknown.arguments,
                 captured=captured,
                 form=form,
-                autocast=autocast,
+                autocast=unknown.autocast,
                 unused=unused,
+                asks=asks,
             )
         )
 
-    def _captured(
-        self, module: nn.Module, arguments: Mapping[str, Any], loss: LossSpec | None
+    def _captured_as_called(
+        self, module: nn.Module, unknown: UnknownFormError, unused: frozenset[int]
     ) -> CapturedStep:
-        return capture_step(
-            module,
-            arguments,
-            loss=loss,
-            forward=original_forward(module),
-            target=self.target,
-            cost_model=self.spec.cost_model,
-            progress=self.progress,
-        )
+        """The step of a block; values of its call are looked at only where its code asks."""
+        arguments, autocast, values = unknown.arguments, unknown.autocast, unknown.values
+        try:
+            if any(self.blocks[b].asks for b in self._alike(unknown.path, arguments, autocast)):
+                raise UnknownValueError("its code asks for values of what it is called with")
+            return self._captured(module, arguments, unused)
+        except UnknownValueError:
+            if values is None:
+                raise
+        with values.drawing():
+            return self._captured(module, values.arguments, unused, values.computed)
+
+    def _captured(
+        self,
+        module: nn.Module,
+        arguments: Mapping[str, Any],
+        unused: frozenset[int],
+        computed: frozenset[int] = frozenset(),
+    ) -> CapturedStep:
+        def captured(loss: LossSpec | None) -> CapturedStep:
+            return capture_step(
+                module,
+                arguments,
+                loss=loss,
+                forward=original_forward(module),
+                target=self.target,
+                cost_model=self.spec.cost_model,
+                progress=self.progress,
+                computed=computed,
+            )
+
+        whole = captured(None)
+        return captured(_without(whole, unused)) if unused else whole
 
     def _note_unused(self, seen: list[SeenCall], without_gradient: Mapping[int, set[int]]) -> bool:
         """Note outputs that nobody differentiates; return whether there were unknown ones."""
@@ -209,7 +282,7 @@ class Capturing:
                         call.path,
                         f"the loss does not depend on block {call.path!r}: leave it out of blocks=",
                     )
-                self.unused[call.path] = self.unused.get(call.path, frozenset()) | missing
+                self.unused[call.path] = self._unused_of(call.path) | missing
         return bool(without_gradient)
 
 

@@ -41,6 +41,9 @@ class DistinctBlock:
         What it is called under.
     unused
         Outputs that no gradient comes back for.
+    asks
+        Whether its own code asks for values of the call, so that another way through it is
+        another block.
     """
 
     path: str
@@ -51,6 +54,7 @@ class DistinctBlock:
     form: OpaqueForm
     autocast: AutocastState
     unused: frozenset[int]
+    asks: bool
 
 
 @dataclass(kw_only=True)
@@ -61,12 +65,15 @@ class Known:
     ----------
     blocks
         The distinct blocks that were captured.
+    ways
+        By path and unused outputs, which block a module is that asks for values of its call.
     why_measured
         Why the rest cannot be captured; ``None`` as long as it can. With fewer or smaller
         blocks it cannot either.
     """
 
     blocks: list[DistinctBlock] = field(default_factory=list)
+    ways: dict[tuple[str, frozenset[int]], int] = field(default_factory=dict)
     why_measured: CaptureError | None = None
 
 

@@ -20,7 +20,7 @@ from solvers.block_plans.points import BlockPoints
 from solvers.block_plans.stepping import BlockedStep
 
 from ..base.step_spec import StepSpec
-from .captured_blocks import Capturing
+from .captured_blocks import Capturing, ValuesNeededError
 from .captured_rest import CapturedRest
 from .distinct_blocks import DistinctBlock, Known
 from .inside_block import InsideBlock
@@ -28,6 +28,7 @@ from .measured_rest import MeasuredRest, measured_rest
 from .rest import Rest, block_call
 from .sharded_groups import sharded_groups
 from .sharded_step import sharded_step
+from .values_in_blocks import find_values
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +98,13 @@ def capture_blocks(
     """
     known = known or Known()
     capturing = Capturing(model, paths, spec, target, progress, known)
-    if known.why_measured is None:
+    while known.why_measured is None:
         try:
-            captured, calls = capturing.rest(arguments)
-            return _joined(CapturedRest(captured), calls, capturing, seed)
+            try:
+                captured, calls = capturing.rest(arguments)
+                return _joined(CapturedRest(captured), calls, capturing, seed)
+            except ValuesNeededError as needed:
+                find_values(capturing, arguments, needed)
         except CaptureError as error:
             logger.debug("the rest is run for real", exc_info=True)
             known.why_measured = error

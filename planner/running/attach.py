@@ -145,11 +145,14 @@ def apply_unseen(plan: PlanRecord, model: nn.Module, on_shape_change: OnShapeCha
     _put(model, PlannedForward(model, plan, None, None, on_shape_change, {}))
 
 
-def look_at_calls(model: nn.Module, look: Look) -> None:
-    """Have a planned module looked at in its planned calls, as long as that is asked for."""
+def place_in_model(model: nn.Module, path: str, look: Look) -> None:
+    """Tell a planned module that it is a block of a model, which errors then name by its path.
+
+    It is looked at in its planned calls, as long as that is asked for.
+    """
     planned = _planned_forward(model)
     assert planned is not None
-    planned.look, planned.looked = look, False
+    planned.block, planned.look, planned.looked = path, look, False
 
 
 def _put(model: nn.Module, planned: PlannedForward) -> None:

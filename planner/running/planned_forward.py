@@ -36,7 +36,9 @@ from ..errors import (
 )
 from ..plan_record import OnShapeChange, PlanRecord
 from .another_call import (
+    another_way,
     hint_at,
+    in_block,
     mismatch,
 )
 from .live_guard import looks_of
@@ -120,6 +122,7 @@ class PlannedForward(StandIn):
         self.watching = False
         self.tally = Tally()
         self._ahead: list[PlanRecord] = []  # made for other calls before the loop began
+        self.block: str | None = None
         self.look: Look | None = None
         self.looked = False
         self._begin(plan, live, captured)
@@ -205,7 +208,7 @@ class PlannedForward(StandIn):
         if self.on_shape_change != "error":  # nothing is captured for another call
             different = main.another_call(arguments, looks)
             if different is not None:
-                return self._otherwise(mismatch(different), arguments, looks, args, kwargs)
+                return self._otherwise(self._mismatch(different), arguments, looks, args, kwargs)
         try:
             guard = main.current().guard
         except (PlanMismatchError, CaptureError) as error:
@@ -216,7 +219,7 @@ class PlannedForward(StandIn):
             return self._otherwise(error, arguments, looks, args, kwargs)
         different = guard.difference(arguments, looks)
         if different is not None:
-            return self._otherwise(mismatch(different), arguments, looks, args, kwargs)
+            return self._otherwise(self._mismatch(different), arguments, looks, args, kwargs)
         try:
             return self._run(main, arguments)
         except OutcomeChangedError as error:
@@ -276,6 +279,10 @@ class PlannedForward(StandIn):
                     return self._run(call, arguments)
                 except OutcomeChangedError as changed:
                     error = changed.with_traceback(None)
+        if isinstance(error, OutcomeChangedError):
+            error = another_way(error, inside=self.block is not None)
+        if self.block is not None:
+            error = in_block(self.block, error)
         self.tally.last_mismatch = str(error)
         # Another way through the model is not another shape, nor is a model that has changed.
         within = type(error) is CallMismatchError and self._main.covers(arguments)
@@ -285,6 +292,9 @@ class PlannedForward(StandIn):
         if policy not in self._replans:
             raise error
         return self._by_another_plan(self._replans[policy], arguments, looks, args, kwargs)
+
+    def _mismatch(self, different: str) -> CallMismatchError:
+        return mismatch(different, inside=self.block is not None)
 
     def _by_another_plan(
         self, make: Replan, arguments: Mapping[str, Any], looks: Any, args: tuple, kwargs: dict
@@ -314,7 +324,7 @@ class PlannedForward(StandIn):
         self._use(call)
         different = call.current().guard.difference(arguments, looks)
         if different is not None:
-            raise mismatch(different)
+            raise self._mismatch(different)
         return self._run(call, arguments)
 
     @property
@@ -465,7 +475,7 @@ class PlannedForward(StandIn):
         )
         twin.own_forward = copy.deepcopy(self.own_forward, memo)
         twin.watching = twin._watch_is_due = self.watching
-        twin.removed = self.removed
+        twin.removed, twin.block = self.removed, self.block
         twin.look, twin.looked = copy.deepcopy(self.look, memo), self.looked
         for plan in self._ahead:
             twin.add(plan, None, None)

@@ -84,8 +84,5 @@ def what_changed(changed: OutcomeChanged, check: Check) -> str:
     return (
         f"this step takes another way through the model than the planned one: at {check.source}"
         f"{module} forward asks for {check.what}, which was {changed.planned} when the plan was "
-        f"made and is {changed.got} now.{'' if check.state is None else state} If that line raises "
-        "for this input, so does the model without the plan (Plan.remove). Else apply the plan "
-        "with on_shape_change='adapt' or 'replan', which plan for this way, too, or 'unplanned', "
-        "or make a plan on such an input"
+        f"made and is {changed.got} now.{'' if check.state is None else state}"
     )

@@ -130,7 +130,10 @@ def test_a_call_is_asked_for_under_its_autocast() -> None:
     model = Outer().train()
     seen = []
 
-    def form_of(_path: str, _arguments: Mapping[str, Any], autocast: AutocastState) -> None:
+    def form_of(
+        _path: str, _arguments: Mapping[str, Any], autocast: AutocastState, values: object
+    ) -> None:
+        assert values is None  # on stand-ins
         seen.append((autocast.dtype, autocast.caches))
 
     calls = OpaqueCalls({"inner": model.inner}, form_of, "cpu")

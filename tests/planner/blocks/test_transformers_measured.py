@@ -90,7 +90,7 @@ def _steps(model: nn.Module, sample: dict[str, Any]) -> list[torch.Tensor]:
     ("build", "blocks", "most_too_high"),
     [
         # Its position embeddings are cached, and those of the step before count.
-        (_detr, r"model\.(en|de)coder\.layers\.\d\.mlp", 80_000),
+        (_detr, r"model\.(encoder\.layers\.\d|decoder\.layers\.\d\.mlp)", 80_000),
         (_mixtral, r"model\.layers\.\d\.self_attn", 400),
     ],
     ids=["detr", "mixtral"],
