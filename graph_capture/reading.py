@@ -431,11 +431,8 @@ class Watcher:
 
     def reads(self) -> Reads:
         """Return what was read, with its values at the end of the trace."""
-        if self._unresolved:
-            codes = {id(code) for code in self._unresolved}
-            for function in gc.get_referrers(*self._unresolved):
-                if isinstance(function, types.FunctionType) and id(function.__code__) in codes:
-                    self._names(function.__code__, function.__globals__, function)
+        for function in _functions_with(self._unresolved):
+            self._names(function.__code__, function.__globals__, function)
         self._class_of_root()
         self._classes_of_holders()
         places: list[Place] = []
@@ -535,3 +532,20 @@ def _put_back(cls: Any, own: Any) -> None:
             del cls.__getattribute__
     else:
         cls.__getattribute__ = own
+
+
+def _functions_with(codes: list[types.CodeType]) -> list[types.FunctionType]:
+    """Return the functions that have one of these codes, each of which may have other cells.
+
+    The garbage collector knows them, but does not look among what a process has frozen
+    (``gc.freeze``), so that is undone. Freezing it again would keep this capture for ever.
+    """
+    if not codes:
+        return []
+    gc.unfreeze()
+    known = {id(code) for code in codes}
+    return [
+        holder
+        for holder in gc.get_referrers(*codes)
+        if isinstance(holder, types.FunctionType) and id(holder.__code__) in known
+    ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import inspect
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from datetime import datetime as datetime_of_user
 from time import time_ns as seconds
@@ -22,6 +24,7 @@ from graph_capture.reads import Reads
 from tests.capturing import trace_step
 
 from .odd import WIDTH, Three, mean_square, normal
+from .test_reads import bound
 
 PAST_CLASSES = object.__getattribute__
 NUM_LARGE = 400_000  # three megabytes of doubles
@@ -238,3 +241,28 @@ def test_what_a_clock_shows_may_be_an_argument() -> None:
     model = IsGiven()
     arguments = bind_call(model.forward, (normal(0, 16, WIDTH), torch.tensor(time.time())), {})
     assert trace_step(model, arguments, mean_square).reads.difference() is None
+
+
+class Weak(Three):
+    def prepare(self) -> None:
+        self.lend: Callable[[], Callable[[Tensor], Tensor] | None] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.lend()
+        assert scale is not None
+        return self.c(scale(self.a(x)))
+
+
+@pytest.mark.parametrize("freezes", [False, True])
+def test_a_function_that_nothing_names_is_found(freezes: bool) -> None:
+    """What its closure holds is looked at, frozen (``gc.freeze``) or not."""
+    scale, rescale = bound(2.0)
+    model = Weak()
+    model.lend = weakref.ref(scale)
+    if freezes:
+        gc.freeze()
+    reads = reads_of(model)
+    rescale(5.0)
+    change = reads.difference()
+    assert change is not None
+    assert "factor" in str(change)
