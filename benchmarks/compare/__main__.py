@@ -55,7 +55,8 @@ def main(
     ] = None,
     peers: Annotated[bool, typer.Option(help="run the peers, too")] = True,
     peer: Annotated[
-        list[str] | None, typer.Option(help="by default all", show_default=False)
+        list[str] | None,
+        typer.Option(help="by default all but those that take a budget", show_default=False),
     ] = None,
     solved_at_peak: Annotated[
         bool, typer.Option(help="ours at the peaks of others' open points")
@@ -200,14 +201,15 @@ def _chosen_strategies(
 
 
 def _chosen_peers(peer: Sequence[str] | None, *, wanted: bool, predicted: bool) -> tuple[str, ...]:
-    """Names, in the given order."""
+    """Names, in the given order; by default those that run once, not at each budget."""
     if peer and not wanted:
         raise typer.BadParameter("--no-peers and --peer exclude each other")
     if peer and predicted:
         raise typer.BadParameter("--predicted executes nothing, and peers have no other figures")
     if unknown := [name for name in peer or () if name not in PEERS]:
         raise typer.BadParameter(f"unknown peer {unknown[0]!r}; known are {', '.join(PEERS)}")
-    return tuple(dict.fromkeys(peer or PEERS)) if wanted and not predicted else ()
+    once = [name for name, known in PEERS.items() if not known.needs_budget]
+    return tuple(dict.fromkeys(peer or once)) if wanted and not predicted else ()
 
 
 def _known_cost_model(name: str) -> CostModelName:

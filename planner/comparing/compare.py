@@ -195,7 +195,8 @@ def compare(
             repeats=repeats,
         )
         comparison = executed(comparison, schedules, call, execution, tell)
-        rows = peer_rows(chosen_peers, call.captured.graph, execution, tell)
+        at = [NamedBudget(label=b.budget, num_bytes=b.budget_bytes) for b in comparison.bounds]
+        rows = peer_rows(chosen_peers, call.captured.graph, execution, tell, at)
         return Comparison.of(replace(comparison, rows=(*comparison.rows, *rows)))
 
 

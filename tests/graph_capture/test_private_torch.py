@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed._tools import sac_estimator
 
 from graph_capture.private_torch import (
     aten,
@@ -25,6 +27,7 @@ from graph_capture.private_torch import (
     fake_tensors,
     inductor,
     inductor_fusion,
+    module_program,
     modules,
     operators,
     processes,
@@ -40,7 +43,18 @@ ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "graph_capture" / "private_torch"
 ROOMS = (
     *(aten, autograd, compiler, devices, dispatch, fake_tensors, inductor, inductor_fusion),
-    *(modules, operators, processes, profiler, replacing, settings, sharding, tensors, trees),
+    *(
+        module_program,
+        modules,
+        operators,
+        processes,
+        profiler,
+        replacing,
+        settings,
+        sharding,
+        tensors,
+        trees,
+    ),
 )
 NAMES = {
     f"{room.__name__.rpartition('.')[2]}.{n}": (room, n) for room in ROOMS for n in room.__all__
@@ -233,6 +247,63 @@ def _passes_for_parameter() -> bool:
     fake = _fake()
     fake_tensors.pass_for_parameter(fake)
     return isinstance(fake, nn.Parameter)
+
+
+def _chooses_what_takes_longest() -> bool:
+    program = module_program.module_program()
+    statistics = sac_estimator.SACStats(
+        func_names=["mm", "add"],
+        runtimes=[5.0, 1.0],
+        memory=[8, 8],
+        view_like_ops=[],
+        rand_ops=[],
+        saved_autograd_ops=[],
+        inplace_ops=[],
+        force_store_random=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PuLP says that it will change
+        chosen = program.get_optimal_checkpointing_policy_per_module(statistics, 0.5)
+    return chosen == [1, 0] and callable(program.sac_milp)
+
+
+def _tracked_bytes() -> int:
+    tracker, model = module_program.memory_tracker(), nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    with tracker:
+        model(torch.ones(1, 3)).sum().backward()
+    return tracker.memory_tracking[model].parameter_mem
+
+
+def _operator_statistics() -> Any:
+    estimator = module_program.operator_statistics(
+        lambda func, args, kwargs: (func(*args, **(kwargs or {})), 2.0)
+    )
+    model = nn.Sequential(nn.Tanh(), nn.Sequential(nn.Identity()), nn.Sigmoid())
+    with estimator:
+        model(torch.ones(3, requires_grad=True))
+    return estimator
+
+
+class _Flat:
+    """A fit that says one thing."""
+
+    def __init__(self, x: Any, y: Any) -> None:
+        self.intercepts, self.fit_breaks = np.array([0.25]), np.array([0.0, 1.0])
+
+    def fit(self, n_segments: int) -> None:
+        assert n_segments == 1
+
+    def calc_slopes(self) -> Any:
+        return np.array([0.5])
+
+
+def _fits_by_ours() -> bool:
+    estimator = _operator_statistics()
+    with module_program.fitting_by(_Flat):
+        estimator.pwlf_sac_tradeoff_curve()
+    curve = estimator.sac_mod_tradeoff_stats["Sequential"]
+    return "pwlf" not in sys.modules and (curve.slopes, curve.intercepts) == ([0.5], [0.25])
 
 
 def _recorded() -> bool:
@@ -515,6 +586,19 @@ CHECKS: dict[str, Callable[[], Any]] = {
         compiler.functorch_partitioners().min_cut_rematerialization_partition
     ),
     "compiler.inductor_config": lambda: hasattr(compiler.inductor_config(), "fallback_random"),
+    "module_program.module_program": _chooses_what_takes_longest,
+    "module_program.module_statistics": lambda: (
+        module_program.module_statistics().Graph(1).ad_matrix.shape == (1, 1)
+    ),
+    "module_program.memory_tracker": lambda: _tracked_bytes() == 4 * (2 * 3 + 2),
+    "module_program.operator_statistics": lambda: (
+        _operator_statistics().sac_mod_stats["Sequential"].func_names
+        == ["view", "view", "tanh", "sigmoid"]
+    ),
+    "module_program.never_counted": lambda: (
+        torch.ops.aten.detach.default in module_program.never_counted()
+    ),
+    "module_program.fitting_by": _fits_by_ours,
     "compiler.aot_autograd": lambda: callable(compiler.aot_autograd(fw_compiler=lambda m, _: m)),
     "compiler.frees_tangents": lambda: isinstance(compiler.frees_tangents(), bool),
     "compiler.holds_up_to": lambda: compiler.holds_up_to(3, 3) and not compiler.holds_up_to(4, 3),

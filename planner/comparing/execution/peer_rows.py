@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from graph_capture.cost_graph import CostGraph
@@ -10,6 +11,7 @@ from graph_capture.suggestions import unknown_name
 from solvers.strategies import StrategyError, module_blocks
 
 from ...comparison_record import ComparisonRow
+from ..budgets import NamedBudget
 from ..events import ProgressReporter
 from .runner import (
     Execution,
@@ -48,21 +50,26 @@ def choose_peers(peers: Iterable[str | Peer]) -> tuple[Peer, ...]:
 
 
 def peer_rows(
-    peers: Iterable[Peer], graph: CostGraph, execution: Execution, tell: ProgressReporter
+    peers: Iterable[Peer],
+    graph: CostGraph,
+    execution: Execution,
+    tell: ProgressReporter,
+    budgets: Sequence[NamedBudget] = (),
 ) -> list[ComparisonRow]:
-    """Make a row for each peer, run alongside eager.
+    """Make a row for each peer, run alongside eager; one at each budget if it works towards one.
 
     Parameters
     ----------
     graph
         The graph of the captured step, whose blocks are the peers' blocks.
     """
-    blocks = _blocks(graph)
     rows = []
     for peer in peers:
-        tell.expect(1)
-        tell(f"{peer.name}, as its users run it")
-        rows.append(_row(peer, blocks, execution))
+        for budget in budgets if peer.needs_budget and budgets else (None,):
+            tell.expect(1)
+            at = "" if budget is None else f" at {budget.label}"
+            tell(f"{peer.name}{at}, as its users run it")
+            rows.append(_row(peer, graph, budget, execution))
     return rows
 
 
@@ -74,11 +81,18 @@ def _blocks(graph: CostGraph) -> tuple[str, ...] | None:
         return None
 
 
-def _row(peer: Peer, blocks: tuple[str, ...] | None, e: Execution) -> ComparisonRow:
+def _beside_bytes(graph: CostGraph) -> int:
+    """What is on the device all step long and is no parameter."""
+    resident = (s for s in graph.storages if s.producer is None)
+    return sum(s.size_bytes for s in resident if s.category != "parameter")
+
+
+def _row(peer: Peer, graph: CostGraph, budget: NamedBudget | None, e: Execution) -> ComparisonRow:
     from .run_peer import run_peer
 
+    label, num_bytes = ("", None) if budget is None else (budget.label, budget.num_bytes)
     try:
-        return run_peer(
+        row = run_peer(
             peer,
             e.spec.model,
             e.spec.sample_input,
@@ -86,14 +100,20 @@ def _row(peer: Peer, blocks: tuple[str, ...] | None, e: Execution) -> Comparison
             optimizer=e.spec.optimizer,
             repeats=e.repeats,
             seed=e.seed,
-            blocks=blocks,
+            blocks=_blocks(graph),
             holds=e.spec.holds,
+            budget_bytes=num_bytes,
+            beside_bytes=_beside_bytes(graph),
+            cost_model=e.spec.cost_model,
         )
+        return replace(row, budget=label)
     # Another tool may fail in any way, in its own code: its row reports it.
     except Exception as error:  # noqa: BLE001
         return ComparisonRow(
             strategy=peer.name,
             kind="peer",
+            budget=label,
+            budget_bytes=num_bytes,
             error=said(error, "when it ran"),
             outcome=outcome_of(error),
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
 
 from ...base.forward_slot import forward_set, own_forward
@@ -29,6 +30,7 @@ from ...base.training_step import (
 from ...comparison_record import (
     ComparisonRow,
     MeasuredStep,
+    RowOutcome,
 )
 from ...measuring.measure import (
     measure,
@@ -63,6 +65,9 @@ def run_peer(
     num_seeds: int = 2,
     blocks: tuple[str, ...] | None = None,
     holds: LoopHolds = NOTHING_ELSE,
+    budget_bytes: int | None = None,
+    beside_bytes: int = 0,
+    cost_model: CostModelChoice = "roofline",
 ) -> ComparisonRow:
     """Execute a peer on a copy of a model, alongside the model's own steps.
 
@@ -94,6 +99,8 @@ def run_peer(
         the step to find those that the strategies divide.
     holds
         What the loop around the step holds.
+    budget_bytes, beside_bytes, cost_model
+        For a peer that works towards a budget, see :class:`~planner.comparing.peers.Situation`.
 
     Returns
     -------
@@ -113,7 +120,13 @@ def run_peer(
         return blocks_of(model, sample_input, loss_fn) if blocks is None else blocks
 
     situation = Situation(
-        sample_input=sample_input, loss_fn=loss_fn, device=device, blocks=known_blocks
+        sample_input=sample_input,
+        loss_fn=loss_fn,
+        device=device,
+        blocks=known_blocks,
+        budget_bytes=budget_bytes,
+        beside_bytes=beside_bytes,
+        cost_model=cost_model,
     )
     seeds = range(seed, seed + num_seeds)
     try:
@@ -134,7 +147,7 @@ def _row(
 ) -> ComparisonRow:
     """A peer's row; every model made for it is freed when this call ends."""
     sample_input, loss_fn = situation.sample_input, situation.loss_fn
-    row = ComparisonRow(strategy=peer.name, kind="peer")
+    row = ComparisonRow(strategy=peer.name, kind="peer", budget_bytes=situation.budget_bytes)
     begin_s = time.monotonic()
     with forward_set(model, own_forward(model)), peers_warnings():
         try:
@@ -151,7 +164,10 @@ def _row(
                 measured = _measured(
                     sides, sample_input, loss_fn, repeats, seeds, situation.device, holds
                 )
-                return replace(row, measured=measured)
+                limit_bytes = situation.budget_bytes
+                over = limit_bytes is not None and measured.peak_bytes > limit_bytes
+                outcome = RowOutcome.OVER_BUDGET if over else row.outcome
+                return replace(row, measured=measured, outcome=outcome)
         except PEER_ERRORS as error:
             return replace(row, error=error_text(error), outcome=outcome_of(error))
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from solvers.strategies.strategy import StrategyError
+
 from ...base.forward_slot import forward_set
 from ...base.live_state import LiveState
 from ...base.preserve_state import preserve_state
@@ -282,6 +284,8 @@ def caught(
 
 def outcome_of(error: Exception) -> RowOutcome:
     """The outcome of a row that ended in an error."""
+    if isinstance(error, StrategyError):
+        return RowOutcome(error.failure)
     return RowOutcome.OUT_OF_MEMORY if is_out_of_memory(error) else RowOutcome.FAILED
 
 

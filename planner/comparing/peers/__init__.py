@@ -14,6 +14,7 @@ from .compiled import (
     compile_backend,
     compile_peer,
 )
+from .module_program import by_module_program
 from .peer import (
     PEER_ERRORS,
     Peer,
@@ -64,6 +65,13 @@ _ALL = (
         summary="blocks' inputs and outputs of matrix products saved, the rest recomputed",
         source="torch.utils.checkpoint.create_selective_checkpoint_contexts",
         prepare=per_block_saving_matmuls,
+    ),
+    Peer(
+        name="sac_ilp",
+        summary="modules and their operators as PyTorch's own integer program chooses, by budget",
+        source="torch.distributed._tools.sac_ilp.sac_milp",
+        prepare=by_module_program,
+        needs_budget=True,
     ),
     *(compile_peer(budget) for budget in COMPILE_BUDGETS),
 )

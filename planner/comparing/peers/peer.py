@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graph_capture import capture
+from graph_capture.costs.resolve import CostModelChoice
 from solvers.strategies import module_blocks
 
 from ...base.training_step import (
@@ -44,12 +45,22 @@ class Situation:
     blocks
         Returns the paths of the model's blocks in the order in which they run, each
         once; raises :class:`~solvers.strategies.StrategyError` if there are none.
+    budget_bytes
+        The budget of the whole step; ``None`` if there is none.
+    beside_bytes
+        What is on the device all step long and is no parameter: buffers, the input, the
+        optimizer's state, what the loop holds.
+    cost_model
+        As for :func:`planner.optimize`.
     """
 
     sample_input: Sample
     loss_fn: LossFn | None
     device: torch.device
     blocks: Callable[[], tuple[str, ...]]
+    budget_bytes: int | None = None
+    beside_bytes: int = 0
+    cost_model: CostModelChoice = "roofline"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +99,15 @@ class Peer:
         Makes a model train the peer's way while its context lasts. The model is the
         peer's own copy. Settings outside the model are restored when the context ends.
         Raises one of :data:`PEER_ERRORS` if the peer does not apply.
+    needs_budget
+        Whether it works towards a budget: it then runs once for each budget of a comparison.
     """
 
     name: str
     summary: str
     source: str
     prepare: Prepare
+    needs_budget: bool = False
 
 
 def blocks_of(
