@@ -30,7 +30,7 @@ from .planning.make_plan import replan
 from .report import report
 from .running.attach import apply_plan, remove_plan
 from .running.planned_forward import Replan
-from .running.same_plan import checked_everywhere
+from .running.same_plan import applied_everywhere
 from .saving.serialize import load_plan, save_plan
 from .sizing.max_batch import max_batch_of
 from .sizing.max_batch_report import MaxBatch
@@ -82,8 +82,8 @@ class Plan(PlanRecord):
         Parameters
         ----------
         model
-            Of a ``DistributedDataParallel`` the module inside gets the plan, and all
-            processes of its group compare theirs: see :func:`planner.check_same_plan`.
+            Of a ``DistributedDataParallel`` the module inside gets the plan, on all
+            processes of its group or on none: see :func:`planner.check_same_plan`.
         on_shape_change
             What a training call does that differs from the planned one (in
             shapes, dtypes, plain arguments, the modules' training flags, …):
@@ -104,10 +104,11 @@ class Plan(PlanRecord):
             process applies another plan.
         PlanError
             When other steps are known to take another path through the model, and
-            ``on_shape_change`` is ``"error"``.
+            ``on_shape_change`` is ``"error"``; or when another process cannot apply it.
         """
-        apply_plan(self, self._live, model, on_shape_change, replans_with(loss_fn))
-        return checked_everywhere(model)
+        with applied_everywhere(model):
+            apply_plan(self, self._live, model, on_shape_change, replans_with(loss_fn))
+        return model
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from .errors import PlanError
 from .plan import Plan, replans_with
 from .plan_record import OnShapeChange
 from .running.attach import applied_plan, apply_plan
-from .running.same_plan import checked_everywhere
+from .running.same_plan import applied_everywhere
 from .saving.serialize import load_plans, save_plans
 
 
@@ -79,15 +79,16 @@ class PlanSet(Sequence[Plan]):
         one of the plans does not fit the model. :meth:`planner.Plan.remove` takes all away.
         """
         first, *others = self.plans
-        apply_plan(
-            first,
-            first._live,
-            model,
-            on_shape_change,
-            replans_with(loss_fn),
-            [(plan, plan._live) for plan in others],
-        )
-        return checked_everywhere(model)
+        with applied_everywhere(model):
+            apply_plan(
+                first,
+                first._live,
+                model,
+                on_shape_change,
+                replans_with(loss_fn),
+                [(plan, plan._live) for plan in others],
+            )
+        return model
 
     def save(self, path: str | Path) -> None:
         """Write the plans as one JSON file, whole or not at all."""

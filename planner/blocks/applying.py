@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from ..running.attach import (
     remove_plan,
 )
 from ..running.planned_forward import PlannedForward
-from ..running.same_plan import check_same_plan
+from ..running.same_plan import on_all_ranks
 from .block_record import BlockParts
 from .looking_at_loop import LookAtLoop
 
@@ -69,6 +69,32 @@ def apply_blocks(
     on_shape_change: OnShapeChange,
 ) -> nn.Module:
     """Apply the plans, all or none; see :meth:`planner.BlockPlan.apply`."""
+    look = LookAtLoop.of(step, model)
+    done: list[nn.Module] = []
+    try:
+        with on_all_ranks(step, _ranks_with(step, model)):
+            _refuse_at_once(model, on_shape_change)
+            modules = {path: _at(model, path) for path in parts.plan_of}
+            for path, module in modules.items():
+                i = parts.plan_of[path]
+                try:
+                    if is_sharded(module):
+                        _check_shapes(parts.plans[i], module)
+                        apply_unseen(parts.plans[i], module, on_shape_change)
+                    else:
+                        apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
+                except PlanMismatchError as error:
+                    raise PlanMismatchError(f"block {path!r}: {error}") from error
+                place_in_model(module, path, look)
+                done.append(module)
+    except BaseException:
+        for module in done:
+            remove_plan(module)
+        raise
+    return model
+
+
+def _refuse_at_once(model: nn.Module, on_shape_change: OnShapeChange) -> None:
     if on_shape_change not in POLICIES:
         raise ValueError(
             f"on_shape_change is one of {POLICIES} for a plan in blocks, got {on_shape_change!r}: "
@@ -78,28 +104,6 @@ def apply_blocks(
         raise PlanError(
             f"this {type(model).__name__} has a plan of the whole step: Plan.remove(model) first"
         )
-    modules = {path: _at(model, path) for path in parts.plan_of}
-    _compare_plans(step, modules.values())
-    look = LookAtLoop.of(step, model)
-    done: list[nn.Module] = []
-    try:
-        for path, module in modules.items():
-            i = parts.plan_of[path]
-            try:
-                if is_sharded(module):
-                    _check_shapes(parts.plans[i], module)
-                    apply_unseen(parts.plans[i], module, on_shape_change)
-                else:
-                    apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
-            except PlanMismatchError as error:
-                raise PlanMismatchError(f"block {path!r}: {error}") from error
-            place_in_model(module, path, look)
-            done.append(module)
-    except BaseException:
-        for module in done:
-            remove_plan(module)
-        raise
-    return model
 
 
 def planned_forwards(
@@ -132,18 +136,20 @@ def planned_forwards(
     return planned, own
 
 
-def _compare_plans(step: PlanRecord, blocks: Iterable[nn.Module]) -> None:
-    """Refuse a plan that is another one in other processes that shard the same blocks.
+def _ranks_with(step: PlanRecord, model: nn.Module) -> Sequence[int] | None:
+    """The processes that train the same model and have to apply the same plan.
 
-    Where blocks are not sharded yet, these are all processes, if they are as many as planned.
+    Where nothing is sharded yet, these are all processes, if they are as many as planned.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return
-    group = next(filter(None, map(gathered_group_of, blocks)), None)
+        return None
+    group = next(filter(None, map(gathered_group_of, model.modules())), None)
     if group is not None:
-        check_same_plan(step, group.mesh_info.shard_process_group)
-    elif step.holds.sharded is not None and dist.get_world_size() == step.holds.sharded.ranks:
-        check_same_plan(step)
+        ranks: list[int] = group.mesh_info.mesh.mesh.flatten().tolist()
+        return ranks
+    if step.holds.sharded is not None and dist.get_world_size() == step.holds.sharded.ranks:
+        return range(dist.get_world_size())
+    return None
 
 
 def _check_shapes(plan: PlanRecord, module: nn.Module) -> None:

@@ -1,36 +1,28 @@
-"""Check that all processes of a job train by the same plan, before the first step.
+"""Apply a plan on all processes of a job or on none, and see that it is the same one.
 
-Every process writes what decides its steps to the store through which the process group met, and
-reads what the others wrote. No collective is used: a process that has another plan, none,
-or is gone would leave the others waiting in one. Waiting ends after a time, with the names
-of the processes that did not come.
+Every process says what decides its steps, or why it could not apply the plan
+(``exchange.py``); then all go on, or none does.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from graph_capture.private_torch.processes import default_store
-
 from ..errors import PlanError, PlanMismatchError
 from ..plan_record import PlanRecord
 from .attach import applied_plan, remove_plan
+from .exchange import Exchange, named
 
 TIMEOUT_S = 300.0
 _NO_PLAN = "no plan is applied"
-_NUM_NAMED = 8
-
-_num_checks: Counter[tuple[int, ...]] = Counter()  # so far, for each group of ranks
 
 
 def check_same_plan(
@@ -39,8 +31,8 @@ def check_same_plan(
     """Refuse to train where the processes of a group do not have the same plan.
 
     Every process of the group has to call this, as often as the others. Either all return,
-    or all raise. Applying a plan to a ``DistributedDataParallel`` calls it, and so does applying
-    a plan in blocks to a model that ``fully_shard`` has sharded.
+    or all raise. Applying a plan to a ``DistributedDataParallel`` does the same, and so does
+    applying a plan in blocks to a model that ``fully_shard`` has sharded.
 
     Parameters
     ----------
@@ -56,7 +48,7 @@ def check_same_plan(
     PlanMismatchError
         When two processes differ; names the ranks, and what differs.
     PlanError
-        When a process does not come in time, or there is no process group.
+        When a process fails or does not come in time, or there is no process group.
     ValueError
         When ``timeout_s`` is not positive.
     """
@@ -70,11 +62,66 @@ def check_same_plan(
     ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
     rank = dist.get_rank()
     if rank not in ranks:
-        raise PlanError(f"rank {rank} is not in the group of ranks {_named(ranks)}")
-    decided = _decided(plan)
-    said = _exchanged(decided, rank, ranks, timeout_s)
-    different = {r: _differences(said[ranks[0]], said[r]) for r in ranks}
-    others = [r for r in ranks if different[r]]
+        raise PlanError(f"rank {rank} is not in the group of ranks {named(ranks)}")
+    _agree(Exchange(ranks), plan, timeout_s)
+
+
+@contextmanager
+def on_all_ranks(plan: PlanRecord | nn.Module, ranks: Sequence[int] | None) -> Iterator[None]:
+    """Apply a plan on every process of a group or on none.
+
+    What is done meanwhile applies it. An error there is raised on the other processes, too, with
+    the rank and the reason, and so is one where the plans are not the same. Whoever uses
+    this takes back what it has applied if anything is raised.
+
+    Parameters
+    ----------
+    plan
+        The plan, or the module that it is being applied to.
+    ranks
+        All processes that apply it; ``None`` where this one is alone.
+
+    Raises
+    ------
+    PlanMismatchError, PlanError
+        As :func:`check_same_plan`.
+    """
+    if ranks is None:
+        yield
+        return
+    exchange = Exchange(ranks)
+    with exchange.at_work():
+        yield
+    _agree(exchange, plan, TIMEOUT_S)
+
+
+@contextmanager
+def applied_everywhere(model: nn.Module) -> Iterator[None]:
+    """Likewise for a plan of a whole step, whose module is in the hands of several processes.
+
+    Other than a bare module, a ``DistributedDataParallel`` is in the hands of every process of
+    its group. A plan that is refused is removed again.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    ranks = dist.get_process_group_ranks(model.process_group)
+    before = applied_plan(model)
+    try:
+        with on_all_ranks(model, ranks):
+            yield
+    except BaseException:
+        now = applied_plan(model)
+        if now is not None and (before is None or now.plan is not before.plan):
+            remove_plan(model)
+        raise
+
+
+def _agree(exchange: Exchange, plan: PlanRecord | nn.Module, timeout_s: float) -> None:
+    """Say what decides the steps of this process, and refuse to go on if others differ."""
+    decided, ranks = _decided(plan), exchange.ranks
+    said = exchange.reports(decided, timeout_s)
+    others = [r for r in ranks if _differences(said[ranks[0]], said[r])]
     if others:
         raise PlanMismatchError(
             f"the processes do not train by the same plan: {_words(ranks[0], others, said)}. "
@@ -84,26 +131,6 @@ def check_same_plan(
         raise PlanMismatchError(
             "no plan is applied in any process: apply one before they are compared"
         )
-
-
-def checked_everywhere(model: nn.Module) -> nn.Module:
-    """Compare the plan that was just applied with the other processes', where there are any.
-
-    Other than a bare module, a ``DistributedDataParallel`` is in the hands of every process of
-    its group. A plan that is refused is removed again.
-
-    Raises
-    ------
-    PlanMismatchError, PlanError
-        As :func:`check_same_plan`.
-    """
-    if isinstance(model, DistributedDataParallel):
-        try:
-            check_same_plan(model, model.process_group)
-        except PlanError:
-            remove_plan(model)
-            raise
-    return model
 
 
 def _decided(plan: PlanRecord | nn.Module) -> dict[str, str]:
@@ -138,54 +165,6 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _exchanged(
-    decided: Mapping[str, str], rank: int, ranks: tuple[int, ...], timeout_s: float
-) -> dict[int, dict[str, str]]:
-    """What each process has decided, by its rank."""
-    number = _num_checks[ranks]
-    _num_checks[ranks] += 1
-    group = "-".join(map(str, ranks)) if len(ranks) < dist.get_world_size() else "all"
-
-    def key(of: int) -> str:
-        return f"remat/same_plan/{group}/{number}/{of}"
-
-    deadline = time.monotonic() + timeout_s
-    said: dict[int, dict[str, str]] = {}
-    try:
-        store = default_store()
-        store.set(key(rank), json.dumps(decided))
-        while True:
-            for r in ranks:
-                if r not in said and store.check([key(r)]):
-                    said[r] = json.loads(store.get(key(r)))
-            left_s = deadline - time.monotonic()
-            missing = [r for r in ranks if r not in said]
-            if not missing or left_s <= 0:
-                break
-            _wait(store, key(missing[0]), min(left_s, 1.0))
-    except RuntimeError as error:  # DistNetworkError among others
-        raise PlanError(
-            f"the plans of ranks {_named(ranks)} cannot be compared, since the store that the "
-            f"processes share does not answer ({error}): has the process that holds it, most often "
-            "rank 0, ended? Its own output says why"
-        ) from error
-    if missing:
-        raise PlanError(
-            f"rank {_named(missing)} did not come to compare plans within {timeout_s:g} s (rank "
-            f"{rank} waited): it has ended, is still planning, or does not apply a plan. Its own "
-            "output says which; every process has to apply the plan, or call check_same_plan"
-        )
-    return said
-
-
-def _wait(store: Any, key: str, seconds: float) -> None:
-    """Wait a moment for a key; whether it came is seen afterwards."""
-    try:
-        store.wait([key], timedelta(seconds=seconds))
-    except dist.DistStoreError:
-        return
-
-
 def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     return [n for n in dict.fromkeys((*first, *other)) if first.get(n) != other.get(n)]
 
@@ -203,9 +182,4 @@ def _words(first: int, others: Sequence[int], said: Mapping[int, Mapping[str, st
     return f"ranks {first} and {rank} have {parts}{more}"
 
 
-def _named(ranks: Sequence[int]) -> str:
-    named = ", ".join(map(str, ranks[:_NUM_NAMED]))
-    return named if len(ranks) <= _NUM_NAMED else f"{named} and {len(ranks) - _NUM_NAMED} more"
-
-
-__all__ = ["TIMEOUT_S", "check_same_plan", "checked_everywhere"]
+__all__ = ["TIMEOUT_S", "applied_everywhere", "check_same_plan", "on_all_ranks"]

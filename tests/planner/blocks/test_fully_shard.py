@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from planner import BlockPlan, PlanWarning, applied_blocks, check_same_plan, measure
-from planner.errors import PlanMismatchError
+from planner.errors import PlanError, PlanMismatchError
 
 from .small_blocks import ROWS, batch, deep, deep_plan
 
@@ -187,6 +188,17 @@ def _otherwise(rank: int, folder: str) -> dict[str, Any]:
         with pytest.raises(PlanMismatchError) as caught:
             mine.apply(model)
         found[f"another plan, {when}"] = str(caught.value), applied_blocks(model)
+    short = deep()
+    if rank == 1:
+        del short.layers[5]
+    began = time.monotonic()
+    with pytest.raises(PlanError) as without:
+        plan.apply(_sharded(short))
+    found["a block is missing"] = (
+        str(without.value),
+        applied_blocks(short),
+        time.monotonic() - began,
+    )
     return found
 
 
@@ -284,6 +296,17 @@ def test_a_rank_with_another_plan_is_an_error_on_both(
         message, applied = rank[f"another plan, {when}"]
         assert "ranks 0 and 1 have" in message
         assert applied is None
+
+
+def test_a_block_that_one_rank_lacks_is_an_error_on_both(found: list[dict[str, Any]]) -> None:
+    """At once; the message names the rank and the block, and nothing is applied."""
+    (other, *of_other), (own, *of_own) = (rank["a block is missing"] for rank in found)
+    assert "has no block 'layers.5', which the plan is for" in own
+    assert "rank 1 could not apply the plan, so that no process does: PlanMismatchE" in other
+    assert own in other
+    for applied, seconds in (of_other, of_own):
+        assert applied is None
+        assert seconds < 20
 
 
 # -- four ranks --------------------------------------------------------------------------

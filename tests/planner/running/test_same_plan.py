@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from planner import (
     check_same_plan,
     optimize,
 )
+from planner.running import exchange
 from tests.planner.small import make, plan_for, sample, square
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without distributed")
@@ -86,8 +88,34 @@ def _none_on_one(rank: int, plans: list[Plan]) -> None:
     check_same_plan(model)
 
 
-def _one_ends(rank: int, plans: list[Plan]) -> None:
+def _one_cannot_apply(rank: int, plans: list[Plan]) -> None:
+    wrapper = DistributedDataParallel(make())
     if rank == 1:
+        wrapper.module.head = torch.nn.Linear(32, 5)
+    began = time.monotonic()
+    try:
+        plans[0].apply(wrapper)
+    finally:
+        assert applied_plan(wrapper) is None
+        assert time.monotonic() - began < 20
+
+
+def _one_ends_at_work(rank: int, plans: list[Plan]) -> None:
+    """In the capture, while the other waits."""
+    model = make()
+    if rank == 1:
+        model.dropout.register_forward_pre_hook(lambda module, args: os._exit(0))
+    exchange.BEAT_S, exchange.SILENT_S = 0.1, 1.0
+    began = time.monotonic()
+    try:
+        plans[0].apply(DistributedDataParallel(model))
+    finally:
+        assert time.monotonic() - began < 20
+
+
+def _one_does_not_come(rank: int, plans: list[Plan]) -> None:
+    if rank == 1:
+        exchange.Exchange((0, 1))  # and says nothing in it
         return
     check_same_plan(plans[0], timeout_s=2)
 
@@ -99,7 +127,15 @@ def _the_store_ends(rank: int, plans: list[Plan]) -> None:
     check_same_plan(plans[0], timeout_s=3)
 
 
-TOGETHER = (_same, _another, _another_is_not_applied, _none_on_one, _one_ends)
+TOGETHER = (
+    _same,
+    _another,
+    _another_is_not_applied,
+    _none_on_one,
+    _one_cannot_apply,
+    _one_does_not_come,
+    _one_ends_at_work,
+)
 """One after the other in the same two processes; in the last of them one ends."""
 
 
@@ -169,9 +205,25 @@ def test_a_process_without_a_plan_is_an_error_on_both(folder: Path) -> None:
 
 
 @TWO_PROCESSES
-def test_a_process_that_has_ended_is_named_by_the_other(folder: Path) -> None:
+def test_an_error_on_one_is_an_error_on_both(folder: Path) -> None:
+    """At once, with the rank and the reason; nothing is applied."""
+    others, own = _said(_one_cannot_apply, folder)
+    assert own.startswith("PlanMismatchError: ")
+    assert others.startswith("PlanError: rank 1 could not apply the plan, so that no process does")
+    assert own.partition(": ")[2] in others
+
+
+@TWO_PROCESSES
+def test_a_process_that_ends_while_it_applies_is_named(folder: Path) -> None:
+    """In seconds: it gives no sign of life any more."""
+    said = (folder / "_one_ends_at_work.0.txt").read_text()
+    assert said.startswith("PlanError: rank 1 has ended while it applied the plan")
+
+
+@TWO_PROCESSES
+def test_a_process_that_does_not_come_is_named_by_the_other(folder: Path) -> None:
     """After a time, without a hang."""
-    assert "rank 1 did not come to compare plans within 2 s" in _said(_one_ends, folder)[0]
+    assert "rank 1 did not come to compare plans within 2 s" in _said(_one_does_not_come, folder)[0]
 
 
 @TWO_PROCESSES
