@@ -3,7 +3,8 @@
 ``python -m benchmarks.block_plans`` plans BERT, GPT-2, LLaMA, ViT and T5 on the CPU at 70, 50 and
 40 % of the peak without a plan, and at the peak of per-layer checkpointing. All overheads are
 predicted for the same step at the same budget. The plan in blocks is executed as well, and the
-allocator's peak and, with ``--repeats``, its time beside eager's are measured.
+allocator's peak is measured. With ``--repeats``, so are times of steps, in turn with eager's: of
+the plan in blocks, of a plan of the whole step, and of Transformers' checkpointing of every layer.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def overhead_of(name: str, graph: CostGraph, budget_bytes: int, base_ns: int) ->
     return None if found.cost_ns is None else found.cost_ns / base_ns - 1
 
 
-def rows(name: str, size: Any, time_limit_s: float, repeats: int) -> None:
+def rows(name: str, options: argparse.Namespace) -> None:
     """Print a line for each budget of a model."""
+    size, time_limit_s, repeats = options.size, options.time_limit_s, options.repeats
     subject = SUBJECTS[name](size)
     model = subject.build()
     sample: dict[str, Any] = dict(subject.sample())
@@ -54,7 +56,8 @@ def rows(name: str, size: Any, time_limit_s: float, repeats: int) -> None:
     budgets = {f"{share:.0%}": int(share * unplanned_bytes) for share in SHARES}
     if per_layer.peak_bytes is not None:
         budgets["per-layer's"] = per_layer.peak_bytes
-    for label, budget_bytes in budgets.items():
+    asked = {label: budgets[label] for label in options.budgets or budgets if label in budgets}
+    for label, budget_bytes in asked.items():
         layers = overhead_of(PER_LAYER, graph, budget_bytes, base_ns)
         every = [overhead_of(other, graph, budget_bytes, base_ns) for other in EVERY_N]
         best = min((each for each in every if each is not None), default=None)
@@ -79,7 +82,7 @@ def rows(name: str, size: Any, time_limit_s: float, repeats: int) -> None:
         plan.apply(model)
         measured = measure(model, sample, repeats=0).peak_bytes
         BlockPlan.remove(model)
-        ratio = _ratio(plan, model, sample, repeats)
+        times = _times(plan, model, sample, options) if repeats else []
         own_bound = max(0.0, plan.lower_bound_us / plan.baseline_step_us - 1)
         cells = [
             name,
@@ -91,18 +94,28 @@ def rows(name: str, size: Any, time_limit_s: float, repeats: int) -> None:
             _percent(best),
             f"{measured / plan.predicted_peak_bytes:.4f}",
             f"{measured / budget_bytes:.3f}",
-            *([ratio] if repeats else []),
+            *times,
         ]
         _say(f"| {' | '.join(cells)} |")
 
 
-def _ratio(plan: BlockPlan, model: nn.Module, sample: Any, repeats: int) -> str:
-    """Time of a planned step over eager's, in turn, on the same model."""
-    if not repeats:
-        return ""
+def _times(
+    plan: BlockPlan, model: nn.Module, sample: Any, options: argparse.Namespace
+) -> list[str]:
+    """Times of steps over eager's, less one: in blocks, of the whole step, every layer."""
     eager = make_step(model, sample, seed=0)
-    planned = make_step(plan.apply(copy.deepcopy(model)), sample, seed=0)
-    return f"{measure_pair(eager, planned, repeats=repeats).ratio - 1:+.1%}"
+    whole = optimize(
+        model, sample, budget_bytes=plan.budget_bytes, time_limit_s=options.time_limit_s
+    )
+    steps = [make_step(one.apply(copy.deepcopy(model)), sample, seed=0) for one in (plan, whole)]
+    if hasattr(model, "gradient_checkpointing_enable"):
+        layers = copy.deepcopy(model)
+        layers.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+        steps.append(make_step(layers, sample, seed=0))
+    ratios = (measure_pair(eager, step, repeats=options.repeats).ratio - 1 for step in steps)
+    return [f"{ratio:+.1%}" for ratio in ratios]
 
 
 def _percent(share: float | None) -> str:
@@ -121,14 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--size", default="record")
     parser.add_argument("--repeats", type=int, default=0, help="timed pairs of steps; 0 times none")
+    parser.add_argument(
+        "--budgets", nargs="*", help="70%%, 50%%, 40%%, per-layer's; all if left out"
+    )
     options = parser.parse_args(arguments)
     _say(
         "| model | budget | bytes | in blocks (bound) | whole step (bound) | per layer | every n "
-        "| measured / predicted peak | measured / budget |" + (" time |" if options.repeats else "")
+        "| measured / predicted peak | measured / budget |"
+        + (" time, in blocks | whole step | per layer |" if options.repeats else "")
     )
-    _say("|---|---|---|---|---|---|---|---|---|" + ("---|" if options.repeats else ""))
+    _say("|---|---|---|---|---|---|---|---|---|" + ("---|---|---|" if options.repeats else ""))
     for name in options.models:
-        rows(name, options.size, options.time_limit_s, options.repeats)
+        rows(name, options)
 
 
 if __name__ == "__main__":
