@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +29,7 @@ from .measuring.validation import Validation
 from .plan import Plan
 from .plan_record import OnShapeChange, PlanRecord
 from .running.another_call import mismatch
+from .running.compiled_calls import PlanCompiler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,11 @@ class BlockPlan(Plan):
         return {**self.__dict__, "_live": None, "_parts_live": states, "_loss_fn": None}
 
     def apply(  # type: ignore[override]  # a block cannot plan another shape by itself
-        self, model: nn.Module, *, on_shape_change: OnShapeChange = "error"
+        self,
+        model: nn.Module,
+        *,
+        on_shape_change: OnShapeChange = "error",
+        compile: bool = False,
     ) -> nn.Module:
         """Make the blocks of ``model`` train by this plan; returns the same object.
 
@@ -88,6 +93,9 @@ class BlockPlan(Plan):
         on_shape_change
             What a block does when it is called otherwise than planned: ``"error"`` names
             the difference, ``"unplanned"`` runs the block's own forward.
+        compile
+            Compile stretches of the blocks' steps, as :meth:`planner.Plan.apply` does, where
+            the step's budget has room.
 
         Raises
         ------
@@ -97,7 +105,16 @@ class BlockPlan(Plan):
         PlanError
             When the model has a plan of the whole step, or another process does not come.
         """
-        return apply_blocks(model, self, self.parts, self._parts_live, on_shape_change)
+        compiler_of = self._compiler_of() if compile else None
+        return apply_blocks(model, self, self.parts, self._parts_live, on_shape_change, compiler_of)
+
+    def _compiler_of(self) -> Callable[[str], PlanCompiler]:
+        """Return what compiles the plan of a block; imported late, since it loads Inductor."""
+        from .compiled.planned_code import PlannedCompiler, Room, check_device
+
+        check_device(self)
+        step = PlanRecord(**{f.name: getattr(self, f.name) for f in fields(PlanRecord)})
+        return lambda path: PlannedCompiler(Room.of_block(step, self.parts.of(path), path))
 
     @staticmethod
     def remove(model: nn.Module) -> nn.Module:

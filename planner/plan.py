@@ -29,6 +29,7 @@ from .planning.adapt import adapt
 from .planning.make_plan import replan
 from .report import report
 from .running.attach import apply_plan, remove_plan
+from .running.compiled_calls import PlanCompiler
 from .running.planned_forward import Replan
 from .running.same_plan import applied_everywhere
 from .saving.serialize import load_plan, save_plan
@@ -43,6 +44,20 @@ def replans_with(loss_fn: LossFn | None) -> dict[str, Replan]:
     if loss_fn is None:
         return replans
     return {name: partial(make, loss_fn=loss_fn) for name, make in replans.items()}
+
+
+def compiler_for(plan: PlanRecord) -> PlanCompiler:
+    """Return what compiles a plan's graphs; imported late, since it loads Inductor.
+
+    Raises
+    ------
+    PlanError
+        When the plan is not for the CPU.
+    """
+    from .compiled.planned_code import PlannedCompiler, check_device
+
+    check_device(plan)
+    return PlannedCompiler()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +86,7 @@ class Plan(PlanRecord):
         *,
         on_shape_change: OnShapeChange = "error",
         loss_fn: LossFn | None = None,
+        compile: bool = False,
     ) -> nn.Module:
         """Make ``model`` train by this plan; returns the same object.
 
@@ -96,6 +112,12 @@ class Plan(PlanRecord):
         loss_fn
             With which other calls are planned, instead of the plan's own. Needed
             for a plan from a file that was made with one.
+        compile
+            Compile stretches of the planned step by Inductor, with the first call. The
+            schedule, what is saved and the random numbers are those of the plan; arithmetic
+            is Inductor's, so bits may differ from eager's. A stretch is compiled only
+            where its code stays within the budget. ``applied_plan(model).compiled`` says
+            how much was, and why the rest was not. On the CPU only.
 
         Raises
         ------
@@ -104,10 +126,14 @@ class Plan(PlanRecord):
             process applies another plan.
         PlanError
             When other steps are known to take another path through the model, and
-            ``on_shape_change`` is ``"error"``; or when another process cannot apply it.
+            ``on_shape_change`` is ``"error"``; when another process cannot apply it; or when a
+            plan for another device than the CPU is to be compiled.
         """
         with applied_everywhere(model):
-            apply_plan(self, self._live, model, on_shape_change, replans_with(loss_fn))
+            compiler = compiler_for(self) if compile else None
+            apply_plan(
+                self, self._live, model, on_shape_change, replans_with(loss_fn), compiler=compiler
+            )
         return model
 
     @staticmethod

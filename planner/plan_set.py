@@ -11,7 +11,7 @@ from torch import nn
 from graph_capture.loss import LossFn
 
 from .errors import PlanError
-from .plan import Plan, replans_with
+from .plan import Plan, compiler_for, replans_with
 from .plan_record import OnShapeChange
 from .running.attach import applied_plan, apply_plan
 from .running.same_plan import applied_everywhere
@@ -72,6 +72,7 @@ class PlanSet(Sequence[Plan]):
         *,
         on_shape_change: OnShapeChange = "error",
         loss_fn: LossFn | None = None,
+        compile: bool = False,
     ) -> nn.Module:
         """Make ``model`` train by these plans; returns the same object.
 
@@ -87,6 +88,7 @@ class PlanSet(Sequence[Plan]):
                 on_shape_change,
                 replans_with(loss_fn),
                 [(plan, plan._live) for plan in others],
+                compiler=compiler_for(first) if compile else None,
             )
         return model
 

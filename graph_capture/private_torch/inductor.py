@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .compiler import functorch_config, inductor_config
 from .inductor_fusion import fusing_as_told
 from .replacing import Place
@@ -82,6 +84,23 @@ def generate_code(
     return found[0]
 
 
+# 2.11+; writes as results, operators as Inductor wants them
+def functional_graph(
+    function: Callable[..., list[torch.Tensor]], inputs: Sequence[torch.Tensor]
+) -> Any:
+    """``make_fx`` of ``functionalize``, with Inductor's decompositions; 2.11+.
+
+    What is written to inputs is there as ``copy_`` at the end. Inputs are fake tensors.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.func import functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(functionalize(function), decomposition_table=select_decomp_table())
+    with torch.no_grad():
+        return traced(*inputs)
+
+
 @contextmanager
 def kernels_do_nothing() -> Iterator[None]:
     """While active, generated code gets kernels that return at once (``AsyncCompile``); 2.11+."""
@@ -139,6 +158,7 @@ __all__ = [
     "GeneratedCode",
     "compile_by_inductor",
     "custom_partitioner",
+    "functional_graph",
     "generate_code",
     "kernels_do_nothing",
     "partitioning_by",

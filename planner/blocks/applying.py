@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from ..running.attach import (
     place_in_model,
     remove_plan,
 )
+from ..running.compiled_calls import PlanCompiler
 from ..running.planned_forward import PlannedForward
 from ..running.same_plan import on_all_ranks
 from .block_record import BlockParts
@@ -67,8 +68,15 @@ def apply_blocks(
     parts: BlockParts,
     live: Sequence[LiveState | None],
     on_shape_change: OnShapeChange,
+    compiler_of: Callable[[str], PlanCompiler] | None = None,
 ) -> nn.Module:
-    """Apply the plans, all or none; see :meth:`planner.BlockPlan.apply`."""
+    """Apply the plans, all or none; see :meth:`planner.BlockPlan.apply`.
+
+    Parameters
+    ----------
+    compiler_of
+        Returns what compiles the plan of the block at a path; ``None`` compiles nothing.
+    """
     look = LookAtLoop.of(step, model)
     done: list[nn.Module] = []
     try:
@@ -77,12 +85,15 @@ def apply_blocks(
             modules = {path: _at(model, path) for path in parts.plan_of}
             for path, module in modules.items():
                 i = parts.plan_of[path]
+                compiler = None if compiler_of is None else compiler_of(path)
                 try:
                     if is_sharded(module):
                         _check_shapes(parts.plans[i], module)
-                        apply_unseen(parts.plans[i], module, on_shape_change)
+                        apply_unseen(parts.plans[i], module, on_shape_change, compiler=compiler)
                     else:
-                        apply_plan(parts.plans[i], live[i], module, on_shape_change, {})
+                        apply_plan(
+                            parts.plans[i], live[i], module, on_shape_change, {}, compiler=compiler
+                        )
                 except PlanMismatchError as error:
                     raise PlanMismatchError(f"block {path!r}: {error}") from error
                 place_in_model(module, path, look)

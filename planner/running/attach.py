@@ -25,6 +25,7 @@ from ..base.live_state import LiveState
 from ..base.unwrap import is_reached
 from ..errors import PlanError
 from ..plan_record import OnShapeChange, PlanRecord
+from .compiled_calls import CompiledCalls, PlanCompiler
 from .planned_forward import Look, PlannedForward, Replan
 from .recapture import (
     as_captured,
@@ -63,6 +64,9 @@ class AppliedPlan:
     other_plans
         Plans for other calls that are kept, the one used last first: those made ahead, and
         at most ``planner.running.planned_forward.MAX_CALLS`` that the loop made.
+    compiled
+        What of the step that ran last is compiled, where the plan was applied with
+        ``compile=True``; ``None`` before the first.
 
     Notes
     -----
@@ -79,6 +83,7 @@ class AppliedPlan:
     captures: int
     capture_s: float
     other_plans: tuple[PlanRecord, ...]
+    compiled: CompiledCalls | None = None
 
     def __str__(self) -> str:
         num_steps = self.planned_steps + self.unplanned_steps
@@ -89,6 +94,8 @@ class AppliedPlan:
         )
         if self.unplanned_steps:
             text += f"; the last that was not: {self.last_mismatch}"
+        if self.compiled is not None:
+            text += f"; {self.compiled}"
         return text
 
 
@@ -99,6 +106,8 @@ def apply_plan(
     on_shape_change: OnShapeChange,
     replans: Mapping[str, Replan],
     others: Sequence[tuple[PlanRecord, LiveState | None]] = (),
+    *,
+    compiler: PlanCompiler | None = None,
 ) -> nn.Module:
     """See :meth:`planner.Plan.apply`.
 
@@ -110,6 +119,8 @@ def apply_plan(
         Makers of plans for calls that differ from the planned one, by policy.
     others
         Plans for other calls, made ahead, with what this process knows besides them.
+    compiler
+        Compiles what it can of the plans' graphs.
     """
     if on_shape_change not in _POLICIES:
         meant = did_you_mean(str(on_shape_change), _POLICIES)
@@ -125,11 +136,13 @@ def apply_plan(
     planned = _planned_forward(model)
     if planned is not None and _is_wrapped(model, planned):
         # Whoever put something around it keeps it.
-        planned.renew(plan, live, captured, on_shape_change, replans)
+        planned.renew(plan, live, captured, on_shape_change, replans, compiler)
     else:
         if planned is not None:
             remove_plan(model)
-        planned = PlannedForward(model, plan, live, captured, on_shape_change, replans)
+        planned = PlannedForward(
+            model, plan, live, captured, on_shape_change, replans, compiler=compiler
+        )
         _put(model, planned)
     for other in more:
         planned.add(*other)
@@ -137,12 +150,18 @@ def apply_plan(
     return wrapper
 
 
-def apply_unseen(plan: PlanRecord, model: nn.Module, on_shape_change: OnShapeChange) -> None:
+def apply_unseen(
+    plan: PlanRecord,
+    model: nn.Module,
+    on_shape_change: OnShapeChange,
+    *,
+    compiler: PlanCompiler | None = None,
+) -> None:
     """Apply a plan whose step is captured, and compared with the planned one, at the first call.
 
     For a module whose parameters are only there while it is called.
     """
-    _put(model, PlannedForward(model, plan, None, None, on_shape_change, {}))
+    _put(model, PlannedForward(model, plan, None, None, on_shape_change, {}, compiler))
 
 
 def place_in_model(model: nn.Module, path: str, look: Look) -> None:
@@ -236,6 +255,7 @@ def applied_plan(model: nn.Module) -> AppliedPlan | None:
         captures=planned.tally.num_captures,
         capture_s=planned.tally.capture_s,
         other_plans=planned.other_plans,
+        compiled=planned.compiled,
     )
 
 

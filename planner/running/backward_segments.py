@@ -190,6 +190,7 @@ def _segments(
         for node in dict.fromkeys(read):
             if node.op == "placeholder" or segment_of[node] < s:
                 own[node] = graph.placeholder(node.name)
+                own[node].meta = dict(node.meta)
                 taken.append((node.name, last_reader[node] == s))
         for node in body:
             own[node] = graph.node_copy(node, own.__getitem__)

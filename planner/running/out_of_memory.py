@@ -150,7 +150,7 @@ def account(
     if moment is None:
         lines.append("  failed    outside the plan's operators")
     else:
-        before_bytes = plan.replay.memory_bytes[moment] - _taken_bytes(plan, moment)
+        before_bytes = memory_before(plan, moment)
         lines += _about_run(plan, moment, before_bytes)
     if memory is not None:
         lines += _about_device(memory, before_bytes)
@@ -214,12 +214,12 @@ def _live(plan: PlanRecord, moment: int) -> list[int]:
     return live + [k for k, born, last in plan.replay.live if born < moment <= last]
 
 
-def _taken_bytes(plan: PlanRecord, moment: int) -> int:
-    """Return what a run allocates: its outputs and its scratch."""
+def memory_before(plan: PlanRecord, moment: int) -> int:
+    """Return the bytes in memory before a run: without its outputs and its scratch."""
     operator = plan.graph.operators[plan.schedule.order[moment]]
     over = {new for run, _, new in plan.replay.in_place if run == moment}
     outputs = sum(plan.graph.storages[k].size_bytes for k in operator.outputs if k not in over)
-    return outputs + operator.workspace_bytes
+    return plan.replay.memory_bytes[moment] - outputs - operator.workspace_bytes
 
 
 def _about_device(memory: DeviceMemory, before_bytes: int | None) -> list[str]:

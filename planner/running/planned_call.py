@@ -22,6 +22,7 @@ from ..base.module_structure import (
 )
 from ..errors import PlanMismatchError
 from ..plan_record import PlanRecord
+from .compiled_calls import PlanCompiler, say_little_compiled
 from .live_guard import (
     LiveGuard,
     described_defaults,
@@ -75,6 +76,7 @@ class Planned(Protocol):
     model: nn.Module
     tally: Tally
     watching: bool
+    compiler: PlanCompiler | None
 
     @property
     def unplanned(self) -> Callable[..., Any]:
@@ -250,7 +252,10 @@ class PlannedCall:
             changed=changed_now,
             tally=planned.tally,
             after_backward=self._look_for_gradients if self.plan.holds.consumes else None,
+            compiler=planned.compiler,
         )
+        if step.compiled is not None:
+            say_little_compiled(planned.tally, model, step.compiled)
         return Prepared(captured=captured, step=step, structure=structure, guard=guard)
 
     def _look_for_gradients(self) -> None:

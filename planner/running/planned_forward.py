@@ -41,6 +41,7 @@ from .another_call import (
     in_block,
     mismatch,
 )
+from .compiled_calls import CompiledCalls, PlanCompiler
 from .live_guard import looks_of
 from .planned_call import PlannedCall
 from .surroundings import foreign_surroundings
@@ -93,6 +94,8 @@ class PlannedForward(StandIn):
         See :meth:`planner.Plan.apply`.
     replans
         Makers of plans for other calls, by the policy that uses them.
+    compiler
+        Compiles what it can of each plan's graphs; without one all calls are eager.
     """
 
     def __init__(
@@ -103,9 +106,10 @@ class PlannedForward(StandIn):
         captured: CapturedStep | None,
         on_shape_change: OnShapeChange = "error",
         replans: Mapping[str, Replan] | None = None,
+        compiler: PlanCompiler | None = None,
     ) -> None:
         super().__init__(model)
-        self._start(plan, live, captured, on_shape_change, replans or {})
+        self._start(plan, live, captured, on_shape_change, replans or {}, compiler)
 
     def _start(
         self,
@@ -114,9 +118,11 @@ class PlannedForward(StandIn):
         captured: CapturedStep | None,
         on_shape_change: OnShapeChange,
         replans: Mapping[str, Replan],
+        compiler: PlanCompiler | None,
     ) -> None:
         self.on_shape_change = on_shape_change
         self._replans = replans
+        self.compiler = compiler
         self.removed = False
         self.suspended = self.unwatched = 0
         self.watching = False
@@ -159,6 +165,11 @@ class PlannedForward(StandIn):
     def other_plans(self) -> tuple[PlanRecord, ...]:
         """Plans for other calls that are kept, the one used last first."""
         return tuple(call.plan for call in self._others)
+
+    @property
+    def compiled(self) -> CompiledCalls | None:
+        """What of the step that ran last is compiled."""
+        return self._last.prepared[0].step.compiled if self._last.prepared else None
 
     @property
     def calls(self) -> Iterator[PlannedCall]:
@@ -381,10 +392,11 @@ class PlannedForward(StandIn):
         captured: CapturedStep,
         on_shape_change: OnShapeChange,
         replans: Mapping[str, Replan],
+        compiler: PlanCompiler | None = None,
     ) -> None:
         """Continue with another plan, in place of this one."""
         self.stop()
-        self._start(plan, live, captured, on_shape_change, replans)
+        self._start(plan, live, captured, on_shape_change, replans, compiler)
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """Make the graphs if necessary, and check that a call is the planned one.
@@ -471,7 +483,7 @@ class PlannedForward(StandIn):
         model = copy.deepcopy(self.model, memo)
         main = self._main
         twin = PlannedForward(
-            model, main.plan, main.live, None, self.on_shape_change, self._replans
+            model, main.plan, main.live, None, self.on_shape_change, self._replans, self.compiler
         )
         twin.own_forward = copy.deepcopy(self.own_forward, memo)
         twin.watching = twin._watch_is_due = self.watching
@@ -490,7 +502,7 @@ class PlannedForward(StandIn):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         plan, ahead = state.pop("plan"), state.pop("_ahead")
-        self.__dict__.update(state)
+        self.__dict__.update({"compiler": None, **state})
         self._ahead = []
         self._begin(plan, None, None)
         for other in ahead:

@@ -34,6 +34,7 @@ from .autograd_nodes import (
     anchor,
     refuse_batched,
 )
+from .compiled_calls import CompiledCalls, PlanCompiler, compiled
 from .generators import PutRightOnError
 from .out_of_memory import explain
 from .own_gradients import (
@@ -73,6 +74,13 @@ class PlannedStep:
         Counts steps and issues warnings.
     after_backward
         Called when a backward pass has ended and its gradients have arrived.
+    compiler
+        Compiles what it can of the graphs.
+
+    Attributes
+    ----------
+    compiled
+        What of the step is compiled.
     """
 
     def __init__(
@@ -86,9 +94,14 @@ class PlannedStep:
         changed: Callable[[], str | None] = lambda: None,
         tally: Tally | None = None,
         after_backward: Callable[[], None] | None = None,
+        compiler: PlanCompiler | None = None,
     ) -> None:
         step = captured.step
         self._after_backward = after_backward
+        segments = segments_of(graphs, captured)
+        self.compiled: CompiledCalls | None = None
+        if compiler is not None and plan is not None:
+            graphs, segments, self.compiled = compiled(compiler, plan, graphs, segments)
         self._model, self._graphs, self._plan = model, graphs, plan
         self._own_forward, self._changed, self._tally = forward, changed, tally or Tally()
         self.device = captured.target.torch_device
@@ -97,7 +110,7 @@ class PlannedStep:
         self._num_forward = len(graphs.forward_inputs)
         self._forward = graphs.forward.forward
         self._backward = graphs.backward.forward
-        self._segments = segments_of(graphs, captured)
+        self._segments = segments
         self._backward_inputs = [
             n.name for n in graphs.backward.graph.nodes if n.op == "placeholder"
         ]

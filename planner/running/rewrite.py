@@ -24,6 +24,7 @@ from graph_capture.blocks import OperatorCode
 from graph_capture.captured_step import CapturedStep
 from graph_capture.leaving import HANDED_ON
 from graph_capture.private_torch.autograd import set_grad_enabled
+from graph_capture.private_torch.operators import OpOverload
 from graph_capture.purity import draws, repeated_arguments
 from graph_capture.recorder import storage_id
 from solvers.replay import InvalidScheduleError, replay
@@ -154,14 +155,14 @@ class _Emitter:
     def declare(self, node: Node) -> None:
         """Add a tangent as the next input of the backward graph."""
         k = self.storage_of(node)
-        self._values[k, node] = self._placeholder(node.name, node)
+        self._values[k, node] = _held(self._placeholder(node.name, node))
         self._declared.append(self._values[k, node])
 
     def order_placeholders(self, public: Iterable[_Key] = (), private: Iterable[_Key] = ()) -> None:
         """Order inputs: tangents, exposed saved tensors, the step's inputs, other saved ones."""
         ordered = [
             *self._declared,
-            *(self.taken_over[key] for key in public),
+            *(_held(self.taken_over[key]) for key in public),
             *self.inputs.values(),
             *(self.taken_over[key] for key in private),
         ]
@@ -205,7 +206,7 @@ class _Emitter:
         if key in self._values:
             return self._values[key]
         if node.op == "placeholder" and node.meta["role"] not in ("tangent", "generator"):
-            self.inputs[node] = self._placeholder(node.name, node)
+            self.inputs[node] = _held(self._placeholder(node.name, node))
             self._values[key] = self.inputs[node]
         else:
             if self._earlier is None or key not in self._earlier._values:
@@ -374,16 +375,25 @@ class _Emitter:
         kind = "call_method" if isinstance(target, str) else "call_function"
         node = self.graph.create_node(kind, target, tuple(args), dict(kwargs), name)
         node.meta["moment"] = self._moment  # the run of the schedule that it belongs to
+        if isinstance(target, OpOverload):
+            node.meta["operator"] = target
         if self._first_call is None:
             self._first_call = node
         return node
 
 
 def _with_memory(node: Node, like: Node) -> Node:
-    """Note in an emitted node which memory its value is in: the traced node's."""
+    """Note in an emitted node its stand-in and which memory it is in: the traced node's."""
     value = like.meta.get("val")
+    node.meta["val"] = value
     node.meta["memory"] = storage_id(value) if isinstance(value, torch.Tensor) else None
     return node
+
+
+def _held(placeholder: Node) -> Node:
+    """Note in an input that others hold it, so that its last use frees nothing."""
+    placeholder.meta["held"] = True
+    return placeholder
 
 
 def _first_alike(node: Node, carriers: Collection[Node]) -> Node:

@@ -367,6 +367,19 @@ MODULE = nn.Sequential(nn.BatchNorm1d(2))
 QKV = (torch.ones(1, 1, 2, 4),) * 3
 
 
+def _functional() -> bool:
+    """Writes become results, and what is written to an input is copied back at the end."""
+
+    def write(x: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.ops.aten.add_.Tensor(x, 1).sum()]
+
+    with fake_tensors.FakeTensorMode():
+        graph = inductor.functional_graph(write, [torch.empty(3)]).graph
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    aten = torch.ops.aten
+    return targets == [aten.add.Tensor, aten.sum.default, aten.copy_.default]
+
+
 def _kernels_do_nothing() -> bool:
     from torch._inductor.async_compile import AsyncCompile
 
@@ -617,6 +630,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "inductor.custom_partitioner": lambda: (
         inductor.custom_partitioner(lambda gm, _, **kw: (gm, kw), "a name").uuid() == "a name"
     ),
+    "inductor.functional_graph": _functional,
     "inductor.generate_code": lambda: callable(inductor.generate_code),
     "inductor.kernels_do_nothing": _kernels_do_nothing,
     "inductor.partitioning_by": _partitions,
