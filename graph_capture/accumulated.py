@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from .private_torch.sharding import division_of
 from .recorder import Recorder, storage_id
+from .spread_out import is_spread, local_part
 
 
 def settle_gradients(
@@ -28,11 +30,17 @@ def settle_gradients(
             continue
         if node.meta["role"] == "parameter":
             fits = gradient.stride() == leaf.stride() if _dense(leaf) else gradient.is_contiguous()
-            if storage_id(gradient) in taken or not fits or not _owns_all(gradient):
-                copy = torch.empty_like(leaf, memory_format=torch.preserve_format)
-                gradient = copy.copy_(gradient)
-            taken.add(storage_id(gradient))
-        settled.append((node, recorder.node_of(gradient)))
+            part = local_part(gradient)
+            if storage_id(part) in taken or not fits or not _owns_all(part):
+                if is_spread(gradient):
+                    gradient = gradient.clone()
+                else:
+                    copy = torch.empty_like(leaf, memory_format=torch.preserve_format)
+                    gradient = copy.copy_(gradient)
+            taken.add(storage_id(local_part(gradient)))
+        if is_spread(gradient):
+            node.meta["division"] = division_of(gradient)
+        settled.append((node, recorder.node_of(local_part(gradient))))
     return settled
 
 

@@ -15,28 +15,35 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from .errors import NotFittingError
+from .spread_out import division_in_words, local_part
 
 _SCALARS = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape, dtype, device and strides of a tensor argument."""
+    """Shape, dtype, device and strides of a tensor argument.
+
+    Those of a ``DTensor`` are of this process's part, and ``division`` says how it is divided.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: str
     requires_grad: bool
+    division: str | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        part = local_part(tensor)
         return cls(
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
+            tuple(part.shape),
+            tuple(part.stride()),
             tensor.dtype,
             str(tensor.device),
             tensor.requires_grad,
+            division_in_words(tensor),
         )
 
     def empty(self) -> torch.Tensor:
@@ -60,7 +67,8 @@ class TensorSpec:
             gaps |= n > 1 and stride != step
             step *= n
         strides = f" with strides {list(self.stride)}" if gaps and 0 not in self.shape else ""
-        return f"{dtype}{list(self.shape)}{strides} on {self.device}{grad}"
+        whole = f", a part of {self.division}" if self.division else ""
+        return f"{dtype}{list(self.shape)}{strides} on {self.device}{grad}{whole}"
 
 
 def bind_call(forward: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> dict:
@@ -142,6 +150,11 @@ def specs_of(spec: Any) -> list[TensorSpec]:
     return found
 
 
+def tensor_names(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the argument that each tensor of a call is in, in the order of :func:`tensors_of`."""
+    return [name for name in sorted(arguments) for _ in specs_of(describe(arguments[name]))]
+
+
 def realize(spec: Any) -> Any:
     """Invert :func:`describe`, with new tensors (fake ones under a fake mode)."""
     return _map(spec, lambda tensor: tensor, TensorSpec.empty)
@@ -191,12 +204,7 @@ def difference(expected: Any, got: Any, path: str = "input") -> str | None:
     """Describe the first difference between two specifications; ``None`` if they are equal."""
     if isinstance(expected, TensorSpec) or isinstance(got, TensorSpec):
         if isinstance(expected, TensorSpec) and isinstance(got, TensorSpec):
-            same = (expected.shape, expected.dtype, expected.device, expected.requires_grad) == (
-                got.shape,
-                got.dtype,
-                got.device,
-                got.requires_grad,
-            )
+            same = replace(expected, stride=got.stride) == got
             if same and (expected.stride == got.stride or 0 in got.shape):
                 return None
             if same:
@@ -243,6 +251,7 @@ def to_json(spec: Any) -> Any:
                 "dtype": str(spec.dtype).removeprefix("torch."),
                 "device": spec.device,
                 "requires_grad": spec.requires_grad,
+                **({} if spec.division is None else {"division": spec.division}),
             }
         }
     if isinstance(spec, Mapping):
@@ -279,6 +288,7 @@ def from_json(data: Any) -> Any:
             parse_dtype(body["dtype"]),
             body["device"],
             body["requires_grad"],
+            body.get("division"),
         )
     if kind == "dict":
         return {k: from_json(v) for k, v in body.items()}

@@ -13,7 +13,9 @@ from .call_spec import (
     realize,
 )
 from .private_torch.fake_tensors import FakeTensor, FakeTensorMode, pass_for_parameter
+from .private_torch.sharding import division_of, whole_of
 from .recorder import storage_id
+from .spread_out import is_spread, local_part
 from .target import Target
 
 
@@ -41,6 +43,12 @@ class FakeInputs:
         with_rest
             Whether memory behind it that no view covers counts, too.
         """
+        if is_spread(tensor):
+            part = self.of(local_part(tensor), with_rest=with_rest)
+            whole = whole_of(part, division_of(tensor), requires_grad=tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter):
+                pass_for_parameter(whole)
+            return whole
         where = self._target.place(tensor.device)
         fake: torch.Tensor
         if where == tensor.device and not isinstance(tensor, FakeTensor):

@@ -27,6 +27,7 @@ from .opaque_form import OpaqueForm, fresh_tensors, placed
 from .outputs import tensors_within
 from .private_torch.autograd import sequence_number_of
 from .private_torch.dispatch import disable_current_modes
+from .private_torch.sharding import whole_of
 
 NAMESPACE = "remat_blocks"
 FORWARD = f"{NAMESPACE}.forward_call.default"
@@ -301,7 +302,12 @@ class _Opaque(torch.autograd.Function):
                 for t, spec in zip(tangents, like, strict=True)
             ]
         fresh = ctx.calls.making.gradients(ctx.number, tangents, ctx.saved_tensors)
-        made = placed(form.gradients, fresh, tangents)
+        made = [
+            gradient if division is None else whole_of(gradient, division)
+            for gradient, division in zip(
+                placed(form.gradients, fresh, tangents), form.divisions, strict=True
+            )
+        ]
         return (None, None, None, *made, *([None] * ctx.num_given))
 
 

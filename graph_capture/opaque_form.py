@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -62,6 +63,8 @@ class OpaqueForm:
         For each the index of the tensor of the call, or the name of the parameter.
     summed
         Those of the gradients that are sums of several contributions.
+    divisions
+        For each gradient how it is divided among ranks; ``None`` for plain tensors.
     """
 
     outputs: Form
@@ -70,6 +73,7 @@ class OpaqueForm:
     gradients: Form
     leaves: tuple[int | str, ...]
     summed: frozenset[int]
+    divisions: tuple[Any, ...]
 
     @classmethod
     def of(cls, captured: CapturedStep) -> OpaqueForm:
@@ -111,6 +115,7 @@ class OpaqueForm:
                 for leaf, _ in step.gradients
             ),
             summed=_sums(step),
+            divisions=tuple(leaf.meta.get("division") for leaf, _ in step.gradients),
         )
 
 

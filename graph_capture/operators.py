@@ -18,6 +18,7 @@ import torch
 from torch.fx import Node
 
 from .blocks import Block, OperatorCode
+from .collectives import is_collective
 from .errors import CaptureError
 from .last_readings import LastReadings
 from .purity import draws, hidden_writes, repeats_without_writing, why_pinned
@@ -96,7 +97,7 @@ class Folder:
         code = OperatorCode(calls=[node], draws=draws(node), pinned=why_pinned(node))
         code.reads = {argument: self.block_of(argument) for argument in node.all_input_nodes}
         code.hungriest_bytes = self._moving_bytes(set(code.reads.values()))
-        code.ordered = code.draws
+        code.ordered = code.draws or is_collective(node.target)
         if not results:
             code.pinned, code.ordered = code.pinned or "it has an effect and no output", True
         self._guard_resident(node, code, written)

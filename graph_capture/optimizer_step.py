@@ -24,6 +24,7 @@ from .private_torch.dispatch import TorchDispatchMode
 from .private_torch.fake_tensors import FakeTensor, FakeTensorMode
 from .private_torch.modules import FOREACH_TYPES
 from .recorder import storage_id
+from .spread_out import local_part
 from .suggestions import did_you_mean
 from .target import Target
 
@@ -111,6 +112,10 @@ class OptimizerStep:
         )
 
 
+def _own_part(parameter: torch.Tensor) -> torch.Tensor:
+    return local_part(parameter).detach()
+
+
 @holds_capture_lock
 def measure_optimizer(
     optimizer: torch.optim.Optimizer | str | None,
@@ -118,7 +123,7 @@ def measure_optimizer(
     target: Target,
     *,
     in_hooks: bool = False,
-    part_of: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+    part_of: Callable[[torch.Tensor], torch.Tensor] = _own_part,
 ) -> OptimizerStep | None:
     """Measure state and workspace of ``optimizer`` on the parameters of ``model``.
 

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from .checks import is_check
+from .collectives import is_collective
 from .formula_operators import PURE
 from .private_torch.operators import OpOverload, schema_of
 from .private_torch.trees import tree_iter
@@ -107,6 +108,8 @@ def why_pinned(node: Node) -> str | None:
         return "its choice decides what later calls read"
     if is_check(func):
         return "a check of what the plan was made for"
+    if is_collective(func):
+        return "a collective, which all ranks would have to repeat"
     if func.namespace not in _PURE_NAMESPACES and schema_of(func).name not in PURE:
         return "a custom operator; what else it does is unknown"
     if any(isinstance(v, torch.Generator) for v in (*node.args, *node.kwargs.values())):

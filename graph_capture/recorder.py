@@ -8,6 +8,7 @@ the bit.
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.fx import Graph, Node
 
 from .asked_numbers import AskedNumber
 from .call_places import CallPlaces, calling_line
+from .collectives import ENDED, is_wait
 from .constant_values import (
     ConstantValues,
     ReplayAnswersMode,
@@ -41,6 +43,7 @@ from .private_torch.tensors import identity_of_storage
 from .private_torch.trees import tree_flatten, tree_iter, tree_map
 from .purity import written_arguments
 from .questions import Questions
+from .spread_out import are_spread
 
 if TYPE_CHECKING:
     from .real_results import RealResults
@@ -274,12 +277,16 @@ class Recorder(ReadsWhole):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if are_spread(types):
+            return NotImplemented  # it computes on this process's parts, which come here again
         kwargs = kwargs or {}
         if not isinstance(func, OpOverload):
             raise CaptureError(f"{func} cannot be recorded ({calling_line()})")
         refuse_nesting(func, calling_line)
         self._on_call()
         args, kwargs = self._with_twins(func, (args, kwargs))
+        if is_wait(func):
+            return self._ended(args[0])
         if self._known.answers(func, args):
             return self._known.number(args)
         if torch.Tag.inplace_view in func.tags and schema_of(func).name != "aten::set_":
@@ -319,6 +326,14 @@ class Recorder(ReadsWhole):
         elif any(isinstance(o, torch.Tensor) for o in tree_iter(out)) or schema_of(func).is_mutable:
             self.record(func, args, kwargs, out)
         return out
+
+    def _ended(self, result: torch.Tensor) -> torch.Tensor:
+        """Record the end of a collective."""
+        node = self.node_of(result)
+        made_by = node.args[0] if node.target is operator.getitem else node  # one of several
+        read = made_by.all_input_nodes if isinstance(made_by, Node) else []
+        self.call(ENDED, (node, read), {}).meta.update(val=None, writes=(node,))
+        return result
 
     def _look_at_stand_in(self, real: torch.Tensor, fake_mode: FakeTensorMode) -> None:
         """Make views of a real tensor share memory: PyTorch makes them from its one stand-in."""
@@ -439,8 +454,6 @@ class Recorder(ReadsWhole):
         self.bind(node, out)
 
     def _getitem(self, node: Node, i: int) -> Node:
-        import operator
-
         item = self.graph.call_function(operator.getitem, (node, i))
         item.meta.update({**node.meta, "writes": ()})
         return item

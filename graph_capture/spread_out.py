@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import NotFittingError
+from .private_torch.sharding import division_of, divisions_outside_of_modes, kept_waiting, part_of
 
 
 def refuse_spread_out(model: nn.Module) -> None:
@@ -39,14 +43,47 @@ def refuse_spread_out(model: nn.Module) -> None:
                 "distributed='fsdp2:ranks=2')"
             )
 
-    for path, parameter in model.named_parameters():
-        if not gathered and is_spread(parameter):
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not gathered and is_spread(tensor):
+            _refuse_uneven(path, tensor)
+
+
+def _refuse_uneven(path: str, tensor: torch.Tensor) -> None:
+    """Refuse a ``DTensor`` of which ranks have parts of different sizes."""
+    division = division_of(tensor)
+    ranks = [1] * tensor.dim()
+    for placement, size in zip(division.placements, division.mesh.shape, strict=True):
+        if placement.is_shard():
+            ranks[placement.dim] *= size
+    for dim, (size, parts) in enumerate(zip(tensor.shape, ranks, strict=True)):
+        if size % parts:
             raise NotFittingError(
-                f"parameter {path!r} is a DTensor, as parallelize_module makes them for tensor "
-                "parallelism: its operators run on this process's part and communicate, which no "
-                "plan does yet. Shard the model with fully_shard instead, and plan inside its "
-                "blocks: optimize(…, granularity='blocks', distributed='fsdp2:ranks=2')"
+                f"{path!r} is a DTensor whose dimension {dim} of {size} elements is divided among "
+                f"{parts} ranks unevenly, so that each rank would need another plan: choose sizes "
+                "that the number of ranks divides, or leave this module out of parallelize_module"
             )
+
+
+def refuse_divided(tensors: Iterable[torch.Tensor], names: Iterable[str], what: str) -> None:
+    """Refuse a call that takes or returns a ``DTensor``: plans are for plain tensors.
+
+    Raises
+    ------
+    NotFittingError
+        Names the first one, and what to do.
+    """
+    for tensor, name in zip(tensors, names, strict=False):
+        words = division_in_words(tensor)
+        if words is not None:
+            raise NotFittingError(f"{what} {name!r} is a DTensor ({words}); {LOCAL}")
+
+
+LOCAL = (
+    "only plain tensors can come into a planned module and out of it: let the styles of "
+    "parallelize_module hand on each rank's part (use_local_output=True, which is the default of "
+    "most), or plan the modules around it or inside it as blocks"
+)
+"""What to do where a module is called with a ``DTensor``, or returns one."""
 
 
 def is_gathered(module: nn.Module) -> bool:
@@ -65,12 +102,46 @@ def is_spread(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what of a tensor lies in this process: of a ``DTensor`` its own part."""
+def divisions_apart() -> AbstractContextManager[None]:
+    """While active, what ``DTensor`` computes to find out forms is no part of a step."""
+    loaded = "torch.distributed.tensor" in sys.modules
+    return divisions_outside_of_modes() if loaded else nullcontext()
+
+
+def are_spread(types: Iterable[type]) -> bool:
+    """Whether one of the types of a call's arguments is ``DTensor``."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(issubclass(t, module.DTensor) for t in types)
+
+
+def division_in_words(tensor: torch.Tensor) -> str | None:
+    """Say how a ``DTensor`` is divided, the same on all ranks; ``None`` for other tensors."""
     if not is_spread(tensor):
+        return None
+    division = division_of(tensor)
+    placements = ", ".join(map(repr, division.placements))
+    return f"{list(tensor.shape)} as {placements} over {list(division.mesh.shape)} ranks"
+
+
+def mesh_of(tensor: torch.Tensor) -> Any:
+    """Return the ranks among which a ``DTensor`` is divided; ``None`` for other tensors."""
+    return division_of(tensor).mesh if is_spread(tensor) else None
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what of a tensor lies in this process: of a ``DTensor`` its own part.
+
+    A collective that may still be under way is waited for.
+    """
+    if type(tensor) in _PLAIN:
         return tensor
-    part: torch.Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return part
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    if module is None:
+        return tensor
+    return kept_waiting(part_of(tensor) if is_spread(tensor) else tensor)
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -86,4 +157,16 @@ def _has_shards(module: nn.Module) -> bool:
     return any(map(is_spread, module.parameters()))
 
 
-__all__ = ["is_gathered", "is_sharded", "is_spread", "local_part", "refuse_spread_out"]
+__all__ = [
+    "LOCAL",
+    "are_spread",
+    "division_in_words",
+    "divisions_apart",
+    "is_gathered",
+    "is_sharded",
+    "is_spread",
+    "local_part",
+    "mesh_of",
+    "refuse_divided",
+    "refuse_spread_out",
+]

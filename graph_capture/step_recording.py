@@ -42,7 +42,7 @@ from .private_torch.fake_tensors import FakeTensorMode
 from .reading import Watcher
 from .real_results import RealResults
 from .recorder import Recorder, storage_id
-from .spread_out import is_gathered
+from .spread_out import is_gathered, local_part, refuse_divided
 from .target import Target
 from .traced_step import Reassigned, TracedStep
 
@@ -163,6 +163,7 @@ class _Recording:
             _refuse_holders(fake_arguments)
             _refuse_new_modules(modules_before, dict(model.named_modules()))
             template, tensors = take_apart(output)
+            refuse_divided(tensors, template.names, "output")
             reassigned = reassigned_buffers(state_before, registered(model))
             made_to_require = [i for i, t in enumerate(given) if t.requires_grad and not wanted[i]]
             self.leaves += [(nodes[i], given[i]) for i in made_to_require]
@@ -241,8 +242,15 @@ class _Recording:
     def _declare(
         self, fake: torch.Tensor, role: str, targets: tuple[str, ...], real: torch.Tensor | None
     ) -> Node:
+        if real is not None:
+            real = local_part(real)
         node = self.recorder.placeholder(
-            _identifier(role, targets[0]), fake, real, role=role, target=targets[0], targets=targets
+            _identifier(role, targets[0]),
+            local_part(fake),
+            real,
+            role=role,
+            target=targets[0],
+            targets=targets,
         )
         self.laid_out.append(LaidOut.of(fake, f"{role} {targets[0]!r}"))
         if fake.requires_grad:

@@ -18,7 +18,7 @@ from torch import nn
 
 from .absent_cuda import ensure_cuda_guard
 from .alike import calls_of, same_step
-from .call_spec import objects_of, tensors_of
+from .call_spec import objects_of, tensor_names, tensors_of
 from .checkpointing import checkpoints_inlined
 from .clocks import ClocksMet
 from .constant_values import disguise_fake_tensors
@@ -36,7 +36,7 @@ from .private_torch.replacing import IS_COMPILING
 from .reading import Watcher
 from .snapshots import brief
 from .split_places import split_places_read
-from .spread_out import refuse_spread_out
+from .spread_out import divisions_apart, is_spread, refuse_divided, refuse_spread_out
 from .step_recording import record_step
 from .target import Target
 from .tensor_of_tensors import tensors_of_tensors
@@ -78,8 +78,15 @@ def trace_step(
         When neither works; names the line of the model that stopped it.
     """
     refuse_spread_out(model)
+    if target.elsewhere and any(map(is_spread, model.parameters())):
+        raise NotFittingError(
+            f"the model's parameters are DTensors, and the plan is for {target.device.name}, which "
+            "is not where they lie: plan a tensor-parallel model on the devices that train it "
+            "(device=None), or estimate its ranks before with planner.estimate_mesh"
+        )
     for tensor in tensors_of(arguments):
         refuse_argument(tensor)
+    refuse_divided(tensors_of(arguments), tensor_names(arguments), "argument")
 
     def traced() -> tuple[TracedStep, list[Change], ClocksMet]:
         return _first_that_works(
@@ -159,6 +166,7 @@ def _first_that_works(
                 tensors_of_tensors(),
                 sequences_padded(),
                 split_places_read(),
+                divisions_apart(),
                 context(),
             ):
                 try:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..collectives import is_collective
 from ..private_torch.operators import has_kernel, overload_name_of, schema_of
 from ..private_torch.tensors import identity_of_storage
 from ..private_torch.trees import tree_iter
@@ -113,6 +114,8 @@ class WorkspaceProbe:
     def bytes_of(self, call: Call) -> int:
         """Return the bytes that the call allocates and frees, in addition to its outputs."""
         func, args, kwargs, out = call.func, call.args, call.kwargs, call.out
+        if self._scratch and is_collective(func):  # which cannot run alone
+            return _of_collective(call) if self._on_cpu else 0
         if not self._measures or not self._scratch:
             return 0
         name = schema_of(func).name
@@ -168,6 +171,20 @@ class WorkspaceProbe:
         with as_in_a_step(self._device), torch.enable_grad():
             results = func(*args, **kwargs)
         return tuple(t.untyped_storage().nbytes() for t in results)
+
+
+def _of_collective(call: Call) -> int:
+    """Bytes of gloo's copies of the larger of two buffers.
+
+    Source: ``torch/csrc/distributed/c10d/ProcessGroupGloo.cpp``. What libraries take on other
+    devices is their own and not known here.
+    """
+    tensors = {True: call.args, False: call.out}
+    larger = {"all_gather_into_tensor": False, "reduce_scatter_tensor": True}
+    reads = larger.get(schema_of(call.func).name.partition("::")[2].removesuffix("_coalesced"))
+    if reads is None:
+        return 0
+    return sum(_bytes(t) for t in tree_iter(tensors[reads]) if _is(t))
 
 
 @cache

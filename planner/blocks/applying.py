@@ -26,7 +26,7 @@ from ..running.attach import (
 )
 from ..running.compiled_calls import PlanCompiler
 from ..running.planned_forward import PlannedForward
-from ..running.same_plan import on_all_ranks
+from ..running.same_plan import on_all_ranks, ranks_dividing
 from .block_record import BlockParts
 from .looking_at_loop import LookAtLoop
 
@@ -160,7 +160,7 @@ def _ranks_with(step: PlanRecord, model: nn.Module) -> Sequence[int] | None:
         return ranks
     if step.holds.sharded is not None and dist.get_world_size() == step.holds.sharded.ranks:
         return range(dist.get_world_size())
-    return None
+    return ranks_dividing(model)
 
 
 def _check_shapes(plan: PlanRecord, module: nn.Module) -> None:

@@ -36,7 +36,7 @@ from ..base.forward_slot import original_forward
 from ..base.step_spec import StepSpec
 from ..errors import PlanError
 from .distinct_blocks import DistinctBlock, Known, looks_of, reads_the_same
-from .unfit_blocks import UnfitBlockError, refuse_unfit
+from .unfit_blocks import UnfitBlockError, refuse_divided_call, refuse_unfit
 
 R = TypeVar("R")
 
@@ -209,6 +209,7 @@ class Capturing:
                 "passes tensors and plain values to its blocks (use_cache=False, say)",
                 by_itself=True,
             ) from error
+        refuse_divided_call(path, unknown.arguments)
         try:
             captured = self._captured_as_called(module, unknown, unused)
             form = OpaqueForm.of(captured)

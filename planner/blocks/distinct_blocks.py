@@ -17,6 +17,7 @@ from graph_capture.opaque_form import OpaqueForm
 from graph_capture.reads import Where
 from graph_capture.snapshots import ABSENT
 from graph_capture.snapshots import difference as difference_held
+from graph_capture.spread_out import mesh_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,8 @@ def looks_of(module: nn.Module) -> tuple[Any, ...]:
         order.setdefault(id(p), len(order))
         for _, p in module.named_parameters(remove_duplicate=False)
     )
-    return parts, state, tied
+    meshes = tuple(mesh_of(p) for p in module.parameters())
+    return parts, state, tied, meshes
 
 
 def reads_the_same(block: DistinctBlock, other: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from graph_capture.outputs import tensors_within
 from graph_capture.private_torch.modules import buffers_of
 from graph_capture.real_calls import RealCalls
 from graph_capture.real_step import Ending
+from graph_capture.spread_out import is_spread
 from graph_capture.target import Target
 
 from ..base.preserve_state import preserve_state
@@ -170,6 +171,12 @@ def refuse_unreal(
     model: nn.Module, arguments: Mapping[str, Any], target: Target, reason: str
 ) -> None:
     """Refuse what cannot be run here, and for which ``reason`` it would have to be run."""
+    if any(map(is_spread, model.parameters())):
+        raise CaptureError(
+            f"{reason} would have to be run for real, and the model's parameters are DTensors, "
+            "whose collectives would wait for other ranks: plan blocks that can be captured, or "
+            "use torch.utils.checkpoint inside the model, which communicates again"
+        )
     tensors = tensors_of(arguments)
     why = None
     if target.elsewhere or not target.at_hand:

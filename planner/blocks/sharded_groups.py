@@ -12,6 +12,7 @@ from graph_capture.costs.allocator import block_bytes
 from graph_capture.fully_sharded import FullySharded, GroupBytes
 from graph_capture.opaque_calls import SeenCall
 from graph_capture.recorder import storage_id
+from graph_capture.spread_out import is_spread
 
 from .sharded_step import Group
 
@@ -33,6 +34,13 @@ def sharded_groups(
     ValueError
         When a parameter cannot be sharded, or two groups share one.
     """
+    divided = next((name for name, p in model.named_parameters() if is_spread(p)), None)
+    if divided is not None:
+        raise ValueError(
+            f"distributed='fsdp2:…' is for a model whose parameters are whole, and {divided!r} is "
+            "a DTensor, as parallelize_module makes them: leave distributed= out, which plans for "
+            "this rank's parts, or plan before parallelize_module"
+        )
     torch_type = rest.device_type
     at = storages_by_memory(rest.unplanned_carriers)
     storage_of: dict[str, int] = {}

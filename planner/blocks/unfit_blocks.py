@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from graph_capture.autocast import AutocastState
-from graph_capture.call_spec import specs_of
+from graph_capture.call_spec import specs_of, tensor_names
 from graph_capture.opaque_calls import SeenCall
+from graph_capture.spread_out import LOCAL
 
 from ..errors import PlanError
 
@@ -91,6 +92,16 @@ def refuse_unfit(
         )
 
 
+def refuse_divided_call(path: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a block that is called with a ``DTensor``."""
+    for name, spec in zip(tensor_names(arguments), specs_of(arguments), strict=True):
+        if spec.division is not None:
+            raise UnfitBlockError(
+                path,
+                f"block {path!r} is called with a DTensor as {name!r} ({spec.division}); {LOCAL}",
+            )
+
+
 def _refuse_shared_casts(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -125,8 +136,3 @@ def _refuse_shared_casts(
             "(torch.autocast(cache_enabled=False)), or plan the whole step",
             [other for other in shared if other != path],
         )
-
-
-def tensor_names(arguments: Mapping[str, Any]) -> list[str]:
-    """Return the argument that each tensor of a call is in, in the order of ``tensors_of``."""
-    return [name for name in sorted(arguments) for _ in specs_of(arguments[name])]

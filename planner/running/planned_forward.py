@@ -20,6 +20,7 @@ from graph_capture.data_parallel import DataParallel
 from graph_capture.errors import CaptureError
 from graph_capture.loss import LossFn
 from graph_capture.private_torch.modules import active_data_parallel
+from graph_capture.spread_out import local_part
 from graph_capture.units import format_bytes, format_us
 from solvers import transfer
 
@@ -426,7 +427,9 @@ class PlannedForward(StandIn):
         if watched is None or watched.grad is None or self.plan.holds.hands_on:
             return  # they are counted, or were spoken of when the backward pass ended
         held = sum(
-            p.grad.untyped_storage().nbytes() for p in self.model.parameters() if p.grad is not None
+            local_part(p.grad).untyped_storage().nbytes()
+            for p in self.model.parameters()
+            if p.grad is not None
         )
         self._say_held(
             call,

@@ -20,6 +20,8 @@ from graph_capture.private_torch.dispatch import (
     without_autocast,
     without_torch_function,
 )
+from graph_capture.private_torch.sharding import whole_of
+from graph_capture.spread_out import local_part
 
 from ..errors import (
     CallMismatchError,
@@ -159,7 +161,7 @@ class PlannedStep:
 
     def run_forward(self, ctx: Any, call: StepCall) -> tuple[torch.Tensor, ...]:
         """Return the step's outputs; ``ctx`` and ``call`` keep what backward needs."""
-        inputs, call.inputs = call.inputs, []
+        inputs, call.inputs = list(map(local_part, call.inputs)), []
         # As in eager: below autograd, with grad mode on (some kernels save more when it is).
         changed: OutcomeChanged | None = None
         layout = self._layout
@@ -255,8 +257,7 @@ class PlannedStep:
         ctx.maybe_clear_saved_tensors()
         if not self._segments:
             found = self._run(lambda: self._backward(boxed), self._graphs.backward)
-            places = (self._layout.gradient_at[i] for i in self._layout.leaving[0])
-            return [None if at is None else found[at] for at in places]
+            return self._leave(0, dict(enumerate(found)))
         call.values = dict(zip(self._backward_inputs, boxed, strict=True))
         boxed.clear()
         call.arrived = gradients  # autograd holds them for as long as a step of one node runs
@@ -265,14 +266,22 @@ class PlannedStep:
     def _run_segment(self, call: StepCall, place: int) -> Gradients:
         if call.own is not None:
             return self._own_leaving(call, place)
-        leaving = self._layout.leaving[place]
         segment = self._segments[place]
         found = self._run(lambda: segment.run(call.values), segment.graph)
         if place == len(self._segments) - 1:
             call.arrived, call.values = (), {}
-        left = dict(zip(segment.gradients, found, strict=True))
-        places = (self._layout.gradient_at[i] for i in leaving)
-        return [None if at is None else left[at] for at in places]
+        return self._leave(place, dict(zip(segment.gradients, found, strict=True)))
+
+    def _leave(self, place: int, found: Mapping[int, torch.Tensor]) -> Gradients:
+        """The gradients that leave with a segment, as eager leaves them to autograd."""
+        layout, gradients = self._layout, Gradients()
+        for i in layout.leaving[place]:
+            at, division = layout.gradient_at[i], layout.divisions[i]
+            gradient = None if at is None else found[at]
+            if gradient is not None and division is not None:
+                gradient = whole_of(gradient, division)
+            gradients.append(gradient)
+        return gradients
 
     def _own_leaving(self, call: StepCall, place: int) -> Gradients:
         """Hand on gradients by the model's own forward, and hold them no longer: autograd

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from graph_capture.spread_out import mesh_of
+
 from ..errors import PlanError, PlanMismatchError
 from ..plan_record import PlanRecord
 from .attach import applied_plan, remove_plan
@@ -100,12 +102,13 @@ def applied_everywhere(model: nn.Module) -> Iterator[None]:
     """Likewise for a plan of a whole step, whose module is in the hands of several processes.
 
     Other than a bare module, a ``DistributedDataParallel`` is in the hands of every process of
-    its group. A plan that is refused is removed again.
+    its group, and a model that ``parallelize_module`` has divided in those of its mesh. A plan that
+    is refused is removed again.
     """
-    if not isinstance(model, DistributedDataParallel):
-        yield
-        return
-    ranks = dist.get_process_group_ranks(model.process_group)
+    if isinstance(model, DistributedDataParallel):
+        ranks: Sequence[int] | None = dist.get_process_group_ranks(model.process_group)
+    else:
+        ranks = ranks_dividing(model)
     before = applied_plan(model)
     try:
         with on_all_ranks(model, ranks):
@@ -131,6 +134,15 @@ def _agree(exchange: Exchange, plan: PlanRecord | nn.Module, timeout_s: float) -
         raise PlanMismatchError(
             "no plan is applied in any process: apply one before they are compared"
         )
+
+
+def ranks_dividing(model: nn.Module) -> Sequence[int] | None:
+    """Return the processes among which ``parallelize_module`` has divided a model."""
+    meshes = [mesh for p in model.parameters() if (mesh := mesh_of(p)) is not None]
+    if not meshes:
+        return None
+    ranks: list[int] = max(meshes, key=lambda mesh: int(mesh.size())).mesh.flatten().tolist()
+    return ranks
 
 
 def _decided(plan: PlanRecord | nn.Module) -> dict[str, str]:
@@ -182,4 +194,4 @@ def _words(first: int, others: Sequence[int], said: Mapping[int, Mapping[str, st
     return f"ranks {first} and {rank} have {parts}{more}"
 
 
-__all__ = ["TIMEOUT_S", "applied_everywhere", "check_same_plan", "on_all_ranks"]
+__all__ = ["TIMEOUT_S", "applied_everywhere", "check_same_plan", "on_all_ranks", "ranks_dividing"]

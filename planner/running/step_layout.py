@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ class StepLayout:
     fetch: tuple[Fetch, ...]  # inputs of the forward graph, from the call's tensors
     saved_at: tuple[int, ...]  # positions of saved inputs among them
     gradient_at: tuple[int | None, ...]  # for each input the index of its gradient
+    divisions: tuple[Any, ...]  # for each input how its gradient is divided among ranks
     leaving: tuple[tuple[int, ...], ...]  # inputs whose gradients leave with each segment
     differentiated: tuple[int, ...]
     tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
@@ -56,6 +58,7 @@ class StepLayout:
             fetch=tuple(fetch_of(node, model, step.constants) for node in inputs),
             saved_at=tuple(position[n] for n in graphs.saved_inputs),
             gradient_at=tuple(gradient_of.get(n) for n in inputs),
+            divisions=tuple(n.meta.get("division") for n in inputs),
             leaving=_leaving([gradient_of.get(n) for n in inputs], segments, captured),
             differentiated=step.differentiated,
             tangents=tuple(n.meta["val"] for n in step.tangents),

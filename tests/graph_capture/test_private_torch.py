@@ -362,6 +362,46 @@ def _groups_found() -> bool:
     )
 
 
+class _HeardOfParts(_Heard):
+    """Leaves ``DTensor`` to itself, so that its parts come by."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        if any(t.__name__ == "DTensor" for t in types):
+            return NotImplemented
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _divided() -> bool:
+    """What is inside a ``DTensor``, and what a mode hears of it, in a group of one process."""
+    dist = torch.distributed
+    from torch.distributed._functional_collectives import all_reduce
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        whole = distribute_tensor(torch.ones(2, 3), mesh, [Shard(0)])
+        part, division = sharding.part_of(whole), sharding.division_of(whole)
+        again = sharding.whole_of(part, division, requires_grad=True)
+        waited = sharding.kept_waiting(all_reduce(torch.ones(1), "sum", mesh))
+        with fake_tensors.FakeTensorMode(), _HeardOfParts() as heard:
+            twin = sharding.whole_of(torch.empty(2, 3), division)
+            heard.calls.clear()
+            with sharding.divisions_outside_of_modes():
+                _ = twin + twin
+        return (
+            type(part) is type(waited) is torch.Tensor
+            and (division.mesh, division.placements) == (mesh, (Shard(0),))
+            and sharding.part_of(again) is part
+            and again.requires_grad
+            and heard.calls.count(ADD) == 1  # of the parts, and not of the whole, too
+        )
+    finally:
+        dist.destroy_process_group()
+
+
 TREE = trees.tree_flatten(NESTED)[1]
 MODULE = nn.Sequential(nn.BatchNorm1d(2))
 QKV = (torch.ones(1, 1, 2, 4),) * 3
@@ -562,6 +602,16 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "modules.active_data_parallel": lambda: modules.active_data_parallel() is None,
     "modules.bucketed_parameters_of": _buckets_found,
     "sharding.gathered_group_of": _groups_found,
+    **dict.fromkeys(
+        (
+            "sharding.division_of",
+            "sharding.divisions_outside_of_modes",
+            "sharding.kept_waiting",
+            "sharding.part_of",
+            "sharding.whole_of",
+        ),
+        _divided,
+    ),
     "settings.onednn_enabled": lambda: settings.onednn_enabled() is True,
     "settings.cudnn_enabled": lambda: settings.cudnn_enabled() == torch.backends.cudnn.enabled,
     "settings.flash_attention_enabled": lambda: settings.flash_attention_enabled() is True,

@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -89,16 +91,76 @@ def test_a_sharded_model_is_refused_by_that_name(sharded):
         plan.apply(model)
 
 
-def test_tensor_parallel_parameters_are_refused_by_that_name():
-    """Planning and applying say which parameter it is."""
+def _divided(model: nn.Module, **row: Any) -> nn.Module:
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel(**row)})
+
+
+def test_a_tensor_parallel_model_has_a_plan_of_its_own():
+    """The plan knows how parameters are divided: one of the whole model is not one of a rank's."""
     plan = optimize(_layers(), sample(), budget_gb=1, loss_fn=square)
-    model = parallelize_module(_layers(), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    words = r"parameter '0\.weight' is a DTensor, as parallelize_module makes them"
-    with pytest.raises(CaptureError, match=words):
-        optimize(model, sample(), budget_gb=1, loss_fn=square)
-    with pytest.raises(PlanMismatchError, match=words):
+    model = _divided(_layers())
+    with pytest.raises(PlanMismatchError, match=r"a part of \[32, 32\] as Shard\(dim=0\)"):
         plan.apply(model)
+    own = optimize(model, sample(), budget_gb=1, loss_fn=square)
+    assert own.guard.state["0.weight"].division is not None
+    own.apply(model)
+    square(model(sample())).backward()
+    assert applied_plan(model).planned_steps == 1
+
+
+def test_a_model_that_returns_a_divided_tensor_is_refused_with_what_works():
+    """A plan's gradients come from plain tensors."""
+    model = _divided(_layers(), use_local_output=False)
+    with pytest.raises(CaptureError, match=r"output .* is a DTensor .*use_local_output=True"):
+        optimize(model, sample(), budget_gb=1, loss_fn=square)
+
+
+def test_a_model_that_is_called_with_a_divided_tensor_is_refused_with_what_works():
+    """So are its arguments."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    whole = distribute_tensor(sample(), mesh, [Replicate()])
+    with pytest.raises(CaptureError, match=r"argument .* is a DTensor .*use_local_output=True"):
+        optimize(_divided(_layers()), whole, budget_gb=1, loss_fn=square)
+
+
+def test_a_divided_model_is_planned_where_it_trains():
+    """Parts of an absent device's mesh are not known."""
+    with pytest.raises(CaptureError, match=r"DTensors, and the plan is for .*estimate_mesh"):
+        optimize(_divided(_layers()), sample(), budget_gb=1, loss_fn=square, device="h100")
+
+
+def test_a_divided_model_has_no_word_for_sharding():
+    """``fully_shard`` around parts is not counted."""
+    model = nn.Sequential(_divided(_layers()))
+    options = {"granularity": "blocks", "blocks": "0", "distributed": "fsdp2:ranks=2"}
+    with pytest.raises(ValueError, match=r"'0\.0\.weight' is a DTensor.*leave distributed= out"):
+        optimize(model, sample(), budget_gb=1, loss_fn=square, **options)
+
+
+class _Branching(nn.Module):
+    """A block, and a value that decides what is done with its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = _divided(_layers())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.block(x)
+        return made if made.mean().item() * 2 < 1e9 else made * 2
+
+
+def test_a_divided_model_is_not_run_for_real_while_planning():
+    """Its collectives would wait for ranks that do not plan."""
+    with pytest.raises(CaptureError, match=r"DTensors, whose collectives would wait for other"):
+        optimize(
+            make(_Branching),
+            sample(),
+            budget_gb=1,
+            loss_fn=square,
+            granularity="blocks",
+            blocks="block",
+        )
 
 
 def test_a_wrapper_within_a_model_is_refused_with_what_works():
