@@ -26,6 +26,13 @@ def inductor_config() -> Any:
     return torch._inductor.config
 
 
+def inductor_settings() -> str:
+    """All settings of Inductor but who partitions (``get_config_copy``), for caches; 2.11+."""
+    settings = inductor_config().get_config_copy()
+    settings.pop("custom_partitioner_fn", None)
+    return repr(sorted(settings.items()))
+
+
 def forget_compiled_code() -> None:
     """``torch._dynamo.reset()``: no compiled code of the process is left; 2.11+."""
     import torch._dynamo
@@ -102,6 +109,7 @@ __all__ = [
     "functorch_partitioners",
     "holds_up_to",
     "inductor_config",
+    "inductor_settings",
     "largest",
     "min_cut_partition",
     "register_backend",

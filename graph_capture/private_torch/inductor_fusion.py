@@ -5,15 +5,18 @@ Imported when it is asked for, which takes seconds.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .compiler import inductor_config
+import torch
+
+from .compiler import inductor_config, largest
 from .replacing import Place
 
 _KEY = "remat_kernel"  # in a node's meta
+_FREED = "remat_freed"  # likewise, of an input that nobody else holds
 
 
 class JoinOnce(Protocol):
@@ -54,26 +57,37 @@ def put(node: Any, place: KernelPlace) -> None:
     node.meta[_KEY] = place
 
 
+def put_freed(placeholder: Any) -> None:
+    """Say that an input of a graph is freed at its last use, as what forward saves is; 2.11+."""
+    placeholder.meta[_FREED] = True
+
+
 @contextmanager
 def fusing_as_told() -> Iterator[None]:
-    """``V.set_choices_handler`` and two methods of ``GraphLowering``: places are obeyed; 2.11+.
+    """``V.set_choices_handler`` and three methods of ``GraphLowering``: places are obeyed; 2.11+.
 
     In graphs of which nodes have places, a buffer is freed after its last use, and not kept for
-    another one. Graphs without places are lowered as ever.
+    another one; calls of different runs are replaced by one (``mm`` and ``add`` by ``addmm``) only
+    where the rules allow it (``pattern_matcher.is_match``), because the first then waits for the
+    last; an input that a convolution reads is copied to its layout for that call only,
+    where Inductor would hand the copy to backward in the input's place. Graphs without places
+    are lowered as ever.
     """
-    from torch._inductor import graph, ir
+    from torch._inductor import graph, ir, pattern_matcher
     from torch._inductor.choices import InductorChoices
     from torch._inductor.virtualized import V
 
     given = V.choices
     run_node, codegen = graph.GraphLowering.run_node, graph.GraphLowering.codegen
+    is_match = pattern_matcher.is_match
+    preferring = graph.GraphLowering.find_nodes_prefer_channels_last
 
     class AsTold(type(given)):  # type: ignore[misc]
         """Inductor's own choices, less what the rules forbid."""
 
         def __init__(self) -> None:
             self.__dict__.update(vars(given))
-            self._judged: tuple[Any, JoinOnce] | None = None
+            self._judged: tuple[Any, JoinOnce, set[str]] | None = None
 
         def can_fuse(self, scheduler: Any, node1: Any, node2: Any, score: int) -> bool:
             places = [_place(node) for one in (node1, node2) for node in one.get_nodes()]
@@ -84,8 +98,19 @@ def fusing_as_told() -> Iterator[None]:
             if len(runs) <= 1:
                 return True
             if self._judged is None or self._judged[0] is not scheduler:
-                self._judged = scheduler, known[0].rules.for_one_lowering()
-            return self._judged[1](runs, _touched_bytes(scheduler, node1, node2))
+                freed = _freed_inputs(V.graph)
+                self._judged = scheduler, known[0].rules.for_one_lowering(), freed
+            _, may_join, freed = self._judged
+            return may_join(runs, _touched_bytes(scheduler, freed, node1, node2))
+
+    def matching_as_told(match: Any) -> bool:
+        if not is_match(match):
+            return False
+        known = [n.meta[_KEY] for n in match.nodes if _KEY in n.meta]
+        runs = {place.run for place in known}
+        if len(runs) <= 1:
+            return True
+        return known[0].rules.for_one_lowering()(runs, _read_bytes(match.nodes))
 
     def storing(lowering: Any, node: Any) -> Any:
         made = run_node(lowering, node)
@@ -94,8 +119,15 @@ def fusing_as_told() -> Iterator[None]:
             made.realize()
         return made
 
+    def preferring_inputs_as_they_are(lowering: Any) -> Any:
+        found = preferring(lowering)
+        if _has_places(lowering):
+            for node in lowering.module.graph.find_nodes(op="placeholder"):
+                found.discard(node)
+        return found
+
     def freeing(lowering: Any) -> Any:
-        if not any(_KEY in node.meta for node in lowering.module.graph.nodes):
+        if not _has_places(lowering):
             return codegen(lowering)
         with inductor_config().patch(allow_buffer_reuse=False):
             return codegen(lowering)
@@ -103,9 +135,19 @@ def fusing_as_told() -> Iterator[None]:
     assert isinstance(given, InductorChoices)
     with ExitStack() as stack:
         stack.enter_context(V.set_choices_handler(AsTold()))
+        stack.enter_context(Place(pattern_matcher, "is_match").holding(matching_as_told))
         stack.enter_context(Place(graph.GraphLowering, "run_node").holding(storing))
         stack.enter_context(Place(graph.GraphLowering, "codegen").holding(freeing))
+        stack.enter_context(
+            Place(graph.GraphLowering, "find_nodes_prefer_channels_last").holding(
+                preferring_inputs_as_they_are
+            )
+        )
         yield
+
+
+def _has_places(lowering: Any) -> bool:
+    return any(_KEY in node.meta for node in lowering.module.graph.nodes)
 
 
 def _place(node: Any) -> KernelPlace | None:
@@ -116,15 +158,28 @@ def _place(node: Any) -> KernelPlace | None:
     return max(places, key=lambda place: place.run, default=None)
 
 
-def _touched_bytes(scheduler: Any, *nodes: Any) -> int:
-    """Bytes of the buffers that kernels read or write, the graph's inputs apart."""
+def _freed_inputs(lowering: Any) -> set[str]:
+    found = lowering.module.graph.find_nodes(op="placeholder")
+    return {str(node.target) for node in found if _FREED in node.meta}
+
+
+def _touched_bytes(scheduler: Any, freed: Collection[str], *nodes: Any) -> int:
+    """Bytes of the buffers that kernels read or write, and of the inputs that are freed."""
     touched = {
         dep.name: dep.numbytes_hint()
         for node in nodes
         for dep in (*node.read_writes.reads, *node.read_writes.writes)
-        if dep.name in scheduler.name_to_buf
+        if dep.name in scheduler.name_to_buf or dep.name in freed
     }
     return sum(touched.values())
 
 
-__all__ = ["KernelPlace", "fusing_as_told", "put"]
+def _read_bytes(nodes: Sequence[Any]) -> int:
+    """Bytes of what calls read and others of the graph made, by the sample's sizes."""
+    read = {n for node in nodes for n in node.all_input_nodes} - set(nodes)
+    made = [n.meta.get("val") for n in read if n.op == "call_function" or _FREED in n.meta]
+    tensors = [value for value in made if isinstance(value, torch.Tensor)]
+    return sum(largest(tensor.numel()) * tensor.itemsize for tensor in tensors)
+
+
+__all__ = ["KernelPlace", "fusing_as_told", "put", "put_freed"]

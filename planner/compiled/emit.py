@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from graph_capture.private_torch.compiler import saved_description
-from graph_capture.private_torch.inductor_fusion import FusionRules, KernelPlace, put
+from graph_capture.private_torch.inductor_fusion import FusionRules, KernelPlace, put, put_freed
 from graph_capture.purity import draws
 from graph_capture.recorder import storage_id
 from solvers.replay import InvalidScheduleError
@@ -172,6 +172,8 @@ class _Region:
                 new = self.graph.placeholder(node.name)
         new.target = new.name  # the name of the argument: another node may have the asked one
         new.meta = dict(node.meta)
+        if self._earlier is not None and node not in self._priced.step.primals:
+            put_freed(new)
         return new
 
     def _copy(self, node: Node) -> Node:

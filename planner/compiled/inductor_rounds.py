@@ -2,12 +2,15 @@
 
 The cost graph predicts fusion by rule. What a schedule counts on is then held
 (:mod:`planner.compiled.held_fusion`), and the code that Inductor generates shows what it takes.
-So the two are brought together in rounds: solve, emit, generate code and read its peak. Where
-that is above the budget, the next solve gets as much less; where it is far below and something
-is recomputed, as much more; between a target that was too high and one that fits, the middle.
-PyTorch's own partition is tried first: where it fits, nothing is to be solved. Before a budget
-is refused, schedules of the least memory are read, which do not depend on the budget: so what
-the error names as the least is found again.
+So a budget is brought to the solver in rounds. Between the least memory of any schedule and that
+of the one that keeps everything lie evenly spaced *levels*, one fewer than two to the number of
+rounds. A level is solved for, its code generated and its peak read; each round halves the
+levels that are left, and the search ends early where little of the budget is unused. So the
+level that a budget ends at never falls when the budget rises, and budgets of one model ask for
+the same levels, which are read once (:mod:`planner.compiled.readings`). The last round before a
+budget is refused is the least level, which does not depend on the budget: so what the error
+names as the least is found again. PyTorch's own partition is tried first: where it fits, nothing
+is to be solved.
 
 Generated code is read on the CPU only. Elsewhere the plan goes by the rules of fusion, in one
 round, and a warning says so.
@@ -17,8 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule
@@ -36,13 +38,14 @@ from .held_fusion import WithinMemory
 from .lowered_peak import lowered_extra_bytes
 from .options import CompiledOptions
 from .priced_step import PricedStep, unplanned_peak_bytes
+from .readings import Reading, name_of, peak_of, reading_of
 from .solve_step import solve_step
-
-NEAR_THE_LEAST = (1.0, 1.02, 1.05)
-"""Shares of the least predicted memory that are solved for before a budget is refused."""
 
 WORTH_A_ROUND = 0.02
 """Share of the budget that must be unused for another round of a plan that recomputes."""
+
+ROUNDS_A_LIMIT = 3
+"""Rounds among which the time limit is divided; easy ones end long before their part is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,8 @@ class Lowered:
         Of the priced step; ``None`` for PyTorch's own partition.
     result
         Of the solver; ``None`` likewise.
+    solve_s
+        Seconds of solving, of all rounds.
     """
 
     forward: GraphModule
@@ -69,6 +74,7 @@ class Lowered:
     is_read: bool = True
     schedule: Schedule | None = None
     result: SolveResult | None = None
+    solve_s: float = 0.0
 
 
 def choose(
@@ -97,94 +103,100 @@ def choose(
     def lower(forward: GraphModule, backward: GraphModule) -> int:
         return resident_bytes + lowered_extra_bytes(forward, backward, num_outputs)
 
-    usable_bytes = budget.usable_bytes
-    theirs = Lowered(forward=own[0], backward=own[1], peak_bytes=lower(*own))
+    usable_bytes, name = budget.usable_bytes, name_of(priced)
+    own_bytes = peak_of(name, None, lambda: lower(*own))
+    theirs = Lowered(forward=own[0], backward=own[1], peak_bytes=own_bytes)
     if theirs.peak_bytes <= usable_bytes:
         return theirs, theirs
-    search = _Search(priced, options, lower)
+    search = _Search(priced, options, name, lower)
     best = search.within(usable_bytes)
     if best is None:
-        near = search.near_the_least()
-        fitting = [found for found in near if found.peak_bytes <= usable_bytes]
-        if not fitting:
-            raise _nothing_fits(budget, min((*near, theirs), key=lambda found: found.peak_bytes))
-        best = min(fitting, key=_cost_ns)
-    return best, theirs
+        raise _nothing_fits(budget, min(theirs.peak_bytes, search.lowest_bytes))
+    return search.lowered(best), theirs
 
 
 class _Search:
-    """Solves for targets and reads what comes of them, each once."""
+    """Solves for levels of memory and reads what comes of them."""
 
     def __init__(
         self,
         priced: PricedStep,
         options: CompiledOptions,
+        name: str,
         lower: Callable[[GraphModule, GraphModule], int],
     ) -> None:
-        self._priced, self._options, self._lower = priced, options, lower
-        self._found: dict[int, Lowered] = {}
+        self._priced, self._lower = priced, lower
+        solving = options.solving
+        self._solving = replace(solving, time_limit_s=solving.time_limit_s / ROUNDS_A_LIMIT)
+        self._name = name
+        self._num_levels = 2**options.rounds - 1
         self._most_bytes = replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes
+        self._solve_s = 0.0
+        self._peaks: list[int] = []
 
-    def within(self, usable_bytes: int) -> Lowered | None:
+    def within(self, usable_bytes: int) -> Reading | None:
         """The fastest plan found whose compiled code takes no more, or ``None``."""
-        best: Lowered | None = None
-        fits_bytes, too_high_bytes = 0, self._most_bytes + 1
-        target_bytes = usable_bytes
-        for _ in range(self._options.rounds):
-            target_bytes = self._allowed(target_bytes)
-            if target_bytes in self._found:
+        best: Reading | None = None
+        fits, too_high = -1, self._num_levels
+        while too_high - fits > 1:
+            level = (fits + too_high) // 2
+            found = self._at(level, best)
+            if found.peak_bytes > usable_bytes:
+                too_high = level
+                continue
+            fits = level
+            if best is None or found.cost_ns < best.cost_ns:
+                best = found
+            unused_bytes = usable_bytes - found.peak_bytes
+            if unused_bytes <= WORTH_A_ROUND * usable_bytes:
                 break
-            found = self._at(target_bytes)
-            over_bytes = found.peak_bytes - usable_bytes
-            if over_bytes <= 0:
-                fits_bytes = max(fits_bytes, target_bytes)
-                if best is None or _cost_ns(found) < _cost_ns(best):
-                    best = found
-                unused = -over_bytes / usable_bytes
-                if unused <= WORTH_A_ROUND or _cost_ns(found) <= self._priced.graph.base_cost_ns:
-                    break
-            else:
-                too_high_bytes = min(too_high_bytes, target_bytes)
-            target_bytes -= over_bytes
-            if fits_bytes and not fits_bytes < target_bytes < too_high_bytes:
-                target_bytes = (fits_bytes + too_high_bytes) // 2
-            if too_high_bytes - fits_bytes <= WORTH_A_ROUND * usable_bytes:
+            if found.cost_ns <= self._priced.graph.base_cost_ns:
                 break
         return best
 
-    def near_the_least(self) -> list[Lowered]:
-        """What comes of the least memory that the rules of fusion allow for, and a little more."""
-        least_bytes = self._least_bytes
-        return [self._at(self._allowed(round(f * least_bytes))) for f in NEAR_THE_LEAST]
+    @property
+    def lowest_bytes(self) -> int:
+        """The lowest peak that was read."""
+        return min(self._peaks)
 
-    @cached_property
-    def _least_bytes(self) -> int:
-        return known_least_memory(self._priced.graph, self._options.solving.seed).peak_bytes
-
-    def _allowed(self, target_bytes: int) -> int:
-        if self._most_bytes <= target_bytes:
-            return self._most_bytes
-        return max(target_bytes, self._least_bytes)
-
-    def _at(self, target_bytes: int) -> Lowered:
-        if target_bytes not in self._found:
-            self._found[target_bytes] = self._solved(target_bytes)
-        return self._found[target_bytes]
-
-    def _solved(self, target_bytes: int) -> Lowered:
-        target = Budget(total_bytes=target_bytes, headroom_bytes=0)
-        result = solve_step(self._priced, target, self._options.solving)
-        assert result.schedule is not None
-        replayed = replay(self._priced.graph, result.schedule)
-        rules = WithinMemory(memory_bytes=replayed.memory_bytes, limit_bytes=target_bytes)
-        forward, backward = emit(self._priced, result.schedule, rules)
+    def lowered(self, reading: Reading) -> Lowered:
+        """The partition of a reading."""
+        forward, backward = self._emit(reading.result)
         return Lowered(
             forward=forward,
             backward=backward,
-            peak_bytes=self._lower(forward, backward),
-            schedule=result.schedule,
-            result=result,
+            peak_bytes=reading.peak_bytes,
+            schedule=reading.result.schedule,
+            result=reading.result,
+            solve_s=self._solve_s,
         )
+
+    def _at(self, level: int, below: Reading | None) -> Reading:
+        """Read a level; ``below`` fits a lower one, and is where the solver starts."""
+        least_bytes = known_least_memory(self._priced.graph, self._solving.seed).peak_bytes
+        between_bytes = max(0, self._most_bytes - least_bytes)
+        target_bytes = least_bytes + level * between_bytes // max(1, self._num_levels - 1)
+
+        def make() -> Reading:
+            target = Budget(total_bytes=target_bytes, headroom_bytes=0)
+            hint = None if below is None else below.result.schedule
+            result = solve_step(self._priced, target, self._solving, hint=hint)
+            self._solve_s += result.solve_s
+            assert result.schedule is not None
+            peak_bytes = peak_of(
+                self._name, result.schedule, lambda: self._lower(*self._emit(result))
+            )
+            return Reading(result=result, peak_bytes=peak_bytes)
+
+        reading = reading_of(self._name, target_bytes, self._solving, make)
+        self._peaks.append(reading.peak_bytes)
+        return reading
+
+    def _emit(self, result: SolveResult) -> tuple[GraphModule, GraphModule]:
+        assert result.schedule is not None
+        replayed = replay(self._priced.graph, result.schedule)
+        rules = WithinMemory(memory_bytes=replayed.memory_bytes, limit_bytes=replayed.peak_bytes)
+        return emit(self._priced, result.schedule, rules)
 
 
 BY_RULE = (
@@ -219,18 +231,13 @@ def _by_rule(
         is_read=False,
         schedule=result.schedule,
         result=result,
+        solve_s=result.solve_s,
     )
     return found, theirs
 
 
-def _cost_ns(found: Lowered) -> int:
-    assert found.result is not None
-    assert found.result.cost_ns is not None
-    return found.result.cost_ns
-
-
-def _nothing_fits(budget: Budget, lowest: Lowered) -> InfeasibleBudgetError:
-    min_budget_bytes = budget.total_for(lowest.peak_bytes)
+def _nothing_fits(budget: Budget, lowest_bytes: int) -> InfeasibleBudgetError:
+    min_budget_bytes = budget.total_for(lowest_bytes)
     return InfeasibleBudgetError(
         f"No partition that was found stays within {format_bytes(budget.total_bytes)} "
         f"({budget.total_bytes} bytes) once Inductor has compiled it. The least budget known to "

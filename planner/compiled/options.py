@@ -39,7 +39,8 @@ class CompiledOptions:
     on_plan
         Is told each plan, once it is made.
     rounds
-        How often a graph is solved and lowered by Inductor to find a plan whose code fits.
+        How often at most a graph is solved and its generated code read, to find a plan whose
+        code fits; each round halves the levels of memory that come into question.
     solving
         How hard to search for a schedule.
     """
@@ -50,7 +51,7 @@ class CompiledOptions:
     resident_bytes: int = 0
     later_bytes: int = 0
     on_plan: Callable[[CompiledPlan], Any] | None = None
-    rounds: int = 4
+    rounds: int = 5
     solving: SolveOptions = field(default_factory=lambda: SolveOptions(time_limit_s=10.0))
 
     @property
@@ -59,7 +60,7 @@ class CompiledOptions:
 
         The number is that of the rules by which kernels are fused.
         """
-        return f"remat-planner 2: {replace(self, on_plan=None)}"
+        return f"remat-planner 3: {replace(self, on_plan=None)}"
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> CompiledOptions:
@@ -93,7 +94,7 @@ class CompiledOptions:
         on_plan = given.get("on_plan")
         if on_plan is not None and not callable(on_plan):
             raise ValueError(f"on_plan is a function of a plan, got {on_plan!r:.100}")
-        rounds = given.get("rounds", 4)
+        rounds = given.get("rounds", 5)
         if type(rounds) is not int or rounds < 1:
             raise ValueError(f"rounds is a number from 1, got {rounds!r:.100}")
         holds = LoopHolds.of("held", "none", given.get("resident_bytes", 0))

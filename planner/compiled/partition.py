@@ -161,7 +161,7 @@ def _for_inductor(
         unplanned_peak_bytes=theirs.peak_bytes,
         lower_bound_ns=priced.graph.base_cost_ns if result is None else result.lower_bound_ns,
         status=SolveStatus.OPTIMAL if result is None else result.status,
-        solve_s=0.0 if result is None else result.solve_s,
+        solve_s=chosen.solve_s,
         notes=tuple(notes),
     )
     return plan, (chosen.forward, chosen.backward)

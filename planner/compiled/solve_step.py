@@ -14,8 +14,15 @@ from ..planning.search import search
 from .priced_step import PricedStep, unplanned_peak_bytes
 
 
-def solve_step(priced: PricedStep, budget: Budget, options: SolveOptions) -> SolveResult:
+def solve_step(
+    priced: PricedStep, budget: Budget, options: SolveOptions, *, hint: Schedule | None = None
+) -> SolveResult:
     """Solve a priced step.
+
+    Parameters
+    ----------
+    hint
+        A schedule that fits, as a start.
 
     Raises
     ------
@@ -27,10 +34,9 @@ def solve_step(priced: PricedStep, budget: Budget, options: SolveOptions) -> Sol
     graph, budget_bytes = priced.graph, budget.usable_bytes
     everything = Schedule.keep_all(graph)
     everything_bytes = replay(graph, everything).peak_bytes
-    hint = None
     if unplanned_peak_bytes(priced) <= budget_bytes:
         budget_bytes = max(budget_bytes, everything_bytes)  # nothing draws again then
-    elif everything_bytes > budget_bytes:
+    elif everything_bytes > budget_bytes and hint is None:
         least = known_least_memory(graph, options.seed)
         if least.peak_bytes > budget_bytes:
             raise nothing_fits(graph, budget, least)

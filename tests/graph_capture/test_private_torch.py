@@ -434,6 +434,15 @@ def _partitions() -> bool:
     return inside is partitioner and config.custom_partitioner_fn is None
 
 
+def _tells_settings() -> bool:
+    config, before = compiler.inductor_config(), compiler.inductor_settings()
+    with config.patch(max_fusion_size=7):
+        inside = compiler.inductor_settings()
+    with config.patch(custom_partitioner_fn=inductor.custom_partitioner(print, "name")):
+        same = compiler.inductor_settings()
+    return inside != before == same == compiler.inductor_settings()
+
+
 def _fuses_as_told() -> bool:
     from torch._inductor import graph
     from torch._inductor.virtualized import V
@@ -457,7 +466,8 @@ PLACED = inductor_fusion.KernelPlace(1, False, _Never())
 def _puts() -> bool:
     node = torch.fx.Graph().placeholder("x")
     inductor_fusion.put(node, PLACED)
-    return PLACED in node.meta.values()
+    inductor_fusion.put_freed(node)
+    return len(node.meta) == 2 and PLACED in node.meta.values()
 
 
 def _registers() -> bool:
@@ -648,6 +658,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "compiler.functorch_partitioners": lambda: callable(
         compiler.functorch_partitioners().min_cut_rematerialization_partition
     ),
+    "compiler.inductor_settings": _tells_settings,
     "compiler.inductor_config": lambda: hasattr(compiler.inductor_config(), "fallback_random"),
     "module_program.module_program": _chooses_what_takes_longest,
     "module_program.module_statistics": lambda: (
@@ -687,6 +698,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "inductor_fusion.KernelPlace": lambda: PLACED.run == 1,
     "inductor_fusion.fusing_as_told": _fuses_as_told,
     "inductor_fusion.put": _puts,
+    "inductor_fusion.put_freed": _puts,
     "compiler.forget_compiled_code": lambda: compiler.forget_compiled_code() is None,
 }
 

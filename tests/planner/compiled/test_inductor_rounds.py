@@ -1,0 +1,60 @@
+"""Levels of memory between the least and all, and which of them a budget ends at."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from planner.compiled.inductor_rounds import WORTH_A_ROUND, _Search
+
+NUM_LEVELS = 31
+
+
+def _within(peaks: list[int], usable_bytes: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The level at which a search over levels of these peaks ends, and those it read."""
+    search = object.__new__(_Search)
+    search._num_levels = NUM_LEVELS
+    search._priced = SimpleNamespace(graph=SimpleNamespace(base_cost_ns=0))  # type: ignore[assignment]
+    read: list[int] = []
+
+    def at(level: int, _below: Any) -> Any:
+        read.append(level)
+        cost_ns = NUM_LEVELS - level
+        return SimpleNamespace(peak_bytes=peaks[level], cost_ns=cost_ns, level=level)
+
+    monkeypatch.setattr(search, "_at", at)
+    found = search.within(usable_bytes)
+    return (None if found is None else found.level), read
+
+
+def test_level_never_falls_when_the_budget_rises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the code of a higher level takes less than that of a lower one."""
+    draw = random.Random(0)
+    for _ in range(50):
+        peaks = [1000 + 20 * level + draw.randint(-90, 90) for level in range(NUM_LEVELS)]
+        ends = [_within(peaks, usable, monkeypatch)[0] for usable in range(950, 1800, 7)]
+        levels = [-1 if end is None else end for end in ends]
+        assert levels == sorted(levels)
+        assert levels[-1] > 20
+
+
+def test_what_is_found_fits_and_leaves_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of steady levels it is the highest that fits, or one within 2 % of the budget."""
+    peaks = [1000 + 20 * level for level in range(NUM_LEVELS)]
+    for usable in range(1000, 1620, 7):
+        level, read = _within(peaks, usable, monkeypatch)
+        highest = (usable - 1000) // 20
+        assert peaks[level] <= usable
+        assert level == highest or usable - peaks[level] <= WORTH_A_ROUND * usable
+        assert len(read) <= 5
+
+
+def test_the_least_level_is_read_before_a_budget_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that what an error names does not depend on the budget."""
+    peaks = [1000 + 20 * level for level in range(NUM_LEVELS)]
+    assert _within(peaks, 999, monkeypatch) == (None, [15, 7, 3, 1, 0])

@@ -1,0 +1,48 @@
+"""What is solved and read once."""
+
+from __future__ import annotations
+
+import torch
+
+from planner.compiled.fused_groups import fuse
+from planner.compiled.priced_step import price_step
+from planner.compiled.readings import name_of, peak_of
+from solvers.schedule import Schedule
+from tests.planner.compiled.test_joint_step import joint_step_of
+
+
+def _name(factor: float, *, rows: int = 4) -> str:
+    x = torch.randn(rows, 6, requires_grad=True)
+    step = joint_step_of(lambda x: (x * factor).sin().sum(), x)
+    fused = fuse(step)
+    return name_of(price_step(step, groups=fused.groups, inner=fused.inner))
+
+
+def test_a_step_has_the_same_name_each_time_it_is_captured() -> None:
+    """So the next budget of a model finds what was read for the last one."""
+    assert _name(3.0) == _name(3.0)
+
+
+def test_other_numbers_and_other_sizes_are_another_step() -> None:
+    """Constants and shapes change the generated code."""
+    assert len({_name(3.0), _name(2.0), _name(3.0, rows=5)}) == 3
+
+
+def test_settings_of_inductor_are_part_of_the_name() -> None:
+    """They change the generated code, too."""
+    before = _name(3.0)
+    with torch._inductor.config.patch(max_fusion_size=7):
+        assert _name(3.0) != before
+
+
+def test_a_schedule_is_read_once() -> None:
+    """PyTorch's own partition, too, which has no schedule."""
+    for schedule in (Schedule((0, 1)), None):
+        asked: list[None] = []
+
+        def read(told: list[None] = asked) -> int:
+            told.append(None)
+            return 7
+
+        assert [peak_of("a name of this test", schedule, read) for _ in range(2)] == [7, 7]
+        assert len(asked) == 1
