@@ -37,7 +37,10 @@ class CompiledPlan:
     status
         How the solve ended.
     solve_s
-        Seconds of solving.
+        Seconds of solving, in all rounds.
+    planning_s
+        Seconds from the joint graph to forward and backward, solving and reading generated code
+        included.
     notes
         What a reader of the figures must know.
     """
@@ -53,6 +56,7 @@ class CompiledPlan:
     lower_bound_ns: int
     status: SolveStatus
     solve_s: float
+    planning_s: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -68,6 +69,7 @@ class Partitioner:
         static_lifetime_input_indices: Sequence[int] | None = None,
         **_others: Any,
     ) -> tuple[GraphModule, GraphModule]:
+        begin_s = time.perf_counter()
         step = read_joint_step(module, num_fwd_outputs)
         static = frozenset(static_lifetime_input_indices or ())
         taken_bytes = self._taken_bytes
@@ -98,6 +100,7 @@ class Partitioner:
                 static_lifetime_input_indices=static_lifetime_input_indices,
             )
             plan, graphs = _for_inductor(step, options, own)
+        plan = replace(plan, planning_s=time.perf_counter() - begin_s)
         logger.info("%s", plan)
         part = Part.of(plan, options.resident_bytes)
         self._so_far.add(part, taken_bytes, plan.usable_bytes, asked.later_bytes)

@@ -1,0 +1,212 @@
+"""Measures the cells of one model, each on a copy of its own."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._pytree import tree_leaves
+
+import planner.compiled
+from benchmarks.testing.zoo import ZOO, Case
+from graph_capture.private_torch.compiler import functorch_config, inductor_config
+from planner import InfeasibleBudgetError
+from planner.base.training_step import make_step, train_step
+from planner.measuring.measure import measure, measure_pair
+
+from .cell import Cell
+from .gradients import TIMES_THE_UNBUDGETED, error, float64_gradients, gradients, same_bits
+
+
+class WithLoss(nn.Module):
+    """A model and its loss in one graph."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.loss_fn(self.model(*args, **kwargs))
+
+
+class Bench:
+    """The cells of one model.
+
+    Parameters
+    ----------
+    lower
+        What graphs are compiled with.
+    repeats
+        Pairs of timed steps; 0 for none.
+    """
+
+    def __init__(self, name: str, size: Any, lower: str, repeats: int) -> None:
+        self._name, self._lower, self._repeats = name, lower, repeats
+        self._model = _built(ZOO[name](size))
+        if getattr(self._model, "loss_type", "") is None:
+            # Of GPT-2 Transformers knows none and says so in forward, which breaks its graph.
+            self._model.loss_type = "ForCausalLM"
+        self._sample = ZOO[name](size).sample(0)
+        torch.compiler.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # libraries warn once, which breaks graphs
+            train_step(copy.deepcopy(self._model), self._sample)
+        self._plain_model = copy.deepcopy(self._model)
+        self._plain = torch.compile(self._plain_model, backend=lower, dynamic=False)
+        begin_s = time.perf_counter()
+        self._expected = gradients(self._plain_model, self._plain, self._sample)
+        self._first_step_s = time.perf_counter() - begin_s
+        self.peak_bytes = measure(self._plain, self._sample, repeats=0).peak_bytes
+        self._exact = float64_gradients(self._model, self._sample, lower)
+        self._tolerance = TIMES_THE_UNBUDGETED * error(self._expected, self._exact)
+        self._outside_bytes = self._outside_of_the_graph()
+
+    def unbudgeted(self) -> Cell:
+        """The step without a budget, twice, which shows what times are worth here."""
+        again = gradients(self._plain_model, self._plain, self._sample)
+        return self._cell(
+            "no budget", self._plain, again, first_step_s=self._first_step_s, ratio=None
+        )
+
+    def unfused(self) -> Cell:
+        """The step without a budget, every kernel for itself: two compilations may differ so."""
+        model = copy.deepcopy(self._model)
+        backend = lookup_backend(self._lower)
+
+        def one_by_one(module: torch.fx.GraphModule, inputs: Any) -> Any:
+            with inductor_config().patch(max_fusion_size=1), _compiled_anew():
+                return backend(module, inputs)
+
+        call = torch.compile(model, backend=one_by_one, dynamic=False)
+        found = gradients(model, call, self._sample)
+        return self._cell("no budget, nothing fused", call, found)
+
+    def theirs(self, ratio: float) -> Cell:
+        """PyTorch's ``activation_memory_budget``."""
+        model = copy.deepcopy(self._model)
+        call = torch.compile(model, backend=_their_budget(self._lower, ratio), dynamic=False)
+        begin_s = time.perf_counter()
+        found = gradients(model, call, self._sample)
+        spent_s = time.perf_counter() - begin_s
+        return self._cell(f"PyTorch's {ratio:.3g}", call, found, first_step_s=spent_s, ratio=ratio)
+
+    def ours(self, budget_bytes: int, asked: str) -> Cell:
+        """Backend ``remat``."""
+        model = copy.deepcopy(self._model)
+        plans: list[planner.compiled.CompiledPlan] = []
+        options = self._options(budget_bytes, plans.append)
+        call = torch.compile(model, backend="remat", dynamic=False, options=options)
+        begin_s = time.perf_counter()
+        try:
+            found = gradients(model, call, self._sample)
+        except torch._dynamo.exc.BackendCompilerFailed as failure:
+            why = f"{failure.inner_exception!s:.160}"
+            return Cell(model=self._name, asked=asked, budget_bytes=budget_bytes, failure=why)
+        spent_s = time.perf_counter() - begin_s
+        (plan,) = plans
+        return self._cell(
+            asked,
+            call,
+            found,
+            first_step_s=spent_s,
+            budget_bytes=budget_bytes,
+            predicted_bytes=plan.predicted_peak_bytes,
+            planning_s=plan.planning_s,
+            solve_s=plan.solve_s,
+            overhead=plan.overhead,
+            gap=plan.gap,
+            step_us=plan.step_ns / 1e3,
+            num_recomputed=plan.num_recomputed,
+        )
+
+    def least_bytes(self) -> int:
+        """The least budget that the refusal of an impossible one names."""
+        refused = self._stopped(self._options(1 + self._outside_bytes, None))
+        assert isinstance(refused, InfeasibleBudgetError)
+        return refused.min_budget_bytes
+
+    def _outside_of_the_graph(self) -> int:
+        """Bytes of the model and its sample that the graph does not take, a buffer for instance."""
+
+        def on_plan(plan: planner.compiled.CompiledPlan) -> None:
+            raise _Planned(plan.graph.resident_bytes)
+
+        planned = self._stopped({"budget_bytes": 10**12, "lower": self._lower, "on_plan": on_plan})
+        assert isinstance(planned, _Planned)
+        tensors = [*self._model.parameters(), *self._model.buffers(), *tree_leaves(self._sample)]
+        storages = {t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)}
+        return max(0, sum(s.nbytes() for s in storages) - planned.resident_bytes)
+
+    def _stopped(self, options: dict[str, Any]) -> BaseException | None:
+        """What ends a compilation before any kernel is compiled."""
+        model = copy.deepcopy(self._model)
+        call = torch.compile(model, backend="remat", dynamic=False, options=options)
+        try:
+            train_step(call, self._sample)
+        except torch._dynamo.exc.BackendCompilerFailed as failure:
+            return failure.inner_exception
+        return None
+
+    def _options(self, budget_bytes: int, on_plan: Any) -> dict[str, Any]:
+        return {
+            "budget_bytes": budget_bytes,
+            "lower": self._lower,
+            "on_plan": on_plan,
+            "resident_bytes": self._outside_bytes,
+        }
+
+    def _cell(self, asked: str, call: Any, found: list[torch.Tensor], **figures: Any) -> Cell:
+        bits_equal, float64_error = same_bits(found, self._expected), error(found, self._exact)
+        time_ratio = None
+        if self._repeats:
+            first, second = (make_step(c, self._sample, seed=0) for c in (self._plain, call))
+            time_ratio = measure_pair(first, second, repeats=self._repeats).ratio
+        return Cell(
+            model=self._name,
+            asked=asked,
+            peak_bytes=measure(call, self._sample, repeats=0).peak_bytes,
+            bits_equal=bits_equal,
+            error=error(found, self._expected),
+            float64_error=float64_error,
+            is_right=bits_equal or float64_error <= self._tolerance,
+            time_ratio=time_ratio,
+            **figures,
+        )
+
+
+def _built(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    model = case.build()
+    return model if case.loss_fn is None else WithLoss(model, case.loss_fn)
+
+
+def _compiled_anew() -> Any:
+    return functorch_config().patch(enable_autograd_cache=False)
+
+
+def _their_budget(lower: str, ratio: float) -> Callable[..., Any]:
+    """A backend of its own for each ratio, so that Dynamo takes no other's code."""
+    backend = lookup_backend(lower)
+
+    def compile_within(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        with functorch_config().patch(activation_memory_budget=ratio), _compiled_anew():
+            return backend(module, inputs)
+
+    return compile_within
+
+
+class _Planned(Exception):
+    """A plan is there; compiling it is not wanted."""
+
+    def __init__(self, resident_bytes: int) -> None:
+        super().__init__()
+        self.resident_bytes = resident_bytes
+
+
+__all__ = ["Bench"]
