@@ -36,13 +36,19 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str]) -> tuple[str, ...
     >>> find_blocks(net, "layers.*")
     ('layers.0', 'layers.1')
     """
-    if blocks == AUTO:
-        return _automatic(model)
     patterns = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    if patterns == (AUTO,):
+        return _automatic(model)
     if not patterns or not all(isinstance(p, str) and p for p in patterns):
         raise ValueError(
             "blocks is a pattern of module paths such as 'model.layers.*', or 'auto'; got "
             f"{blocks!r}"
+        )
+    if AUTO in patterns:
+        named = ", ".join(repr(pattern) for pattern in patterns if pattern != AUTO)
+        raise ValueError(
+            f"'{AUTO}' chooses all blocks by itself and cannot be joined with {named}: give "
+            f"'{AUTO}' alone, or leave it out"
         )
     paths = [path for path, _ in model.named_modules() if path]
     found: list[str] = []

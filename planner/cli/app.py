@@ -13,6 +13,8 @@ from .compare import compare_command
 from .doctor import doctor_command
 from .explain import explain_command
 from .export import export_command
+from .frontier import frontier_command
+from .many_devices import estimate_mesh_command, pipeline_command
 from .plans import plan_command, schema_command, show_command
 from .shapes import estimate_command, max_batch_command
 from .validate import validate_command
@@ -53,6 +55,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export_command,
     "estimate": estimate_command,
     "max-batch": max_batch_command,
+    "frontier": frontier_command,
+    "estimate-mesh": estimate_mesh_command,
+    "pipeline": pipeline_command,
     "compare": compare_command,
     "doctor": doctor_command,
     "schema": schema_command,

@@ -58,6 +58,14 @@ Around = Annotated[
     ),
 ]
 
+Blocks = Annotated[
+    str | None,
+    typer.Option(
+        help="plan inside the modules of these paths, e.g. 'model.layers.*' or auto, and leave all "
+        "else as it is; several with commas"
+    ),
+]
+
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -94,9 +102,16 @@ def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | Non
     function = load_object(target, _BUILDS)
     if not callable(function):
         fail(f"{target} is a {type(function).__name__}, which cannot be called; {_BUILDS}")
+    return model_and_sample(target, function)
+
+
+def model_and_sample(
+    target: str, build: Callable[[], Any]
+) -> tuple[nn.Module, Any, Callable[[Any], Any] | None]:
+    """Call what ``target`` names; check what it returns."""
     sys.path.insert(0, str(Path.cwd()))  # for what it imports
     try:
-        made = function()
+        made = build()
     except (ImportError, AttributeError) as error:
         fail(f"{target}: {error}")
     finally:

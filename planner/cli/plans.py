@@ -17,6 +17,7 @@ from .answers import Answer, AsJson, command, fail, say_error
 from .arguments import (
     Around,
     Autocast,
+    Blocks,
     CostModelName,
     DeviceName,
     GradsWord,
@@ -69,13 +70,7 @@ def plan_command(
     reorder: Annotated[
         bool, typer.Option("--reorder", help="let operators run in another order than eager's")
     ] = False,
-    blocks: Annotated[
-        str | None,
-        typer.Option(
-            help="plan inside the modules of these paths, e.g. 'model.layers.*' or auto, and leave "
-            "all else as it is; several with commas"
-        ),
-    ] = None,
+    blocks: Blocks = None,
     as_json: AsJson = False,
 ) -> Answer:
     """Plan a model's training step and print the plan."""

@@ -30,6 +30,14 @@ def test_auto_takes_the_outermost_lists() -> None:
     assert find_blocks(_model(), "auto") == ("layers.0", "layers.1")
 
 
+@pytest.mark.parametrize("blocks", [["auto", "head"], ("layers.*", "auto")])
+def test_auto_stands_alone(blocks: object) -> None:
+    """Beside a pattern it would mean one more set of blocks; in a list by itself it is itself."""
+    with pytest.raises(ValueError, match="'auto' chooses all blocks by itself and cannot be"):
+        find_blocks(_model(), blocks)
+    assert find_blocks(_model(), ["auto"]) == find_blocks(_model(), "auto")
+
+
 def test_several_patterns_are_taken_in_the_order_of_the_modules() -> None:
     """Whatever the order in which they are written."""
     found = find_blocks(_model(), ["head", "layers.1"])

@@ -57,6 +57,10 @@ def test_plan_and_show(target: str, tmp_path: Path) -> None:
         (["plan", "my_training:build", "--budget=1GB", "--headroom=lots"], "lots"),
         (["plan", "my_training:build", "--budget=1GB", "--outputs=lost"], "outputs is 'held' or"),
         (["plan", "my_training:build", "--budget=1GB", "--resident=lots"], "--resident='lots'"),
+        (
+            ["plan", "my_training:build", "--budget=1GB", "--blocks=auto,0"],
+            "'auto' chooses all blocks by itself and cannot be joined with '0'",
+        ),
         (["compare", "my_training:build", "--grads=some"], "grads is 'none' or"),
         (["estimate", "my_training:build", "--batch=1,x"], "--batch takes whole numbers"),
         (["estimate", "my_training:build", "--batch="], "--batch takes whole numbers"),
