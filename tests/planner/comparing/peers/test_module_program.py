@@ -286,6 +286,7 @@ def test_batch_norm_counts_twice() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # its program may take 180 s; at 80 % of T5's peak it does
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "vit", "t5"])
 def test_models_of_the_zoo(name: str) -> None:
     """On five transformers it recomputes below eager's peak, with eager's bits, on two seeds."""
@@ -294,7 +295,7 @@ def test_models_of_the_zoo(name: str) -> None:
     if getattr(model.config, "use_cache", False):
         model.config.use_cache = False
     unplanned = unplanned_bytes(model, sample)
-    row = run_peer(PEER, model, sample, repeats=0, budget_bytes=int(0.8 * unplanned))
+    row = run_peer(PEER, model, sample, repeats=0, budget_bytes=int(0.7 * unplanned))
     assert row.measured is not None, row.error
     assert row.measured.bits == "equal", row.measured.difference
     assert row.measured.peak_bytes < measure(model, sample, repeats=0).peak_bytes
