@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import typer
 from torch import nn
 
+from graph_capture.call_spec import bind_call, split_sample
 from graph_capture.costs.devices import DEVICES
 from graph_capture.loop_holds import LoopHolds
 
@@ -102,23 +104,53 @@ def load_target(target: str) -> tuple[nn.Module, Any, Callable[[Any], Any] | Non
     function = load_object(target, _BUILDS)
     if not callable(function):
         fail(f"{target} is a {type(function).__name__}, which cannot be called; {_BUILDS}")
-    return model_and_sample(target, function)
+    return model_and_sample(target, function, _BUILDS)
 
 
 def model_and_sample(
-    target: str, build: Callable[[], Any]
+    target: str, function: Callable[..., Any], wanted: str, *given: Any
 ) -> tuple[nn.Module, Any, Callable[[Any], Any] | None]:
-    """Call what ``target`` names; check what it returns."""
+    """Call what ``target`` names; check what it takes and what it returns."""
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError as error:
+        fail(f"{target}: {error}; {wanted}")
+    except ValueError:
+        pass  # a function in C has no signature to look at
     sys.path.insert(0, str(Path.cwd()))  # for what it imports
     try:
-        made = build()
+        made = function(*given)
     except (ImportError, AttributeError) as error:
         fail(f"{target}: {error}")
     finally:
         sys.path.pop(0)
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         fail(f"{target} must return (model, sample_input) or (model, sample_input, loss_fn)")
-    return made if len(made) == 3 else (*made, None)
+    model, sample_input, loss_fn = made if len(made) == 3 else (*made, None)
+    try:
+        bind_call(model.forward, *split_sample(sample_input))
+    except (TypeError, ValueError) as error:
+        fail(
+            f"{target}: the sample does not fit the call of its {type(model).__name__}: {error}; "
+            "it is a tensor, a tuple of positional arguments or a dict of keyword arguments"
+        )
+    return model, sample_input, loss_fn
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """End the command where a file could not be written, before anything is planned."""
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        fail(f"{option}: there is no folder {path.parent}: make it first")
+    if path.is_dir():
+        fail(f"{option} is a file, and {path} is a folder")
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """The same of a folder, which may yet be made."""
+    if path is not None and path.exists() and not path.is_dir():
+        fail(f"{option} is a folder, and {path} is a file")
 
 
 def read_names(text: str | None) -> tuple[str, ...] | None:

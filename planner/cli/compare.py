@@ -29,6 +29,7 @@ from .arguments import (
     OutputsWord,
     Resident,
     Target,
+    check_file,
     load_object,
     load_target,
     read_autocast,
@@ -89,10 +90,7 @@ def compare_command(
     for path in files:
         if path.suffix.lower() not in (".json", ".csv"):
             fail(f"--out is a .json or .csv file, got {path}")
-        if not path.absolute().parent.is_dir():
-            fail(f"--out: there is no folder {path.parent}")
-        if path.is_dir():
-            fail(f"--out is a file, and {path} is a folder")
+        check_file("--out", path)
     if plots is not None:
         try:
             check_matplotlib()

@@ -24,6 +24,7 @@ from .arguments import (
     OutputsWord,
     Resident,
     Target,
+    check_folder,
     load_target,
     read_autocast,
     read_blocks,
@@ -68,8 +69,7 @@ def frontier_command(
     text = budgets.strip()
     asked = int(text) if text.isascii() and text.isdigit() else read_names(text)
     assert asked is not None
-    if out is not None and out.exists() and not out.is_dir():
-        fail(f"--out is a folder, and {out} is a file")
+    check_folder("--out", out)
     model, sample_input, loss_fn = load_target(target)
     try:
         found = frontier(

@@ -23,6 +23,7 @@ from .arguments import (
     OptimizerName,
     OutputsWord,
     Target,
+    check_folder,
     load_object,
     load_target,
     model_and_sample,
@@ -147,14 +148,13 @@ def pipeline_command(
     dtype = read_autocast(autocast)
     if "%" in budget:
         fail(f"--budget={budget!r} is a share of no one peak: write bytes such as 40GB")
-    if out is not None and out.exists() and not out.is_dir():
-        fail(f"--out is a folder, and {out} is a file")
+    check_folder("--out", out)
     build = load_object(target, _BUILDS_STAGE)
     if not callable(build):
         fail(f"{target} is a {type(build).__name__}, which cannot be called; {_BUILDS_STAGE}")
 
     def plan_stage(stage: Stage) -> Plan:
-        model, sample_input, loss_fn = model_and_sample(target, lambda: build(stage))
+        model, sample_input, loss_fn = model_and_sample(target, build, _BUILDS_STAGE, stage)
         return optimize(
             model,
             sample_input,

@@ -27,6 +27,7 @@ from .arguments import (
     PlanFile,
     Resident,
     Target,
+    check_file,
     load_plan,
     load_target,
     read_autocast,
@@ -74,6 +75,7 @@ def plan_command(
     as_json: AsJson = False,
 ) -> Answer:
     """Plan a model's training step and print the plan."""
+    check_file("--out", out)
     dtype = read_autocast(autocast)
     model, sample_input, loss_fn = load_target(target)
     try:

@@ -24,6 +24,7 @@ from .arguments import (
     OutputsWord,
     Resident,
     Target,
+    check_file,
     load_target,
     read_autocast,
     read_headroom,
@@ -129,6 +130,7 @@ def max_batch_command(
     as_json: AsJson = False,
 ) -> Answer:
     """Find the largest batch that fits, without a plan and with one."""
+    check_file("--out", out)
     dtype = read_autocast(autocast)
     model, sample_input, loss_fn = load_target(target)
     try:

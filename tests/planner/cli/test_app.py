@@ -21,6 +21,12 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    return nn.Sequential(*layers), torch.zeros(256, 32), torch.sum\n"
         "def wrong():\n"
         "    return 1\n"
+        "def takes(name):\n"
+        "    return build()\n"
+        "def misnamed():\n"
+        "    return build()[0], {'tokens': torch.zeros(256, 32)}, torch.sum\n"
+        "def number():\n"
+        "    return build()[0], 256, torch.sum\n"
     )
     monkeypatch.chdir(tmp_path)
     return "my_training:build"
@@ -48,6 +54,11 @@ def test_plan_and_show(target: str, tmp_path: Path) -> None:
         (["plan", "my_training:build", "--budget", "many"], "not an amount of memory"),
         (["plan", "my_training:wrong", "--budget", "1GB"], "must return"),
         (["plan", "my_training:absent", "--budget", "1GB"], "absent"),
+        (["plan", "my_training:takes", "--budget", "1GB"], "the function takes no arguments"),
+        (["plan", "my_training:misnamed", "--budget", "1GB"], "the sample does not fit the call"),
+        (["max-batch", "my_training:number", "--budget", "1GB"], "a dict of keyword arguments"),
+        (["plan", "my_training:build", "--budget=1GB", "--out=no/plan.json"], "there is no folder"),
+        (["max-batch", "my_training:build", "--budget=1GB", "--out=."], "--out is a file, and"),
         (["plan", "no_such_module:build", "--budget", "1GB"], "no_such_module"),
         (["plan", "my_training", "--budget", "1GB"], "module:function"),
         (["plan", "my_training:build", "--budget=1GB", "--device=abacus"], "known are cpu"),

@@ -57,6 +57,11 @@ def wrong_stage(stage: Any) -> Any:
     return nn.Sequential(Layer())
 
 
+def no_stage() -> Any:
+    """Asks for no stage."""
+    return build()
+
+
 def run(command: str, function: str, *options: str) -> Any:
     return CliRunner().invoke(app, [command, f"{__name__}:{function}", *options])
 
@@ -145,6 +150,7 @@ def test_a_pipeline_that_does_not_fit() -> None:
         ("build_stage", [*PIPELINE, "--budget=60%"], "a share of no one peak"),
         ("build_stage", [*PIPELINE, "--budget=1MB", "--schedule=zb"], "gpipe"),
         ("wrong_stage", [*PIPELINE, "--budget=1MB"], "must return (model, sample_input)"),
+        ("no_stage", [*PIPELINE, "--budget=1MB"], "too many positional arguments; give module:"),
         ("LAYER_BYTES", [*PIPELINE, "--budget=1MB"], "which cannot be called; give module:"),
     ],
 )
