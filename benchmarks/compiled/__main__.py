@@ -10,7 +10,7 @@ budget or more than 2 % from the prediction, a plan that is slower than one of a
 
 ``--json FILE`` keeps cells; a run goes on where the last one ended. ``--table`` prints them as
 Markdown and measures nothing. ``--times`` measures times alone, in alternating pairs: of PyTorch's
-ratios, of ours at the peaks that these reached (read from the file), and of ours without a limit.
+ratios, of ours at the peaks that these reached, and of ours without a limit.
 """
 
 from __future__ import annotations
@@ -79,12 +79,13 @@ def _measure_model(cells: Cells, name: str, options: argparse.Namespace) -> None
 
 def _measure_times(cells: Cells, name: str, bench: Bench, parts: list[float]) -> None:
     _told(cells.add(bench.unbudgeted()))
-    for part in parts[::-1]:
+    _told(cells.add(bench.ours(MUCH_BYTES, "ours, no limit", for_times=True)))
+    for part in parts[-2::-1]:  # a ratio of 1 is no budget
         theirs = cells.add(bench.theirs(part))
         _told(theirs)
         assert theirs.peak_bytes is not None
-        _told(cells.add(bench.ours(theirs.peak_bytes, f"ours, at the peak of {part:.3g}")))
-    _told(cells.add(bench.ours(MUCH_BYTES, "ours, no limit")))
+        asked = f"ours, at the peak of {part:.3g}"
+        _told(cells.add(bench.ours(theirs.peak_bytes, asked, for_times=True)))
 
 
 def _told(cell: Cell) -> None:

@@ -84,8 +84,10 @@ class Bench:
                 return backend(module, inputs)
 
         call = torch.compile(model, backend=one_by_one, dynamic=False)
+        begin_s = time.perf_counter()
         found = gradients(model, call, self._sample)
-        return self._cell("no budget, nothing fused", call, found)
+        spent_s = time.perf_counter() - begin_s
+        return self._cell("no budget, nothing fused", call, found, first_step_s=spent_s)
 
     def theirs(self, ratio: float) -> Cell:
         """PyTorch's ``activation_memory_budget``."""
@@ -96,7 +98,7 @@ class Bench:
         spent_s = time.perf_counter() - begin_s
         return self._cell(f"PyTorch's {ratio:.3g}", call, found, first_step_s=spent_s, ratio=ratio)
 
-    def ours(self, budget_bytes: int, asked: str) -> Cell:
+    def ours(self, budget_bytes: int, asked: str, *, for_times: bool | None = None) -> Cell:
         """Backend ``remat``."""
         model = copy.deepcopy(self._model)
         plans: list[planner.compiled.CompiledPlan] = []
@@ -107,7 +109,13 @@ class Bench:
             found = gradients(model, call, self._sample)
         except torch._dynamo.exc.BackendCompilerFailed as failure:
             why = f"{failure.inner_exception!s:.160}"
-            return Cell(model=self._name, asked=asked, budget_bytes=budget_bytes, failure=why)
+            return Cell(
+                model=self._name,
+                asked=asked,
+                budget_bytes=budget_bytes,
+                for_times=for_times,
+                failure=why,
+            )
         spent_s = time.perf_counter() - begin_s
         (plan,) = plans
         return self._cell(
@@ -123,6 +131,7 @@ class Bench:
             gap=plan.gap,
             step_us=plan.step_ns / 1e3,
             num_recomputed=plan.num_recomputed,
+            for_times=for_times,
         )
 
     def least_bytes(self) -> int:

@@ -39,6 +39,8 @@ class Cell:
         Seconds of the first step; of them until the partition was there; of these solving.
     overhead, gap, step_us, num_recomputed
         Of the plan.
+    for_times
+        Whether the cell is no part of the table of budgets, but was asked for its time.
     failure
         Why there is no step.
     """
@@ -61,6 +63,7 @@ class Cell:
     gap: float | None = None
     step_us: float | None = None
     num_recomputed: int | None = None
+    for_times: bool | None = None
     failure: str = ""
 
     @property

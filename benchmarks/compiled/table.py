@@ -20,7 +20,7 @@ TIMES_HEAD = (
 
 def table(cells: Sequence[Cell], unbudgeted_bytes: int) -> list[str]:
     """Rows of one model, the highest budget and ratio first."""
-    ours = [c for c in cells if c.is_ours and c.ratio is None]
+    ours = [c for c in cells if c.is_ours and not c.for_times]
     ours.sort(key=lambda c: -(c.budget_bytes or 0))
     theirs = [c for c in cells if c.ratio is not None and not c.is_ours]
     theirs.sort(key=lambda c: -(c.ratio or 0.0))
@@ -36,7 +36,7 @@ def times_table(cells: Sequence[Cell]) -> list[str]:
     """Rows of one model whose time was measured."""
     return [
         f"| {c.model} | {c.asked} | {c.peak_bytes:,} | "
-        f"{'' if c.overhead is None else f'+{c.overhead:.1%}'} | {c.time_ratio:.2f} |"
+        f"{'' if c.overhead is None else f'+{c.overhead:.1%}'} | {c.time_ratio:.3f} |"
         for c in cells
         if c.time_ratio is not None
     ]

@@ -44,9 +44,6 @@ from .solve_step import solve_step
 WORTH_A_ROUND = 0.02
 """Share of the budget that must be unused for another round of a plan that recomputes."""
 
-ROUNDS_A_LIMIT = 3
-"""Rounds among which the time limit is divided; easy ones end long before their part is over."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered:
@@ -127,7 +124,7 @@ class _Search:
     ) -> None:
         self._priced, self._lower = priced, lower
         solving = options.solving
-        self._solving = replace(solving, time_limit_s=solving.time_limit_s / ROUNDS_A_LIMIT)
+        self._solving = replace(solving, time_limit_s=solving.time_limit_s / options.rounds)
         self._name = name
         self._num_levels = 2**options.rounds - 1
         self._most_bytes = replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes

@@ -89,6 +89,11 @@ def test_a_lower_budget_recomputes_more(ran: list[Ran]) -> None:
     assert overheads[0] < overheads[1] < overheads[2]
 
 
+def test_planning_takes_longer_than_solving(ran: list[Ran]) -> None:
+    """Both are seconds of the same clock."""
+    assert all(one.plan.planning_s > one.plan.solve_s > 0 for one in ran)
+
+
 def test_a_mask_is_drawn_again(ran: list[Ran]) -> None:
     """At the tightest budget dropout runs twice, which no bit shows."""
     plan = ran[-1].plan
