@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, Node, map_arg
 
 from graph_capture.costs.allocator import peak_extra_bytes
+from graph_capture.private_torch.compiler import inductor_config
 from graph_capture.private_torch.dispatch import disable_current_modes
 from graph_capture.private_torch.fake_tensors import FakeTensorMode
 from graph_capture.private_torch.inductor import GeneratedCode, functional_graph, generate_code
@@ -83,7 +84,7 @@ def _read(key: Any, values: PlannedValues, stretch: Stretch) -> ReadStretch | st
         module.recompile()
         graph = Graph()
         graph.output(graph.graph_copy(module.graph, {}))
-        with disable_current_modes():
+        with disable_current_modes(), inductor_config().patch(cpp_wrapper=False):
             code = generate_code(module, inputs, is_backward=False, num_visible=len(stretch.gives))
             extra_bytes, results, given = _tried(code, inputs, stretch)
     except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:

@@ -17,6 +17,7 @@ import torch
 from graph_capture.private_torch.autograd import will_execute
 
 from .autograd_nodes import FirstDerivative, anchor
+from .backward_segments import Backward
 
 
 class StepCall:
@@ -43,6 +44,8 @@ class StepCall:
     arrived
         Gradients of the outputs as autograd passed them, without those handed over. They
         are counted for all of backward, and so they are held.
+    backward
+        The graphs that this call's backward pass runs, once it has begun.
     own
         Gradients of all inputs, where the model's own forward computed them.
     """
@@ -51,6 +54,7 @@ class StepCall:
         "__weakref__",
         "arguments",
         "arrived",
+        "backward",
         "by_own_forward",
         "generator_state",
         "handed_over",
@@ -71,6 +75,7 @@ class StepCall:
         self.inputs = inputs
         self.handed_over = handed_over
         self.generator_state = generator_state
+        self.backward: Backward | None = None
         self.by_own_forward = False
         self.saved: list[torch.Tensor] = []
         self.values: dict[str, Any] = {}

@@ -65,6 +65,14 @@ class Segment:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """A backward graph, and its segments if it has more than one."""
+
+    graph: GraphModule
+    segments: tuple[Segment, ...]
+
+
 def split(
     backward: GraphModule,
     sizes: Sequence[int],

@@ -36,6 +36,7 @@ from .autograd_nodes import (
     anchor,
     refuse_batched,
 )
+from .backward_segments import Backward
 from .compiled_calls import CompiledCalls, PlanCompiler, compiled
 from .generators import PutRightOnError
 from .out_of_memory import explain
@@ -48,6 +49,7 @@ from .rewrite import PlannedGraphs
 from .step_layout import StepLayout, has_sums, reads_what_it_writes, segments_of
 from .step_warnings import (
     say_casts,
+    say_layout,
     say_nan,
     say_own_forward,
     say_retained,
@@ -101,6 +103,7 @@ class PlannedStep:
         step = captured.step
         self._after_backward = after_backward
         segments = segments_of(graphs, captured)
+        self._as_rewritten = Backward(graphs.backward, segments)
         self.compiled: CompiledCalls | None = None
         if compiler is not None and plan is not None:
             graphs, segments, self.compiled = compiled(compiler, plan, graphs, segments)
@@ -111,13 +114,12 @@ class PlannedStep:
         self._rewrites_state = reads_what_it_writes(captured)
         self._num_forward = len(graphs.forward_inputs)
         self._forward = graphs.forward.forward
-        self._backward = graphs.backward.forward
-        self._segments = segments
+        self._backward = Backward(graphs.backward, segments)
         self._backward_inputs = [
             n.name for n in graphs.backward.graph.nodes if n.op == "placeholder"
         ]
         self._num_outputs = graphs.num_outputs
-        self._layout = StepLayout.of(model, captured, graphs, self._segments)
+        self._layout = StepLayout.of(model, captured, graphs, segments)
         self._detached = step.detached
         self._num_concurrent = 1 if plan is None else plan.holds.concurrent_calls
         self._is_summed = has_sums(captured)
@@ -245,18 +247,23 @@ class PlannedStep:
         else:
             self._let_go(call)
         boxed: list[torch.Tensor] = []
+        call.backward = self._backward
         for place, expected in enumerate(self._layout.tangents):
             tangent = given[place]
             given[place] = None
             assert tangent is not None
             boxed.append(_fit_tangent(tangent, expected))
             del tangent
+            if self.compiled is not None and not _has_layout(boxed[-1], expected):
+                say_layout(self._tally, tuple(expected.shape))
+                call.backward = self._as_rewritten
         boxed.extend(ctx.saved_tensors)
         boxed.extend(private)
         private.clear()  # so that the generated code holds the only references
         ctx.maybe_clear_saved_tensors()
-        if not self._segments:
-            found = self._run(lambda: self._backward(boxed), self._graphs.backward)
+        if not call.backward.segments:
+            graph = call.backward.graph
+            found = self._run(lambda: graph.forward(boxed), graph)
             return self._leave(0, dict(enumerate(found)))
         call.values = dict(zip(self._backward_inputs, boxed, strict=True))
         boxed.clear()
@@ -266,9 +273,11 @@ class PlannedStep:
     def _run_segment(self, call: StepCall, place: int) -> Gradients:
         if call.own is not None:
             return self._own_leaving(call, place)
-        segment = self._segments[place]
+        assert call.backward is not None
+        segments = call.backward.segments
+        segment = segments[place]
         found = self._run(lambda: segment.run(call.values), segment.graph)
-        if place == len(self._segments) - 1:
+        if place == len(segments) - 1:
             call.arrived, call.values = (), {}
         return self._leave(place, dict(zip(segment.gradients, found, strict=True)))
 
@@ -382,6 +391,12 @@ def _outside_compilers(run: Callable[..., Gradients]) -> Callable[..., Gradients
 def _write_below_autograd(tensor: torch.Tensor, value: torch.Tensor) -> None:
     with torch.no_grad(), below_autograd():
         tensor.copy_(value)
+
+
+def _has_layout(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a tensor has the strides that compiled code was made for."""
+    pairs = zip(tensor.shape, tensor.stride(), expected.stride(), strict=True)
+    return tensor.numel() == 0 or all(n == 1 or a == b for n, a, b in pairs)
 
 
 def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,16 @@ def say_nan(tally: Tally, gradients: list[torch.Tensor]) -> None:
         )
 
 
+def say_layout(tally: Tally, shape: tuple[int, ...]) -> None:
+    """Backward runs call by call where a gradient lies in memory otherwise than planned."""
+    tally.say(
+        "layout",
+        f"the gradient of an output of shape {shape} of a planned step comes in another layout "
+        "than the output's, for which its compiled code was made: backward runs call by call, by "
+        "the plan. Let the loss keep the output's layout, or let the model compute it",
+    )
+
+
 def what_changed(changed: OutcomeChanged, check: Check) -> str:
     """Describe a check whose outcome differs from the planned one."""
     module = f" in module {check.module_path!r}" if check.module_path else ""

@@ -248,7 +248,7 @@ def test_new_gradients_that_leave_in_groups_lower_the_peak_exactly() -> None:
     assert len(adds) > 8
     plan.apply(model)
     loss_fn(model(tokens)).backward()
-    assert len(model.forward._main.prepared[0].step._segments) == len(adds)
+    assert len(model.forward._main.prepared[0].step._backward.segments) == len(adds)
 
 
 @pytest.mark.usefixtures("many_groups")

@@ -64,7 +64,14 @@ class EagerStretches(StretchCompiler):
         """Claims what it was told to."""
         self.offered.append(stretch)
         key = len(self.offered)
-        self._functions[key] = run_eagerly(values, stretch)
+        run = run_eagerly(values, stretch)
+        layouts = [(tuple(n.meta["val"].shape), n.meta["val"].stride()) for n in stretch.takes]
+
+        def checked(boxed: list[Any]) -> Any:
+            assert [(tuple(t.shape), t.stride()) for t in boxed] == layouts
+            return run(boxed)
+
+        self._functions[key] = checked
         lowered: Any = None
         return ReadStretch(key=key, code=lowered, extra_bytes=self._extra_bytes, lowered=lowered)
 
@@ -137,7 +144,35 @@ def test_parts_of_backward_are_divided_apart(monkeypatch: pytest.MonkeyPatch) ->
     planned = stand_in_of(model)
     assert isinstance(planned, PlannedForward)
     (prepared,) = (prepared for call in planned.calls for prepared in call.prepared)
-    assert len(prepared.step._segments) > 1
+    assert len(prepared.step._backward.segments) > 1
+
+
+class ChannelsLast(nn.Module):
+    """Its output has another layout than a loop's gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv(x.contiguous(memory_format=torch.channels_last))
+        return torch.tanh(torch.tanh(torch.tanh(hidden) * 2) * 2)
+
+
+def test_gradients_of_a_loop_may_have_any_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code has fixed strides; for others backward runs call by call, and says so."""
+    eagerly(monkeypatch)
+    model, x = make(ChannelsLast), torch.randn(2, 4, 8, 8)
+    grad = torch.randn(2, 4, 8, 8)
+    expected = torch.autograd.grad(model(x), list(model.parameters()), grad)
+    optimize(model, x, budget_gb=1).apply(model, compile=True)
+    output = model(x)
+    assert not output.is_contiguous()
+    assert grad.is_contiguous()
+    with pytest.warns(PlanWarning, match="comes in another layout than the output's"):
+        found = torch.autograd.grad(output, list(model.parameters()), grad)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_draws_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:

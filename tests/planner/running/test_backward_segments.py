@@ -34,7 +34,7 @@ def plan() -> Plan:
 def segments_of(model: nn.Module) -> int:
     forward = model.forward
     assert isinstance(forward, PlannedForward)
-    return len(forward._main.prepared[0].step._segments)
+    return len(forward._main.prepared[0].step._backward.segments)
 
 
 def arrivals(model: nn.Module) -> list[str]:
