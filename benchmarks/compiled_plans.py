@@ -18,11 +18,11 @@ import warnings
 import torch
 from torch import nn
 
-from benchmarks.compiled import WithLoss
 from benchmarks.testing.zoo import ZOO
 from graph_capture.units import format_bytes
 from planner import Plan, PlanWarning, applied_plan, optimize
 from planner.base.training_step import make_step, train_step
+from planner.comparing.compiled_steps import ModelWithLoss
 from planner.measuring.measure import measure, measure_pair
 
 CASES = (("bert", 0.7), ("gpt2", 0.7), ("llama", 0.7), ("t5", 0.75), ("vit", 0.75), ("unet", 0.75))
@@ -40,7 +40,7 @@ def row(name: str, share: float, *, size: str = "tiny", repeats: int = 10) -> st
     torch.manual_seed(0)
     model, sample = case.build(), case.sample(0)
     if case.loss_fn is not None:
-        model = WithLoss(model, case.loss_fn)
+        model = ModelWithLoss(model, case.loss_fn)
     plan = optimize(model, sample, budget=f"{share:.0%}", time_limit_s=5)
     expected, generator = _step(copy.deepcopy(model), sample)
     ways = [_applied(plan, model, compile=compile) for compile in (False, True)]

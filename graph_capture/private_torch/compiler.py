@@ -55,6 +55,20 @@ def register_backend(backend: Any, name: str) -> None:
         registry.register_backend(backend, name=name)
 
 
+def backend_named(name: str) -> Any:
+    """``torch._dynamo.backends.registry.lookup_backend``; 2.11+."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
+def dynamo_config() -> Any:
+    """``torch._dynamo.config``, which says how often one function is compiled; 2.11+."""
+    import torch._dynamo.config
+
+    return torch._dynamo.config
+
+
 def takes_boxed(function: Any) -> Any:
     """Mark a compiled graph as one that takes its arguments in one list and empties it; 2.11+."""
     function._boxed_call = True
@@ -103,6 +117,8 @@ def holds_up_to(number: Any, most: int) -> bool:
 
 __all__ = [
     "aot_autograd",
+    "backend_named",
+    "dynamo_config",
     "forget_compiled_code",
     "frees_tangents",
     "functorch_config",

@@ -674,6 +674,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     ),
     "module_program.fitting_by": _fits_by_ours,
     "compiler.aot_autograd": lambda: callable(compiler.aot_autograd(fw_compiler=lambda m, _: m)),
+    "compiler.backend_named": lambda: callable(compiler.backend_named("aot_eager")),
+    "compiler.dynamo_config": lambda: hasattr(compiler.dynamo_config(), "recompile_limit"),
     "compiler.frees_tangents": lambda: isinstance(compiler.frees_tangents(), bool),
     "compiler.holds_up_to": lambda: compiler.holds_up_to(3, 3) and not compiler.holds_up_to(4, 3),
     "compiler.largest": lambda: compiler.largest(5) == 5,
