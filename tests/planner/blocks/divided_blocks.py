@@ -95,6 +95,56 @@ def language_model(*, gated: bool, num_layers: int = 4) -> LanguageModel:
         return LanguageModel(gated=gated, num_layers=num_layers).train()
 
 
+class TransformersLlama(nn.Module):
+    """A LLaMA of Transformers, with fewer heads of keys than of queries, and dropout."""
+
+    def __init__(self) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            num_hidden_layers=3,
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            num_attention_heads=NUM_HEADS,
+            num_key_value_heads=RANKS,
+            max_position_embeddings=64,
+            attention_dropout=0.1,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        self.model = LlamaForCausalLM(config)
+
+    @property
+    def layers(self) -> Any:
+        """Its blocks."""
+        return self.model.model.layers
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self.model(tokens, labels=tokens, use_cache=False).loss
+        return loss
+
+
+def transformers_llama(mesh: Any) -> nn.Module:
+    """The model in training mode with the matrices of its layers divided, the same everywhere."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = TransformersLlama().train()
+    columns = [f"self_attn.{part}_proj" for part in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+    for layer in model.layers:
+        plan: dict[str, Any] = {path: ColwiseParallel() for path in columns}
+        rows = ("self_attn.o_proj", "mlp.down_proj")
+        parallelize_module(layer, mesh, {**plan, **{path: RowwiseParallel() for path in rows}})
+    return model
+
+
 def tokens(seed: int = 0) -> Tensor:
     """A batch by the seed."""
     return torch.randint(0, VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(seed))
