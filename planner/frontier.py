@@ -24,7 +24,14 @@ from .base.solve_options import DEFAULT_GAP, SolveOptions
 from .base.step_spec import StepSpec
 from .block_plan import BlockPlan
 from .blocks.make_blocks import captured_in_blocks, plan_call
-from .comparing.budgets import AskedBudget, NamedBudget, even_budgets, in_bytes, read_budgets
+from .comparing.budgets import (
+    LEAST_BARE_BYTES,
+    AskedBudget,
+    NamedBudget,
+    even_budgets,
+    in_bytes,
+    read_budgets,
+)
 from .errors import InfeasibleBudgetError
 from .optimize import Granularity
 from .plan import Plan
@@ -111,6 +118,11 @@ def frontier(
     if isinstance(budgets, int):
         if isinstance(budgets, bool) or budgets < 2:
             raise ValueError(f"budgets is a number from 2 on, or a list of them, got {budgets!r}")
+        if budgets >= LEAST_BARE_BYTES:
+            raise ValueError(
+                f"budgets={budgets!r} asks for so many plans: write budgets=[{budgets!r}] for one "
+                "of so many bytes"
+            )
         count = budgets
     else:
         read = read_budgets(budgets, ())

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..comparing.budgets import LEAST_BARE_BYTES
 from ..errors import CaptureError, PlanError
 from ..frontier import NUM_BUDGETS, frontier
 from ..sizing.frontier_report import Frontier
@@ -41,7 +42,7 @@ def frontier_command(
         str,
         typer.Option(
             help="how many, evenly from the least that works to the peak without a plan; or which, "
-            "e.g. 80%,60%,12GB"
+            "e.g. 80%,60%,12GB; a bare number is bytes from 4096 on"
         ),
     ] = str(NUM_BUDGETS),
     blocks: Blocks = None,
@@ -67,7 +68,8 @@ def frontier_command(
     """Plan a training step at many budgets: what each byte costs in time."""
     dtype = read_autocast(autocast)
     text = budgets.strip()
-    asked = int(text) if text.isascii() and text.isdigit() else read_names(text)
+    is_count = text.isascii() and text.isdigit() and int(text) < LEAST_BARE_BYTES
+    asked = int(text) if is_count else read_names(text)
     assert asked is not None
     check_folder("--out", out)
     model, sample_input, loss_fn = load_target(target)

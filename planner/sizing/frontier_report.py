@@ -107,9 +107,10 @@ def _figures(point: FrontierPoint[Any]) -> dict[str, Any]:
 def report(found: Frontier[Any]) -> str:
     """One line for each budget."""
     how = "in blocks" if found.granularity == "blocks" else "as a whole"
+    number = len(found.points)
     lines = [
-        f"{found.model} planned {how} at {len(found.points)} budgets for {found.device}; without "
-        f"a plan {format_bytes(found.unplanned_peak_bytes)}",
+        f"{found.model} planned {how} at {number} budget{'s' * (number != 1)} for {found.device}; "
+        f"without a plan {format_bytes(found.unplanned_peak_bytes)}",
         f"  {'budget':>10} {'of it':>7} {'peak':>10} {'step':>10} {'overhead':>9} {'gap':>7}",
     ]
     for point in found.points:

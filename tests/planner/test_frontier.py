@@ -91,6 +91,12 @@ def test_one_budget_is_no_frontier(budgets: int) -> None:
         frontier(small(), batch(), budgets=budgets)
 
 
+def test_so_many_budgets_are_bytes() -> None:
+    """Nobody asks for thousands of plans."""
+    with pytest.raises(ValueError, match=r"write budgets=\[4096\] for one of so many bytes"):
+        frontier(small(), batch(), budgets=4096)
+
+
 def test_an_empty_list_of_budgets_is_refused() -> None:
     """And not answered with no points."""
     with pytest.raises(ValueError, match="budgets has none"):

@@ -40,6 +40,14 @@ def test_budgets_that_are_named() -> None:
     assert "1 MB" in done.stdout.splitlines()[-2]
 
 
+def test_a_large_number_is_bytes() -> None:
+    """Nobody asks for a million plans."""
+    done = CliRunner().invoke(app, ["frontier", TARGET, "--budgets=1000000", *QUICK])
+    assert done.exit_code == 0, done.output
+    assert "at 1 budget for" in done.stdout
+    assert "1 MB" in done.stdout
+
+
 def test_nothing_fits() -> None:
     """Exit status 3, and the table says what is known to work."""
     done = CliRunner().invoke(app, ["frontier", TARGET, "--budgets=1kB", *QUICK])
