@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from graph_capture.spread_out import local_part
 from graph_capture.units import format_bytes
 
 from ..base.resident import gradients_of
@@ -13,7 +14,7 @@ from .tally import Tally
 
 def say_not_consumed(model: nn.Module, plan: PlanRecord, tally: Tally) -> None:
     """Warn once about gradients that are still there when a backward pass has ended."""
-    memory = {t.untyped_storage().data_ptr(): t for t in gradients_of(model)}
+    memory = {t.untyped_storage().data_ptr(): t for t in map(local_part, gradients_of(model))}
     held_bytes = sum(t.untyped_storage().nbytes() for t in memory.values())
     if not held_bytes:
         return

@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.testing.bitwise import assert_same_tensors
+from graph_capture.spread_out import local_part
 from graph_capture.units import format_bytes
 from planner import (
     CaptureError,
@@ -107,6 +108,15 @@ def test_a_tensor_parallel_model_has_a_plan_of_its_own():
     own.apply(model)
     square(model(sample())).backward()
     assert applied_plan(model).planned_steps == 1
+
+
+def test_gradients_of_a_tensor_parallel_model_that_nothing_consumes_are_a_warning():
+    """Their bytes are those of this rank's parts."""
+    model = _divided(_layers())
+    optimize(model, sample(), budget_gb=1, loss_fn=square, grads="consumed").apply(model)
+    held = format_bytes(sum(local_part(p).nbytes for p in model.parameters()))
+    with pytest.warns(PlanWarning, match=f"{held} of gradients are there when the backward"):
+        square(model(sample())).backward()
 
 
 def test_a_model_that_returns_a_divided_tensor_is_refused_with_what_works():
