@@ -83,11 +83,22 @@ class Exchange:
         Raises
         ------
         PlanError
-            When another process has failed, has ended, or does not come in time.
+            When another process has failed, has ended, or does not come in time. One that
+            comes later than that is told that this one has not waited.
         """
+        said: dict[int, Report] = {}
+        try:
+            self._collect(said, report, timeout_s)
+        except BaseException as error:
+            if not any(_FAILED in other for other in said.values()):
+                self._tell({_FAILED: f"{type(error).__name__}: {error}"})  # who comes late sees it
+            raise
+        return said
+
+    def _collect(self, said: dict[int, Report], report: Report, timeout_s: float) -> None:
+        """Write this process's report, and wait for the others'."""
         deadline = time.monotonic() + timeout_s
         reminder = time.monotonic() + REMINDER_S
-        said: dict[int, Report] = {}
         try:
             store = default_store()
             store.set(self._key(self.rank), json.dumps(dict(report)))
@@ -114,7 +125,6 @@ class Exchange:
                 "Its own output says which; every process has to apply the plan, or call "
                 "check_same_plan"
             )
-        return said
 
     def _key(self, of: int) -> str:
         return f"{self._prefix}/{of}"
@@ -170,10 +180,10 @@ class Exchange:
 
 
 def _wait(store: Any, key: str, seconds: float) -> None:
-    """Wait a moment for a key; whether it came is seen afterwards."""
+    """Wait a moment for a key; whether it came, or the store has gone, is seen afterwards."""
     try:
         store.wait([key], timedelta(seconds=seconds))
-    except dist.DistStoreError:
+    except RuntimeError:  # DistStoreError of a TCPStore; a FileStore raises a plain one
         return
 
 

@@ -113,11 +113,23 @@ def _one_ends_at_work(rank: int, plans: list[Plan]) -> None:
         assert time.monotonic() - began < 20
 
 
-def _one_does_not_come(rank: int, plans: list[Plan]) -> None:
+def _one_comes_late(rank: int, plans: list[Plan]) -> None:
+    """After the other has given up; then both compare other plans."""
     if rank == 1:
-        exchange.Exchange((0, 1))  # and says nothing in it
-        return
-    check_same_plan(plans[0], timeout_s=2)
+        time.sleep(3)
+    try:
+        check_same_plan(plans[0], timeout_s=0.5)
+    except PlanError as error:
+        try:
+            check_same_plan(plans[rank])
+        except PlanMismatchError:
+            raise error from None
+
+
+def _one_is_slow(rank: int, plans: list[Plan]) -> None:
+    if rank == 1:
+        time.sleep(3 * exchange.BEAT_S)
+    check_same_plan(plans[0])
 
 
 def _the_store_ends(rank: int, plans: list[Plan]) -> None:
@@ -133,17 +145,17 @@ TOGETHER = (
     _another_is_not_applied,
     _none_on_one,
     _one_cannot_apply,
-    _one_does_not_come,
+    _one_comes_late,
     _one_ends_at_work,
 )
 """One after the other in the same two processes; in the last of them one ends."""
 
 
 def _process(
-    rank: int, works: tuple[Callable[[int, list[Plan]], None], ...], folder: str, port: int
+    rank: int, works: tuple[Callable[[int, list[Plan]], None], ...], folder: str, meeting: str
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     for work in works:
         said = "nothing"
         try:
@@ -153,12 +165,15 @@ def _process(
         Path(folder, f"{work.__name__}.{rank}.txt").write_text(said)
 
 
-def _run(works: tuple[Callable[[int, list[Plan]], None], ...], folder: Path) -> None:
-    """Have two processes do this."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (works, str(folder), port), nprocs=2)
+def _run(
+    works: tuple[Callable[[int, list[Plan]], None], ...], folder: Path, meeting: str | None = None
+) -> None:
+    """Have two processes do this, which meet at a port unless told otherwise."""
+    if meeting is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    mp.spawn(_process, (works, str(folder), meeting), nprocs=2)
 
 
 def _said(work: Callable[[int, list[Plan]], None], folder: Path) -> list[str]:
@@ -222,8 +237,17 @@ def test_a_process_that_ends_while_it_applies_is_named(folder: Path) -> None:
 
 @TWO_PROCESSES
 def test_a_process_that_does_not_come_is_named_by_the_other(folder: Path) -> None:
-    """After a time, without a hang."""
-    assert "rank 1 did not come to compare plans within 2 s" in _said(_one_does_not_come, folder)[0]
+    """After a time, without a hang. Come late, it hears of that, and both are in step again."""
+    waited, late = _said(_one_comes_late, folder)
+    assert "rank 1 did not come to compare plans within 0.5 s" in waited
+    assert "rank 0 could not apply the plan, so that no process does" in late
+
+
+@TWO_PROCESSES
+def test_processes_that_met_in_a_file_wait_for_each_other(folder: Path) -> None:
+    """Whose store says in another way that a moment is over."""
+    _run((_one_is_slow,), folder, f"file://{folder}/meeting")
+    assert _said(_one_is_slow, folder) == ["nothing", "nothing"]
 
 
 @TWO_PROCESSES
