@@ -32,6 +32,13 @@ def refuse_spread_out(model: nn.Module) -> None:
                 "step, and a plan would leave that out. Plan the module inside, and train through "
                 "the wrapper as before: optimize(wrapper.module, …).apply(wrapper.module)"
             )
+        if _is_replicated(module):
+            raise NotFittingError(
+                f"{name} is replicated by replicate_with_fsdp: its parameters are DTensors that "
+                "are exchanged for others while a step runs, and a plan is made for those that "
+                "stay. Wrap the model in DistributedDataParallel instead, and plan the wrapper: "
+                "optimize(wrapper, …).apply(wrapper)"
+            )
         # Set by FullyShardedDataParallel and by fully_shard, for torch.compile.
         if vars(module).get("_is_fsdp_managed_module") and not gathered:
             raise NotFittingError(
@@ -142,6 +149,13 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def _is_replicated(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers a module without having divided it."""
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    its_own = loaded is not None and isinstance(module, loaded.FSDPModule)
+    return its_own and not vars(module).get("_is_fsdp_managed_module")
 
 
 def _is_unit(module: nn.Module) -> bool:

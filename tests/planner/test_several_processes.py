@@ -208,6 +208,15 @@ OPTIONS = [
 ]
 
 
+def test_a_model_replicated_by_fsdp_is_refused_with_what_works():
+    """Its parameters are DTensors, but no parts of tensor parallel ones."""
+    replicated = pytest.importorskip("torch.distributed._composable.replicate_with_fsdp")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+    model = replicated.replicate(make(), mesh=mesh)
+    with pytest.raises(CaptureError, match=r"replicate_with_fsdp.*DistributedDataParallel instead"):
+        optimize(model, sample(), budget_gb=1, loss_fn=square)
+
+
 @pytest.mark.filterwarnings("ignore:find_unused_parameters=True")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_wrapped_models_buckets_are_in_its_plan_exactly(options):
