@@ -72,12 +72,16 @@ def apply_blocks(
 ) -> nn.Module:
     """Apply the plans, all or none; see :meth:`planner.BlockPlan.apply`.
 
+    Plans of an earlier call are replaced. They are removed, too, once one of these was
+    applied and another one cannot be: what is left would be a part of that plan.
+
     Parameters
     ----------
     compiler_of
         Returns what compiles the plan of the block at a path; ``None`` compiles nothing.
     """
     look = LookAtLoop.of(step, model)
+    earlier = [m for _, m in _planned(model)]
     done: list[nn.Module] = []
     try:
         with on_all_ranks(step, _ranks_with(step, model)):
@@ -98,9 +102,13 @@ def apply_blocks(
                     raise PlanMismatchError(f"block {path!r}: {error}") from error
                 place_in_model(module, path, look)
                 done.append(module)
+            for module in earlier:
+                if module not in done:
+                    remove_plan(module)
     except BaseException:
-        for module in done:
-            remove_plan(module)
+        if done:
+            for _, module in _planned(model):
+                remove_plan(module)
         raise
     return model
 

@@ -242,6 +242,24 @@ class Opaque(Small):
         return nn.functional.cross_entropy(self.head(hidden) * weights, target)
 
 
+def test_a_plan_of_other_blocks_takes_the_place_of_an_earlier_one() -> None:
+    """No block keeps its earlier plan, whose memory the new one does not count."""
+    planned = small_plan().apply(small())
+    fewer = optimize(small(), batch(), budget="95%", granularity="blocks", blocks="layers.0")
+    applied = applied_blocks(fewer.apply(planned))
+    assert applied is not None
+    assert list(applied.blocks) == ["layers.0"]
+
+
+def test_a_plan_that_does_not_fit_leaves_no_part_of_an_earlier_one() -> None:
+    """The first block fits, the last one does not."""
+    planned = small_plan().apply(small())
+    planned.layers[-1].append_parameter = nn.Parameter(torch.ones(1))
+    with pytest.raises(PlanMismatchError, match="append_parameter"):
+        small_plan().apply(planned)
+    assert applied_blocks(planned) is None
+
+
 def test_a_refusal_of_the_whole_step_offers_blocks() -> None:
     """By the argument that plans them."""
     with pytest.raises(RuntimeError) as caught:
