@@ -197,7 +197,7 @@ class CostGraph:
         return {
             "format": GRAPH_FORMAT,
             "operators": [_record_of(op) for op in self.operators],
-            "storages": [asdict(s) for s in self.storages],
+            "storages": list(map(_plain, self.storages)),
         }
 
     @classmethod
@@ -264,9 +264,14 @@ class CostGraph:
         return hashlib.sha256(json.dumps(shape).encode()).hexdigest()[:32]
 
 
+def _plain(record: Operator | Storage) -> dict[str, Any]:
+    """Its fields, as ``asdict`` returns them; they are numbers, strings and tuples of numbers."""
+    return {name: getattr(record, name) for name in type(record).__slots__}
+
+
 def _record_of(op: Operator) -> dict[str, Any]:
     """An operator as plain data; ``rewrites``, which are rare, only if there are any."""
-    record = asdict(op)
+    record = _plain(op)
     if not op.rewrites:
         del record["rewrites"]
     return record
