@@ -14,15 +14,16 @@ torch/nn/parallel/distributed.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .private_torch.modules import bucketed_parameters_of
+from .private_torch.modules import bucketed_parameters_of, replicated_by
 
 WORD = "ddp"
 _FLAG_BYTES = 4  # an int32 for each parameter that says whether it was used
@@ -73,6 +74,19 @@ class DataParallel:
         """Read the options of a wrapper."""
         return cls(**{f.name: bool(getattr(wrapper, f.name)) for f in fields(cls)})
 
+    @classmethod
+    def found_on(cls, model: Any) -> DataParallel | None:
+        """Return the options of a wrapper or of ``replicate``; ``None`` without either."""
+        if isinstance(model, DistributedDataParallel):
+            return cls.of_wrapper(model)
+        replicated = replicated_by(model)
+        if replicated is None:
+            return None
+        wrapper, options = replicated
+        if wrapper is not None:
+            return cls.of_wrapper(wrapper)
+        return cls(**{f.name: bool(options.get(f.name)) for f in fields(cls)})
+
     @property
     def copies_outputs(self) -> bool:
         """Whether the model's outputs are copied, in the first step at least."""
@@ -106,9 +120,25 @@ def scaling_bytes(torch_type: str) -> int:
     return 12 if torch_type == "cpu" else 0
 
 
+def ranks_of(model: Any) -> Sequence[int] | None:
+    """Return the processes among which a wrapper, or ``replicate``, reduces gradients."""
+    if isinstance(model, DistributedDataParallel):
+        return dist.get_process_group_ranks(model.process_group)
+    replicated = replicated_by(model)
+    if replicated is None:
+        return None
+    wrapper, options = replicated
+    group, mesh = options.get("process_group"), options.get("device_mesh")
+    if wrapper is not None:
+        group = wrapper.process_group
+    elif mesh is not None:
+        group = mesh.get_group()
+    return dist.get_process_group_ranks(group or dist.group.WORLD)
+
+
 def buckets_of(wrapper: DistributedDataParallel) -> list[nn.Parameter]:
     """Return the parameters whose gradients lie in a wrapper's buckets."""
     return [p for p in bucketed_parameters_of(wrapper) if p.requires_grad]
 
 
-__all__ = ["DataParallel", "bucket_bytes", "buckets_of", "scaling_bytes"]
+__all__ = ["DataParallel", "bucket_bytes", "buckets_of", "ranks_of", "scaling_bytes"]

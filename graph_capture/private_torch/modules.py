@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from operator import attrgetter
 from typing import Any
 
@@ -36,6 +37,19 @@ def active_data_parallel() -> Any:
     return DistributedDataParallel._active_ddp_module
 
 
+def replicated_by(module: Any) -> tuple[Any, dict[str, Any]] | None:
+    """What ``torch.distributed._composable.replicate`` has put around a module, if anything; 2.11+.
+
+    The ``DistributedDataParallel``, or ``None`` before the first call, which makes it, and what it
+    will be made with.
+    """
+    composable = sys.modules.get("torch.distributed._composable.replicate")
+    if composable is None or not isinstance(module, composable.DDP):
+        return None
+    state = composable.replicate.state(module)
+    return (state._ddp, {}) if state.has_initialized else (None, state._init_kwargs)
+
+
 # 2.11+; the parameters whose gradients a DistributedDataParallel has in its buckets
 bucketed_parameters_of = attrgetter("_module_parameters")
 
@@ -49,4 +63,5 @@ __all__ = [
     "compiled_from",
     "has_backward_hooks",
     "parameters_of",
+    "replicated_by",
 ]

@@ -16,8 +16,8 @@ from .replacing import Place
 def gathered_group_of(module: nn.Module) -> Any:
     """The parameters that ``fully_shard`` gathers for a module's calls, or ``None``; 2.11+.
 
-    Read of it are ``mesh_info``, ``post_forward_mesh_info``, ``mp_policy``, ``reduce_grads`` and
-    ``fsdp_params``.
+    Read of it are ``mesh_info``, ``post_forward_mesh_info``, ``mp_policy``, ``reduce_grads``,
+    ``offload_policy`` and ``fsdp_params``.
     """
     if not vars(module).get("_is_fsdp_managed_module"):
         return None
@@ -71,11 +71,24 @@ def kept_waiting(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.trigger_wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
+def prefetches_of(module: Any) -> list[str]:
+    """Return the methods by which a sharded module was told what to gather ahead of time; 2.11+."""
+    if gathered_group_of(module) is None:
+        return []
+    state = module._get_fsdp_state()
+    return [
+        f"set_modules_to_{way}_prefetch"
+        for way in ("forward", "backward")
+        if getattr(state, f"_states_to_{way}_prefetch")
+    ]
+
+
 __all__ = [
     "divisions_outside_of_modes",
     "division_of",
     "gathered_group_of",
     "kept_waiting",
     "part_of",
+    "prefetches_of",
     "whole_of",
 ]

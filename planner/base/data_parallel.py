@@ -29,7 +29,8 @@ def wrapped_by(
     Parameters
     ----------
     model
-        A module, or a ``DistributedDataParallel`` of it, whose own options are taken.
+        A module, or a ``DistributedDataParallel`` of it, whose own options are taken; likewise
+        those with which ``replicate`` was called on it.
     distributed
         What the user says is around it.
 
@@ -40,15 +41,15 @@ def wrapped_by(
     """
     is_sharded = FullySharded.is_word(distributed)
     said = FullySharded.of(distributed) if is_sharded else DataParallel.of(distributed)
-    if not isinstance(model, DistributedDataParallel):
+    found = DataParallel.found_on(model)
+    if found is None:
         return model, said
-    found = DataParallel.of_wrapper(model)
     if said is not None and said not in (found, DataParallel()):
         raise ValueError(
             f"distributed={str(said)!r}, and the model is wrapped as {str(found)!r}: leave the "
             "argument out, since the wrapper's own options are taken"
         )
-    return model.module, found
+    return inside(model), found
 
 
 __all__ = ["Distributed", "inside", "wrapped_by"]

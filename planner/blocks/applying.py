@@ -11,6 +11,7 @@ from torch import nn
 from graph_capture.private_torch.sharding import gathered_group_of
 from graph_capture.spread_out import is_sharded
 
+from ..base.data_parallel import inside
 from ..base.forward_slot import Forward, Forwards, forward_set, own_forward, stand_in_of
 from ..base.live_state import LiveState
 from ..errors import PlanError, PlanMismatchError
@@ -117,7 +118,9 @@ def _refuse_at_once(model: nn.Module, on_shape_change: OnShapeChange) -> None:
     if on_shape_change not in POLICIES:
         raise ValueError(
             f"on_shape_change is one of {POLICIES} for a plan in blocks, got {on_shape_change!r}: "
-            "a block cannot plan another shape by itself, since the budget is the whole step's"
+            "a block cannot plan another shape by itself, since the budget is the whole step's. "
+            "Where shapes change, plan the largest in blocks and take 'unplanned' for the others, "
+            "or plan the whole step (granularity='step'), which adapts"
         )
     if stand_in_of(model) is not None:
         raise PlanError(
@@ -207,6 +210,7 @@ def _at(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
+        hint = "" if inside(model) is model else ": apply it to the module inside, wrapper.module"
         raise PlanMismatchError(
-            f"this {type(model).__name__} has no block {path!r}, which the plan is for"
+            f"this {type(model).__name__} has no block {path!r}, which the plan is for{hint}"
         ) from error

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from graph_capture.fully_sharded import FullySharded
-from graph_capture.private_torch.sharding import gathered_group_of
+from graph_capture.loop_holds import LoopHolds
+from graph_capture.private_torch.modules import active_data_parallel
+from graph_capture.private_torch.sharding import gathered_group_of, prefetches_of
 from graph_capture.units import format_bytes
 
 from ..plan_record import PlanRecord
 from ..running.tally import Tally
+from ..running.uncounted_buckets import output_bytes, uncounted_bytes
 
 
 @dataclass(kw_only=True)
@@ -26,22 +29,23 @@ class LookAtLoop:
     ----------
     model
         The model that the blocks are in.
-    planned
-        How the plan counts that blocks are sharded; ``None`` for not at all.
-    accumulates
-        Whether it counts gradients that are there before the step.
+    holds
+        What the plan counts that the loop holds, and how blocks are sharded.
+    device_type
+        Where the step runs.
     peak_bytes, budget_bytes
         The predicted peak, and what it may be.
-    gradient_bytes
-        Of the gradients that a step leaves.
+    gradient_bytes, output_bytes
+        Of the gradients that a step leaves, and of the model's outputs.
     """
 
     model: weakref.ref[nn.Module]
-    planned: FullySharded | None
-    accumulates: bool
+    holds: LoopHolds
+    device_type: str
     peak_bytes: int
     budget_bytes: int
     gradient_bytes: int
+    output_bytes: int
     _tally: Tally = field(default_factory=Tally, repr=False, compare=False)
     _begun: bool = False
 
@@ -50,13 +54,14 @@ class LookAtLoop:
         """Return one for a plan of a step."""
         return cls(
             model=weakref.ref(model),
-            planned=step.holds.sharded,
-            accumulates=step.holds.accumulates,
+            holds=step.holds,
+            device_type=step.device_type,
             peak_bytes=step.predicted_peak_bytes,
             budget_bytes=step.budget_bytes,
             gradient_bytes=sum(
                 s.size_bytes for s in step.graph.storages if s.category == "gradient" and s.kept
             ),
+            output_bytes=output_bytes(step),
         )
 
     def __call__(self, block: nn.Module, *, again: bool) -> bool:
@@ -72,11 +77,12 @@ class LookAtLoop:
                 return False
             self._begun = True
             self._look_at_shards(block)
+            self._look_at_buckets()
         return self._look_at_gradients(block)
 
     def _look_at_shards(self, block: nn.Module) -> None:
         """Warn where a block is sharded otherwise than planned."""
-        found, planned = FullySharded.found_on(block), self.planned
+        found, planned = FullySharded.found_on(block), self.holds.sharded
         if planned is not None and found is not None:
             adds = planned.no_sync or found.no_sync  # some micro-batch reduces in any case
             found = replace(found, reshard_root=self._reshards_root(planned), no_sync=adds)
@@ -85,7 +91,7 @@ class LookAtLoop:
         if found == planned and other is None:
             return
         is_so = "not sharded by itself" if found is None else f"sharded as {found}"
-        counts = "that it is not" if self.planned is None else str(self.planned)
+        counts = "that it is not" if self.holds.sharded is None else str(self.holds.sharded)
         advice = (
             "shard each block with fully_shard, or plan without distributed="
             if found is None
@@ -100,6 +106,23 @@ class LookAtLoop:
             f"may be above the budget; {advice}",
         )
 
+    def _look_at_buckets(self) -> None:
+        """Warn where a ``DistributedDataParallel`` has gradients in memory of its own."""
+        wrapper = active_data_parallel()
+        if wrapper is None:
+            return
+        num_bytes = uncounted_bytes(wrapper, self.holds, self.device_type, self.output_bytes)
+        if not num_bytes or self.peak_bytes + num_bytes <= self.budget_bytes:
+            return
+        peak = format_bytes(self.peak_bytes + num_bytes)
+        self._tally.say(
+            "buckets",
+            f"{format_bytes(num_bytes)} of gradients lie in the buckets of a "
+            f"DistributedDataParallel, which the plan does not count: its peak may be {peak}, the "
+            f"budget is {format_bytes(self.budget_bytes)}. Plan in blocks with resident_bytes="
+            f"{num_bytes}, which counts them",
+        )
+
     def _reshards_root(self, planned: FullySharded) -> bool:
         """Whether the model's own group is resharded after forward; as planned without one."""
         model = self.model()
@@ -111,6 +134,13 @@ class LookAtLoop:
         group, model = gathered_group_of(block), self.model()
         if group is None:
             return None
+        if type(group.offload_policy).__name__ == "CPUOffloadPolicy":
+            return (
+                "sharded with CPUOffloadPolicy, which keeps shards, gradients and the optimizer's "
+                "state on the CPU",
+                "no word counts that: leave offload_policy= out. Less than predicted is on the "
+                "device, and copies of shards beside it",
+            )
         if not sharded:
             return (
                 "sharded among one process, which gathers copies",
@@ -120,6 +150,14 @@ class LookAtLoop:
             return (
                 "sharded together with other parameters, or without some of its own",
                 "call fully_shard once for each planned block",
+            )
+        ahead = sorted({name for b in self._blocks() for name in prefetches_of(b)})
+        if ahead:
+            return (
+                f"in a model with {' and '.join(ahead)}, which gather more blocks ahead of time "
+                "than are counted",
+                "leave these calls out, or give the plan a budget that is lower by the gathered "
+                "parameters of as many blocks",
             )
         inside = {id(p) for b in self._blocks() for p in b.parameters()}
         if model is None or gathered_group_of(model) is not None:
@@ -139,7 +177,7 @@ class LookAtLoop:
     def _look_at_gradients(self, block: nn.Module) -> bool:
         """Warn where gradients are there that the budget has no room for."""
         peak_bytes = self.peak_bytes + self.gradient_bytes
-        if self.accumulates or peak_bytes <= self.budget_bytes:
+        if self.holds.accumulates or peak_bytes <= self.budget_bytes:
             return False
         group = gathered_group_of(block)
         parameters = (

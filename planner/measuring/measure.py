@@ -53,7 +53,7 @@ import torch
 from torch import nn
 
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
-from graph_capture.data_parallel import bucket_bytes
+from graph_capture.data_parallel import DataParallel, bucket_bytes
 from graph_capture.fully_sharded import FullySharded
 from graph_capture.loop_holds import NOTHING_ELSE, Grads, LoopHolds, Outputs
 from graph_capture.private_torch.devices import cublas_workspace_clearer
@@ -252,11 +252,12 @@ def measure(
     with preserve_state(model, sample_input, loss_fn, optimizer):
         if isinstance(optimizer, str):
             optimizer = build_optimizer(optimizer, model.parameters())
-        own = holds if run is model else replace(holds, distributed=None)  # the wrapper does it
+        is_wrapped = DataParallel.found_on(run) is not None
+        own = replace(holds, distributed=None) if is_wrapped else holds  # the wrapper does it
         step = make_step(
             run, sample_input, loss_fn=loss_fn, optimizer=optimizer, seed=seed, holds=own
         )
-        for _ in range(1 if run is model else _STEPS_OF_WRAPPER):
+        for _ in range(_STEPS_OF_WRAPPER if is_wrapped else 1):
             step()
         clear_gradients(model, sample_input, loss_fn, set_to_none=not own.keeps_gradients)
         held = resident_tensors(model, sample_input, loss_fn=loss_fn, optimizer=optimizer)

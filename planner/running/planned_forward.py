@@ -47,7 +47,7 @@ from .live_guard import looks_of
 from .planned_call import PlannedCall
 from .surroundings import foreign_surroundings
 from .tally import Tally
-from .uncounted_buckets import uncounted_bytes
+from .uncounted_buckets import output_bytes, uncounted_bytes
 from .unplanned_backward import UnplannedBackward
 
 MAX_CALLS = 64
@@ -443,10 +443,11 @@ class PlannedForward(StandIn):
     def _say_buckets(self, call: PlannedCall) -> None:
         """Warn that ``DistributedDataParallel`` accumulates gradients in its own memory."""
         wrapper = active_data_parallel()
-        if wrapper is None or self._buckets_said:
-            return
+        if wrapper is None or self._buckets_said or self.block is not None:
+            return  # of a block whoever looks at the loop says it
         self._buckets_said = True
-        num_bytes = uncounted_bytes(wrapper, call.plan)
+        plan = call.plan
+        num_bytes = uncounted_bytes(wrapper, plan.holds, plan.device_type, output_bytes(plan))
         found = DataParallel.of_wrapper(wrapper)
         if num_bytes:
             self._say_held(

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from graph_capture.data_parallel import ranks_of
 from graph_capture.spread_out import mesh_of
 
 from ..errors import PlanError, PlanMismatchError
@@ -101,14 +101,12 @@ def on_all_ranks(plan: PlanRecord | nn.Module, ranks: Sequence[int] | None) -> I
 def applied_everywhere(model: nn.Module) -> Iterator[None]:
     """Likewise for a plan of a whole step, whose module is in the hands of several processes.
 
-    Other than a bare module, a ``DistributedDataParallel`` is in the hands of every process of
-    its group, and a model that ``parallelize_module`` has divided in those of its mesh. A plan that
-    is refused is removed again.
+    Other than a bare module, a ``DistributedDataParallel``, or a module that ``replicate`` was
+    called on, is in the hands of every process of its group, and a model that
+    ``parallelize_module`` has divided in those of its mesh. A plan that is refused is removed
+    again.
     """
-    if isinstance(model, DistributedDataParallel):
-        ranks: Sequence[int] | None = dist.get_process_group_ranks(model.process_group)
-    else:
-        ranks = ranks_dividing(model)
+    ranks = ranks_of(model) or ranks_dividing(model)
     before = applied_plan(model)
     try:
         with on_all_ranks(model, ranks):

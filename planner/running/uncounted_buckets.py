@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch.nn.parallel import DistributedDataParallel
 
 from graph_capture.data_parallel import DataParallel, bucket_bytes, buckets_of
+from graph_capture.loop_holds import LoopHolds
 
 from ..plan_record import PlanRecord
 
 
-def uncounted_bytes(wrapper: DistributedDataParallel, plan: PlanRecord) -> int:
+def uncounted_bytes(
+    wrapper: DistributedDataParallel, holds: LoopHolds, device_type: str, output_bytes: int
+) -> int:
     """Return how many bytes a wrapper's buckets and copies take that a plan does not count.
 
     Buckets are counted by the plan's word for them, by ``resident_bytes`` that are at least
@@ -20,12 +23,16 @@ def uncounted_bytes(wrapper: DistributedDataParallel, plan: PlanRecord) -> int:
     ----------
     wrapper
         Its forward runs.
+    holds, device_type
+        Of the plan.
+    output_bytes
+        Bytes of the model's outputs, which the wrapper may copy.
     """
-    parameters, holds = buckets_of(wrapper), plan.holds
+    parameters = buckets_of(wrapper)
     found, planned = DataParallel.of_wrapper(wrapper), holds.distributed
 
     def buckets(options: DataParallel) -> int:
-        return bucket_bytes(options, parameters, plan.device_type)
+        return bucket_bytes(options, parameters, device_type)
 
     become_parts = found.gradient_as_bucket_view and wrapper.require_backward_grad_sync
     gradients_bytes = buckets(DataParallel())
@@ -39,12 +46,12 @@ def uncounted_bytes(wrapper: DistributedDataParallel, plan: PlanRecord) -> int:
     if holds.in_buckets and not become_parts:
         there_bytes += gradients_bytes
     if found.copies_outputs and not holds.copies_outputs:
-        there_bytes += _output_bytes(plan)
+        there_bytes += output_bytes
     return max(0, there_bytes - counted_bytes)
 
 
-def _output_bytes(plan: PlanRecord) -> int:
-    """Bytes of the model's outputs, which the wrapper copies."""
+def output_bytes(plan: PlanRecord) -> int:
+    """Return the bytes of a planned model's outputs."""
     return sum(
         s.size_bytes
         for s in plan.graph.storages
@@ -54,4 +61,4 @@ def _output_bytes(plan: PlanRecord) -> int:
     )
 
 
-__all__ = ["uncounted_bytes"]
+__all__ = ["output_bytes", "uncounted_bytes"]

@@ -347,6 +347,22 @@ def _buckets_found() -> bool:
     return "self._module_parameters = " in source  # making one takes a process group
 
 
+def _replicated() -> bool:
+    from torch.distributed._composable import replicate
+
+    layer = replicate(nn.Linear(2, 2), static_graph=True)
+    return modules.replicated_by(layer) == (None, {"static_graph": True}) and (
+        modules.replicated_by(MODULE) is None
+    )
+
+
+def _prefetches_found() -> bool:
+    folder = Path(torch.distributed.__file__).parent / "fsdp" / "_fully_shard"
+    state = (folder / "_fsdp_state.py").read_text("utf-8")
+    names = [f"self._states_to_{way}_prefetch: " for way in ("forward", "backward")]
+    return all(name in state for name in names) and not sharding.prefetches_of(MODULE)
+
+
 def _groups_found() -> bool:
     folder = Path(torch.distributed.__file__).parent / "fsdp" / "_fully_shard"
     state, group, parameter = (
@@ -354,6 +370,7 @@ def _groups_found() -> bool:
         for part in ("state", "param_group", "param")
     )  # sharding a module takes a process group
     names = ("mesh_info", "post_forward_mesh_info", "mp_policy", "reduce_grads", "fsdp_params")
+    names += ("offload_policy",)
     return (
         sharding.gathered_group_of(MODULE) is None
         and "_fsdp_param_group" in state
@@ -611,6 +628,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "modules.has_backward_hooks": _hooked,
     "modules.active_data_parallel": lambda: modules.active_data_parallel() is None,
     "modules.bucketed_parameters_of": _buckets_found,
+    "modules.replicated_by": _replicated,
     "sharding.gathered_group_of": _groups_found,
     **dict.fromkeys(
         (
@@ -622,6 +640,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
         ),
         _divided,
     ),
+    "sharding.prefetches_of": _prefetches_found,
     "settings.onednn_enabled": lambda: settings.onednn_enabled() is True,
     "settings.cudnn_enabled": lambda: settings.cudnn_enabled() == torch.backends.cudnn.enabled,
     "settings.flash_attention_enabled": lambda: settings.flash_attention_enabled() is True,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.testing.bitwise import assert_same_tensors
-from planner import Plan, PlanWarning, measure, optimize
+from planner import Plan, PlanError, PlanWarning, measure, optimize
 from tests.planner.small import make
 
 pytestmark = [
@@ -137,15 +137,55 @@ def work(rank: int, folder: str) -> None:
         runs = [train(rank, options, p, accumulates=accumulates) for p in (None, plan)]
         results.append(([(f.gradients, f.before_first_bucket) for f in runs], peaks))
     torch.save(results, f"{folder}/{rank}")
+    torch.save(composed(rank, folder), f"{folder}/composed.{rank}")
     dist.barrier()
     dist.destroy_process_group()
 
 
+def composed(rank: int, folder: str) -> dict[str, Any]:
+    """The same with ``replicate``, which leaves the model in place of a wrapper."""
+    from torch.distributed._composable.replicate import replicate
+
+    def made() -> nn.Module:
+        return replicate(deep({}), gradient_as_bucket_view=True)
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        torch.manual_seed(rank)
+        loss_of(model(**call(rank))).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    words: dict[str, Any] = {"loss_fn": loss_of, "outputs": "released"}
+    if rank == 0:
+        optimize(made(), call(0), budget="85%", time_limit_s=3, **words).save(f"{folder}/composed")
+    dist.barrier()
+    plan, model = Plan.load(f"{folder}/composed"), made()
+    plan.apply(model)
+    pairs = zip(gradients(model), gradients(made()), strict=True)
+    same = all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    own = deep({})
+    own.layers[0] = nn.Linear(WIDTH, WIDTH, bias=False) if rank else own.layers[0]
+    with pytest.raises(PlanError) as refused:
+        plan.apply(replicate(own))
+    return {
+        "word": str(plan.holds.distributed),
+        "same": same,
+        "predicted": plan.predicted_peak_bytes,
+        "measured": measured(model, words),
+        "refused": str(refused.value),
+    }
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """For each way to train what eager and what a plan did, in the first process."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes have seen."""
     folder: Path = tmp_path_factory.mktemp("ddp")
     mp.spawn(work, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[Any]:
+    """For each way to train what eager and what a plan did, in the first process."""
     one, other = (torch.load(folder / str(rank)) for rank in range(2))
     for way, ((eager, planned), peaks) in zip(one, other, strict=True):
         for before, after in zip(eager[0], planned[0], strict=True):
@@ -174,3 +214,13 @@ def test_the_peak_of_each_process_is_as_predicted(found: list[Any], way: int) ->
     """Buckets included, in both processes."""
     _, (predicted, recorded) = found[way][1]
     assert -TINY_BYTES <= recorded - predicted <= DIVISOR_BYTES
+
+
+def test_replicate_is_counted_like_the_wrapper(folder: Path) -> None:
+    """Its options are found, bits and peak are as promised, and a plan is for all or for none."""
+    for rank in range(2):
+        seen = torch.load(folder / f"composed.{rank}")
+        assert seen["word"] == "ddp:gradient_as_bucket_view"
+        assert seen["same"]
+        assert -TINY_BYTES <= seen["measured"] - seen["predicted"] <= DIVISOR_BYTES
+        assert ("rank 1 could not apply the plan" in seen["refused"]) == (rank == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from graph_capture.loop_holds import NOTHING_ELSE
 from planner import BlockPlan, PlanWarning, applied_blocks, check_same_plan, measure
+from planner.blocks.looking_at_loop import LookAtLoop
 from planner.errors import PlanError, PlanMismatchError
 
 from .small_blocks import ROWS, batch, deep, deep_plan
@@ -177,6 +180,7 @@ def _otherwise(rank: int, folder: str) -> dict[str, Any]:
             warnings.simplefilter("always", PlanWarning)
             _train(model)
         found[name] = [str(w.message) for w in said if w.category is PlanWarning]
+    found |= _uncounted(plan)
     model = plan.apply(_sharded(deep()))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", PlanWarning)
@@ -199,6 +203,32 @@ def _otherwise(rank: int, folder: str) -> dict[str, Any]:
         applied_blocks(short),
         time.monotonic() - began,
     )
+    return found
+
+
+def _uncounted(plan: BlockPlan) -> dict[str, list[str]]:
+    """What is said of options that no word counts, and of what is not ``fully_shard``."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.nn.parallel import DistributedDataParallel
+
+    offloaded = _sharded(deep(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    ahead = _sharded(deep())
+    ahead.layers[0].set_modules_to_forward_prefetch([ahead.layers[1], ahead.layers[2]])
+    found = {}
+    for name, model in (("offload", offloaded), ("ahead", ahead)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", PlanWarning)
+            LookAtLoop.of(plan, model)(model.layers[0], again=False)
+        found[name] = [str(w.message) for w in said]
+    tight = replace(plan, budget_bytes=plan.predicted_peak_bytes, holds=NOTHING_ELSE)
+    wrapper = DistributedDataParallel(deep())
+    with pytest.raises(PlanMismatchError, match=r"apply it to the module inside, wrapper\.module"):
+        tight.apply(wrapper)
+    tight.apply(wrapper.module)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", PlanWarning)
+        wrapper(*batch(ROWS)).backward()
+    found["wrapped"] = [str(w.message) for w in said if "buckets" in str(w.message)]
     return found
 
 
@@ -287,6 +317,21 @@ def test_sharded_gradients_that_are_not_counted_are_said_once(
         assert "26.4 kB of gradients are there when a planned step begins" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("offload", "sharded with CPUOffloadPolicy, which keeps shards, gradients"),
+        ("ahead", "with set_modules_to_forward_prefetch, which gather more blocks ahead of"),
+        ("wrapped", "52.8 kB of gradients lie in the buckets of a DistributedDataParallel"),
+    ],
+)
+def test_what_no_word_counts_is_said(found: list[dict[str, Any]], name: str, words: str) -> None:
+    """Once, with what to do instead."""
+    for rank in found:
+        (said,) = rank[name]
+        assert words in said
+
+
 @pytest.mark.parametrize("when", ["sharded", "not yet"])
 def test_a_rank_with_another_plan_is_an_error_on_both(
     found: list[dict[str, Any]], when: str
@@ -315,6 +360,17 @@ UNEVEN = 18
 """A width that four ranks do not divide."""
 
 
+def _replicas(plan: BlockPlan) -> tuple[bool, int]:
+    """Bits and peak with two replicas of two shards each, on a mesh of two dimensions."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    make = partial(_sharded, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("r", "s")))
+    model = plan.apply(make(deep(UNEVEN)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlanWarning)
+        return _same(_train(model), _train(make(deep(UNEVEN)))), _peak(model)
+
+
 def _four(rank: int, folder: str) -> None:
     _begin(rank, folder, world_size=4)
     plan = BlockPlan.load(f"{folder}/plan.json")
@@ -325,21 +381,35 @@ def _four(rank: int, folder: str) -> None:
     two = BlockPlan.load(f"{folder}/two.json").apply(_sharded(deep(UNEVEN)))
     with pytest.warns(PlanWarning, match=r"as fsdp2:ranks=4, and its plan counts fsdp2:ranks=2:"):
         two(*batch(ROWS)).backward()
-    _end(rank, folder, {"same": same, "peak": _peak(model), "eager": _peak(make(deep(UNEVEN)))})
+    replicas = _replicas(BlockPlan.load(f"{folder}/two.json"))
+    _end(
+        rank,
+        folder,
+        {
+            "replicas": replicas,
+            "same": same,
+            "peak": _peak(model),
+            "eager": _peak(make(deep(UNEVEN))),
+        },
+    )
 
 
 def test_four_ranks_with_padded_shards_that_keep_some_among_two(tmp_path: Path) -> None:
     """Bits on each; the first, whose shards are longest, has the predicted peaks.
 
-    A plan for two ranks says that there are four.
+    A plan for two ranks says that there are four; with two replicas of two shards each it is exact.
     """
     plan = deep_plan("fsdp2:ranks=4,reshard_after_forward=2", width=UNEVEN)
     plan.save(tmp_path / "plan.json")
-    deep_plan("fsdp2:ranks=2", width=UNEVEN).save(tmp_path / "two.json")
+    two = deep_plan("fsdp2:ranks=2", width=UNEVEN)
+    two.save(tmp_path / "two.json")
     mp.spawn(_four, (str(tmp_path),), nprocs=4)
     for rank in range(4):
         seen = torch.load(tmp_path / str(rank))
         assert seen["same"]
+        same, recorded = seen["replicas"]
+        assert same
+        assert two.predicted_peak_bytes - 2 * TINY_BYTES <= recorded <= two.predicted_peak_bytes
         for predicted, recorded, more in (
             (plan.predicted_peak_bytes, seen["peak"], 0),
             (plan.baseline_peak_bytes, seen["eager"], TINY_BYTES),
