@@ -207,6 +207,11 @@ def optimize(
     )
     if granularity not in get_args(Granularity):
         raise ValueError(f"granularity is one of {get_args(Granularity)}, got {granularity!r}")
+    if granularity != "blocks" and blocks != "auto":
+        raise ValueError(
+            f"blocks={blocks!r:.100} is for plans in blocks: add granularity='blocks', or leave it "
+            "out"
+        )
     if granularity == "blocks":
         return BlockPlan.of_blocks(*make_block_plan(spec, request, blocks), spec.loss_fn)
     try:

@@ -33,7 +33,7 @@ class PlanSet(Sequence[Plan]):
     Raises
     ------
     ValueError
-        When there is none.
+        When there is none, or one is in blocks.
 
     Examples
     --------
@@ -51,6 +51,12 @@ class PlanSet(Sequence[Plan]):
         object.__setattr__(self, "plans", tuple(self.plans))
         if not self.plans:
             raise ValueError("a set of plans needs at least one")
+        for plan in self.plans:
+            if type(plan) is not Plan:
+                raise ValueError(
+                    f"a set holds plans of whole steps, and this is a {type(plan).__name__}: make "
+                    "each with optimize(…, granularity='step'), or apply a plan in blocks alone"
+                )
 
     @classmethod
     def of(cls, model: nn.Module) -> PlanSet:

@@ -193,7 +193,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             f"the arguments of optimize() are understood, and {unknown[0]!r} is none of them; "
             f"there are {', '.join(sorted(_OPTIONS))}"
         )
-    if options.get("granularity", "step") != "step":
+    if options.get("granularity", "step") != "step" or options.get("blocks", "auto") != "auto":
         raise ValueError(
             "a first call is planned as a whole step; to plan in blocks, watch(model) without a "
             "budget, and pass its sample_input to optimize(…, granularity='blocks')"

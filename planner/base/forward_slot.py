@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import PlanError
 from .unwrap import find_wrapped
 
 # Where a module keeps its stand-in, since others may wrap or replace what is in ``forward``.
@@ -60,6 +61,24 @@ def planned_inside(model: nn.Module) -> list[tuple[str, StandIn]]:
         for path, module in model.named_modules()
         if path and (stand_in := stand_in_of(module)) is not None
     ]
+
+
+def refuse_plans_inside(model: nn.Module, error: Exception) -> None:
+    """Name a plan inside a model that could not be captured, if there is one.
+
+    Raises
+    ------
+    PlanError
+        From the capture's error.
+    """
+    inside = planned_inside(model)
+    if inside:
+        raise PlanError(
+            f"module {inside[0][0]!r} inside this {type(model).__name__} has a plan of its own, "
+            "and the step could not be captured with it: remove it first, by "
+            "BlockPlan.remove(model) where the model has plans in blocks, else by Plan.remove of "
+            "the module"
+        ) from error
 
 
 def put_stand_in(model: nn.Module, stand_in: StandIn) -> None:

@@ -21,14 +21,13 @@ from solvers.replay import replay
 from solvers.schedule import Schedule
 
 from ..base.call_guard import lazy_input
-from ..base.forward_slot import original_forward, planned_inside
+from ..base.forward_slot import original_forward, refuse_plans_inside
 from ..base.progress import (
     ShowProgress,
     showing_timing,
 )
 from ..base.shape_range import ShapeRange
 from ..base.step_spec import StepSpec
-from ..errors import PlanError
 from .concurrent import with_unplanned_calls
 
 
@@ -122,12 +121,5 @@ def _captured(model: nn.Module, arguments: Mapping[str, Any], **options: Any) ->
     try:
         return capture_step(model, arguments, **options)
     except CaptureError as error:
-        inside = planned_inside(model)
-        if not inside:
-            raise
-        raise PlanError(
-            f"module {inside[0][0]!r} inside this {type(model).__name__} has a plan of its own, "
-            "and the step could not be captured with it: remove it first, by "
-            "BlockPlan.remove(model) where the model has plans in blocks, else by Plan.remove of "
-            "the module"
-        ) from error
+        refuse_plans_inside(model, error)
+        raise

@@ -18,12 +18,13 @@ from ..base.forward_slot import (
     keep_stand_in,
     original_forward,
     put_stand_in,
+    refuse_plans_inside,
     stand_in_of,
     take_stand_in,
 )
 from ..base.live_state import LiveState
 from ..base.unwrap import is_reached
-from ..errors import PlanError
+from ..errors import CaptureError, PlanError, PlanMismatchError
 from ..plan_record import OnShapeChange, PlanRecord
 from .compiled_calls import CompiledCalls, PlanCompiler
 from .planned_forward import Look, PlannedForward, Replan
@@ -198,7 +199,11 @@ def captured_plan(
 ) -> tuple[PlanRecord, LiveState | None, CapturedStep]:
     """Capture a plan's step on the model, and return the plan with what was found."""
     plan, live = on_card_of(plan, live, model)
-    captured = capture_for(plan, live, model, original_forward(model))
+    try:
+        captured = capture_for(plan, live, model, original_forward(model))
+    except (PlanMismatchError, CaptureError) as error:
+        refuse_plans_inside(model, error)
+        raise
     return *as_captured(plan, live, captured), captured
 
 
