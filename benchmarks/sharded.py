@@ -4,7 +4,8 @@
 the CPU, resharded after forward and not. Reported for each budget: the peak of a rank as predicted
 and as the allocator records it on every rank, without a plan and with one; the plan's predicted
 overhead beside that of recomputing every layer; and whether losses and sharded gradients have the
-bits of the same training without a plan. One process plans and saves, all load.
+bits of the same training without a plan. One process plans and saves, all load. With ``--repeats``
+steps of all three are timed in turn, each from a barrier on.
 
 Gloo's threads at times free a buffer of a collective, and the recorder does not hear of it: of
 three records of a step the least counts.
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,7 @@ def train(rank: int, model: nn.Module) -> list[torch.Tensor]:
         losses.append(loss.detach())
         optimizer.step()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
     return [*losses, *(g.to_local() for g in gradients)]  # type: ignore[operator]
 
 
@@ -105,6 +109,40 @@ def peak_of(model: nn.Module) -> int:
         for _ in range(NUM_RECORDS)
     ]
     return min(records)
+
+
+def every_layer_of(model: nn.Module, name: str) -> nn.Module:
+    """Let each layer be recomputed as PyTorch does it beside ``fully_shard``."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+    )
+
+    layers = set(model.get_submodule(LAYERS[name]).children())
+    apply_activation_checkpointing(model, check_fn=layers.__contains__)
+    return model
+
+
+def in_turn(rank: int, models: dict[str, nn.Module], repeats: int) -> dict[str, float]:
+    """Return the median time of each model's step over that of the first, less one."""
+    optimizers = {name: torch.optim.AdamW(model.parameters()) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for step in range(repeats + 1):
+        for name, model in models.items():
+            batch = call(10 * step + rank)
+            torch.manual_seed(step)
+            dist.barrier()
+            begin = time.perf_counter()
+            model(**batch).loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            dist.barrier()
+            if step:  # the first makes optimizers' state
+                times[name].append(time.perf_counter() - begin)
+    first = next(iter(times.values()))
+    return {
+        name: statistics.median(own / base for own, base in zip(each, first, strict=True)) - 1
+        for name, each in times.items()
+    }
 
 
 def planned(name: str, ranks: int, *, reshard: bool, limit_s: float) -> list[dict[str, Any]]:
@@ -137,7 +175,7 @@ def planned(name: str, ranks: int, *, reshard: bool, limit_s: float) -> list[dic
     return found
 
 
-def work(rank: int, ranks: int, folder: str, limit_s: float) -> None:
+def work(rank: int, ranks: int, folder: str, limit_s: float, repeats: int) -> None:
     """Measure in one process, and write down a row for each model, resharding and budget."""
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meeting"
@@ -156,7 +194,6 @@ def work(rank: int, ranks: int, folder: str, limit_s: float) -> None:
             dist.barrier()
             eager = shard(build(name), name, reshard=reshard)
             eager_peak, expected = peak_of(eager), train(rank, eager)
-            del eager
             for row in json.loads(listed.read_text()):
                 row |= {"model": name, "reshard": reshard, "eager_measured": eager_peak}
                 rows.append(row)
@@ -172,6 +209,12 @@ def work(rank: int, ranks: int, folder: str, limit_s: float) -> None:
                     "overhead": plan.overhead,
                     "bits": all(map(torch.equal, expected, train(rank, model))),
                 }
+                if repeats:
+                    layers = every_layer_of(build(name), name)
+                    layers = shard(layers, name, reshard=reshard)
+                    row["times"] = in_turn(
+                        rank, {"eager": eager, "plan": model, "layers": layers}, repeats
+                    )
     Path(folder, f"{rank}.json").write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
@@ -193,18 +236,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--time-limit-s", type=float, default=10.0, help="for each solve")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=0, help="timed steps of each; 0 times none")
     options = parser.parse_args(arguments)
     ranks = options.ranks
     _say(f"{NUM_LAYERS} layers, width {WIDTH}, vocabulary {VOCABULARY}, batch {BATCH} x {SEQUENCE}")
     _say(f"per rank, AdamW, outputs released, {ranks} gloo processes, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (ranks, folder, options.time_limit_s), nprocs=ranks)
+        mp.spawn(work, (ranks, folder, options.time_limit_s, options.repeats), nprocs=ranks)
         found = [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(ranks)]
     _say(
         "| model | resharded | eager, predicted | eager, measured | budget | bytes | plan, "
         "predicted | plan, measured | overhead | every layer | bits |"
+        + (" time | every layer's |" if options.repeats else "")
     )
-    _say("|---|---|---:|---:|---|---:|---:|---:|---:|---:|---|")
+    _say(
+        "|---|---|---:|---:|---|---:|---:|---:|---:|---:|---|"
+        + "---:|---:|" * (options.repeats > 0)
+    )
     for rows in zip(*found, strict=True):
         one = rows[0]
         start = f"| {one['model']} | {'yes' if one['reshard'] else 'no'} |"
@@ -217,6 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{one['budget']} | {one['budget_bytes']:,} | {one['predicted']:,} | "
             f"{_all(rows, 'measured')} | {one['overhead']:.1%} | {one['every_layer']:.1%} | "
             f"{'equal' if all(row['bits'] for row in rows) else 'DIFFERENT'} |"
+            + "".join(
+                f" {one['times'][which]:+.1%} |" for which in ("plan", "layers") if "times" in one
+            )
         )
 
 
