@@ -27,9 +27,9 @@ def explain_failures(failures: list[tuple[str, BaseException]]) -> str:
     if lack_values(failures):
         lines.append(
             "  A branch or shape depends on a tensor's value, and the value is not known: "
-            "the model or the sample is on meta (pass real ones), or backward asks for it. "
-            "Otherwise use torch.where, pass the value as an argument, or plan the part of "
-            "the model around it."
+            "the model or the sample is on meta (pass real ones), backward asks for it, or it "
+            "comes from other processes (a collective). Otherwise use torch.where, pass the value "
+            "as an argument, or plan the part of the model around it."
         )
     elif not any(isinstance(error, CaptureError) for _, error in failures):
         lines.append(

@@ -105,8 +105,8 @@ class BlockPlan(Plan):
         PlanError
             When the model has a plan of the whole step, or another process does not come.
         """
-        compiler_of = self._compiler_of() if compile else None
-        return apply_blocks(model, self, self.parts, self._parts_live, on_shape_change, compiler_of)
+        compilers = self._compiler_of if compile else None
+        return apply_blocks(model, self, self.parts, self._parts_live, on_shape_change, compilers)
 
     def _compiler_of(self) -> Callable[[str], PlanCompiler]:
         """Return what compiles the plan of a block; imported late, since it loads Inductor."""

@@ -25,7 +25,7 @@ from ..running.attach import (
     place_in_model,
     remove_plan,
 )
-from ..running.compiled_calls import PlanCompiler
+from ..running.compiled_calls import CompiledCalls, PlanCompiler
 from ..running.planned_forward import PlannedForward
 from ..running.same_plan import on_all_ranks, ranks_dividing
 from .block_record import BlockParts
@@ -62,6 +62,23 @@ class AppliedBlocks:
         reasons = (applied.last_mismatch for applied in self.blocks.values())
         return next((reason for reason in reasons if reason is not None), None)
 
+    @property
+    def compiled(self) -> CompiledCalls | None:
+        """What is compiled of all blocks; ``None`` before a step, or if nothing is to be."""
+        found = [applied.compiled for applied in self.blocks.values() if applied.compiled]
+        return sum(found, CompiledCalls()) if found else None
+
+    def __str__(self) -> str:
+        num_steps = self.planned_steps + self.unplanned_steps
+        text = (
+            f"{self.planned_steps} of {num_steps} steps by the plans of {len(self.blocks)} blocks"
+        )
+        if self.unplanned_steps:
+            text += f"; the last that was not: {self.last_mismatch}"
+        if self.compiled is not None:
+            text += f"; {self.compiled}"
+        return text
+
 
 def apply_blocks(
     model: nn.Module,
@@ -69,7 +86,7 @@ def apply_blocks(
     parts: BlockParts,
     live: Sequence[LiveState | None],
     on_shape_change: OnShapeChange,
-    compiler_of: Callable[[str], PlanCompiler] | None = None,
+    make_compilers: Callable[[], Callable[[str], PlanCompiler]] | None = None,
 ) -> nn.Module:
     """Apply the plans, all or none; see :meth:`planner.BlockPlan.apply`.
 
@@ -78,15 +95,17 @@ def apply_blocks(
 
     Parameters
     ----------
-    compiler_of
-        Returns what compiles the plan of the block at a path; ``None`` compiles nothing.
+    make_compilers
+        Returns what returns the compiler of the block at a path; ``None`` compiles nothing.
     """
-    look = LookAtLoop.of(step, model)
     earlier = [m for _, m in _planned(model)]
     done: list[nn.Module] = []
+    ranks = _ranks_with(step, model)
     try:
-        with on_all_ranks(step, _ranks_with(step, model)):
+        with on_all_ranks(step, ranks):
             _refuse_at_once(model, on_shape_change)
+            look = LookAtLoop.of(step, model)
+            compiler_of = make_compilers() if make_compilers else None
             modules = {path: _at(model, path) for path in parts.plan_of}
             for path, module in modules.items():
                 i = parts.plan_of[path]
@@ -107,7 +126,7 @@ def apply_blocks(
                 if module not in done:
                     remove_plan(module)
     except BaseException:
-        if done:
+        if done or ranks is not None:  # another process may have replaced the earlier plans
             for _, module in _planned(model):
                 remove_plan(module)
         raise

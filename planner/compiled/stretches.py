@@ -1,11 +1,12 @@
 """Find the stretches of a planned graph that Inductor may take.
 
 A stretch is a run of calls, one after the other, of operators whose results depend on nothing
-but their arguments: arithmetic, reductions, normalizations, indexing, copies, matrix products.
-Between stretches stay, as eager calls: draws of random numbers, with the generator's states
-around them; convolutions, attention and other kernels of libraries that choose by layout or
-grad mode; operators that are not PyTorch's; checks; writes to memory that something else may
-look at.
+but their arguments: arithmetic, reductions, normalizations, copies, matrix products, indexing
+by slices and masks. Between stretches stay, as eager calls: draws of random numbers, with the
+generator's states around them; indexing by the numbers of a tensor, since one out of range is an
+error in eager, and ends the process where several threads run compiled code; convolutions,
+attention and other kernels of libraries that choose by layout or grad mode; operators that are
+not PyTorch's; checks; writes to memory that something else may look at.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from .planned_values import PlannedValues, written_by
 
 DRAWS = "draw random numbers"
 OF_A_LIBRARY = "kernels of libraries"
+BY_NUMBERS = "index by a tensor's numbers"
 NOT_PYTORCHS = "not PyTorch's, or checks"
 WRITES = "write to memory that others may see"
 NO_GAIN = "nothing beside them to fuse with"
@@ -165,6 +167,9 @@ class Stretches:
                 return OF_A_LIBRARY
             if schema_of(func).name.startswith(("aten::empty", "aten::new_empty")):
                 return NO_GAIN
+            involves_numbers = any(map(_is_of_integers, self._values.roots(call)))
+            if operator_class(func) == INDEXING and involves_numbers:
+                return BY_NUMBERS
         if hidden_writes(func, call.args):
             return WRITES
         values = self._values
@@ -183,6 +188,11 @@ _OUTSIDE = {  # their kernels differ by grad mode, or choose for later calls
     torch.ops.aten.native_batch_norm.default,
     torch.ops.aten.native_batch_norm_backward.default,
 }
+
+
+def _is_of_integers(root: Node) -> bool:
+    value = root.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64)
 
 
 def _is_product(call: Node) -> bool:

@@ -104,7 +104,7 @@ def applied_everywhere(model: nn.Module) -> Iterator[None]:
     Other than a bare module, a ``DistributedDataParallel``, or a module that ``replicate`` was
     called on, is in the hands of every process of its group, and a model that
     ``parallelize_module`` has divided in those of its mesh. A plan that is refused is removed
-    again.
+    again. So is an earlier one where there are other processes, which may have replaced it.
     """
     ranks = ranks_of(model) or ranks_dividing(model)
     before = applied_plan(model)
@@ -113,7 +113,8 @@ def applied_everywhere(model: nn.Module) -> Iterator[None]:
             yield
     except BaseException:
         now = applied_plan(model)
-        if now is not None and (before is None or now.plan is not before.plan):
+        is_earlier = now is not None and before is not None and now.plan is before.plan
+        if now is not None and not (is_earlier and ranks is None):
             remove_plan(model)
         raise
 

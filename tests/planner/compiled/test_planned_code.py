@@ -21,7 +21,7 @@ from planner.compiled import planned_code
 from planner.compiled.compiled_stretch import ReadStretch, StretchCompiler, run_eagerly
 from planner.compiled.planned_code import PlannedCompiler, Room
 from planner.compiled.planned_values import PlannedValues
-from planner.compiled.stretches import DRAWS, NO_GAIN, NO_ROOM, Stretch
+from planner.compiled.stretches import BY_NUMBERS, DRAWS, NO_GAIN, NO_ROOM, Stretch
 from planner.measuring.measure import measure
 from planner.running import backward_segments
 from planner.running.planned_forward import PlannedForward
@@ -191,6 +191,34 @@ def test_draws_stay_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     assert applied.compiled.eager[DRAWS] == 3  # one for each dropout, whose masks are saved
 
 
+class Looks(nn.Module):
+    """Looks rows up in a table, and cross entropy looks labels up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 32), nn.Linear(32, 20)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(self.out(torch.tanh(self.table(tokens) * 2) + 1), tokens)
+
+
+def test_indexing_by_numbers_stays_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of range, it is an error in eager; in compiled code it ends a process with threads."""
+    made = eagerly(monkeypatch)
+    model, tokens = make(Looks), torch.arange(60) % 20
+    optimize(model, tokens, budget_gb=1).apply(model, compile=True)
+    step(model, tokens)
+    called = [str(call.meta["operator"]) for s in made.offered for call in s.calls]
+    assert called
+    assert not [name for name in called if "embedding" in name or "nll_loss" in name]
+    applied = applied_plan(model)
+    assert applied is not None
+    assert applied.compiled is not None
+    assert applied.compiled.eager[BY_NUMBERS] == 4  # both, each way
+    with pytest.raises(IndexError):
+        model(tokens + 1)
+
+
 def test_stretches_without_room_are_halved_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no code fits, every call stays eager, and a warning says so."""
     made = eagerly(monkeypatch, extra_bytes=10**9)
@@ -251,6 +279,9 @@ def test_plans_in_blocks_have_eagers_bits(monkeypatch: pytest.MonkeyPatch) -> No
     applied = applied_blocks(model)
     assert applied is not None
     assert all(block.compiled is not None for block in applied.blocks.values())
+    assert applied.compiled is not None
+    assert str(applied).startswith(f"1 of 1 steps by the plans of {len(applied.blocks)} blocks; ")
+    assert str(applied).endswith(str(applied.compiled))
 
 
 def test_a_blocks_room_is_that_of_the_whole_step() -> None:

@@ -100,6 +100,17 @@ def _one_cannot_apply(rank: int, plans: list[Plan]) -> None:
         assert time.monotonic() - began < 20
 
 
+def _one_cannot_replace(rank: int, plans: list[Plan]) -> None:
+    """A plan that both have."""
+    wrapper = plans[0].apply(DistributedDataParallel(make()))
+    if rank == 1:
+        wrapper.module.head = torch.nn.Linear(32, 5)
+    try:
+        plans[1].apply(wrapper)
+    finally:
+        assert applied_plan(wrapper) is None
+
+
 def _one_ends_at_work(rank: int, plans: list[Plan]) -> None:
     """In the capture, while the other waits."""
     model = make()
@@ -145,6 +156,7 @@ TOGETHER = (
     _another_is_not_applied,
     _none_on_one,
     _one_cannot_apply,
+    _one_cannot_replace,
     _one_comes_late,
     _one_ends_at_work,
 )
@@ -226,6 +238,13 @@ def test_an_error_on_one_is_an_error_on_both(folder: Path) -> None:
     assert own.startswith("PlanMismatchError: ")
     assert others.startswith("PlanError: rank 1 could not apply the plan, so that no process does")
     assert own.partition(": ")[2] in others
+
+
+@TWO_PROCESSES
+def test_an_earlier_plan_that_one_cannot_replace_is_left_to_none(folder: Path) -> None:
+    """Processes with and without a plan would train by different schedules."""
+    others, _ = _said(_one_cannot_replace, folder)
+    assert others.startswith("PlanError: rank 1 could not apply the plan, so that no process does")
 
 
 @TWO_PROCESSES
