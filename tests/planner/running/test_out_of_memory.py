@@ -20,6 +20,7 @@ from planner.running.out_of_memory import (
     DeviceMemory,
     account,
     is_out_of_memory,
+    memory_before,
 )
 from tests.planner.small import make, plan_for, sample, square
 
@@ -135,14 +136,11 @@ def test_the_note_has_the_predictions(plan):
 
 def test_what_is_live_adds_up(plan):
     """The storages that the note counts are the predicted memory before the run."""
-    from planner.running.out_of_memory import (
-        _live,
-        _taken_bytes,
-    )
+    from planner.running.out_of_memory import _live
 
     for moment in range(len(plan.schedule.order)):
         live = sum(plan.graph.storages[k].size_bytes for k in _live(plan, moment))
-        assert live == plan.replay.memory_bytes[moment] - _taken_bytes(plan, moment)
+        assert live == memory_before(plan, moment)
 
 
 @pytest.mark.parametrize(
@@ -232,21 +230,14 @@ def cuda_plan(plan) -> Plan:
     return replace(plan, device_type="cuda", _live=None)
 
 
-def before_bytes(plan: Plan, moment: int) -> int:
-    """Memory before a run, by the plan."""
-    from planner.running.out_of_memory import _taken_bytes
-
-    return plan.replay.memory_bytes[moment] - _taken_bytes(plan, moment)
-
-
 def test_what_is_not_the_steps_on_a_card(cuda_plan):
     """Other tensors, fragmentation and other processes are told apart by subtraction."""
     moment = moment_in(cuda_plan, "backward")
     memory = DeviceMemory(
-        allocated_bytes=before_bytes(cuda_plan, moment) + 3 * GB,
-        reserved_bytes=before_bytes(cuda_plan, moment) + 5 * GB,
+        allocated_bytes=memory_before(cuda_plan, moment) + 3 * GB,
+        reserved_bytes=memory_before(cuda_plan, moment) + 5 * GB,
         free_bytes=GB,
-        total_bytes=before_bytes(cuda_plan, moment) + 13 * GB,
+        total_bytes=memory_before(cuda_plan, moment) + 13 * GB,
         expandable=False,
     )
     text = account(cuda_plan, moment, memory=memory)
@@ -261,7 +252,7 @@ def test_what_is_not_the_steps_on_a_card(cuda_plan):
 def test_how_much_lower_the_budget_must_be(cuda_plan):
     """To what the step had, its own tensors and what was free, and the headroom."""
     moment = moment_in(cuda_plan, "recomputation")
-    had = before_bytes(cuda_plan, moment)
+    had = memory_before(cuda_plan, moment)
     assert cuda_plan.predicted_peak_bytes > had + 1000
     plan = replace(cuda_plan, headroom_bytes=500)
     memory = DeviceMemory(
@@ -278,7 +269,7 @@ def test_how_much_lower_the_budget_must_be(cuda_plan):
 def test_with_room_for_the_peak_no_lower_budget_is_advised(cuda_plan):
     """Where enough is free the advice is about fragmentation, not about the budget."""
     moment = moment_in(cuda_plan, "backward")
-    had = before_bytes(cuda_plan, moment)
+    had = memory_before(cuda_plan, moment)
     memory = DeviceMemory(
         allocated_bytes=had, reserved_bytes=had, free_bytes=GB, total_bytes=2 * GB, expandable=False
     )
