@@ -36,7 +36,7 @@ from planner import (
     watch,
 )
 from planner.measuring.measure import record_peak
-from planner.running.uncounted_buckets import uncounted_bytes
+from planner.running.uncounted_buckets import output_bytes, uncounted_bytes
 from planner.saving.serialize import plan_from_dict, plan_to_dict
 from tests.planner.small import make, sample, square
 
@@ -344,7 +344,8 @@ def test_what_of_a_wrapper_is_not_counted(words, options, sync, sets):
     wrapper = DistributedDataParallel(make(), **options)
     num_bytes = sum(p.numel() * p.element_size() for p in wrapper.parameters())
     with nullcontext() if sync else wrapper.no_sync():
-        assert uncounted_bytes(wrapper, plan) == sets * num_bytes
+        found = uncounted_bytes(wrapper, plan.holds, plan.device_type, output_bytes(plan))
+    assert found == sets * num_bytes
 
 
 def test_buckets_that_the_budget_does_not_hold_are_said_once():
