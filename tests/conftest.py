@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -25,21 +26,39 @@ def seed() -> int:
     return 0
 
 
-_PREVIOUS_MODULE = ""
+SLOW_COLLECTION_S = 0.05
+
+
+class _Collections:
+    """Freezes what was imported once a full collection of garbage has taken long.
+
+    Measurements collect garbage, which took up to half of the tests' time: libraries have a
+    million objects. A capture undoes the freezing where it must.
+    """
+
+    def __init__(self) -> None:
+        self._began_s, self._slow = 0.0, False
+        gc.callbacks.append(self._note)
+
+    def freeze_after_a_slow_one(self) -> None:
+        if self._slow:
+            gc.freeze()
+            self._slow = False
+
+    def _note(self, phase: str, info: dict[str, int]) -> None:
+        if info["generation"] < 2:
+            return
+        if phase == "start":
+            self._began_s = time.perf_counter()
+        elif time.perf_counter() - self._began_s > SLOW_COLLECTION_S:
+            self._slow = True
+
+
+_COLLECTIONS = _Collections()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before each test, what was imported is frozen; ``gpu`` tests are skipped without a device.
-
-    Each measurement collects garbage, which took half of all tests' time before: libraries
-    have a million objects. A capture undoes the freezing where it must.
-    """
-    global _PREVIOUS_MODULE
-    if item.location[0] != _PREVIOUS_MODULE:
-        _PREVIOUS_MODULE = item.location[0]
-        gc.collect()
-        gc.freeze()
-    elif not gc.get_freeze_count():
-        gc.freeze()
+    """Tests marked ``gpu`` are skipped where there is no CUDA device."""
+    _COLLECTIONS.freeze_after_a_slow_one()
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
