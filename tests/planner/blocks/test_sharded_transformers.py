@@ -58,7 +58,7 @@ def _sharded(name: str) -> nn.Module:
 
 def _peak(model: nn.Module) -> int:
     """The least of some records, since gloo's threads free buffers unheard."""
-    return min(measure(model, _call(), repeats=0, **WORDS).peak_bytes for _ in range(3))
+    return min(measure(model, _call(), repeats=0, **WORDS).peak_bytes for _ in range(6))
 
 
 def _step(model: nn.Module) -> list[Tensor]:
