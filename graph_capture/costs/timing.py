@@ -13,14 +13,13 @@ elementwise products, which dominate recomputation, the shares were 1.0 and 0.8.
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Mapping, MutableMapping
 
 import torch
 
+from ..without_collector import without_collector
 from .trial import REFUSALS, Trial
 
 MIN_RUNS = 3
@@ -62,7 +61,7 @@ def time_in_turn(
     """
     failed: dict[str, Exception] = {}
     waiting = list(trials)
-    with _no_garbage_collection():
+    with without_collector():
         for _ in range(MAX_RUNS):
             for name in waiting:
                 try:
@@ -112,14 +111,3 @@ def _timed_on_card_ns(trial: Trial, device: torch.device, before: list[int] | No
     end.record()
     end.synchronize()
     return max(1, round(start.elapsed_time(end) * 1e6 / num_runs))
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

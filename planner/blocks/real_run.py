@@ -27,6 +27,7 @@ from graph_capture.real_calls import RealCalls
 from graph_capture.real_step import Ending
 from graph_capture.spread_out import is_spread
 from graph_capture.target import Target
+from graph_capture.without_collector import without_collector
 
 from ..base.preserve_state import preserve_state
 from ..base.step_spec import StepSpec
@@ -79,7 +80,7 @@ class RealRun:
             undisturbed(model, objects_of(self._arguments)),
             self._recorded.undoing(),
             checkpoints_noticed(),
-            _without_collector(),
+            without_collector(),
             torch.enable_grad(),
             torch.autograd.set_multithreading_enabled(False),
         ):
@@ -210,15 +211,3 @@ def own_generators_put_back(model: nn.Module) -> Iterator[None]:
         foreign.put_back()
         for generator, state in states:
             generator.set_state(state)
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Collect no cycles meanwhile, so that the figures are the same each time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

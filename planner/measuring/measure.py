@@ -59,6 +59,7 @@ from graph_capture.loop_holds import NOTHING_ELSE, Grads, LoopHolds, Outputs
 from graph_capture.private_torch.devices import cublas_workspace_clearer
 from graph_capture.private_torch.tensors import is_zero_tensor
 from graph_capture.spread_out import local_part
+from graph_capture.without_collector import without_collector
 
 from ..base.data_parallel import Distributed, wrapped_by
 from ..base.preserve_state import preserve_state
@@ -365,16 +366,13 @@ def record_peak(
     resident.clear()
     del dense
     gc.collect()
-    was_enabled = gc.isenabled()
-    gc.disable()
     try:
-        if device.type == "cuda":
-            return _record_cuda(call, device)
-        return _record_cpu(call), None
+        with without_collector():
+            if device.type == "cuda":
+                return _record_cuda(call, device)
+            return _record_cpu(call), None
     finally:
         kept.clear()
-        if was_enabled:
-            gc.enable()
 
 
 def _record_cuda(call: Callable[[], Any], device: torch.device) -> tuple[int, int]:
