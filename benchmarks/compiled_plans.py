@@ -24,6 +24,7 @@ from planner import Plan, PlanWarning, applied_plan, optimize
 from planner.base.training_step import make_step, train_step
 from planner.comparing.compiled_steps import ModelWithLoss
 from planner.measuring.measure import measure, measure_pair
+from planner.measuring.rounding import largest_error
 
 CASES = (("bert", 0.7), ("gpt2", 0.7), ("llama", 0.7), ("t5", 0.75), ("vit", 0.75), ("unet", 0.75))
 
@@ -56,21 +57,12 @@ def row(name: str, share: float, *, size: str = "tiny", repeats: int = 10) -> st
     applied = applied_plan(ways[1])
     assert applied is not None
     assert applied.compiled is not None
-    error = _error(found, expected)
+    error = largest_error(list(zip(found, expected, strict=True)))
     calls = applied.compiled.compiled, sum(applied.compiled.eager.values())
     return (
         f"| {name} | {share:.0%}, {format_bytes(plan.budget_bytes)} | "
         f"{plan.predicted_peak_bytes:,} | {peaks[0]:,} | {peaks[1]:,} | "
         f"{calls[0]} of {sum(calls)} | error {error:.1e} | {ratio:.2f} | {first_s:.0f} |"
-    )
-
-
-def _error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """The largest error of a gradient, relative to its norm, or a thousandth of all gradients'."""
-    total = torch.stack([g.norm() for g in expected]).norm()
-    return max(
-        float((a - b).norm() / torch.maximum(b.norm(), 1e-3 * total))
-        for a, b in zip(found, expected, strict=True)
     )
 
 

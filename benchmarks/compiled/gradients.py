@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from planner.base.training_step import train_step
+from planner.measuring.rounding import largest_error
 
 SEED = 7
 
@@ -42,12 +43,7 @@ def _double(value: Any) -> Any:
 
 def error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """The largest error of a gradient, relative to its norm, or a thousandth of all gradients'."""
-    total = torch.stack([g.norm() for g in expected]).norm()
-    errors = [
-        (a - b).norm() / torch.maximum(b.norm(), 1e-3 * total)
-        for a, b in zip(found, expected, strict=True)
-    ]
-    return max(float(e) for e in errors)
+    return largest_error(list(zip(found, expected, strict=True)))
 
 
 def same_bits(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:

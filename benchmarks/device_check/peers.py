@@ -50,7 +50,7 @@ class PeerRow:
         Of the same.
     loss_error, gradient_error, gradients, buffers, difference
         Of two steps on the same seed, as in
-        :class:`planner.comparing.execution.step_verdict.StepVerdict`.
+        :class:`planner.measuring.rounding.StepVerdict`.
     predicted_bytes, predicted_ratio
         Of a plan.
     ratio_to_checkpointing

@@ -31,6 +31,7 @@ from ..base.training_step import LossFn, Sample, make_step, train_step
 from ..compiled import CompiledPlan
 from ..errors import PlanWarning
 from ..measuring.measure import measure, measure_pair
+from ..measuring.rounding import largest_error
 from ..plots.compiled_frontier import CompiledPoint
 from .files import ComparisonFileError
 from .machine import cpu_name, machine, versions
@@ -396,7 +397,7 @@ class _Steps:
         return CompiledRow(
             **figures,
             peak_bytes=measure(call, self._sample, repeats=0).peak_bytes,
-            error=_error(pairs),
+            error=largest_error(pairs),
             bits_equal=all(torch.equal(a, b) for a, b in pairs),
             time_ratio=ratio,
         )
@@ -406,14 +407,6 @@ NOTHING_PLANNED = (
     "Dynamo made no graph of the training step that has a backward pass, so that no budget can be "
     "kept; fullgraph=True shows why"
 )
-
-
-def _error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-    total = torch.stack([expected.norm() for _, expected in pairs]).norm()
-    return max(
-        float((found - expected).norm() / torch.maximum(expected.norm(), 1e-3 * total))
-        for found, expected in pairs
-    )
 
 
 __all__ = ["CompiledRow", "CompiledSteps", "ModelWithLoss", "compare_compiled"]

@@ -37,6 +37,7 @@ from ...measuring.measure import (
     measure_pair,
     timed_us,
 )
+from ...measuring.rounding import StepVerdict
 from ...running.out_of_memory import is_out_of_memory
 from ..peers.peer import (
     PEER_ERRORS,
@@ -45,10 +46,7 @@ from ..peers.peer import (
     blocks_of,
 )
 from .runner import measured_step, outcome_of
-from .step_verdict import (
-    StepVerdict,
-    judge_steps,
-)
+from .step_verdict import judge_steps
 
 Optimizer = torch.optim.Optimizer | str | None
 

@@ -42,19 +42,13 @@ from ...measuring.measure import (
     quartiles,
     timed_us,
 )
+from ...measuring.rounding import StepResults, StepVerdict, rounding_dtype
 from ...plan_record import PlanRecord
 from ...running.out_of_memory import is_out_of_memory
 from ...running.planned_forward import PlannedForward
 from ...running.recapture import capture_for
-from .step_verdict import (
-    StepVerdict,
-    judge_results,
-    rounding_dtype,
-)
-from .training_run import (
-    StepResults,
-    TrainingRun,
-)
+from .step_verdict import judge_results
+from .training_run import TrainingRun
 
 LONGEST_ERROR = 600
 """How many characters of an error a row keeps."""

@@ -8,7 +8,6 @@ steps there is a small step down the gradient, and nothing is seeded again.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,29 +30,10 @@ from ...measuring.bit_comparison import (
     Results,
     same_bits,
 )
+from ...measuring.rounding import StepResults
 
 _STEP = 1e-3
 """Learning rate of the update between two steps."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepResults:
-    """The results of one step, copied to the CPU.
-
-    Parameters
-    ----------
-    tensors
-        By name: ``"the loss"``, ``"the gradient of …"``, ``"buffer …"``,
-        ``"the random generator …"``, ``"output …"``.
-    changed_buffers
-        Names of the buffers that the step changed.
-    drew
-        Whether it drew random numbers.
-    """
-
-    tensors: Results
-    changed_buffers: frozenset[str]
-    drew: bool
 
 
 class TrainingRun:
