@@ -161,10 +161,12 @@ class BlockPlan(Plan):
         unplanned: bool = True,
         bits: bool = True,
         seed: int = 0,
+        compile: bool = False,
     ) -> Validation:
         """Run real training steps by this plan and compare them with its predictions.
 
-        As :meth:`planner.Plan.validate` does, on a model whose blocks are not sharded.
+        As :meth:`planner.Plan.validate` does, on a model whose blocks are not sharded; with
+        ``compile=True`` stretches of the blocks' steps are compiled.
         """
         if self.holds.sharded is not None:
             raise PlanError(
@@ -172,7 +174,8 @@ class BlockPlan(Plan):
                 "measure the sharded model with planner.measure(model, …)"
             )
         check_trial(model, sample_input, repeats)
-        planned, own = planned_forwards(model, self.parts, self._parts_live)
+        compiler_of = self._compiler_of() if compile else None
+        planned, own = planned_forwards(model, self.parts, self._parts_live, compiler_of)
         with forwards_set(own):
             arguments = bind_call(model.forward, *split_sample(sample_input))
             found = CallGuard.of(model, arguments, self.device_type)

@@ -230,6 +230,7 @@ class Plan(PlanRecord):
         unplanned: bool = True,
         bits: bool = True,
         seed: int = 0,
+        compile: bool = False,
     ) -> Validation:
         """Run real training steps by this plan and compare them with its predictions.
 
@@ -257,6 +258,11 @@ class Plan(PlanRecord):
             Whether to compare outputs, loss, gradients, buffers and random state.
         seed
             Given to ``torch.manual_seed`` before each step.
+        compile
+            Run the plan as :meth:`apply` with ``compile=True`` does. The predicted peak is then
+            that of the code that Inductor generated and of the eager calls between. Results are
+            compared with the unplanned eager step's up to rounding instead of by their bits;
+            the random generator's state is compared to the bit. On the CPU only.
 
         Returns
         -------
@@ -268,8 +274,10 @@ class Plan(PlanRecord):
         CallMismatchError, PlanMismatchError
             When the call or the model differs from the planned one.
         PlanError
-            When a loss or an optimizer is needed but unknown.
+            When a loss or an optimizer is needed but unknown, or a plan for another device than
+            the CPU is to be compiled.
         """
+        compiler = compiler_for(self) if compile else None
         return validate_plan(
             self,
             self._live,
@@ -281,6 +289,7 @@ class Plan(PlanRecord):
             unplanned=unplanned,
             bits=bits,
             seed=seed,
+            compiler=compiler,
         )
 
     def explain(

@@ -148,11 +148,19 @@ def _refuse_at_once(model: nn.Module, on_shape_change: OnShapeChange) -> None:
 
 
 def planned_forwards(
-    model: nn.Module, parts: BlockParts, live: Sequence[LiveState | None]
+    model: nn.Module,
+    parts: BlockParts,
+    live: Sequence[LiveState | None],
+    compiler_of: Callable[[str], PlanCompiler] | None = None,
 ) -> tuple[Forwards, Forwards]:
     """Return the forwards with which a model runs by its blocks' plans, and those without.
 
     Nothing is applied. A plan of the whole step is in neither of them.
+
+    Parameters
+    ----------
+    compiler_of
+        Returns the compiler of the block at a path; ``None`` compiles nothing.
 
     Raises
     ------
@@ -173,7 +181,8 @@ def planned_forwards(
                 plan, state, captured = captured_plan(parts.plans[i], live[i], module)
         except PlanMismatchError as error:
             raise PlanMismatchError(f"block {path!r}: {error}") from error
-        planned.append((module, PlannedForward(module, plan, state, captured)))
+        compiler = None if compiler_of is None else compiler_of(path)
+        planned.append((module, PlannedForward(module, plan, state, captured, compiler=compiler)))
     return planned, own
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +65,14 @@ class Room:
 
     def before(self, moment: int) -> int:
         """Bytes in memory before a run."""
-        return memory_before(self.plan, self._run(moment))
+        return memory_before(self.plan, self.run(moment))
 
     def during(self, moment: int) -> int:
         """The most bytes in memory while a run is in progress."""
-        return self.plan.replay.memory_bytes[self._run(moment)]
+        return self.plan.replay.memory_bytes[self.run(moment)]
 
-    def _run(self, moment: int) -> int:
+    def run(self, moment: int) -> int:
+        """The step's run at a moment of the plan; below 0 for none."""
         return moment if self.run_of is None else self.run_of[moment]
 
 
@@ -122,10 +123,13 @@ class PlannedCompiler:
         taken = stretches.find(take)
         self.taken += [read_of[stretch] for stretch in taken]
         functions = {stretch: self._stretches.compiled(read_of[stretch]) for stretch in taken}
+        peaks = (_before(room, values, s) + read_of[s].extra_bytes for s in taken)
         found = CompiledCalls(
             stretches=len(taken),
             compiled=sum(len(stretch.calls) for stretch in taken),
             eager=dict(stretches.left),
+            peak_bytes=max(peaks, default=0),
+            runs=frozenset(map(room.run, _moments_inside(values, taken))),
         )
         logger.info("%s: %s", type(graph).__name__, found)
         return _written(values, functions, type(graph).__name__), found
@@ -155,6 +159,13 @@ def _before(room: Room, values: PlannedValues, stretch: Stretch) -> int:
     if place and values.calls[place - 1].meta["moment"] == moment:
         return room.during(moment)
     return room.before(moment)
+
+
+def _moments_inside(values: PlannedValues, taken: Sequence[Stretch]) -> set[int]:
+    """Moments of which every call is in a stretch."""
+    inside = {call for stretch in taken for call in stretch.calls}
+    outside = {call.meta["moment"] for call in values.calls if call not in inside}
+    return {call.meta["moment"] for call in inside} - outside
 
 
 def _written(values: PlannedValues, functions: Mapping[Stretch, Boxed], name: str) -> GraphModule:

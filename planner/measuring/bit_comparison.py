@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,27 @@ from .validation import Bits
 Results = dict[str, Tensor | None]
 
 
-def compare_bits(
-    expected: Callable[[], Results], actual: Callable[[], Results]
-) -> tuple[Bits, str | None]:
+class Verdict(NamedTuple):
+    """What came of comparing a planned step with the unplanned one.
+
+    Parameters
+    ----------
+    bits
+        See :class:`planner.measuring.validation.Validation`.
+    difference
+        The first difference in words; ``None`` without one.
+    gradient_error, tolerance
+        Where rounding may differ: the largest relative error of a gradient, and from which
+        one it is wrong.
+    """
+
+    bits: Bits
+    difference: str | None = None
+    gradient_error: float | None = None
+    tolerance: float | None = None
+
+
+def compare_bits(expected: Callable[[], Results], actual: Callable[[], Results]) -> Verdict:
     """Return the verdict and the first difference.
 
     If the two differ, the first runs again. If it does not repeat itself (kernels on
@@ -35,9 +54,11 @@ def compare_bits(
     first = expected()
     different = first_difference(first, actual())
     if different is None:
-        return "equal", None
+        return Verdict(bits="equal")
     unstable = first_difference(first, expected())
-    return ("different", different) if unstable is None else ("not repeatable", unstable)
+    if unstable is None:
+        return Verdict(bits="different", difference=different)
+    return Verdict(bits="not repeatable", difference=unstable)
 
 
 def step_results(

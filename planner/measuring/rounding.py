@@ -11,14 +11,15 @@ numbers must be the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from .bit_comparison import Results, first_difference
+from .bit_comparison import Results, Verdict, first_difference, same_bits
+from .validation import Bits
 
 Word = Literal["equal", "right", "WRONG", "other draws"]
 
@@ -167,6 +168,51 @@ def judged(
     )
 
 
+def compare_rounded(
+    model: nn.Module,
+    device: torch.device,
+    expected: Callable[[], Results],
+    actual: Callable[[], Results],
+) -> Verdict:
+    """Return the verdict on a step whose kernels round otherwise, but which draws the same numbers.
+
+    The random generator must be in the same state to the last bit. If the two differ by more
+    than rounding, the first runs again, as in :func:`~.bit_comparison.compare_bits`.
+
+    Parameters
+    ----------
+    model, device
+        Of the step, as it is before it.
+    expected, actual
+        Run the step, and leave the model as it was.
+    """
+    dtype = rounding_dtype(model, device)
+    before: Results = {f"buffer {n}": b.detach().cpu() for n, b in model.named_buffers()}
+    first = expected()
+    changed = {n for n, b in before.items() if b is None or not _same(b, first.get(n))}
+    sized = StepResults(tensors=first, changed_buffers=frozenset(changed), drew=False)
+
+    def found_beside(other: Results) -> StepVerdict:
+        return judged(
+            sized, StepResults(tensors=other, changed_buffers=frozenset(), drew=False), dtype
+        )
+
+    second = actual()
+    verdict = found_beside(second)
+    state = "the random generator"
+    bits, difference = verdict.bits, verdict.difference
+    if not _same(first[state], second.get(state)):
+        bits, difference = "WRONG", f"{state} ends in another state"
+    if bits == "WRONG" and (unstable := found_beside(expected())).bits == "WRONG":
+        return Verdict("not repeatable", unstable.difference)
+    word: Bits = "equal" if bits == "equal" else "right" if bits == "right" else "WRONG"
+    return Verdict(word, difference or None, verdict.gradient_error, TOLERANCE[dtype])
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and same_bits(a, b)
+
+
 def largest_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """The largest error of tensors of one kind, each found beside what was expected; NaN or
     infinite where numbers are."""
@@ -265,6 +311,7 @@ __all__ = [
     "StepResults",
     "StepVerdict",
     "Word",
+    "compare_rounded",
     "judged",
     "largest_error",
     "rounding_dtype",

@@ -9,20 +9,14 @@ and the applied plan are restored afterwards.
 from __future__ import annotations
 
 import gc
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.cost_graph import Storage
-from graph_capture.costs.library_workspace import STORAGE_NAME
-from graph_capture.data_parallel import bucket_bytes
-from graph_capture.loop_holds import LoopHolds
 from graph_capture.outputs import take_apart
 
 from ..base.data_parallel import inside
@@ -41,20 +35,23 @@ from ..base.training_step import (
     Sample,
     build_optimizer,
     clear_gradients,
-    make_step,
     output_tensors,
 )
-from ..plan_record import LIBRARY_WORKSPACE, PlanRecord
+from ..plan_record import PlanRecord
 from ..running.attach import captured_plan
+from ..running.compiled_calls import CompiledCalls, PlanCompiler
 from ..running.out_of_memory import is_out_of_memory
 from ..running.planned_forward import PlannedForward
-from .bit_comparison import Results, compare_bits, step_results
+from .bit_comparison import Results, Verdict, compare_bits, step_results
 from .loss_and_optimizer import (
     planned_loss_fn,
     planned_optimizer,
 )
-from .measure import measure_pair, quartiles, record_peak, timed_us
-from .validation import Bits, Figure, Validation
+from .measure import measure_pair, record_peak, timed_us
+from .rounding import compare_rounded
+from .trial import Taken, Trial
+from .validation import Validation
+from .validation_report import reported
 
 _WARMUP_PAIRS = 2
 
@@ -71,14 +68,21 @@ def validate_plan(
     unplanned: bool = True,
     bits: bool = True,
     seed: int = 0,
+    compiler: PlanCompiler | None = None,
 ) -> Validation:
-    """See :meth:`planner.Plan.validate`."""
+    """See :meth:`planner.Plan.validate`.
+
+    Parameters
+    ----------
+    compiler
+        Compiles what it can of the plan's graphs; ``None`` runs eager kernels.
+    """
     model = inside(model)
     check_trial(model, sample_input, repeats)
     own = own_forward(model)
     with forward_set(model, own):
         plan, live, captured = captured_plan(plan, live, model)
-        planned = PlannedForward(model, plan, live, captured)
+        planned = PlannedForward(model, plan, live, captured, compiler=compiler)
         planned.check(bind_call(model.forward, *split_sample(sample_input)))
     request = None if live is None else live.request
     return validate_step(
@@ -134,7 +138,7 @@ def validate_step(
     planned, own
         Forwards of the same modules, with the plan and without.
     """
-    trial = _Trial(
+    trial = Trial(
         model=model,
         sample_input=sample_input,
         loss_fn=loss_fn,
@@ -147,70 +151,27 @@ def validate_step(
         with preserve_state(model, sample_input, trial.loss_fn, chosen):
             if isinstance(chosen, str):
                 chosen = build_optimizer(chosen, model.parameters())
-            found: tuple[Bits, str | None] = ("not compared", None)
+            found = Verdict(bits="not compared")
             note = None if unplanned else "not run: unplanned=False"
             if bits and unplanned:
                 found, note = _compare(trial, planned, own)
             taken = _record(trial, planned, chosen)
-            without: _Taken | None = None
+            without: Taken | None = None
             if note is None:
                 without, note = _unless_out_of_memory(trial, lambda: _record(trial, own, chosen))
             timing: tuple[list[float], list[float]] = ([], [])
             if repeats:
                 timing = _time(trial, planned, own if without else None, chosen, repeats)
-    return _report(plan, trial, taken, without, timing, found, note)
+    return reported(plan, trial, taken, without, timing, found, note, _compiled_of(planned))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Trial:
-    """What a step runs on."""
-
-    model: nn.Module
-    sample_input: Sample
-    loss_fn: LossFn | None
-    seed: int
-    device: torch.device
-    holds: LoopHolds
-
-    def bucket_bytes(self) -> int:
-        """Bytes of the buckets that a ``DistributedDataParallel`` would have."""
-        around = self.holds.distributed
-        if around is None:
-            return 0
-        return bucket_bytes(around, self.model.parameters(), self.device.type)
-
-    def step(self, optimizer: torch.optim.Optimizer | None) -> Callable[[], Any]:
-        return make_step(
-            self.model,
-            self.sample_input,
-            loss_fn=self.loss_fn,
-            optimizer=optimizer,
-            seed=self.seed,
-            holds=self.holds,
-        )
+def _compiled_of(planned: Forwards) -> CompiledCalls | None:
+    """What of the steps is compiled; ``None`` where nothing was to be."""
+    found = [f.compiled for _, f in planned if isinstance(f, PlannedForward) and f.compiled]
+    return sum(found, CompiledCalls()) if found else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Taken:
-    """Memory and results of one recorded step, beside what of the caller's own was there."""
-
-    resident_bytes: dict[str, int]
-    extra_bytes: int
-    reserved_bytes: int | None
-    gradient_bytes: int
-    output_bytes: int
-    earlier_gradient_bytes: int
-
-    @property
-    def rest_bytes(self) -> int:
-        return self.extra_bytes + self.earlier_gradient_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(self.resident_bytes.values()) + self.rest_bytes
-
-
-def _record(trial: _Trial, forwards: Forwards, optimizer: torch.optim.Optimizer | None) -> _Taken:
+def _record(trial: Trial, forwards: Forwards, optimizer: torch.optim.Optimizer | None) -> Taken:
     """The peak of a step, after a first one has built what is built lazily."""
     model, sample_input, loss_fn = trial.model, trial.sample_input, trial.loss_fn
     step = trial.step(optimizer)
@@ -247,7 +208,7 @@ def _record(trial: _Trial, forwards: Forwards, optimizer: torch.optim.Optimizer 
         held += gradients_of(model)
         extra_bytes, reserved_bytes = record_peak(recorded, trial.device, held)
         clear_gradients(model, sample_input, loss_fn)
-    return _Taken(
+    return Taken(
         resident_bytes=resident,
         extra_bytes=extra_bytes,
         reserved_bytes=reserved_bytes,
@@ -258,7 +219,7 @@ def _record(trial: _Trial, forwards: Forwards, optimizer: torch.optim.Optimizer 
 
 
 def _time(
-    trial: _Trial,
+    trial: Trial,
     planned: Forwards,
     other: Forwards | None,
     optimizer: torch.optim.Optimizer | None,
@@ -289,12 +250,11 @@ class _UnplannedRanOut(Exception):
     """The unplanned step ran out of memory."""
 
 
-def _compare(
-    trial: _Trial, planned: Forwards, own: Forwards
-) -> tuple[tuple[Bits, str | None], str | None]:
+def _compare(trial: Trial, planned: Forwards, own: Forwards) -> tuple[Verdict, str | None]:
     """The verdict on the bits, and why the unplanned step could not run.
 
-    If the planned step runs out of memory, its error is raised.
+    Compiled kernels round otherwise than eager's: then results may differ by rounding. If the
+    planned step runs out of memory, its error is raised.
     """
     note: str | None = None
 
@@ -317,16 +277,19 @@ def _compare(
             raise _UnplannedRanOut
         return results
 
+    compiles = any(isinstance(f, PlannedForward) and f.compiler for _, f in planned)
     try:
+        if compiles:
+            return compare_rounded(trial.model, trial.device, unplanned, lambda: run(planned)), None
         return compare_bits(unplanned, lambda: run(planned)), None
     except _UnplannedRanOut:
-        return ("not compared", None), note
+        return Verdict(bits="not compared"), note
 
 
 # -- the unplanned step may not fit ----------------------------------------------------
 
 
-def _unless_out_of_memory(trial: _Trial, call: Callable[[], Any]) -> tuple[Any | None, str | None]:
+def _unless_out_of_memory(trial: Trial, call: Callable[[], Any]) -> tuple[Any | None, str | None]:
     """The result of a call that runs the unplanned step, or why it could not run."""
     failed = False
     result = None
@@ -342,109 +305,10 @@ def _unless_out_of_memory(trial: _Trial, call: Callable[[], Any]) -> tuple[Any |
 
 
 @contextmanager
-def _clean_after(trial: _Trial) -> Iterator[None]:
+def _clean_after(trial: Trial) -> Iterator[None]:
     """Drop what a failed step has left on the device."""
     yield
     clear_gradients(trial.model, trial.sample_input, trial.loss_fn)
     gc.collect()
     if trial.device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-# -- the report --------------------------------------------------------------------------
-
-
-def _report(
-    plan: PlanRecord,
-    trial: _Trial,
-    taken: _Taken,
-    without: _Taken | None,
-    timing: tuple[list[float], list[float]],
-    found: tuple[Bits, str | None],
-    note: str | None,
-) -> Validation:
-    predicted = _predicted_parts(plan)
-    at_peak = [
-        Figure(
-            name=category,
-            predicted=predicted.pop(category, 0),
-            measured=num_bytes,
-            how="given" if category in ("resident", "bucket") else "observed",
-        )
-        for category, num_bytes in taken.resident_bytes.items()
-    ]
-    at_peak.append(
-        Figure(
-            name="rest",
-            predicted=sum(predicted.values()),
-            measured=taken.rest_bytes,
-            how="derived",
-        )
-    )
-    first_us, second_us = timing
-    ratios = [b / a for a, b in zip(first_us, second_us, strict=True)] if first_us else []
-    low, high = quartiles(ratios)
-    return Validation(
-        peak=Figure(name="peak", predicted=plan.predicted_peak_bytes, measured=taken.peak_bytes),
-        reserved_bytes=taken.reserved_bytes,
-        at_peak=tuple(f for f in at_peak if f.predicted or f.measured),
-        predicted_rest=predicted,
-        in_step=(
-            _whole("gradient", plan, taken.gradient_bytes),
-            _whole("output", plan, taken.output_bytes),
-        ),
-        step=_median("step", plan.predicted_step_us, second_us),
-        unplanned_peak=None
-        if without is None
-        else Figure(
-            name="unplanned peak", predicted=plan.baseline_peak_bytes, measured=without.peak_bytes
-        ),
-        unplanned_step=_median("unplanned step", plan.baseline_step_us, first_us),
-        predicted_overhead=plan.overhead,
-        overhead=statistics.median(ratios) - 1 if ratios else None,
-        overhead_quartiles=(low - 1, high - 1) if ratios else None,
-        bits=found[0],
-        first_difference=found[1],
-        unplanned_note=note,
-        budget_bytes=plan.budget_bytes,
-        headroom_bytes=plan.headroom_bytes,
-        costs=f"{plan.costs.model} for {plan.costs.device}",
-        device=torch.cuda.get_device_name(trial.device)
-        if trial.device.type == "cuda"
-        else trial.device.type,
-        torch_version=torch.__version__,
-        num_threads=torch.get_num_threads(),
-        seed=trial.seed,
-        num_pairs=len(ratios),
-    )
-
-
-def _predicted_parts(plan: PlanRecord) -> dict[str, int]:
-    """The predicted peak by category; a library's workspace is not a buffer of the model.
-
-    A recorded step makes the workspace itself, so it counts as part of the rest.
-    """
-    parts: dict[str, int] = dict(plan.memory.by_category)
-    if LIBRARY_WORKSPACE in parts:
-        parts[STORAGE_NAME] = parts.pop(LIBRARY_WORKSPACE)
-    return parts
-
-
-def _whole(category: str, plan: PlanRecord, measured_bytes: int) -> Figure:
-    """What a step leaves in a category; what the loss leaves stays in the training loop."""
-
-    def stays(storage: Storage) -> bool:
-        if storage.producer is None:  # earlier gradients, to which the step's own were added
-            return True
-        return storage.kept and plan.graph.operators[storage.producer].phase != "loss"
-
-    predicted = sum(
-        s.size_bytes for s in plan.graph.storages if s.category == category and stays(s)
-    )
-    return Figure(name=f"{category}s", predicted=predicted, measured=measured_bytes)
-
-
-def _median(name: str, predicted_us: float, measured_us: list[float]) -> Figure | None:
-    if not measured_us:
-        return None
-    return Figure(name=name, predicted=predicted_us, measured=statistics.median(measured_us))

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from graph_capture.units import format_bytes, format_us
 
-Bits = Literal["equal", "different", "not repeatable", "not compared"]
+from ..running.compiled_calls import CompiledCalls
+
+Bits = Literal["equal", "right", "WRONG", "different", "not repeatable", "not compared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +72,9 @@ class Validation:
         to back; their quartiles.
     bits
         Whether outputs, loss, gradients, buffers and the random generator are equal
-        with and without the plan. ``"not repeatable"``: they differ, and so do two
-        unplanned steps.
+        with and without the plan, else ``"different"``. Of a compiled plan, ``"right"`` if all
+        but the random generator, which must be equal, are the same up to rounding, else
+        ``"WRONG"``. ``"not repeatable"``: they differ, and so do two unplanned steps.
     first_difference
         The first thing that was not equal.
     unplanned_note
@@ -80,6 +83,13 @@ class Validation:
         Of the plan.
     costs, device, torch_version, num_threads, seed, num_pairs
         Where the predicted times come from, and where and how the step was measured.
+    compiled
+        What of the step ran as compiled code; ``None`` if the plan was not to be compiled. The
+        predicted peak is then that of this code and of the calls between; predicted times are
+        those of eager calls.
+    gradient_error, tolerance
+        Of a compiled plan: the largest error of a gradient, relative to its own norm (or to a
+        small share of all gradients' norm), and from which one the step counts as ``"WRONG"``.
     """
 
     peak: Figure
@@ -104,6 +114,14 @@ class Validation:
     num_threads: int
     seed: int
     num_pairs: int
+    compiled: CompiledCalls | None = None
+    gradient_error: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def as_promised(self) -> bool:
+        """Whether the peak is within the budget, and the results are not others than eager's."""
+        return self.within_budget and self.bits not in ("different", "WRONG")
 
     @property
     def within_budget(self) -> bool:
@@ -119,9 +137,12 @@ class Validation:
             error = f.error if math.isfinite(f.error) else None
             return {**asdict(f), "error": error}
 
+        error = self.gradient_error
         return {
             **asdict(self),
             "within_budget": self.within_budget,
+            "compiled": None if self.compiled is None else self.compiled.to_dict(),
+            "gradient_error": None if error is None or not math.isfinite(error) else error,
             **{
                 name: figure(getattr(self, name))
                 for name in ("peak", "step", "unplanned_peak", "unplanned_step")
@@ -137,7 +158,7 @@ class Validation:
             *self._warnings(),
             f"Validation on {self.device} (torch {self.torch_version}, {self.num_threads} threads, "
             f"seed {self.seed})",
-            f"  times are predicted by {self.costs}",
+            f"  times are predicted by {self.costs}{', of eager calls' * bool(self.compiled)}",
             f"  {'':<28}{'predicted':>12}{'measured':>12}{'error':>10}",
             _bytes_line("peak of the planned step", self.peak),
         ]
@@ -164,6 +185,8 @@ class Validation:
         lines.append("  in the whole step")
         lines += [_bytes_line(f"  {_words(f)}", f) for f in self.in_step]
         lines += [f"  budget    {self._budget()}", f"  bits      {self._bits()}"]
+        if self.compiled is not None:
+            lines.append(f"  compiled  {self.compiled}")
         if self.unplanned_note is not None:
             lines.append(f"  unplanned {self.unplanned_note}")
         return "\n".join(lines)
@@ -184,6 +207,8 @@ class Validation:
             )
         if self.bits == "different":
             lines.append(f"OTHER BITS: with the plan {self.first_difference} differs")
+        if self.bits == "WRONG":
+            lines.append(f"WRONG RESULTS: with the compiled plan {self.first_difference}")
         return lines
 
     def _overhead(self) -> list[str]:
@@ -209,6 +234,14 @@ class Validation:
             return f"unknown: {self.first_difference} differs between two unplanned steps"
         if self.bits == "different":
             return f"{self.first_difference} differs from the unplanned step's"
+        if self.bits == "right":
+            return (
+                "right: outputs, loss, gradients and buffers are the unplanned eager step's up to "
+                f"rounding (gradients within {self.gradient_error:.1e} of their norms, wrong from "
+                f"{self.tolerance:.0e}); random state equals its"
+            )
+        if self.bits == "WRONG":
+            return f"WRONG: {self.first_difference}, beyond the rounding of compiled kernels"
         return "not compared"
 
 

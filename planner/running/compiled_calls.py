@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 from torch.fx import GraphModule
@@ -28,18 +28,47 @@ class CompiledCalls:
         Calls of operators that they took the place of; repetitions count.
     eager
         Calls that stay eager, by the reason.
+    peak_bytes
+        The most bytes in memory while compiled code runs, what lies there already included, as
+        its code was read.
+    runs
+        The runs of the step's schedule of which every call is compiled.
     """
 
     stretches: int = 0
     compiled: int = 0
     eager: Mapping[str, int] = field(default_factory=dict)
+    peak_bytes: int = 0
+    runs: frozenset[int] = field(default=frozenset(), repr=False)
 
     def __add__(self, other: CompiledCalls) -> CompiledCalls:
         return CompiledCalls(
             stretches=self.stretches + other.stretches,
             compiled=self.compiled + other.compiled,
             eager=dict(Counter(self.eager) + Counter(other.eager)),
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            runs=self.runs | other.runs,
         )
+
+    def step_peak_bytes(self, plan: PlanRecord) -> int:
+        """Predicted peak of the whole step: by the plan's replay, and by the compiled code.
+
+        Parameters
+        ----------
+        plan
+            Of the whole step.
+        """
+        eager = (n for run, n in enumerate(plan.replay.memory_bytes) if run not in self.runs)
+        return max(self.peak_bytes, *eager)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, ready for JSON."""
+        return {
+            "stretches": self.stretches,
+            "compiled_calls": self.compiled,
+            "eager_calls": dict(self.eager),
+            "peak_bytes": self.peak_bytes,
+        }
 
     def __str__(self) -> str:
         total = self.compiled + sum(self.eager.values())

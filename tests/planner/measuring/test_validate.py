@@ -31,8 +31,8 @@ from planner.base.training_step import (
     build_optimizer,
     train_step,
 )
-from planner.measuring.validate import _predicted_parts
 from planner.measuring.validation import Figure
+from planner.measuring.validation_report import predicted_parts
 from planner.running.attach import applied_plan
 from planner.running.planned_forward import PlannedForward
 from tests.planner.small import Heads, make, plan_for, sample, square
@@ -345,7 +345,7 @@ def test_a_validation_is_plain_data(validation):
 def test_a_librarys_workspace_is_no_buffer():
     """What cuBLAS keeps is predicted as part of the rest: a recorded step makes it itself."""
     plan = optimize(make(), sample(), budget_gb=1, loss_fn=square, device="a100")
-    parts = _predicted_parts(plan)
+    parts = predicted_parts(plan)
     assert sum(parts.values()) == plan.predicted_peak_bytes
     assert parts["library workspace"] > 0
     assert parts["buffer"] < parts["library workspace"]
