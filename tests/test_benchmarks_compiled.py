@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.compiled.cell import Cell, Cells, complaints
-from benchmarks.compiled.gradients import error
+from benchmarks.compiled.gradients import error, slope_error
 from benchmarks.compiled.table import table
 
 LOW = Cell(
@@ -71,3 +72,33 @@ def test_budgets_stand_beside_ratios() -> None:
     assert first.startswith("| m | 100%, 2 kB |")
     assert "1.00 | 1,234 | equal to the bit" in first
     assert second.startswith("| m | 50%, 1 kB |")
+
+
+def test_slopes_of_the_loss_tell_right_gradients_from_wrong_ones() -> None:
+    """Whatever masks the loss has, its slopes belong to its gradients."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 1))
+    sample = torch.randn(32, 8)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(model(x), 0.3).square().mean()
+
+    def other_masks_in_backward(x: torch.Tensor) -> torch.Tensor:
+        return _FromAnotherLoss.apply(step(x), step(x))
+
+    before = [p.detach().clone() for p in model.parameters()]
+    assert slope_error(model, step, sample) < 0.01
+    assert slope_error(model, other_masks_in_backward, sample) > 0.05
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class _FromAnotherLoss(torch.autograd.Function):
+    """The first loss, with the second's gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:  # type: ignore[override]
+        return None, gradient

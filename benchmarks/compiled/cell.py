@@ -31,8 +31,12 @@ class Cell:
         Gradients against the compiled step without a budget.
     float64_error
         Gradients against the step compiled in float64.
+    slope_error
+        Gradients against slopes of the loss, where the loss is of other dropout masks than the
+        step without a budget.
     is_right
-        Equal bits, or about as near to float64 as unbudgeted compilations are.
+        Equal bits, or about as near to float64 as unbudgeted compilations are, or to the slopes
+        of the loss.
     time_ratio
         Against the step without a budget, by alternating pairs; ``None`` if not measured.
     first_step_s, planning_s, solve_s
@@ -54,6 +58,7 @@ class Cell:
     bits_equal: bool | None = None
     error: float | None = None
     float64_error: float | None = None
+    slope_error: float | None = None
     is_right: bool | None = None
     time_ratio: float | None = None
     first_step_s: float | None = None
@@ -117,6 +122,8 @@ def complaints(cells: Sequence[Cell]) -> list[str]:
         assert cell.budget_bytes is not None
         if not cell.is_right:
             found.append(f"{name}: gradients are wrong, error {cell.float64_error}")
+        if cell.slope_error is not None:
+            found.append(f"{name}: other dropout masks than without a budget")
         if cell.peak_bytes > cell.budget_bytes:
             found.append(f"{name}: {cell.peak_bytes} bytes are above {cell.budget_bytes}")
         if abs(cell.peak_bytes - cell.predicted_bytes) > MOST_OFF * cell.peak_bytes:

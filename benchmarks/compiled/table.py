@@ -61,6 +61,8 @@ def gradients_text(cell: Cell) -> str:
     """What gradients are like, in words."""
     if cell.bits_equal:
         return "equal to the bit"
+    if cell.is_right and cell.slope_error is not None:
+        return f"right for other masks, slopes within {cell.slope_error:.0%}"
     if cell.is_right:
         return f"right, {cell.float64_error:.0e} from float64"
     return f"**wrong**, error {cell.error:.2g}"
