@@ -7,10 +7,11 @@ of the one that keeps everything lie evenly spaced *levels*, one fewer than two 
 rounds. A level is solved for, its code generated and its peak read; each round halves the
 levels that are left, and the search ends early where little of the budget is unused. So the
 level that a budget ends at never falls when the budget rises, and budgets of one model ask for
-the same levels, which are read once (:mod:`planner.compiled.readings`). The last round before a
-budget is refused is the least level, which does not depend on the budget: so what the error
-names as the least is found again. PyTorch's own partition is tried first: where it fits, nothing
-is to be solved.
+the same levels, which are read once (:mod:`planner.compiled.readings`). Where the search ends at
+one of the lowest levels or below them, all of these are read: there the solver may find little
+more than the schedule of least memory, which repeats nearly everything and whose code may take
+more than a higher level's. They do not depend on the budget, so what an error names as the least
+is found again. PyTorch's own partition is tried first: where it fits, nothing is to be solved.
 
 Generated code is read on the CPU only. Elsewhere the plan goes by the rules of fusion, in one
 round, and a warning says so.
@@ -43,6 +44,9 @@ from .solve_step import solve_step
 
 WORTH_A_ROUND = 0.02
 """Share of the budget that must be unused for another round of a plan that recomputes."""
+
+LOWEST_LEVELS = 3
+"""How many levels are all read where a search ends at one of them, or finds nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,11 @@ class _Search:
                 break
             if found.cost_ns <= self._priced.graph.base_cost_ns:
                 break
-        return best
+        if fits >= LOWEST_LEVELS:
+            return best
+        lowest = [self._at(level, None) for level in range(min(LOWEST_LEVELS, self._num_levels))]
+        fitting = [r for r in (best, *lowest) if r is not None and r.peak_bytes <= usable_bytes]
+        return min(fitting, key=lambda r: r.cost_ns, default=None)
 
     @property
     def lowest_bytes(self) -> int:
