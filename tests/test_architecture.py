@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("graph_capture",),
     ("planner.errors",),
     ("planner.base",),
+    ("planner.compiled_record",),
     ("planner.plan_record", "planner.comparison_record"),
     (
         "planner.planning",

@@ -213,11 +213,19 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and same_bits(a, b)
 
 
-def largest_error(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+def largest_error(
+    pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype | None = None
+) -> float:
     """The largest error of tensors of one kind, each found beside what was expected; NaN or
-    infinite where numbers are."""
+    infinite where numbers are.
+
+    Parameters
+    ----------
+    dtype
+        The dtype that rounds, see :func:`rounding_dtype`.
+    """
     total = torch.stack([expected.norm() for _, expected in pairs]).norm()
-    floor = _FLOOR[None] * total
+    floor = _FLOOR[dtype] * total
     errors = [(a - b).norm() / torch.maximum(b.norm(), floor) for a, b in pairs]
     return float(torch.stack(errors).max())
 

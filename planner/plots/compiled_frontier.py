@@ -1,4 +1,4 @@
-"""Measured peak against time of compiled steps: ours, PyTorch's budgets, and no budget."""
+"""Measured peak against time of compiled steps: ours, PyTorch's budgets, no budget, and eager."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..comparison_record import ComparisonRecord
+from ..compiled_record import CompiledRecord
+from .points import measured_point
 from .style import (
     BLACK,
     BLUE,
+    GREEN,
+    GREY,
     VERMILLION,
     byte_unit,
     check_suffix,
@@ -44,7 +49,7 @@ class CompiledPoint:
         Beside its marker.
     """
 
-    kind: Literal["unbudgeted", "pytorch", "remat"]
+    kind: Literal["unbudgeted", "pytorch", "remat", "eager", "eager_plan"]
     peak_bytes: int
     time_ratio: float
     is_wrong: bool = False
@@ -60,8 +65,51 @@ _LOOKS: dict[str, dict[str, Any]] = {
         "label": "activation_memory_budget",
     },
     "unbudgeted": {"color": BLACK, "marker": "D", "linestyle": "none", "label": "no budget"},
+    "eager": {"color": GREY, "marker": "*", "linestyle": "none", "label": "eager, no plan"},
+    "eager_plan": {"color": GREEN, "marker": "^", "linestyle": ":", "label": "eager, plans"},
 }
 _WRONG = {"color": BLACK, "marker": "x", "linestyle": "none", "markersize": 12, "zorder": 4}
+
+
+def compiled_points(
+    steps: CompiledRecord, beside: ComparisonRecord | None = None
+) -> tuple[CompiledPoint, ...]:
+    """Return the points of compiled steps that ran and were timed, and that of the eager step.
+
+    Parameters
+    ----------
+    beside
+        The comparison whose measured eager plans of ours are points, too: their times are over
+        eager's, and so over the compiled step's by the ratio of these two.
+    """
+    found = [
+        CompiledPoint(
+            kind=row.kind,
+            peak_bytes=row.peak_bytes,
+            time_ratio=row.time_ratio,
+            is_wrong=row.is_wrong,
+            label="" if row.ratio is None or row.kind == "remat" else f"{row.ratio:g}",
+        )
+        for row in steps.rows
+        if row.peak_bytes is not None and row.time_ratio is not None
+    ]
+    eager_ratio = steps.eager_ratio
+    if not found or eager_ratio is None or steps.eager_peak_bytes is None:
+        return tuple(found)
+    found.append(
+        CompiledPoint(kind="eager", peak_bytes=steps.eager_peak_bytes, time_ratio=1 / eager_ratio)
+    )
+    rows = [] if beside is None else [r for r in beside.rows if r.strategy == beside.ours]
+    plans = {point for row in rows if (point := measured_point(row)) is not None}
+    found += [
+        CompiledPoint(
+            kind="eager_plan",
+            peak_bytes=plan.peak_bytes,
+            time_ratio=(1 + plan.overhead) / eager_ratio,
+        )
+        for plan in sorted(plans, key=lambda p: p.peak_bytes)
+    ]
+    return tuple(found)
 
 
 def plot_compiled(
@@ -106,7 +154,8 @@ def plot_compiled(
             axis.set_title(name)
             draw_grid(axis)
         axes[0].set_ylabel("time / compiled without a budget")
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
+        columns = 4 if len(shown) <= 4 else 3
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
         set_title(figure, title)
         write_figure(figure, path)
     return figure
@@ -137,4 +186,4 @@ def _draw(axis: Any, points: Sequence[CompiledPoint], shown: dict[str, Any]) -> 
     axis.set_xlabel(f"measured peak, {unit}")
 
 
-__all__ = ["MOST_MODELS", "CompiledPoint", "plot_compiled"]
+__all__ = ["MOST_MODELS", "CompiledPoint", "compiled_points", "plot_compiled"]

@@ -149,7 +149,7 @@ def _row(
     begin_s = time.monotonic()
     with forward_set(model, own_forward(model)), peers_warnings():
         try:
-            twin, twins_optimizer = _copies(model, optimizer)
+            twin, twins_optimizer = copies(model, optimizer)
             with peer.prepare(twin, situation) as ready:
                 _one_step(ready.model, sample_input, loss_fn, seeds.start)
                 row = replace(
@@ -192,8 +192,8 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _copies(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """A model and its optimizer, copied together."""
+def copies(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """Copy a model and its optimizer together, without gradients."""
     memo: dict[int, Any] = {}
     # The model's gradients belong to the loop: they are neither copied nor measured.
     gradients = [(p, p.grad) for p in model.parameters()]
@@ -257,13 +257,13 @@ def _measured(
     beside = sides if verdict is not None else sides[1:]
     return measured_step(
         peak_bytes,
-        _times(beside, sample_input, loss_fn, repeats, seeds.start, device, holds),
+        paired_times(beside, sample_input, loss_fn, repeats, seeds.start, device, holds),
         "not compared" if verdict is None else verdict.bits,
         "eager runs out of memory" if verdict is None else verdict.difference,
     )
 
 
-def _times(
+def paired_times(
     sides: tuple[tuple[nn.Module, Optimizer], ...],
     sample_input: Sample,
     loss_fn: LossFn | None,
