@@ -1,4 +1,4 @@
-"""The results of a comparison: a row for each strategy and budget, and the lower bounds."""
+"""The results of a comparison: rows by strategy and budget, compiled steps, and lower bounds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from solvers.result import OPTIMAL_GAP
 from solvers.scopes import BoundScope
 
 from .base.solve_options import DEFAULT_GAP
+from .compiled_record import CompiledRecord
 
 RowKind = Literal["strategy", "peer"]
 
@@ -201,6 +202,9 @@ class ComparisonRecord:
         Wall-clock time of the search for the least peak. Ours starts from the schedule
         that it found, and no row's ``solve_s`` includes it. ``None`` if this process had
         searched before.
+    compiled
+        The same step compiled, if that was asked for. Its rows are measured against the compiled
+        step without a budget; all other rows are of eager steps.
     """
 
     model: str
@@ -229,6 +233,7 @@ class ComparisonRecord:
     num_threads: int | None = None
     repeats: int = 0
     least_solve_s: float | None = None
+    compiled: CompiledRecord | None = None
 
     # -- questions ---------------------------------------------------------------------
 

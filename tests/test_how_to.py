@@ -86,5 +86,16 @@ def test_add_a_peer(run: Any) -> None:
 
 def test_compile_within_a_budget(run: Any) -> None:
     """The page's budget is below what the step takes, and kept."""
-    (plan,) = run("compile-within-a-budget")["plans"]
+    (plan,) = run("compile-within-a-budget", num_blocks=3)["plans"]
     assert plan.predicted_peak_bytes <= 2_050_000 < plan.unplanned_peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compare_compiled_steps(run: Any) -> None:
+    """The page's table has compiled steps, ours with right gradients."""
+    table: Comparison = run("compile-within-a-budget")["table"]
+    assert table.compiled is not None
+    kinds = [row.kind for row in table.compiled.rows]
+    assert kinds == ["unbudgeted", "pytorch", "remat"]
+    assert table.compiled.rows[-1].bits == "equal"

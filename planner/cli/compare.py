@@ -59,6 +59,16 @@ def compare_command(
         ),
     ] = None,
     peers: Annotated[str, typer.Option(help="other tools to run, by name")] = "",
+    compiled_ratios: Annotated[
+        str,
+        typer.Option(
+            help="e.g. 0.9,0.3: the same step compiled, without a budget, at these of PyTorch's "
+            "activation memory budgets, and by ours at their peaks; takes minutes, CPU only"
+        ),
+    ] = "",
+    lower: Annotated[
+        str, typer.Option(help="what compiled steps are compiled with: inductor or aot_eager")
+    ] = "inductor",
     measure: Annotated[
         bool | None,
         typer.Option("--measure/--no-measure", help="run the schedules; else where that can be"),
@@ -109,6 +119,8 @@ def compare_command(
             budgets=read_names(budgets),
             strategies=names,
             peers=read_names(peers or None) or (),
+            compiled_ratios=_ratios(compiled_ratios),
+            lower=lower,  # type: ignore[arg-type]  # checked there
             registry=registry,
             loss_fn=loss_fn,
             optimizer=optimizer,
@@ -146,6 +158,14 @@ def compare_command(
         failure="; ".join(failed),
         code=ExitCode.FAILED if failed else ExitCode.DONE,
     )
+
+
+def _ratios(text: str) -> tuple[float, ...]:
+    """Read ratios, or end the command."""
+    try:
+        return tuple(float(part) for part in read_names(text or None) or ())
+    except ValueError:
+        fail(f"--compiled-ratios are numbers from 0 to 1, such as 0.9,0.3, got {text!r:.100}")
 
 
 def _check_folder(folder: Path) -> None:
@@ -186,4 +206,7 @@ def _drawn(found: Comparison, folder: Path) -> list[str]:
     if ran:
         found.plot_predicted(folder / "predicted.png")
         said.append(f"drawn {folder / 'predicted.png'}")
+    if found.compiled is not None and any(r.time_ratio for r in found.compiled.rows):
+        found.plot_compiled(folder / "compiled.png")
+        said.append(f"drawn {folder / 'compiled.png'}")
     return said

@@ -22,6 +22,7 @@ from ..base.data_parallel import Distributed, wrapped_by
 from ..base.solve_options import DEFAULT_GAP, SolveOptions
 from ..base.step_spec import StepSpec
 from ..comparison_record import ComparisonRecord
+from ..compiled.options import Lower
 from ..planning.captured_call import (
     CapturedCall,
     captured_call,
@@ -29,11 +30,13 @@ from ..planning.captured_call import (
 from ..planning.known_least import already_found, known_least_memory
 from .budgets import AskedBudget, NamedBudget, ReadBudget, even_budgets, in_bytes, read_budgets
 from .comparison import Comparison
+from .compiled_runs import check_lower, read_ratios
 from .events import (
     ProgressReporter,
     ShowComparison,
     showing_comparison,
 )
+from .execution.compiled_part import check_compiled, with_compiled
 from .execution.execute import (
     executed,
     must_run,
@@ -62,6 +65,8 @@ def compare(
     budgets: Iterable[AskedBudget] | None = None,
     strategies: Iterable[str | Strategy | PlainStrategy] | None = None,
     peers: Iterable[str | Peer] = (),
+    compiled_ratios: Iterable[float] = (),
+    lower: Lower = "inductor",
     registry: Registry | None = None,
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
     optimizer: torch.optim.Optimizer | str | None = None,
@@ -109,6 +114,15 @@ def compare(
         return one schedule or several. ``None`` for all.
     peers
         Names of ``planner.comparing.peers.PEERS``, or peers of your own.
+    compiled_ratios
+        Ratios of PyTorch's ``activation_memory_budget``, from 0 to 1: the same step is then
+        compiled, too, without a budget, at each of these, and by backend ``"remat"`` with the
+        peak that each came to as its budget. These rows are in
+        :attr:`~planner.comparison_record.ComparisonRecord.compiled`, apart from eager ones:
+        measured, with times and gradients against the compiled step without a budget. Model
+        and loss are compiled as one. On the CPU only; each row compiles for seconds to minutes.
+    lower
+        What compiled steps are compiled with: ``"inductor"``, or ``"aot_eager"``, eager's kernels.
     registry
         Strategies by name; ``None`` for ``solvers.strategies.STRATEGIES``.
     measure
@@ -145,8 +159,8 @@ def compare(
     ``"auto"`` starts from the schedule of the least peak found, if that fits. The search
     for it counts in ``least_solve_s``, not in any row's ``solve_s``.
 
-    Peers named ``compile_budget_*`` call ``torch._dynamo.reset()`` before and after they
-    run. This drops everything that ``torch.compile`` has compiled in this process,
+    Peers named ``compile_budget_*`` and compiled steps call ``torch._dynamo.reset()`` before
+    and after they run. This drops everything that ``torch.compile`` has compiled in this process,
     including your own functions: they still work, and are compiled again on their next
     call.
     """
@@ -166,7 +180,10 @@ def compare(
     with_own_choice = {n for n, s in known.items() if not s.needs_budget}
     asked = None if budgets is None else read_budgets(budgets, with_own_choice)
     chosen_peers = choose_peers(peers)
-    if asked == () and not chosen_peers and with_own_choice.isdisjoint(names):
+    ratios = read_ratios(compiled_ratios)
+    check_lower(lower)
+    measured_only = ["peers"] * bool(chosen_peers) + ["compiled_ratios"] * bool(ratios)
+    if asked == () and not measured_only and with_own_choice.isdisjoint(names):
         raise ValueError(
             f"nothing is asked: budgets is empty, and {', '.join(names) or 'no strategy'} can only "
             "be asked at a budget: give, for example, budgets=['60%'], or leave budgets out for "
@@ -174,7 +191,9 @@ def compare(
         )
     _check(repeats=repeats, measure=measure, name=name)
     with showing_comparison(progress) as tell, captured_call(spec) as call:
-        runs = must_run(measure, call.captured.target, model, sample_input, bool(chosen_peers))
+        runs = must_run(measure, call.captured.target, model, sample_input, measured_only)
+        if ratios:
+            check_compiled(spec)
         known = with_min_cut(known, call.captured)
         found = _predicted_part(call, known, names, asked, options, tell, name or _class(model))
         comparison, schedules = found
@@ -197,7 +216,11 @@ def compare(
         comparison = executed(comparison, schedules, call, execution, tell)
         at = [NamedBudget(label=b.budget, num_bytes=b.budget_bytes) for b in comparison.bounds]
         rows = peer_rows(chosen_peers, call.captured.graph, execution, tell, at)
-        return Comparison.of(replace(comparison, rows=(*comparison.rows, *rows)))
+        comparison = replace(comparison, rows=(*comparison.rows, *rows))
+        if ratios:
+            tell.expect(1 + 2 * len(ratios))
+            comparison = with_compiled(comparison, execution, ratios, lower, options, tell)
+        return Comparison.of(comparison)
 
 
 def _predicted_part(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..comparison_record import ComparisonRecord
-from ..plots import plot_pareto, plot_predicted
+from ..plots import plot_compiled, plot_pareto, plot_predicted
+from ..plots.compiled_frontier import compiled_points
+from ..plots.titles import title_of_comparison
 from .files import load_comparison, save_comparison
 from .table import table
 from .views import data_frame, records
@@ -55,6 +57,24 @@ class Comparison(ComparisonRecord):
     def plot_predicted(self, path: str | Path | None = None) -> Figure:
         """Plot measured against predicted, see :func:`planner.plots.plot_predicted`."""
         return plot_predicted(self, path)
+
+    def plot_compiled(self, path: str | Path | None = None) -> Figure:
+        """Plot measured peak against time of compiled steps, beside our eager plans.
+
+        See :func:`planner.plots.plot_compiled`. Times are over the compiled step without a
+        budget.
+
+        Raises
+        ------
+        ValueError
+            When no compiled step was timed.
+        """
+        steps = self.compiled
+        what = "compiled training steps"
+        title = title_of_comparison(what, self, predicted=False, measured=True)
+        points = () if steps is None else compiled_points(steps, self)
+        by = "" if steps is None else f"compiled by {steps.lower}"
+        return plot_compiled({by: points}, path, title=title)
 
     # -- files -------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ _ADDED = (
     "num_threads",
     "repeats",
     "least_solve_s",
+    "compiled",
 )
 """Fields that early files of version 1 lack."""
 

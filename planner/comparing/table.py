@@ -16,6 +16,7 @@ from .bound_text import (
     percent_rounded_down,
     scope_words,
 )
+from .compiled_table import compiled_lines
 
 _LONGEST_SETTING = 22
 _LONGEST_ERROR = 80  # in its row; longer ones are printed in full below the rows
@@ -41,6 +42,8 @@ def table(comparison: ComparisonRecord) -> str:
     peers = [r for r in comparison.rows if r.kind == "peer"]
     if peers:
         lines += ["", "other tools, as their users run them", *_block(comparison, peers, shows)]
+    if comparison.compiled is not None:
+        lines += ["", *compiled_lines(comparison.compiled)]
     notes = [line for note in _notes(comparison) for line in textwrap.wrap(note, _WIDTH)]
     lines += ["", *notes] if notes else []
     return "\n".join(line.rstrip() for line in lines)
@@ -69,6 +72,8 @@ def _head(c: ComparisonRecord) -> Iterator[str]:
                 "though ours starts from what was found"
             )
         yield f"* marks ours ({c.ours})"
+    if c.compiled is not None:
+        yield "rows are of eager steps, against eager's; those of the last table of compiled ones"
 
 
 def _measured_on(c: ComparisonRecord) -> str:

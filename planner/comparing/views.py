@@ -5,19 +5,28 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..comparison_record import BudgetBound, ComparisonRecord, ComparisonRow
+from ..comparison_record import BudgetBound, ComparisonRecord, ComparisonRow, RowOutcome
+from ..compiled_record import CompiledRow
+from .compiled_table import name_of_row
 
 if TYPE_CHECKING:
     import pandas
+
+EAGER_STEP = "eager step"
+COMPILED_STEP = "compiled step without a budget"
+"""What a record's measured ratio, bits and errors are against."""
 
 
 def records(comparison: ComparisonRecord) -> list[dict[str, Any]]:
     """See :meth:`Comparison.records`."""
     bounds = {(b.budget, b.budget_bytes): b for b in comparison.bounds}
-    return [
+    found = [
         _record(comparison, row, bounds.get((row.budget, row.budget_bytes or 0)))
         for row in comparison.rows
     ]
+    if comparison.compiled is not None:
+        found += [_compiled_record(comparison, row) for row in comparison.compiled.rows]
+    return found
 
 
 def data_frame(comparison: ComparisonRecord) -> pandas.DataFrame:
@@ -70,10 +79,41 @@ def _record(
         "ratio_low": None if measured is None else _figure(measured.quartiles[0]),
         "ratio_high": None if measured is None else _figure(measured.quartiles[1]),
         "num_pairs": None if measured is None else measured.num_pairs,
+        "measured_against": None if measured is None else EAGER_STEP,
         "bits": None if measured is None else measured.bits,
+        "gradient_error": None,
         "difference": None if measured is None else measured.difference,
         **_circumstances(comparison),
     }
+
+
+def _compiled_record(comparison: ComparisonRecord, row: CompiledRow) -> dict[str, Any]:
+    """A compiled step as a row: its measured ratio is over the compiled step without a budget."""
+    steps = comparison.compiled
+    assert steps is not None
+    shown = ComparisonRow(
+        strategy=f"compiled_{row.kind}",
+        budget="" if row.budget_bytes is None else f"{row.budget_bytes}B",
+        budget_bytes=row.budget_bytes,
+        setting=steps.lower,
+        note=name_of_row(row),
+        error=row.failure,
+        outcome=RowOutcome.FAILED if row.failure else RowOutcome.FOUND,
+        predicted_peak_bytes=row.predicted_bytes,
+        overhead=row.overhead,
+        gap=row.gap,
+    )
+    ran = {
+        "measured_peak_bytes": row.peak_bytes,
+        "measured_ratio": row.time_ratio,
+        "measured_against": COMPILED_STEP,
+        "bits": None if row.peak_bytes is None else row.bits,
+        "gradient_error": row.error,
+    }
+    own = {"kind": "compiled", "ours": row.kind == "remat", **ran}
+    if row.is_over_budget:
+        own["outcome"] = str(RowOutcome.OVER_BUDGET)
+    return _record(comparison, shown, None) | own
 
 
 def _circumstances(c: ComparisonRecord) -> dict[str, Any]:

@@ -39,7 +39,11 @@ from .runner import (
 
 
 def must_run(
-    wanted: bool | None, target: Target, model: nn.Module, sample_input: Sample, peers: bool
+    wanted: bool | None,
+    target: Target,
+    model: nn.Module,
+    sample_input: Sample,
+    measured_only: Sequence[str],
 ) -> bool:
     """Whether schedules are executed.
 
@@ -47,21 +51,23 @@ def must_run(
     ----------
     wanted
         ``None`` for yes if the device is at hand.
-    peers
-        Whether peers were requested, which have no other figures.
+    measured_only
+        Names of the arguments that asked for rows without other figures.
 
     Raises
     ------
     ValueError
-        When they must be executed but cannot be, or when they need not be and peers
-        were requested.
+        When they must be executed but cannot be, or when they need not be and rows were
+        asked for that have no other figures.
     """
     why = _why_not(target, model, sample_input)
     if wanted and why:
         raise ValueError(f"measure=True, but {why}: use measure=False")
-    if peers and (why or wanted is False):
+    if measured_only and (why or wanted is False):
+        names = " and ".join(measured_only)
         raise ValueError(
-            f"peers have measured figures only, and {why or 'measure is False'}: leave peers out"
+            f"{names} have measured figures only, and {why or 'measure is False'}: leave {names} "
+            "out"
         )
     return wanted is not False and not why
 

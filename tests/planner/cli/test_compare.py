@@ -65,6 +65,34 @@ def test_compare(target: str, tmp_path: Path) -> None:
     assert drawn >= {"pareto.png", "predicted.png"}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_steps(target: str, tmp_path: Path) -> None:
+    """`--compiled-ratios` adds compiled rows to table, file and figures."""
+    done = CliRunner().invoke(
+        app,
+        [
+            "compare",
+            target,
+            "--budgets=80%",
+            "--strategies=auto",
+            "--compiled-ratios=0.9, 0.5",
+            "--lower=aot_eager",
+            "--repeats=1",
+            "--time-limit-s=1",
+            "--out=table.json",
+            "--plots=figures",
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    assert "compiled steps, by aot_eager" in done.stdout
+    assert "ours, at the peak of 0.5" in done.stdout
+    found = Comparison.load(tmp_path / "table.json").compiled
+    assert found is not None
+    assert [row.ratio for row in found.rows] == [None, 0.9, 0.5, 0.9, 0.5]
+    assert (tmp_path / "figures" / "compiled.png").exists()
+
+
 def test_prediction_alone(target: str) -> None:
     """With --no-measure nothing runs."""
     done = CliRunner().invoke(
@@ -91,6 +119,10 @@ def test_prediction_alone(target: str) -> None:
         (["--device=abacus", "--no-measure"], "known are cpu"),
         (["--device=h100", "--measure"], "measure=True, but"),
         (["--repeats=-1"], "repeats must be"),
+        (["--compiled-ratios=half"], "--compiled-ratios are numbers from 0 to 1"),
+        (["--compiled-ratios=2"], "ratio from 0 to 1, not 2.0"),
+        (["--compiled-ratios=0.5", "--no-measure"], "compiled_ratios have measured figures only"),
+        (["--compiled-ratios=0.5", "--lower=nvcc"], "lower is 'inductor' or 'aot_eager'"),
     ],
 )
 def test_errors_are_one_line(target: str, options: list[str], word: str) -> None:
