@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
-from .snapshots import ABSENT
+from .snapshots import ABSENT, entries_of
 
 _LISTS = (list, deque)
 _SETS = (set,)
@@ -128,7 +128,7 @@ class Ledger:
         if id(value) in self._entries:
             return
         if isinstance(value, dict):
-            saved: Any = dict(dict.items(value))
+            saved: Any = dict(entries_of(value))
             children = saved.items()
         elif isinstance(value, _LISTS):
             saved = list(value)
@@ -238,10 +238,10 @@ def _changes(entry: _Entry) -> Iterator[Change]:
         now: dict[Any, Any] = dict(enumerate(container))
     elif isinstance(container, dict):
         table: dict[Any, Any] = container
-        same = len(table) == len(saved) and all(map(is_, dict.values(table), saved.values()))
-        if same and all(map(is_, table, saved)):
+        before, now = saved, dict(entries_of(table))
+        same = len(now) == len(saved) and all(map(is_, now.values(), saved.values()))
+        if same and all(map(is_, now, saved)):
             return
-        before, now = saved, dict(dict.items(table))
     else:
         before, now = saved, slots_of(container)
     for key, value in now.items():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .call_spec import TensorSpec
 from .errors import NotFittingError
@@ -25,6 +26,21 @@ def registered(model: nn.Module) -> Registered:
         for key, tensor in table.items()
         if tensor is not None
     }
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model some of whose parameters or buffers have no shape yet.
+
+    Raises
+    ------
+    NotFittingError
+        Names the first one.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise NotFittingError(
+                f"{name!r} has no shape yet (a lazy module): run the model once before planning"
+            )
 
 
 def reassigned_buffers(

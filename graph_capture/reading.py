@@ -20,6 +20,7 @@ import queue
 import sys
 import threading
 import types
+import weakref
 from collections import ChainMap, UserDict, UserList
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,7 +48,7 @@ from .named_reads import (
     words_in,
 )
 from .process_wide import PROCESS_WIDE
-from .reads import SETTINGS, Place, Reads, Where, place_of, refuse_too_large
+from .reads import SETTINGS, Place, Reads, Where, nothing_added, place_of, refuse_too_large
 from .snapshots import (
     ABSENT,
     ATOMS,
@@ -60,6 +61,7 @@ from .snapshots import (
     parts_of,
     snapshot,
 )
+from .whole_dicts import ALL_AT_ONCE, keys_asked, who_asks
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,7 @@ _PARTS_OF_FUNCTIONS = (
     ("__defaults__", "defaults"),
     ("__kwdefaults__", "keyword defaults"),
 )
+_CACHED = type(functools.lru_cache(len))  # no other name
 _PLAIN_CALLS = (types.FunctionType, types.WrapperDescriptorType)
 _MAX_MET = 1000  # items of a container that are looked into
 _RUN_BY_AUTOGRAD = ("forward", "backward", "setup_context", "vjp", "jvp")
@@ -155,7 +158,7 @@ class Watcher:
         def watched(module: nn.Module, name: str) -> Any:
             if name not in ignored or (name == "training" and id(module) not in guarded):
                 note(module, name)
-            if name == "__dict__" and is_users(code := sys._getframe(1).f_code):
+            if name in ALL_AT_ONCE and (code := who_asks(sys._getframe(1))):
                 self._asked_for_all[id(module), id(code)] = (module, code)
             return super(nn.Module, module).__getattribute__(name)
 
@@ -224,6 +227,8 @@ class Watcher:
         if isinstance(value, types.ModuleType):
             self._modules.meet(value)
             return
+        if type(value) in weakref.ProxyTypes:
+            value = value.__repr__.__self__  # what it stands for
         if isinstance(value, (torch.Tensor, nn.Module)):
             return
         self.generators.meet(value, path)
@@ -239,6 +244,10 @@ class Watcher:
             self._meet(value.fget, path)
         elif isinstance(value, functools.cached_property):
             self._meet(value.func, path)
+        elif isinstance(value, _CACHED):
+            self._meet(value.__wrapped__, path)
+        elif isinstance(value, weakref.ref):
+            self._meet(value(), path, depth)
         elif isinstance(value, functools.partial):
             self._meet(value.func, path)
             self._meet((value.args, value.keywords), path, depth + 1)
@@ -270,6 +279,8 @@ class Watcher:
                     label = f"the {words} of {function.__qualname__}"
                     self._named[id(function), part] = (label, Where.ATTRIBUTE, function, part)
                 self.outside.contents(vars(function), function.__qualname__, attributes=True)
+            defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            self._meet(defaults, f"the defaults of {function.__qualname__}")
         self._meet(getattr(function, "__wrapped__", None), "")
 
     def _class(self, cls: type) -> None:
@@ -325,9 +336,9 @@ class Watcher:
 
         def watched(holder: Any, name: str) -> Any:
             note(holder, name)
-            if name == "__dict__":
-                code = sys._getframe(1).f_code
-                if is_users(code) and not is_library(code):
+            if name in ALL_AT_ONCE:
+                code = who_asks(sys._getframe(1))
+                if code and not is_library(code):
                     self._asked_for_all[id(holder), id(code)] = (holder, code)
             if own is ABSENT:
                 return super(cls, holder).__getattribute__(name)
@@ -422,6 +433,11 @@ class Watcher:
         elif isinstance(value, types.FunctionType) and library:
             return  # an installed package: what else it calls is seen when it runs
         else:
+            if isinstance(value, types.FunctionType) and attributes:
+                name = attributes[0]
+                at = Where.DICT if name in vars(value) else Where.SHADOW
+                inside = f"'{path}.{name}'"
+                self._named.setdefault((id(value), name), (inside, at, weakly(value), name))
             self._meet(value, path)
 
     def _table(self, cls: type) -> Any:
@@ -444,13 +460,10 @@ class Watcher:
             if unwatched and name not in self._words | self._strings:
                 continue
             places += self._places_of(holder, name)
-        for holder, code in [*self._asked_for_all.values(), *self._asked_past_watching()]:
-            held = dict_of(holder)
-            named = {value for value in code.co_consts if isinstance(value, str)} & set(held)
-            for name in (named or set(held)) - _IGNORED:
-                before = self._own_before.get(id(holder), held).get(name, ABSENT)
-                if held[name] is before and (id(holder), name) not in noted:
-                    places += self._places_of(holder, name)
+        for holder, code in self._asked_for_all.values():
+            places += self._asked_by_key(holder, code, keys_asked(code), noted)
+        for holder, code in self._asked_past_watching():
+            places += self._asked_by_key(holder, code, None, noted)
         for module, name in self._modules.names(self._words | self._strings):
             label = f"'{module.__name__}.{name}'"
             at = id(vars(module)), name
@@ -460,6 +473,33 @@ class Watcher:
         places.append(place_of(SETTINGS, Where.ATTRIBUTE, weakly(PROCESS_WIDE), "settings"))
         refuse_too_large(places)
         return Reads(places)
+
+    def _asked_by_key(
+        self,
+        holder: Any,
+        code: types.CodeType,
+        keys: frozenset[str] | None,
+        noted: set[tuple[int, str]],
+    ) -> Iterator[Place]:
+        """Attributes that a function read from an object's dict, and those that it may miss there.
+
+        Without ``keys``, a user's function may have read any.
+        """
+        held = dict_of(holder)
+        before = self._own_before.get(id(holder), held)
+        names = keys
+        if names is None:
+            names = frozenset(held)
+            if is_library(code):
+                names = names.intersection(code.co_consts) or names
+            elif weakly(holder) is not holder:
+                of = self._name_of.get(id(holder)) or type(holder).__name__
+                known = (*held, "forward")  # where a plan is put
+                yield nothing_added(f"what was added to {of}", weakly(holder), known)
+        for name in names - _IGNORED:
+            own = held.get(name, ABSENT) is before.get(name, ABSENT)  # not put there by forward
+            if own and (id(holder), name) not in noted:
+                yield from self._places_of(holder, name)
 
     def _asked_past_watching(self) -> list[tuple[Any, types.CodeType]]:
         """Objects that a function may have read past their classes, with the function's code.
@@ -511,6 +551,10 @@ class Watcher:
             yield Place(
                 label=label, where=Where.SHADOW, holder=reference, key=name, held=snapshot(ABSENT)
             )
+        if cls is None and isinstance(holder, nn.Module):
+            place = place_of(label, Where.REGISTERED, reference, name)
+            if place.is_empty():  # the call's guard compares the others
+                yield place
         if cls is None or isinstance(value, types.MemberDescriptorType):
             place = place_of(label, Where.ATTRIBUTE, reference, name)
             missing = isinstance(place.held, Atom) and place.held.value is ABSENT

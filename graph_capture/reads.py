@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import chain
-from operator import attrgetter, call, contains, getitem, is_, itemgetter
+from itertools import chain, repeat
+from operator import attrgetter, call, contains, getitem, is_, is_not, itemgetter
 from typing import Any
 
 from .errors import NotFittingError
@@ -38,6 +38,7 @@ _dict_of = attrgetter("__dict__")
 SETTINGS = "PyTorch's settings"
 """Label of the place that holds the process-wide settings."""
 _code_of = attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_REGISTERED = ("_parameters", "_buffers", "_modules")
 _facts_of = attrgetter("requires_grad", "dtype", "device", "shape")
 
 
@@ -48,6 +49,8 @@ class Where(Enum):
     SHADOW = "not in the __dict__ of an object: its class had it, or nothing had"
     TABLE = "in a mapping: the globals of a file, the attributes of a class"
     ATTRIBUTE = "by getattr: a cell, a slot, a property"
+    REGISTERED = "in a module's parameters, buffers or modules, where nothing or None was"
+    ADDED = "names in the __dict__ of an object beside those that it had"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +62,12 @@ class Place:
     label
         In words: ``"attribute 'drop.p'"``.
     where, holder, key
-        How to reach it. ``holder`` is a weak reference for ``DICT`` and ``SHADOW``,
-        and for ``ATTRIBUTE`` if the object allows one.
+        How to reach it. ``holder`` is a weak reference, but for ``TABLE``, and for
+        ``ATTRIBUTE`` of an object that allows none.
     held
         What it held when it was read.
+    names
+        For ``ADDED``: the names that were there.
     """
 
     label: str
@@ -70,10 +75,17 @@ class Place:
     holder: Any
     key: str
     held: Snapshot
+    names: frozenset[str] = frozenset()
 
     def is_gone(self) -> bool:
         """Whether the object that was read is gone."""
         return isinstance(self.holder, weakref.ref) and self.holder() is None
+
+    def is_empty(self) -> bool:
+        """Whether nothing was there, or ``None``."""
+        return isinstance(self.held, Atom) and (
+            self.held.value is None or self.held.value is ABSENT
+        )
 
     def now(self) -> Any:
         """What it holds now."""
@@ -87,6 +99,11 @@ class Place:
                 return getattr(holder, self.key, ABSENT)
             except ValueError:  # an empty cell
                 return ABSENT
+        if self.where is Where.REGISTERED:
+            tables = map(_dict_of(holder).__getitem__, _REGISTERED)
+            return next((table[self.key] for table in tables if self.key in table), ABSENT)
+        if self.where is Where.ADDED:
+            return ", ".join(sorted(_dict_of(holder).keys() - self.names))
         return _dict_of(holder).get(self.key, ABSENT)
 
 
@@ -97,6 +114,18 @@ def place_of(
     place = Place(label=label, where=where, holder=holder, key=key, held=snapshot(None))
     held = snapshot(place.now(), replaceable=replaceable)
     return Place(label=label, where=where, holder=holder, key=key, held=held)
+
+
+def nothing_added(label: str, holder: Any, names: Iterable[str]) -> Place:
+    """Return the place of attributes that an object may get, beside those of these names."""
+    return Place(
+        label=label,
+        where=Where.ADDED,
+        holder=holder,
+        key="__dict__",
+        held=snapshot(""),
+        names=frozenset(names),
+    )
 
 
 def refuse_too_large(places: Iterable[Place]) -> None:
@@ -165,14 +194,19 @@ class _Fast:
         self._tensors: list[tuple[Place, Any, Any]] = []
         self._others: list[tuple[Place, Any]] = []
         owners: dict[int, Any] = {}
+        empty: list[tuple[Any, str, str]] = []
         for place in places:
-            if place.where in (Where.DICT, Where.SHADOW):
+            if place.where in (Where.DICT, Where.SHADOW, Where.ADDED):
                 owner = place.holder()
                 if owner is None:
                     continue
                 owners.setdefault(id(owner), place.holder)
-                if place.where is Where.SHADOW:
+                if place.where is not Where.DICT:  # the number of attributes says enough
                     continue
+            if place.where is Where.REGISTERED:
+                if not place.is_gone():
+                    empty += [(place.holder, table, place.key) for table in _REGISTERED]
+                continue
             now = place.now()
             if now is ABSENT and place.where is Where.TABLE:
                 absent.append((place.holder, place.key))
@@ -198,6 +232,7 @@ class _Fast:
                 self._others.append((place, now))
         self._absent_from = [holder for holder, _ in absent]
         self._absent = [key for _, key in absent]
+        self._registered_in = [[each[i] for each in empty] for i in range(3)]
         self._functions = list(functions)
         self._code = list(map(_code_of, self._functions))
         self._things = [(p, r) for p, r in things if p.where is not Where.DICT]
@@ -235,6 +270,7 @@ class _Fast:
             values = chain.from_iterable(map(call, self._getters, dicts))
             return (
                 all(map(is_, values, self._expected))
+                and not any(_registered(*self._registered_in))
                 and all(items.unchanged() for items in self._contents)
                 and not any(map(contains, self._absent_from, self._absent))
                 and all(each.unchanged() for each in self._looked_at)
@@ -286,6 +322,12 @@ class _Items:
         return self._others is None or all(
             map(is_, self._others(container), map(call, self._references))
         )
+
+
+def _registered(references: list[Any], tables: list[str], names: list[str]) -> Iterator[bool]:
+    """Whether a module has a parameter, buffer or module of a name, one by one."""
+    held = map(getitem, map(_dict_of, map(call, references)), tables)
+    return map(is_not, map(dict.get, held, names), repeat(None))
 
 
 def _table_of(place: Place) -> Any:

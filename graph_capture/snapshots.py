@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import array
 import contextvars
+import ctypes
 import enum
 import functools
 import gc
 import threading
 import types
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from multiprocessing.sharedctypes import SynchronizedBase
 from operator import is_
 from pathlib import PurePath
 from typing import Any
@@ -72,7 +74,8 @@ MAX_ITEMS = 10_000
 MAX_ARRAY_BYTES = 2**26
 """Larger arrays are not read in every step: that would take more than some ten milliseconds."""
 _CHUNK_BYTES = 2**20  # fits into a cache
-_ARRAYS = (np.ndarray, bytearray, array.array)
+_C_DATA = ctypes.Array.__mro__[1]  # the base of all of ctypes' types has no public name
+_ARRAYS = (np.ndarray, bytearray, array.array, memoryview, _C_DATA)
 WRAPPERS = (
     functools.partial,
     types.MappingProxyType,
@@ -80,6 +83,7 @@ WRAPPERS = (
     threading.local,
     weakref.WeakKeyDictionary,
     weakref.WeakValueDictionary,
+    SynchronizedBase,
 )
 """Objects that are compared by their parts, see :func:`parts_of`."""
 _MAX_DEPTH = 6
@@ -196,7 +200,7 @@ def parts_of(wrapper: Any) -> tuple[Any, ...]:
         return (wrapper.__dict__,)
     if isinstance(wrapper, types.MappingProxyType):
         return tuple(gc.get_referents(wrapper))  # it has no attribute for the dict behind it
-    return (wrapper.data,)
+    return (wrapper.get_obj() if isinstance(wrapper, SynchronizedBase) else wrapper.data,)
 
 
 def snapshot(
@@ -241,24 +245,24 @@ def snapshot(
 
 
 def _looks_of_array(value: Any) -> Any:
-    return (value.shape, value.dtype) if isinstance(value, np.ndarray) else len(value)
+    if isinstance(value, (np.ndarray, memoryview)):
+        return value.shape, value.dtype if isinstance(value, np.ndarray) else value.format
+    return _num_bytes(value) if isinstance(value, _C_DATA) else len(value)
 
 
 def _num_bytes(value: Any) -> int:
-    if isinstance(value, bytearray):
-        return len(value)
-    return value.nbytes if isinstance(value, np.ndarray) else len(value) * value.itemsize
+    return value.nbytes if isinstance(value, np.ndarray) else memoryview(value).nbytes
 
 
 def _bytes_of(value: Any) -> bytes | None:
     """The bytes of an array; ``None`` for one of Python objects, whose bytes are addresses."""
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
         return None
-    return bytes(value) if isinstance(value, bytearray) else value.tobytes()
+    return value.tobytes() if isinstance(value, np.ndarray) else bytes(memoryview(value))
 
 
 def _has_objects(looks: Any) -> bool:
-    return isinstance(looks, tuple) and bool(looks[1].hasobject)
+    return isinstance(looks, tuple) and bool(getattr(looks[1], "hasobject", False))
 
 
 def _holds(value: Any, then: bytes) -> bool:
@@ -288,7 +292,9 @@ def _content(value: Any, keep: bool, depth: int) -> Snapshot:
 
 def entries_of(value: Any) -> Iterable[tuple[Any, Any]]:
     """Keys and values of a dict, indices and items of a sequence."""
-    # As a plain dict, past what a subclass overrides.
+    # Past what a subclass overrides. An OrderedDict has an order that a plain dict does not see.
+    if isinstance(value, OrderedDict):
+        return OrderedDict.items(value)
     return dict.items(value) if isinstance(value, dict) else enumerate(value)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from .accumulated import settle_gradients
+from .addresses import addresses_refused
 from .backward_walk import BackwardWalk, Differentiator, Engine, refuse_backward_hooks
 from .call_spec import call_forward, objects_of, tensors_of
 from .costs.roofline import LONGEST_TRIAL_NS, Roofline
@@ -153,6 +154,7 @@ class _Recording:
                 recorder,
                 recorder.module_paths(model),
                 new_generators_refused(),
+                addresses_refused(),
                 self._eager_formulas(),
             ):
                 output = call_forward(forward, fake_arguments)

@@ -14,6 +14,7 @@ from graph_capture.autocast import autocast_as
 from graph_capture.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
+from graph_capture.module_state import refuse_lazy
 from graph_capture.optimizer_step import measure_optimizer
 from graph_capture.step_capture import capture_step
 from graph_capture.target import target_of
@@ -80,6 +81,7 @@ def captured_call(spec: StepSpec, progress: ShowProgress = None) -> Iterator[Cap
         When the sample cannot be read, or the optimizer's name is unknown.
     """
     model = spec.model
+    refuse_lazy(model)
     forward = original_forward(model)
     sample = bind_call(forward, *split_sample(spec.sample_input))
     shapes = ShapeRange.of(spec.shapes, sample)

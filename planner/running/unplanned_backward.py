@@ -78,7 +78,10 @@ class UnplannedBackward:
             path, _, name = node.meta["target"].rpartition(".")
             module = modules.get(path)
             parameter = None if module is None else parameters_of(module).get(name)
-            if node.meta["role"] == "parameter" and module is not None and parameter is not None:
+            # torch.func.functional_call may put what is computed from parameters in their place.
+            if module is None or parameter is None or not parameter.is_leaf:
+                continue
+            if node.meta["role"] == "parameter":
                 return cls._begun(planned, parameter, module, name)
         return None
 
@@ -87,7 +90,7 @@ class UnplannedBackward:
         """Watch the first trainable parameter of a model; ``None`` where there is none."""
         for module in planned.model.modules():
             for name, parameter in parameters_of(module).items():
-                if parameter is not None and parameter.requires_grad:
+                if parameter is not None and parameter.requires_grad and parameter.is_leaf:
                     return cls._begun(planned, parameter, module, name, missed, advice)
         return None
 

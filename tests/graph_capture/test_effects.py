@@ -607,3 +607,38 @@ def test_a_generator_made_in_forward_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"np.random.default_rng\(\)"):
         capture(MakesGenerator().train(), normal(0, 16, WIDTH), loss_fn=mean_square)
     assert np.random.default_rng(0).random() == np.random.default_rng(0).random()
+
+
+class Addressed(Three):
+    """Looks whether two tensors share memory by their addresses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return h.relu() if self.address(h) == self.address(x) else h.tanh()
+
+    def address(self, x: Tensor) -> int:
+        return x.data_ptr()
+
+
+class AddressedStorage(Addressed):
+    def address(self, x: Tensor) -> int:
+        return x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kind", [Addressed, AddressedStorage])
+def test_an_address_is_refused(kind: type[nn.Module]) -> None:
+    """Stand-ins have none: all would lie in one place, and another way would be taken."""
+    with pytest.raises(CaptureError, match="asks for the address of a tensor"):
+        capture(kind().train(), normal(0, 16, WIDTH), loss_fn=mean_square)
+    assert "data_ptr" not in vars(Tensor)
+    assert torch.ones(1).data_ptr()
+
+
+def test_a_lazy_module_is_refused() -> None:
+    """Its parameters have no shape before its first call, and the advice works."""
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh()).train()
+    x = normal(0, 16, WIDTH)
+    with pytest.raises(CaptureError, match=r"'0.weight' has no shape yet .*run the model once"):
+        optimize(model, x, budget_gb=1, loss_fn=mean_square)
+    model(x)
+    optimize(model, x, budget_gb=1, loss_fn=mean_square)

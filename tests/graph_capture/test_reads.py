@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import ctypes
 import functools
 import gc
+import multiprocessing
 import os
 import threading
 import types
@@ -298,7 +300,8 @@ LEVEL: contextvars.ContextVar[float] = contextvars.ContextVar("LEVEL", default=2
 OF_THREAD = threading.local()
 OF_THREAD.gain = 2.0
 REACH = 2.0
-DEFAULTS = {"gain": 2.0}
+DEFAULTS = {"gain": 2.0, "least": -1.0}
+CACHED = [2.0]
 
 
 def scaled(x: Tensor, by: dict[str, float], gain: float = 1.0, more: Any = DEFAULTS) -> Tensor:
@@ -307,6 +310,22 @@ def scaled(x: Tensor, by: dict[str, float], gain: float = 1.0, more: Any = DEFAU
 
 def times(x: Tensor, *, factor: float) -> Tensor:
     return x * factor
+
+
+def by_default(x: Tensor, scale: Any = lambda: DEFAULTS["least"]) -> Tensor:
+    return x.clamp(min=scale())
+
+
+def stepped(x: Tensor) -> Tensor:
+    return x * stepped.by  # type: ignore[attr-defined]
+
+
+stepped.by = 2.0  # type: ignore[attr-defined]
+
+
+@functools.lru_cache
+def cached() -> float:
+    return CACHED[0]
 
 
 class Above(Three):
@@ -324,6 +343,13 @@ class Odd(Above):
         self.file = settings
         self.order = {"a": 2.0, "b": 0.5}
         self.others = [nn.Dropout(1.0).eval()]
+        self.lent = Config()
+        self.borrowed = weakref.ref(self.lent)
+        self.stands_for, self.copied = Config(), Config()
+        self.proxy = weakref.proxy(self.stands_for)
+        self.number, self.shared = ctypes.c_double(2.0), multiprocessing.Value("d", 2.0)
+        self.memory = memoryview(bytearray(b"\x01"))
+        self.register_buffer("mask", None)
 
     def forward(self, x: Tensor) -> Tensor:
         from . import settings as here
@@ -332,6 +358,10 @@ class Odd(Above):
         h = self.act(self.a(x)) * self.view["k"] * self.factor * LEVEL.get() * OF_THREAD.gain
         h = h * here.GAIN + self.file.SHIFT + getattr(held, "SLOPE") + globals()["REACH"]  # noqa: B009
         h = times(h, factor=vars(self.options)["gain"])
+        h = h * self.borrowed().gain * self.proxy.gain * copy.copy(self.copied).gain
+        h = stepped(by_default(h)) * self.number.value * self.shared.value * self.memory[0]
+        h = h * vars(self).get("late", 1.0) * (1 + len([k for k in vars(self) if "more" in k]))
+        h = h * cached() if self.mask is None and not hasattr(self, "registered") else h.abs()
         for value in self.order.values():
             h = h.clamp(max=1.0) * value
         return self.c(self.others[0](h))
@@ -348,9 +378,22 @@ WAYS: dict[str, Callable[[Odd, pytest.MonkeyPatch], Any]] = {
     "settings.SLOPE": lambda model, patch: patch.setattr(settings, "SLOPE", 3.0),
     "REACH": lambda model, patch: patch.setitem(globals(), "REACH", 3.0),
     "gain": lambda model, patch: setattr(model.options, "gain", 3.0),
-    "defaults": lambda model, patch: patch.setitem(DEFAULTS, "gain", 3.0),
+    "DEFAULTS": lambda model, patch: patch.setitem(DEFAULTS, "gain", 3.0),
     "order": lambda model, patch: model.order.update(a=model.order.pop("a")),
     "training": lambda model, patch: model.others[0].train(),
+    "borrowed": lambda model, patch: setattr(model.lent, "gain", 3.0),
+    "proxy": lambda model, patch: setattr(model.stands_for, "gain", 3.0),
+    "copied": lambda model, patch: setattr(model.copied, "gain", 3.0),
+    "number": lambda model, patch: setattr(model.number, "value", 3.0),
+    "shared": lambda model, patch: setattr(model.shared, "value", 3.0),
+    "memory": lambda model, patch: model.memory.__setitem__(0, 3),
+    "least": lambda model, patch: patch.setitem(DEFAULTS, "least", 0.0),
+    "stepped.by": lambda model, patch: patch.setattr(stepped, "by", 3.0),
+    "CACHED": lambda model, patch: patch.setitem(globals(), "CACHED", [3.0]),
+    "late": lambda model, patch: vars(model).update(late=2.0),
+    "more_1": lambda model, patch: setattr(model, "more_1", 1),
+    "mask": lambda model, patch: setattr(model, "mask", torch.ones(2)),
+    "registered": lambda model, patch: model.register_buffer("registered", torch.ones(2)),
 }
 
 

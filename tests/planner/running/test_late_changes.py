@@ -69,6 +69,29 @@ def test_a_hook_on_a_submodule(kind, policy, first):
     assert_same_tensors(trained(eager, 2), trained(model, 2))
 
 
+def test_the_order_of_hooks_stays():
+    """A hook put in front of another runs first, before planning and after."""
+    eager, model = make(), make()
+    for each in (eager, model):
+        each.head.register_forward_hook(lambda _m, _args, out: out * 2)
+        each.head.register_forward_hook(lambda _m, _args, out: out + 1, prepend=True)
+    order = list(model.head._forward_hooks)
+    optimize(model, sample(), budget_gb=1, loss_fn=square).apply(model)
+    assert list(model.head._forward_hooks) == order
+    assert_same_tensors(trained(eager), trained(model))
+
+
+def test_parameters_that_are_computed_take_a_planned_step():
+    """As a first step of a learner of learners has it: the gradient goes on to what they are of."""
+    kind = lambda: nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 1))  # noqa: E731
+    found = []
+    for model in (make(kind), planned(kind, loss_fn=torch.mean)):
+        fast = {name: p * 0.5 for name, p in model.named_parameters()}
+        torch.func.functional_call(model, fast, (sample(),)).mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert_same_tensors(*found)
+
+
 def test_a_hook_that_changes_nothing():
     """The step is captured again and runs by the plan."""
     model = planned()
