@@ -3,7 +3,8 @@
 Most kernels take the same memory for all values. Of the others, some refuse zeros:
 pivots count from one, probabilities must have a positive sum, and lengths of sequences
 must be real ones. Some take memory for what a mask selects: there the mask selects
-everything. The gradient of a product takes the most if a single factor is zero.
+everything, and no bag of embeddings is empty. The gradient of a product takes the most if a
+single factor is zero.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ def _one_zero(_given: _Named) -> dict[str, _Fill]:
     return {"input": ONE_ZERO}
 
 
+def _full_bags(_given: _Named) -> dict[str, _Fill]:
+    return {"bag_size": 1}
+
+
 def _probabilities(_given: _Named) -> dict[str, _Fill]:
     return {"self": 1}
 
@@ -95,6 +100,8 @@ _FILLS: dict[str, Callable[[_Named], dict[str, _Fill]]] = {
     "lu_unpack": _pivots,
     "linalg_lu_solve": _pivots,
     "linalg_ldl_solve": _pivots,
+    "_embedding_bag_backward": _full_bags,
+    "_embedding_bag_dense_backward": _full_bags,
     "multinomial": _probabilities,
     "prod_backward": _one_zero,
     "masked_scatter": _whole_mask,

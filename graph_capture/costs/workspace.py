@@ -22,7 +22,7 @@ import torch
 from ..collectives import is_collective
 from ..private_torch.operators import has_kernel, overload_name_of, schema_of
 from ..private_torch.tensors import identity_of_storage
-from ..private_torch.trees import tree_iter
+from ..private_torch.trees import tree_iter, tree_map
 from .allocator import CUDA_BLOCK_BYTES, peak_extra_bytes, peak_extra_bytes_on_card
 from .blank_values import runs_on_blanks
 from .cost_model import Call
@@ -69,6 +69,16 @@ _TAKES_NONE = re.compile(
 
 # Calls whose fake outputs do not tell their real size: they must run once.
 _OPAQUE_OUTPUTS = {"aten::mkldnn_rnn_layer", "aten::_embedding_bag"}
+
+# Calls that copy all of the memory that their first argument looks at (``clone_preserve_strides``,
+# aten/src/ATen/native/TensorConversions.cpp), of which their fake outputs may show a part.
+_COPY_ALL_MEMORY = {
+    "aten::copy",
+    "aten::slice_scatter",
+    "aten::select_scatter",
+    "aten::diagonal_scatter",
+    "aten::as_strided_scatter",
+}
 
 
 SCRATCH_NOT_COUNTED = "scratch of kernels not counted: the device is not at hand"
@@ -165,12 +175,32 @@ class WorkspaceProbe:
 
     def output_bytes(self, func: Any, args: tuple, kwargs: dict) -> tuple[int, ...] | None:
         """Return the real bytes of each output, for calls whose fake outputs do not tell them."""
-        if not (self._measures and self._on_cpu) or schema_of(func).name not in _OPAQUE_OUTPUTS:
+        if not (self._measures and self._on_cpu):
             return None
-        args, kwargs = blank_arguments(func, args, kwargs, self._device)
+        name = schema_of(func).name
+        if name in _COPY_ALL_MEMORY and _looks_at_a_part(args[0]):
+            args, kwargs = tree_map(_in_its_memory, (args, kwargs))
+        elif name in _OPAQUE_OUTPUTS:
+            args, kwargs = blank_arguments(func, args, kwargs, self._device)
+        else:
+            return None
         with as_in_a_step(self._device), torch.enable_grad():
             results = func(*args, **kwargs)
-        return tuple(t.untyped_storage().nbytes() for t in results)
+        return tuple(t.untyped_storage().nbytes() for t in tree_iter(results))
+
+
+def _looks_at_a_part(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() > _bytes(tensor)
+
+
+def _in_its_memory(value: Any) -> Any:
+    """Blank values at the same place in as much memory."""
+    if not _is(value):
+        return value
+    memory = torch.empty(value.untyped_storage().nbytes(), dtype=torch.uint8)
+    flat = memory[: memory.numel() // value.element_size() * value.element_size()]
+    places = (value.shape, value.stride(), value.storage_offset())
+    return flat.view(value.dtype).as_strided(*places)
 
 
 def _of_collective(call: Call) -> int:

@@ -156,7 +156,7 @@ def kernel_ns(group: Sequence[Node], outside: Sequence[Node], device: Device) ->
     """
     if not all(is_elementwise(call) or is_reduction(call) for call in group):
         return None
-    read = {storage_id(t): num_bytes(t) for n in outside for t in tensors_of(n.meta["val"])}
+    read = {storage_id(t): num_bytes(t) for n in outside for t in tensors_of(n.meta.get("val"))}
     made = num_bytes(next(tensors_of(group[-1].meta["val"])))
     moved_ns = (sum(read.values()) + made) / device.bytes_per_s * 1e9
     slow_ns = 0.0
@@ -169,7 +169,7 @@ def kernel_ns(group: Sequence[Node], outside: Sequence[Node], device: Device) ->
 
 def _domain(call: Node) -> int:
     """Elements that a call's loops run over: the most that it reads or makes."""
-    tensors = [t for n in (call, *call.all_input_nodes) for t in tensors_of(n.meta["val"])]
+    tensors = [t for n in (call, *call.all_input_nodes) for t in tensors_of(n.meta.get("val"))]
     return max((prod(concrete(t).shape) for t in tensors), default=0)
 
 

@@ -148,7 +148,9 @@ def is_view(node: Node) -> bool:
     """Whether all that a call returns lies in the memory of its arguments."""
     made = {storage_id(t) for t in tensors_of(node.meta.get("val"))}
     given = {
-        storage_id(t) for argument in node.all_input_nodes for t in tensors_of(argument.meta["val"])
+        storage_id(t)
+        for argument in node.all_input_nodes
+        for t in tensors_of(argument.meta.get("val"))
     }
     return bool(made) and made <= given
 
@@ -204,8 +206,14 @@ def _check(node: Node) -> None:
         )
     if node.op == "call_function" and "val" not in node.meta:
         raise CaptureError(f"nothing is known of the result of {node.name!r} ({node.target})")
+    for tensor in tensors_of(node.meta.get("val")):
+        if tensor.layout != torch.strided:
+            raise CaptureError(
+                f"{node.name!r} is a tensor of layout {tensor.layout}, and only dense ones are "
+                "planned: build embeddings with sparse=False, or call to_dense()"
+            )
     if makes_memory(node) and not _has_effect(node):
-        given = {storage_id(t) for n in node.all_input_nodes for t in tensors_of(n.meta["val"])}
+        given = {storage_id(t) for n in node.all_input_nodes for t in tensors_of(n.meta.get("val"))}
         if any(storage_id(t) in given for t in tensors_of(node.meta["val"])):
             raise CaptureError(
                 f"{node.name!r} ({node.target}) returns memory of its arguments beside memory of "

@@ -9,7 +9,7 @@ the step, which makes the gradients of the outputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from solvers.schedule import Schedule
 
 from .joint_step import JointStep, is_number, is_tangent, tensors_of, written_nodes
 from .sizes import concrete, num_bytes
+from .subgraphs import inside_bytes
 
 aten = torch.ops.aten
 
@@ -224,14 +225,14 @@ class _Pricing:
             inputs.add(self._add_state(group[-1], phase))
             self._state_of[len(self._operators)] = len(self._operators) - 1
         v = len(self._operators)
+        records = [self._record(call) for call in group]
         outputs = [
-            self._add_memory(call.name, t, v, "activation")
-            for call in group
-            for t in tensors_of(call.meta["val"])
+            self._add_memory(call.name, t, v, "activation", size_bytes=size_bytes)
+            for call, record in zip(group, records)
+            for t, size_bytes in self._sized(call, record)
             if storage_id(t) not in self._storage_of and storage_id(t) not in self._inner
         ]
         last = group[-1]
-        records = [self._record(call) for call in group]
         outside = [n for n in read if not own & set(_memories([n]))]
         cost_ns = None if self._group_ns is None else self._group_ns(group, outside)
         if cost_ns is None:
@@ -244,9 +245,7 @@ class _Pricing:
                 inputs=tuple(sorted(inputs)),
                 outputs=tuple(dict.fromkeys(outputs)),
                 cost_ns=cost_ns,
-                workspace_bytes=max(
-                    (self._probe.bytes_of(r) for r in records if r is not None), default=0
-                ),
+                workspace_bytes=max(map(self._scratch_bytes, group, records)),
                 phase=phase,
                 pinned=pinned,
                 ordered=drawing or any(written_nodes(call) for call in group),
@@ -254,6 +253,19 @@ class _Pricing:
                 source=_source(last),
             )
         )
+
+    def _scratch_bytes(self, call: Node, record: Call | None) -> int:
+        if record is not None:
+            return self._probe.bytes_of(record)
+        return inside_bytes(self._step.module, call) if self._group_ns is None else 0
+
+    def _sized(self, call: Node, record: Call | None) -> Iterator[tuple[torch.Tensor, int | None]]:
+        """What a call returns, with the real bytes of what stand-ins know nothing of."""
+        returned = list(tensors_of(call.meta["val"]))
+        sizes = None
+        if record is not None:
+            sizes = self._probe.output_bytes(record.func, record.args, record.kwargs)
+        return zip(returned, sizes or [None] * len(returned), strict=True)
 
     def _why_once(self, group: tuple[Node, ...]) -> str | None:
         for call in group:
@@ -333,7 +345,7 @@ class _Pricing:
     def _time_ns(self, call: Node, record: Call | None) -> int:
         if record is not None:
             return self._roofline.time_ns(record)
-        touched = [t for n in (*call.all_input_nodes, call) for t in tensors_of(n.meta["val"])]
+        touched = [t for n in (*call.all_input_nodes, call) for t in tensors_of(n.meta.get("val"))]
         moved_bytes = sum(num_bytes(t) for t in touched)
         return max(self._entry.launch_ns, round(moved_bytes / self._entry.bytes_per_s * 1e9))
 
@@ -352,10 +364,13 @@ class _Pricing:
         producer: int | None,
         category: Category,
         kept: bool = False,
+        *,
+        size_bytes: int | None = None,
     ) -> int:
         memory = storage_id(tensor)
         counts = tensor.device == self._device
-        size_bytes = block_bytes(num_bytes(tensor), self._device.type) if counts else 0
+        own_bytes = num_bytes(tensor) if size_bytes is None else size_bytes
+        size_bytes = block_bytes(own_bytes, self._device.type) if counts else 0
         if producer is not None and memory in self._outputs | self._gradients:
             kept, category = True, "output" if memory in self._outputs else "gradient"
         k = self._add(name, size_bytes, producer, category, kept)
@@ -403,7 +418,7 @@ def _memories(values: Sequence[Any]) -> set[int]:
 
 
 def _value_of(argument: Any) -> Any:
-    return tree_map(concrete, argument.meta["val"]) if isinstance(argument, Node) else argument
+    return tree_map(concrete, argument.meta.get("val")) if isinstance(argument, Node) else argument
 
 
 _DYNAMOS_NAME = re.compile(r"^[LG]\['\w+'\]\.?")

@@ -118,6 +118,15 @@ def test_real_sizes_of_packed_outputs() -> None:
     assert sizes[0] == 4 * 8 * 4
 
 
+@pytest.mark.parametrize("part", [slice(0, 10), slice(10, 20)])
+def test_a_copy_of_a_part_takes_all_of_its_memory(part: slice) -> None:
+    """Calls that write to a part functionally copy what the part lies in."""
+    x = torch.zeros(64, 64)[part]
+    given = (x, x[:2].clone(), 0, 0, 2)
+    sizes = WorkspaceProbe("cpu", at_hand=True).output_bytes(aten.slice_scatter.default, given, {})
+    assert sizes == (aten.slice_scatter.default(*given).untyped_storage().nbytes(),)
+
+
 @pytest.mark.gpu
 def test_scratch_on_a_card_is_that_of_a_real_call() -> None:
     """What a sort takes on a card beside its outputs, by the caching allocator's own figures."""
