@@ -99,6 +99,14 @@ def saved_description(position: int, *, checked: bool) -> Any:
     return descriptors.SavedForBackwardsNoVcCheckAOTOutput(position)
 
 
+_DIFFERENTIATES = ("_autograd_grad", "_grad_increment_nesting")
+
+
+def differentiates_inside(module: Any) -> bool:
+    """Whether Dynamo's graph itself computes gradients (``torch.func.grad``); 2.11+."""
+    return any(getattr(n.target, "__name__", "") in _DIFFERENTIATES for n in module.graph.nodes)
+
+
 def largest(number: Any) -> Any:
     """The largest value of a symbol, the sample's if it has no bound, or the number; 2.11+."""
     node = getattr(number, "node", None)
@@ -118,6 +126,7 @@ def holds_up_to(number: Any, most: int) -> bool:
 __all__ = [
     "aot_autograd",
     "backend_named",
+    "differentiates_inside",
     "dynamo_config",
     "forget_compiled_code",
     "frees_tangents",

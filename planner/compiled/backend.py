@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from graph_capture.private_torch.compiler import aot_autograd, register_backend, takes_boxed
+from graph_capture.private_torch.compiler import (
+    aot_autograd,
+    differentiates_inside,
+    register_backend,
+    takes_boxed,
+)
 from graph_capture.private_torch.inductor import (
     compile_by_inductor,
     custom_partitioner,
     partitioning_by,
 )
 
+from ..errors import PlanWarning
 from ..running.rewrite import BoxedCodeGen
 from .options import CompiledOptions
 from .partition import Partitioner
@@ -40,6 +47,11 @@ def remat(
         When an option is invalid.
     InfeasibleBudgetError
         When no schedule fits; the message says the least budget that would.
+
+    Warns
+    -----
+    PlanWarning
+        When the graph computes gradients itself, and so nothing is planned.
     """
     if mode not in (None, "default"):
         raise ValueError(
@@ -51,10 +63,30 @@ def remat(
     partition = Partitioner(
         read, so_far=_so_far(options), taken_bytes=[num_bytes(tensor) for tensor in taken]
     )
+    within = differentiates_inside(module)
+    compiled = _compiled(partition, read, module, inputs)
+    if within and not partition.was_asked:
+        warnings.warn(GRADIENTS_WITHIN, PlanWarning, stacklevel=2)
+    return compiled
+
+
+def _compiled(
+    partition: Partitioner, read: CompiledOptions, module: GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    made: Callable[..., Any]
     if read.lower == "aot_eager":
-        return _with_eager_kernels(partition)(module, inputs)
-    with partitioning_by(custom_partitioner(partition, read.name)):
-        return compile_by_inductor(module, inputs)
+        made = _with_eager_kernels(partition)(module, inputs)
+    else:
+        with partitioning_by(custom_partitioner(partition, read.name)):
+            made = compile_by_inductor(module, inputs)
+    return made
+
+
+GRADIENTS_WITHIN = (
+    "nothing is planned, and no budget holds: the compiled function computes its gradients itself "
+    "(torch.func.grad), so that PyTorch has one graph and nothing to split. Compile the loss, and "
+    "call backward() outside of it"
+)
 
 
 _MOST_STEPS = 8
@@ -97,4 +129,4 @@ def register() -> None:
     register_backend(remat, "remat")
 
 
-__all__ = ["register", "remat"]
+__all__ = ["GRADIENTS_WITHIN", "register", "remat"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from graph_capture.private_torch.inductor import custom_partitioner, partitioning_by
 
+from ..errors import PlanWarning
 from .compiled_plan import CompiledPlan
 from .options import CompiledOptions
 from .partition import Partitioner
@@ -36,6 +38,11 @@ def install(**options: Any) -> Iterator[list[CompiledPlan]]:
     ------
     ValueError
         When an option is invalid.
+
+    Warns
+    -----
+    PlanWarning
+        At the end of the block, when nothing was planned in it.
     """
     if options.get("lower", "inductor") != "inductor":
         raise ValueError(
@@ -54,6 +61,16 @@ def install(**options: Any) -> Iterator[list[CompiledPlan]]:
     partition = Partitioner(read, so_far=StepSoFar())
     with partitioning_by(custom_partitioner(partition, read.name)):
         yield plans
+    if not plans:
+        warnings.warn(NOTHING_PLANNED, PlanWarning, stacklevel=3)
 
 
-__all__ = ["install"]
+NOTHING_PLANNED = (
+    "nothing was planned: no graph with gradients was compiled within install(), so no budget "
+    "holds. Dynamo may have given up on the function and run it as plain Python (nn.LSTM, for "
+    "instance; TORCH_LOGS=graph_breaks says why), it was compiled before the block "
+    "(torch.compiler.reset() forgets that), or it ran under torch.no_grad()"
+)
+
+
+__all__ = ["NOTHING_PLANNED", "install"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from graph_capture.loop_holds import LoopHolds
+from graph_capture.loop_holds import Grads, LoopHolds
 
 from ..base.budget import parse_budget, parse_headroom
 from ..base.solve_options import SolveOptions
@@ -36,6 +36,9 @@ class CompiledOptions:
     later_bytes
         What graphs after a graph break hold while an earlier one runs: their parameters,
         gradients and results. Counted in the plans of graphs without a loss.
+    grads
+        ``"accumulated"``: parameters have gradients when forward begins, to which those of
+        this step are added. ``"none"``: they have none.
     on_plan
         Is told each plan, once it is made.
     rounds
@@ -50,6 +53,7 @@ class CompiledOptions:
     lower: Lower = "inductor"
     resident_bytes: int = 0
     later_bytes: int = 0
+    grads: Grads = "none"
     on_plan: Callable[[CompiledPlan], Any] | None = None
     rounds: int = 5
     solving: SolveOptions = field(default_factory=lambda: SolveOptions(time_limit_s=10.0))
@@ -97,7 +101,12 @@ class CompiledOptions:
         rounds = given.get("rounds", 5)
         if type(rounds) is not int or rounds < 1:
             raise ValueError(f"rounds is a number from 1, got {rounds!r:.100}")
-        holds = LoopHolds.of("held", "none", given.get("resident_bytes", 0))
+        holds = LoopHolds.of("held", given.get("grads", "none"), given.get("resident_bytes", 0))
+        if holds.consumes:
+            raise ValueError(
+                "grads is 'none' or 'accumulated' for compiled steps, got 'consumed': compiled "
+                "backward hands all gradients over at its end, so that nothing is freed before"
+            )
         later = LoopHolds.of("held", "none", given.get("later_bytes", 0))
         solving = {"time_limit_s": 10.0, **{k: given[k] for k in _SOLVING if k in given}}
         return cls(
@@ -106,6 +115,7 @@ class CompiledOptions:
             lower=lower,
             resident_bytes=holds.resident_bytes,
             later_bytes=later.resident_bytes,
+            grads=holds.grads,
             on_plan=on_plan,
             rounds=rounds,
             solving=SolveOptions(**solving),

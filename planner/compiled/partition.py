@@ -19,7 +19,7 @@ from solvers.result import SolveStatus
 from solvers.schedule import Schedule
 
 from ..base.budget import parse_headroom
-from ..errors import PlanWarning
+from ..errors import InfeasibleBudgetError, PlanWarning
 from .compiled_plan import CompiledPlan
 from .emit import emit
 from .fused_groups import fuse, kernel_ns
@@ -28,7 +28,7 @@ from .joint_step import JointStep, read_joint_step, tensors_of
 from .lowered_peak import copied
 from .options import CompiledOptions
 from .priced_step import device_of, price_step, unplanned_peak_bytes, without_unused_states
-from .sizes import num_bytes, plan_for_largest
+from .sizes import concrete, num_bytes, plan_for_largest
 from .solve_step import solve_step
 from .step_so_far import Part, StepSoFar
 
@@ -47,6 +47,11 @@ class Partitioner:
     taken_bytes
         Of each input of the graph that comes from another graph; ``None`` if only the graph
         itself can show it, by inputs beside the parameters that get a gradient.
+
+    Attributes
+    ----------
+    was_asked
+        Whether AOTAutograd had a joint graph to split.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Partitioner:
         self._options = options
         self._so_far = so_far
         self._taken_bytes = taken_bytes
+        self.was_asked = False
 
     def __call__(
         self,
@@ -69,7 +75,7 @@ class Partitioner:
         static_lifetime_input_indices: Sequence[int] | None = None,
         **_others: Any,
     ) -> tuple[GraphModule, GraphModule]:
-        begin_s = time.perf_counter()
+        begin_s, self.was_asked = time.perf_counter(), True
         step = read_joint_step(module, num_fwd_outputs)
         static = frozenset(static_lifetime_input_indices or ())
         taken_bytes = self._taken_bytes
@@ -88,25 +94,57 @@ class Partitioner:
             others_bytes += self._options.later_bytes
         _warn_of_parts(has_loss, bool(taken_bytes), others_bytes)
         asked = self._options
-        options = replace(asked, resident_bytes=asked.resident_bytes + others_bytes)
+        others_bytes += asked.resident_bytes
+        older_bytes = 0
+        if asked.grads == "accumulated":
+            older_bytes = max(0, _gradient_bytes(step) - sum(taken_bytes))
+        options = replace(asked, resident_bytes=others_bytes + older_bytes)
         plan_for_largest(step)
-        if options.lower == "aot_eager":
-            plan, graphs = _for_eager_kernels(step, options)
-        else:
-            own = min_cut_partition(
-                copied(module),
-                joint_inputs,
-                num_fwd_outputs=num_fwd_outputs,
-                static_lifetime_input_indices=static_lifetime_input_indices,
+        try:
+            plan, graphs = self._planned(
+                step, options, module, joint_inputs, static_lifetime_input_indices
             )
-            plan, graphs = _for_inductor(step, options, own)
+        except InfeasibleBudgetError as error:
+            if has_loss and not taken_bytes:
+                raise
+            raise InfeasibleBudgetError(
+                f"{error} {LEAST_OF_A_PART}",
+                budget_bytes=error.budget_bytes,
+                min_budget_bytes=error.min_budget_bytes,
+                lower_bound_bytes=error.lower_bound_bytes,
+            ) from None
         plan = replace(plan, planning_s=time.perf_counter() - begin_s)
         logger.info("%s", plan)
-        part = Part.of(plan, options.resident_bytes)
+        part = Part.of(plan, others_bytes)
         self._so_far.add(part, taken_bytes, plan.usable_bytes, asked.later_bytes)
         if self._options.on_plan is not None:
             self._options.on_plan(plan)
         return graphs
+
+    def _planned(
+        self,
+        step: JointStep,
+        options: CompiledOptions,
+        module: GraphModule,
+        joint_inputs: Sequence[Any],
+        static: Sequence[int] | None,
+    ) -> tuple[CompiledPlan, _Graphs]:
+        if options.lower == "aot_eager":
+            return _for_eager_kernels(step, options)
+        own = min_cut_partition(
+            copied(module),
+            joint_inputs,
+            num_fwd_outputs=len(step.outputs),
+            static_lifetime_input_indices=static,
+        )
+        return _for_inductor(step, options, own)
+
+
+def _gradient_bytes(step: JointStep) -> int:
+    """Bytes of one gradient for each input of the step that gets one."""
+    given = [p for p, g in zip(step.primals, step.gradients) if isinstance(g, Node)]
+    tensors = [concrete(t) for p in given for t in tensors_of(p.meta["val"])]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 _Graphs = tuple[GraphModule, GraphModule]
@@ -183,6 +221,11 @@ PART_OF_A_STEP = (
     "resident_bytes="
 )
 
+
+LEAST_OF_A_PART = (
+    "This is only a part of a training step: the least budget named is that of this graph and "
+    "those before it, and later parts may need more."
+)
 
 AFTER_A_BREAK = (
     "a graph break cuts the training step: the plan of this graph counts {held} that other graphs "

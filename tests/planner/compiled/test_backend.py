@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from planner import InfeasibleBudgetError, PlanWarning
-from planner.compiled import CompiledPlan
+from planner.compiled import CompiledPlan, install
 from planner.compiled.partition import PART_OF_A_STEP
 from planner.measuring.measure import measure
 from tests.planner.compiled.models import (
@@ -234,3 +234,35 @@ def test_importing_registers_the_backend() -> None:
         "assert lookup_backend('remat') is planner.compiled.remat\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_accumulated_gradients_count() -> None:
+    """With grads="accumulated" a step that adds to gradients has the predicted peak."""
+    model, x = model_and_sample()
+    budget_bytes = 500_000
+    call, plans = compiled(model, budget_bytes=budget_bytes, grads="accumulated")
+    step(model, call, x)
+    measured = measure(call, x, repeats=0, grads="accumulated").peak_bytes
+    assert measured == plans[0].predicted_peak_bytes <= budget_bytes
+
+
+def test_gradients_within_the_function_are_not_planned_and_it_is_said() -> None:
+    """torch.func.grad leaves one graph without a backward pass to split."""
+    model, x = model_and_sample()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(given: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(model.eval(), given, (x,))
+        return found
+
+    torch.compiler.reset()
+    options = {"budget_bytes": 1000, "lower": "aot_eager"}
+    call = torch.compile(torch.func.grad(loss), backend="remat", options=options)
+    with pytest.warns(PlanWarning, match="nothing is planned, and no budget holds"):
+        call(parameters)
+
+
+def test_a_block_without_a_plan_says_so() -> None:
+    """What was compiled before install(), or never, has no budget."""
+    with pytest.warns(PlanWarning, match="nothing was planned"), install(budget_bytes=1000):
+        pass

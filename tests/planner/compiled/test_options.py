@@ -20,6 +20,8 @@ from planner.compiled.options import CompiledOptions
         ({"budget_gb": 1, "lower": "eager"}, "lower is .*, got 'eager'"),
         ({"budget_gb": 1, "on_plan": 3}, "on_plan is a function"),
         ({"budget_gb": 1, "resident_bytes": -1}, "resident_bytes is a number of bytes"),
+        ({"budget_gb": 1, "grads": "consumed"}, "grads is 'none' or 'accumulated'.*'consumed'"),
+        ({"budget_gb": 1, "grads": "sum"}, "grads is .*, got 'sum'"),
         ({"budget_gb": 1, "headroom": 5}, "headroom is a fraction"),
         ({"budget_gb": 1, "time_limit_s": -1}, "time_limit_s must be"),
     ],
