@@ -84,6 +84,11 @@ def test_add_a_peer(run: Any) -> None:
     assert row.measured.bits == "equal"
 
 
+# The page has `pass` where training goes, within install().
+nothing_trained = pytest.mark.filterwarnings("ignore:nothing was planned:planner.PlanWarning")
+
+
+@nothing_trained
 def test_compile_within_a_budget(run: Any) -> None:
     """The page's budget is below what the step takes, and kept."""
     (plan,) = run("compile-within-a-budget", num_blocks=3)["plans"]
@@ -91,6 +96,7 @@ def test_compile_within_a_budget(run: Any) -> None:
 
 
 @pytest.mark.slow
+@nothing_trained
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_compare_compiled_steps(run: Any) -> None:
     """The page's table has compiled steps, ours with right gradients."""
