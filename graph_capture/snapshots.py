@@ -82,6 +82,7 @@ WRAPPERS = (
     contextvars.ContextVar,
     threading.local,
     weakref.WeakKeyDictionary,
+    weakref.WeakSet,
     weakref.WeakValueDictionary,
     SynchronizedBase,
 )

@@ -634,6 +634,18 @@ def test_an_address_is_refused(kind: type[nn.Module]) -> None:
     assert torch.ones(1).data_ptr()
 
 
+class Copied(Three):
+    """Copies a layer in each call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return copy.deepcopy(self.a)(x) + self.b(x)
+
+
+def test_pytorch_may_ask_for_addresses() -> None:
+    """A copy of a parameter is one of its stand-in."""
+    capture(Copied().train(), normal(0, 16, WIDTH), loss_fn=mean_square)
+
+
 def test_a_lazy_module_is_refused() -> None:
     """Its parameters have no shape before its first call, and the advice works."""
     model = nn.Sequential(nn.LazyLinear(4), nn.Tanh()).train()

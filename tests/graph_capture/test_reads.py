@@ -347,6 +347,8 @@ class Odd(Above):
         self.borrowed = weakref.ref(self.lent)
         self.stands_for, self.copied = Config(), Config()
         self.proxy = weakref.proxy(self.stands_for)
+        self.member = Config()
+        self.members = weakref.WeakSet([self.member])
         self.number, self.shared = ctypes.c_double(2.0), multiprocessing.Value("d", 2.0)
         self.memory = memoryview(bytearray(b"\x01"))
         self.register_buffer("mask", None)
@@ -359,6 +361,7 @@ class Odd(Above):
         h = h * here.GAIN + self.file.SHIFT + getattr(held, "SLOPE") + globals()["REACH"]  # noqa: B009
         h = times(h, factor=vars(self.options)["gain"])
         h = h * self.borrowed().gain * self.proxy.gain * copy.copy(self.copied).gain
+        h = h * sum(each.gain for each in self.members)
         h = stepped(by_default(h)) * self.number.value * self.shared.value * self.memory[0]
         h = h * vars(self).get("late", 1.0) * (1 + len([k for k in vars(self) if "more" in k]))
         h = h * cached() if self.mask is None and not hasattr(self, "registered") else h.abs()
@@ -383,6 +386,7 @@ WAYS: dict[str, Callable[[Odd, pytest.MonkeyPatch], Any]] = {
     "training": lambda model, patch: model.others[0].train(),
     "borrowed": lambda model, patch: setattr(model.lent, "gain", 3.0),
     "proxy": lambda model, patch: setattr(model.stands_for, "gain", 3.0),
+    "members": lambda model, patch: setattr(model.member, "gain", 3.0),
     "copied": lambda model, patch: setattr(model.copied, "gain", 3.0),
     "number": lambda model, patch: setattr(model.number, "value", 3.0),
     "shared": lambda model, patch: setattr(model.shared, "value", 3.0),

@@ -409,3 +409,14 @@ def test_a_file_that_is_not_there_says_the_next_step(tmp_path):
     """It is still a FileNotFoundError, and names the file and what writes one."""
     with pytest.raises(FileNotFoundError, match=r"plan.save.*absent.json"):
         Plan.load(tmp_path / "absent.json")
+
+
+def test_names_that_scripts_know() -> None:
+    """Scripts outside of this repository import these two by their first places."""
+    from planner.application import applied_plan
+    from planner.serialize import plan_from_dict, plan_to_dict
+
+    plan = plan_for(make(), sample(), loss_fn=square)
+    read = json.loads(json.dumps(plan_to_dict(plan)))
+    assert plan_from_dict(read).fingerprint == plan.fingerprint
+    assert applied_plan(make()) is None
