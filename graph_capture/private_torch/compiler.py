@@ -27,9 +27,13 @@ def inductor_config() -> Any:
 
 
 def inductor_settings() -> str:
-    """All settings of Inductor but who partitions (``get_config_copy``), for caches; 2.11+."""
+    """Settings that Inductor's code depends on (``get_config_copy``), for caches; 2.11+.
+
+    All but who partitions, and whether code is looked for in PyTorch's own caches.
+    """
     settings = inductor_config().get_config_copy()
-    settings.pop("custom_partitioner_fn", None)
+    for name in ("custom_partitioner_fn", "fx_graph_cache", "fx_graph_remote_cache"):
+        settings.pop(name, None)
     return repr(sorted(settings.items()))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .compiler import functorch_config, inductor_config
+from .inductor_codes import generating_once
 from .inductor_fusion import fusing_as_told
 from .replacing import Place
 
@@ -120,10 +121,12 @@ def partitioning_by(partitioner: Any) -> Iterator[None]:
     """While active, Inductor partitions by ``custom_partitioner_fn``; 2.11+.
 
     AOTAutograd's cache is off, as nobody is asked on its hits. Backward is compiled at once, under
-    the same rules of fusion as forward, and not when it is first run.
+    the same rules of fusion as forward, and not when it is first run. Code that the partitioner
+    let Inductor generate is compiled as it is.
     """
     settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with ExitStack() as stack:
+        stack.enter_context(generating_once())
         stack.enter_context(inductor_config().patch(custom_partitioner_fn=partitioner))
         stack.enter_context(functorch_config().patch(settings))
         stack.enter_context(fusing_as_told())

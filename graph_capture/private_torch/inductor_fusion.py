@@ -62,6 +62,17 @@ def put_freed(placeholder: Any) -> None:
     placeholder.meta[_FREED] = True
 
 
+def told(node: Any) -> tuple[int, bool, bool, int] | None:
+    """What a node says, for comparison; ``None`` for nothing; 2.11+.
+
+    Its run, whether it is stored, whether it is freed, and a hash of its rules.
+    """
+    place = node.meta.get(_KEY)
+    if place is None:
+        return (-1, False, True, 0) if _FREED in node.meta else None
+    return place.run, place.stored, _FREED in node.meta, hash(place.rules)
+
+
 @contextmanager
 def fusing_as_told() -> Iterator[None]:
     """``V.set_choices_handler`` and three methods of ``GraphLowering``: places are obeyed; 2.11+.
@@ -182,4 +193,4 @@ def _read_bytes(nodes: Sequence[Any]) -> int:
     return sum(largest(tensor.numel()) * tensor.itemsize for tensor in tensors)
 
 
-__all__ = ["KernelPlace", "fusing_as_told", "put", "put_freed"]
+__all__ = ["KernelPlace", "fusing_as_told", "put", "put_freed", "told"]

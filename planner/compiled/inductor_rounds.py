@@ -11,7 +11,8 @@ the same levels, which are read once (:mod:`planner.compiled.readings`). Where t
 one of the lowest levels or below them, all of these are read: there the solver may find little
 more than the schedule of least memory, which repeats nearly everything and whose code may take
 more than a higher level's. They do not depend on the budget, so what an error names as the least
-is found again. PyTorch's own partition is tried first: where it fits, nothing is to be solved.
+is found again. Levels whose memory in the cost graph is far off the budget are not read. PyTorch's
+own partition is tried first, unless it is far too large: where it fits, nothing is to be solved.
 
 Generated code is read on the CPU only. Elsewhere the plan goes by the rules of fusion, in one
 round, and a warning says so.
@@ -42,8 +43,17 @@ from .priced_step import PricedStep, unplanned_peak_bytes
 from .readings import Reading, name_of, peak_of, reading_of
 from .solve_step import solve_step
 
-WORTH_A_ROUND = 0.02
+WORTH_A_ROUND = 0.04
 """Share of the budget that must be unused for another round of a plan that recomputes."""
+
+SURELY_FITS, SURELY_TOO_HIGH = 0.94, 1.1
+"""Shares of the budget below and above which a level's memory is for its code not to be read.
+Codes were seen to take from 0.89 to 1.03 of their level's memory; one that takes more than was
+thought is found when the search ends at it, and all levels are then read."""
+
+OWN_MAY_FIT = 0.7
+"""Share of the memory of keeping everything from which on PyTorch's own partition is read: it
+was seen to take from 84 % on."""
 
 LOWEST_LEVELS = 3
 """How many levels are all read where a search ends at one of them, or finds nothing."""
@@ -105,13 +115,26 @@ def choose(
         return resident_bytes + lowered_extra_bytes(forward, backward, num_outputs)
 
     usable_bytes, name = budget.usable_bytes, name_of(priced)
-    own_bytes = peak_of(name, None, lambda: lower(*own))
-    theirs = Lowered(forward=own[0], backward=own[1], peak_bytes=own_bytes)
-    if theirs.peak_bytes <= usable_bytes:
-        return theirs, theirs
+    theirs = Lowered(
+        forward=own[0],
+        backward=own[1],
+        peak_bytes=unplanned_peak_bytes(priced),
+        is_read=False,
+    )
+
+    def read_theirs() -> Lowered:
+        return replace(theirs, peak_bytes=peak_of(name, None, lambda: lower(*own)), is_read=True)
+
+    if usable_bytes >= OWN_MAY_FIT * theirs.peak_bytes:
+        theirs = read_theirs()
+        if theirs.peak_bytes <= usable_bytes:
+            return theirs, theirs
     search = _Search(priced, options, name, lower)
     best = search.within(usable_bytes)
     if best is None:
+        theirs = read_theirs()
+        if theirs.peak_bytes <= usable_bytes:
+            return theirs, theirs
         raise _nothing_fits(budget, min(theirs.peak_bytes, search.lowest_bytes))
     return search.lowered(best), theirs
 
@@ -137,10 +160,27 @@ class _Search:
 
     def within(self, usable_bytes: int) -> Reading | None:
         """The fastest plan found whose compiled code takes no more, or ``None``."""
+        found = self._bisected(usable_bytes, reads_all=False)
+        if found is not None and found.peak_bytes > usable_bytes:
+            return self._bisected(usable_bytes, reads_all=True)
+        return found
+
+    def _bisected(self, usable_bytes: int, *, reads_all: bool) -> Reading | None:
+        """Halve the levels; ``None`` where none fits.
+
+        Unless all are read on the way, it may end at one that was not, and is above the budget.
+        """
         best: Reading | None = None
         fits, too_high = -1, self._num_levels
         while too_high - fits > 1:
             level = (fits + too_high) // 2
+            share = self._target_bytes(level) / max(1, usable_bytes)
+            if not reads_all and share > SURELY_TOO_HIGH:
+                too_high = level
+                continue
+            if not reads_all and share < SURELY_FITS:
+                fits, best = level, None
+                continue
             found = self._at(level, best)
             if found.peak_bytes > usable_bytes:
                 too_high = level
@@ -154,7 +194,7 @@ class _Search:
             if found.cost_ns <= self._priced.graph.base_cost_ns:
                 break
         if fits >= LOWEST_LEVELS:
-            return best
+            return self._at(fits, None) if best is None else best
         lowest = [self._at(level, None) for level in range(min(LOWEST_LEVELS, self._num_levels))]
         fitting = [r for r in (best, *lowest) if r is not None and r.peak_bytes <= usable_bytes]
         return min(fitting, key=lambda r: r.cost_ns, default=None)
@@ -178,9 +218,7 @@ class _Search:
 
     def _at(self, level: int, below: Reading | None) -> Reading:
         """Read a level; ``below`` fits a lower one, and is where the solver starts."""
-        least_bytes = known_least_memory(self._priced.graph, self._solving.seed).peak_bytes
-        between_bytes = max(0, self._most_bytes - least_bytes)
-        target_bytes = least_bytes + level * between_bytes // max(1, self._num_levels - 1)
+        target_bytes = self._target_bytes(level)
 
         def make() -> Reading:
             target = Budget(total_bytes=target_bytes, headroom_bytes=0)
@@ -196,6 +234,12 @@ class _Search:
         reading = reading_of(self._name, target_bytes, self._solving, make)
         self._peaks.append(reading.peak_bytes)
         return reading
+
+    def _target_bytes(self, level: int) -> int:
+        """The memory of a level in the cost graph."""
+        least_bytes = known_least_memory(self._priced.graph, self._solving.seed).peak_bytes
+        between_bytes = max(0, self._most_bytes - least_bytes)
+        return least_bytes + level * between_bytes // max(1, self._num_levels - 1)
 
     def _emit(self, result: SolveResult) -> tuple[GraphModule, GraphModule]:
         assert result.schedule is not None

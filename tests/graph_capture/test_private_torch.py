@@ -26,6 +26,7 @@ from graph_capture.private_torch import (
     dispatch,
     fake_tensors,
     inductor,
+    inductor_codes,
     inductor_fusion,
     module_program,
     modules,
@@ -42,7 +43,17 @@ from graph_capture.private_torch import (
 ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "graph_capture" / "private_torch"
 ROOMS = (
-    *(aten, autograd, compiler, devices, dispatch, fake_tensors, inductor, inductor_fusion),
+    *(
+        aten,
+        autograd,
+        compiler,
+        devices,
+        dispatch,
+        fake_tensors,
+        inductor,
+        inductor_codes,
+        inductor_fusion,
+    ),
     *(
         module_program,
         modules,
@@ -470,6 +481,15 @@ def _fuses_as_told() -> bool:
     return told and V.choices is before and graph.GraphLowering.run_node is run_node
 
 
+def _generates_once() -> bool:
+    from torch._inductor.graph import GraphLowering
+
+    before = GraphLowering.codegen
+    with inductor_codes.generating_once():
+        inside = GraphLowering.codegen
+    return inside is not before and GraphLowering.codegen is before
+
+
 class _Never:
     """Rules that join nothing."""
 
@@ -484,7 +504,13 @@ def _puts() -> bool:
     node = torch.fx.Graph().placeholder("x")
     inductor_fusion.put(node, PLACED)
     inductor_fusion.put_freed(node)
-    return len(node.meta) == 2 and PLACED in node.meta.values()
+    other = torch.fx.Graph().placeholder("x")
+    return (
+        len(node.meta) == 2
+        and PLACED in node.meta.values()
+        and inductor_fusion.told(node) == (1, False, True, hash(PLACED.rules))
+        and inductor_fusion.told(other) is None
+    )
 
 
 def _registers() -> bool:
@@ -717,7 +743,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "inductor.kernels_do_nothing": _kernels_do_nothing,
     "inductor.partitioning_by": _partitions,
     "inductor_fusion.KernelPlace": lambda: PLACED.run == 1,
+    "inductor_codes.generating_once": _generates_once,
     "inductor_fusion.fusing_as_told": _fuses_as_told,
+    "inductor_fusion.told": _puts,
     "inductor_fusion.put": _puts,
     "inductor_fusion.put_freed": _puts,
     "compiler.forget_compiled_code": lambda: compiler.forget_compiled_code() is None,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from graph_capture.private_torch.compiler import inductor_config
 from graph_capture.private_torch.inductor import generate_code
 from planner import InfeasibleBudgetError, PlanWarning
 from planner.compiled import CompiledPlan, inductor_rounds, install
@@ -39,12 +40,21 @@ class Ran(NamedTuple):
     unbudgeted: dict[str, Tensor]
     unbudgeted_bytes: int
     codes: list[str]
+    num_generated: int
 
 
 @pytest.fixture(scope="module")
 def ran() -> Iterator[Ran]:
     """Compiled once for all tests of this file: the C++ compiler takes its time."""
+    from torch._inductor.graph import GraphLowering
+
     codes: list[str] = []
+    generated: list[Any] = []
+    codegen = GraphLowering.codegen
+
+    def counted(lowering: Any) -> Any:
+        generated.append(lowering)
+        return codegen(lowering)
 
     def kept(module: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         code = generate_code(module, inputs, **options)
@@ -56,13 +66,14 @@ def ran() -> Iterator[Ran]:
     plain = torch.compile(model)
     expected = step(model, plain, x)
     unbudgeted_bytes = measure(plain, x, repeats=0).peak_bytes
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, inductor_config().patch(fx_graph_cache=False):
+        patch.setattr(GraphLowering, "codegen", counted)
         patch.setattr(lowered, "generate_code", kept)
         budget_bytes = int(0.8 * unbudgeted_bytes)
         call, plans = compiled(model, lower="inductor", budget_bytes=budget_bytes)
         found = step(model, call, x)
     measured = measure(call, x, repeats=0).peak_bytes
-    yield Ran(found, plans[0], measured, expected, unbudgeted_bytes, codes)
+    yield Ran(found, plans[0], measured, expected, unbudgeted_bytes, codes, len(generated))
     torch.compiler.reset()
 
 
@@ -77,6 +88,12 @@ def test_bits_are_those_of_the_unbudgeted_step(ran: Ran) -> None:
 def test_measured_peak_is_that_of_the_generated_code(ran: Ran) -> None:
     """To the byte, and within the budget."""
     assert ran.measured_bytes == ran.plan.predicted_peak_bytes <= ran.plan.budget_bytes
+
+
+@pytest.mark.slow
+def test_code_that_was_read_is_compiled_as_it_is(ran: Ran) -> None:
+    """Compiling the chosen graphs generates nothing anew."""
+    assert ran.num_generated == len(ran.codes) > 2
 
 
 @pytest.mark.slow
