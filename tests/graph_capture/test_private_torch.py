@@ -481,6 +481,22 @@ def _fuses_as_told() -> bool:
     return told and V.choices is before and graph.GraphLowering.run_node is run_node
 
 
+def _differentiates_inside() -> bool:
+    """Dynamo's graph of a step in functional style names it, and another does not."""
+    found: list[bool] = []
+
+    def backend(module: Any, _inputs: Any) -> Any:
+        found.append(compiler.differentiates_inside(module))
+        return module
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return x.square().sum()
+
+    for call in (torch.func.grad(loss), loss):
+        torch.compile(call, backend=backend)(torch.ones(3))
+    return found == [True, False]
+
+
 def _generates_once() -> bool:
     from torch._inductor.graph import GraphLowering
 
@@ -723,6 +739,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "compiler.dynamo_config": lambda: hasattr(compiler.dynamo_config(), "recompile_limit"),
     "compiler.frees_tangents": lambda: isinstance(compiler.frees_tangents(), bool),
     "compiler.holds_up_to": lambda: compiler.holds_up_to(3, 3) and not compiler.holds_up_to(4, 3),
+    "compiler.differentiates_inside": _differentiates_inside,
     "compiler.largest": lambda: compiler.largest(5) == 5,
     "compiler.register_backend": _registers,
     "compiler.saved_description": lambda: (
