@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from .errors import CaptureError
 from .lines import is_machinery
 from .private_torch.fake_tensors import DataDependentOutputException, DynamicOutputShapeException
 
+_TAKES_FUNCTIONS = re.compile(r"HigherOrderOperator (\w+)")
+_NOT_FOLLOWED = (
+    "{} is an operator that takes functions, as torch.cond does, and no plan follows those: write "
+    "it in Python. An if or while on a tensor's value is followed, and checked in each step"
+)
 _DECIDED_BY_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -21,6 +28,9 @@ def explain_failures(failures: list[tuple[str, BaseException]]) -> str:
         where = _user_frame(error) or next(iter(getattr(error, "__notes__", ())), None)
         first = next(iter(str(error).strip().splitlines()), "")
         name = "" if isinstance(error, CaptureError) else f"{type(error).__name__}: "
+        taking_functions = _TAKES_FUNCTIONS.search(first)
+        if taking_functions:
+            name, first = "", _NOT_FOLLOWED.format(taking_functions[1])
         reasons.setdefault(f"{name}{first}{f' (at {where})' if where else ''}", []).append(how)
     lines = ["the model could not be captured as one graph:"]
     lines += [f"  {' and '.join(ways)}: {reason}" for reason, ways in reasons.items()]

@@ -43,6 +43,7 @@ from .private_torch.fake_tensors import FakeTensorMode
 from .reading import Watcher
 from .real_results import RealResults
 from .recorder import Recorder, storage_id
+from .scripted_functions import scripted_functions_said
 from .spread_out import is_gathered, local_part, refuse_divided
 from .target import Target
 from .traced_step import Reassigned, TracedStep
@@ -155,6 +156,7 @@ class _Recording:
                 recorder.module_paths(model),
                 new_generators_refused(),
                 addresses_refused(),
+                scripted_functions_said(),
                 self._eager_formulas(),
             ):
                 output = call_forward(forward, fake_arguments)

@@ -81,6 +81,38 @@ class BranchOnValue(Three):
         return self.c(h)
 
 
+class Conditional(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(torch.cond(h.sum() > 0, lambda t: t * 2, lambda t: t, (h,)))
+
+
+def test_an_operator_that_takes_functions_is_refused_by_its_name() -> None:
+    """The message says what to write instead."""
+    message = _refused(Conditional())
+    assert "cond is an operator that takes functions" in message
+    assert "test_odd_models.py:" in message
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.7 * x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_function_is_said_to_have_two_gradients() -> None:
+    """Eager itself rounds otherwise after the first calls."""
+
+    class Scripted(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(scripted(self.a(x)))
+
+    scripted = torch.jit.script(swish)
+    call = type(scripted).__call__
+    with pytest.warns(UserWarning, match="forward calls swish, a function of TorchScript"):
+        optimize(Scripted().train(), normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square)
+    assert type(scripted).__call__ is call
+
+
 class ShapeFromValue(Three):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
