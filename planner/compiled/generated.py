@@ -16,11 +16,17 @@ Boxed = Callable[[list[Any]], Sequence[Any]]
 """Takes one list of arguments, which it empties."""
 
 
-def runnable(code: GeneratedCode) -> Boxed:
-    """The generated function, with kernels that do nothing and memory of zeros."""
+def runnable(code: GeneratedCode, *, truth: bool = False) -> Boxed:
+    """The generated function, with kernels that do nothing and memory of zeros.
+
+    Parameters
+    ----------
+    truth
+        What truth values are.
+    """
     with kernels_do_nothing():
         names = _executed(code)
-    names["empty_strided_cpu"] = _zeros_strided
+    names["empty_strided_cpu"] = _true_strided if truth else _zeros_strided
     call: Boxed = names["call"]
     return call
 
@@ -42,12 +48,23 @@ def _zeros_strided(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(size, stride, dtype=dtype).zero_()
 
 
-def zeros(value: Any) -> Any:
-    """A real tensor of zeros in the layout of a stand-in; other values as they are."""
+def _true_strided(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype).fill_(dtype == torch.bool)
+
+
+def zeros(value: Any, *, truth: bool = False) -> Any:
+    """A real tensor of zeros in the layout of a stand-in; other values as they are.
+
+    Parameters
+    ----------
+    truth
+        What truth values are.
+    """
     value = concrete(value)
     if not isinstance(value, torch.Tensor):
         return value
-    return _zeros_strided(value.shape, value.stride(), value.dtype)
+    strided = _true_strided if truth else _zeros_strided
+    return strided(value.shape, value.stride(), value.dtype)
 
 
 __all__ = ["Boxed", "compiled", "runnable", "zeros"]

@@ -25,6 +25,7 @@ from graph_capture.recorder import storage_id
 from .generated import runnable, zeros
 from .joint_step import is_number, is_tangent, tensors_of
 from .sizes import concrete
+from .subgraphs import has_branches
 
 
 def lowered_extra_bytes(forward: GraphModule, backward: GraphModule, num_outputs: int) -> int:
@@ -36,16 +37,29 @@ def lowered_extra_bytes(forward: GraphModule, backward: GraphModule, num_outputs
         As a partition function returns them; they are not changed.
     num_outputs
         How many of forward's results are not for backward.
+
+    Notes
+    -----
+    Where a ``cond`` chooses between branches, the code is read twice, as truth values decide.
     """
-    run_forward = runnable(_code(forward, _values(forward), num_outputs, is_backward=False))
+    most = _extra_bytes(forward, backward, num_outputs, truth=False)
+    if has_branches(forward, backward):
+        most = max(most, _extra_bytes(forward, backward, num_outputs, truth=True))
+    return most
+
+
+def _extra_bytes(
+    forward: GraphModule, backward: GraphModule, num_outputs: int, *, truth: bool
+) -> int:
+    code = _code(forward, _values(forward), num_outputs, is_backward=False)
+    run_forward = runnable(code, truth=truth)
     with disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        inputs = [zeros(value) for value in _values(forward)]
+        inputs = [zeros(value, truth=truth) for value in _values(forward)]
         saved = list(run_forward(list(inputs))[num_outputs:])
         given = _backward_values(backward, saved)
     donated = _donated(forward, backward, num_outputs)
-    run_backward = runnable(
-        _code(backward, given, len(_results(backward)), is_backward=True, donated=donated)
-    )
+    code = _code(backward, given, len(_results(backward)), is_backward=True, donated=donated)
+    run_backward = runnable(code, truth=truth)
     tangents = [n.meta["val"] for n in _inputs(backward) if is_tangent(n)]
 
     def step() -> Any:

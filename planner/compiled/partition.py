@@ -31,6 +31,7 @@ from .priced_step import device_of, price_step, unplanned_peak_bytes, without_un
 from .sizes import concrete, num_bytes, plan_for_largest
 from .solve_step import solve_step
 from .step_so_far import Part, StepSoFar
+from .subgraphs import warn_of_loops
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[Compi
 def _for_inductor(
     step: JointStep, options: CompiledOptions, own: _Graphs
 ) -> tuple[CompiledPlan, _Graphs]:
+    warn_of_loops(step.module, step.calls)
     fused = fuse(step)
     device = device_for(device_of(step).type)
     priced = price_step(

@@ -1,14 +1,16 @@
-"""Memory that calls with graphs inside take while they run, with eager kernels.
+"""Memory that calls with graphs inside take while they run.
 
 ``cond``, ``scan``, ``map`` and the like run graphs of their own, whose memory is in no node of the
-joint graph. So each such call is run once, on zeros, while the allocator's reports are recorded;
-a ``cond`` once for each of its branches. A ``while_loop`` may not end on zeros, so it is not run.
+joint graph. With eager kernels each such call is run once, on zeros, while the allocator's reports
+are recorded; a ``cond`` once for each of its branches. A ``while_loop`` may not end on zeros, so it
+is not run. Code that Inductor generates is read as a whole, for each branch, but without rounds of
+loops.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -46,6 +48,30 @@ def inside_bytes(module: GraphModule, call: Node) -> int:
             return max(_peak_bytes(call, args) for args in _arguments(module, call))
     except REFUSALS as error:
         return _not_counted(call, f": {error!s:.200}")
+
+
+def has_branches(*modules: GraphModule) -> bool:
+    """Whether a graph, or one inside of it, has a ``cond``: one of its branches runs."""
+    return "cond" in _inner_calls(modules)
+
+
+def warn_of_loops(module: GraphModule, calls: Iterable[Node]) -> None:
+    """Say which calls hold a loop, whose rounds are not run when generated code is read."""
+    for call in calls:
+        inside = _graphs_inside(module, call)
+        names = _inner_calls([_attribute(module, n) for n in inside]) | {str(call.target)}
+        if inside and any("scan" in name or "while" in name for name in names):
+            _not_counted(call, ", as generated loops are not run when the code is read")
+
+
+def _inner_calls(modules: Iterable[torch.nn.Module]) -> set[str]:
+    graphs = (m.graph for module in modules for m in module.modules() if isinstance(m, GraphModule))
+    return {
+        str(n.target)
+        for graph in graphs
+        for n in graph.nodes
+        if n.op == "call_function" and not isinstance(n.target, OpOverload)
+    }
 
 
 def _not_counted(call: Node, why: str) -> int:
@@ -92,4 +118,4 @@ def _attribute(module: GraphModule, node: Node) -> Any:
     return found
 
 
-__all__ = ["NOT_COUNTED", "inside_bytes"]
+__all__ = ["NOT_COUNTED", "has_branches", "inside_bytes", "warn_of_loops"]

@@ -140,6 +140,52 @@ def test_a_loop_that_may_not_end_is_named() -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_rounds_of_a_loop_are_not_read_and_it_is_said() -> None:
+    """Inductor's code is read without its kernels, so that no loop has a round."""
+
+    class Made(Exception):
+        """The plan is there; compiling is not wanted."""
+
+    def on_plan(_plan: Any) -> None:
+        raise Made
+
+    call, _ = compiled(_Until(), lower="inductor", budget_gb=1, on_plan=on_plan)
+    said = "while_loop.*generated loops are not run"
+    with pytest.warns(PlanWarning, match=said), pytest.raises(Exception, match="Made"):
+        call(torch.randn(8, 16))
+
+
+class _Uneven(nn.Module):
+    """A branch that takes much more than the other one, and is the one that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 256), nn.Linear(256, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.first(x))
+        h = torch.cond(
+            h.square().sum() > 0,
+            lambda h: F.gelu(self.down(F.gelu(self.up(h)))),
+            lambda h: torch.tanh(h),
+            (h,),
+        )
+        return F.gelu(self.first(h)).square().mean()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_generated_code_is_read_for_both_branches() -> None:
+    """The predicted peak is that of the branch that takes more."""
+    torch.manual_seed(0)
+    model, sample = _Uneven(), torch.randn(128, 32)
+    call, plans = compiled(model, lower="inductor", budget_gb=1)
+    step(model, call, sample)
+    measured = measure(call, sample, repeats=0).peak_bytes
+    assert measured == plans[0].predicted_peak_bytes
+
+
 class _Sparse(nn.Module):
     """An embedding with sparse gradients."""
 
