@@ -468,11 +468,23 @@ class Watcher:
             label = f"'{module.__name__}.{name}'"
             at = id(vars(module)), name
             self._named.setdefault(at, (label, Where.TABLE, vars(module), name))
+        self._attributes_of_functions()
         for label, where, holder, key in self._named.values():
             places.append(place_of(label, where, holder, key))
         places.append(place_of(SETTINGS, Where.ATTRIBUTE, weakly(PROCESS_WIDE), "settings"))
         refuse_too_large(places)
         return Reads(places)
+
+    def _attributes_of_functions(self) -> None:
+        """Attributes of the functions that were met, as far as anything names them."""
+        functions = [f for f in self._seen.values() if isinstance(f, types.FunctionType)]
+        for function in functions:
+            if is_library(function.__code__) or not is_users(function.__code__):
+                continue
+            for name in vars(function).keys() & (self._words | self._strings):
+                label = f"'{function.__qualname__}.{name}'"
+                place = label, Where.DICT, weakly(function), name
+                self._named.setdefault((id(function), name), place)
 
     def _asked_by_key(
         self,

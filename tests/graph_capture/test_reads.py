@@ -320,7 +320,12 @@ def stepped(x: Tensor) -> Tensor:
     return x * stepped.by  # type: ignore[attr-defined]
 
 
+def held_by_the_model() -> float:
+    return 1.0
+
+
 stepped.by = 2.0  # type: ignore[attr-defined]
+held_by_the_model.strength = 2.0  # type: ignore[attr-defined]
 
 
 @functools.lru_cache
@@ -352,6 +357,7 @@ class Odd(Above):
         self.number, self.shared = ctypes.c_double(2.0), multiprocessing.Value("d", 2.0)
         self.memory = memoryview(bytearray(b"\x01"))
         self.register_buffer("mask", None)
+        self.own = held_by_the_model
 
     def forward(self, x: Tensor) -> Tensor:
         from . import settings as here
@@ -361,7 +367,7 @@ class Odd(Above):
         h = h * here.GAIN + self.file.SHIFT + getattr(held, "SLOPE") + globals()["REACH"]  # noqa: B009
         h = times(h, factor=vars(self.options)["gain"])
         h = h * self.borrowed().gain * self.proxy.gain * copy.copy(self.copied).gain
-        h = h * sum(each.gain for each in self.members)
+        h = h * sum(each.gain for each in self.members) * self.own.strength
         h = stepped(by_default(h)) * self.number.value * self.shared.value * self.memory[0]
         h = h * vars(self).get("late", 1.0) * (1 + len([k for k in vars(self) if "more" in k]))
         h = h * cached() if self.mask is None and not hasattr(self, "registered") else h.abs()
@@ -393,6 +399,7 @@ WAYS: dict[str, Callable[[Odd, pytest.MonkeyPatch], Any]] = {
     "memory": lambda model, patch: model.memory.__setitem__(0, 3),
     "least": lambda model, patch: patch.setitem(DEFAULTS, "least", 0.0),
     "stepped.by": lambda model, patch: patch.setattr(stepped, "by", 3.0),
+    "strength": lambda model, patch: patch.setattr(held_by_the_model, "strength", 3.0),
     "CACHED": lambda model, patch: patch.setitem(globals(), "CACHED", [3.0]),
     "late": lambda model, patch: vars(model).update(late=2.0),
     "more_1": lambda model, patch: setattr(model, "more_1", 1),
