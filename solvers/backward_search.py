@@ -105,8 +105,10 @@ def least_memory_bound(
         When the path found is not a schedule with the proven peak. This is a defect and
         is never hidden.
     """
+    g = graph_arrays(graph)
+    compile_backward_search(g)
     deadline_s = time.monotonic() + time_limit_s
-    search = _Search(graph_arrays(graph), peak_bytes, lower_bound_bytes)
+    search = _Search(g, peak_bytes, lower_bound_bytes)
     n = graph.num_operators
     limit = FIRST_STATES
     left = list(range(1, n + 1))
@@ -240,6 +242,12 @@ class _Search:
             _enter(self.states, s, int(old.front[s]), old.words[s])
         for name in ("weight", "down", "down_run"):
             getattr(self.states, name)[:num] = getattr(old, name)[:num]
+
+
+def compile_backward_search(g: GraphArrays) -> None:
+    """Compile what the search runs, once in a process, before a clock starts."""
+    if not _explore.signatures:
+        _Search(g, None, 0).run(1, 1, 1.0)
 
 
 def _moves_of(g: GraphArrays) -> tuple[_Moves, list[list[int]]]:

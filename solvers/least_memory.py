@@ -21,8 +21,8 @@ import numpy as np
 from graph_capture.cost_graph import CostGraph
 
 from .arrays import GraphArrays, IntArray, graph_arrays
-from .backward_search import least_memory_bound
-from .local_search import NOTHING, Walk, local_search
+from .backward_search import compile_backward_search, least_memory_bound
+from .local_search import NOTHING, Walk, compile_annealing, local_search
 from .replay import replay
 from .retention_plan import (
     Gaps,
@@ -89,9 +89,11 @@ def least_memory(
     """
     if graph.num_operators == 0:
         raise ValueError("a graph without operators needs no schedule")
-    begin_s = time.monotonic()
     g = graph_arrays(graph)
     gaps = find_gaps(g)
+    compile_annealing(g, gaps)
+    compile_backward_search(g)
+    begin_s = time.monotonic()
     need = needs_bytes(g)
     most_needed = bound = int(need.max())
     plan, peak = _lowest_segmentation(graph, g, gaps)

@@ -90,9 +90,10 @@ def local_search(
     stop
         Ends the search when another thread sets it.
     """
-    begin_s = time.monotonic()
     g = graph_arrays(graph)
     gaps = find_gaps(g)
+    compile_annealing(g, gaps)
+    begin_s = time.monotonic()
     if start is not None:
         starts = [plan_from_schedule(graph, gaps, start)]
     else:
@@ -191,25 +192,40 @@ class Walk:
             if time_done > done + LATE:
                 done = time_done
             heat = hot * (cold / hot) ** done
-            cost, price = _anneal(
-                self.g,
-                self.gaps,
-                self.until,
-                self.since,
-                self.best_until,
-                self.best_since,
-                self.best_cost,
-                self.budget_bytes,
-                MOVES_PER_CHUNK,
-                heat,
-                price,
-                self.seed + made,
-            )
-            self.best_cost = int(cost)
+            price = self.anneal(MOVES_PER_CHUNK, heat, price, self.seed + made)
             made += MOVES_PER_CHUNK
             if first_fit and self.best_cost < NOTHING:
                 break
         return made
+
+    def anneal(self, num_moves: int, heat: float, price: float, seed: int) -> float:
+        """Make moves at one temperature; return the price of a byte above the budget."""
+        cost, price = _anneal(
+            self.g,
+            self.gaps,
+            self.until,
+            self.since,
+            self.best_until,
+            self.best_since,
+            self.best_cost,
+            self.budget_bytes,
+            num_moves,
+            heat,
+            price,
+            seed,
+        )
+        self.best_cost = int(cost)
+        return float(price)
+
+
+def compile_annealing(g: GraphArrays, gaps: Gaps) -> None:
+    """Compile what walks run, once in a process: no clock is to count these seconds.
+
+    Called before a clock starts. After an installation it takes some seconds, and then the tenths
+    of a second in which numba reads what it kept.
+    """
+    if not _anneal.signatures:
+        Walk(g, gaps, 0, keep_all_plan(gaps), 0).anneal(0, 1.0, 1.0, 0)
 
 
 @njit(cache=True, nogil=True)

@@ -8,18 +8,20 @@ from collections.abc import Callable
 from graph_capture.cost_graph import CostGraph
 from graph_capture.suggestions import unknown_name
 
-from .backward_search import least_memory_bound
+from .arrays import graph_arrays
+from .backward_search import compile_backward_search, least_memory_bound
 from .baseline_incumbents import BaselineSchedules
 from .chains.chain_dp import chain_dp, is_plain_chain
 from .checked import check_time_limit, checked_budget
 from .gap_cover import gap_cover
 from .incumbent import Incumbent
-from .local_search import local_search
+from .local_search import compile_annealing, local_search
 from .parallel_search import ParallelSearch
 from .progress import Progress
 from .reference.checkmate import checkmate_lp_rounding, checkmate_milp
 from .reference.moccasin import moccasin
 from .result import SolveResult
+from .retention_plan import find_gaps
 from .schedule import Schedule
 from .slices.refinement import slice_refinement
 from .uniform import uniform_under_budget
@@ -93,6 +95,10 @@ def solve(
     check_time_limit(time_limit_s)
     if hint is not None and list(dict.fromkeys(hint.order)) != sorted(set(hint.order)):
         raise ValueError("the first runs of the hint are not in base order")
+    if graph.num_operators > 0:
+        g = graph_arrays(graph)
+        compile_annealing(g, find_gaps(g))
+        compile_backward_search(g)
     state = Incumbent(graph, budget_bytes, time_limit_s, progress, stop, gap)
     state.offer(hint, "hint")
     SOLVERS[solver](state, seed, workers)
