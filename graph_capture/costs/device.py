@@ -46,6 +46,8 @@ class Device:
         Time per element of the largest output, by schema name, instead of the
         efficiency. It is for operators that neither products nor traffic bound, such as
         random draws and transcendental functions on a CPU.
+    fused_element_ns
+        Likewise of functions within loops that Inductor writes, beyond reading and writing.
     memory_bytes
         Size by the data sheet, with 1 GB taken as 10^9 bytes; ``None`` if the memory is
         not the device's own (CPU).
@@ -74,6 +76,7 @@ class Device:
     tf32_flops_per_s: float | None = None
     efficiency: Mapping[str, float] = field(default_factory=dict, hash=False)
     element_ns: Mapping[str, float] = field(default_factory=dict, hash=False)
+    fused_element_ns: Mapping[str, float] = field(default_factory=dict, hash=False)
     memory_bytes: int | None = None
     context_bytes: int | None = None
     library_workspace_bytes: int = 0

@@ -162,7 +162,7 @@ def kernel_ns(group: Sequence[Node], outside: Sequence[Node], device: Device) ->
     slow_ns = 0.0
     for call in group:
         assert isinstance(call.target, OpOverload)
-        per_element = device.element_ns.get(schema_of(call.target).name, 0.0)
+        per_element = device.fused_element_ns.get(schema_of(call.target).name, 0.0)
         slow_ns += per_element * _domain(call)
     return max(device.launch_ns, round(moved_ns + slow_ns))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from graph_capture.costs.devices import device_for
 from graph_capture.recorder import storage_id
-from planner.compiled.fused_groups import fuse
+from planner.compiled.fused_groups import fuse, kernel_ns
 from planner.compiled.joint_step import JointStep, tensors_of
 from tests.planner.compiled.test_joint_step import joint_step_of
 
@@ -42,6 +44,25 @@ def test_what_backward_reads_has_memory() -> None:
     (mul,) = [c for c in step.calls if c.name == "mul"]
     assert {storage_id(t) for t in tensors_of(mul.meta["val"])} <= found.inner
     assert found.inner.isdisjoint(storage_id(t) for t in tensors_of(tanh.meta["val"]))
+
+
+def test_slow_functions_cost_their_time_in_a_kernel() -> None:
+    """Per element of the loop, beside what is read and written: drawing again is dear."""
+    x = torch.randn(1000, 1000, requires_grad=True)
+    device = replace(
+        device_for("cpu"),
+        bytes_per_s=1e9,
+        launch_ns=1,
+        fused_element_ns={"aten::tanh": 5.0},
+        element_ns={"aten::tanh": 900.0, "aten::mul": 900.0},
+    )
+    step = joint_step_of(lambda x: (x * 3).tanh().sum(), x)
+    node = next(n for n in step.calls if n.name == "tanh")
+    product = next(n for n in step.calls if n.name == "mul")
+    moved_ns = 2 * 4 * 1000 * 1000
+    assert kernel_ns([product], step.primals, device) == moved_ns
+    assert kernel_ns([product, node], step.primals, device) == moved_ns + 5 * 1000 * 1000
+    assert device_for("cpu").fused_element_ns["prims::inductor_random"] > 1
 
 
 def test_every_call_is_in_one_group() -> None:
