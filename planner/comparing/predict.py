@@ -18,7 +18,7 @@ from solvers.strategies.strategy import Strategy, StrategyError, StrategyOutcome
 
 from ..base.solve_options import SolveOptions
 from ..comparison_record import BudgetBound, ComparisonRow, RowOutcome
-from ..planning.make_plan import fits_easily
+from ..planning.known_least import fits_easily
 from .bound_text import (
     EAGERS_ORDER,
     bytes_rounded_down,

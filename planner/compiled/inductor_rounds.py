@@ -2,17 +2,20 @@
 
 The cost graph predicts fusion by rule. What a schedule counts on is then held
 (:mod:`planner.compiled.held_fusion`), and the code that Inductor generates shows what it takes.
-So a budget is brought to the solver in rounds. Between the least memory of any schedule and that
+So a budget is brought to the solver in rounds. Between what every schedule needs and the memory
 of the one that keeps everything lie evenly spaced *levels*, one fewer than two to the number of
 rounds. A level is solved for, its code generated and its peak read; each round halves the
 levels that are left, and the search ends early where little of the budget is unused. So the
 level that a budget ends at never falls when the budget rises, and budgets of one model ask for
-the same levels, which are read once (:mod:`planner.compiled.readings`). Where the search ends at
-one of the lowest levels or below them, all of these are read: there the solver may find little
-more than the schedule of least memory, which repeats nearly everything and whose code may take
-more than a higher level's. They do not depend on the budget, so what an error names as the least
-is found again. Levels whose memory in the cost graph is far off the budget are not read. PyTorch's
-own partition is tried first, unless it is far too large: where it fits, nothing is to be solved.
+the same levels, which are read once (:mod:`planner.compiled.readings`). Levels whose memory in
+the cost graph is far off the budget are not read. PyTorch's own partition is tried first, unless
+it is far too large: where it fits, nothing is to be solved.
+
+The least memory of any schedule is searched for only where a budget comes near it, as that takes
+seconds. Where the search ends at one of the lowest levels above it, all of these are read: there
+the solver may find little more than the schedule of least memory, which repeats nearly everything
+and whose code may take more than a higher level's. They do not depend on the budget, so what an
+error names as the least is found again.
 
 Generated code is read on the CPU only. Elsewhere the plan goes by the rules of fusion, in one
 round, and a warning says so.
@@ -23,18 +26,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch.fx import GraphModule
 
 from graph_capture.units import format_bytes
+from graph_capture.without_collector import without_collector
+from solvers.arrays import graph_arrays
+from solvers.least_memory import needs_bytes
 from solvers.replay import replay
 from solvers.result import SolveResult
 from solvers.schedule import Schedule
 
 from ..base.budget import Budget
 from ..errors import InfeasibleBudgetError, PlanWarning
-from ..planning.known_least import known_least_memory
+from ..planning.known_least import fits_easily, known_least_memory
 from .emit import emit
 from .held_fusion import WithinMemory
 from .lowered_peak import lowered_extra_bytes
@@ -43,7 +50,7 @@ from .priced_step import PricedStep, unplanned_peak_bytes
 from .readings import Reading, name_of, peak_of, reading_of
 from .solve_step import solve_step
 
-WORTH_A_ROUND = 0.04
+WORTH_A_ROUND = 0.05
 """Share of the budget that must be unused for another round of a plan that recomputes."""
 
 SURELY_FITS, SURELY_TOO_HIGH = 0.94, 1.1
@@ -92,14 +99,14 @@ def choose(
     priced: PricedStep,
     budget: Budget,
     options: CompiledOptions,
-    own: tuple[GraphModule, GraphModule],
-) -> tuple[Lowered, Lowered]:
-    """Return the chosen partition, and the one without a budget.
+    own: Callable[[], tuple[GraphModule, GraphModule]],
+) -> tuple[Lowered, int]:
+    """Return the chosen partition, and the peak without a budget.
 
     Parameters
     ----------
     own
-        PyTorch's partition of the same graph.
+        Makes PyTorch's partition of the same graph.
 
     Raises
     ------
@@ -112,31 +119,28 @@ def choose(
     resident_bytes, num_outputs = priced.graph.resident_bytes, len(priced.step.outputs)
 
     def lower(forward: GraphModule, backward: GraphModule) -> int:
-        return resident_bytes + lowered_extra_bytes(forward, backward, num_outputs)
+        with without_collector():  # Inductor makes many objects, and few of them are cycles
+            return resident_bytes + lowered_extra_bytes(forward, backward, num_outputs)
 
     usable_bytes, name = budget.usable_bytes, name_of(priced)
-    theirs = Lowered(
-        forward=own[0],
-        backward=own[1],
-        peak_bytes=unplanned_peak_bytes(priced),
-        is_read=False,
-    )
+    unplanned_bytes = unplanned_peak_bytes(priced)
 
-    def read_theirs() -> Lowered:
-        return replace(theirs, peak_bytes=peak_of(name, None, lambda: lower(*own)), is_read=True)
+    def read_own() -> Lowered:
+        forward, backward = own()
+        peak_bytes = peak_of(name, None, lambda: lower(forward, backward))
+        return Lowered(forward=forward, backward=backward, peak_bytes=peak_bytes)
 
-    if usable_bytes >= OWN_MAY_FIT * theirs.peak_bytes:
-        theirs = read_theirs()
-        if theirs.peak_bytes <= usable_bytes:
-            return theirs, theirs
+    theirs = read_own() if usable_bytes >= OWN_MAY_FIT * unplanned_bytes else None
+    if theirs is not None and theirs.peak_bytes <= usable_bytes:
+        return theirs, theirs.peak_bytes
     search = _Search(priced, options, name, lower)
     best = search.within(usable_bytes)
     if best is None:
-        theirs = read_theirs()
+        theirs = theirs or read_own()
         if theirs.peak_bytes <= usable_bytes:
-            return theirs, theirs
+            return theirs, theirs.peak_bytes
         raise _nothing_fits(budget, min(theirs.peak_bytes, search.lowest_bytes))
-    return search.lowered(best), theirs
+    return search.lowered(best), unplanned_bytes if theirs is None else theirs.peak_bytes
 
 
 class _Search:
@@ -154,6 +158,7 @@ class _Search:
         self._solving = replace(solving, time_limit_s=solving.time_limit_s / options.rounds)
         self._name = name
         self._num_levels = 2**options.rounds - 1
+        self._bottom_bytes = int(needs_bytes(graph_arrays(priced.graph)).max())
         self._most_bytes = replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes
         self._solve_s = 0.0
         self._peaks: list[int] = []
@@ -193,11 +198,32 @@ class _Search:
                 break
             if found.cost_ns <= self._priced.graph.base_cost_ns:
                 break
-        if fits >= LOWEST_LEVELS:
+        if not self._is_low(fits):
             return self._at(fits, None) if best is None else best
-        lowest = [self._at(level, None) for level in range(min(LOWEST_LEVELS, self._num_levels))]
+        lowest = [self._at(level, None) for level in self._lowest_levels]
         fitting = [r for r in (best, *lowest) if r is not None and r.peak_bytes <= usable_bytes]
         return min(fitting, key=lambda r: r.cost_ns, default=None)
+
+    def _is_low(self, level: int) -> bool:
+        """Whether a level is one of the lowest; asks for the least memory only near it."""
+        above = level - LOWEST_LEVELS
+        if above >= 0 and fits_easily(self._priced.graph, self._target_bytes(above)):
+            return False
+        return level <= self._lowest_levels[-1]
+
+    @cached_property
+    def _lowest_levels(self) -> list[int]:
+        """Some levels from the first one that is not below the least memory."""
+        first = next(
+            level
+            for level in range(self._num_levels)
+            if self._target_bytes(level) >= self._least_bytes or level == self._num_levels - 1
+        )
+        return list(range(max(0, first - 1), min(first + LOWEST_LEVELS, self._num_levels)))
+
+    @property
+    def _least_bytes(self) -> int:
+        return known_least_memory(self._priced.graph, self._solving.seed).peak_bytes
 
     @property
     def lowest_bytes(self) -> int:
@@ -219,6 +245,8 @@ class _Search:
     def _at(self, level: int, below: Reading | None) -> Reading:
         """Read a level; ``below`` fits a lower one, and is where the solver starts."""
         target_bytes = self._target_bytes(level)
+        if below is None and not fits_easily(self._priced.graph, target_bytes):
+            target_bytes = max(target_bytes, self._least_bytes)
 
         def make() -> Reading:
             target = Budget(total_bytes=target_bytes, headroom_bytes=0)
@@ -236,10 +264,9 @@ class _Search:
         return reading
 
     def _target_bytes(self, level: int) -> int:
-        """The memory of a level in the cost graph."""
-        least_bytes = known_least_memory(self._priced.graph, self._solving.seed).peak_bytes
-        between_bytes = max(0, self._most_bytes - least_bytes)
-        return least_bytes + level * between_bytes // max(1, self._num_levels - 1)
+        """The memory of a level in the cost graph, which may be less than the least."""
+        between_bytes = max(0, self._most_bytes - self._bottom_bytes)
+        return self._bottom_bytes + level * between_bytes // max(1, self._num_levels - 1)
 
     def _emit(self, result: SolveResult) -> tuple[GraphModule, GraphModule]:
         assert result.schedule is not None
@@ -263,13 +290,16 @@ def _by_rule(
     priced: PricedStep,
     budget: Budget,
     options: CompiledOptions,
-    own: tuple[GraphModule, GraphModule],
-) -> tuple[Lowered, Lowered]:
+    own: Callable[[], tuple[GraphModule, GraphModule]],
+) -> tuple[Lowered, int]:
     """One solve, whose peak is the cost graph's."""
     everything_bytes = unplanned_peak_bytes(priced)
-    theirs = Lowered(forward=own[0], backward=own[1], peak_bytes=everything_bytes, is_read=False)
     if everything_bytes <= budget.usable_bytes:
-        return theirs, theirs
+        forward, backward = own()
+        theirs = Lowered(
+            forward=forward, backward=backward, peak_bytes=everything_bytes, is_read=False
+        )
+        return theirs, everything_bytes
     result = solve_step(priced, budget, options.solving)
     assert result.schedule is not None
     forward, backward = emit(priced, result.schedule)
@@ -282,7 +312,7 @@ def _by_rule(
         result=result,
         solve_s=result.solve_s,
     )
-    return found, theirs
+    return found, everything_bytes
 
 
 def _nothing_fits(budget: Budget, lowest_bytes: int) -> InfeasibleBudgetError:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -132,13 +133,17 @@ class Partitioner:
     ) -> tuple[CompiledPlan, _Graphs]:
         if options.lower == "aot_eager":
             return _for_eager_kernels(step, options)
-        own = min_cut_partition(
-            copied(module),
-            joint_inputs,
-            num_fwd_outputs=len(step.outputs),
-            static_lifetime_input_indices=static,
-        )
-        return _for_inductor(step, options, own)
+
+        def own() -> _Graphs:
+            forward, backward = min_cut_partition(
+                copied(module),
+                joint_inputs,
+                num_fwd_outputs=len(step.outputs),
+                static_lifetime_input_indices=static,
+            )
+            return forward, backward
+
+        return _for_inductor(step, options, cache(own))
 
 
 def _gradient_bytes(step: JointStep) -> int:
@@ -174,7 +179,7 @@ def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[Compi
 
 
 def _for_inductor(
-    step: JointStep, options: CompiledOptions, own: _Graphs
+    step: JointStep, options: CompiledOptions, own: Callable[[], _Graphs]
 ) -> tuple[CompiledPlan, _Graphs]:
     warn_of_loops(step.module, step.calls)
     fused = fuse(step)
@@ -188,7 +193,7 @@ def _for_inductor(
         group_ns=lambda group, outside: kernel_ns(group, outside, device),
     )
     budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
-    chosen, theirs = choose(priced, budget, options, own)
+    chosen, unplanned_bytes = choose(priced, budget, options, own)
     solved, result = chosen.schedule, chosen.result
     everything = Schedule.keep_all(priced.graph)
     notes = [FITS_AS_IT_IS if result is None else OF_FUSION]
@@ -201,7 +206,7 @@ def _for_inductor(
         budget_bytes=options.budget_bytes,
         headroom_bytes=budget.headroom_bytes,
         predicted_peak_bytes=chosen.peak_bytes,
-        unplanned_peak_bytes=theirs.peak_bytes,
+        unplanned_peak_bytes=unplanned_bytes,
         lower_bound_ns=priced.graph.base_cost_ns if result is None else result.lower_bound_ns,
         status=SolveStatus.OPTIMAL if result is None else result.status,
         solve_s=chosen.solve_s,

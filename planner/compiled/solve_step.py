@@ -9,7 +9,7 @@ from solvers.schedule import Schedule
 from ..base.budget import Budget, nothing_fits
 from ..base.solve_options import SolveOptions
 from ..errors import PlanError
-from ..planning.known_least import known_least_memory
+from ..planning.known_least import fits_easily, known_least_memory
 from ..planning.search import search
 from .priced_step import PricedStep, unplanned_peak_bytes
 
@@ -32,11 +32,10 @@ def solve_step(
         When the time was too short to find what fits.
     """
     graph, budget_bytes = priced.graph, budget.usable_bytes
-    everything = Schedule.keep_all(graph)
-    everything_bytes = replay(graph, everything).peak_bytes
     if unplanned_peak_bytes(priced) <= budget_bytes:
+        everything_bytes = replay(graph, Schedule.keep_all(graph)).peak_bytes
         budget_bytes = max(budget_bytes, everything_bytes)  # nothing draws again then
-    elif everything_bytes > budget_bytes and hint is None:
+    elif hint is None and not fits_easily(graph, budget_bytes):
         least = known_least_memory(graph, options.seed)
         if least.peak_bytes > budget_bytes:
             raise nothing_fits(graph, budget, least)

@@ -10,6 +10,9 @@ from __future__ import annotations
 from graph_capture.cost_graph import CostGraph
 from solvers.any_order.memory import least_memory_in_any_order
 from solvers.least_memory import LeastMemory, least_memory
+from solvers.replay import replay
+from solvers.schedule import Schedule
+from solvers.uniform import uniform_under_budget
 
 LEAST_MEMORY_LIMIT_S = 20.0
 """Of one search."""
@@ -44,6 +47,16 @@ def known_least_memory(graph: CostGraph, seed: int, *, any_order: bool = False) 
     while len(_found) > _MAX_KEPT:
         _found.pop(next(iter(_found)), None)
     return least
+
+
+def fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
+    """Whether keeping everything or a uniform schedule is within the budget.
+
+    Then nobody needs to know the least memory.
+    """
+    if replay(graph, Schedule.keep_all(graph)).peak_bytes <= budget_bytes:
+        return True
+    return uniform_under_budget(graph, budget_bytes) is not None
 
 
 def already_found(graph: CostGraph, seed: int, *, any_order: bool = False) -> LeastMemory | None:

@@ -25,7 +25,6 @@ from solvers.least_memory import LeastMemory
 from solvers.replay import replay
 from solvers.result import SolveResult
 from solvers.schedule import Schedule
-from solvers.uniform import uniform_under_budget
 
 from ..base.budget import (
     Budget,
@@ -51,7 +50,7 @@ from .concurrent import (
     with_waiting,
     within_waiting,
 )
-from .known_least import known_least_memory
+from .known_least import fits_easily, known_least_memory
 from .late_reads import LateRead, solve_in_time
 from .search import search
 
@@ -343,10 +342,3 @@ def _no_schedule(
         f"solver {options.solver!r} found no schedule within {options.time_limit_s} s, though one "
         f"for {least.peak_bytes} bytes exists; use solver='auto' or more time"
     )
-
-
-def fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
-    """Whether keeping everything or a uniform schedule is within the budget."""
-    if replay(graph, Schedule.keep_all(graph)).peak_bytes <= budget_bytes:
-        return True
-    return uniform_under_budget(graph, budget_bytes) is not None

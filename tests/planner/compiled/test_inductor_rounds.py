@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from planner.base.solve_options import SolveOptions
+from planner.compiled import inductor_rounds
 from planner.compiled.inductor_rounds import WORTH_A_ROUND, _Search
 
 NUM_LEVELS = 31
@@ -20,11 +22,14 @@ def _within(
     monkeypatch: pytest.MonkeyPatch,
     costs_ns: Sequence[int] = range(NUM_LEVELS, 0, -1),
     targets: Sequence[int] = range(1000, 1000 + 20 * NUM_LEVELS, 20),
+    least: int | None = 0,
+    easy: int = 10**6,
 ) -> Any:
     """The level at which a search over levels of these peaks ends, and those it read."""
     search = object.__new__(_Search)
     search._num_levels = NUM_LEVELS
     search._priced = SimpleNamespace(graph=SimpleNamespace(base_cost_ns=0))  # type: ignore[assignment]
+    search._solving = SolveOptions()
     read: list[int] = []
 
     def at(level: int, _below: Any) -> Any:
@@ -33,6 +38,10 @@ def _within(
 
     monkeypatch.setattr(search, "_at", at)
     monkeypatch.setattr(search, "_target_bytes", targets.__getitem__)
+    monkeypatch.setattr(inductor_rounds, "fits_easily", lambda _, num_bytes: num_bytes >= easy)
+    if least is not None:
+        known = SimpleNamespace(peak_bytes=least)
+        monkeypatch.setattr(inductor_rounds, "known_least_memory", lambda *_: known)
     found = search.within(usable_bytes)
     return (None if found is None else found.level), list(dict.fromkeys(read))
 
@@ -49,7 +58,7 @@ def test_level_never_falls_when_the_budget_rises(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_is_found_fits_and_leaves_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of steady levels it is the highest that fits, or one within 4 % of the budget."""
+    """Of steady levels it is the highest that fits, or one within 5 % of the budget."""
     peaks = [1000 + 20 * level for level in range(NUM_LEVELS)]
     for usable in range(1000, 1620, 7):
         level, read = _within(peaks, usable, monkeypatch)
@@ -106,3 +115,26 @@ def test_levels_that_are_farther_off_than_ever_seen_are_read(
         level, _ = _within(peaks, usable, monkeypatch, targets=targets)
         assert level is not None
         assert peaks[level] <= usable
+
+
+def test_least_memory_is_asked_for_near_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds; where uniform segments fit well below a level, nobody needs it."""
+    targets = [1000 + 100 * level for level in range(NUM_LEVELS)]
+
+    def asked(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(inductor_rounds, "known_least_memory", asked)
+    level, _ = _within(targets, 2500, monkeypatch, targets=targets, easy=1800, least=None)
+    assert targets[level] <= 2500
+
+
+def test_levels_below_the_least_memory_are_not_the_lowest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The lowest are those from the last one that the least memory takes the place of."""
+    targets = [1000 + 100 * level for level in range(NUM_LEVELS)]
+    peaks = [max(target, 1450) for target in targets]
+    found, read = _within(peaks, 1400, monkeypatch, targets=targets, least=1450)
+    assert found is None
+    assert {4, 5, 6, 7} <= set(read)
