@@ -11,7 +11,7 @@ budget or more than 2 % from the prediction, a plan that is slower than one of a
 ``--json FILE`` keeps cells; a run goes on where the last one ended. ``--table`` prints them as
 Markdown and measures nothing. ``--times`` measures times alone, in alternating pairs: of PyTorch's
 ratios, of ours at the peaks that these reached, of ours at 70 % of the lowest of these, and of
-ours without a limit.
+ours without a limit; ``--figure FILE`` draws both frontiers of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks.testing.zoo import ZOO
 
 from .bench import Bench
 from .cell import Cell, Cells, complaints
+from .figure import draw_times
 from .table import HEAD, TIMES_HEAD, gradients_text, table, times_table
 
 MODELS = ("bert", "gpt2", "llama", "t5", "vit", "unet")
@@ -47,6 +48,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="the file that keeps cells")
     parser.add_argument("--table", action="store_true", help="print the file, measure nothing")
     parser.add_argument("--times", action="store_true", help="times at PyTorch's peaks, alone")
+    parser.add_argument("--figure", type=Path, help="where times are drawn")
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = 1000
     settings = {k: getattr(options, k) for k in ("size", "lower", "cells", "repeats")}
@@ -54,6 +56,8 @@ def main() -> int:
     if not options.table:
         for name in options.models:
             _measure_model(cells, name, options)
+    if options.figure is not None:
+        draw_times(cells, options.models, options.figure)
     return _finish(cells, options.models, times=options.times)
 
 

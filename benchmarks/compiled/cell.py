@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from planner.base.atomic_write import write_whole
 from planner.comparing.machine import machine, versions
@@ -78,14 +79,23 @@ class Cell:
 
 
 class Cells:
-    """Cells of a file, which is written again after each one; a run goes on where one ended."""
+    """Cells of a file, which is written again after each one; a run goes on where one ended.
+
+    The settings, the machine and the versions are those of the first run.
+    """
 
     def __init__(self, path: Path | None, settings: dict[str, object]) -> None:
         self._path = path
-        self._settings = {**settings, "machine": machine(), "versions": dict(versions())}
+        self.settings: dict[str, Any] = {
+            **settings,
+            "machine": machine(),
+            "versions": dict(versions()),
+        }
         self._found: dict[tuple[str, str], Cell] = {}
         if path is not None and path.exists():
-            for row in json.loads(path.read_text())["cells"]:
+            kept = json.loads(path.read_text())
+            self.settings = kept["settings"]
+            for row in kept["cells"]:
                 self._note(Cell(**row))
 
     def __iter__(self) -> Iterator[Cell]:
@@ -100,7 +110,7 @@ class Cells:
         self._note(cell)
         if self._path is not None:
             rows = [{k: v for k, v in asdict(c).items() if v not in (None, "")} for c in self]
-            text = json.dumps({"settings": self._settings, "cells": rows}, indent=1) + "\n"
+            text = json.dumps({"settings": self.settings, "cells": rows}, indent=1) + "\n"
             write_whole(self._path, text)
         return cell
 
