@@ -89,7 +89,10 @@ class Place:
 
     def now(self) -> Any:
         """What it holds now."""
-        holder: Any = self.holder() if isinstance(self.holder, weakref.ref) else self.holder
+        return self.now_in(self.holder() if isinstance(self.holder, weakref.ref) else self.holder)
+
+    def now_in(self, holder: Any) -> Any:
+        """What the same place of this holder holds."""
         if self.where is Where.TABLE:
             return holder.get(self.key, ABSENT)
         if holder is None:

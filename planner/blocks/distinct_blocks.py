@@ -14,8 +14,6 @@ from graph_capture.call_spec import TensorSpec
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 from graph_capture.opaque_form import OpaqueForm
-from graph_capture.reads import Where
-from graph_capture.snapshots import ABSENT
 from graph_capture.snapshots import difference as difference_held
 from graph_capture.spread_out import mesh_of
 
@@ -110,10 +108,6 @@ def reads_the_same(block: DistinctBlock, other: nn.Module) -> bool:
         if not isinstance(holder, nn.Module) or id(holder) not in path_of:
             continue
         twin = twins[path_of[id(holder)]]
-        if place.where is Where.ATTRIBUTE:
-            now = getattr(twin, place.key, ABSENT)
-        else:
-            now = vars(twin).get(place.key, ABSENT)
-        if difference_held(place.held, now, place.label) is not None:
+        if difference_held(place.held, place.now_in(twin), place.label) is not None:
             return False
     return True

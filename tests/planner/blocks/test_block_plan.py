@@ -20,6 +20,11 @@ from planner import (
     unplanned,
     watch,
 )
+from planner.base.budget import RequestedBudget
+from planner.base.request import Request
+from planner.base.solve_options import SolveOptions
+from planner.base.step_spec import StepSpec
+from planner.blocks.make_blocks import captured_in_blocks
 from planner.errors import CallMismatchError
 
 from .small_blocks import Layer, Small, batch, small, small_plan
@@ -73,6 +78,20 @@ def test_the_baseline_is_that_of_the_whole_step() -> None:
     plan = small_plan()
     assert plan.baseline_peak_bytes == whole.baseline_peak_bytes
     assert plan.baseline_step_us == whole.baseline_step_us
+
+
+def test_blocks_without_biases_are_alike() -> None:
+    """What a twin has registered is looked for where the captured block has it."""
+    model = small()
+    for layer in model.layers:
+        layer.up.bias = layer.down.bias = None
+    spec = StepSpec(model=model, sample_input=batch())
+    request = Request.of(spec, SolveOptions(), budget=RequestedBudget(num_bytes=None, share=1.0))
+    with captured_in_blocks(spec, request, "layers.*") as call:
+        assert len(call.captured.eager.blocks) == 1
+    model.layers[1].up.bias = torch.nn.Parameter(torch.zeros(64))
+    with captured_in_blocks(spec, request, "layers.*") as call:
+        assert len(call.captured.eager.blocks) == 2
 
 
 def test_alike_blocks_are_captured_once() -> None:
