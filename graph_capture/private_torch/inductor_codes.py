@@ -23,7 +23,7 @@ from .replacing import Place
 from .trees import tree_leaves
 
 MOST_KEPT = 8
-"""Codes of two graphs each, of which the last ones read are wanted."""
+"""Of the graphs that were lowered last: a plan has two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ def generating_once() -> Iterator[None]:
     """``GraphLowering.codegen``: what is as before gets the code from before; 2.11+.
 
     Graphs of symbolic sizes and with collectives are always lowered: their code leaves guards and
-    logs.
+    logs. So are those that read attributes: branches of a ``cond``, whose code is part of theirs,
+    and constants, whose numbers may be.
     """
     from torch._inductor import graph
 
@@ -47,7 +48,8 @@ def generating_once() -> Iterator[None]:
     kept: dict[str, _Code] = {}
 
     def once(lowering: Any) -> Any:
-        name = _name_of(lowering)
+        # A branch's lowering writes into the code of the graph around it.
+        name = _name_of(lowering) if type(lowering) is graph.GraphLowering else ""
         code = kept.pop(name, None)
         if code is None:
             result = codegen(lowering)
@@ -83,7 +85,7 @@ def _name_of(lowering: Any) -> str:
     )
     digest.update(repr(told_of).encode())
     for node in lowering.module.graph.nodes:
-        if "c10d" in str(node.target):
+        if node.op == "get_attr" or "c10d" in str(node.target):
             return ""
         shown = [str(node.target), *map(str, (node.op, node.name, node.args, node.kwargs))]
         for leaf in tree_leaves(node.meta.get("val")):

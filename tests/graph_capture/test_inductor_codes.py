@@ -95,6 +95,32 @@ def test_symbolic_sizes_are_lowered_each_time(calls: list[Any]) -> None:
     assert len(calls) == 2
 
 
+def _with_constant(number: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: (x * torch.tensor([number, 1.0, 2.0, 3.0])).exp()
+
+
+def _with_branch(number: float) -> Callable[[Tensor], Tensor]:
+    def first(x: Tensor) -> Tensor:
+        return x * number
+
+    return lambda x: torch.cond(x.sum() > 0, first, torch.sin, (x,)).exp()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made_with", [_with_constant, _with_branch])
+def test_what_nodes_do_not_show_is_generated_each_time(
+    made_with: Callable[[float], Callable[[Tensor], Tensor]], calls: list[Any]
+) -> None:
+    """Numbers of constants and graphs of branches, which become part of the code."""
+    x = torch.ones(4)
+    with inductor_config().patch(fx_graph_cache=False):
+        for number in (2.0, 3.0, 2.0):
+            torch.compiler.reset()
+            step, before = made_with(number), len(calls)
+            assert torch.allclose(torch.compile(step)(x), step(x))
+            assert len(calls) > before
+
+
 def test_few_codes_are_kept(calls: list[Any]) -> None:
     """Those of the last graphs."""
     for size in range(2, MOST_KEPT + 3):
