@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.fx import GraphModule
 
 from graph_capture.private_torch.compiler import inductor_settings
 from graph_capture.private_torch.trees import tree_leaves
@@ -92,7 +93,9 @@ def peak_of(code: str, schedule: Schedule | None, make: Callable[[], int]) -> in
 def name_of(priced: PricedStep) -> str:
     """A name of all that the generated code of a step's schedules depends on."""
     digest = hashlib.sha256(f"{hash(priced.graph)} {inductor_settings()}".encode())
-    for node in priced.step.module.graph.nodes:
+    module = priced.step.module
+    graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]  # branches
+    for node in (n for graph in graphs for n in graph.nodes):
         read = tuple(map(str, (node.args, node.kwargs)))
         shown = (node.op, node.name, str(node.target), read, *_shown(node.meta.get("val")))
         digest.update(repr(shown).encode())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.fx import symbolic_trace
 
 from planner.compiled.fused_groups import fuse
 from planner.compiled.priced_step import price_step
@@ -11,9 +15,11 @@ from solvers.schedule import Schedule
 from tests.planner.compiled.test_joint_step import joint_step_of
 
 
-def _name(factor: float, *, rows: int = 4) -> str:
+def _name(factor: float, *, rows: int = 4, branch: Callable[..., Any] | None = None) -> str:
     x = torch.randn(rows, 6, requires_grad=True)
     step = joint_step_of(lambda x: (x * factor).sin().sum(), x)
+    if branch is not None:
+        step.module.add_module("true_graph_0", symbolic_trace(branch))
     fused = fuse(step)
     return name_of(price_step(step, groups=fused.groups, inner=fused.inner))
 
@@ -26,6 +32,12 @@ def test_a_step_has_the_same_name_each_time_it_is_captured() -> None:
 def test_other_numbers_and_other_sizes_are_another_step() -> None:
     """Constants and shapes change the generated code."""
     assert len({_name(3.0), _name(2.0), _name(3.0, rows=5)}) == 3
+
+
+def test_branches_are_part_of_the_name() -> None:
+    """The nodes of the graph around them show only where they are."""
+    names = {_name(3.0), _name(3.0, branch=lambda x: x.sin()), _name(3.0, branch=lambda x: x.cos())}
+    assert len(names) == 3
 
 
 def test_settings_of_inductor_are_part_of_the_name() -> None:
