@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -143,7 +142,7 @@ class Partitioner:
             )
             return forward, backward
 
-        return _for_inductor(step, options, cache(own))
+        return _for_inductor(step, options, own)
 
 
 def _gradient_bytes(step: JointStep) -> int:
