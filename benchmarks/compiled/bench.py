@@ -18,6 +18,7 @@ from benchmarks.testing.zoo import ZOO, Case
 from graph_capture.private_torch.compiler import functorch_config, inductor_config
 from planner import InfeasibleBudgetError
 from planner.base.training_step import make_step, train_step
+from planner.comparing.compiled_runs import ModelWithLoss
 from planner.measuring.measure import measure, measure_pair
 
 from .cell import Cell
@@ -31,17 +32,6 @@ from .gradients import (
     same_bits,
     slope_error,
 )
-
-
-class WithLoss(nn.Module):
-    """A model and its loss in one graph."""
-
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], torch.Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss_fn = model, loss_fn
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.loss_fn(self.model(*args, **kwargs))
 
 
 class Bench:
@@ -234,7 +224,7 @@ class Bench:
 def _built(case: Case) -> nn.Module:
     torch.manual_seed(0)
     model = case.build()
-    return model if case.loss_fn is None else WithLoss(model, case.loss_fn)
+    return model if case.loss_fn is None else ModelWithLoss(model, case.loss_fn)
 
 
 def _compiled_anew() -> Any:
