@@ -121,11 +121,17 @@ def module_figures(
 
 
 def _operators_of(model: nn.Module, sample_input: Sample, costs: CostModel) -> Any:
-    """PyTorch's estimator after a forward pass, with our times."""
+    """PyTorch's estimator after a forward pass, with our times.
+
+    All results live until it ends: it tells storages apart by their address, and one that is freed
+    leaves its own to the next. A write in place would then belong to another operator.
+    """
+    alive = []
 
     def timed(func: Any, args: tuple, kwargs: dict | None) -> tuple[Any, float]:
         named = kwargs or {}
         out = func(*args, **named)
+        alive.append(out)
         if _is_view(func, (args, named), out):
             return out, 0.0
         call = Call(func=func, args=args, kwargs=named, out=out, grad_enabled=True)

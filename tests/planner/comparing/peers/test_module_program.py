@@ -143,6 +143,31 @@ def test_what_it_does_not_count_is_taken_off() -> None:
         assert wrapped(roomy.model) == set()
 
 
+class Attending(nn.Module):
+    """Attention with dropout, whose scores and scaled queries nothing keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.inward(x).view(8, 16, 4, 8).transpose(1, 2)
+        mask = torch.zeros(8, 4, 16, 16)
+        for _ in range(8):
+            q = q + nn.functional.scaled_dot_product_attention(q, q, q, mask, dropout_p=0.1)
+        return q.square().sum()
+
+
+def test_draws_belong_to_what_they_fill() -> None:
+    """The estimator goes by addresses: those of freed tensors must not be given again.
+
+    A mask would be drawn into a tensor that is made anew while the draw is taken from the cache.
+    """
+    stats = figures_of(Attending(), torch.randn(8, 16, 32)).operators["Attending"]
+    filled = [stats.func_names[parent] for _, parent in stats.inplace_ops]
+    assert filled == 16 * ["empty_like"]
+
+
 class Twice(nn.Module):
     """One module is called twice in a step."""
 
