@@ -15,5 +15,8 @@ This file imports nothing, so that importers pay only for what they use:
 - ``modules``: the tables of ``nn.Module``, and of what wraps one
 - ``settings``: of the process; ``devices``: of CUDA; ``profiler``: what allocators report
 - ``replacing``: functions of PyTorch that are replaced while a step is captured
-- ``compiler``: what ``torch.compile`` partitions and compiles with; takes a second to import
+- ``sharding``: what ``fully_shard`` leaves; ``processes``: what the processes of a job share
+- ``compiler``: what ``torch.compile`` partitions and compiles with; ``inductor``: the code that it
+  generates, ``inductor_codes``: that once, ``inductor_fusion``: with which kernels joined
+- ``module_program``: PyTorch's own integer program over modules
 """
