@@ -5,20 +5,26 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._pytree import tree_leaves
 
 import planner.compiled
 from benchmarks.testing.zoo import ZOO, Case
-from graph_capture.private_torch.compiler import functorch_config, inductor_config
+from graph_capture.private_torch.compiler import backend_named, functorch_config, inductor_config
 from planner import InfeasibleBudgetError
 from planner.base.training_step import make_step, train_step
 from planner.comparing.compiled_runs import ModelWithLoss
+from planner.comparing.compiled_ways import (
+    UNLIMITED_BYTES,
+    Planned,
+    remat_options,
+    stop_with,
+    within_ratio,
+)
+from planner.compiled.options import Lower
 from planner.measuring.measure import measure, measure_pair
 
 from .cell import Cell
@@ -45,7 +51,7 @@ class Bench:
         Pairs of timed steps; 0 for none.
     """
 
-    def __init__(self, name: str, size: Any, lower: str, repeats: int) -> None:
+    def __init__(self, name: str, size: Any, lower: Lower, repeats: int) -> None:
         self._name, self._lower, self._repeats = name, lower, repeats
         self._model = _built(ZOO[name](size))
         if getattr(self._model, "loss_type", "") is None:
@@ -82,10 +88,12 @@ class Bench:
     def unfused(self) -> Cell:
         """The step without a budget, every kernel for itself: two compilations may differ so."""
         model = copy.deepcopy(self._model)
-        backend = lookup_backend(self._lower)
+        backend = backend_named(self._lower)
+        # Backward, too, is compiled at once, under the same settings, and not when it first runs.
+        anew = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
 
         def one_by_one(module: torch.fx.GraphModule, inputs: Any) -> Any:
-            with inductor_config().patch(max_fusion_size=1), _compiled_anew():
+            with inductor_config().patch(max_fusion_size=1), functorch_config().patch(anew):
                 return backend(module, inputs)
 
         call = torch.compile(model, backend=one_by_one, dynamic=False)
@@ -97,7 +105,7 @@ class Bench:
     def theirs(self, ratio: float) -> Cell:
         """PyTorch's ``activation_memory_budget``."""
         model = copy.deepcopy(self._model)
-        call = torch.compile(model, backend=_their_budget(self._lower, ratio), dynamic=False)
+        call = torch.compile(model, backend=within_ratio(self._lower, ratio), dynamic=False)
         begin_s = time.perf_counter()
         found = gradients(model, call, self._sample)
         spent_s = time.perf_counter() - begin_s
@@ -157,15 +165,12 @@ class Bench:
 
         Negative where it takes others, labels within a loss function for instance.
         """
-
-        def on_plan(plan: planner.compiled.CompiledPlan) -> None:
-            raise _Planned(plan.graph.resident_bytes)
-
-        planned = self._stopped({"budget_bytes": 10**12, "lower": self._lower, "on_plan": on_plan})
-        assert isinstance(planned, _Planned)
+        options = remat_options(UNLIMITED_BYTES, stop_with, lower=self._lower, outside_bytes=0)
+        planned = self._stopped(options)
+        assert isinstance(planned, Planned)
         tensors = [*self._model.parameters(), *self._model.buffers(), *tree_leaves(self._sample)]
         storages = {t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)}
-        return sum(s.nbytes() for s in storages) - planned.resident_bytes
+        return sum(s.nbytes() for s in storages) - planned.plan.graph.resident_bytes
 
     def _stopped(self, options: dict[str, Any]) -> BaseException | None:
         """What ends a compilation before any kernel is compiled."""
@@ -182,12 +187,9 @@ class Bench:
         return abs(loss_of(model, call, self._sample) - expected) > OTHER_LOSS * abs(expected)
 
     def _options(self, budget_bytes: int, on_plan: Any) -> dict[str, Any]:
-        return {
-            "budget_bytes": budget_bytes,
-            "lower": self._lower,
-            "on_plan": on_plan,
-            "resident_bytes": self._outside_bytes,
-        }
+        return remat_options(
+            budget_bytes, on_plan, lower=self._lower, outside_bytes=self._outside_bytes
+        )
 
     def _cell(
         self,
@@ -225,31 +227,6 @@ def _built(case: Case) -> nn.Module:
     torch.manual_seed(0)
     model = case.build()
     return model if case.loss_fn is None else ModelWithLoss(model, case.loss_fn)
-
-
-def _compiled_anew() -> Any:
-    """Backward, too, is compiled at once, under the same settings, and not when it first runs."""
-    settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
-    return functorch_config().patch(settings)
-
-
-def _their_budget(lower: str, ratio: float) -> Callable[..., Any]:
-    """A backend of its own for each ratio, so that Dynamo takes no other's code."""
-    backend = lookup_backend(lower)
-
-    def compile_within(module: torch.fx.GraphModule, inputs: Any) -> Any:
-        with functorch_config().patch(activation_memory_budget=ratio), _compiled_anew():
-            return backend(module, inputs)
-
-    return compile_within
-
-
-class _Planned(Exception):
-    """A plan is there; compiling it is not wanted."""
-
-    def __init__(self, resident_bytes: int) -> None:
-        super().__init__()
-        self.resident_bytes = resident_bytes
 
 
 __all__ = ["Bench"]

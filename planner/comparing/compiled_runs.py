@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from graph_capture.loop_holds import LoopHolds
-from graph_capture.private_torch.compiler import backend_named, dynamo_config, functorch_config
+from graph_capture.private_torch.compiler import backend_named, dynamo_config
 
 from .. import compiled
 from ..base.resident import resident_tensors, single_device, storage_bytes
@@ -29,11 +29,11 @@ from ..compiled.options import Lower
 from ..compiled_record import CompiledRecord, CompiledRow
 from ..measuring.measure import measure
 from ..measuring.rounding import TOLERANCE, largest_error, rounding_dtype
+from .compiled_ways import UNLIMITED_BYTES, Planned, remat_options, stop_with, within_ratio
 from .execution.run_peer import copies, paired_times
 from .machine import cpu_name, machine, versions
 from .peers.peer import PEER_ERRORS
 
-_UNLIMITED_BYTES = 10**15
 _MANY_COMPILATIONS = 1000
 _LONGEST_FAILURE = 300
 
@@ -171,14 +171,6 @@ def run_compiled(
     )
 
 
-class _Planned(Exception):
-    """A plan is there; compiling it is not wanted."""
-
-    def __init__(self, plan: CompiledPlan) -> None:
-        super().__init__()
-        self.plan = plan
-
-
 class _Steps:
     """The steps of one model, each compiled on a copy of its own."""
 
@@ -234,13 +226,8 @@ class _Steps:
 
     def theirs(self, ratio: float) -> CompiledRow:
         """PyTorch's ``activation_memory_budget``."""
-        backend, config = backend_named(self._lower), functorch_config()
-
-        def within(module: torch.fx.GraphModule, inputs: Any) -> Any:
-            with config.patch(activation_memory_budget=ratio, enable_autograd_cache=False):
-                return backend(module, inputs)
-
-        return self._tried(self._compiled(within), {"kind": "pytorch", "ratio": ratio})
+        side = self._compiled(within_ratio(self._lower, ratio))
+        return self._tried(side, {"kind": "pytorch", "ratio": ratio})
 
     def ours(self, budget_bytes: int, ratio: float | None) -> CompiledRow:
         """Backend ``"remat"`` within a budget."""
@@ -297,28 +284,24 @@ class _Steps:
         return spent_s, found
 
     def _options(self, budget_bytes: int, on_plan: Any) -> dict[str, Any]:
-        return {
-            **self._search,
-            "budget_bytes": budget_bytes,
-            "lower": self._lower,
-            "on_plan": on_plan,
-            "resident_bytes": self._outside_bytes,
-        }
+        return remat_options(
+            budget_bytes,
+            on_plan,
+            lower=self._lower,
+            outside_bytes=self._outside_bytes,
+            search=self._search,
+        )
 
     def _outside_of_the_graph(self, resident_bytes: int) -> int:
         """Bytes that are there all step long and not in the graph: optimizer state, for one."""
-
-        def stop(plan: CompiledPlan) -> None:
-            raise _Planned(plan)
-
         self._outside_bytes = 0
-        side = self._compiled(compiled.remat, self._options(_UNLIMITED_BYTES, stop))
-        planned: _Planned | None = None
+        side = self._compiled(compiled.remat, self._options(UNLIMITED_BYTES, stop_with))
+        planned: Planned | None = None
         try:
             self._first_step(side)
         except PEER_ERRORS as error:
             planned = getattr(error, "inner_exception", None)
-            if not isinstance(planned, _Planned):
+            if not isinstance(planned, Planned):
                 raise
         if planned is None:  # nothing was planned, as the rows will say
             return 0
