@@ -27,6 +27,8 @@ _NAMES = frozenset(
     for unit in ("", "_ns")
 )
 _CALENDARS = frozenset({"gmtime", "localtime"})
+_WRITTEN = frozenset({"ctime", "asctime", "strftime"})
+_CLOCKS = _NAMES | _CALENDARS | _WRITTEN
 _DATES = (datetime.datetime, datetime.date)
 _ASKS = frozenset({"now", "utcnow", "today"})
 _MODULES = ("time", "datetime")
@@ -83,7 +85,7 @@ class ClocksMet:
                 table[name] = shown
 
         try:
-            for name in sorted((_NAMES | _CALENDARS) & vars(time).keys()):
+            for name in sorted(_CLOCKS & vars(time).keys()):
                 exchange(vars(time), name)
             for name in ("datetime", "date"):
                 exchange(vars(datetime), name)
@@ -119,6 +121,8 @@ class _Shifted:
             return lambda seconds=None: clock(
                 now() + self._ahead_s() if seconds is None else seconds
             )
+        if clock.__name__ in _WRITTEN:
+            return self._written(clock)
         per_second = 10**9 if clock.__name__.endswith("_ns") else 1
 
         def ahead() -> Any:
@@ -126,6 +130,18 @@ class _Shifted:
             return shown + type(shown)(self._ahead_s() * per_second)
 
         return ahead
+
+    def _written(self, clock: Any) -> Callable[..., Any]:
+        num_given = 1 if clock.__name__ == "strftime" else 0  # arguments without the time
+        now, local = time.time, time.localtime
+
+        def written(*args: Any) -> Any:
+            if len(args) > num_given and args[num_given] is not None:
+                return clock(*args)
+            ahead = now() + self._ahead_s()
+            return clock(*args[:num_given], ahead if clock.__name__ == "ctime" else local(ahead))
+
+        return written
 
     def _date(self, kind: Any) -> Any:
         def asked(name: str) -> Callable[..., Any]:
@@ -144,13 +160,13 @@ def _is_clock(value: Any) -> bool:
     return (
         isinstance(value, types.BuiltinFunctionType)
         and value.__module__ == "time"
-        and value.__name__ in _NAMES | _CALENDARS
+        and value.__name__ in _CLOCKS
     )
 
 
 def _asks_for_clock(value: Any, attributes: tuple[str, ...]) -> bool:
     if value is time:
-        return bool({*attributes[:1]} & (_NAMES | _CALENDARS)) or not attributes
+        return bool({*attributes[:1]} & _CLOCKS) or not attributes
     if value is datetime:
         return bool({*attributes} & _ASKS) or not attributes
     return isinstance(value, type) and value in _DATES and bool({*attributes[:1]} & _ASKS)

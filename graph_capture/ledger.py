@@ -18,6 +18,8 @@ from .snapshots import ABSENT, entries_of
 
 _LISTS = (list, deque)
 _SETS = (set,)
+LENT: set[int] = set()
+"""Ids of functions that a capture has put into users' files, where they do not stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class _Names:
             name: value
             for name, value in table.items()
             if not name.startswith("__") and not isinstance(value, types.ModuleType)
+            if id(value) not in LENT
         }
 
     def set(self, saved: dict[str, Any]) -> None:
@@ -128,7 +131,7 @@ class Ledger:
         if id(value) in self._entries:
             return
         if isinstance(value, dict):
-            saved: Any = dict(entries_of(value))
+            saved: Any = {k: item for k, item in entries_of(value) if id(item) not in LENT}
             children = saved.items()
         elif isinstance(value, _LISTS):
             saved = list(value)

@@ -30,10 +30,16 @@ class ModulesMet:
     ----------
     remember
         Called with the globals of each module, before anything is written to them, and its name.
+    foreign
+        Called with each module that is not the user's.
     """
 
-    def __init__(self, remember: Callable[[Any, str], None]) -> None:
-        self._remember = remember
+    def __init__(
+        self,
+        remember: Callable[[Any, str], None],
+        foreign: Callable[[types.ModuleType], None],
+    ) -> None:
+        self._remember, self._foreign = remember, foreign
         self._met: dict[int, types.ModuleType] = {}
         self._imports: dict[int, tuple[types.CodeType, str | None]] = {}
 
@@ -43,6 +49,8 @@ class ModulesMet:
             self._met[id(module)] = module
             if not is_library_file(getattr(module, "__file__", None) or ""):
                 self._remember(vars(module), module.__name__)
+        else:
+            self._foreign(module)
 
     def imports_of(self, code: types.CodeType, package: str | None) -> None:
         """Record the modules that a function imports while it runs."""

@@ -11,6 +11,7 @@ functions on the stack when an operator is called.
 from __future__ import annotations
 
 import argparse
+import decimal
 import enum
 import functools
 import gc
@@ -30,9 +31,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .asked_attributes import AskedAttributes
+from .asked_elsewhere import AskedElsewhere
 from .clocks import ClocksMet
 from .foreign_generators import ForeignGenerators
-from .holders import dict_of, in_class, may_change, weakly
+from .foreign_names import ForeignObjects, foreign_places
+from .holders import dict_of, in_class, is_users_module, may_change, weakly
 from .ledger import Change, Ledger, slots_of
 from .modules_met import ModulesMet
 from .named_reads import (
@@ -84,6 +88,8 @@ _PARTS_OF_FUNCTIONS = (
 _CACHED = type(functools.lru_cache(len))  # no other name
 _PLAIN_CALLS = (types.FunctionType, types.WrapperDescriptorType)
 _MAX_MET = 1000  # items of a container that are looked into
+_MAX_DEPTH = 20
+_SURE_DEPTH = 3  # up to which a container is looked into again, since forward may have filled it
 _RUN_BY_AUTOGRAD = ("forward", "backward", "setup_context", "vjp", "jvp")
 
 
@@ -117,7 +123,8 @@ class Watcher:
         self._objects = list(objects)
         self._written: set[tuple[int, str]] = set()
         self.outside = Ledger()  # what closures, globals and objects that were met held
-        self._modules = ModulesMet(self.outside.names)
+        self._foreign = ForeignObjects()
+        self._modules = ModulesMet(self.outside.names, self._foreign.meet_file)
         self.generators = ForeignGenerators()
         self.clocks = ClocksMet()
         self.settled: list[Change] = []  # what forward reads and changes once
@@ -129,6 +136,16 @@ class Watcher:
         self._unwatchable: set[type] = set()  # classes whose method cannot be replaced
         self._words: set[str] = set()  # names that occur in the functions that were met
         self._strings: set[str] = set()  # identifiers that occur in them as strings
+        self._deep: dict[int, Any] = {}  # containers far inside others
+        self.stands_for: dict[int, torch.Tensor] = {}  # by the id of a stand-in, the model's tensor
+        self._attributes = AskedAttributes()
+        self._chains: list[tuple[types.ModuleType, tuple[str, ...], frozenset[str]]] = []
+        self.elsewhere = AskedElsewhere(
+            self._runs,
+            self._asked_for,
+            self._asked_for_names,
+            lambda value: self.stands_for.get(id(value), value),
+        )
 
     # -- while the step runs ---------------------------------------------------
 
@@ -172,7 +189,8 @@ class Watcher:
             undo.callback(setattr, nn.Module, "__setattr__", setter)
             nn.Module.__getattribute__ = watched  # type: ignore[method-assign, assignment]
             nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
-            yield
+            with self.elsewhere.watching():
+                yield
 
     def _put_back_classes(self) -> None:
         self._active = False
@@ -194,14 +212,48 @@ class Watcher:
     def look_at_stack(self, frame: types.FrameType | None, until: str) -> None:
         """Note the functions that run, from ``frame`` down to those of the file ``until``."""
         while frame is not None and frame.f_code.co_filename != until:
-            code = frame.f_code
-            if id(code) not in self._seen:
-                self._seen[id(code)] = code
-                if is_users(code):
-                    self._names(code, frame.f_globals, None)
-                    if set(code.co_freevars) - {"__class__"}:
-                        self._unresolved.append(code)
+            self._runs(frame.f_code, frame.f_globals)
             frame = frame.f_back
+
+    def _runs(self, code: types.CodeType, table: dict[str, Any]) -> None:
+        """Note a function that runs."""
+        if id(code) not in self._seen:
+            self._seen[id(code)] = code
+            if is_users(code):
+                self._names(code, table, None)
+                file = sys.modules.get(table.get("__name__") or "")
+                if file is not None and vars(file) is not table:  # exec, with a copy of its names
+                    self._names(code, vars(file), None)
+                if set(code.co_freevars) - {"__class__"}:
+                    self._unresolved.append(code)
+
+    def let_stand_for(self, twin: torch.Tensor, tensor: torch.Tensor) -> None:
+        """Note that a stand-in is in the place of a tensor of the model."""
+        self.stands_for[id(twin)] = tensor
+        for name, value in vars(tensor).items():
+            self._meet(value, name)
+
+    def _asked_for(self, holder: Any, name: str) -> None:
+        """Note what ``getattr`` or ``hasattr`` is asked for, of what is not watched."""
+        if isinstance(holder, nn.Module):
+            return
+        if isinstance(holder, torch.Tensor):
+            if id(holder) in self.stands_for:
+                self._attributes.note(self.stands_for[id(holder)], name, "a tensor of the model")
+            return
+        path = getattr(holder, "__name__", type(holder).__name__)
+        self._meet(holder, path)
+        if isinstance(holder, types.MethodType):
+            holder = holder.__func__
+        if type(holder) in self._classes:
+            return
+        self._attributes.note(holder, name, path)
+        if isinstance(holder, (types.FunctionType, *_NAMESPACES)):
+            self._meet(vars(holder).get(name), f"{path}.{name}")
+
+    def _asked_for_names(self, holder: Any) -> None:
+        if isinstance(holder, type):
+            self._attributes.note_names(holder)
 
     def _note(self, holder: Any, name: str) -> None:
         key = (id(holder), name)
@@ -232,6 +284,8 @@ class Watcher:
         if isinstance(value, (torch.Tensor, nn.Module)):
             return
         self.generators.meet(value, path)
+        if isinstance(value, decimal.Decimal):
+            self.elsewhere.note_decimals()
         if isinstance(value, types.FunctionType):
             if not depth or not is_library(value.__code__):  # a library's registry names hundreds
                 self._function(value)
@@ -259,13 +313,20 @@ class Watcher:
             self._meet(parts_of(value), path, depth + 1)
         elif isinstance(value, type):
             self._class(value)
-        elif isinstance(value, CONTAINERS) and depth < 3:
+        elif isinstance(value, CONTAINERS) and self._looks_into(value, depth):
             items = value if isinstance(value, (set, frozenset)) else entries_of(value)
             for key, item in zip(range(_MAX_MET), items, strict=False):
                 at, inner = item if isinstance(item, tuple) and len(item) == 2 else (key, item)
                 self._meet(inner, f"{path}[{at!r}]", depth + 1)
         if not isinstance(value, ATOMS):
             self._object(value, path)
+
+    def _looks_into(self, container: Any, depth: int) -> bool:
+        if depth < _SURE_DEPTH:
+            return True
+        known = id(container) in self._deep or len(self._deep) > _MAX_MET
+        self._deep[id(container)] = container
+        return not known and depth < _MAX_DEPTH
 
     def _function(self, function: types.FunctionType) -> None:
         if id(function) in self._seen:
@@ -288,6 +349,8 @@ class Watcher:
             return
         self._seen[id(cls)] = cls
         self._remember_classes(cls)
+        if is_users_class(type(cls)):
+            self._class(type(cls))
         if issubclass(cls, torch.autograd.Function):
             for name in _RUN_BY_AUTOGRAD:
                 self._meet(in_class(cls, name)[1], "")
@@ -305,6 +368,7 @@ class Watcher:
         if isinstance(value, queue.Queue):
             self.outside.attributes(value, path)
         if isinstance(value, enum.Enum) or not (is_users_class(cls) or cls in _LIKE_USERS):
+            self._foreign.meet(value, path)
             return
         self._seen[id(value)] = value
         self._name_of.setdefault(id(value), path)
@@ -397,7 +461,11 @@ class Watcher:
             value = holder[key] if where is Where.TABLE else getattr(holder, key)
         except ValueError:  # a cell that is still empty
             return
+        if self.elsewhere.has_lent(value):
+            return
         path = label.split("'")[1] if "'" in label else label
+        if value in (decimal, decimal.Decimal) and not is_library(code):
+            self.elsewhere.note_decimals()
         if isinstance(value, types.ModuleType):
             if (
                 value is os
@@ -411,6 +479,8 @@ class Watcher:
                 inside = f"'{value.__name__}.{attributes[0]}'"
                 rest = attributes[1:]
                 self._follow(inside, Where.TABLE, vars(value), attributes[0], rest, code)
+            elif attributes and not is_library(code) and not is_users_module(value):
+                self._chains.append((value, attributes, strings_in(code)))
             elif not attributes and not is_library(code):
                 self._modules.meet(value)
             return
@@ -471,9 +541,22 @@ class Watcher:
         self._attributes_of_functions()
         for label, where, holder, key in self._named.values():
             places.append(place_of(label, where, holder, key))
+        places += self._attributes.places()
+        places += self._of_tensors()
+        places += self._foreign.places(self._words | self._strings)
+        for chain in dict.fromkeys(self._chains):
+            places += foreign_places(*chain)
+        places += self.elsewhere.places()
         places.append(place_of(SETTINGS, Where.ATTRIBUTE, weakly(PROCESS_WIDE), "settings"))
         refuse_too_large(places)
         return Reads(places)
+
+    def _of_tensors(self) -> Iterator[Place]:
+        """Attributes that the loop has given to parameters and buffers, as far as named."""
+        for tensor in self.stands_for.values():
+            for name in dict_of(tensor).keys() & (self._words | self._strings):
+                label = f"'{name}' of a tensor of the model"
+                yield place_of(label, Where.DICT, weakly(tensor), name)
 
     def _attributes_of_functions(self) -> None:
         """Attributes of the functions that were met, as far as anything names them."""

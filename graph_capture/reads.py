@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, repeat
@@ -18,8 +18,11 @@ from operator import attrgetter, call, contains, getitem, is_, is_not, itemgette
 from typing import Any
 
 from .errors import NotFittingError
+from .holders import weakly
 from .snapshots import (
     ABSENT,
+    ATOMS,
+    CONTAINERS,
     MAX_ARRAY_BYTES,
     Atom,
     Content,
@@ -51,6 +54,43 @@ class Where(Enum):
     ATTRIBUTE = "by getattr: a cell, a slot, a property"
     REGISTERED = "in a module's parameters, buffers or modules, where nothing or None was"
     ADDED = "names in the __dict__ of an object beside those that it had"
+    ASKED = "the answer of a function that changes nothing"
+
+
+class Ask:
+    """A call that is made again in each step; its owner is held weakly if that can be.
+
+    Parameters
+    ----------
+    owner
+        A module or an object.
+    name
+        Of the function in it.
+    arguments, named
+        Plain values.
+    """
+
+    def __init__(
+        self, owner: Any, name: str, arguments: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> None:
+        self._owner, self._name = weakly(owner), name
+        self._arguments, self._named = arguments, dict(named)
+        self.identity = id(owner), name, arguments, tuple(self._named.items())
+
+    def is_gone(self) -> bool:
+        """Whether nobody holds the owner any more."""
+        return isinstance(self._owner, weakref.ref) and self._owner() is None
+
+    def __call__(self) -> Any:
+        """Return the answer, as a plain value; an error's name for an error."""
+        owner = self._owner() if isinstance(self._owner, weakref.ref) else self._owner
+        try:
+            answer = getattr(owner, self._name)
+            if callable(answer):  # not a property
+                answer = answer(*self._arguments, **self._named)
+        except Exception as error:  # noqa: BLE001  what is asked may be the user's
+            return type(error).__name__
+        return answer if isinstance(answer, (*ATOMS, *CONTAINERS)) else str(answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +119,8 @@ class Place:
 
     def is_gone(self) -> bool:
         """Whether the object that was read is gone."""
+        if isinstance(self.holder, Ask):
+            return self.holder.is_gone()
         return isinstance(self.holder, weakref.ref) and self.holder() is None
 
     def is_empty(self) -> bool:
@@ -95,6 +137,8 @@ class Place:
         """What the same place of this holder holds."""
         if self.where is Where.TABLE:
             return holder.get(self.key, ABSENT)
+        if self.where is Where.ASKED:
+            return holder()
         if holder is None:
             return ABSENT
         if self.where is Where.ATTRIBUTE:
@@ -198,7 +242,12 @@ class _Fast:
         self._others: list[tuple[Place, Any]] = []
         owners: dict[int, Any] = {}
         empty: list[tuple[Any, str, str]] = []
+        self._asked: list[tuple[Any, Any]] = []
         for place in places:
+            if place.where is Where.ASKED:
+                if not place.is_gone():
+                    self._asked.append((place.holder, place.now()))
+                continue
             if place.where in (Where.DICT, Where.SHADOW, Where.ADDED):
                 owner = place.holder()
                 if owner is None:
@@ -280,6 +329,7 @@ class _Fast:
                 and all(map(_same_code, map(_code_of, self._functions), self._code))
                 and all(place.now() is thing() for place, thing in self._things)
                 and all(place.now() is value for place, value in self._others)
+                and all(ask() == answer for ask, answer in self._asked)
                 and all(
                     _facts_of(tensor) == facts and tensor.stride() == stride
                     for place, facts, stride in self._tensors

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.fx import Graph, Node
 
+from .asked_elsewhere import not_watched
 from .asked_numbers import AskedNumber
 from .call_places import CallPlaces, calling_line
 from .collectives import ENDED, is_wait
@@ -279,7 +280,10 @@ class Recorder(ReadsWhole):
     ) -> Any:
         if are_spread(types):
             return NotImplemented  # it computes on this process's parts, which come here again
-        kwargs = kwargs or {}
+        with not_watched():
+            return self._dispatched(func, args, kwargs or {})
+
+    def _dispatched(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if not isinstance(func, OpOverload):
             raise CaptureError(f"{func} cannot be recorded ({calling_line()})")
         refuse_nesting(func, calling_line)

@@ -81,13 +81,14 @@ WRAPPERS = (
     types.MappingProxyType,
     contextvars.ContextVar,
     threading.local,
+    weakref.ref,
     weakref.WeakKeyDictionary,
     weakref.WeakSet,
     weakref.WeakValueDictionary,
     SynchronizedBase,
 )
 """Objects that are compared by their parts, see :func:`parts_of`."""
-_MAX_DEPTH = 6
+_MAX_DEPTH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,10 @@ class Wrapped:
     def unchanged(self) -> bool:
         """Whether the wrapper that the snapshot keeps still has the same parts."""
         now = parts_of(self.wrapper)
-        return len(now) == len(self.parts) and all(map(is_, now, self.parts))
+        same = map(is_, now, self.parts)
+        if isinstance(self.wrapper, weakref.ref):
+            return now == self.parts
+        return len(now) == len(self.parts) and all(same)
 
 
 Snapshot = Atom | Content | Held | Thing | Numbers | Wrapped
@@ -197,6 +201,11 @@ def parts_of(wrapper: Any) -> tuple[Any, ...]:
         return wrapper.func, wrapper.args, wrapper.keywords
     if isinstance(wrapper, contextvars.ContextVar):
         return (wrapper.get(ABSENT),)
+    if isinstance(wrapper, weakref.ref):
+        value = wrapper()
+        if isinstance(value, torch.Tensor):  # a capture has stand-ins
+            return ("a tensor",)
+        return (ABSENT if value is None else f"an object at {id(value):#x}",)
     if isinstance(wrapper, threading.local):
         return (wrapper.__dict__,)
     if isinstance(wrapper, types.MappingProxyType):
@@ -365,7 +374,7 @@ def same_atom(then: Any, now: Any) -> bool:
     """Whether two plain values are the same, in type as well: 1 is neither 1.0 nor True."""
     if then is now:
         return True
-    if type(then) is not type(now) or not isinstance(then, BY_VALUE):
+    if type(then) is not type(now) or not isinstance(then, (*BY_VALUE, torch.device)):
         # A bound method is a new object on each access.
         return isinstance(then, types.MethodType) and then == now
     if isinstance(then, (float, complex, np.generic, Decimal)):

@@ -266,7 +266,8 @@ class _Recording:
         padded = is_gathered(self.model)  # to shards of the same length, which is not the step's
         for role, tensor, names in state_of(self.model):
             refuse_state(tensor, f"{role} {names[0]!r}")
-            self.stand_ins[id(tensor)] = self.twins.of(tensor, with_rest=not padded)
+            twin = self.stand_ins[id(tensor)] = self.twins.of(tensor, with_rest=not padded)
+            self._lend_attributes(tensor, twin)
             self._declare(self.stand_ins[id(tensor)], role, names, tensor)
         # Each argument gets its own stand-in: two arguments that are the same tensor in the sample
         # may differ in the next call.
@@ -279,6 +280,7 @@ class _Recording:
             if len(names) == 1 and memory[storage_id(tensor)] == 1:
                 self.watcher.replaceable.add(names[0])
             fake = self.stand_ins[id(tensor)] = self.twins.of(tensor)
+            self._lend_attributes(tensor, fake)
             self.laid_out.append(LaidOut.of(fake, f"attribute {names[0]!r}"))
             self.recorder.expect(
                 _identifier("attribute", names[0]),
@@ -288,6 +290,12 @@ class _Recording:
                 target=names[0],
                 targets=names,
             )
+
+    def _lend_attributes(self, tensor: torch.Tensor, twin: torch.Tensor) -> None:
+        """Let a stand-in answer for what the loop has put on a parameter or buffer."""
+        self.watcher.let_stand_for(twin, tensor)
+        for name, value in vars(tensor).items():
+            vars(twin).setdefault(name, value)
 
     def _declare_arguments(self) -> tuple[Mapping[str, Any], list[torch.Tensor], list[Node]]:
         """The call on stand-ins, its tensors, and their nodes."""
@@ -359,6 +367,7 @@ class _Recording:
                 "Draw with torch, or outside and pass the numbers as an argument"
             )
         self.watcher.generators.refuse_draws()
+        self.watcher.elsewhere.refuse_draws()
 
 
 def _real_results(fake_mode: FakeTensorMode, target: Target) -> RealResults | None:

@@ -160,7 +160,8 @@ def _first_that_works(
                 undisturbed(model, objects_of(arguments)),
                 checkpoints_inlined(),
                 dispatch_as_on(target) if target.imitated else nullcontext(),
-                torch.autograd.set_detect_anomaly(False),  # which asks for values of gradients
+                # Without looking for NaN, which asks for values of gradients.
+                torch.autograd.set_detect_anomaly(torch.is_anomaly_enabled(), check_nan=False),
                 _quiet_fake_tensors(),
                 read_as_a_whole(handed if numbers else None),
                 tensors_of_tensors(),

@@ -9,6 +9,7 @@ import inspect
 import pickle
 import types
 from functools import lru_cache
+from pathlib import Path
 
 from torch import nn
 
@@ -18,6 +19,7 @@ ALL_AT_ONCE = frozenset({"__dict__", "__getstate__", "__reduce__", "__reduce_ex_
 """Attributes that give all others."""
 
 _COPIERS = frozenset({copy.__file__, copyreg.__file__, inspect.__file__, pickle.__file__})
+_PASSED = _COPIERS | {str(Path(__file__).with_name("asked_elsewhere.py"))}
 _NO_STEP = frozenset({"CACHE", "PRECALL", "PUSH_NULL", "NOT_TAKEN"})
 _BY_KEY = frozenset({"get", "pop", "__getitem__", "__contains__"})
 _SUBSCRIPTS = frozenset({"BINARY_SUBSCR", "STORE_SUBSCR", "DELETE_SUBSCR"})
@@ -63,6 +65,6 @@ def _calls_with_constants(steps: list[dis.Instruction]) -> bool:
 def who_asks(frame: types.FrameType | None) -> types.CodeType | None:
     """The user's function that asks, itself or by one that copies or lists."""
     listing = nn.Module.__dir__.__code__
-    while frame is not None and (frame.f_code is listing or frame.f_code.co_filename in _COPIERS):
+    while frame is not None and (frame.f_code is listing or frame.f_code.co_filename in _PASSED):
         frame = frame.f_back
     return frame.f_code if frame is not None and is_users(frame.f_code) else None
