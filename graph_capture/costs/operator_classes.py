@@ -91,7 +91,7 @@ def operator_class(func: Any, args: tuple = (), kwargs: Mapping[str, Any] | None
     func
         The ``OpOverload`` that is called.
     args, kwargs
-        Its arguments, which tell a depthwise convolution from others.
+        Its arguments, which tell a depthwise convolution from others; nodes of a graph do not.
 
     Examples
     --------
@@ -124,5 +124,5 @@ def _is_depthwise(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> bool:
         return True
     names = [a.name for a in schema_of(func).arguments]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    weight = named.get("weight")
-    return bool(named.get("groups", 1) > 1 and weight is not None and weight.shape[1] == 1)
+    shape: tuple[int, ...] = getattr(named.get("weight"), "shape", ())
+    return bool(named.get("groups", 1) > 1 and len(shape) > 1 and shape[1] == 1)

@@ -25,6 +25,24 @@ def saved_by(node: Any, name: str) -> Any:
     return getattr(node, f"_saved_{name}")
 
 
+def held_by(node: Any) -> list[torch.Tensor]:
+    """All tensors that a node keeps (``_raw_saved_…``), with no hook asked to unpack them; 2.11+.
+
+    A leaf's node keeps the leaf, one of AOTAutograd's also ``_tensors_no_vc_check``. After its
+    backward pass a node keeps nothing.
+    """
+    found = [getattr(node, "variable", None)]
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            try:
+                raw = getattr(node, name) or ()
+            except RuntimeError:  # freed
+                return []
+            found += [saved.data for saved in (raw if isinstance(raw, tuple) else (raw,))]
+    found += getattr(node, "_tensors_no_vc_check", None) or ()
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
 # -- a backward pass -----------------------------------------------------------------------
 
 # 2.11+; whether the backward pass of this thread has retain_graph=True
@@ -67,6 +85,7 @@ __all__ = [
     "at_end_of_backward",
     "current_node",
     "forward_derivative_level",
+    "held_by",
     "innermost_transform",
     "input_metadata_of",
     "is_batched",

@@ -133,6 +133,28 @@ def partitioning_by(partitioner: Any) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def compiling_by(compile_graph: Callable[..., Any]) -> Iterator[None]:
+    """While active, ``torch.compile`` asks a function of ours where it asks ``compile_fx``; 2.11+.
+
+    Parameters
+    ----------
+    compile_graph
+        Gets what ``compile_fx`` gets, after ``compile_fx`` itself.
+    """
+    from torch._inductor import compile_fx
+
+    place = Place(compile_fx, "compile_fx")
+    theirs = place.value
+
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        with place.holding(theirs):  # which calls itself by name
+            return compile_graph(theirs, *args, **kwargs)
+
+    with place.holding(ours):
+        yield
+
+
 def compile_by_inductor(module: Any, inputs: Sequence[Any]) -> Any:
     """``torch._inductor.compile_fx.compile_fx``: all of Inductor, for Dynamo's graph; 2.11+."""
     from torch._inductor.compile_fx import compile_fx
@@ -160,6 +182,7 @@ def custom_partitioner(partition: Callable[..., Any], name: str) -> Any:
 __all__ = [
     "GeneratedCode",
     "compile_by_inductor",
+    "compiling_by",
     "custom_partitioner",
     "functional_graph",
     "generate_code",

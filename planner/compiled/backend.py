@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from graph_capture.private_torch.compiler import (
@@ -25,7 +24,6 @@ from ..errors import PlanWarning
 from ..running.rewrite import BoxedCodeGen
 from .options import CompiledOptions
 from .partition import Partitioner
-from .sizes import num_bytes
 from .step_so_far import StepSoFar
 
 
@@ -58,13 +56,9 @@ def remat(
             f"backend 'remat' takes no mode, got {mode!r}: pass options={{'budget_gb': …}}"
         )
     read = CompiledOptions.of(options)
-    tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-    taken = [t for t in tensors if t.requires_grad and not t.is_leaf]
-    partition = Partitioner(
-        read, so_far=_so_far(options), taken_bytes=[num_bytes(tensor) for tensor in taken]
-    )
+    partition = Partitioner(read, so_far=_so_far(options))
     within = differentiates_inside(module)
-    compiled = _compiled(partition, read, module, inputs)
+    compiled = partition.compiled(lambda: _compiled(partition, read, module, inputs), inputs)
     if within and not partition.was_asked:
         warnings.warn(GRADIENTS_WITHIN, PlanWarning, stacklevel=2)
     return compiled

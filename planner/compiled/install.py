@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from graph_capture.private_torch.inductor import custom_partitioner, partitioning_by
+from graph_capture.private_torch.inductor import (
+    compiling_by,
+    custom_partitioner,
+    partitioning_by,
+)
 
 from ..errors import PlanWarning
 from .compiled_plan import CompiledPlan
@@ -59,7 +63,16 @@ def install(**options: Any) -> Iterator[list[CompiledPlan]]:
 
     read = CompiledOptions.of({**options, "lower": "inductor", "on_plan": on_plan})
     partition = Partitioner(read, so_far=StepSoFar())
-    with partitioning_by(custom_partitioner(partition, read.name)):
+
+    def compile_graph(
+        compile_fx: Callable[..., Any], module: Any, inputs: Sequence[Any], *args: Any, **named: Any
+    ) -> Callable[..., Any]:
+        return partition.compiled(lambda: compile_fx(module, inputs, *args, **named), inputs)
+
+    with (
+        compiling_by(compile_graph),
+        partitioning_by(custom_partitioner(partition, read.name)),
+    ):
         yield plans
     if not plans:
         warnings.warn(NOTHING_PLANNED, PlanWarning, stacklevel=3)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from graph_capture.costs.devices import device_for
 from graph_capture.private_torch.compiler import min_cut_partition
+from graph_capture.private_torch.fake_tensors import FakeTensor
 from graph_capture.units import format_bytes
 from solvers.replay import replay
 from solvers.result import SolveStatus
@@ -27,6 +29,7 @@ from .inductor_rounds import choose
 from .joint_step import JointStep, read_joint_step, tensors_of
 from .lowered_peak import copied
 from .options import CompiledOptions
+from .pending_calls import PlannedGraph
 from .priced_step import device_of, price_step, unplanned_peak_bytes, without_unused_states
 from .sizes import concrete, num_bytes, plan_for_largest
 from .solve_step import solve_step
@@ -45,27 +48,35 @@ class Partitioner:
         Budget and more.
     so_far
         The graphs of the same step that were compiled before.
-    taken_bytes
-        Of each input of the graph that comes from another graph; ``None`` if only the graph
-        itself can show it, by inputs beside the parameters that get a gradient.
 
     Attributes
     ----------
+    inputs
+        Of the graph that is compiled next; ``None`` if only the graph itself can show which of
+        them come from another graph, by inputs beside the parameters that get a gradient.
     was_asked
         Whether AOTAutograd had a joint graph to split.
+    planned
+        What the calls of the graph that was split last are compared with.
     """
 
-    def __init__(
-        self,
-        options: CompiledOptions,
-        *,
-        so_far: StepSoFar,
-        taken_bytes: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, options: CompiledOptions, *, so_far: StepSoFar) -> None:
         self._options = options
         self._so_far = so_far
-        self._taken_bytes = taken_bytes
+        self.inputs: Sequence[torch.Tensor] | None = None
         self.was_asked = False
+        self.planned: PlannedGraph | None = None
+
+    def compiled(
+        self, compile_graph: Callable[[], Callable[..., Any]], inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        """Compile a graph of Dynamo's, and compare its calls with the plan if one was made."""
+        self.inputs = [t for t in inputs if isinstance(t, torch.Tensor)]
+        self.was_asked, self.planned = False, None
+        function = compile_graph()
+        if self.planned is None:
+            return function
+        return self._so_far.calls.watched(self.planned, function)
 
     def __call__(
         self,
@@ -79,8 +90,11 @@ class Partitioner:
         begin_s, self.was_asked = time.perf_counter(), True
         step = read_joint_step(module, num_fwd_outputs)
         static = frozenset(static_lifetime_input_indices or ())
-        taken_bytes = self._taken_bytes
-        if taken_bytes is None:
+        asked, inputs = self._options, self.inputs
+        if inputs is not None:
+            taken = [t for t in inputs if t.requires_grad and not t.is_leaf]
+            taken_bytes = [num_bytes(tensor) for tensor in taken]
+        else:
             taken_bytes = [
                 num_bytes(tensor)
                 for i, gradient in enumerate(step.gradients)
@@ -89,13 +103,12 @@ class Partitioner:
             ]
         if not taken_bytes:
             self._so_far.parts.clear()
-        others_bytes = self._so_far.held_bytes(taken_bytes)
+        others_bytes = self._held_bytes(taken_bytes, device_of(step))
         has_loss = any(t.numel() <= 1 for n in step.tangents for t in tensors_of(n.meta["val"]))
         if not has_loss:
-            others_bytes += self._options.later_bytes
+            others_bytes += asked.later_bytes
         _warn_of_parts(has_loss, bool(taken_bytes), others_bytes)
-        asked = self._options
-        others_bytes += asked.resident_bytes
+        counted_bytes, others_bytes = others_bytes, others_bytes + asked.resident_bytes
         older_bytes = 0
         if asked.grads == "accumulated":
             older_bytes = max(0, _gradient_bytes(step) - sum(taken_bytes))
@@ -117,10 +130,37 @@ class Partitioner:
         plan = replace(plan, planning_s=time.perf_counter() - begin_s)
         logger.info("%s", plan)
         part = Part.of(plan, others_bytes)
-        self._so_far.add(part, taken_bytes, plan.usable_bytes, asked.later_bytes)
-        if self._options.on_plan is not None:
-            self._options.on_plan(plan)
+        if self._runs_at_once:
+            self._so_far.parts.append(part)
+        else:
+            self._so_far.add(part, taken_bytes, plan.usable_bytes, asked.later_bytes)
+        self.planned = PlannedGraph(
+            device=device_of(step),
+            peak_bytes=plan.predicted_peak_bytes,
+            others_bytes=counted_bytes,
+            usable_bytes=plan.usable_bytes,
+            output_bytes=sum(part.output_bytes) if has_loss else 0,
+            accumulates=asked.grads == "accumulated",
+            has_loss=has_loss,
+            resident_bytes=asked.resident_bytes,
+            later_bytes=asked.later_bytes,
+        )
+        if asked.on_plan is not None:
+            asked.on_plan(plan)
         return graphs
+
+    @property
+    def _runs_at_once(self) -> bool:
+        """Whether the graph is compiled for a call that is to run, as earlier graphs have."""
+        return self.inputs is not None and not any(isinstance(t, FakeTensor) for t in self.inputs)
+
+    def _held_bytes(self, taken_bytes: Sequence[int], device: torch.device) -> int:
+        """What earlier graphs of the step hold, beside what this one takes from them."""
+        if not self._runs_at_once:
+            return self._so_far.held_bytes(taken_bytes)
+        assert self.inputs is not None
+        accumulates = self._options.grads == "accumulated"
+        return self._so_far.calls.held_bytes(self.inputs, device, accumulates=accumulates)
 
     def _planned(
         self,

@@ -6,6 +6,10 @@ So while a later graph runs, what earlier ones take as inputs and save is there;
 earlier backward runs, the later graph's inputs and gradients are. The first is known when a
 later graph is planned, and counts in its plan. The second is not known when the earlier one is:
 it is checked, and a step that does not fit as a whole is an error.
+
+This goes by plans alone, for graphs that are compiled before any of them has run: those into which
+PyTorch cuts a step for the buckets of ``DistributedDataParallel``. Otherwise earlier graphs have
+run, and what they hold is looked at (:mod:`planner.compiled.pending_calls`).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from graph_capture.units import format_bytes
 
 from ..errors import PlanError
 from .compiled_plan import CompiledPlan
+from .pending_calls import PendingCalls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +68,10 @@ class Part:
 
 @dataclass(kw_only=True)
 class StepSoFar:
-    """The graphs that were planned since the last one that began a step."""
+    """The graphs that were planned since the last one that began a step, and calls that wait."""
 
     parts: list[Part] = field(default_factory=list)
+    calls: PendingCalls = field(default_factory=PendingCalls)
 
     def held_bytes(self, taken_bytes: Sequence[int]) -> int:
         """What earlier graphs hold beside the memory that a later one takes from them.

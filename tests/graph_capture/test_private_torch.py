@@ -444,6 +444,17 @@ def _partitions() -> bool:
     return inside is partitioner and config.custom_partitioner_fn is None
 
 
+def _compiles_by() -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Inductor's own
+        from torch._inductor import compile_fx
+
+    theirs, asked = compile_fx.compile_fx, []
+    with inductor.compiling_by(lambda *args, **_: asked.extend([*args, compile_fx.compile_fx])):
+        compile_fx.compile_fx("graph", [])  # type: ignore[arg-type]
+    return asked == [theirs, "graph", [], theirs] and compile_fx.compile_fx is theirs
+
+
 def _tells_settings() -> bool:
     config, before = compiler.inductor_config(), compiler.inductor_settings()
     with config.patch(max_fusion_size=7):
@@ -622,6 +633,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     ),
     "autograd.input_metadata_of": lambda: tuple(autograd.input_metadata_of(_node())[0].shape) == (),
     "autograd.saved_by": lambda: autograd.saved_by(_node(), "self").tolist() == [1, 1],
+    "autograd.held_by": lambda: [t.tolist() for t in autograd.held_by(_node())] == [1, [1, 1]],
     "autograd.keeps_graph": lambda: (
         _in_backward(autograd.keeps_graph, retain_graph=True)
         and not _in_backward(autograd.keeps_graph)
@@ -734,6 +746,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     # Inductor itself is tried by tests/planner/compiled/test_inductor.py, which take longer.
     "inductor.GeneratedCode": lambda: inductor.GeneratedCode("x", {}).text == "x",
     "inductor.compile_by_inductor": lambda: callable(inductor.compile_by_inductor),
+    "inductor.compiling_by": _compiles_by,
     "inductor.custom_partitioner": lambda: (
         inductor.custom_partitioner(lambda gm, _, **kw: (gm, kw), "a name").uuid() == "a name"
     ),

@@ -262,6 +262,7 @@ def test_gradients_within_the_function_are_not_planned_and_it_is_said() -> None:
         call(parameters)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Inductor's own
 def test_a_block_without_a_plan_says_so() -> None:
     """What was compiled before install(), or never, has no budget."""
     with pytest.warns(PlanWarning, match="nothing was planned"), install(budget_bytes=1000):

@@ -35,6 +35,13 @@ def test_a_product_reads_memory() -> None:
     assert ["mm"] in groups
 
 
+def test_a_depthwise_convolution_is_no_kernel_of_ours() -> None:
+    """It was an error once: its class asked a node of the graph for its shape."""
+    x, w = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 3, 3, requires_grad=True)
+    step = joint_step_of(lambda x, w: torch.conv2d(x, w, groups=4).sin().sum(), x, w)
+    assert ["convolution"] in _names(step)
+
+
 def test_what_backward_reads_has_memory() -> None:
     """The tanh is read by the sum and by its own gradient, so one may save it."""
     x = torch.randn(4, 6, requires_grad=True)

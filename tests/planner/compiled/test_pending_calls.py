@@ -1,0 +1,117 @@
+"""Calls that wait for their backward pass count, whoever made them and however often."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from planner import PlanError
+from planner.measuring.measure import measure
+from tests.planner.compiled.models import Block, assert_same, compiled, model_and_sample, step
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:a compiled graph is only a part",
+    "ignore:a graph break cuts",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # Dynamo reads it
+)
+
+
+class _Repeated(nn.Module):
+    """Blocks of one code, with a graph break after each: Dynamo compiles it once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Breaking() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+class _Breaking(Block):
+    def __init__(self) -> None:
+        super().__init__(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        torch._dynamo.graph_break()
+        return x
+
+
+def _repeated() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return _Repeated(), torch.randn(128, 32)
+
+
+BUDGET_BYTES = 712_000  # 0.9 of what the three blocks take without a budget
+
+
+def test_a_graph_that_runs_for_several_layers_counts_each_time() -> None:
+    """A budget that its plan keeps for one layer alone is refused, and says how much to count."""
+    model, x = _repeated()
+    call, plans = compiled(model, budget_bytes=BUDGET_BYTES)
+    with pytest.raises(PlanError, match=r"A graph runs several times.* later_bytes=214912 "):
+        step(model, call, x)
+    assert all(plan.predicted_peak_bytes <= BUDGET_BYTES for plan in plans)
+
+
+@pytest.mark.slow
+def test_layers_of_one_code_share_a_budget() -> None:
+    """With less to save, all layers fit, and gradients are those of the unbudgeted step."""
+    model, x = _repeated()
+    torch.compiler.reset()
+    expected = step(model, torch.compile(model, backend="aot_eager"), x)
+    call, _ = compiled(model, budget_bytes=BUDGET_BYTES, later_bytes=150_000)
+    assert_same(step(model, call, x), expected)
+    assert measure(call, x, repeats=0).peak_bytes <= BUDGET_BYTES
+
+
+def test_two_calls_before_backward_are_refused_where_they_do_not_fit() -> None:
+    """With one call each the same budget holds, also after the refusal."""
+    model, x = model_and_sample()
+    call, _ = compiled(model, budget_bytes=480_000)
+    first = step(model, call, x)["loss"]
+    with pytest.raises(PlanError, match=r"several calls before backward.*resident_bytes=\d+"):
+        (call(x) + call(x)).backward()
+    assert torch.equal(step(model, call, x)["loss"], first)
+
+
+def test_calls_that_are_dropped_do_not_count() -> None:
+    """A result that nobody keeps, or whose backward pass has run, holds nothing."""
+    model, x = model_and_sample()
+    call, _ = compiled(model, budget_bytes=480_000)
+    kept = []
+    for _ in range(3):
+        call(x)
+        loss = call(x)
+        loss.backward()
+        kept.append(loss)
+
+
+def test_plain_python_between_graphs_counts() -> None:
+    """What it saves for its backward pass is in the second graph's plan."""
+
+    def plans_of(between: Any) -> list[int]:
+        torch.manual_seed(0)
+        first, last, x = Block(32), Block(32), torch.randn(128, 32)
+        between = torch.compiler.disable(between)
+        torch.compiler.reset()
+
+        def forward(x: Tensor) -> Tensor:
+            found: Tensor = last(between(first(x))).square().mean()
+            return found
+
+        call, plans = compiled(forward, budget_bytes=10**6)  # type: ignore[arg-type]
+        call(x).backward()
+        return [plan.graph.resident_bytes for plan in plans]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        few, many = plans_of(lambda x: x), plans_of(lambda x: x.exp().sin())
+    assert few[0] == many[0]
+    assert many[1] == few[1] + 128 * 32 * 4  # exp's result; sin's is the second graph's input
