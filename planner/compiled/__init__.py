@@ -1,4 +1,4 @@
-"""Compiled training steps within a byte budget; importing this registers the backend "remat"."""
+"""Compiled training steps within a byte budget; importing this makes the backend "remat" known."""
 
 from .backend import register, remat
 from .compiled_plan import CompiledPlan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch.fx import GraphModule
@@ -119,8 +120,13 @@ def _boxed(module: GraphModule, inputs: Sequence[Any]) -> Any:
 
 
 def register() -> None:
-    """Make ``torch.compile(backend="remat")`` known to PyTorch."""
-    register_backend(remat, "remat")
+    """Make ``torch.compile(backend="remat")`` known to PyTorch, where no installed package does.
+
+    PyTorch looks for entry points itself, once a backend is asked for. Telling it of one loads
+    its compiler, which takes more than a second.
+    """
+    if "remat" not in entry_points(group="torch_dynamo_backends").names:
+        register_backend(remat, "remat")
 
 
 __all__ = ["GRADIENTS_WITHIN", "register", "remat"]

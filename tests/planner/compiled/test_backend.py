@@ -8,6 +8,7 @@ import sys
 import tomllib
 import warnings
 from importlib import import_module
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from planner import InfeasibleBudgetError, PlanWarning
-from planner.compiled import CompiledPlan, install
+from planner.compiled import CompiledPlan, backend, install, remat
 from planner.compiled.partition import PART_OF_A_STEP
 from planner.measuring.measure import measure
 from tests.planner.compiled.models import (
@@ -221,6 +222,29 @@ def test_entry_point_is_the_backend() -> None:
     (place,) = tomllib.loads(text)["project"]["entry-points"]["torch_dynamo_backends"].values()
     module, _, name = place.partition(":")
     assert getattr(import_module(module), name).__name__ == "remat"
+
+
+@pytest.mark.skipif(
+    "remat" not in entry_points(group="torch_dynamo_backends").names, reason="not installed"
+)
+def test_importing_loads_no_compiler() -> None:
+    """Who imports the planner, installed, waits neither for Dynamo nor for jsonschema."""
+    code = (
+        "import planner, planner.compiled, sys\n"
+        "print(*[m for m in ('torch._dynamo', 'jsonschema') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == []
+
+
+def test_backend_of_a_checkout_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the package is not installed, PyTorch finds no entry point and is told."""
+    told: list[object] = []
+    monkeypatch.setattr(backend, "entry_points", lambda **_group: EntryPoints())
+    monkeypatch.setattr(backend, "register_backend", lambda *given: told.extend(given))
+    backend.register()
+    assert told == [remat, "remat"]
 
 
 @pytest.mark.slow
