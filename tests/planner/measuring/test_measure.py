@@ -41,7 +41,9 @@ CPU = torch.device("cpu")
 
 def profiler_peak_bytes(call) -> int:
     """Peak of torch.profiler's own memory events, the public way to the same record."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    # torch 2.11 warns where events are not kept over cycles, though there is one only.
+    kept = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    with profile(**kept) as prof:
         returned = call()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     del returned

@@ -42,7 +42,7 @@ def test_each_budget_compiles_anew() -> None:
     for budget in (1.0, 0.0, 1.0):
         with peers_warnings(), prepared(f"compile_budget_{budget}", model, sample) as ready:
             ready.model(sample).backward()  # compiles
-            with torch.profiler.profile() as profile:
+            with torch.profiler.profile(acc_events=True) as profile:
                 ready.model(sample).backward()
         counts = {event.key: event.count for event in profile.key_averages()}
         products.append(counts["aten::addmm"])
