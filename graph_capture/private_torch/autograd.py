@@ -43,6 +43,17 @@ def held_by(node: Any) -> list[torch.Tensor]:
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
+def holds_anything(node: Any) -> bool:
+    """Whether a node of a ``Function`` still keeps a tensor (``_raw_saved_tensors``); 2.11+."""
+    try:
+        saved = node._raw_saved_tensors or ()
+    except RuntimeError:  # freed
+        return False
+    return any(one.data is not None for one in saved) or bool(
+        getattr(node, "_tensors_no_vc_check", None)
+    )
+
+
 # -- a backward pass -----------------------------------------------------------------------
 
 # 2.11+; whether the backward pass of this thread has retain_graph=True
@@ -86,6 +97,7 @@ __all__ = [
     "current_node",
     "forward_derivative_level",
     "held_by",
+    "holds_anything",
     "innermost_transform",
     "input_metadata_of",
     "is_batched",

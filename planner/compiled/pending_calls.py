@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from graph_capture.costs.allocator import block_bytes
-from graph_capture.private_torch.autograd import held_by
+from graph_capture.private_torch.autograd import held_by, holds_anything
 from graph_capture.recorder import storage_id
 from graph_capture.units import format_bytes
 
@@ -122,7 +122,7 @@ class PendingCalls:
                 return function(*inputs)
             tensors = [t for t in inputs if isinstance(t, Tensor)]
             self._forget_those_that_ran()
-            key = (graph, *(t.numel() for t in tensors if not isinstance(t, nn.Parameter)))
+            key = (graph, *(t.numel() for t in tensors if not (t.requires_grad and t.is_leaf)))
             keys = (*(call.key for call in self._calls), key)
             if keys not in self._compared:
                 self._compare(graph, tensors)
@@ -201,8 +201,8 @@ class _Call:
     graph: PlannedGraph
     key: tuple[object, ...]
     node: Callable[[], Any]
-    given: tuple[TensorWeakRef, ...]
-    made: tuple[TensorWeakRef, ...]
+    given: tuple[weakref.ref[Tensor], ...]
+    made: tuple[weakref.ref[Tensor], ...]
 
     @classmethod
     def of(
@@ -217,24 +217,23 @@ class _Call:
             graph=graph,
             key=key,
             node=weakref.ref(node),
-            given=tuple(map(TensorWeakRef, inputs)),
-            made=tuple(TensorWeakRef(t) for t in results if isinstance(t, Tensor)),
+            given=tuple(map(weakref.ref, inputs)),
+            made=tuple(weakref.ref(t) for t in results if isinstance(t, Tensor)),
         )
 
     @property
     def waits(self) -> bool:
         node = self.node()
-        return node is not None and bool(held_by(node))
+        return node is not None and holds_anything(node)
 
     @property
     def inputs(self) -> list[Tensor]:
-        return [t for ref in self.given if (t := ref()) is not None]
+        return _alive(self.given)
 
     @property
     def held(self) -> list[Tensor]:
         node = self.node()
-        made = [t for ref in self.made if (t := ref()) is not None]
-        return [*self.inputs, *made, *([] if node is None else held_by(node))]
+        return [*self.inputs, *_alive(self.made), *([] if node is None else held_by(node))]
 
 
 class _Memory:
@@ -261,6 +260,15 @@ class _Memory:
             for memory, size_bytes in self._sizes.items()
             if not any(memory in other.sizes for other in others)
         )
+
+
+def _alive(refs: Iterable[weakref.ref[Tensor]]) -> list[Tensor]:
+    """The tensors that are still there, as ``TensorWeakRef`` hands them out.
+
+    That is slower to make than a plain reference, which each call makes for each of its inputs.
+    """
+    found = (TensorWeakRef(t)() for ref in refs if (t := ref()) is not None)
+    return [t for t in found if t is not None]
 
 
 def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:

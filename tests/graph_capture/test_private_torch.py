@@ -94,6 +94,25 @@ def _node(num: int = 2) -> Any:
     return torch.ones(num, requires_grad=True).prod().grad_fn
 
 
+class _Saving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * 2
+
+
+def _holds_until_backward() -> bool:
+    made = _Saving.apply(torch.ones(2, requires_grad=True)).sum()
+    (node, _), *_ = made.grad_fn.next_functions
+    before = autograd.holds_anything(node)
+    made.backward()
+    return before and not autograd.holds_anything(node)
+
+
 def _under(guard: Callable[[], Any]) -> bool:
     with guard():
         return not (torch.ones(1, requires_grad=True) * 2).requires_grad
@@ -634,6 +653,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "autograd.input_metadata_of": lambda: tuple(autograd.input_metadata_of(_node())[0].shape) == (),
     "autograd.saved_by": lambda: autograd.saved_by(_node(), "self").tolist() == [1, 1],
     "autograd.held_by": lambda: [t.tolist() for t in autograd.held_by(_node())] == [1, [1, 1]],
+    "autograd.holds_anything": _holds_until_backward,
     "autograd.keeps_graph": lambda: (
         _in_backward(autograd.keeps_graph, retain_graph=True)
         and not _in_backward(autograd.keeps_graph)
