@@ -6,14 +6,17 @@ attribute that is not there when a step is traced may be there in a later one.
 
 from __future__ import annotations
 
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .holders import dict_of, in_class, weakly
-from .named_reads import is_users_class
+from .named_reads import is_library, is_users, is_users_class
+from .private_torch.fake_tensors import FakeTensor
 from .reads import Place, Where, place_of
 from .snapshots import ABSENT, BY_VALUE, CONTAINERS, snapshot
 
@@ -35,6 +38,23 @@ class AskedAttributes:
     def note_names(self, cls: type) -> None:
         """Remember a class whose names were listed."""
         self._listed[id(cls)] = cls
+
+    @contextmanager
+    def of_stand_ins(self, asked: Callable[[Any, str], None]) -> Iterator[None]:
+        """While active, tell of attributes that a stand-in of a tensor is asked for in vain."""
+        kind: Any = FakeTensor
+
+        def missing(tensor: Any, name: str) -> Any:
+            code = sys._getframe(1).f_code
+            if is_users(code) and not is_library(code):
+                asked(tensor, name)
+            raise AttributeError(f"{type(tensor).__name__!r} object has no attribute {name!r}")
+
+        kind.__getattr__ = missing
+        try:
+            yield
+        finally:
+            del kind.__getattr__
 
     def places(self) -> Iterator[Place]:
         """Where each attribute lies, or would lie."""

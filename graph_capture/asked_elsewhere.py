@@ -13,6 +13,7 @@ package asks.
 
 from __future__ import annotations
 
+import abc
 import builtins
 import decimal
 import gc
@@ -34,10 +35,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import NotFittingError
 from .ledger import LENT
 from .named_reads import is_library_file, is_users_file
+from .private_torch.modules import buffers_of, parameters_of
 from .reads import Ask, Place, Where, place_of
 
 _OF_PYTHON = {
@@ -86,9 +89,17 @@ _NOT_ASKED_AGAIN = frozenset(
         "is_storage",
     }
 )
+_LISTS_STATE = frozenset(
+    f"Module.{name}"
+    for name in (
+        *("parameters", "named_parameters", "buffers", "named_buffers"),
+        *("state_dict", "get_parameter", "get_buffer"),
+    )
+)
 _READ_FOR_MESSAGES = frozenset(
     module.__file__ for module in (linecache, tokenize, inspect, traceback, warnings, logging)
 )
+_READ_FILES = frozenset({"numpy", "yaml", "pandas", "scipy", "PIL"})
 _STAT = os.stat
 _ENVIRONMENT = type(os.environ).__getitem__.__code__
 _SEED = random.Random.seed.__code__
@@ -102,6 +113,15 @@ def file_state(path: Any) -> Any:
     except (OSError, ValueError) as error:
         return type(error).__name__
     return found.st_mtime_ns, found.st_size, found.st_mode, found.st_ino
+
+
+def num_state(module: nn.Module) -> int:
+    """How many parameters and buffers a module has, those of its parts included."""
+    count = 0
+    for part in module.modules():
+        count += sum(each is not None for each in parameters_of(part).values())
+        count += sum(each is not None for each in buffers_of(part).values())
+    return count
 
 
 class AskedElsewhere:
@@ -119,6 +139,8 @@ class AskedElsewhere:
         Called with an object whose names ``dir`` is asked for.
     real
         Returns what a stand-in is in the place of, and any other object itself.
+    on_object
+        Called with each object of the standard library one of whose methods is called.
     """
 
     def __init__(
@@ -127,9 +149,10 @@ class AskedElsewhere:
         on_attribute: Callable[[Any, str], None],
         on_names: Callable[[Any], None],
         real: Callable[[Any], Any],
+        on_object: Callable[[Any], None],
     ) -> None:
         self._on_function, self._on_attribute = on_function, on_attribute
-        self._on_names, self._real = on_names, real
+        self._on_names, self._real, self._on_object = on_names, real, on_object
         self._kinds: dict[int, tuple[types.CodeType, bool]] = {}  # whether it is the user's own
         self._met: set[int] = set()  # ids of codes in _kinds
         self._asks: dict[Any, tuple[str, Ask]] = {}
@@ -148,6 +171,7 @@ class AskedElsewhere:
         of_files: list[tuple[Any, str]] = [
             *((os, name) for name in ("stat", "lstat", "listdir", "scandir", "access")),
             (io, "open"),
+            (builtins, "open"),
         ]
         before = [getattr(module, name) for module, name in of_files]
         for (module, name), own in zip(of_files, before, strict=True):
@@ -170,6 +194,12 @@ class AskedElsewhere:
             self._undo.clear()
             LENT.difference_update(map(id, self._instead.values()))
             self._tables.clear()
+
+    def let_go(self) -> None:
+        """Forget who is told of questions: the collector may come late, and objects stay."""
+        self._on_function = self._on_attribute = _nobody
+        self._on_names = self._real = self._on_object = _nobody
+        self._instead.clear()
 
     def places(self) -> Iterator[Place]:
         """Each question, with its answer now."""
@@ -202,6 +232,10 @@ class AskedElsewhere:
     def note_decimals(self) -> None:
         """Note that the step may compute with decimal numbers, which ask for their context."""
         self._note(_IN_C[decimal.getcontext], Ask(decimal, "getcontext", (), {}))
+
+    def note_registered_classes(self) -> None:
+        """Note that the step may ask whether a class is registered with an abstract one."""
+        self._note("the classes registered with abstract classes", Ask(abc, "get_cache_token"))
 
     # -- while the step runs -----------------------------------------------------
 
@@ -253,8 +287,8 @@ class AskedElsewhere:
                 return None
             if self._users_own(frame):
                 return code
-            name = frame.f_globals.get("__name__") or ""
-            if name.partition(".")[0] not in sys.stdlib_module_names:
+            name = (frame.f_globals.get("__name__") or "").partition(".")[0]
+            if name not in sys.stdlib_module_names and name not in _READ_FILES:
                 return None
             frame = frame.f_back
         return None
@@ -268,6 +302,13 @@ class AskedElsewhere:
         code, module = frame.f_code, frame.f_globals.get("__name__") or ""
         name = code.co_qualname
         root = module.partition(".")[0]
+        owner: Any = frame.f_locals[code.co_varnames[0]] if code.co_argcount else None
+        if name in _LISTS_STATE and isinstance(owner, nn.Module):
+            label = f"the number of parameters and buffers of a {type(owner).__name__}"
+            self._note(label, Ask(owner, num_state))
+            return
+        if root in sys.stdlib_module_names and type(owner).__module__ == module:
+            self._on_object(owner)
         if root == "torch":
             known = _asks_torch(module, name)
         elif root == "numpy":
@@ -280,7 +321,7 @@ class AskedElsewhere:
         given = [held[each] for each in code.co_varnames[:count]]
         only = code.co_varnames[count : count + code.co_kwonlyargcount]
         named = {each: held[each] for each in only}
-        owner: Any = sys.modules.get(module)
+        owner = sys.modules.get(module)
         if "." in name:
             owner, *given = given
         if (module, name) == ("locale", "setlocale") and given[1] is not None:
@@ -368,6 +409,10 @@ def _is_users_own(code: types.CodeType, table: dict[str, Any]) -> bool:
         if owner.startswith("namedtuple_"):
             return False
     return is_users_file(name) and not is_library_file(name)
+
+
+def _nobody(*_told: Any) -> None:
+    """Stand in for who is told, once the capture is over."""
 
 
 def _asks_torch(module: str, name: str) -> bool:

@@ -127,6 +127,18 @@ def objects_of(value: Any) -> list[Any]:
     return found
 
 
+def leaves_of(value: Any) -> list[Any]:
+    """Return everything in ``value`` that is neither a tensor nor a container."""
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    _map(value, lambda t: t, on_other=note)
+    return found
+
+
 def strides_like(spec: TensorSpec, shape: Sequence[int]) -> tuple[int, ...]:
     """Return the strides of a tensor like ``spec`` with another shape.
 

@@ -16,5 +16,9 @@ class UnknownValueError(CaptureError):
     """The step's code asks for a value of a tensor that nobody knows."""
 
 
+class AskedInBackwardError(UnknownValueError):
+    """Code that runs in the backward pass asks for a value of a gradient."""
+
+
 class NotFittingError(CaptureError):
     """The step was traced but is not a training step."""

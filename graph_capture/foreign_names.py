@@ -19,6 +19,14 @@ from .snapshots import ABSENT, BY_VALUE, CONTAINERS
 
 _MAX_COMPARED = 200  # of larger tables, only the keys that occur in the function count
 _MAX_OBJECTS = 100
+# Their objects keep caches and counts, or are asked by other ways.
+_CHANGE_BY_THEMSELVES = frozenset(
+    {
+        *("abc", "concurrent", "contextlib", "enum", "functools", "inspect", "io", "logging"),
+        *("multiprocessing", "pathlib", "queue", "random", "re", "tempfile", "threading"),
+        *("types", "typing", "warnings", "weakref", "_weakrefset", "unittest", "pdb", "bdb"),
+    }
+)
 
 
 def foreign_places(
@@ -66,12 +74,19 @@ class ForeignObjects:
 
     def __init__(self) -> None:
         self._met: dict[int, tuple[Any, str]] = {}
+        self._whole: set[int] = set()
         self._files: dict[int, types.ModuleType] = {}
 
     def meet(self, value: Any, path: str) -> None:
         """Remember an object."""
         if len(self._met) < _MAX_OBJECTS and dict_of(value) and weakly(value) is not value:
             self._met.setdefault(id(value), (value, path))
+
+    def meet_whole(self, value: Any, path: str) -> None:
+        """Remember an object whose own methods read what it holds."""
+        if type(value).__module__.partition(".")[0] not in _CHANGE_BY_THEMSELVES:
+            self.meet(value, path)
+            self._whole.add(id(value))
 
     def meet_file(self, module: types.ModuleType) -> None:
         """Remember a file of the standard library that a function imports while it runs."""
@@ -82,8 +97,9 @@ class ForeignObjects:
         """Plain values in them whose names occur in the functions that were met."""
         for value, path in self._met.values():
             held = dict_of(value)
-            for name in sorted(words & held.keys()):
-                if isinstance(held[name], BY_VALUE):
+            whole = id(value) in self._whole
+            for name in sorted(held.keys() if whole else words & held.keys()):
+                if isinstance(held[name], (*BY_VALUE, *CONTAINERS) if whole else BY_VALUE):
                     yield place_of(f"'{path}.{name}'", Where.DICT, weakly(value), name)
         for module in self._files.values():
             for name in sorted(words & vars(module).keys()):

@@ -18,6 +18,7 @@ import torch
 
 from .holders import is_users_module
 from .named_reads import is_library_file, with_inner
+from .reads import Place, Where, place_of
 from .snapshots import BY_VALUE, CONTAINERS
 
 _FOLLOWED = (*BY_VALUE, *CONTAINERS, types.FunctionType, type, torch.Tensor)
@@ -45,6 +46,8 @@ class ModulesMet:
 
     def meet(self, module: types.ModuleType) -> None:
         """Record a module if it is the user's."""
+        if not isinstance(module, types.ModuleType):
+            return  # what somebody has put into sys.modules
         if is_users_module(module):
             self._met[id(module)] = module
             if not is_library_file(getattr(module, "__file__", None) or ""):
@@ -74,14 +77,26 @@ class ModulesMet:
                 elif isinstance(value, BY_VALUE if library else _FOLLOWED):
                     yield module, name
 
+    def missing(self) -> Iterator[Place]:
+        """Modules that the user's own functions import, as far as they are not there."""
+        for code, package in self._imports.values():
+            for name in _imported_in(code, package, named=True):
+                if name not in sys.modules:
+                    yield place_of(f"module {name!r}", Where.TABLE, sys.modules, name)
+
     def _meet_imported(self, code: types.CodeType, package: str | None) -> None:
         for name in _imported_in(code, package):
             if name in sys.modules:
                 self.meet(sys.modules[name])
 
 
-def _imported_in(code: types.CodeType, package: str | None) -> Iterator[str]:
-    """Full names of the modules that a function imports, and of those that it may name."""
+def _imported_in(
+    code: types.CodeType, package: str | None, *, named: bool = False
+) -> Iterator[str]:
+    """Full names of the modules that a function imports, and of those that it may name.
+
+    With ``named``, only those of import statements, without the names taken from them.
+    """
     for function in with_inner(code):
         loaded: list[Any] = []
         for instruction in dis.get_instructions(function):
@@ -93,8 +108,10 @@ def _imported_in(code: types.CodeType, package: str | None) -> Iterator[str]:
             if level and package:
                 name = importlib.util.resolve_name("." * level + name, package)
             yield name
-            yield from (f"{name}.{each}" for each in names or ())
-        yield from (word for word in function.co_consts if isinstance(word, str))
+            if not named:
+                yield from (f"{name}.{each}" for each in names or ())
+        if not named:
+            yield from (word for word in function.co_consts if isinstance(word, str))
 
 
 __all__ = ["ModulesMet"]

@@ -60,6 +60,12 @@ def is_users_class(cls: type) -> bool:
     return root == "__main__" or (root != "torch" and root not in sys.stdlib_module_names)
 
 
+def is_users_own(cls: type) -> bool:
+    """Whether a class is of no installed package."""
+    module = sys.modules.get(cls.__module__)
+    return not is_library_file(getattr(module, "__file__", None) or "")
+
+
 @lru_cache(maxsize=4096)
 def names_in(code: types.CodeType) -> tuple[tuple[bool, str, tuple[str, ...]], ...]:
     """For each name: whether it is a free variable, the name, and the chain of attributes read.

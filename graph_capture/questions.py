@@ -18,8 +18,9 @@ from torch.fx import Graph, Node
 
 from . import checks
 from .asked_numbers import AskedNumber
+from .call_places import calling_line
 from .checks import Check
-from .errors import CaptureError
+from .errors import AskedInBackwardError, CaptureError
 from .next_step import Asked, by_chance, prepared
 from .origins import Origins, deciding, written_after
 from .outcomes import GivenOutcomes, Outcome, made_like, read_like
@@ -122,7 +123,13 @@ class Questions:
         _, source = recorder.origin()
         backward = recorder.phase == "backward"
         if backward and not _of_forward(deciding(func, node_args, node_kwargs)):
-            raise error
+            raise AskedInBackwardError(
+                f"a backward hook or a custom autograd.Function asks for the value of a gradient "
+                f"({calling_line()}), which is known only when the step runs. Keep the tensor: "
+                "scale with torch.clamp(limit / g.norm(), max=1), choose with torch.where. To "
+                "look at it, put the hook on a parameter or on the module that the plan is applied "
+                "to, where it runs in each step, or look at the gradients after loss.backward()"
+            ) from error
         if self._given is not None:
             outcome = self._given.of_call(func, source)
         else:

@@ -10,7 +10,9 @@ functions on the stack when an operator is called.
 
 from __future__ import annotations
 
+import abc
 import argparse
+import builtins
 import decimal
 import enum
 import functools
@@ -28,6 +30,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -43,16 +46,16 @@ from .named_reads import (
     PAST_CLASSES,
     asks_past_classes,
     is_library,
-    is_library_file,
     is_users,
     is_users_class,
+    is_users_own,
     names_in,
     stored_in,
     strings_in,
     words_in,
 )
 from .process_wide import PROCESS_WIDE
-from .reads import SETTINGS, Place, Reads, Where, nothing_added, place_of, refuse_too_large
+from .reads import SETTINGS, Ask, Place, Reads, Where, nothing_added, place_of, refuse_too_large
 from .snapshots import (
     ABSENT,
     ATOMS,
@@ -103,7 +106,7 @@ class Watcher:
     forward
         The function that is called.
     objects
-        Arguments that are objects with attributes.
+        Arguments other than tensors: objects with attributes, functions, arrays.
     """
 
     def __init__(
@@ -139,12 +142,14 @@ class Watcher:
         self._deep: dict[int, Any] = {}  # containers far inside others
         self.stands_for: dict[int, torch.Tensor] = {}  # by the id of a stand-in, the model's tensor
         self._attributes = AskedAttributes()
+        self._abstract = False  # whether an abstract class was met, with which others register
         self._chains: list[tuple[types.ModuleType, tuple[str, ...], frozenset[str]]] = []
         self.elsewhere = AskedElsewhere(
             self._runs,
             self._asked_for,
             self._asked_for_names,
             lambda value: self.stands_for.get(id(value), value),
+            lambda value: self._foreign.meet_whole(value, type(value).__name__),
         )
 
     # -- while the step runs ---------------------------------------------------
@@ -189,7 +194,7 @@ class Watcher:
             undo.callback(setattr, nn.Module, "__setattr__", setter)
             nn.Module.__getattribute__ = watched  # type: ignore[method-assign, assignment]
             nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
-            with self.elsewhere.watching():
+            with self.elsewhere.watching(), self._attributes.of_stand_ins(self._asked_for):
                 yield
 
     def _put_back_classes(self) -> None:
@@ -289,6 +294,8 @@ class Watcher:
         if isinstance(value, types.FunctionType):
             if not depth or not is_library(value.__code__):  # a library's registry names hundreds
                 self._function(value)
+            if isinstance(registry := vars(value).get("registry"), types.MappingProxyType):
+                self._registry(value, registry)
         elif isinstance(value, types.MethodType):
             self._meet(value.__func__, path)
             self._meet(value.__self__, path)
@@ -318,6 +325,8 @@ class Watcher:
             for key, item in zip(range(_MAX_MET), items, strict=False):
                 at, inner = item if isinstance(item, tuple) and len(item) == 2 else (key, item)
                 self._meet(inner, f"{path}[{at!r}]", depth + 1)
+                if not isinstance(at, ATOMS):
+                    self._meet(at, path, depth + 1)  # a key of a dict
         if not isinstance(value, ATOMS):
             self._object(value, path)
 
@@ -344,10 +353,19 @@ class Watcher:
             self._meet(defaults, f"the defaults of {function.__qualname__}")
         self._meet(getattr(function, "__wrapped__", None), "")
 
+    def _registry(self, function: types.FunctionType, registry: Any) -> None:
+        """Note what is registered with a ``functools.singledispatch``."""
+        if (id(function), "registry") not in self._named:
+            label = f"what is registered with {function.__qualname__}"
+            place = label, Where.DICT, weakly(function), "registry"
+            self._named[id(function), "registry"] = place
+            self._meet(registry, function.__qualname__)
+
     def _class(self, cls: type) -> None:
         if id(cls) in self._seen or not is_users_class(cls):
             return
         self._seen[id(cls)] = cls
+        self._abstract = self._abstract or (isinstance(cls, abc.ABCMeta) and is_users_own(cls))
         self._remember_classes(cls)
         if is_users_class(type(cls)):
             self._class(type(cls))
@@ -386,8 +404,7 @@ class Watcher:
     def _remember_classes(self, cls: type) -> None:
         """Remember the contents of a class and its bases, but not those of installed packages."""
         for base in filter(is_users_class, cls.__mro__):
-            module = sys.modules.get(base.__module__)
-            if not is_library_file(getattr(module, "__file__", None) or ""):
+            if is_users_own(base):
                 self.outside.names(base, base.__name__)
 
     def _note_all(self, value: Any) -> None:
@@ -438,6 +455,9 @@ class Watcher:
                 if isinstance(value, _PLAIN_CALLS) and value.__name__ in PAST_CLASSES:
                     self._asks_past_classes(code)
                 self._follow(f"global {name!r}", Where.TABLE, table, name, attributes, code)
+            elif not free and not hasattr(builtins, name) and not is_library(code):
+                at = (id(table), name)
+                self._named.setdefault(at, (f"global {name!r}", Where.TABLE, table, name))
             elif free and function is not None and function.__closure__ is not None:
                 cell = function.__closure__[code.co_freevars.index(name)]
                 label = f"{name!r} in the closure of {code.co_name}"
@@ -479,7 +499,9 @@ class Watcher:
                 inside = f"'{value.__name__}.{attributes[0]}'"
                 rest = attributes[1:]
                 self._follow(inside, Where.TABLE, vars(value), attributes[0], rest, code)
-            elif attributes and not is_library(code) and not is_users_module(value):
+            elif attributes and is_users_module(value) and not is_library(code):
+                self._attributes.note(value, attributes[0], value.__name__)
+            elif attributes and not is_library(code):
                 self._chains.append((value, attributes, strings_in(code)))
             elif not attributes and not is_library(code):
                 self._modules.meet(value)
@@ -497,6 +519,8 @@ class Watcher:
         if isinstance(value, type):
             self._class(value)
             cls = in_class(value, attributes[0])[0] if attributes else None
+            if attributes and cls is None and not library and not issubclass(value, enum.Enum):
+                self._attributes.note(value, attributes[0], path)
             if cls is not None and is_users_class(cls):
                 inside, table = f"'{path}.{attributes[0]}'", self._table(cls)
                 self._follow(inside, Where.TABLE, table, attributes[0], attributes[1:], code)
@@ -541,11 +565,19 @@ class Watcher:
         self._attributes_of_functions()
         for label, where, holder, key in self._named.values():
             places.append(place_of(label, where, holder, key))
+        places += self._modules.missing()
         places += self._attributes.places()
         places += self._of_tensors()
+        places += [
+            place_of("an array of the call", Where.ASKED, Ask(value, lambda array: array), "")
+            for value in self._objects
+            if isinstance(value, np.ndarray)
+        ]
         places += self._foreign.places(self._words | self._strings)
         for chain in dict.fromkeys(self._chains):
             places += foreign_places(*chain)
+        if self._abstract and self._words & {"isinstance", "issubclass"}:
+            self.elsewhere.note_registered_classes()
         places += self.elsewhere.places()
         places.append(place_of(SETTINGS, Where.ATTRIBUTE, weakly(PROCESS_WIDE), "settings"))
         refuse_too_large(places)
@@ -655,7 +687,9 @@ class Watcher:
             missing = isinstance(place.held, Atom) and place.held.value is ABSENT
             # Wrappers that are created anew on each read have no identity to compare.
             alike = missing or difference(place.held, place.now(), label) is None
-            if not isinstance(holder, nn.Module) and not missing and alike:
+            if missing:  # a slot may be filled later
+                alike = not hasattr(holder, "__dict__")
+            if not isinstance(holder, nn.Module) and alike:
                 yield place
         elif is_users_class(cls) or name == "forward":
             before = type(holder).__mro__[: type(holder).__mro__.index(cls)]

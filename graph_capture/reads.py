@@ -65,13 +65,17 @@ class Ask:
     owner
         A module or an object.
     name
-        Of the function in it.
+        Of the function in it, or a function that is called with the owner.
     arguments, named
         Plain values.
     """
 
     def __init__(
-        self, owner: Any, name: str, arguments: tuple[Any, ...], named: Mapping[str, Any]
+        self,
+        owner: Any,
+        name: str | Callable[..., Any],
+        arguments: tuple[Any, ...] = (),
+        named: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
         self._owner, self._name = weakly(owner), name
         self._arguments, self._named = arguments, dict(named)
@@ -85,6 +89,8 @@ class Ask:
         """Return the answer, as a plain value; an error's name for an error."""
         owner = self._owner() if isinstance(self._owner, weakref.ref) else self._owner
         try:
+            if not isinstance(self._name, str):
+                return self._name(owner)
             answer = getattr(owner, self._name)
             if callable(answer):  # not a property
                 answer = answer(*self._arguments, **self._named)
@@ -246,7 +252,11 @@ class _Fast:
         for place in places:
             if place.where is Where.ASKED:
                 if not place.is_gone():
-                    self._asked.append((place.holder, place.now()))
+                    answer = snapshot(place.now(), keep=True)
+                    if isinstance(answer, Numbers):
+                        self._looked_at.append(answer)
+                    else:
+                        self._asked.append((place.holder, place.now()))
                 continue
             if place.where in (Where.DICT, Where.SHADOW, Where.ADDED):
                 owner = place.holder()

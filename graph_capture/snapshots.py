@@ -203,8 +203,6 @@ def parts_of(wrapper: Any) -> tuple[Any, ...]:
         return (wrapper.get(ABSENT),)
     if isinstance(wrapper, weakref.ref):
         value = wrapper()
-        if isinstance(value, torch.Tensor):  # a capture has stand-ins
-            return ("a tensor",)
         return (ABSENT if value is None else f"an object at {id(value):#x}",)
     if isinstance(wrapper, threading.local):
         return (wrapper.__dict__,)
@@ -240,6 +238,8 @@ def snapshot(
             _bytes_of(value) if few else None,
             value if keep else None,
         )
+    if isinstance(value, weakref.ref) and isinstance(value(), torch.Tensor):
+        return Thing(type(value), None)  # a capture has stand-ins, as nn.LSTM's references show
     if isinstance(value, WRAPPERS) and depth < _MAX_DEPTH:
         parts = parts_of(value)
         return Wrapped(

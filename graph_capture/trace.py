@@ -18,12 +18,12 @@ from torch import nn
 
 from .absent_cuda import ensure_cuda_guard
 from .alike import calls_of, same_step
-from .call_spec import objects_of, tensor_names, tensors_of
+from .call_spec import leaves_of, objects_of, tensor_names, tensors_of
 from .checkpointing import checkpoints_inlined
 from .clocks import ClocksMet
 from .constant_values import disguise_fake_tensors
 from .cuda_dispatch_rules import dispatch_as_on, refuse_recurrent
-from .errors import CaptureError, NotFittingError, UnknownValueError
+from .errors import AskedInBackwardError, CaptureError, NotFittingError, UnknownValueError
 from .failures import explain_failures, lack_values
 from .isolation import undisturbed
 from .layouts import refuse_argument
@@ -154,7 +154,7 @@ def _first_that_works(
         if how == AS_EAGER and not numbers and not num_handed:
             continue
         handed = Handed()
-        watcher = Watcher(model, forward, objects_of(arguments))
+        watcher = Watcher(model, forward, leaves_of(arguments))
         try:
             with (
                 undisturbed(model, objects_of(arguments)),
@@ -186,6 +186,7 @@ def _first_that_works(
                 finally:
                     watcher.outside.put_back()
                     watcher.generators.put_back()
+                    watcher.elsewhere.let_go()
             # Values that were read are those after forward's own changes are undone.
             return replace(step, reads=watcher.reads()), watcher.settled, watcher.clocks
         except (KeyboardInterrupt, MemoryError):
@@ -195,7 +196,7 @@ def _first_that_works(
             num_handed = handed.num_numbers
             if num_handed:
                 continue  # the next attempt says why
-            if isinstance(error, NotFittingError):
+            if isinstance(error, (NotFittingError, AskedInBackwardError)):
                 raise
             failures.append((how, error))
     kind = UnknownValueError if lack_values(failures) else CaptureError

@@ -13,6 +13,10 @@ from torch.utils._python_dispatch import (
 disable_current_modes = _disable_current_modes
 # 2.11+; the modes that are active, innermost last
 current_dispatch_modes = _get_current_dispatch_mode_stack
+# 2.11+; how many modes hear functions of torch
+num_function_modes = torch._C._len_torch_function_stack
+# 2.11+; one of them, innermost last
+function_mode_at = torch._C._get_function_stack_at
 # 2.11+; no __torch_dispatch__ at all, modes and subclasses alike
 without_torch_dispatch = torch._C._DisableTorchDispatch
 # 2.11+; no __torch_function__ at all, modes and subclasses alike
@@ -29,6 +33,8 @@ __all__ = [
     "below_autograd",
     "current_dispatch_modes",
     "disable_current_modes",
+    "function_mode_at",
+    "num_function_modes",
     "without_autocast",
     "without_torch_dispatch",
     "without_torch_function",

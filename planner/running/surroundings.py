@@ -15,6 +15,7 @@ from graph_capture.private_torch.autograd import (
     jit_tracing_state,
     top_saved_tensors_hooks,
 )
+from graph_capture.private_torch.dispatch import function_mode_at, num_function_modes
 
 
 def foreign_surroundings() -> str | None:
@@ -33,4 +34,12 @@ def foreign_surroundings() -> str | None:
         return "it is called by torch.jit.trace"
     if torch.compiler.is_exporting():
         return "it is called by torch.export"
+    if num_function_modes() and _hears_functions():
+        return "it is called under a TorchFunctionMode, which hears the functions of torch"
     return None
+
+
+def _hears_functions() -> bool:
+    """Whether a mode is active beside that of ``torch.device`` and ``set_default_device``."""
+    modes = map(function_mode_at, range(num_function_modes()))
+    return any(type(mode).__module__ != "torch.utils._device" for mode in modes)

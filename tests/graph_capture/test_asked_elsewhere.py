@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import abc
+import configparser
 import decimal
+import functools
 import gc
 import locale
 import logging
@@ -10,6 +13,7 @@ import os
 import pathlib
 import queue
 import secrets
+import string
 import sys
 import threading
 import time
@@ -42,6 +46,10 @@ HOME = pathlib.Path()
 
 class Plain:
     value = 2.0
+
+
+class Slots:
+    __slots__ = ("later",)
 
 
 class Item:
@@ -84,15 +92,56 @@ def _from_here(model: Any) -> float:
     return float(len(system.argv))
 
 
+@functools.singledispatch
+def registered(value: Any) -> float:
+    return 2.0
+
+
+class Abstract(abc.ABC):  # noqa: B024
+    pass
+
+
+def _global(model: Any) -> float:
+    try:
+        return NOT_THERE  # type: ignore[name-defined, no-any-return]
+    except NameError:
+        return 1.0
+
+
+def _of_class(model: Any) -> float:
+    try:
+        return Plain.later  # type: ignore[attr-defined, no-any-return]
+    except AttributeError:
+        return 1.0
+
+
+def _of_parameter(model: Any) -> float:
+    try:
+        return model.a.weight.later  # type: ignore[no-any-return]
+    except AttributeError:
+        return 1.0
+
+
+def _imported(model: Any) -> float:
+    try:
+        import not_there_at_all  # type: ignore[import-not-found]
+    except ImportError:
+        return 1.0
+    return float(not_there_at_all.gain)
+
+
 class Asks(Three):
     def prepare(self) -> None:
         self.event, self.lock, self.queue = threading.Event(), threading.Lock(), queue.Queue()
         self.deep, self.plain, self.names = [[[[[[Plain()]]]]]], Plain(), types.SimpleNamespace()
+        self.slots, self.by_object = Slots(), {Plain(): 1}
         self.held, self.code = Plain(), compile("NAMED + 0.0", "text", "eval")
         self.reference = weakref.ref(self.held)
         self.function, self.kind = (lambda: 1.0), Plain
         self.register_buffer("mask", torch.ones(1))
         self.a.weight.factor = Plain()
+        self.template, self.options = string.Template("$a"), configparser.ConfigParser()
+        self.options.read_dict({"part": {"gain": "2"}})
         self.ask: Callable[[Any], float] = helper  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,6 +225,18 @@ WAYS: dict[str, tuple[Callable[[Any], float], Callable[[Asks, Patch], Any]]] = {
     "what a file holds": (
         lambda model: float((HOME / "number").read_text()),
         lambda model, patch: (HOME / "number").write_text("3.00"),
+    ),
+    "what NumPy reads": (
+        lambda model: float(np.load(HOME / "array.npy")),
+        lambda model, patch: np.save(HOME / "array.npy", np.ones((1, 1))),
+    ),
+    "a slot that is filled later": (
+        lambda model: getattr(model.slots, "later", 1.0),
+        lambda model, patch: setattr(model.slots, "later", 3.0),
+    ),
+    "a key that is an object": (
+        lambda model: next(iter(model.by_object)).value,
+        lambda model, patch: setattr(next(iter(model.by_object)), "value", 3.0),
     ),
     "files of a directory": (
         lambda model: float(len(os.listdir(HOME))),
@@ -297,6 +358,42 @@ WAYS: dict[str, tuple[Callable[[Any], float], Callable[[Asks, Patch], Any]]] = {
         lambda model: model.a.weight.factor.value,
         lambda model, patch: setattr(model.a.weight.factor, "value", 3.0),
     ),
+    "a template": (
+        lambda model: float(model.template.substitute(a=2)),
+        lambda model, patch: setattr(model.template, "template", "${a}1"),
+    ),
+    "a configuration": (
+        lambda model: float(model.options["part"]["gain"]),
+        lambda model, patch: model.options.set("part", "gain", "3"),
+    ),
+    "number of parameters": (
+        lambda model: float(len(list(model.parameters()))),
+        lambda model, patch: model.register_parameter("more", nn.Parameter(torch.ones(1))),
+    ),
+    "what singledispatch knows": (
+        lambda model: registered(2.0),
+        lambda model, patch: registered.register(type("New", (), {}), lambda value: 3.0),
+    ),
+    "what an abstract class knows": (
+        lambda model: float(isinstance(model.plain, Abstract)),
+        lambda model, patch: Abstract.register(type("Another", (), {})),
+    ),
+    "a global that comes later": (
+        _global,
+        lambda model, patch: patch.setitem(globals(), "NOT_THERE", 3.0),
+    ),
+    "a class attribute that comes later": (
+        _of_class,
+        lambda model, patch: patch.setattr(Plain, "later", 3.0, raising=False),
+    ),
+    "a parameter's attribute that comes later": (
+        _of_parameter,
+        lambda model, patch: setattr(model.a.weight, "later", 3.0),
+    ),
+    "a module that comes later": (
+        _imported,
+        lambda model, patch: patch.setitem(sys.modules, "not_there_at_all", sys),
+    ),
     "anomaly detection": (
         lambda model: float(torch.is_anomaly_enabled()),
         lambda model, patch: torch.autograd.set_detect_anomaly(True),
@@ -308,6 +405,7 @@ WAYS: dict[str, tuple[Callable[[Any], float], Callable[[Asks, Patch], Any]]] = {
 def _settings(monkeypatch: Patch, tmp_path: pathlib.Path) -> Any:
     monkeypatch.setitem(globals(), "HOME", tmp_path)
     (tmp_path / "number").write_text("2.0")
+    np.save(tmp_path / "array.npy", np.ones(()))
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     errors, deterministic = np.geterr(), torch.are_deterministic_algorithms_enabled()
     number = locale.setlocale(locale.LC_NUMERIC)
@@ -358,6 +456,7 @@ def _undo(model: Asks) -> None:
     gc.enable()
     locale.setlocale(locale.LC_NUMERIC, "C")
     (HOME / "number").write_text("2.0")
+    np.save(HOME / "array.npy", np.ones(()))
     (HOME / "flag").unlink(missing_ok=True)
     LOG.manager._clear_cache()  # type: ignore[attr-defined]
 
@@ -388,6 +487,57 @@ def test_written_dates_are_clocks(ask: Callable[[Any], float]) -> None:
     """As the numbers are that they are made of."""
     with pytest.raises(CaptureError, match="reads a clock"):
         _reads(_asking(ask))
+
+
+class _Scaled(Three):
+    def prepare(self) -> None:
+        self.limit = 1.0
+        self.c.register_full_backward_pre_hook(
+            lambda module, g: (g[0] / max(self.limit, g[0].norm().item()),)
+        )
+
+
+class _ScaledByTensors(Three):
+    def prepare(self) -> None:
+        self.c.register_full_backward_pre_hook(
+            lambda module, g: (g[0] * torch.clamp(1.0 / g[0].norm(), max=1),)
+        )
+
+
+def test_a_backward_hook_that_asks_has_advice_of_its_own() -> None:
+    """It names the hook's line, and what it advises is planned."""
+    with pytest.raises(CaptureError, match=r"backward hook.*test_asked_elsewhere\.py:\d+.*clamp"):
+        _reads(_Scaled())
+    _reads(_ScaledByTensors())
+
+
+class _IsGiven(Three):
+    def forward(self, x: Tensor, scale: Any, table: Any) -> Tensor:
+        return self.c(self.a(x) * scale(1.0) * float(table[0]))
+
+
+class _Scale:
+    by = 2.0
+
+    def __call__(self, value: float) -> float:
+        return value * self.by
+
+
+@pytest.mark.parametrize("what", ["scale", "table"])
+@pytest.mark.parametrize("looks", [0, 2])
+def test_what_an_argument_holds_is_compared(what: str, looks: int) -> None:
+    """Of an object that is called, and of an array, which stay the same objects."""
+    scale, table = _Scale(), np.ones(2)
+    model = _IsGiven()
+    arguments = bind_call(model.forward, (normal(0, 16, WIDTH), scale, table), {})
+    reads = trace_step(model, arguments, mean_square).reads
+    for _ in range(looks):
+        assert reads.difference() is None
+    if what == "scale":
+        scale.by = 3.0
+    else:
+        table[0] = 3.0
+    assert reads.difference() is not None
 
 
 def test_nothing_is_left_behind() -> None:

@@ -57,6 +57,10 @@ NESTED: Any = {"a": [1, 2], "b": (3,)}
 ADD = torch.ops.aten.add.Tensor
 
 
+class _Function(torch.overrides.TorchFunctionMode):
+    pass
+
+
 class _Heard(dispatch.TorchDispatchMode):
     """Notes the operators that run under it, and the modes that are active then."""
 
@@ -234,6 +238,12 @@ def _silent(guard: Callable[[], Any]) -> bool:
 def _modes_inside() -> bool:
     with _Heard() as heard:
         return dispatch.current_dispatch_modes() == [heard]
+
+
+def _function_modes_inside() -> bool:
+    with _Function() as mode:
+        at = dispatch.num_function_modes() - 1
+        return dispatch.function_mode_at(at) is mode
 
 
 def _casts_nothing() -> bool:
@@ -624,6 +634,8 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "dispatch.TorchDispatchMode": lambda: issubclass(_Heard, dispatch.TorchDispatchMode),
     "dispatch.disable_current_modes": lambda: _hears_nothing(dispatch.disable_current_modes),
     "dispatch.current_dispatch_modes": _modes_inside,
+    "dispatch.function_mode_at": _function_modes_inside,
+    "dispatch.num_function_modes": _function_modes_inside,
     "dispatch.without_torch_dispatch": lambda: _hears_nothing(dispatch.without_torch_dispatch),
     "dispatch.without_torch_function": lambda: _silent(dispatch.without_torch_function),
     "dispatch.without_torch_function_of_subclasses": lambda: _silent(

@@ -229,6 +229,25 @@ def test_transforms_of_torch_func_run_the_own_forward():
     )
 
 
+class _Doubles(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.tanh else result
+
+
+def test_a_mode_that_hears_functions_runs_the_own_forward():
+    """What it makes of a call is what eager makes of it, and it is said once."""
+    kind = lambda: nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 1))  # noqa: E731
+    model, eager = planned(kind), make(kind)
+    with pytest.warns(PlanWarning, match="TorchFunctionMode"), _Doubles():
+        found = model(sample())
+    with _Doubles():
+        assert torch.equal(found, eager(sample()))
+    with warnings.catch_warnings(), torch.device("cpu"):
+        warnings.simplefilter("error")
+        assert_same_tensors(trained(eager), trained(model))
+
+
 def _traced(model: nn.Module) -> nn.Module:
     return torch.jit.trace(model, sample(), check_trace=False)
 
