@@ -37,6 +37,7 @@ from torch import nn
 from .asked_attributes import AskedAttributes
 from .asked_elsewhere import AskedElsewhere
 from .clocks import ClocksMet
+from .errors import NotFittingError
 from .foreign_generators import ForeignGenerators
 from .foreign_names import ForeignObjects, foreign_places
 from .holders import dict_of, in_class, is_users_module, may_change, weakly
@@ -141,6 +142,7 @@ class Watcher:
         self._strings: set[str] = set()  # identifiers that occur in them as strings
         self._deep: dict[int, Any] = {}  # containers far inside others
         self.stands_for: dict[int, torch.Tensor] = {}  # by the id of a stand-in, the model's tensor
+        self.of_call: dict[int, torch.Tensor] = {}  # by the id of a stand-in, the call's tensor
         self._attributes = AskedAttributes()
         self._abstract = False  # whether an abstract class was met, with which others register
         self._chains: list[tuple[types.ModuleType, tuple[str, ...], frozenset[str]]] = []
@@ -243,6 +245,12 @@ class Watcher:
         if isinstance(holder, nn.Module):
             return
         if isinstance(holder, torch.Tensor):
+            if name in dict_of(self.of_call.get(id(holder))):
+                raise NotFittingError(
+                    f"forward reads {name!r}, which somebody has put on a tensor of the call: a "
+                    "plan does not look for attributes of the tensors that it is called with. "
+                    "Pass the value as an argument of its own"
+                )
             if id(holder) in self.stands_for:
                 self._attributes.note(self.stands_for[id(holder)], name, "a tensor of the model")
             return

@@ -303,6 +303,8 @@ class _Recording:
         fake_arguments = self.twins.of_arguments(self.arguments)
         real = tensors_of(self.arguments)  # empty if only their specifications are known
         given = tensors_of(fake_arguments)
+        for twin, tensor in zip(given, real, strict=False):
+            self.watcher.of_call[id(twin)] = tensor
         nodes = [
             self._declare(tensor, "input", (str(i),), real[i] if real else None)
             for i, tensor in enumerate(given)

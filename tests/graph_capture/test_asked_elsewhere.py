@@ -540,6 +540,20 @@ def test_what_an_argument_holds_is_compared(what: str, looks: int) -> None:
     assert reads.difference() is not None
 
 
+class _AsksArgument(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * getattr(x, "gain", 1.0)
+
+
+def test_an_attribute_of_an_argument_is_refused() -> None:
+    """The next call's tensor may have another; one without any is planned."""
+    model, x = _AsksArgument(), normal(0, 16, WIDTH)
+    trace_step(model, bind_call(model.forward, (x,), {}), mean_square)
+    x.gain = 2.0  # type: ignore[attr-defined]
+    with pytest.raises(CaptureError, match="'gain', which somebody has put on a tensor"):
+        trace_step(model, bind_call(model.forward, (x,), {}), mean_square)
+
+
 def test_nothing_is_left_behind() -> None:
     """Neither in the files whose functions ran nor in Python's own."""
     before = dict(globals()), os.stat, open, sys.getprofile()
