@@ -212,6 +212,21 @@ def test_a_marked_dimension_is_planned_for_its_largest_size() -> None:
     assert plans[0].predicted_peak_bytes <= 450_000
 
 
+def test_a_backward_that_passes_gradients_on() -> None:
+    """It has no calls, and Inductor generates no code for it."""
+    weight = torch.randn(32, 64, requires_grad=True)
+    plans: list[CompiledPlan] = []
+    options = {"budget_gb": 1, "on_plan": plans.append}
+    torch.compiler.reset()
+    call = torch.compile(lambda x, w: x + w, backend="remat", options=options)
+    with pytest.warns(PlanWarning, match="only a part of the training step"):
+        result = call(torch.randn(32, 64), weight)
+    (2 * result).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.full((32, 64), 2.0))
+    assert plans[0].predicted_peak_bytes == 4 * weight.nbytes
+
+
 def test_install_is_for_inductor() -> None:
     """Other kernels are the backend's."""
     with (
