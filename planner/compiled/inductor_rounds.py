@@ -4,18 +4,19 @@ The cost graph predicts fusion by rule. What a schedule counts on is then held
 (:mod:`planner.compiled.held_fusion`), and the code that Inductor generates shows what it takes.
 So a budget is brought to the solver in rounds. Between what every schedule needs and the memory
 of the one that keeps everything lie evenly spaced *levels*, one fewer than two to the number of
-rounds. A level is solved for, its code generated and its peak read; each round halves the
-levels that are left, and the search ends early where little of the budget is unused. So the
-level that a budget ends at never falls when the budget rises, and budgets of one model ask for
-the same levels, which are read once (:mod:`planner.compiled.readings`). Levels whose memory in
-the cost graph is far off the budget are not read. PyTorch's own partition is tried first, unless
-it is far too large: where it fits, nothing is to be solved.
+rounds. To solve for a level is fast beside generating its code, so the first code that is read is
+that of the highest level whose code is expected to fit (:mod:`planner.compiled.expected_peak`).
+What it takes beside what was expected of it says which level is next: a lower one where it does
+not fit, a higher one where it leaves more than 5 % of the budget and took less than expected. What
+was solved and read is kept for other budgets (:mod:`planner.compiled.readings`). PyTorch's own
+partition is tried first, unless it is far too large: where it fits, nothing is to be solved.
 
 The least memory of any schedule is searched for only where a budget comes near it, as that takes
-seconds. Where the search ends at one of the lowest levels above it, all of these are read: there
-the solver may find little more than the schedule of least memory, which repeats nearly everything
-and whose code may take more than a higher level's. They do not depend on the budget, so what an
-error names as the least is found again.
+seconds. Where the search ends at one of the lowest levels above it, others of these that are
+cheaper are read, too: there the solver may find little more than the schedule of least memory,
+which repeats nearly everything and whose code may take more than a higher level's. Where nothing
+fits, all of them are read. They do not depend on the budget, so what an error names as the least
+is found again.
 
 Generated code is read on the CPU only. Elsewhere the plan goes by the rules of fusion, in one
 round, and a warning says so.
@@ -43,20 +44,23 @@ from ..base.budget import Budget
 from ..errors import InfeasibleBudgetError, PlanWarning
 from ..planning.known_least import fits_easily, known_least_memory
 from .emit import emit
+from .expected_peak import expected_peak_bytes
 from .held_fusion import WithinMemory
 from .lowered_peak import lowered_extra_bytes
 from .options import CompiledOptions
 from .priced_step import PricedStep, unplanned_peak_bytes
-from .readings import Reading, name_of, peak_of, reading_of
+from .readings import Reading, name_of, peak_of, result_of
 from .solve_step import solve_step
 
 WORTH_A_ROUND = 0.05
 """Share of the budget that must be unused for another round of a plan that recomputes."""
 
-SURELY_FITS, SURELY_TOO_HIGH = 0.94, 1.1
-"""Shares of the budget below and above which a level's memory is for its code not to be read.
-Codes were seen to take from 0.89 to 1.03 of their level's memory; one that takes more than was
-thought is found when the search ends at it, and all levels are then read."""
+MAY_FIT = 1.05
+"""Share of the budget up to which an expected peak is worth reading the code of a lowest level."""
+
+LEAST_EXPECTED = 0.75
+"""The least share of a level's memory that is expected of any code: results of fused kernels that
+take no memory of their own were seen to make it 0.88."""
 
 OWN_MAY_FIT = 0.7
 """Share of the memory of keeping everything from which on PyTorch's own partition is read: it
@@ -95,6 +99,7 @@ class Lowered:
     solve_s: float = 0.0
 
 
+@without_collector()  # Inductor makes many objects, and few of them are cycles
 def choose(
     priced: PricedStep,
     budget: Budget,
@@ -119,8 +124,7 @@ def choose(
     resident_bytes, num_outputs = priced.graph.resident_bytes, len(priced.step.outputs)
 
     def lower(forward: GraphModule, backward: GraphModule) -> int:
-        with without_collector():  # Inductor makes many objects, and few of them are cycles
-            return resident_bytes + lowered_extra_bytes(forward, backward, num_outputs)
+        return resident_bytes + lowered_extra_bytes(forward, backward, num_outputs)
 
     usable_bytes, name = budget.usable_bytes, name_of(priced)
     unplanned_bytes = unplanned_peak_bytes(priced)
@@ -143,6 +147,23 @@ def choose(
     return search.lowered(best), unplanned_bytes if theirs is None else theirs.peak_bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """How far a search is: the highest level that fits, the fastest reading that does, and what
+    the last code took of what was expected of it."""
+
+    level: int = -1
+    best: Reading | None = None
+    share: float = 1.0
+
+    def leaves_little(self, usable_bytes: int, base_cost_ns: int) -> bool:
+        """Whether no higher level is worth another reading."""
+        if self.best is None:
+            return False
+        unused_bytes = usable_bytes - self.best.peak_bytes
+        return unused_bytes <= WORTH_A_ROUND * usable_bytes or self.best.cost_ns <= base_cost_ns
+
+
 class _Search:
     """Solves for levels of memory and reads what comes of them."""
 
@@ -157,7 +178,9 @@ class _Search:
         solving = options.solving
         self._solving = replace(solving, time_limit_s=solving.time_limit_s / options.rounds)
         self._name = name
-        self._num_levels = 2**options.rounds - 1
+        self._rounds, self._num_levels = options.rounds, 2**options.rounds - 1
+        self._base_cost_ns = priced.graph.base_cost_ns
+        self._results: dict[int, SolveResult] = {}
         self._bottom_bytes = int(needs_bytes(graph_arrays(priced.graph)).max())
         self._most_bytes = replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes
         self._solve_s = 0.0
@@ -165,44 +188,56 @@ class _Search:
 
     def within(self, usable_bytes: int) -> Reading | None:
         """The fastest plan found whose compiled code takes no more, or ``None``."""
-        found = self._bisected(usable_bytes, reads_all=False)
-        if found is not None and found.peak_bytes > usable_bytes:
-            return self._bisected(usable_bytes, reads_all=True)
+        found = self._climb(usable_bytes, _Found())
+        if found.best is not None and not self._is_low(found.level):
+            return found.best
+        for level in self._lowest_levels:
+            if found.best is None or self._is_better(level, found, usable_bytes):
+                found = self._read(level, usable_bytes, found)
+        return None if found.best is None else self._climb(usable_bytes, found).best
+
+    def _climb(self, usable_bytes: int, found: _Found) -> _Found:
+        """Read the highest level that is expected to fit, and go by what its code takes."""
+        too_high = self._num_levels
+        for _ in range(self._rounds):
+            if found.leaves_little(usable_bytes, self._base_cost_ns):
+                break
+            level = self._highest_expected(usable_bytes / found.share, found.level, too_high)
+            if level == found.level:
+                break
+            found = self._read(level, usable_bytes, found)
+            if found.level != level:
+                too_high = level
         return found
 
-    def _bisected(self, usable_bytes: int, *, reads_all: bool) -> Reading | None:
-        """Halve the levels; ``None`` where none fits.
+    def _read(self, level: int, usable_bytes: int, found: _Found) -> _Found:
+        """What is found once a level is read, too."""
+        reading = self._at(level)
+        found = replace(found, share=reading.peak_bytes / self._expected_bytes(level))
+        if reading.peak_bytes > usable_bytes:
+            return found
+        best = reading if found.best is None else min(reading, found.best, key=_cost_ns)
+        return replace(found, best=best, level=max(level, found.level))
 
-        Unless all are read on the way, it may end at one that was not, and is above the budget.
-        """
-        best: Reading | None = None
-        fits, too_high = -1, self._num_levels
-        while too_high - fits > 1:
-            level = (fits + too_high) // 2
-            share = self._target_bytes(level) / max(1, usable_bytes)
-            if not reads_all and share > SURELY_TOO_HIGH:
-                too_high = level
-                continue
-            if not reads_all and share < SURELY_FITS:
-                fits, best = level, None
-                continue
-            found = self._at(level, best)
-            if found.peak_bytes > usable_bytes:
-                too_high = level
-                continue
-            fits = level
-            if best is None or found.cost_ns < best.cost_ns:
-                best = found
-            unused_bytes = usable_bytes - found.peak_bytes
-            if unused_bytes <= WORTH_A_ROUND * usable_bytes:
-                break
-            if found.cost_ns <= self._priced.graph.base_cost_ns:
-                break
-        if not self._is_low(fits):
-            return self._at(fits, None) if best is None else best
-        lowest = [self._at(level, None) for level in self._lowest_levels]
-        fitting = [r for r in (best, *lowest) if r is not None and r.peak_bytes <= usable_bytes]
-        return min(fitting, key=lambda r: r.cost_ns, default=None)
+    def _highest_expected(self, limit_bytes: float, above: int, below: int) -> int:
+        """The highest level between two whose code is expected to fit; ``above`` for none."""
+        while below - above > 1:
+            level = (above + below) // 2
+            target_bytes = self._target_bytes(level)
+            if target_bytes * LEAST_EXPECTED > limit_bytes:
+                below = level
+            elif target_bytes <= limit_bytes or self._expected_bytes(level) <= limit_bytes:
+                above = level
+            else:
+                below = level
+        return above
+
+    def _is_better(self, level: int, found: _Found, usable_bytes: int) -> bool:
+        """Whether a level is faster than what was found, and may fit."""
+        assert found.best is not None
+        if self._expected_bytes(level) * found.share > MAY_FIT * usable_bytes:
+            return False
+        return _cost_ns(self._solved(level)) < found.best.cost_ns
 
     def _is_low(self, level: int) -> bool:
         """Whether a level is one of the lowest; asks for the least memory only near it."""
@@ -242,26 +277,37 @@ class _Search:
             solve_s=self._solve_s,
         )
 
-    def _at(self, level: int, below: Reading | None) -> Reading:
-        """Read a level; ``below`` fits a lower one, and is where the solver starts."""
+    def _at(self, level: int) -> Reading:
+        """Read the code of a level."""
+        result = self._solved(level)
+        peak_bytes = peak_of(self._name, result.schedule, lambda: self._lower(*self._emit(result)))
+        self._peaks.append(peak_bytes)
+        return Reading(result=result, peak_bytes=peak_bytes)
+
+    def _expected_bytes(self, level: int) -> int:
+        """What the code of a level is expected to take."""
+        schedule = self._solved(level).schedule
+        assert schedule is not None
+        return expected_peak_bytes(self._priced, schedule)
+
+    def _solved(self, level: int) -> SolveResult:
+        """Solve for a level, from what is known to fit a lower one."""
+        if level in self._results:
+            return self._results[level]
+        below = max((known for known in self._results if known < level), default=None)
         target_bytes = self._target_bytes(level)
         if below is None and not fits_easily(self._priced.graph, target_bytes):
             target_bytes = max(target_bytes, self._least_bytes)
 
-        def make() -> Reading:
+        def make() -> SolveResult:
             target = Budget(total_bytes=target_bytes, headroom_bytes=0)
-            hint = None if below is None else below.result.schedule
+            hint = None if below is None else self._results[below].schedule
             result = solve_step(self._priced, target, self._solving, hint=hint)
             self._solve_s += result.solve_s
-            assert result.schedule is not None
-            peak_bytes = peak_of(
-                self._name, result.schedule, lambda: self._lower(*self._emit(result))
-            )
-            return Reading(result=result, peak_bytes=peak_bytes)
+            return result
 
-        reading = reading_of(self._name, target_bytes, self._solving, make)
-        self._peaks.append(reading.peak_bytes)
-        return reading
+        result = self._results[level] = result_of(self._name, target_bytes, self._solving, make)
+        return result
 
     def _target_bytes(self, level: int) -> int:
         """The memory of a level in the cost graph, which may be less than the least."""
@@ -313,6 +359,11 @@ def _by_rule(
         solve_s=result.solve_s,
     )
     return found, everything_bytes
+
+
+def _cost_ns(found: Reading | SolveResult) -> int:
+    assert found.cost_ns is not None
+    return found.cost_ns
 
 
 def _nothing_fits(budget: Budget, lowest_bytes: int) -> InfeasibleBudgetError:

@@ -42,8 +42,8 @@ class CompiledOptions:
     on_plan
         Is told each plan, once it is made.
     rounds
-        How often at most a graph is solved and its generated code read, to find a plan whose
-        code fits; each round halves the levels of memory that come into question.
+        How many generated codes are read at most to find a plan whose code fits; with each more
+        there are twice as many levels of memory to solve for.
     solving
         How hard to search for a schedule.
     """

@@ -62,21 +62,21 @@ class _Kept(dict[tuple[object, ...], _Value]):
         return value
 
 
-_readings: _Kept[Reading] = _Kept()
+_results: _Kept[SolveResult] = _Kept()
 _peaks: _Kept[int] = _Kept()
 
 
-def reading_of(
-    code: str, target_bytes: int, solving: SolveOptions, make: Callable[[], Reading]
-) -> Reading:
-    """The reading for a target, made where it is not known.
+def result_of(
+    code: str, target_bytes: int, solving: SolveOptions, make: Callable[[], SolveResult]
+) -> SolveResult:
+    """The solution for a target, made where it is not known.
 
     Parameters
     ----------
     code
         What :func:`name_of` says of the step.
     """
-    return _readings.get_or_make((code, target_bytes, solving), make)
+    return _results.get_or_make((code, target_bytes, solving), make)
 
 
 def peak_of(code: str, schedule: Schedule | None, make: Callable[[], int]) -> int:
@@ -110,4 +110,4 @@ def _shown(value: Any) -> Iterator[str]:
             yield str(leaf)
 
 
-__all__ = ["Reading", "name_of", "peak_of", "reading_of"]
+__all__ = ["Reading", "name_of", "peak_of", "result_of"]

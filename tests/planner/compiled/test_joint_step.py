@@ -13,7 +13,7 @@ from graph_capture.private_torch.compiler import aot_autograd, takes_boxed
 from planner.compiled.joint_step import JointStep, is_view, makes_memory, read_joint_step
 
 
-def _joint(function: Any, *inputs: torch.Tensor) -> tuple[GraphModule, int]:
+def _joint(function: Any, *inputs: torch.Tensor, **options: Any) -> tuple[GraphModule, int]:
     """The joint graph of a function's step, and how many results are forward's."""
     found: list[tuple[GraphModule, int]] = []
 
@@ -27,15 +27,15 @@ def _joint(function: Any, *inputs: torch.Tensor) -> tuple[GraphModule, int]:
     def never(module: GraphModule, _inputs: Any) -> Any:
         return takes_boxed(module)
 
-    backend = aot_autograd(fw_compiler=never, bw_compiler=never, partition_fn=partition)
+    backend = aot_autograd(fw_compiler=never, bw_compiler=never, partition_fn=partition, **options)
     torch.compiler.reset()
     with pytest.raises(Exception):  # noqa: B017, PT011 - Dynamo wraps it in a class of its own
         torch.compile(function, backend=backend)(*inputs)
     return found[0]
 
 
-def joint_step_of(function: Any, *inputs: torch.Tensor) -> JointStep:
-    return read_joint_step(*_joint(function, *inputs))
+def joint_step_of(function: Any, *inputs: torch.Tensor, **options: Any) -> JointStep:
+    return read_joint_step(*_joint(function, *inputs, **options))
 
 
 def test_views_make_no_memory() -> None:

@@ -1,0 +1,66 @@
+"""Results that Inductor writes over what it reads last."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+
+from planner.compiled.emit import emit
+from planner.compiled.expected_peak import expected_peak_bytes
+from planner.compiled.fused_groups import fuse
+from planner.compiled.held_fusion import WithinMemory
+from planner.compiled.lowered_peak import lowered_extra_bytes
+from planner.compiled.priced_step import PricedStep, price_step
+from solvers.replay import replay
+from solvers.schedule import Schedule
+from tests.planner.compiled.test_joint_step import joint_step_of
+
+
+def _priced(*, flipped: bool = False) -> PricedStep:
+    """Two layers; backward of the second's function reads what forward saved for the last time."""
+
+    def loss(x: Tensor, inward: Tensor, outward: Tensor) -> Tensor:
+        hidden = (x @ inward).sin()
+        hidden = hidden.flip(0) if flipped else hidden
+        return (hidden @ outward).square().sum()
+
+    torch.manual_seed(0)
+    shapes = (64, 16), (16, 256), (256, 16)
+    inputs = (torch.randn(s, requires_grad=True) for s in shapes)
+    step = joint_step_of(loss, *inputs, decompositions=select_decomp_table())
+    fused = fuse(step)
+    return price_step(step, groups=fused.groups, inner=fused.inner)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("flipped", [False, True])
+def test_it_is_the_peak_of_the_generated_code(flipped: bool) -> None:
+    """A gradient takes the place of what its kernel reads last, unless that is not where it ends.
+
+    Reversed rows are written elsewhere than they are read.
+    """
+    priced = _priced(flipped=flipped)
+    everything = Schedule.keep_all(priced.graph)
+    expected = expected_peak_bytes(priced, everything)
+    own = replay(priced.graph, everything)
+    rules = WithinMemory(memory_bytes=own.memory_bytes, limit_bytes=own.peak_bytes)
+    forward, backward = emit(priced, everything, rules)
+    read = lowered_extra_bytes(forward, backward, len(priced.step.outputs))
+    assert expected == priced.graph.resident_bytes + read
+    assert (expected < own.peak_bytes) == (not flipped)
+
+
+def test_what_a_library_writes_has_memory_of_its_own() -> None:
+    """A matrix product is not written over what it reads."""
+
+    def loss(x: Tensor) -> Tensor:
+        return (x @ x).sum()
+
+    step = joint_step_of(loss, torch.randn(64, 64, requires_grad=True))
+    fused = fuse(step)
+    priced = price_step(step, groups=fused.groups, inner=fused.inner)
+    everything = Schedule.keep_all(priced.graph)
+    peak_bytes = replay(priced.graph, everything).peak_bytes
+    assert expected_peak_bytes(priced, everything) == peak_bytes
