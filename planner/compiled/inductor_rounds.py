@@ -9,7 +9,8 @@ that of the highest level whose code is expected to fit (:mod:`planner.compiled.
 What it takes beside what was expected of it says which level is next: a lower one where it does
 not fit, a higher one where it leaves more than 5 % of the budget and took less than expected. What
 was solved and read is kept for other budgets (:mod:`planner.compiled.readings`). PyTorch's own
-partition is tried first, unless it is far too large: where it fits, nothing is to be solved.
+partition is tried first, unless what forward hands to backward is too large already: where it
+fits, nothing is to be solved.
 
 The least memory of any schedule is searched for only where a budget comes near it, as that takes
 seconds. Where the search ends at one of the lowest levels above it, others of these that are
@@ -46,7 +47,7 @@ from ..planning.known_least import fits_easily, known_least_memory
 from .emit import emit
 from .expected_peak import expected_peak_bytes
 from .held_fusion import WithinMemory
-from .lowered_peak import lowered_extra_bytes
+from .lowered_peak import handed_over_bytes, lowered_extra_bytes
 from .options import CompiledOptions
 from .priced_step import PricedStep, unplanned_peak_bytes
 from .readings import Reading, name_of, peak_of, result_of
@@ -63,8 +64,8 @@ LEAST_EXPECTED = 0.75
 take no memory of their own were seen to make it 0.88."""
 
 OWN_MAY_FIT = 0.7
-"""Share of the memory of keeping everything from which on PyTorch's own partition is read: it
-was seen to take from 84 % on."""
+"""Share of the memory of keeping everything from which on PyTorch's own partition may fit: it was
+seen to take from 75 % on."""
 
 LOWEST_LEVELS = 3
 """How many levels are all read where a search ends at one of them, or finds nothing."""
@@ -129,18 +130,21 @@ def choose(
     usable_bytes, name = budget.usable_bytes, name_of(priced)
     unplanned_bytes = unplanned_peak_bytes(priced)
 
-    def read_own() -> Lowered:
-        forward, backward = own()
+    def read_own(forward: GraphModule, backward: GraphModule) -> Lowered:
         peak_bytes = peak_of(name, None, lambda: lower(forward, backward))
         return Lowered(forward=forward, backward=backward, peak_bytes=peak_bytes)
 
-    theirs = read_own() if usable_bytes >= OWN_MAY_FIT * unplanned_bytes else None
+    theirs: Lowered | None = None
+    if usable_bytes >= OWN_MAY_FIT * unplanned_bytes:
+        graphs = own()
+        if resident_bytes + handed_over_bytes(graphs[0]) <= usable_bytes:
+            theirs = read_own(*graphs)
     if theirs is not None and theirs.peak_bytes <= usable_bytes:
         return theirs, theirs.peak_bytes
     search = _Search(priced, options, name, lower)
     best = search.within(usable_bytes)
     if best is None:
-        theirs = theirs or read_own()
+        theirs = theirs or read_own(*own())
         if theirs.peak_bytes <= usable_bytes:
             return theirs, theirs.peak_bytes
         raise _nothing_fits(budget, min(theirs.peak_bytes, search.lowest_bytes))

@@ -24,7 +24,7 @@ from graph_capture.recorder import storage_id
 
 from .generated import runnable, zeros
 from .joint_step import is_number, is_tangent, tensors_of
-from .sizes import concrete
+from .sizes import concrete, num_bytes
 from .subgraphs import has_branches
 
 
@@ -46,6 +46,20 @@ def lowered_extra_bytes(forward: GraphModule, backward: GraphModule, num_outputs
     if has_branches(forward, backward):
         most = max(most, _extra_bytes(forward, backward, num_outputs, truth=True))
     return most
+
+
+def handed_over_bytes(forward: GraphModule) -> int:
+    """What a forward graph's results hold beside its inputs; its step takes no less beyond these.
+
+    Parameters
+    ----------
+    forward
+        As a partition function returns it.
+    """
+    given = {storage_id(t) for n in _inputs(forward) for t in tensors_of(n.meta.get("val"))}
+    made = [t for n in _results(forward) if isinstance(n, Node) for t in tensors_of(n.meta["val"])]
+    sizes = {storage_id(t): num_bytes(t) for t in made}
+    return sum(size_bytes for memory, size_bytes in sizes.items() if memory not in given)
 
 
 def _extra_bytes(
@@ -153,4 +167,4 @@ def _backward_values(backward: GraphModule, saved: Sequence[Any]) -> list[Any]:
     return values
 
 
-__all__ = ["copied", "lowered_extra_bytes"]
+__all__ = ["copied", "handed_over_bytes", "lowered_extra_bytes"]

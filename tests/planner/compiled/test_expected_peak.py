@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from planner.compiled.emit import emit
 from planner.compiled.expected_peak import expected_peak_bytes
 from planner.compiled.fused_groups import fuse
 from planner.compiled.held_fusion import WithinMemory
-from planner.compiled.lowered_peak import lowered_extra_bytes
+from planner.compiled.lowered_peak import handed_over_bytes, lowered_extra_bytes
 from planner.compiled.priced_step import PricedStep, price_step
 from solvers.replay import replay
 from solvers.schedule import Schedule
@@ -26,10 +28,12 @@ def _priced(*, flipped: bool = False) -> PricedStep:
         hidden = hidden.flip(0) if flipped else hidden
         return (hidden @ outward).square().sum()
 
-    torch.manual_seed(0)
-    shapes = (64, 16), (16, 256), (256, 16)
+    return _priced_of(loss, (64, 16), (16, 256), (256, 16))
+
+
+def _priced_of(function: Any, *shapes: tuple[int, ...]) -> PricedStep:
     inputs = (torch.randn(s, requires_grad=True) for s in shapes)
-    step = joint_step_of(loss, *inputs, decompositions=select_decomp_table())
+    step = joint_step_of(function, *inputs, decompositions=select_decomp_table())
     fused = fuse(step)
     return price_step(step, groups=fused.groups, inner=fused.inner)
 
@@ -48,6 +52,7 @@ def test_it_is_the_peak_of_the_generated_code(flipped: bool) -> None:
     rules = WithinMemory(memory_bytes=own.memory_bytes, limit_bytes=own.peak_bytes)
     forward, backward = emit(priced, everything, rules)
     read = lowered_extra_bytes(forward, backward, len(priced.step.outputs))
+    assert 0 < handed_over_bytes(forward) < read
     assert expected == priced.graph.resident_bytes + read
     assert (expected < own.peak_bytes) == (not flipped)
 
@@ -58,9 +63,19 @@ def test_what_a_library_writes_has_memory_of_its_own() -> None:
     def loss(x: Tensor) -> Tensor:
         return (x @ x).sum()
 
-    step = joint_step_of(loss, torch.randn(64, 64, requires_grad=True))
-    fused = fuse(step)
-    priced = price_step(step, groups=fused.groups, inner=fused.inner)
+    priced = _priced_of(loss, (64, 64))
     everything = Schedule.keep_all(priced.graph)
     peak_bytes = replay(priced.graph, everything).peak_bytes
     assert expected_peak_bytes(priced, everything) == peak_bytes
+
+
+def test_what_forward_hands_over_is_counted_once() -> None:
+    """Its result and what is saved of it are one memory, and inputs are there anyway."""
+
+    def loss(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = (x @ weight).exp()
+        return hidden, hidden.sum()
+
+    priced = _priced_of(loss, (16, 32), (32, 64))
+    forward, _ = emit(priced, Schedule.keep_all(priced.graph))
+    assert handed_over_bytes(forward) == 16 * 64 * 4 + 4
