@@ -10,8 +10,8 @@ budget or more than 2 % from the prediction, a plan that is slower than one of a
 
 ``--json FILE`` keeps cells; a run goes on where the last one ended. ``--table`` prints them as
 Markdown and measures nothing. ``--times`` measures times alone, in alternating pairs: of PyTorch's
-ratios, of ours at the peaks that these reached, of ours at 70 % of the lowest of these, and of
-ours without a limit; ``--figure FILE`` draws both frontiers of them.
+ratios, of ours at the peaks that these reached, of ours at 85 and 70 % of the lowest of these, and
+of ours without a limit; ``--figure FILE`` draws both frontiers of them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .table import HEAD, TIMES_HEAD, gradients_text, table, times_table
 MODELS = ("bert", "gpt2", "llama", "t5", "vit", "unet")
 LOWER = ("inductor", "aot_eager")
 MUCH_BYTES = 10**12
-LESS = 0.7
-"""Of PyTorch's lowest peak: what times are measured at, too."""
+LESS = (0.85, 0.7)
+"""Shares of PyTorch's lowest peak at which times are measured, too."""
 
 
 def main() -> int:
@@ -97,9 +97,10 @@ def _measure_times(cells: Cells, name: str, bench: Bench, parts: list[float]) ->
         if lowest is None or theirs.peak_bytes < (lowest.peak_bytes or 0):
             lowest = theirs
     if lowest is not None and lowest.peak_bytes is not None:
-        budget_bytes = round(LESS * lowest.peak_bytes)
-        asked = f"ours, at {LESS:.0%} of their lowest"
-        _told(cells.add(bench.ours(budget_bytes, asked, for_times=True)))
+        for share in LESS:
+            budget_bytes = round(share * lowest.peak_bytes)
+            asked = f"ours, at {share:.0%} of their lowest"
+            _told(cells.add(bench.ours(budget_bytes, asked, for_times=True)))
 
 
 def _told(cell: Cell) -> None:
