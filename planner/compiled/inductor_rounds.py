@@ -299,13 +299,15 @@ class _Search:
         if level in self._results:
             return self._results[level]
         below = max((known for known in self._results if known < level), default=None)
+        hint = None if below is None else self._results[below].schedule
         target_bytes = self._target_bytes(level)
-        if below is None and not fits_easily(self._priced.graph, target_bytes):
+        if hint is not None:  # which may take more than a level that lies below the least memory
+            target_bytes = max(target_bytes, replay(self._priced.graph, hint).peak_bytes)
+        elif not fits_easily(self._priced.graph, target_bytes):
             target_bytes = max(target_bytes, self._least_bytes)
 
         def make() -> SolveResult:
             target = Budget(total_bytes=target_bytes, headroom_bytes=0)
-            hint = None if below is None else self._results[below].schedule
             result = solve_step(self._priced, target, self._solving, hint=hint)
             self._solve_s += result.solve_s
             return result

@@ -8,10 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from planner.base.solve_options import SolveOptions
 from planner.compiled import inductor_rounds
 from planner.compiled.inductor_rounds import WORTH_A_ROUND, _Search
+from planner.compiled.options import CompiledOptions
+from planner.compiled.priced_step import price_step
+from planner.planning.known_least import known_least_memory
+from tests.planner.compiled.test_joint_step import joint_step_of
 
 NUM_LEVELS = 31
 SHARES = {"as expected": 1.0, "less than expected": 0.88, "more than expected": 1.04}
@@ -149,14 +155,34 @@ def test_levels_that_are_farther_off_than_ever_seen_are_read(
         assert peaks[level] <= usable
 
 
+def test_levels_below_the_least_memory_are_solved_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the second one, for which what was found for the first is no start within its memory."""
+
+    def loss(x: Tensor, *weights: Tensor) -> Tensor:
+        for weight in weights:
+            x = (x @ weight).sin().exp().cos()
+        return x.sum()
+
+    inputs = [torch.randn(32, 32, requires_grad=True) for _ in range(6)]
+    step = joint_step_of(loss, *inputs)
+    priced = price_step(step)
+    search = _Search(priced, CompiledOptions.of({"budget_gb": 1}), "a name of this test", never)
+    least_bytes = known_least_memory(priced.graph, 0).peak_bytes
+    monkeypatch.setattr(search, "_target_bytes", lambda level: least_bytes - 300 + 100 * level)
+    for level in range(3):
+        assert search._solved(level).peak_bytes == least_bytes
+
+
+def never(*_: Any) -> Any:
+    """What is not to be called."""
+    raise AssertionError
+
+
 def test_least_memory_is_asked_for_near_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes seconds; where uniform segments fit well below a level, nobody needs it."""
     targets = [1000 + 100 * level for level in range(NUM_LEVELS)]
 
-    def asked(*_: Any) -> Any:
-        raise AssertionError
-
-    monkeypatch.setattr(inductor_rounds, "known_least_memory", asked)
+    monkeypatch.setattr(inductor_rounds, "known_least_memory", never)
     level, _ = _within(targets, 2500, monkeypatch, targets=targets, easy=1800, least=None)
     assert targets[level] <= 2500
 
