@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -178,8 +180,17 @@ def test_a_handful_of_models_is_green(name: str) -> None:
 
 
 def test_a_recurrent_backward_pass_is_not_tried_on_made_up_memory() -> None:
-    """Planning an LSTM over two layers runs in a process of its own and comes back."""
-    from benchmarks.sweeps.setups import SETUPS
+    """Planning an LSTM over two layers runs in a process of its own and comes back.
 
-    record = run_isolated(lambda: run_subject(SETUPS["LSTM"]), Limits(time_s=100))
-    assert record["outcome"] == "green", record
+    In a new process, because PyTorch computes no gradients in forks of one in which its threads
+    have begun, and another test may have begun them.
+    """
+    code = (
+        "from benchmarks.sweeps.isolated import Limits, run_isolated\n"
+        "from benchmarks.sweeps.model_run import run_subject\n"
+        "from benchmarks.sweeps.setups import SETUPS\n"
+        "record = run_isolated(lambda: run_subject(SETUPS['LSTM']), Limits(time_s=100))\n"
+        "assert record['outcome'] == 'green', record\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
