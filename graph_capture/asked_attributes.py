@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .holders import dict_of, in_class, weakly
+from .holders import dict_of, has_dict, in_class, weakly
 from .named_reads import is_library, is_users, is_users_class
 from .private_torch.fake_tensors import FakeTensor
 from .reads import Place, Where, place_of
@@ -102,10 +102,20 @@ def _in_module(module: types.ModuleType, name: str, label: str) -> Iterator[Plac
 def _in_object(holder: Any, name: str, label: str) -> Iterator[Place]:
     if name in dict_of(holder):
         yield place_of(label, Where.DICT, weakly(holder), name)
-    elif isinstance(holder, types.FunctionType) or not hasattr(holder, name):
+    elif has_dict(holder) and not _has(holder, name):
         yield Place(
             label=label, where=Where.SHADOW, holder=weakly(holder), key=name, held=snapshot(ABSENT)
         )
+
+
+def _has(holder: Any, name: str) -> bool:
+    """Whether an object has an attribute; of a function, its own table says so."""
+    if isinstance(holder, types.FunctionType):
+        return False
+    try:
+        return hasattr(holder, name)
+    except Exception:  # noqa: BLE001 - the object's own __getattr__, such as a dict's lookup
+        return True
 
 
 __all__ = ["AskedAttributes"]

@@ -101,6 +101,7 @@ _READ_FOR_MESSAGES = frozenset(
 )
 _READ_FILES = frozenset({"numpy", "yaml", "pandas", "scipy", "PIL"})
 _STAT = os.stat
+_WHAT_THEY_TAKE = (os.supports_fd, os.supports_dir_fd, os.supports_follow_symlinks)
 _ENVIRONMENT = type(os.environ).__getitem__.__code__
 _SEED = random.Random.seed.__code__
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -174,8 +175,17 @@ class AskedElsewhere:
             (builtins, "open"),
         ]
         before = [getattr(module, name) for module, name in of_files]
+        listed = []
         for (module, name), own in zip(of_files, before, strict=True):
-            setattr(module, name, self._open(own) if name == "open" else self._of_path(own))
+            instead = self._open(own) if name == "open" else self._of_path(own)
+            setattr(module, name, instead)
+            listed += [(known, instead) for known in _WHAT_THEY_TAKE if own in known]
+        for known, instead in listed:
+            known.add(instead)
+        for table in _tables_of_users():  # before forward runs, which may go through one of them
+            self._exchange(table)
+        callbacks = list(gc.callbacks)  # they run whenever memory is low, and forward asks nothing
+        gc.callbacks.clear()
         profiler = sys.getprofile()
         if profiler is None:
             sys.setprofile(self._profile)
@@ -184,6 +194,9 @@ class AskedElsewhere:
         finally:
             if profiler is None:
                 sys.setprofile(None)
+            gc.callbacks[:0] = callbacks
+            for known, instead in listed:
+                known.discard(instead)
             for (module, name), own in zip(of_files, before, strict=True):
                 setattr(module, name, own)
             for table, name, own in reversed(self._undo):
@@ -411,6 +424,17 @@ def _is_users_own(code: types.CodeType, table: dict[str, Any]) -> bool:
     return is_users_file(name) and not is_library_file(name)
 
 
+def _tables_of_users() -> list[dict[str, Any]]:
+    """The names of each of the user's files that is imported."""
+    found = []
+    for module in list(sys.modules.values()):
+        table: dict[str, Any] = vars(module) if isinstance(module, types.ModuleType) else {}
+        name = table.get("__file__")
+        if isinstance(name, str) and is_users_file(name) and not is_library_file(name):
+            found.append(table)
+    return found
+
+
 def _nobody(*_told: Any) -> None:
     """Stand in for who is told, once the capture is over."""
 
@@ -426,7 +450,10 @@ def not_watched() -> Iterator[None]:
     """While active, the calls of this thread are not looked at: PyTorch's own, of which a
     capture has hundreds of thousands."""
     profiler = sys.getprofile()
-    if profiler is None:
+    watches = isinstance(profiler, types.MethodType) and isinstance(
+        profiler.__self__, AskedElsewhere
+    )
+    if not watches:  # somebody else's, which may be written in C and could not be put back
         yield
         return
     sys.setprofile(None)

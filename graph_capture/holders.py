@@ -18,6 +18,14 @@ def dict_of(holder: Any) -> dict[str, Any]:
     return held if isinstance(held, dict) else {}
 
 
+def has_dict(holder: Any) -> bool:
+    """Whether an object has a table of attributes of its own, so that it may get more."""
+    try:
+        return isinstance(object.__getattribute__(holder, "__dict__"), dict)
+    except AttributeError:
+        return False
+
+
 def in_class(cls: type, name: str) -> tuple[type | None, Any]:
     """Return the class in which an attribute is found, and its value there."""
     for base in cls.__mro__:

@@ -90,6 +90,9 @@ _PARTS_OF_FUNCTIONS = (
     ("__kwdefaults__", "keyword defaults"),
 )
 _CACHED = type(functools.lru_cache(len))  # no other name
+_WITH_NAMES = (
+    *(type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+)
 _PLAIN_CALLS = (types.FunctionType, types.WrapperDescriptorType)
 _MAX_MET = 1000  # items of a container that are looked into
 _MAX_DEPTH = 20
@@ -254,7 +257,8 @@ class Watcher:
             if id(holder) in self.stands_for:
                 self._attributes.note(self.stands_for[id(holder)], name, "a tensor of the model")
             return
-        path = getattr(holder, "__name__", type(holder).__name__)
+        named = isinstance(holder, _WITH_NAMES)  # of others, __getattr__ may do anything
+        path = holder.__name__ if named else type(holder).__name__
         self._meet(holder, path)
         if isinstance(holder, types.MethodType):
             holder = holder.__func__
@@ -492,7 +496,7 @@ class Watcher:
         if self.elsewhere.has_lent(value):
             return
         path = label.split("'")[1] if "'" in label else label
-        if value in (decimal, decimal.Decimal) and not is_library(code):
+        if (value is decimal or value is decimal.Decimal) and not is_library(code):
             self.elsewhere.note_decimals()
         if isinstance(value, types.ModuleType):
             if (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import configparser
+import cProfile
 import decimal
 import functools
 import gc
@@ -13,6 +14,7 @@ import os
 import pathlib
 import queue
 import secrets
+import shutil
 import string
 import sys
 import threading
@@ -167,7 +169,11 @@ WAYS: dict[str, tuple[Callable[[Any], float], Callable[[Asks, Patch], Any]]] = {
     ),
     "torch.backends": (
         lambda model: float(torch.backends.cudnn.benchmark),
-        lambda model, patch: patch.setattr(torch.backends.cudnn, "benchmark", True),
+        lambda model, patch: (
+            # PyTorch's own tests forbid it for the rest of a process.
+            patch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True),
+            patch.setattr(torch.backends.cudnn, "benchmark", True),
+        ),
     ),
     "default device": (
         lambda model: float(torch.get_default_device().type == "meta"),
@@ -570,3 +576,75 @@ def test_an_ordinary_model_is_asked_for_nothing_more() -> None:
     """Each step compares what it did before."""
     labels = [place.label for place in _reads(nn.Sequential(nn.Linear(WIDTH, 4), nn.GELU())).places]
     assert not [label for label in labels if label.startswith(("the answer", "the state"))]
+
+
+SCALES = np.array([2.0, 3.0])
+
+
+class _Config(dict[str, float]):
+    __getattr__ = dict.__getitem__
+
+
+def _goes_through_its_file(model: Asks) -> float:
+    return sum(2.0 for name in globals() if name == "_Config")
+
+
+def _copies_a_link(model: Asks) -> float:
+    link = HOME / "link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(HOME / "number")
+    shutil.copy2(link, HOME / "copy", follow_symlinks=False)
+    return 2.0
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: float(SCALES[0]),
+        lambda model: 2.0 if hasattr(SCALES, "shape") and not hasattr(SCALES, "later") else 1.0,
+        lambda model: 2.0 if hasattr({1}, "add") and not hasattr({1}, "later") else 1.0,
+        lambda model: 2.0 if hasattr(_Config(gain=2.0), "gain") else 1.0,
+        lambda model: getattr(_Config(gain=2.0), "gain", 1.0),
+        _goes_through_its_file,
+        _copies_a_link,
+    ],
+    ids=["array", "of an array", "of a set", "hasattr", "getattr", "names", "links"],
+)
+def test_answers_stay_what_they_are(ask: Callable[[Any], float]) -> None:
+    """To ask is no error, and nothing has changed."""
+    assert _reads(_asking(ask)).difference() is None
+
+
+def test_a_profiler_of_somebody_elses_goes_on() -> None:
+    """One that is written in C cannot be taken off and put back."""
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        _reads(_asking(lambda model: 2.0))
+        seen = sys.getprofile()
+    finally:
+        profile.disable()
+    assert seen is profile
+    names = {getattr(entry.code, "co_name", "") for entry in profile.getstats()}
+    assert "trace_step" in names
+
+
+def test_what_the_collector_calls_is_not_forwards_own() -> None:
+    """It runs whenever there is much to collect."""
+    times: list[float] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        times.append(time.perf_counter())
+
+    def ask(model: Asks) -> float:
+        gc.collect()
+        return 2.0
+
+    before = list(gc.callbacks)
+    gc.callbacks.append(note)
+    try:
+        _reads(_asking(ask))
+        assert gc.callbacks[-1] is note
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.callbacks == before
