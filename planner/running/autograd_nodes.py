@@ -31,7 +31,8 @@ class HandOver(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         ctx.handed_over[ctx.place] = gradient.detach()
-        return gradient.new_empty(()).expand(gradient.shape), None, None
+        # Of zeros, as what happens to lie there may be NaN, which detect_anomaly looks for.
+        return gradient.new_zeros(()).expand(gradient.shape), None, None
 
 
 class FirstDerivative(torch.autograd.Function):
