@@ -73,7 +73,10 @@ class Partitioner:
         """Compile a graph of Dynamo's, and compare its calls with the plan if one was made."""
         self.inputs = [t for t in inputs if isinstance(t, torch.Tensor)]
         self.was_asked, self.planned = False, None
-        function = compile_graph()
+        try:
+            function = compile_graph()
+        finally:
+            self.inputs = None  # a batch, and what it was computed from
         if self.planned is None:
             return function
         return self._so_far.calls.watched(self.planned, function)

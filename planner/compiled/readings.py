@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import GraphModule
 
-from graph_capture.private_torch.compiler import inductor_settings
+from graph_capture.private_torch.compiler import functorch_config, inductor_settings
 from graph_capture.private_torch.trees import tree_leaves
 from solvers.result import SolveResult
 from solvers.schedule import Schedule
@@ -92,7 +92,8 @@ def peak_of(code: str, schedule: Schedule | None, make: Callable[[], int]) -> in
 
 def name_of(priced: PricedStep) -> str:
     """A name of all that the generated code of a step's schedules depends on."""
-    digest = hashlib.sha256(f"{hash(priced.graph)} {inductor_settings()}".encode())
+    settings = inductor_settings(), functorch_config().donated_buffer
+    digest = hashlib.sha256(f"{hash(priced.graph)} {settings}".encode())
     module = priced.step.module
     graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]  # branches
     for node in (n for graph in graphs for n in graph.nodes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from planner import PlanError
+from planner.compiled.options import CompiledOptions
+from planner.compiled.partition import Partitioner
+from planner.compiled.step_so_far import StepSoFar
 from planner.measuring.measure import measure
 from tests.planner.compiled.models import Block, assert_same, compiled, model_and_sample, step
 
@@ -115,3 +119,13 @@ def test_plain_python_between_graphs_counts() -> None:
         few, many = plans_of(lambda x: x), plans_of(lambda x: x.exp().sin())
     assert few[0] == many[0]
     assert many[1] == few[1] + 128 * 32 * 4  # exp's result; sin's is the second graph's input
+
+
+def test_a_partitioner_keeps_no_batch() -> None:
+    """Within ``install`` it lives as long as the training loop."""
+    partitioner = Partitioner(CompiledOptions.of({"budget_gb": 1}), so_far=StepSoFar())
+    batch = torch.randn(4)
+    kept = weakref.ref(batch)
+    partitioner.compiled(lambda: torch.sin, [batch])
+    del batch
+    assert kept() is None
