@@ -31,7 +31,8 @@ class CompiledPlan:
         Of forward and backward, resident tensors included: of the schedule with eager
         kernels, of the compiled code with Inductor.
     unplanned_peak_bytes
-        The same if everything were kept.
+        The same without a budget: of PyTorch's own partition where its code was read, which is
+        where it may fit, else of the cost graph if everything were kept.
     lower_bound_ns
         No schedule of ``graph`` within the memory that was given to the solver takes less.
     status

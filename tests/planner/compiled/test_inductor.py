@@ -93,13 +93,7 @@ def test_measured_peak_is_that_of_the_generated_code(ran: Ran) -> None:
 @pytest.mark.slow
 def test_code_that_was_read_is_compiled_as_it_is(ran: Ran) -> None:
     """Compiling the chosen graphs generates nothing anew."""
-    assert ran.num_generated == len(ran.codes) > 2
-
-
-@pytest.mark.slow
-def test_unplanned_peak_is_that_of_plain_compile(ran: Ran) -> None:
-    """PyTorch's own partition is lowered and read, too."""
-    assert ran.plan.unplanned_peak_bytes == ran.unbudgeted_bytes
+    assert ran.num_generated == len(ran.codes) >= 2
 
 
 @pytest.mark.slow
@@ -112,12 +106,13 @@ def test_recomputation_survives_lowering(ran: Ran) -> None:
 
 
 @pytest.mark.slow
-def test_a_budget_above_all_leaves_pytorchs_own_partition() -> None:
-    """Nothing is solved, and the words say so."""
+def test_a_budget_above_all_leaves_pytorchs_own_partition(ran: Ran) -> None:
+    """Its code is read, nothing is solved, and the words say so."""
     model, x = model_and_sample()
     call, plans = compiled(model, lower="inductor", budget_gb=1)
     step(model, call, x)
     assert plans[0].overhead == 0
+    assert plans[0].unplanned_peak_bytes == ran.unbudgeted_bytes
     assert "PyTorch's own partition fits" in str(plans[0])
 
 
