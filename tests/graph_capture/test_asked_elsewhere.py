@@ -42,6 +42,7 @@ from .odd import WIDTH, Three, mean_square, normal
 Patch = pytest.MonkeyPatch
 LOG = logging.getLogger("tests.asked")
 NAMED = 2.0
+BACKENDS = torch.backends.flags_frozen.__globals__
 CACHE: dict[int, float] = {}
 HOME = pathlib.Path()
 
@@ -171,7 +172,7 @@ WAYS: dict[str, tuple[Callable[[Any], float], Callable[[Asks, Patch], Any]]] = {
         lambda model: float(torch.backends.cudnn.benchmark),
         lambda model, patch: (
             # PyTorch's own tests forbid it for the rest of a process.
-            patch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True),
+            patch.setitem(BACKENDS, "__allow_nonbracketed_mutation_flag", True),
             patch.setattr(torch.backends.cudnn, "benchmark", True),
         ),
     ),
