@@ -185,6 +185,7 @@ class _Search:
         self._rounds, self._num_levels = options.rounds, 2**options.rounds - 1
         self._base_cost_ns = priced.graph.base_cost_ns
         self._results: dict[int, SolveResult] = {}
+        self._expected: dict[int, int] = {}  # bytes, by level
         self._bottom_bytes = int(needs_bytes(graph_arrays(priced.graph)).max())
         self._most_bytes = replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes
         self._solve_s = 0.0
@@ -290,9 +291,11 @@ class _Search:
 
     def _expected_bytes(self, level: int) -> int:
         """What the code of a level is expected to take."""
-        schedule = self._solved(level).schedule
-        assert schedule is not None
-        return expected_peak_bytes(self._priced, schedule)
+        if level not in self._expected:
+            schedule = self._solved(level).schedule
+            assert schedule is not None
+            self._expected[level] = expected_peak_bytes(self._priced, schedule)
+        return self._expected[level]
 
     def _solved(self, level: int) -> SolveResult:
         """Solve for a level, from what is known to fit a lower one."""
