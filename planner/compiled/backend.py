@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from graph_capture.private_torch.compiled_calls import enter_calls
 from graph_capture.private_torch.compiler import (
     aot_autograd,
     differentiates_inside,
@@ -26,6 +27,7 @@ from ..running.rewrite import BoxedCodeGen
 from .options import CompiledOptions
 from .partition import Partitioner
 from .step_so_far import StepSoFar
+from .unplanned_calls import UnplannedCalls
 
 
 def remat(
@@ -117,6 +119,9 @@ def _boxed(module: GraphModule, inputs: Sequence[Any]) -> Any:
         return module.forward(boxed)
 
     return takes_boxed(run)
+
+
+enter_calls(remat, lambda: UnplannedCalls().call)  # also where PyTorch loads it by its entry point
 
 
 def register() -> None:

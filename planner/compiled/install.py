@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from graph_capture.private_torch.compiled_calls import entering_calls
 from graph_capture.private_torch.inductor import (
     compiling_by,
     custom_partitioner,
@@ -18,6 +19,7 @@ from .compiled_plan import CompiledPlan
 from .options import CompiledOptions
 from .partition import Partitioner
 from .step_so_far import StepSoFar
+from .unplanned_calls import UNPLANNED, UnplannedCalls
 
 
 @contextmanager
@@ -46,7 +48,8 @@ def install(**options: Any) -> Iterator[list[CompiledPlan]]:
     Warns
     -----
     PlanWarning
-        At the end of the block, when nothing was planned in it.
+        When a training step, or a part of it, runs by no plan; at the end of the block, when
+        nothing was planned in it.
     """
     if options.get("lower", "inductor") != "inductor":
         raise ValueError(
@@ -69,12 +72,14 @@ def install(**options: Any) -> Iterator[list[CompiledPlan]]:
     ) -> Callable[..., Any]:
         return partition.compiled(lambda: compile_fx(module, inputs, *args, **named), inputs)
 
+    calls = UnplannedCalls()
     with (
+        entering_calls("inductor", calls.call),
         compiling_by(compile_graph),
         partitioning_by(custom_partitioner(partition, read.name)),
     ):
         yield plans
-    if not plans:
+    if not plans and UNPLANNED not in calls.said:
         warnings.warn(NOTHING_PLANNED, PlanWarning, stacklevel=3)
 
 

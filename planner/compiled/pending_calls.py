@@ -27,6 +27,7 @@ from graph_capture.recorder import storage_id
 from graph_capture.units import format_bytes
 
 from ..errors import PlanError
+from .unplanned_calls import by_plan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,6 +117,7 @@ class PendingCalls:
 
     def watched(self, graph: PlannedGraph, function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled function of a graph, each call of which is compared with the plan."""
+        run_by_plan = by_plan(function)
 
         def run(*inputs: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -127,7 +129,7 @@ class PendingCalls:
             if keys not in self._compared:
                 self._compare(graph, tensors)
                 self._compared.add(keys)
-            results = function(*inputs)
+            results = run_by_plan(*inputs)
             node = self._new_node(results)
             if node is not None:
                 self._calls.append(_Call.of(graph, key, node, tensors, results))

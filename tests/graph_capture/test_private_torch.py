@@ -9,7 +9,8 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from graph_capture import private_torch
 from graph_capture.private_torch import (
     aten,
     autograd,
+    compiled_calls,
     compiler,
     devices,
     dispatch,
@@ -551,6 +553,39 @@ def _puts() -> bool:
     )
 
 
+def _calls_are_entered(*, named: bool) -> bool:
+    """Whether a context is around each call, and is told of the one that compiles."""
+    told: list[str] = []
+
+    def backend(module: Any, _inputs: Any) -> Any:
+        return lambda *given: (told.append("run"), module.forward(*given))[1]
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        told.append("call")
+        with compiled_calls.hearing_of_compiles(
+            lambda: told.append("compiles"), lambda: told.append("compiled")
+        ):
+            yield
+        told.append("end")
+
+    torch.compiler.reset()
+    place = replacing.Place(torch._TorchCompileWrapper, "compiler_fn")
+    with ExitStack() as stack:
+        if named:
+            stack.enter_context(compiled_calls.entering_calls("backend", around))
+        else:
+            stack.enter_context(place.holding(None))
+            compiled_calls.enter_calls(backend, lambda: around)
+        call = torch.compile(lambda x: x + 1, backend=backend)
+        other = torch.compile(lambda x: x - 1, backend="eager")
+        for _ in range(2):
+            other(call(torch.ones(1)))
+    call(torch.ones(1))
+    first, second = ["call", "compiles", "compiled", "run", "end"], ["call", "run", "end"]
+    return told == [*first, *second, *(["run"] if named else second)]
+
+
 def _registers() -> bool:
     from torch._dynamo.backends import registry
 
@@ -760,6 +795,9 @@ CHECKS: dict[str, Callable[[], Any]] = {
         torch.ops.aten.detach.default in module_program.never_counted()
     ),
     "module_program.fitting_by": _fits_by_ours,
+    "compiled_calls.enter_calls": lambda: _calls_are_entered(named=False),
+    "compiled_calls.entering_calls": lambda: _calls_are_entered(named=True),
+    "compiled_calls.hearing_of_compiles": lambda: _calls_are_entered(named=True),
     "compiler.aot_autograd": lambda: callable(compiler.aot_autograd(fw_compiler=lambda m, _: m)),
     "compiler.backend_named": lambda: callable(compiler.backend_named("aot_eager")),
     "compiler.dynamo_config": lambda: hasattr(compiler.dynamo_config(), "recompile_limit"),
