@@ -37,6 +37,20 @@ def inductor_settings() -> str:
     return repr(sorted(settings.items()))
 
 
+def inductor_cache_folder() -> str | None:
+    """``cache_dir_utils.cache_dir``: where compiled code is kept; ``None`` where it is not; 2.11+.
+
+    That is where ``fx_graph_cache`` is off or ``force_disable_caches`` on.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    config = inductor_config()
+    if config.force_disable_caches or not config.fx_graph_cache:
+        return None
+    folder: str = cache_dir()
+    return folder
+
+
 def forget_compiled_code() -> None:
     """``torch._dynamo.reset()``: no compiled code of the process is left; 2.11+."""
     import torch._dynamo
@@ -137,6 +151,7 @@ __all__ = [
     "functorch_config",
     "functorch_partitioners",
     "holds_up_to",
+    "inductor_cache_folder",
     "inductor_config",
     "inductor_settings",
     "largest",

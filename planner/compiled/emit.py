@@ -22,10 +22,11 @@ from graph_capture.private_torch.compiler import saved_description
 from graph_capture.private_torch.inductor_fusion import FusionRules, KernelPlace, put, put_freed
 from graph_capture.purity import draws
 from graph_capture.recorder import storage_id
-from solvers.replay import InvalidScheduleError
+from solvers.replay import InvalidScheduleError, replay
 from solvers.schedule import Schedule
 
 from .drawn_again import draw_again, read_state
+from .held_fusion import WithinMemory
 from .joint_step import is_number, is_view, items_of, makes_memory, tensors_of
 from .priced_step import PricedStep
 
@@ -72,6 +73,13 @@ def emit(
         if node.op in ("call_function", "get_attr"):
             node.meta["autograd_backward"] = True
     return GraphModule(step.module, forward.graph), GraphModule(step.module, backward.graph)
+
+
+def emit_held(priced: PricedStep, schedule: Schedule) -> tuple[GraphModule, GraphModule]:
+    """Emit a schedule for Inductor, which may join kernels only within the schedule's memory."""
+    replayed = replay(priced.graph, schedule)
+    rules = WithinMemory(memory_bytes=replayed.memory_bytes, limit_bytes=replayed.peak_bytes)
+    return emit(priced, schedule, rules)
 
 
 def _described(step: Any, saved: Sequence[Node]) -> tuple[Any, ...] | None:

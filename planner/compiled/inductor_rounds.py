@@ -1,4 +1,4 @@
-"""Choose what Inductor gets: a partition whose compiled code stays within the budget.
+"""Search for a partition whose compiled code stays within the budget.
 
 The cost graph predicts fusion by rule. What a schedule counts on is then held
 (:mod:`planner.compiled.held_fusion`), and the code that Inductor generates shows what it takes.
@@ -8,9 +8,7 @@ rounds. To solve for a level is fast beside generating its code, so the first co
 that of the highest level whose code is expected to fit (:mod:`planner.compiled.expected_peak`).
 What it takes beside what was expected of it says which level is next: a lower one where it does
 not fit, a higher one where it leaves more than 5 % of the budget and took less than expected. What
-was solved and read is kept for other budgets (:mod:`planner.compiled.readings`). PyTorch's own
-partition is tried first, unless what forward hands to backward is too large already: where it
-fits, nothing is to be solved.
+was solved and read is kept for other budgets (:mod:`planner.compiled.readings`).
 
 The least memory of any schedule is searched for only where a budget comes near it, as that takes
 seconds. Where the search ends at one of the lowest levels above it, others of these that are
@@ -18,23 +16,16 @@ cheaper are read, too: there the solver may find little more than the schedule o
 which repeats nearly everything and whose code may take more than a higher level's. Where nothing
 fits, all of them are read. They do not depend on the budget, so what an error names as the least
 is found again.
-
-Generated code is read on the CPU only. Elsewhere the plan goes by the rules of fusion, in one
-round, and a warning says so.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch.fx import GraphModule
 
-from graph_capture.units import format_bytes
-from graph_capture.without_collector import without_collector
 from solvers.arrays import graph_arrays
 from solvers.least_memory import needs_bytes
 from solvers.replay import replay
@@ -42,15 +33,12 @@ from solvers.result import SolveResult
 from solvers.schedule import Schedule
 
 from ..base.budget import Budget
-from ..errors import InfeasibleBudgetError, PlanWarning
 from ..planning.known_least import fits_easily, known_least_memory
-from .emit import emit
+from .emit import emit_held
 from .expected_peak import expected_peak_bytes
-from .held_fusion import WithinMemory
-from .lowered_peak import handed_over_bytes, lowered_extra_bytes
 from .options import CompiledOptions
-from .priced_step import PricedStep, unplanned_peak_bytes
-from .readings import Reading, name_of, peak_of, result_of
+from .priced_step import PricedStep
+from .readings import Reading, peak_of, result_of
 from .solve_step import solve_step
 
 WORTH_A_ROUND = 0.05
@@ -63,92 +51,8 @@ LEAST_EXPECTED = 0.75
 """The least share of a level's memory that is expected of any code: results of fused kernels that
 take no memory of their own were seen to make it 0.88."""
 
-OWN_MAY_FIT = 0.7
-"""Share of the memory of keeping everything from which on PyTorch's own partition may fit: it was
-seen to take from 75 % on."""
-
 LOWEST_LEVELS = 3
 """How many levels are all read where a search ends at one of them, or finds nothing."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lowered:
-    """A partition, and what Inductor makes of it, or is expected to.
-
-    Parameters
-    ----------
-    forward, backward
-        The two graphs.
-    peak_bytes
-        Of the compiled step, resident tensors included.
-    is_read
-        Whether the peak is that of the generated code.
-    schedule
-        Of the priced step; ``None`` for PyTorch's own partition.
-    result
-        Of the solver; ``None`` likewise.
-    solve_s
-        Seconds of solving, of all rounds.
-    """
-
-    forward: GraphModule
-    backward: GraphModule
-    peak_bytes: int
-    is_read: bool = True
-    schedule: Schedule | None = None
-    result: SolveResult | None = None
-    solve_s: float = 0.0
-
-
-@without_collector()  # Inductor makes many objects, and few of them are cycles
-def choose(
-    priced: PricedStep,
-    budget: Budget,
-    options: CompiledOptions,
-    own: Callable[[], tuple[GraphModule, GraphModule]],
-) -> tuple[Lowered, int]:
-    """Return the chosen partition, and the peak without a budget.
-
-    Parameters
-    ----------
-    own
-        Makes PyTorch's partition of the same graph.
-
-    Raises
-    ------
-    InfeasibleBudgetError
-        When no partition that was found stays within the budget.
-    """
-    if not can_be_read(priced.device):
-        warnings.warn(BY_RULE, PlanWarning, stacklevel=2)
-        return _by_rule(priced, budget, options, own)
-    resident_bytes, num_outputs = priced.graph.resident_bytes, len(priced.step.outputs)
-
-    def lower(forward: GraphModule, backward: GraphModule) -> int:
-        return resident_bytes + lowered_extra_bytes(forward, backward, num_outputs)
-
-    usable_bytes, name = budget.usable_bytes, name_of(priced)
-    unplanned_bytes = unplanned_peak_bytes(priced)
-
-    def read_own(forward: GraphModule, backward: GraphModule) -> Lowered:
-        peak_bytes = peak_of(name, None, lambda: lower(forward, backward))
-        return Lowered(forward=forward, backward=backward, peak_bytes=peak_bytes)
-
-    theirs: Lowered | None = None
-    if usable_bytes >= OWN_MAY_FIT * unplanned_bytes:
-        graphs = own()
-        if resident_bytes + handed_over_bytes(graphs[0]) <= usable_bytes:
-            theirs = read_own(*graphs)
-    if theirs is not None and theirs.peak_bytes <= usable_bytes:
-        return theirs, theirs.peak_bytes
-    search = _Search(priced, options, name, lower)
-    best = search.within(usable_bytes)
-    if best is None:
-        theirs = theirs or read_own(*own())
-        if theirs.peak_bytes <= usable_bytes:
-            return theirs, theirs.peak_bytes
-        raise _nothing_fits(budget, min(theirs.peak_bytes, search.lowest_bytes))
-    return search.lowered(best), unplanned_bytes if theirs is None else theirs.peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +72,21 @@ class _Found:
         return unused_bytes <= WORTH_A_ROUND * usable_bytes or self.best.cost_ns <= base_cost_ns
 
 
-class _Search:
-    """Solves for levels of memory and reads what comes of them."""
+class Search:
+    """Solves for levels of memory and reads what comes of them.
+
+    Parameters
+    ----------
+    name
+        Of the priced step, see :func:`~planner.compiled.readings.name_of`.
+    lower
+        Returns the peak of the code of forward and backward, resident tensors included.
+
+    Attributes
+    ----------
+    solve_s
+        Seconds of solving so far.
+    """
 
     def __init__(
         self,
@@ -188,7 +105,7 @@ class _Search:
         self._expected: dict[int, int] = {}  # bytes, by level
         self._bottom_bytes = int(needs_bytes(graph_arrays(priced.graph)).max())
         self._most_bytes = replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes
-        self._solve_s = 0.0
+        self.solve_s = 0.0
         self._peaks: list[int] = []
 
     def within(self, usable_bytes: int) -> Reading | None:
@@ -270,22 +187,14 @@ class _Search:
         """The lowest peak that was read."""
         return min(self._peaks)
 
-    def lowered(self, reading: Reading) -> Lowered:
-        """The partition of a reading."""
-        forward, backward = self._emit(reading.result)
-        return Lowered(
-            forward=forward,
-            backward=backward,
-            peak_bytes=reading.peak_bytes,
-            schedule=reading.result.schedule,
-            result=reading.result,
-            solve_s=self._solve_s,
-        )
-
     def _at(self, level: int) -> Reading:
         """Read the code of a level."""
         result = self._solved(level)
-        peak_bytes = peak_of(self._name, result.schedule, lambda: self._lower(*self._emit(result)))
+        schedule = result.schedule
+        assert schedule is not None
+        peak_bytes = peak_of(
+            self._name, schedule, lambda: self._lower(*emit_held(self._priced, schedule))
+        )
         self._peaks.append(peak_bytes)
         return Reading(result=result, peak_bytes=peak_bytes)
 
@@ -312,7 +221,7 @@ class _Search:
         def make() -> SolveResult:
             target = Budget(total_bytes=target_bytes, headroom_bytes=0)
             result = solve_step(self._priced, target, self._solving, hint=hint)
-            self._solve_s += result.solve_s
+            self.solve_s += result.solve_s
             return result
 
         result = self._results[level] = result_of(self._name, target_bytes, self._solving, make)
@@ -323,69 +232,10 @@ class _Search:
         between_bytes = max(0, self._most_bytes - self._bottom_bytes)
         return self._bottom_bytes + level * between_bytes // max(1, self._num_levels - 1)
 
-    def _emit(self, result: SolveResult) -> tuple[GraphModule, GraphModule]:
-        assert result.schedule is not None
-        replayed = replay(self._priced.graph, result.schedule)
-        rules = WithinMemory(memory_bytes=replayed.memory_bytes, limit_bytes=replayed.peak_bytes)
-        return emit(self._priced, result.schedule, rules)
-
-
-BY_RULE = (
-    "the code that Inductor generates is read back on the CPU only: on this device the plan's peak "
-    "comes from kernels fused by rule and may be off; measure a step, and leave headroom="
-)
-
-
-def can_be_read(device: torch.device) -> bool:
-    """Whether generated code can be run without its kernels, which shows its peak."""
-    return device.type == "cpu"
-
-
-def _by_rule(
-    priced: PricedStep,
-    budget: Budget,
-    options: CompiledOptions,
-    own: Callable[[], tuple[GraphModule, GraphModule]],
-) -> tuple[Lowered, int]:
-    """One solve, whose peak is the cost graph's."""
-    everything_bytes = unplanned_peak_bytes(priced)
-    if everything_bytes <= budget.usable_bytes:
-        forward, backward = own()
-        theirs = Lowered(
-            forward=forward, backward=backward, peak_bytes=everything_bytes, is_read=False
-        )
-        return theirs, everything_bytes
-    result = solve_step(priced, budget, options.solving)
-    assert result.schedule is not None
-    forward, backward = emit(priced, result.schedule)
-    found = Lowered(
-        forward=forward,
-        backward=backward,
-        peak_bytes=replay(priced.graph, result.schedule).peak_bytes,
-        is_read=False,
-        schedule=result.schedule,
-        result=result,
-        solve_s=result.solve_s,
-    )
-    return found, everything_bytes
-
 
 def _cost_ns(found: Reading | SolveResult) -> int:
     assert found.cost_ns is not None
     return found.cost_ns
 
 
-def _nothing_fits(budget: Budget, lowest_bytes: int) -> InfeasibleBudgetError:
-    min_budget_bytes = budget.total_for(lowest_bytes)
-    return InfeasibleBudgetError(
-        f"No partition that was found stays within {format_bytes(budget.total_bytes)} "
-        f"({budget.total_bytes} bytes) once Inductor has compiled it. The least budget known to "
-        f"work is {format_bytes(min_budget_bytes)} (budget_bytes={min_budget_bytes}); whether a "
-        "lower one exists is not proven. A smaller batch or a shorter sequence lowers it.",
-        budget_bytes=budget.total_bytes,
-        min_budget_bytes=min_budget_bytes,
-        lower_bound_bytes=0,
-    )
-
-
-__all__ = ["Lowered", "choose"]
+__all__ = ["Search"]

@@ -10,6 +10,7 @@ from graph_capture.loop_holds import Grads, LoopHolds
 
 from ..base.budget import parse_budget, parse_headroom
 from ..base.solve_options import SolveOptions
+from .code_name import code_name
 from .compiled_plan import CompiledPlan
 
 Lower = Literal["inductor", "aot_eager"]
@@ -60,11 +61,8 @@ class CompiledOptions:
 
     @property
     def name(self) -> str:
-        """What a plan depends on besides the graph, for caches of compiled code.
-
-        The number is that of the rules by which kernels are fused.
-        """
-        return f"remat-planner 3: {replace(self, on_plan=None)}"
+        """What a plan depends on besides the graph, for caches of compiled code."""
+        return f"remat-planner {code_name()}: {replace(self, on_plan=None)}"
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> CompiledOptions:

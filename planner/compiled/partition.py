@@ -17,15 +17,14 @@ from graph_capture.private_torch.compiler import min_cut_partition
 from graph_capture.private_torch.fake_tensors import FakeTensor
 from graph_capture.units import format_bytes
 from solvers.replay import replay
-from solvers.result import SolveStatus
 from solvers.schedule import Schedule
 
 from ..base.budget import parse_headroom
 from ..errors import InfeasibleBudgetError, PlanWarning
+from .choose import Graphs, choose
 from .compiled_plan import CompiledPlan
 from .emit import emit
 from .fused_groups import fuse, kernel_ns
-from .inductor_rounds import choose
 from .joint_step import JointStep, read_joint_step, tensors_of
 from .lowered_peak import copied
 from .options import CompiledOptions
@@ -172,11 +171,11 @@ class Partitioner:
         module: GraphModule,
         joint_inputs: Sequence[Any],
         static: Sequence[int] | None,
-    ) -> tuple[CompiledPlan, _Graphs]:
+    ) -> tuple[CompiledPlan, Graphs]:
         if options.lower == "aot_eager":
             return _for_eager_kernels(step, options)
 
-        def own() -> _Graphs:
+        def own() -> Graphs:
             forward, backward = min_cut_partition(
                 copied(module),
                 joint_inputs,
@@ -195,10 +194,7 @@ def _gradient_bytes(step: JointStep) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-_Graphs = tuple[GraphModule, GraphModule]
-
-
-def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[CompiledPlan, _Graphs]:
+def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[CompiledPlan, Graphs]:
     priced = price_step(step, resident_bytes=options.resident_bytes)
     budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
     result = solve_step(priced, budget, options.solving)
@@ -221,8 +217,8 @@ def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[Compi
 
 
 def _for_inductor(
-    step: JointStep, options: CompiledOptions, own: Callable[[], _Graphs]
-) -> tuple[CompiledPlan, _Graphs]:
+    step: JointStep, options: CompiledOptions, own: Callable[[], Graphs]
+) -> tuple[CompiledPlan, Graphs]:
     warn_of_loops(step.module, step.calls)
     fused = fuse(step)
     device = device_for(device_of(step).type)
@@ -235,26 +231,26 @@ def _for_inductor(
         group_ns=lambda group, outside: kernel_ns(group, outside, device),
     )
     budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
-    chosen, unplanned_bytes = choose(priced, budget, options, own)
-    solved, result = chosen.schedule, chosen.result
-    everything = Schedule.keep_all(priced.graph)
-    notes = [FITS_AS_IT_IS if result is None else OF_FUSION]
-    notes.append(PEAK_IS_READ if chosen.is_read else PEAK_BY_RULE)
+    lowered = choose(priced, budget, options, own)
+    chosen = lowered.choice
+    solved = chosen.schedule
+    notes = [FITS_AS_IT_IS if solved is None else OF_FUSION]
+    notes.append(PEAK_IS_READ if lowered.is_read else PEAK_BY_RULE)
     plan = CompiledPlan(
         graph=priced.graph,
-        schedule=everything if solved is None else solved,
+        schedule=Schedule.keep_all(priced.graph) if solved is None else solved,
         turn=priced.turn,
         lower=options.lower,
         budget_bytes=options.budget_bytes,
         headroom_bytes=budget.headroom_bytes,
         predicted_peak_bytes=chosen.peak_bytes,
-        unplanned_peak_bytes=unplanned_bytes,
-        lower_bound_ns=priced.graph.base_cost_ns if result is None else result.lower_bound_ns,
-        status=SolveStatus.OPTIMAL if result is None else result.status,
-        solve_s=chosen.solve_s,
+        unplanned_peak_bytes=chosen.unplanned_peak_bytes,
+        lower_bound_ns=chosen.lower_bound_ns,
+        status=chosen.status,
+        solve_s=lowered.solve_s,
         notes=tuple(notes),
     )
-    return plan, (chosen.forward, chosen.backward)
+    return plan, (lowered.forward, lowered.backward)
 
 
 FITS_AS_IT_IS = "PyTorch's own partition fits, nothing was solved"

@@ -91,9 +91,12 @@ def peak_of(code: str, schedule: Schedule | None, make: Callable[[], int]) -> in
 
 
 def name_of(priced: PricedStep) -> str:
-    """A name of all that the generated code of a step's schedules depends on."""
+    """A name of all that the generated code of a step's schedules depends on.
+
+    It is the same in each process.
+    """
     settings = inductor_settings(), functorch_config().donated_buffer
-    digest = hashlib.sha256(f"{hash(priced.graph)} {settings}".encode())
+    digest = hashlib.sha256(f"{priced.graph.to_json()} {settings}".encode())
     module = priced.step.module
     graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]  # branches
     for node in (n for graph in graphs for n in graph.nodes):

@@ -495,6 +495,15 @@ def _tells_settings() -> bool:
     return inside != before == same == compiler.inductor_settings()
 
 
+def _keeps_codes_in_a_folder() -> bool:
+    config, folder = compiler.inductor_config(), compiler.inductor_cache_folder
+    with config.patch(fx_graph_cache=True, force_disable_caches=False):
+        place = folder()
+    with config.patch(fx_graph_cache=False), config.patch(force_disable_caches=True):
+        nowhere = folder()
+    return place is not None and Path(place).is_dir() and nowhere is None
+
+
 def _fuses_as_told() -> bool:
     from torch._inductor import graph
     from torch._inductor.virtualized import V
@@ -781,6 +790,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
         compiler.functorch_partitioners().min_cut_rematerialization_partition
     ),
     "compiler.inductor_settings": _tells_settings,
+    "compiler.inductor_cache_folder": _keeps_codes_in_a_folder,
     "compiler.inductor_config": lambda: hasattr(compiler.inductor_config(), "fallback_random"),
     "module_program.module_program": _chooses_what_takes_longest,
     "module_program.module_statistics": lambda: (

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from graph_capture.private_torch.compiler import inductor_config
 from graph_capture.private_torch.inductor import generate_code
 from planner import InfeasibleBudgetError, PlanWarning
-from planner.compiled import CompiledPlan, inductor_rounds, install
+from planner.compiled import CompiledPlan, choose, install
 from planner.compiled import lowered_peak as lowered
 from planner.measuring.measure import measure
 from solvers.replay import replay
@@ -147,7 +147,7 @@ def test_a_device_whose_code_is_not_read_gets_a_plan_by_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A warning says so, the plan, too; its peak is the cost graph's, within the budget."""
-    monkeypatch.setattr(inductor_rounds, "can_be_read", lambda device: False)
+    monkeypatch.setattr(choose, "can_be_read", lambda device: False)
     model, x = model_and_sample()
     told: list[CompiledPlan] = []
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from planner.base.solve_options import SolveOptions
 from planner.compiled import inductor_rounds
-from planner.compiled.inductor_rounds import WORTH_A_ROUND, _Search
+from planner.compiled.inductor_rounds import WORTH_A_ROUND, Search
 from planner.compiled.options import CompiledOptions
 from planner.compiled.priced_step import price_step
 from planner.planning.known_least import known_least_memory
@@ -35,7 +35,7 @@ def _within(
     easy: int = 10**6,
 ) -> Any:
     """The level at which a search over levels of these peaks ends, and those it read."""
-    search = object.__new__(_Search)
+    search = object.__new__(Search)
     search._rounds, search._num_levels, search._base_cost_ns = 5, NUM_LEVELS, 0
     search._priced = SimpleNamespace(graph=None)  # type: ignore[assignment]
     search._solving = SolveOptions()
@@ -166,7 +166,7 @@ def test_levels_below_the_least_memory_are_solved_for_it(monkeypatch: pytest.Mon
     inputs = [torch.randn(32, 32, requires_grad=True) for _ in range(6)]
     step = joint_step_of(loss, *inputs)
     priced = price_step(step)
-    search = _Search(priced, CompiledOptions.of({"budget_gb": 1}), "a name of this test", never)
+    search = Search(priced, CompiledOptions.of({"budget_gb": 1}), "a name of this test", never)
     least_bytes = known_least_memory(priced.graph, 0).peak_bytes
     monkeypatch.setattr(search, "_target_bytes", lambda level: least_bytes - 300 + 100 * level)
     for level in range(3):
