@@ -79,6 +79,7 @@ def split(
     owners: Sequence[int],
     compiled: Callable[[Graph, str], GraphModule],
     cuts: Sequence[int] = (),
+    turns: Sequence[int] = (),
 ) -> tuple[Segment, ...]:
     """Cut a backward graph after every so many bytes of gradients.
 
@@ -95,6 +96,9 @@ def split(
         Makes a module of a graph.
     cuts
         Where the schedule itself says so, the runs after which gradients leave.
+    turns
+        For each gradient its turn among all, where none may leave before those whose turn
+        is earlier.
 
     Returns
     -------
@@ -103,6 +107,8 @@ def split(
     """
     nodes = list(backward.graph.nodes)
     leaving = _leaving(nodes, owners)
+    if turns:
+        leaving = _in_turn(leaving, turns)
     ends = _ends_at(nodes, cuts) if cuts else _ends(nodes, sizes, leaving)
     if len(ends) == 1:
         return ()
@@ -128,6 +134,14 @@ def _leaving(nodes: Sequence[Node], owners: Sequence[int]) -> list[int]:
         memory = gradient.meta["memory"]
         together[memory] = max(together.get(memory, 0), at)
     return [together[gradient.meta["memory"]] for gradient in gradients]
+
+
+def _in_turn(leaving: Sequence[int], turns: Sequence[int]) -> list[int]:
+    """The places of :func:`_leaving`, put off until all gradients of earlier turns leave."""
+    by_turn = sorted(range(len(turns)), key=turns.__getitem__)
+    latest = itertools.accumulate((leaving[j] for j in by_turn), max)
+    put_off = dict(zip(by_turn, latest, strict=True))
+    return [put_off[j] for j in range(len(leaving))]
 
 
 def _ends(nodes: Sequence[Node], sizes: Sequence[int], leaving: Sequence[int]) -> list[int]:

@@ -74,13 +74,21 @@ class StepLayout:
 def segments_of(graphs: PlannedGraphs, captured: CapturedStep) -> tuple[Segment, ...]:
     """Return the parts of the backward graph between which gradients leave."""
     pairs = captured.step.gradients
+    # Who waits for gradients gets each as early as it is counted, the others in eager's order.
+    hands_on = captured.holds.hands_on or captured.holds.distributed is not None
     return split(
         graphs.backward,
         sizes=[_bytes_of(gradient.meta["val"]) for _, gradient in pairs],
         owners=[storage_id(node.meta["val"]) for node, _ in pairs],
         compiled=compile_boxed,
         cuts=graphs.cuts,
+        turns=() if hands_on else _turns(captured),
     )
+
+
+def _turns(captured: CapturedStep) -> list[int]:
+    """For each gradient its turn among all that arrive in eager's backward pass."""
+    return [turn for turn, _ in captured.step.arrivals]
 
 
 def _leaving(
@@ -88,20 +96,23 @@ def _leaving(
 ) -> tuple[tuple[int, ...], ...]:
     """For each segment the inputs whose gradients leave with it; the first has all others.
 
-    Where gradients are consumed, they are in the order in which they arrive as planned.
+    Those of a segment arrive in eager's order, since hooks on parameters may draw random
+    numbers, or count. Where gradients are consumed, they arrive in the order that is planned.
     """
     later = {j: s for s, segment in enumerate(segments) if s for j in segment.gradients}
     of_input = [0 if j is None else later.get(j, 0) for j in gradient_at]
     last = max(len(segments), 1) - 1
+    if captured.holds.consumes:
+        ranks = [_bytes_of(g.meta["val"]) for _, g in captured.step.gradients]
+    else:
+        ranks = _turns(captured)
     leaving = []
     for s in range(last + 1):
         mine = [i for i, place in enumerate(of_input) if place == s]
-        if captured.holds.consumes:
-            sizes = [_bytes_of(g.meta["val"]) for _, g in captured.step.gradients]
-            given = [(sizes[j], j, i) for i in mine if (j := gradient_at[i]) is not None]
-            others = [i for i in mine if gradient_at[i] is None]
-            mine = [*others, *arranged(in_turn(given), leads_on=s < last)]
-        leaving.append(tuple(mine))
+        given = [(j, i) for i in mine if (j := gradient_at[i]) is not None]
+        others = [i for i in mine if gradient_at[i] is None]
+        wanted = in_turn([(ranks[j], j, i) for j, i in given])
+        leaving.append((*others, *arranged(wanted, leads_on=s < last)))
     return tuple(leaving)
 
 

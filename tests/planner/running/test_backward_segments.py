@@ -68,6 +68,22 @@ def test_gradients_arrive_one_after_another_with_recomputation(plan: Plan) -> No
     assert found[-1].startswith("blocks.0")
 
 
+@pytest.mark.parametrize("smallest_bytes", [1, 2**40], ids=["many segments", "one segment"])
+def test_hooks_that_draw_get_eagers_numbers(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, smallest_bytes: int
+) -> None:
+    """Noise that hooks add to gradients is drawn in eager's order, recomputation or not."""
+    monkeypatch.setattr(leaving, "SMALLEST_BYTES", smallest_bytes)
+    found = []
+    for model in (make(), plan.apply(make())):
+        for p in model.parameters():
+            p.register_hook(lambda g: g + torch.randn_like(g))
+        torch.manual_seed(3)
+        square(model(sample())).backward()
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    assert_same_tensors(*found)
+
+
 class InBackward:
     """An SGD step for each parameter when its gradient has arrived, which is then freed."""
 
