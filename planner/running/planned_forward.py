@@ -196,6 +196,7 @@ class PlannedForward(StandIn):
     def _call(self, args: tuple, kwargs: dict) -> Any:
         if self.suspended:
             self.tally.num_unplanned += 1
+            self.tally.last_mismatch = "the loop made this call under planner.unplanned()"
             return self.unplanned(*args, **kwargs)
         with CAPTURE_LOCK:  # another thread's capture puts stand-ins into the module
             return self._in_turn(args, kwargs)

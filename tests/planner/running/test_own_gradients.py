@@ -78,6 +78,7 @@ def test_a_gradient_penalty_beside_planned_calls():
     assert_same_tensors(trained(make(critic)), trained(model))
     applied = applied_plan(model)
     assert (applied.planned_steps, applied.unplanned_steps) == (3, 3)
+    assert "was not: the loop made this call under planner.unplanned()" in str(applied)
 
 
 def test_only_a_gradient_that_is_differentiated_again_is_refused():
