@@ -142,12 +142,14 @@ class Effects:
                 if self._is_carried_out(change, module, target):
                     found.append(LeftTensor(target, change.now))
             elif held and not all(map(self._recorder.is_known, held)):
+                first = "if only its first call does so, run the model once before planning; "
                 raise NotFittingError(
                     f"forward leaves a tensor in {self._name(change)!r} "
                     f"({self._recorder.source_of(held[0])}), which a planned step would not do: "
                     "return it from forward and keep it in the training loop, or in a buffer; "
-                    "if nobody needs it after the call, restore the old value before forward "
-                    "ends, or let a module around this one do so"
+                    f"{first if change.before is ABSENT else ''}if nobody needs it after the "
+                    "call, restore the old value before forward ends, or let a module around "
+                    "this one do so"
                 )
             elif change.label.startswith("arguments"):
                 raise NotFittingError(

@@ -84,6 +84,10 @@ _IGNORED = frozenset({*vars(nn.Module()), "training"})
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _ENVIRONMENT = ("environ", "getenv")
 _LIKE_USERS = (ChainMap, UserDict, UserList)  # Python's own, written in Python
+_PYTORCHS = (  # PyTorch's own objects that loops change, or that keep what was computed once
+    *(torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler),
+    *(torch.distributions.Distribution, torch.distributions.Transform, torch.utils.data.Dataset),
+)
 _PARTS_OF_FUNCTIONS = (
     ("__code__", "code"),
     ("__defaults__", "defaults"),
@@ -397,7 +401,8 @@ class Watcher:
             return
         if isinstance(value, queue.Queue):
             self.outside.attributes(value, path)
-        if isinstance(value, enum.Enum) or not (is_users_class(cls) or cls in _LIKE_USERS):
+        watchable = is_users_class(cls) or cls in _LIKE_USERS or isinstance(value, _PYTORCHS)
+        if isinstance(value, enum.Enum) or not watchable:
             self._foreign.meet(value, path)
             return
         self._seen[id(value)] = value
