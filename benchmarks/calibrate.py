@@ -26,14 +26,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from graph_capture.call_spec import bind_call, split_sample, tensors_of
+from graph_capture.calls.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.costs.cost_model import Call, CostRecord
 from graph_capture.costs.devices import Device, device_for
 from graph_capture.costs.profile import Profile, ProfiledCosts
 from graph_capture.costs.roofline import Roofline, work_of
+from graph_capture.costs.target import Target, target_of
 from graph_capture.costs.trial import call_key
 from graph_capture.step_capture import capture_step
-from graph_capture.target import Target, target_of
 
 from .calibration import (
     Errors,

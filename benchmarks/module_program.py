@@ -18,9 +18,10 @@ import torch
 import typer
 from torch import nn
 
-from graph_capture import capture, trace
+from graph_capture import capture
 from graph_capture.cost_graph import CostGraph
-from graph_capture.recorder import Recorder
+from graph_capture.recording.recorder import Recorder
+from graph_capture.tracing import trace
 from graph_capture.units import format_bytes
 from planner import InfeasibleBudgetError, measure, optimize
 from planner.comparing.execution.run_peer import peers_warnings

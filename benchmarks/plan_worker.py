@@ -23,11 +23,11 @@ import torch
 
 from benchmarks.shapes import LossOnly, Sample, build, num_parameters
 from benchmarks.worker import warm_up
-from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import bind_call, split_sample, tensors_of
-from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.calls.autocast import autocast_as
+from graph_capture.calls.call_spec import bind_call, split_sample, tensors_of
+from graph_capture.costs.target import target_of
+from graph_capture.loop.optimizer_step import measure_optimizer
 from graph_capture.step_capture import capture_step
-from graph_capture.target import target_of
 from planner import InfeasibleBudgetError, frontier, optimize
 from planner.optimize import Granularity
 from solvers.instances import keep_all_peak_bytes

@@ -11,7 +11,7 @@ from .cost_graph import CostGraph, Operator, Storage
 if TYPE_CHECKING:
     from .captured_step import CapturedStep
     from .errors import CaptureError
-    from .loss import LossSource
+    from .loop.loss import LossSource
     from .step_capture import capture, capture_step
 
 _LAZY = {
@@ -19,7 +19,7 @@ _LAZY = {
     "capture": "step_capture",
     "capture_step": "step_capture",
     "CaptureError": "errors",
-    "LossSource": "loss",
+    "LossSource": "loop.loss",
 }
 
 

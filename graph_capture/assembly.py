@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from .blocks import Block, OperatorCode
-from .call_prices import CallPrices, beside
 from .captured_step import CapturedStep
-from .consumption import consumption, in_turn
 from .cost_graph import Category, CostGraph, Operator, Phase, Storage
 from .costs.allocator import block_bytes
-from .data_parallel import scaling_bytes
-from .leaving import ACCUMULATE, CONSUME, COPY_OUTPUTS, Leaving, arrivals_of, groups_of
-from .loss import LossSource
-from .operators import item_index
-from .optimizer_step import OptimizerStep
-from .pricing import Pricing
-from .traced_step import TracedStep
+from .folding.blocks import Block, OperatorCode
+from .folding.call_prices import CallPrices, beside
+from .folding.leaving import ACCUMULATE, CONSUME, COPY_OUTPUTS, Leaving, arrivals_of, groups_of
+from .folding.operators import item_index
+from .folding.pricing import Pricing
+from .loop.consumption import consumption, in_turn
+from .loop.data_parallel import scaling_bytes
+from .loop.loss import LossSource
+from .loop.optimizer_step import OptimizerStep
+from .tracing.traced_step import TracedStep
 
 
 class Assembly:

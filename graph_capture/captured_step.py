@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import Node
 
-from .blocks import OperatorCode
+from .calls.storage_id import storage_id
 from .cost_graph import CostGraph
 from .costs.cost_model import CostRecord
-from .loop_holds import NOTHING_ELSE, LoopHolds
-from .optimizer_step import OptimizerStep
-from .recorder import storage_id
-from .target import Target
-from .traced_step import TracedStep
+from .costs.target import Target
+from .folding.blocks import OperatorCode
+from .loop.loop_holds import NOTHING_ELSE, LoopHolds
+from .loop.optimizer_step import OptimizerStep
+from .tracing.traced_step import TracedStep
 
 
 def storages_by_memory(carriers: tuple[tuple[Node, ...], ...]) -> dict[int, int]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from .blocks import OperatorCode
 from .captured_step import CapturedStep
 from .cost_graph import CostGraph, Operator, Storage
 from .errors import CaptureError
+from .folding.blocks import OperatorCode
 
 
 def apply_policies(

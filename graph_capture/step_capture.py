@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .argument_memory import argument_bytes
 from .assembly import Assembly
-from .call_spec import bind_call, split_sample, tensors_of
+from .calls.argument_memory import argument_bytes
+from .calls.call_spec import bind_call, split_sample, tensors_of
+from .calls.storage_id import storage_id
 from .capture_lock import holds_capture_lock
 from .captured_step import CapturedStep
 from .cost_graph import CostGraph
@@ -25,25 +26,20 @@ from .costs.resolve import (
     resolve_cost_model,
 )
 from .costs.roofline import LONGEST_TRIAL_NS, Roofline
+from .costs.target import Target, target_of
 from .costs.workspace import WorkspaceProbe
-from .data_parallel import bucket_bytes
-from .dropout import split_dropout
-from .last_readings import LastReadings
-from .leaving import CopiedOutput, Leaving
-from .loop_holds import NOTHING_ELSE, LoopHolds
-from .loss import LossFn, LossSpec
-from .operators import (
-    Folder,
-    drop_unused,
-    pin_readers_of_written,
-)
-from .optimizer_step import OptimizerStep
-from .pricing import Pricing
-from .recorder import storage_id
-from .reuse import ReuseFinder
-from .target import Target, target_of
-from .trace import trace_step
-from .traced_step import TakenPath, TracedStep
+from .folding.dropout import split_dropout
+from .folding.last_readings import LastReadings
+from .folding.leaving import CopiedOutput, Leaving
+from .folding.operators import Folder, drop_unused, pin_readers_of_written
+from .folding.pricing import Pricing
+from .folding.reuse import ReuseFinder
+from .loop.data_parallel import bucket_bytes
+from .loop.loop_holds import NOTHING_ELSE, LoopHolds
+from .loop.loss import LossFn, LossSpec
+from .loop.optimizer_step import OptimizerStep
+from .tracing.trace import trace_step
+from .tracing.traced_step import TakenPath, TracedStep
 
 
 def capture(
@@ -61,7 +57,7 @@ def capture(
     Parameters
     ----------
     device
-        Where the step will run, see :func:`~graph_capture.target.target_of`.
+        Where the step will run, see :func:`~graph_capture.costs.target.target_of`.
     cost_model
         See :func:`~graph_capture.costs.resolve.resolve_cost_model`.
     holds
@@ -134,7 +130,7 @@ def capture_step(
         What the loop around the step holds.
     argument_bytes
         What the call's tensors keep alive, see
-        :func:`~graph_capture.argument_memory.argument_bytes`; ``None`` for what they span.
+        :func:`~graph_capture.calls.argument_memory.argument_bytes`; ``None`` for what they span.
     computed
         Tensors of the call, by index, that other modules of a larger step have computed.
     """

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.loss import LossFn
+from graph_capture.calls.call_spec import bind_call, split_sample
+from graph_capture.loop.loss import LossFn
 from graph_capture.units import format_bytes
 
 from .base.call_guard import CallGuard

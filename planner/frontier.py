@@ -13,8 +13,8 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
-from graph_capture.loop_holds import Grads, LoopHolds, Outputs
-from graph_capture.loss import LossFn
+from graph_capture.loop.loop_holds import Grads, LoopHolds, Outputs
+from graph_capture.loop.loss import LossFn
 
 from .base.budget import Budget, RequestedBudget, parse_headroom
 from .base.data_parallel import Distributed, wrapped_by

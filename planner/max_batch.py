@@ -10,8 +10,8 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
-from graph_capture.loop_holds import Grads, LoopHolds, Outputs
-from graph_capture.loss import LossFn
+from graph_capture.loop.loop_holds import Grads, LoopHolds, Outputs
+from graph_capture.loop.loss import LossFn
 
 from .base.data_parallel import Distributed, wrapped_by
 from .base.progress import ShowLines

@@ -11,7 +11,7 @@ from torch import nn
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.errors import CaptureError
-from graph_capture.loop_holds import Grads, LoopHolds, Outputs
+from graph_capture.loop.loop_holds import Grads, LoopHolds, Outputs
 
 from .base.budget import read_budget
 from .base.data_parallel import Distributed, wrapped_by

@@ -10,10 +10,10 @@ from typing import Literal
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.cost_model import CostRecord
 from graph_capture.costs.library_workspace import STORAGE_NAME
-from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
-from graph_capture.loss import LossSpec
-from graph_capture.optimizer_step import OptimizerStep
-from graph_capture.outcomes import Outcome
+from graph_capture.loop.loop_holds import NOTHING_ELSE, LoopHolds
+from graph_capture.loop.loss import LossSpec
+from graph_capture.loop.optimizer_step import OptimizerStep
+from graph_capture.values.outcomes import Outcome
 from solvers.replay import Replay, replay
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule

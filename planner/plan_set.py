@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from graph_capture.loss import LossFn
+from graph_capture.loop.loss import LossFn
 
 from .errors import PlanError
 from .plan import Plan, compiler_for, replans_with

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.costs.devices import DEVICES, Device
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
-from graph_capture.loss import LossSource
+from graph_capture.loop.loss import LossSource
 from graph_capture.printable import printable
-from graph_capture.recorder import storage_id
 from graph_capture.units import format_bytes, format_us
 
 from .base.budget import (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.data_parallel import DataParallel
+from graph_capture.loop.data_parallel import DataParallel
 from graph_capture.private_torch.modules import active_data_parallel
 
 from .base.budget import read_budget

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture import optimizer_step, step_capture, trace
-from graph_capture.call_spec import tensors_of
+from graph_capture import step_capture
+from graph_capture.calls.call_spec import tensors_of
 from graph_capture.captured_step import CapturedStep
-from graph_capture.optimizer_step import OptimizerStep
-from graph_capture.target import Target, target_of
-from graph_capture.traced_step import TracedStep
+from graph_capture.costs.target import Target, target_of
+from graph_capture.loop import optimizer_step
+from graph_capture.loop.optimizer_step import OptimizerStep
+from graph_capture.tracing import trace
+from graph_capture.tracing.traced_step import TracedStep
 
 
 def capture_step(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graph_capture.autocast import autocast_as
+from graph_capture.calls.autocast import autocast_as
 
 Size = Literal["full", "small", "tiny"]
 

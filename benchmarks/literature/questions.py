@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import bind_call, split_sample, tensors_of
+from graph_capture.calls.autocast import autocast_as
+from graph_capture.calls.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import Device
-from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.costs.target import target_of
+from graph_capture.loop.optimizer_step import measure_optimizer
 from graph_capture.step_capture import capture_step
-from graph_capture.target import target_of
 from solvers.least_memory import least_memory
 from solvers.portfolio import solve
 from solvers.progress import ProgressEvent

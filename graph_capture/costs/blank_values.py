@@ -34,7 +34,7 @@ _ALL_THE_SAME = {
 
 def runs_on_blanks(func: Any) -> bool:
     """Whether a call may run on the values made here."""
-    from ..formula_operators import PURE
+    from ..calls.formula_operators import PURE
 
     name = schema_of(func).name
     if name in _ALL_THE_SAME or name in PURE:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from ..target import Target
 from .cost_model import Call, CostRecord, TimingProgress
 from .environment import device_name, environment_of
 from .free_memory import free_bytes
 from .profile_cache import ProfileCache, default_cache_dir
 from .roofline import Roofline
+from .target import Target
 from .timing import median_ns, run_once, time_in_turn
 from .trial import REFUSALS, Maker, Trial, argument_bytes, as_in_a_step, call_key, is_safe
 from .trial import output_bytes as bytes_handed_out

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..target import Target
 from .cost_model import CostModel
 from .profile import (
     Profile,
     ProfiledCosts,
 )
 from .roofline import Roofline
+from .target import Target
 from .user_costs import (
     TimeFunction,
     UserCosts,

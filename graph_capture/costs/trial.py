@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calls.writes import written_arguments
 from ..private_torch.dispatch import below_autograd, without_autocast
 from ..private_torch.operators import schema_of
 from ..private_torch.tensors import negated_view
 from ..private_torch.trees import tree_flatten, tree_iter, tree_map
-from ..purity import written_arguments
 from .blank_values import ONE_ZERO, fills_of
 from .cost_model import Call
 

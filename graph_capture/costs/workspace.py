@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..collectives import is_collective
+from ..calls.collectives import is_collective
 from ..private_torch.operators import has_kernel, overload_name_of, schema_of
 from ..private_torch.tensors import identity_of_storage
 from ..private_torch.trees import tree_iter, tree_map

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.call_spec import (
+from graph_capture.calls.call_spec import (
     TensorSpec,
     describe,
     difference,
@@ -35,7 +35,7 @@ class CallGuard:
         Parameters and buffers by name.
     argument_bytes
         What the call's tensors keep alive, see
-        :func:`graph_capture.argument_memory.argument_bytes`. Another call may keep more.
+        :func:`graph_capture.calls.argument_memory.argument_bytes`. Another call may keep more.
     """
 
     arguments: Mapping[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.optimizer_step import updating_only
+from graph_capture.loop.optimizer_step import updating_only
 from graph_capture.private_torch.autograd import post_accumulate_hooks_of
 
 Consume = Callable[[torch.Tensor], Any]

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.nn.parallel import DistributedDataParallel
 
-from graph_capture.data_parallel import DataParallel
-from graph_capture.fully_sharded import FullySharded
+from graph_capture.loop.data_parallel import DataParallel
+from graph_capture.loop.fully_sharded import FullySharded
 
 Distributed = str | DataParallel | FullySharded | None
 """As users write it: ``None``, ``"ddp"``, ``"ddp:gradient_as_bucket_view"``, ``"fsdp2:ranks=2"``.

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from graph_capture.isolation import attributes_put_back, generators_put_back
 from graph_capture.private_torch.modules import buffers_of
+from graph_capture.reads.isolation import attributes_put_back, generators_put_back
 
 from .training_step import (
     LossFn,

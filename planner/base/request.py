@@ -9,7 +9,7 @@ from types import NoneType
 from graph_capture.cost_graph import MAX_TOTAL
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
-from graph_capture.loss import LossFn
+from graph_capture.loop.loss import LossFn
 
 from .budget import RequestedBudget, parse_headroom
 from .progress import ShowProgress

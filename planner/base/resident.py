@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graph_capture.calls.spread_out import local_part
 from graph_capture.private_torch.tensors import is_zero_tensor
-from graph_capture.spread_out import local_part
 
 from .forward_slot import StandIn
 from .training_step import (

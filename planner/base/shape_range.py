@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from graph_capture.call_spec import TensorSpec, difference, strides_like
+from graph_capture.calls.call_spec import TensorSpec, difference, strides_like
 from graph_capture.units import format_bytes
 
 MAX_TENSOR_BYTES = 2**34

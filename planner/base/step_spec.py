@@ -11,8 +11,8 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
-from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
-from graph_capture.loss import LossFn
+from graph_capture.loop.loop_holds import NOTHING_ELSE, LoopHolds
+from graph_capture.loop.loss import LossFn
 from graph_capture.private_torch.modules import compiled_from
 
 from .shape_range import Shapes

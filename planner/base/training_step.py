@@ -9,7 +9,7 @@ The planner, the measuring tool and the tests all mean this step:
    it calls ``backward()``;
 3. the optimizer steps, when there is one;
 4. the caller holds outputs and loss until the step has ended, and there are no gradients
-   when it begins; or what :class:`graph_capture.loop_holds.LoopHolds` says instead.
+   when it begins; or what :class:`graph_capture.loop.loop_holds.LoopHolds` says instead.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
-from graph_capture.optimizer_step import OPTIMIZERS
+from graph_capture.loop.loop_holds import NOTHING_ELSE, LoopHolds
+from graph_capture.loop.optimizer_step import OPTIMIZERS
 from graph_capture.private_torch.trees import tree_leaves, tree_map
 from graph_capture.suggestions import did_you_mean
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import nn
 
+from graph_capture.calls.spread_out import is_sharded
 from graph_capture.private_torch.sharding import gathered_group_of
-from graph_capture.spread_out import is_sharded
 
 from ..base.data_parallel import inside
 from ..base.forward_slot import Forward, Forwards, forward_set, own_forward, stand_in_of

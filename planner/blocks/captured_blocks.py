@@ -1,7 +1,7 @@
 """Capture a step's blocks by their real calls, and the rest of the step around them.
 
 The rest is captured with the blocks as operators of their own kind
-(``graph_capture/opaque_calls.py``). At the first call of a block that is not known yet the
+(``graph_capture/apart/opaque_calls.py``). At the first call of a block that is not known yet the
 capture ends, this block is captured by that call, and the capture begins again.
 """
 
@@ -14,23 +14,23 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from graph_capture.autocast import AutocastState
-from graph_capture.call_spec import difference, to_json
-from graph_capture.call_values import CallValues, takes_same_way
-from graph_capture.captured_step import CapturedStep
-from graph_capture.costs.cost_model import TimingProgress
-from graph_capture.errors import CaptureError, UnknownValueError
-from graph_capture.loss import LossRegion, LossSource, LossSpec
-from graph_capture.opaque_calls import (
+from graph_capture.apart.call_values import CallValues, takes_same_way
+from graph_capture.apart.opaque_calls import (
     CheckpointedCallError,
     OpaqueCalls,
     SeenCall,
     UnknownFormError,
 )
-from graph_capture.opaque_form import OpaqueForm
-from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.apart.opaque_form import OpaqueForm
+from graph_capture.calls.autocast import AutocastState
+from graph_capture.calls.call_spec import difference, to_json
+from graph_capture.captured_step import CapturedStep
+from graph_capture.costs.cost_model import TimingProgress
+from graph_capture.costs.target import Target
+from graph_capture.errors import CaptureError, UnknownValueError
+from graph_capture.loop.loss import LossRegion, LossSource, LossSpec
+from graph_capture.loop.optimizer_step import measure_optimizer
 from graph_capture.step_capture import capture_step
-from graph_capture.target import Target
 
 from ..base.forward_slot import original_forward
 from ..base.step_spec import StepSpec

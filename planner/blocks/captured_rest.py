@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from graph_capture.apart.opaque_calls import BACKWARD, FORWARD, SeenCall
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.captured_step import CapturedStep, storages_by_memory
 from graph_capture.cost_graph import CostGraph, Storage
-from graph_capture.opaque_calls import BACKWARD, FORWARD, SeenCall
-from graph_capture.recorder import storage_id
 
 from .rest import CallPlace
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from graph_capture.autocast import AutocastState
-from graph_capture.call_spec import TensorSpec
+from graph_capture.apart.opaque_form import OpaqueForm
+from graph_capture.calls.autocast import AutocastState
+from graph_capture.calls.call_spec import TensorSpec
+from graph_capture.calls.spread_out import mesh_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
-from graph_capture.opaque_form import OpaqueForm
-from graph_capture.snapshots import difference as difference_held
-from graph_capture.spread_out import mesh_of
+from graph_capture.reads.snapshots import difference as difference_held
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.captured_step import CapturedStep, storages_by_memory
 from graph_capture.cost_graph import CostGraph
-from graph_capture.recorder import storage_id
 from solvers.block_plans.stepping import Block
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from graph_capture.apart.opaque_calls import OpaqueCalls, SeenCall
 from graph_capture.captured_step import CapturedStep
 from graph_capture.costs.cost_model import TimingProgress
+from graph_capture.costs.target import Target
 from graph_capture.errors import CaptureError
-from graph_capture.loss import LossSpec
-from graph_capture.opaque_calls import OpaqueCalls, SeenCall
-from graph_capture.optimizer_step import measure_optimizer
-from graph_capture.target import Target
+from graph_capture.loop.loss import LossSpec
+from graph_capture.loop.optimizer_step import measure_optimizer
 from solvers.block_plans.points import BlockPoints
 from solvers.block_plans.stepping import BlockedStep
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from graph_capture.fully_sharded import FullySharded
-from graph_capture.loop_holds import LoopHolds
+from graph_capture.loop.fully_sharded import FullySharded
+from graph_capture.loop.loop_holds import LoopHolds
 from graph_capture.private_torch.modules import active_data_parallel
 from graph_capture.private_torch.sharding import gathered_group_of, prefetches_of
 from graph_capture.units import format_bytes

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import bind_call, split_sample, tensors_of
+from graph_capture.calls.autocast import autocast_as
+from graph_capture.calls.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.costs.cost_model import TimingProgress
+from graph_capture.costs.target import Target, target_of
 from graph_capture.errors import CaptureError
-from graph_capture.target import Target, target_of
 from graph_capture.units import format_bytes
 from solvers.block_plans.least import least_memory_of_blocks
 from solvers.block_plans.solve import BlocksResult, solve_blocks

@@ -1,7 +1,7 @@
 """The rest of a step that was run for real, because it cannot be captured.
 
 One training step runs, forward, loss and backward, as eager runs it, with the blocks
-computing their values apart (``graph_capture/computed_calls.py``). It begins with no
+computing their values apart (``graph_capture/apart/computed_calls.py``). It begins with no
 gradients, or with those that the loop is said to accumulate. The model is left as it was.
 """
 
@@ -14,20 +14,20 @@ from typing import Any
 from torch import nn
 from torch.fx import Graph
 
+from graph_capture.apart.computed_calls import Computing
+from graph_capture.apart.opaque_calls import BACKWARD, FORWARD, OpaqueCalls, SeenCall
+from graph_capture.apart.real_calls import RealCalls
+from graph_capture.apart.real_step import RealStep, real_step
+from graph_capture.calls.spread_out import refuse_spread_out
 from graph_capture.capture_lock import holds_capture_lock
 from graph_capture.captured_step import CapturedStep
-from graph_capture.computed_calls import Computing
 from graph_capture.cost_graph import CostGraph, Storage
 from graph_capture.costs.cost_model import TimingProgress
-from graph_capture.loss import LossRegion, LossSpec
-from graph_capture.opaque_calls import BACKWARD, FORWARD, OpaqueCalls, SeenCall
-from graph_capture.optimizer_step import OptimizerStep
-from graph_capture.outputs import take_apart
-from graph_capture.real_calls import RealCalls
-from graph_capture.real_step import RealStep, real_step
-from graph_capture.spread_out import refuse_spread_out
-from graph_capture.target import Target
-from graph_capture.traced_step import AS_EAGER, TracedStep
+from graph_capture.costs.target import Target
+from graph_capture.loop.loss import LossRegion, LossSpec
+from graph_capture.loop.optimizer_step import OptimizerStep
+from graph_capture.recording.outputs import take_apart
+from graph_capture.tracing.traced_step import AS_EAGER, TracedStep
 
 from ..base.step_spec import StepSpec
 from .real_run import RealRun, failures_told, own_generators_put_back, refuse_unreal

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.call_spec import TensorSpec, call_forward, objects_of, specs_of, tensors_of
-from graph_capture.checkpointing import checkpoints_noticed
+from graph_capture.apart.opaque_calls import CheckpointedCallError, UnknownFormError
+from graph_capture.apart.real_calls import RealCalls
+from graph_capture.apart.real_step import Ending
+from graph_capture.calls.call_spec import TensorSpec, call_forward, objects_of, specs_of, tensors_of
+from graph_capture.calls.spread_out import is_spread
+from graph_capture.costs.target import Target
 from graph_capture.errors import CaptureError
-from graph_capture.foreign_generators import ForeignGenerators
-from graph_capture.isolation import swap_tensors, undisturbed
-from graph_capture.loss import LossRegion, LossSource, LossSpec
-from graph_capture.opaque_calls import CheckpointedCallError, UnknownFormError
-from graph_capture.outputs import tensors_within
+from graph_capture.loop.loss import LossRegion, LossSource, LossSpec
 from graph_capture.private_torch.modules import buffers_of
-from graph_capture.real_calls import RealCalls
-from graph_capture.real_step import Ending
-from graph_capture.spread_out import is_spread
-from graph_capture.target import Target
+from graph_capture.reads.foreign_generators import ForeignGenerators
+from graph_capture.reads.isolation import swap_tensors, undisturbed
+from graph_capture.recording.outputs import tensors_within
+from graph_capture.tracing.checkpointing import checkpoints_noticed
 from graph_capture.without_collector import without_collector
 
 from ..base.preserve_state import preserve_state

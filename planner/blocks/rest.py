@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from graph_capture.apart.opaque_calls import SeenCall
+from graph_capture.apart.opaque_form import OpaqueForm
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
-from graph_capture.loss import LossSpec
-from graph_capture.opaque_calls import SeenCall
-from graph_capture.opaque_form import OpaqueForm
+from graph_capture.loop.loss import LossSpec
 from solvers.block_plans.stepping import BlockCall
 
 from .inside_block import InsideBlock

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from graph_capture.apart.opaque_calls import SeenCall
+from graph_capture.calls.spread_out import is_spread
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.captured_step import CapturedStep, storages_by_memory
 from graph_capture.costs.allocator import block_bytes
-from graph_capture.fully_sharded import FullySharded, GroupBytes
-from graph_capture.opaque_calls import SeenCall
-from graph_capture.recorder import storage_id
-from graph_capture.spread_out import is_spread
+from graph_capture.loop.fully_sharded import FullySharded, GroupBytes
 
 from .sharded_step import Group
 

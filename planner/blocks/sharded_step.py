@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from graph_capture.cost_graph import Category, CostGraph, Operator, Phase, Storage
-from graph_capture.fully_sharded import FullySharded, GroupBytes
-from graph_capture.leaving import ACCUMULATE
+from graph_capture.folding.leaving import ACCUMULATE
+from graph_capture.loop.fully_sharded import FullySharded, GroupBytes
 from solvers.block_plans.stepping import BlockedStep
 
 TARGET = "fsdp2"

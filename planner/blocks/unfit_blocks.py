@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.autocast import AutocastState
-from graph_capture.call_spec import specs_of, tensor_names
-from graph_capture.opaque_calls import SeenCall
-from graph_capture.spread_out import LOCAL
+from graph_capture.apart.opaque_calls import SeenCall
+from graph_capture.calls.autocast import AutocastState
+from graph_capture.calls.call_spec import specs_of, tensor_names
+from graph_capture.calls.spread_out import LOCAL
 
 from ..errors import PlanError
 

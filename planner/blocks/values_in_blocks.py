@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from graph_capture.apart.computed_calls import Computing
+from graph_capture.apart.opaque_calls import OpaqueCalls
+from graph_capture.apart.real_calls import RealCalls
+from graph_capture.calls.spread_out import refuse_spread_out
 from graph_capture.capture_lock import holds_capture_lock
-from graph_capture.computed_calls import Computing
 from graph_capture.errors import CaptureError
-from graph_capture.opaque_calls import OpaqueCalls
-from graph_capture.real_calls import RealCalls
-from graph_capture.spread_out import refuse_spread_out
 
 from .captured_blocks import Capturing, ValuesNeededError
 from .real_run import RealRun, failures_told, own_generators_put_back, refuse_unreal

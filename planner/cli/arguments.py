@@ -13,9 +13,9 @@ import torch
 import typer
 from torch import nn
 
-from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.calls.call_spec import bind_call, split_sample
 from graph_capture.costs.devices import DEVICES
-from graph_capture.loop_holds import LoopHolds
+from graph_capture.loop.loop_holds import LoopHolds
 
 from ..block_plan import BlockPlan
 from ..blocks.block_files import is_block_plan

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from graph_capture.autocast import autocast_as
+from graph_capture.calls.autocast import autocast_as
 
 from ..errors import CaptureError
 from .answers import Answer, AsJson, ExitCode, command, fail, say_error

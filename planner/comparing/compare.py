@@ -12,7 +12,7 @@ from torch import nn
 
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
-from graph_capture.loop_holds import Grads, LoopHolds, Outputs
+from graph_capture.loop.loop_holds import Grads, LoopHolds, Outputs
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from solvers.strategies.registry import STRATEGIES, PlainStrategy, Registry

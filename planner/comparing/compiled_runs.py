@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from graph_capture.loop_holds import LoopHolds
+from graph_capture.loop.loop_holds import LoopHolds
 from graph_capture.private_torch.compiler import backend_named, dynamo_config
 
 from .. import compiled

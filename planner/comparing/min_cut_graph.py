@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.captured_step import CapturedStep
 from graph_capture.private_torch.aten import to_copy
 from graph_capture.private_torch.operators import OpOverload, schema_of
 from graph_capture.private_torch.trees import tree_map
-from graph_capture.recorder import storage_id
 
 aten = torch.ops.aten
 
@@ -274,7 +274,7 @@ class _Dropout:
 def _dropout_of(draw: Node) -> _Dropout | None:
     """The dropout that a draw belongs to; ``None`` if it belongs to something else.
 
-    It is either what ``graph_capture.dropout`` writes (a mask, its copy in the tensor's
+    It is either what ``graph_capture.folding.dropout`` writes (a mask, its copy in the tensor's
     dtype, that divided by the probability, and products with it), or eager's own, which
     draws in the tensor's dtype.
     """

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 
+from graph_capture.calls.draws import draws
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.private_torch.compiler import saved_description
 from graph_capture.private_torch.inductor_fusion import FusionRules, KernelPlace, put, put_freed
-from graph_capture.purity import draws
-from graph_capture.recorder import storage_id
 from solvers.replay import InvalidScheduleError, replay
 from solvers.schedule import Schedule
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.costs.device import Device
 from graph_capture.costs.operator_classes import (
     COPY,
@@ -33,7 +34,6 @@ from graph_capture.costs.operator_classes import (
     operator_class,
 )
 from graph_capture.private_torch.operators import OpOverload, schema_of
-from graph_capture.recorder import storage_id
 
 from .joint_step import JointStep, items_of, makes_memory, tensors_of, written_nodes
 from .sizes import concrete, num_bytes

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.errors import CaptureError
 from graph_capture.private_torch.operators import OpOverload, schema_of
 from graph_capture.private_torch.trees import tree_leaves
-from graph_capture.recorder import storage_id
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.costs.allocator import peak_extra_bytes
 from graph_capture.private_torch.compiler import frees_tangents, functorch_config
 from graph_capture.private_torch.dispatch import disable_current_modes
 from graph_capture.private_torch.fake_tensors import FakeTensorMode
 from graph_capture.private_torch.inductor import GeneratedCode, generate_code
-from graph_capture.recorder import storage_id
 
 from .generated import runnable, zeros
 from .joint_step import is_number, is_tangent, tensors_of

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from graph_capture.loop_holds import Grads, LoopHolds
+from graph_capture.loop.loop_holds import Grads, LoopHolds
 
 from ..base.budget import parse_budget, parse_headroom
 from ..base.solve_options import SolveOptions

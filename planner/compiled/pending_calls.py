@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.costs.allocator import block_bytes
 from graph_capture.private_torch.autograd import held_by, holds_anything
-from graph_capture.recorder import storage_id
 from graph_capture.units import format_bytes
 
 from ..errors import PlanError

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from graph_capture.calls.draws import draws
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.cost_graph import Category, CostGraph, Operator, Phase, Storage
 from graph_capture.costs.allocator import block_bytes
 from graph_capture.costs.cost_model import Call
@@ -28,8 +30,6 @@ from graph_capture.private_torch.compiler import frees_tangents
 from graph_capture.private_torch.dispatch import disable_current_modes
 from graph_capture.private_torch.operators import OpOverload, schema_of
 from graph_capture.private_torch.trees import tree_map
-from graph_capture.purity import draws
-from graph_capture.recorder import storage_id
 from solvers.replay import replay
 from solvers.schedule import Schedule
 

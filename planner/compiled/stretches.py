@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from graph_capture.calls.writes import hidden_writes
 from graph_capture.costs.operator_classes import (
     COPY,
     ELEMENTWISE,
@@ -28,7 +29,6 @@ from graph_capture.costs.operator_classes import (
 )
 from graph_capture.private_torch.operators import OpOverload, schema_of
 from graph_capture.private_torch.trees import tree_leaves
-from graph_capture.purity import hidden_writes
 
 from .planned_values import PlannedValues, written_by
 

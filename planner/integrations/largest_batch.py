@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from graph_capture.isolation import generator_states, set_generator_states
+from graph_capture.reads.isolation import generator_states, set_generator_states
 
 logger = logging.getLogger(__name__)
 

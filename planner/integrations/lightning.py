@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from graph_capture.call_spec import tensors_of
+from graph_capture.calls.call_spec import tensors_of
 from graph_capture.errors import NotFittingError
 from graph_capture.private_torch.trees import tree_map
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.isolation import attributes_put_back
-from graph_capture.loss_values import LogsNumbers
 from graph_capture.private_torch.trees import tree_map
+from graph_capture.reads.isolation import attributes_put_back
+from graph_capture.values.loss_values import LogsNumbers
 
 from ..base.forward_slot import forward_set, original_forward
 from ..errors import PlanError

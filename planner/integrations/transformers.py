@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from graph_capture.call_spec import tensors_of
+from graph_capture.calls.call_spec import tensors_of
 
 from ..base.budget import read_budget
 from ..errors import InfeasibleBudgetError, PlanError

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graph_capture.outputs import take_apart
+from graph_capture.recording.outputs import take_apart
 
 from ..base.consuming import consuming
 from ..base.preserve_state import preserve_state

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from graph_capture.loss import LossSource
-from graph_capture.optimizer_step import OPTIMIZERS, measure_optimizer
-from graph_capture.target import target_of
+from graph_capture.costs.target import target_of
+from graph_capture.loop.loss import LossSource
+from graph_capture.loop.optimizer_step import OPTIMIZERS, measure_optimizer
 
 from ..base.training_step import LossFn
 from ..errors import (

@@ -52,13 +52,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from graph_capture.calls.spread_out import local_part
 from graph_capture.costs.allocator import peak_extra_bytes as _record_cpu
-from graph_capture.data_parallel import DataParallel, bucket_bytes
-from graph_capture.fully_sharded import FullySharded
-from graph_capture.loop_holds import NOTHING_ELSE, Grads, LoopHolds, Outputs
+from graph_capture.loop.data_parallel import DataParallel, bucket_bytes
+from graph_capture.loop.fully_sharded import FullySharded
+from graph_capture.loop.loop_holds import NOTHING_ELSE, Grads, LoopHolds, Outputs
 from graph_capture.private_torch.devices import cublas_workspace_clearer
 from graph_capture.private_torch.tensors import is_zero_tensor
-from graph_capture.spread_out import local_part
 from graph_capture.without_collector import without_collector
 
 from ..base.data_parallel import Distributed, wrapped_by

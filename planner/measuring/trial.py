@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.data_parallel import bucket_bytes
-from graph_capture.loop_holds import LoopHolds
+from graph_capture.loop.data_parallel import bucket_bytes
+from graph_capture.loop.loop_holds import LoopHolds
 
 from ..base.training_step import LossFn, Sample, make_step
 

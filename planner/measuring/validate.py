@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.call_spec import bind_call, split_sample
-from graph_capture.outputs import take_apart
+from graph_capture.calls.call_spec import bind_call, split_sample
+from graph_capture.recording.outputs import take_apart
 
 from ..base.data_parallel import inside
 from ..base.forward_slot import Forwards, forward_set, forwards_set, own_forward

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.loop_holds import Grads, Outputs
+from graph_capture.loop.loop_holds import Grads, Outputs
 
 from .mesh import DataParallelKind, Mesh
 

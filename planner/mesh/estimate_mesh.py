@@ -9,12 +9,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.calls.call_spec import bind_call, split_sample
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
-from graph_capture.loop_holds import Outputs
-from graph_capture.loss import LossFn
-from graph_capture.target import target_of
+from graph_capture.costs.target import target_of
+from graph_capture.loop.loop_holds import Outputs
+from graph_capture.loop.loss import LossFn
 from solvers.pipeline import (
     SCHEDULES,
     PipelineRun,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graph_capture.cost_graph import CostGraph
-from graph_capture.loop_holds import LoopHolds
+from graph_capture.loop.loop_holds import LoopHolds
 from solvers.replay import replay
 from solvers.schedule import Schedule
 

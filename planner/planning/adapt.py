@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from graph_capture.loss import LossFn
+from graph_capture.loop.loss import LossFn
 from graph_capture.policies import apply_policies
 from solvers.replay import replay
 from solvers.result import OPTIMAL_GAP, Ending, SolveResult, SolveStatus, relative_gap

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from graph_capture.argument_memory import enlarged_bytes
-from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import bind_call, split_sample, tensors_of
+from graph_capture.calls.argument_memory import enlarged_bytes
+from graph_capture.calls.autocast import autocast_as
+from graph_capture.calls.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.captured_step import CapturedStep
+from graph_capture.costs.target import target_of
 from graph_capture.errors import CaptureError
-from graph_capture.module_state import refuse_lazy
-from graph_capture.optimizer_step import measure_optimizer
+from graph_capture.loop.optimizer_step import measure_optimizer
+from graph_capture.recording.module_state import refuse_lazy
 from graph_capture.step_capture import capture_step
-from graph_capture.target import target_of
 from solvers.replay import replay
 from solvers.schedule import Schedule
 
@@ -48,7 +48,7 @@ class CapturedCall:
         Other shapes of this call that its plan is for.
     argument_bytes
         What the call's tensors keep alive, see
-        :func:`graph_capture.argument_memory.argument_bytes`.
+        :func:`graph_capture.calls.argument_memory.argument_bytes`.
     """
 
     model: nn.Module

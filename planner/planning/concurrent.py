@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
-from graph_capture.recorder import storage_id
 from solvers.concurrent_calls import (
     Calls,
     Search,

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
-from graph_capture.leaving import HANDED_ON
-from graph_capture.recorder import storage_id
+from graph_capture.folding.leaving import HANDED_ON
 from solvers.result import OPTIMAL_GAP, SolveResult, SolveStatus
 from solvers.schedule import Schedule
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.argument_memory import argument_bytes, beside_slices
-from graph_capture.call_spec import describe, specs_of, tensors_of
+from graph_capture.calls.argument_memory import argument_bytes, beside_slices
+from graph_capture.calls.call_spec import describe, specs_of, tensors_of
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from graph_capture.costs.devices import DEVICES, Device
-from graph_capture.leaving import CONSUME
-from graph_capture.loss import LossFn, LossSource
-from graph_capture.optimizer_step import OptimizerStep
+from graph_capture.costs.target import target_of
+from graph_capture.folding.leaving import CONSUME
+from graph_capture.loop.loss import LossFn, LossSource
+from graph_capture.loop.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
 from graph_capture.step_capture import capture_step
-from graph_capture.target import target_of
 from solvers.concurrent_calls import Calls
 from solvers.least_memory import LeastMemory
 from solvers.replay import replay

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from graph_capture.leaving import least_group_bytes
+from graph_capture.folding.leaving import least_group_bytes
 from graph_capture.private_torch.autograd import set_grad_enabled
 
 from .generators import RESUMES, REWINDS

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from graph_capture.effects import LeftValue
 from graph_capture.private_torch.modules import buffers_of, parameters_of
-from graph_capture.traced_step import Reassigned
+from graph_capture.recording.effects import LeftValue
+from graph_capture.tracing.traced_step import Reassigned
 
 from .autograd_nodes import (
     NotPlanned,

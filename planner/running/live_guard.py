@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.argument_memory import argument_bytes
-from graph_capture.call_spec import describe, difference
+from graph_capture.calls.argument_memory import argument_bytes
+from graph_capture.calls.call_spec import describe, difference
 from graph_capture.private_torch.modules import buffers_of, parameters_of
 
 from ..base.call_guard import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from graph_capture.spread_out import local_part
+from graph_capture.calls.spread_out import local_part
 from graph_capture.units import format_bytes
 
 from ..base.resident import gradients_of

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import call_forward
-from graph_capture.outputs import take_apart
+from graph_capture.calls.autocast import autocast_as
+from graph_capture.calls.call_spec import call_forward
 from graph_capture.private_torch.modules import buffers_of
+from graph_capture.recording.outputs import take_apart
 
 
 def own_gradients(

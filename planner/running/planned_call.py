@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from graph_capture.call_spec import describe, difference
+from graph_capture.calls.call_spec import describe, difference
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
 

@@ -13,14 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from graph_capture.call_spec import describe, specs_of
+from graph_capture.calls.call_spec import describe, specs_of
+from graph_capture.calls.spread_out import local_part
 from graph_capture.capture_lock import CAPTURE_LOCK
 from graph_capture.captured_step import CapturedStep
-from graph_capture.data_parallel import DataParallel
 from graph_capture.errors import CaptureError
-from graph_capture.loss import LossFn
+from graph_capture.loop.data_parallel import DataParallel
+from graph_capture.loop.loss import LossFn
 from graph_capture.private_torch.modules import active_data_parallel
-from graph_capture.spread_out import local_part
 from graph_capture.units import format_bytes, format_us
 from solvers import transfer
 

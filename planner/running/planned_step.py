@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from graph_capture.call_spec import parse_dtype, tensors_of
+from graph_capture.calls.call_spec import parse_dtype, tensors_of
+from graph_capture.calls.spread_out import local_part
 from graph_capture.capture_lock import CAPTURE_LOCK
 from graph_capture.captured_step import CapturedStep
-from graph_capture.checks import OutcomeChanged
 from graph_capture.private_torch.autograd import at_end_of_backward, keeps_graph
 from graph_capture.private_torch.dispatch import (
     below_autograd,
@@ -21,7 +21,7 @@ from graph_capture.private_torch.dispatch import (
     without_torch_function,
 )
 from graph_capture.private_torch.sharding import whole_of
-from graph_capture.spread_out import local_part
+from graph_capture.values.checks import OutcomeChanged
 
 from ..errors import (
     CallMismatchError,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import (
+from graph_capture.calls.autocast import autocast_as
+from graph_capture.calls.call_spec import (
     TensorSpec,
     difference,
     moved,
@@ -20,18 +20,18 @@ from graph_capture.call_spec import (
     specs_of,
     tensors_of,
 )
+from graph_capture.calls.spread_out import refuse_spread_out
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph, Operator
+from graph_capture.costs.target import target_of
 from graph_capture.costs.workspace import SCRATCH_NOT_COUNTED
 from graph_capture.errors import CaptureError, NotFittingError
-from graph_capture.leaving import CONSUME
-from graph_capture.loss import LossSource
-from graph_capture.outcomes import OutcomeMismatchError
+from graph_capture.folding.leaving import CONSUME
+from graph_capture.loop.loss import LossSource
 from graph_capture.policies import apply_policies
-from graph_capture.spread_out import refuse_spread_out
 from graph_capture.step_capture import capture_step
-from graph_capture.target import target_of
-from graph_capture.traced_step import TakenPath
+from graph_capture.tracing.traced_step import TakenPath
+from graph_capture.values.outcomes import OutcomeMismatchError
 from solvers.replay import InvalidScheduleError, replay
 
 from ..base.call_guard import CallGuard

@@ -20,13 +20,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.graph import CodeGen
 
-from graph_capture.blocks import OperatorCode
+from graph_capture.calls.draws import draws
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.captured_step import CapturedStep
-from graph_capture.leaving import HANDED_ON
+from graph_capture.folding.blocks import OperatorCode
+from graph_capture.folding.leaving import HANDED_ON
+from graph_capture.folding.purity import repeated_arguments
 from graph_capture.private_torch.autograd import set_grad_enabled
 from graph_capture.private_torch.operators import OpOverload
-from graph_capture.purity import draws, repeated_arguments
-from graph_capture.recorder import storage_id
 from solvers.replay import InvalidScheduleError, replay
 from solvers.schedule import Schedule
 

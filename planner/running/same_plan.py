@@ -15,8 +15,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from graph_capture.data_parallel import ranks_of
-from graph_capture.spread_out import mesh_of
+from graph_capture.calls.spread_out import mesh_of
+from graph_capture.loop.data_parallel import ranks_of
 
 from ..errors import PlanError, PlanMismatchError
 from ..plan_record import PlanRecord

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.arrival_order import arranged
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.captured_step import CapturedStep
-from graph_capture.checks import Check
-from graph_capture.consumption import in_turn
-from graph_capture.outputs import OutputTemplate
-from graph_capture.recorder import storage_id
+from graph_capture.loop.arrival_order import arranged
+from graph_capture.loop.consumption import in_turn
+from graph_capture.recording.outputs import OutputTemplate
+from graph_capture.values.checks import Check
 
 from .backward_segments import Segment, split
 from .bindings import Fetch, fetch_of, leave_of, put_back_of

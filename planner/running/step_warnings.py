@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graph_capture.checks import Check, OutcomeChanged
+from graph_capture.values.checks import Check, OutcomeChanged
 
 from .tally import Tally
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.nn.parallel import DistributedDataParallel
 
-from graph_capture.data_parallel import DataParallel, bucket_bytes, buckets_of
-from graph_capture.loop_holds import LoopHolds
+from graph_capture.loop.data_parallel import DataParallel, bucket_bytes, buckets_of
+from graph_capture.loop.loop_holds import LoopHolds
 
 from ..plan_record import PlanRecord
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from graph_capture.call_spec import TensorSpec, parse_dtype, specs_of
+from graph_capture.calls.call_spec import TensorSpec, parse_dtype, specs_of
 from graph_capture.cost_graph import MAX_TOTAL, CostGraph
-from graph_capture.leaving import ACCUMULATE, CONSUME
+from graph_capture.folding.leaving import ACCUMULATE, CONSUME
 
 from ..base.budget import RequestedBudget
 from ..plan_record import PlanRecord

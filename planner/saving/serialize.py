@@ -18,17 +18,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from graph_capture.call_spec import TensorSpec, from_json, to_json
+from graph_capture.calls.call_spec import TensorSpec, from_json, to_json
 from graph_capture.cost_graph import GRAPH_FORMAT, CostGraph
 from graph_capture.costs.cost_model import CostRecord
+from graph_capture.folding.leaving import CONSUME
 from graph_capture.json_text import read_json
-from graph_capture.leaving import CONSUME
-from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
-from graph_capture.loss import LossRegion, LossSource, LossSpec, TangentMemory
-from graph_capture.optimizer_step import OptimizerStep
-from graph_capture.outcomes import Outcome
+from graph_capture.loop.loop_holds import NOTHING_ELSE, LoopHolds
+from graph_capture.loop.loss import LossRegion, LossSource, LossSpec, TangentMemory
+from graph_capture.loop.optimizer_step import OptimizerStep
 from graph_capture.printable import printable
 from graph_capture.regular_file import read_regular
+from graph_capture.values.outcomes import Outcome
 from solvers.replay import InvalidScheduleError
 from solvers.result import SolveStatus
 from solvers.schedule import Schedule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graph_capture.costs.devices import Device
-from graph_capture.target import Target
+from graph_capture.costs.target import Target
 
 from ..base.budget import RequestedBudget, read_budget
 

@@ -14,8 +14,8 @@ from graph_capture.costs.cost_model import CostRecord
 from graph_capture.costs.devices import Device
 from graph_capture.costs.resolve import CostModelChoice
 from graph_capture.errors import CaptureError
-from graph_capture.loop_holds import Grads, LoopHolds, Outputs
-from graph_capture.loss import LossFn
+from graph_capture.loop.loop_holds import Grads, LoopHolds, Outputs
+from graph_capture.loop.loss import LossFn
 from solvers.replay import replay
 from solvers.schedule import Schedule
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.loss import LossFn, LossSource
+from graph_capture.loop.loss import LossFn, LossSource
 
 from ..base.budget import parse_headroom
 from ..base.live_state import LiveState

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
 
-from graph_capture.call_spec import TensorSpec, changed, describe, realize, tensors_of
-from graph_capture.loss import LossFn
+from graph_capture.calls.call_spec import TensorSpec, changed, describe, realize, tensors_of
+from graph_capture.loop.loss import LossFn
 
 Resize = Callable[[TensorSpec], TensorSpec]
 

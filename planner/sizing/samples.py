@@ -1,7 +1,7 @@
 """A sample at another batch size or sequence length: specifications, no memory.
 
 A capture depends only on shapes, so a resized sample is the call's arguments with a
-:class:`~graph_capture.call_spec.TensorSpec` in place of each tensor.
+:class:`~graph_capture.calls.call_spec.TensorSpec` in place of each tensor.
 
 Which dimensions are resized
 ----------------------------
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graph_capture.call_spec import TensorSpec, changed, strides_like
+from graph_capture.calls.call_spec import TensorSpec, changed, strides_like
 
 MakeSample = Callable[[int, int | None], Any]
 """The caller's function from a batch size and a sequence length (or ``None``) to a sample."""

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from graph_capture.autocast import autocast_as
-from graph_capture.call_spec import TensorSpec, bind_call, describe, split_sample, tensors_of
+from graph_capture.calls.autocast import autocast_as
+from graph_capture.calls.call_spec import TensorSpec, bind_call, describe, split_sample, tensors_of
 from graph_capture.capture_lock import holds_capture_lock
 from graph_capture.captured_step import CapturedStep
 from graph_capture.costs.resolve import CostModelChoice
+from graph_capture.costs.target import Target, target_of
 from graph_capture.errors import CaptureError
-from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
-from graph_capture.loss import LossFn
-from graph_capture.optimizer_step import OptimizerStep, measure_optimizer
+from graph_capture.loop.loop_holds import NOTHING_ELSE, LoopHolds
+from graph_capture.loop.loss import LossFn
+from graph_capture.loop.optimizer_step import OptimizerStep, measure_optimizer
 from graph_capture.step_capture import capture_step
-from graph_capture.target import Target, target_of
-from graph_capture.trace import trace_step
-from graph_capture.traced_step import TakenPath
+from graph_capture.tracing.trace import trace_step
+from graph_capture.tracing.traced_step import TakenPath
 from solvers.replay import replay
 from solvers.schedule import Schedule
 

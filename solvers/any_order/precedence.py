@@ -7,7 +7,7 @@ gradients to backward, so forward ends there. The optimizer comes last.
 
 Writing over a dead argument adds no constraint: the call that writes is part of the
 operator that allocates, so nothing ever reads the argument from outside (see
-``graph_capture/reuse.py``), and what it reads besides is an input of that operator.
+``graph_capture/folding/reuse.py``), and what it reads besides is an input of that operator.
 """
 
 from __future__ import annotations

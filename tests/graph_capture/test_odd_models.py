@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.errors import CaptureError
-from graph_capture.loss import LossSource
+from graph_capture.loop.loss import LossSource
 from planner import InfeasibleBudgetError, Plan, measure, optimize
 
 from .odd import ODD, WIDTH, Three, mean_square, normal, sample

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from graph_capture import trace
-from graph_capture.recorder import Recorder
+from graph_capture.recording.recorder import Recorder
+from graph_capture.tracing import trace
 from planner import InfeasibleBudgetError, Plan, measure, optimize
 from planner.base.training_step import make_step
 from planner.measuring.measure import measure_pair

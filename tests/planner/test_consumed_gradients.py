@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graph_capture import leaving
-from graph_capture.leaving import CONSUME
+from graph_capture.folding import leaving
+from graph_capture.folding.leaving import CONSUME
 from planner import InfeasibleBudgetError, Plan, PlanError, PlanWarning, measure, optimize
 from planner.base.resident import resident_tensors, storage_bytes
 from planner.measuring.measure import record_peak

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.testing.zoo import ZOO
-from graph_capture import leaving
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
+from graph_capture.folding import leaving
 from planner import (
     InfeasibleBudgetError,
     Plan,

@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.testing.bitwise import assert_same_tensors
-from graph_capture.spread_out import local_part
+from graph_capture.calls.spread_out import local_part
 from graph_capture.units import format_bytes
 from planner import (
     CaptureError,

@@ -18,9 +18,10 @@ from torch.utils.checkpoint import (
 )
 
 from benchmarks.testing.zoo import ZOO
-from graph_capture import capture, trace
+from graph_capture import capture
 from graph_capture.cost_graph import CostGraph
-from graph_capture.recorder import Recorder
+from graph_capture.recording.recorder import Recorder
+from graph_capture.tracing import trace
 from solvers.instances import budget_of
 from solvers.replay import Replay, replay
 from solvers.schedule import Schedule

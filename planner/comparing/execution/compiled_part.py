@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from graph_capture.loop_holds import LoopHolds
+from graph_capture.loop.loop_holds import LoopHolds
 
 from ...base.forward_slot import forward_set, own_forward
 from ...base.preserve_state import preserve_state

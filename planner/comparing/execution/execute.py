@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from graph_capture.target import Target
+from graph_capture.costs.target import Target
 from solvers.schedule import Schedule
 
 from ...base.budget import RequestedBudget

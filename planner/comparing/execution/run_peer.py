@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from graph_capture.costs.resolve import CostModelChoice
-from graph_capture.loop_holds import NOTHING_ELSE, LoopHolds
+from graph_capture.loop.loop_holds import NOTHING_ELSE, LoopHolds
 
 from ...base.forward_slot import forward_set, own_forward
 from ...base.preserve_state import preserve_state

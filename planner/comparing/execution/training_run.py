@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graph_capture.outputs import take_apart
 from graph_capture.private_torch.modules import COMPILED_PREFIX
+from graph_capture.recording.outputs import take_apart
 
 from ...base.resident import single_device
 from ...base.training_step import (

@@ -37,8 +37,8 @@ from torch.utils.checkpoint import (
 )
 
 from graph_capture.costs.resolve import resolve_cost_model
+from graph_capture.costs.target import target_of
 from graph_capture.private_torch.module_program import module_program, never_counted
-from graph_capture.target import target_of
 from graph_capture.units import format_bytes
 from solvers.strategies.strategy import StrategyError, StrategyFailure
 

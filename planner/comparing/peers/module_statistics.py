@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.costs.call_collector import CallCollector
 from graph_capture.costs.cost_model import Call, CostModel, PreparedCostModel
 from graph_capture.private_torch.module_program import (
@@ -32,7 +33,6 @@ from graph_capture.private_torch.module_program import (
 )
 from graph_capture.private_torch.operators import schema_of
 from graph_capture.private_torch.trees import tree_leaves
-from graph_capture.recorder import storage_id
 
 from ...base.preserve_state import preserve_state
 from ...base.training_step import LossFn, Sample, call_model, output_tensors, train_step

@@ -10,7 +10,7 @@ import torch
 from graph_capture.costs.detect_gpu import device_from_properties
 from graph_capture.costs.devices import DEVICES, Device, device_for
 from graph_capture.costs.operator_classes import OPERATOR_CLASSES
-from graph_capture.target import target_of
+from graph_capture.costs.target import target_of
 
 GPUS = {device.name: device for device in DEVICES.values() if device.torch_type == "cuda"}
 

@@ -17,8 +17,8 @@ from graph_capture.costs.devices import device_for
 from graph_capture.costs.profile import Profile, ProfiledCosts
 from graph_capture.costs.resolve import resolve_cost_model
 from graph_capture.costs.roofline import Roofline
+from graph_capture.costs.target import Target, target_of
 from graph_capture.step_capture import capture
-from graph_capture.target import Target, target_of
 from planner import optimize
 from tests.capturing import capture_step
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from graph_capture.loop_holds import NOTHING_ELSE
+from graph_capture.loop.loop_holds import NOTHING_ELSE
 from planner import BlockPlan, PlanWarning, applied_blocks, check_same_plan, measure
 from planner.blocks.looking_at_loop import LookAtLoop
 from planner.errors import PlanError, PlanMismatchError

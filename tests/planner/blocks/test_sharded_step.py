@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from graph_capture.cost_graph import CostGraph, Operator, Storage
-from graph_capture.fully_sharded import FullySharded, GroupBytes
+from graph_capture.loop.fully_sharded import FullySharded, GroupBytes
 from planner.blocks.sharded_step import Group, sharded_step
 from solvers.block_plans.stepping import Block, BlockCall, BlockedStep
 from solvers.replay import replay

@@ -17,7 +17,7 @@ from benchmarks.testing.zoo import (
     ZOO,
     Case,
 )
-from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.calls.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep
 from graph_capture.cost_graph import CostGraph
 from planner import optimize

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
 from benchmarks.testing.zoo import ZOO
-from graph_capture.call_spec import bind_call, split_sample, tensors_of
+from graph_capture.calls.call_spec import bind_call, split_sample, tensors_of
 from graph_capture.captured_step import CapturedStep
 from planner.comparing.min_cut_graph import JointGraph, functional_twin, joint_graph
 from tests.capturing import capture_step

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.costs.devices import device_for
-from graph_capture.recorder import storage_id
 from planner.compiled.fused_groups import fuse, kernel_ns
 from planner.compiled.joint_step import JointStep, tensors_of
 from tests.planner.compiled.test_joint_step import joint_step_of

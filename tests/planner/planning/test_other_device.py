@@ -19,9 +19,9 @@ from benchmarks.testing.zoo import (
     Case,
     cases,
 )
+from graph_capture.absent_cuda.dispatch_rules import ONE_KERNEL_ON_CUDA
 from graph_capture.cost_graph import CostGraph, Operator
 from graph_capture.costs.devices import DEVICES
-from graph_capture.cuda_dispatch_rules import ONE_KERNEL_ON_CUDA
 from graph_capture.errors import CaptureError
 from graph_capture.step_capture import capture
 from planner import Plan, optimize
@@ -202,7 +202,7 @@ def test_another_shape_is_planned_for_the_same_card() -> None:
     model = _llama()
     plan = _plan(model)
     shorter = {name: tokens[:, : LENGTH // 2] for name, tokens in _tokens().items()}
-    from graph_capture.autocast import autocast_as
+    from graph_capture.calls.autocast import autocast_as
 
     with autocast_as("cuda", torch.bfloat16):
         other, _ = replan(plan, plan._live, model, shorter, model.forward)

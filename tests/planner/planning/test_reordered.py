@@ -14,7 +14,7 @@ from benchmarks.testing.zoo import (
     ZOO,
     Case,
 )
-from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.calls.call_spec import bind_call, split_sample
 from graph_capture.captured_step import CapturedStep
 from planner import InfeasibleBudgetError, Plan, measure, optimize
 from planner.planning.make_plan import replan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_tensors, assert_same_training
 from benchmarks.testing.zoo import Case, cases
-from graph_capture import leaving
+from graph_capture.folding import leaving
 from planner import CallMismatchError, Plan, measure, optimize
 from planner.running.planned_forward import PlannedForward
 from tests.planner.small import Net, make, plan_for, sample, square

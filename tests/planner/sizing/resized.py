@@ -8,7 +8,14 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.testing.zoo import Case
-from graph_capture.call_spec import TensorSpec, bind_call, changed, describe, realize, split_sample
+from graph_capture.calls.call_spec import (
+    TensorSpec,
+    bind_call,
+    changed,
+    describe,
+    realize,
+    split_sample,
+)
 from planner.sizing.resized_loss import resized_loss
 from planner.sizing.samples import ResizableSample
 

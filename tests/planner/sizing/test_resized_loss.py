@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from graph_capture.call_spec import TensorSpec
+from graph_capture.calls.call_spec import TensorSpec
 from planner.sizing.resized_loss import resized_loss
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graph_capture.call_spec import TensorSpec, describe
+from graph_capture.calls.call_spec import TensorSpec, describe
 from planner.sizing.samples import ResizableSample
 
 B, L = 3, 5

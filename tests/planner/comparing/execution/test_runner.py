@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graph_capture.call_spec import bind_call, split_sample
+from graph_capture.calls.call_spec import bind_call, split_sample
 from planner import Plan, optimize
 from planner.base.step_spec import StepSpec
 from planner.base.training_step import train_step

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.testing.zoo import ZOO
 from graph_capture import capture
-from graph_capture.reuse import ReuseFinder
+from graph_capture.folding.reuse import ReuseFinder
 from planner import Plan, measure, optimize
 from planner.comparing.execution.run_peer import release, run_peer
 from planner.comparing.peers import PEERS, Peer, Ready, Situation, blocks_of, compile_peer

@@ -1,0 +1,1 @@
+"""Steps in which modules stand for themselves, and steps that run for real."""

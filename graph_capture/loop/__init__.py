@@ -1,0 +1,1 @@
+"""What the training loop does and holds beside the model: loss, optimizer, gradients."""

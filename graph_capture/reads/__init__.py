@@ -1,0 +1,1 @@
+"""What forward reads and changes besides its tensors: objects of Python, settings, clocks."""
