@@ -144,6 +144,7 @@ class Partitioner:
             output_bytes=sum(part.output_bytes) if has_loss else 0,
             accumulates=asked.grads == "accumulated",
             has_loss=has_loss,
+            has_more=has_loss and len(step.tangents) > 1,
             resident_bytes=asked.resident_bytes,
             later_bytes=asked.later_bytes,
         )

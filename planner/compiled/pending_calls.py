@@ -12,6 +12,7 @@ What is compared once for a sequence of calls is not compared again.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from graph_capture.costs.allocator import block_bytes
 from graph_capture.private_torch.autograd import held_by, holds_anything
 from graph_capture.units import format_bytes
 
-from ..errors import PlanError
+from ..errors import PlanError, PlanWarning
 from .unplanned_calls import by_plan
 
 
@@ -50,6 +51,8 @@ class PlannedGraph:
         Whether parameters have gradients when a step begins.
     has_loss
         Whether the loss is computed in this graph, so that ``later_bytes`` is not counted.
+    has_more
+        Whether it has other results beside it that a loop can differentiate.
     resident_bytes, later_bytes
         As the user said.
     """
@@ -61,6 +64,7 @@ class PlannedGraph:
     output_bytes: int
     accumulates: bool
     has_loss: bool
+    has_more: bool
     resident_bytes: int
     later_bytes: int
 
@@ -91,12 +95,21 @@ class PlannedGraph:
         )
 
 
+ANOTHER_LOSS = (
+    "a compiled graph has a loss, and its other results are differentiated, too: another loss, or "
+    "another graph, is computed from them outside of it. What that takes is not in its plan, and "
+    "the step may be that much above its budget. Compute all of the loss within the compiled "
+    "function, or say what else there is by resident_bytes="
+)
+
+
 class PendingCalls:
     """The calls of one ``torch.compile``, in order, without those whose backward pass has run."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
         self._compared: set[tuple[object, ...]] = set()
+        self._has_said = False
 
     def held_bytes(
         self, inputs: Sequence[Tensor], device: torch.device, *, accumulates: bool
@@ -132,10 +145,19 @@ class PendingCalls:
             results = run_by_plan(*inputs)
             node = self._new_node(results)
             if node is not None:
+                if graph.has_more and not self._has_said:
+                    node.register_prehook(self._look_at)
                 self._calls.append(_Call.of(graph, key, node, tensors, results))
             return results
 
         return run
+
+    def _look_at(self, gradients: Iterable[Tensor | None]) -> None:
+        """Say once that results beside the loss are differentiated; zeros are not made yet."""
+        if self._has_said or all(t is None or t.numel() <= 1 for t in gradients):
+            return
+        self._has_said = True
+        warnings.warn(ANOTHER_LOSS, PlanWarning, stacklevel=2)
 
     def _compare(self, graph: PlannedGraph, inputs: Sequence[Tensor]) -> None:
         held_bytes = self.held_bytes(inputs, graph.device, accumulates=graph.accumulates)
@@ -281,4 +303,4 @@ def _with_gradients(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t for t in tensors if t.is_leaf and t.requires_grad]
 
 
-__all__ = ["PendingCalls", "PlannedGraph"]
+__all__ = ["ANOTHER_LOSS", "PendingCalls", "PlannedGraph"]

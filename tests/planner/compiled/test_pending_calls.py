@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner import PlanError
+from planner import PlanError, PlanWarning
 from planner.compiled.options import CompiledOptions
 from planner.compiled.partition import Partitioner
 from planner.compiled.step_so_far import StepSoFar
@@ -119,6 +119,51 @@ def test_plain_python_between_graphs_counts() -> None:
         few, many = plans_of(lambda x: x), plans_of(lambda x: x.exp().sin())
     assert few[0] == many[0]
     assert many[1] == few[1] + 128 * 32 * 4  # exp's result; sin's is the second graph's input
+
+
+class _WithLogits(nn.Module):
+    """A block, logits and a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.out = Block(32), nn.Linear(32, 96)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.out(self.block(x))
+        return logits.square().mean(), logits
+
+
+def test_a_second_loss_outside_is_said_once() -> None:
+    """Its memory is in no plan; a loop that differentiates the graph's loss alone is not told."""
+    torch.manual_seed(0)
+    model, x = _WithLogits(), torch.randn(128, 32)
+    call, _ = compiled(model, budget_bytes=10**6)
+    call(x)[0].backward()  # warnings are errors
+    with pytest.warns(PlanWarning, match="other results are differentiated, too"):
+        sum(t.mean() for t in call(x)).backward()
+    sum(t.mean() for t in call(x)).backward()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.85])
+@pytest.mark.filterwarnings("ignore:a compiled graph has a loss, and its other results")
+def test_gradients_of_other_results_are_in_the_plan(share: float) -> None:
+    """A second loss that takes nothing but its gradient leaves the peak as it is predicted."""
+    torch.manual_seed(0)
+    model, x, weights = _WithLogits(), torch.randn(128, 32), torch.randn(128, 96)
+    call, plans = compiled(model, budget_bytes=int(share * 430_000))
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        loss, logits = call(x)
+        return loss + (logits * weights).sum(), logits
+
+    step(model, lambda x: both(x)[0], x)
+    measured = measure(call, x, loss_fn=lambda made: _second(made, weights), repeats=0).peak_bytes
+    few_bytes = measured - 4 * weights.numel() - plans[0].predicted_peak_bytes
+    assert few_bytes == 4  # the second loss
+
+
+def _second(made: tuple[Tensor, Tensor], weights: Tensor) -> Tensor:
+    return made[0] + (made[1] * weights).sum()
 
 
 def test_a_partitioner_keeps_no_batch() -> None:
