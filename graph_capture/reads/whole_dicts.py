@@ -19,7 +19,7 @@ ALL_AT_ONCE = frozenset({"__dict__", "__getstate__", "__reduce__", "__reduce_ex_
 """Attributes that give all others."""
 
 _COPIERS = frozenset({copy.__file__, copyreg.__file__, inspect.__file__, pickle.__file__})
-_PASSED = _COPIERS | {str(Path(__file__).with_name("asked_elsewhere.py"))}
+_PASSED = _COPIERS | {str(Path(__file__).with_name("exchanged_functions.py"))}
 _NO_STEP = frozenset({"CACHE", "PRECALL", "PUSH_NULL", "NOT_TAKEN"})
 _BY_KEY = frozenset({"get", "pop", "__getitem__", "__contains__"})
 _SUBSCRIPTS = frozenset({"BINARY_SUBSCR", "STORE_SUBSCR", "DELETE_SUBSCR"})
