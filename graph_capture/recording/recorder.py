@@ -9,13 +9,11 @@ the bit.
 from __future__ import annotations
 
 import operator
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.fx import Graph, Node
 
@@ -33,15 +31,14 @@ from ..private_torch.fake_tensors import FakeTensor, FakeTensorMode
 from ..private_torch.operators import OpOverload, schema_of
 from ..private_torch.trees import tree_flatten, tree_iter, tree_map
 from ..reads.asked_elsewhere import not_watched
-from ..reads.isolation import generator_states
 from ..values.asked_numbers import AskedNumber
 from ..values.constant_values import ConstantValues, ReplayAnswersMode
 from ..values.outcomes import ASKS, GivenOutcomes, Outcome, ReadsWhole
 from ..values.questions import Questions
-from .drawn_ahead import is_ahead
 from .fake_call_cache import FakeCallCache
 from .kernels_word import kernels_word, laid_out_rightly
 from .packed_sequences import PACK, packed
+from .watched_generators import WatchedGenerators, refuse_other_generators
 
 if TYPE_CHECKING:
     from .real_results import RealResults
@@ -120,9 +117,7 @@ class Recorder(ReadsWhole):
         self.phase = "forward"
         self.constants: dict[str, torch.Tensor] = {}
         self.failed_at = ""
-        self.draws_outside: str | None = None
-        self._generator_states = generator_states()
-        self._outside_state = _outside_generators()
+        self.generators = WatchedGenerators()
         self._node_of: dict[int, Node] = {}
         self._memory_of: dict[int, int] = {}  # id of a tensor -> storage that it had when bound
         self._keep_alive: list[Any] = []
@@ -288,7 +283,9 @@ class Recorder(ReadsWhole):
         if torch.Tag.inplace_view in func.tags and schema_of(func).name != "aten::set_":
             return self._inplace_view(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
-            self._check_generator(args, kwargs)
+            refuse_other_generators(args, kwargs)
+            self.check_generators()
+            self.generators.draw()
         if func is PACK and isinstance(args[1], FakeTensor):
             lengths = self.read_whole(args[1])
             if lengths is not None:
@@ -338,21 +335,6 @@ class Recorder(ReadsWhole):
             stand_in = fake_mode.fake_tensor_converter.from_real_tensor(fake_mode, real)
         self.bind(node, stand_in)
 
-    def _check_generator(self, args: tuple, kwargs: dict) -> None:
-        """Refuse other generators: a step draws one sequence, from the default generator."""
-        if any(isinstance(v, torch.Generator) for v in tree_iter((args, kwargs))):
-            raise CaptureError(
-                f"random numbers are drawn from a generator of the model's own ({calling_line()}); "
-                "use the default generator, or draw outside and pass the numbers as an argument"
-            )
-        self.check_generators()
-        with disable_current_modes():  # so that a state put back later differs from this one
-            torch.rand(())
-            if torch.cuda.is_initialized():
-                for generator in torch.cuda.default_generators:
-                    generator.set_offset(generator.get_offset() + 4)
-            self._generator_states = generator_states()
-
     def check_generators(self) -> None:
         """Refuse code that sets the state of torch's generators, even to an earlier state.
 
@@ -361,27 +343,7 @@ class Recorder(ReadsWhole):
         CaptureError
             When a generator's state is not the one after the last draw.
         """
-        with disable_current_modes():
-            pairs = [*zip(generator_states(), self._generator_states, strict=True)]
-            moved = [(now, then) for now, then in pairs if not np.array_equal(now, then)]
-            ahead = bool(moved) and all(is_ahead(now, then) for now, then in moved)
-        if ahead:
-            raise CaptureError(
-                f"random numbers were drawn from PyTorch's global generator while the model was "
-                f"captured ({self.phase}, {calling_line()}), and by no call of the model in this "
-                "thread: another thread draws (a data loader, a second training loop), or code "
-                "that is not PyTorch's. A plan cannot draw as eager does then, and planning puts "
-                "the generator back: wait for that thread while planning, or let it draw from a "
-                "torch.Generator of its own"
-            )
-        if moved:
-            raise CaptureError(
-                f"{self.phase} seeds the random generator and then draws from it, or puts back an "
-                f"earlier state ({calling_line()}): seed outside, or draw outside and pass the "
-                "numbers as an argument. A checkpoint of the model's own does so: switch it off, "
-                "since the plan decides what is recomputed, or use torch.utils.checkpoint, which "
-                "is looked through"
-            )
+        self.generators.check(self.phase)
 
     def _inplace_view(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """``x.squeeze_()`` changes what ``x`` is: record ``y = x.squeeze()``, go on with y."""
@@ -465,20 +427,11 @@ class Recorder(ReadsWhole):
         """While active, calls know the submodule that they run in."""
 
         def look_outside() -> None:
-            if self.draws_outside is None and _outside_generators() != self._outside_state:
-                self.draws_outside = self._places.module_path
+            self.generators.look_outside(self._places.module_path)
 
         with self._places.inside_modules(model, look_outside):
             yield
             look_outside()  # for draws of the model's own forward after its last module
-
-
-def _outside_generators() -> tuple[Any, ...]:
-    """State of Python's and NumPy's random generators."""
-    numpy_state = np.random.get_state(legacy=False)
-    assert isinstance(numpy_state, dict)
-    inner = numpy_state["state"]
-    return random.getstate(), inner["key"].tobytes(), inner["pos"]
 
 
 def _apart(func: OpOverload, out: Any) -> Any:

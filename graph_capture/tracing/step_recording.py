@@ -363,10 +363,11 @@ class _Recording:
 
     def _refuse_random_numbers(self) -> None:
         self.recorder.check_generators()
-        if self.recorder.draws_outside is not None:
+        draws_outside = self.recorder.generators.draws_outside
+        if draws_outside is not None:
             raise NotFittingError(
                 f"forward draws from Python's or NumPy's random generator (in module "
-                f"{self.recorder.draws_outside!r}): a plan would repeat this one draw for ever. "
+                f"{draws_outside!r}): a plan would repeat this one draw for ever. "
                 "Draw with torch, or outside and pass the numbers as an argument"
             )
         self.watcher.generators.refuse_draws()
