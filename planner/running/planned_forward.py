@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 from graph_capture.calls.call_spec import describe, specs_of
-from graph_capture.calls.spread_out import local_part
 from graph_capture.capture_lock import CAPTURE_LOCK
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
-from graph_capture.loop.data_parallel import DataParallel
 from graph_capture.loop.loss import LossFn
 from graph_capture.private_torch.modules import active_data_parallel
 from graph_capture.units import format_bytes, format_us
@@ -47,7 +45,7 @@ from .live_guard import looks_of
 from .planned_call import PlannedCall
 from .surroundings import foreign_surroundings
 from .tally import Tally
-from .uncounted_buckets import output_bytes, uncounted_bytes
+from .uncounted_memory import say_buckets, say_gradients, say_kept
 from .unplanned_backward import UnplannedBackward
 
 MAX_CALLS = 64
@@ -248,28 +246,11 @@ class PlannedForward(StandIn):
             When a value decides a branch or a size otherwise than planned.
         """
         prepared = call.prepared[0]
-        self._say_gradients_held(call)
-        self._say_buckets(call)
+        self._say_uncounted(call)
         if self.look is not None:
             looks_again = self.look(self.model, again=self.looked)
             self.look, self.looked = self.look if looks_again else None, True
-        if prepared.guard.replaced_bytes:
-            self._say_held(
-                call,
-                "parameters replaced",
-                prepared.guard.replaced_bytes,
-                "parameters are still in memory that others took the place of",
-                "Let go of them, or plan with a budget that is lower by these bytes",
-            )
-        if prepared.guard.uncounted_bytes:
-            self._say_held(
-                call,
-                "larger inputs",
-                prepared.guard.uncounted_bytes,
-                "memory is kept by inputs that are slices of larger tensors, or that were one "
-                "tensor in the sample",
-                "Plan with a sample that is made as the loop makes its batches",
-            )
+        say_kept(self.tally, call)
         output = prepared.step(arguments)
         self.tally.ran(call.peak_bytes)
         if call is not self._last:
@@ -414,62 +395,26 @@ class PlannedForward(StandIn):
 
     # -- what is said once ----------------------------------------------------------
 
-    def _say_gradients_held(self, call: PlannedCall) -> None:
-        """Warn about gradients of an earlier step that still exist when a forward pass begins."""
-        if self._watch_is_due:
-            self._watch = UnplannedBackward.of(self, call.prepared[0].captured)
-            self._watch_is_due = False
-        if self._watch is None:
-            return
-        if not self._watch.is_in_place():
-            self._watch.stop()
-            self._watch = UnplannedBackward.of(self, call.prepared[0].captured)
-        watched = None if self._watch is None else self._watch.parameter()
-        if watched is None or watched.grad is None or self.plan.holds.hands_on:
-            return  # they are counted, or were spoken of when the backward pass ended
-        held = sum(
-            local_part(p.grad).untyped_storage().nbytes()
-            for p in self.model.parameters()
-            if p.grad is not None
-        )
-        self._say_held(
-            call,
-            "gradients held",
-            held,
-            "gradients are there when a planned step begins",
-            "Call zero_grad(set_to_none=True) before forward, or plan with grads='accumulated', "
-            "which counts them",
-        )
-
-    def _say_buckets(self, call: PlannedCall) -> None:
-        """Warn that ``DistributedDataParallel`` accumulates gradients in its own memory."""
+    def _say_uncounted(self, call: PlannedCall) -> None:
+        """Warn about memory beside a planned step that its plan does not count."""
+        parameter = self._watched_parameter(call)
+        if parameter is not None and parameter.grad is not None and not self.plan.holds.hands_on:
+            say_gradients(self.tally, call, self.model)  # others are counted, or were spoken of
         wrapper = active_data_parallel()
-        if wrapper is None or self._buckets_said or self.block is not None:
-            return  # of a block whoever looks at the loop says it
-        self._buckets_said = True
-        plan = call.plan
-        num_bytes = uncounted_bytes(wrapper, plan.holds, plan.device_type, output_bytes(plan))
-        found = DataParallel.of_wrapper(wrapper)
-        if num_bytes:
-            self._say_held(
-                call,
-                "buckets",
-                num_bytes,
-                "gradients lie in the buckets of a DistributedDataParallel",
-                f"Plan the wrapped model, or with distributed='{found}', which counts them",
-            )
+        if wrapper is not None and not self._buckets_said and self.block is None:
+            self._buckets_said = True  # of a block whoever looks at the loop says it
+            say_buckets(self.tally, call, wrapper)
 
-    def _say_held(
-        self, call: PlannedCall, kind: str, held_bytes: int, what: str, advice: str
-    ) -> None:
-        peak_bytes, budget_bytes = call.peak_bytes + held_bytes, call.plan.budget_bytes
-        if peak_bytes > budget_bytes:
-            self.tally.say(
-                kind,
-                f"{format_bytes(held_bytes)} of {what}, which the plan does not count: its peak "
-                f"may be {format_bytes(peak_bytes)}, the budget is {format_bytes(budget_bytes)}. "
-                f"{advice}",
-            )
+    def _watched_parameter(self, call: PlannedCall) -> torch.Tensor | None:
+        """The parameter by which backward passes are noticed, watched anew if it was replaced."""
+        captured = call.prepared[0].captured
+        if self._watch_is_due:
+            self._watch = UnplannedBackward.of(self, captured)
+            self._watch_is_due = False
+        if self._watch is not None and not self._watch.is_in_place():
+            self._watch.stop()
+            self._watch = UnplannedBackward.of(self, captured)
+        return None if self._watch is None else self._watch.parameter()
 
     def _say_solved(self, plan: PlanRecord, taken_s: float) -> None:
         """Say that a training loop has waited for a solver, and for how long."""
