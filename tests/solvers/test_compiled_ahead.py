@@ -9,14 +9,14 @@ from .graphs import INSTANCES
 
 _IN_A_NEW_PROCESS = """
 import sys
-from solvers import backward_search, local_search
+from solvers import backward_search, backward_states, local_search
 from solvers.arrays import graph_arrays
 from solvers.instances import budget_of, load_instance
 from solvers.least_memory import least_memory
 from solvers.retention_plan import find_gaps
 
 def compiled():
-    slow = (local_search._anneal, backward_search._explore, backward_search._enter)
+    slow = (local_search._anneal, backward_states.explore, backward_states.enter)
     return [len(function.signatures) for function in slow]
 
 assert compiled() == [0, 0, 0]
