@@ -40,10 +40,15 @@ from tests.capturing import trace_step
 from ..odd import WIDTH, Three, mean_square, normal
 
 Patch = pytest.MonkeyPatch
+
 LOG = logging.getLogger("tests.asked")
+
 NAMED = 2.0
+
 BACKENDS = torch.backends.flags_frozen.__globals__
+
 CACHE: dict[int, float] = {}
+
 HOME = pathlib.Path()
 
 
@@ -516,49 +521,6 @@ def test_a_backward_hook_that_asks_has_advice_of_its_own() -> None:
     with pytest.raises(CaptureError, match=r"backward hook.*test_asked_elsewhere\.py:\d+.*clamp"):
         _reads(_Scaled())
     _reads(_ScaledByTensors())
-
-
-class _IsGiven(Three):
-    def forward(self, x: Tensor, scale: Any, table: Any) -> Tensor:
-        return self.c(self.a(x) * scale(1.0) * float(table[0]))
-
-
-class _Scale:
-    by = 2.0
-
-    def __call__(self, value: float) -> float:
-        return value * self.by
-
-
-@pytest.mark.parametrize("what", ["scale", "table"])
-@pytest.mark.parametrize("looks", [0, 2])
-def test_what_an_argument_holds_is_compared(what: str, looks: int) -> None:
-    """Of an object that is called, and of an array, which stay the same objects."""
-    scale, table = _Scale(), np.ones(2)
-    model = _IsGiven()
-    arguments = bind_call(model.forward, (normal(0, 16, WIDTH), scale, table), {})
-    reads = trace_step(model, arguments, mean_square).reads
-    for _ in range(looks):
-        assert reads.difference() is None
-    if what == "scale":
-        scale.by = 3.0
-    else:
-        table[0] = 3.0
-    assert reads.difference() is not None
-
-
-class _AsksArgument(Three):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x) * getattr(x, "gain", 1.0)
-
-
-def test_an_attribute_of_an_argument_is_refused() -> None:
-    """The next call's tensor may have another; one without any is planned."""
-    model, x = _AsksArgument(), normal(0, 16, WIDTH)
-    trace_step(model, bind_call(model.forward, (x,), {}), mean_square)
-    x.gain = 2.0  # type: ignore[attr-defined]
-    with pytest.raises(CaptureError, match="'gain', which somebody has put on a tensor"):
-        trace_step(model, bind_call(model.forward, (x,), {}), mean_square)
 
 
 def test_nothing_is_left_behind() -> None:
