@@ -32,6 +32,9 @@ from tests.planner.comparing.peers.peer_models import (
 )
 
 PEER = PEERS["sac_ilp"]
+needs_pulp = pytest.mark.skipif(
+    importlib.util.find_spec("pulp") is None, reason="PuLP, of the extra 'peers', is not installed"
+)
 
 
 @contextlib.contextmanager
@@ -94,6 +97,7 @@ def test_it_is_told_what_modules_hold() -> None:
     assert nodes["Stack.layers.3"]["output_per_module"] == hidden
 
 
+@needs_pulp
 def test_it_recomputes_within_its_budget() -> None:
     """Below eager's peak, modules run in checkpoints, calls run again, and the peak is lower."""
     model, sample = made(Stack)
@@ -107,6 +111,7 @@ def test_it_recomputes_within_its_budget() -> None:
     assert peak < measure(model, sample, repeats=0).peak_bytes
 
 
+@needs_pulp
 def test_with_all_the_memory_nothing_is_recomputed() -> None:
     """Its budget is then no limit."""
     model, sample = made(Stack)
@@ -114,6 +119,7 @@ def test_with_all_the_memory_nothing_is_recomputed() -> None:
         assert wrapped(ready.model) == set()
 
 
+@needs_pulp
 def test_saved_operators_do_not_run_again() -> None:
     """What its policy of a module saves is taken from the cache: as many calls run as it says."""
     model, sample = made(Stack)
@@ -131,6 +137,7 @@ def test_saved_operators_do_not_run_again() -> None:
     assert again == expected
 
 
+@needs_pulp
 def test_what_it_does_not_count_is_taken_off() -> None:
     """A budget with so many bytes beside it gives the same choice as the difference alone."""
     model, sample = made(Stack)
@@ -236,6 +243,7 @@ class Turning(Layer):
         return super().forward(x.tanh() if self.other else x.sigmoid(), scale, flag=flag)
 
 
+@needs_pulp
 def test_another_path_than_was_seen_is_an_error() -> None:
     """Operators are told apart by number; a step with other ones is not recomputed wrongly."""
     model, sample = made(Stack, num_layers=4)
@@ -258,6 +266,7 @@ def test_without_pulp_its_row_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
     assert 'pip install "remat-planner[peers]"' in row.error
 
 
+@needs_pulp
 def test_without_a_budget_its_row_asks_for_one() -> None:
     """It works towards a budget."""
     model, sample = made(Stack)
@@ -266,6 +275,7 @@ def test_without_a_budget_its_row_asks_for_one() -> None:
     assert "needs a budget" in row.error
 
 
+@needs_pulp
 def test_a_budget_that_it_cannot_meet() -> None:
     """Its program says that nothing fits by its own reckoning; the row says what it was asked."""
     model, sample = made(Stack)
@@ -275,6 +285,7 @@ def test_a_budget_that_it_cannot_meet() -> None:
     assert "1 kB that it does not count" in row.error
 
 
+@needs_pulp
 @pytest.mark.slow
 def test_a_comparison_runs_it_at_each_budget() -> None:
     """A row for each budget, with eager's bits; one whose real peak is above the budget says so."""
@@ -300,6 +311,7 @@ def test_a_comparison_runs_it_at_each_budget() -> None:
     assert rows[1].measured.peak_bytes < rows[0].measured.peak_bytes
 
 
+@needs_pulp
 def test_batch_norm_counts_twice() -> None:
     """As for every checkpoint: a recomputed batch norm moves its statistics again."""
     model, sample = made(Statistics)
@@ -310,6 +322,7 @@ def test_batch_norm_counts_twice() -> None:
     assert "running" in row.measured.difference
 
 
+@needs_pulp
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # its program may take 180 s; at 80 % of T5's peak it does
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama", "vit", "t5"])
