@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,11 +38,13 @@ def _library() -> Any:
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
     from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+    from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature as _takes
 else:
     _lightning = _library()
     Callback = _lightning.Callback
     rank_zero_info = _lightning.utilities.rank_zero_info
     rank_zero_warn = _lightning.utilities.rank_zero_warn
+    _takes = _lightning.utilities.signature_utils.is_param_in_hook_signature
 
 # Scalars that the trainer keeps beside a step: losses, logged values, norms of gradients.
 _LOOP_BYTES = 4096
@@ -124,9 +126,16 @@ class RematCallback(Callback):
                 "loss: call planner.watch(module, budget_gb=…, loss_fn=…) for the module that it "
                 "calls"
             )
-        others = [batch_idx]
-        if "batch_idx" not in inspect.signature(pl_module.training_step).parameters:
-            others = []
+        takes = partial(_takes, pl_module.training_step)
+        if takes("dataloader_iter", explicit=True):
+            raise PlanError(
+                "training_step of this LightningModule fetches its batches itself "
+                "(dataloader_iter), so a step cannot be looked at before it runs: let it take "
+                "the batch, or call planner.watch(module, budget_gb=…, loss_fn=…) for the module "
+                "that it calls"
+            )
+        # By Lightning's own rule: the index may have any name.
+        others = [batch_idx] if takes("batch_idx", min_args=2) else []
         as_given = _copied(batch)  # training_step may take labels out of it
 
         def compute() -> torch.Tensor:

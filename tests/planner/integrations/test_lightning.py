@@ -156,6 +156,61 @@ def test_a_training_is_saved_and_resumed(tmp_path: Path) -> None:
         assert_same(eager, planned)
 
 
+@pytest.mark.parametrize("signature", ["batch, i", "*arguments", "batch"])
+def test_the_index_of_a_batch_may_have_any_name(signature: str, tmp_path: Path) -> None:
+    """A training_step is called while planning with the arguments that Lightning passes it."""
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Linear(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)))
+            self.seen: list[float] = []
+
+        def step(self, batch: Tensor, *others: int) -> Tensor:
+            assert len(others) == (signature != "batch")
+            loss = self.layers(batch).tanh().square().mean() * sum([1, *others])
+            self.seen.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Indexed(Linear):
+        def training_step(self, batch: Tensor, i: int) -> Tensor:
+            return self.step(batch, i)
+
+    class Variadic(Linear):
+        def training_step(self, *arguments: Any) -> Tensor:
+            return self.step(*arguments)
+
+    class Alone(Linear):
+        def training_step(self, batch: Tensor) -> Tensor:
+            return self.step(batch)
+
+    module = {"batch, i": Indexed, "*arguments": Variadic, "batch": Alone}[signature]
+
+    def train(*callbacks: Any) -> list[float]:
+        made = module()
+        trainer = pl.Trainer(
+            max_steps=3,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(tmp_path),
+            callbacks=[*callbacks],
+        )
+        trainer.fit(made, DataLoader(torch.linspace(0, 1, 48 * 64).view(48, 64), batch_size=16))
+        return [*made.seen, *(p.sum().item() for p in made.parameters())]
+
+    callback = remat(budget="2MB")
+    assert train(callback) == train()
+    assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (3, 0)
+
+
 def test_what_the_callback_refuses(tmp_path: Path) -> None:
     """Outputs that are returned beside the loss, and a step that calls a part first."""
     with pytest.raises(CaptureError, match=r"returns 'logits' beside the loss"):
