@@ -132,6 +132,7 @@ class Folder:
                 or host.calls[-1].meta["phase"] != node.meta["phase"]
                 or any(r is not host for r in self.blocks[k].readers)
                 or not self._exist_before(host, code)
+                or self._read_two_versions(host, code)
                 or not self._joins_cheaply(host, code, node)
             ):
                 continue
@@ -170,6 +171,18 @@ class Folder:
             for k in others
         ) and not any(k in self.written_resident for k in others)
 
+    def _read_two_versions(self, host: OperatorCode, code: OperatorCode) -> bool:
+        """Whether a memory was written to between what ``host`` reads of it and ``code`` does.
+
+        One operator reads one value of a memory: ``y = x.clone(); x.neg_(); y.mul_(x)`` is two.
+        """
+        held = {storage_id(argument.meta["val"]): k for argument, k in host.reads.items()}
+        return any(
+            held.get(storage_id(argument.meta["val"]), k) != k
+            for argument, k in code.reads.items()
+            if k not in host.outputs
+        )
+
     def _written_blocks(self, node: Node) -> list[int]:
         nodes = [*node.meta["writes"], *hidden_writes(node.target, node.args)]
         return list(dict.fromkeys(self.block_of(n) for n in nodes))
@@ -198,6 +211,8 @@ class Folder:
         host = self.blocks[inner[0]].producer
         assert host is not None
         if not host.calls or any(r is not host for r in self.blocks[inner[0]].readers):
+            return None
+        if self._read_two_versions(host, code):
             return None
         early = self._exist_before(host, code)
         if early and not (code.ordered and self._last_ordered > host.place):

@@ -74,6 +74,23 @@ class Masked(nn.Module):
         return x
 
 
+class TwoValues(nn.Module):
+    """What a memory held meets what it holds now, in a call that writes in place."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            now = layer(x) * 2
+            before = now.clone()
+            now.neg_()
+            before.add_(now, alpha=-3)
+            x = before.tanh()
+        return x
+
+
 class HighWrite(nn.Module):
     """The step needs most while forward writes in place: four large blocks, then small ones."""
 
@@ -88,7 +105,7 @@ class HighWrite(nn.Module):
         return large.sum(1) * self.scale
 
 
-MODELS = [Residual, Hardswish, Masked]
+MODELS = [Residual, Hardswish, Masked, TwoValues]
 models = pytest.mark.parametrize("kind", MODELS)
 
 
