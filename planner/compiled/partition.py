@@ -141,6 +141,7 @@ class Partitioner:
             peak_bytes=plan.predicted_peak_bytes,
             others_bytes=counted_bytes,
             usable_bytes=plan.usable_bytes,
+            saved_bytes=plan.saved_bytes,
             output_bytes=sum(part.output_bytes) if has_loss else 0,
             accumulates=asked.grads == "accumulated",
             has_loss=has_loss,

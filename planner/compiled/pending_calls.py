@@ -12,10 +12,10 @@ What is compared once for a sequence of calls is not compared again.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from torch.utils.weak import TensorWeakRef
 
 from graph_capture.calls.storage_id import storage_id
 from graph_capture.costs.allocator import block_bytes
-from graph_capture.private_torch.autograd import held_by, holds_anything
+from graph_capture.private_torch.autograd import held_by, holds_anything, keeps_graph
 from graph_capture.units import format_bytes
 
-from ..errors import PlanError, PlanWarning
+from ..errors import PlanError
+from .loop_warnings import LoopWarnings
 from .unplanned_calls import by_plan
 
 
@@ -45,6 +46,8 @@ class PlannedGraph:
         What the plan counts of other graphs of the step, ``later_bytes`` included.
     usable_bytes
         The budget without its headroom.
+    saved_bytes
+        What its forward makes that is there until its backward.
     output_bytes
         Its results, where the loss is one of them: the caller has them until the step ends.
     accumulates
@@ -61,6 +64,7 @@ class PlannedGraph:
     peak_bytes: int
     others_bytes: int
     usable_bytes: int
+    saved_bytes: int
     output_bytes: int
     accumulates: bool
     has_loss: bool
@@ -95,21 +99,13 @@ class PlannedGraph:
         )
 
 
-ANOTHER_LOSS = (
-    "a compiled graph has a loss, and its other results are differentiated, too: another loss, or "
-    "another graph, is computed from them outside of it. What that takes is not in its plan, and "
-    "the step may be that much above its budget. Compute all of the loss within the compiled "
-    "function, or say what else there is by resident_bytes="
-)
-
-
 class PendingCalls:
     """The calls of one ``torch.compile``, in order, without those whose backward pass has run."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
         self._compared: set[tuple[object, ...]] = set()
-        self._has_said = False
+        self._loop = LoopWarnings()
 
     def held_bytes(
         self, inputs: Sequence[Tensor], device: torch.device, *, accumulates: bool
@@ -142,22 +138,29 @@ class PendingCalls:
             if keys not in self._compared:
                 self._compare(graph, tensors)
                 self._compared.add(keys)
+            if not graph.accumulates:
+                self._look_at_gradients(graph, tensors)
             results = run_by_plan(*inputs)
             node = self._new_node(results)
             if node is not None:
-                if graph.has_more and not self._has_said:
-                    node.register_prehook(self._look_at)
+                node.register_prehook(partial(self._look_at, graph))
                 self._calls.append(_Call.of(graph, key, node, tensors, results))
             return results
 
         return run
 
-    def _look_at(self, gradients: Iterable[Tensor | None]) -> None:
-        """Say once that results beside the loss are differentiated; zeros are not made yet."""
-        if self._has_said or all(t is None or t.numel() <= 1 for t in gradients):
-            return
-        self._has_said = True
-        warnings.warn(ANOTHER_LOSS, PlanWarning, stacklevel=2)
+    def _look_at(self, graph: PlannedGraph, gradients: Sequence[Tensor | None]) -> None:
+        """Before a backward pass, when zeros for results that nobody used are not made yet."""
+        if graph.has_more:
+            self._loop.of_another_loss(gradients)
+        if keeps_graph():
+            self._loop.of_retained(graph.saved_bytes, graph.peak_bytes, graph.usable_bytes)
+
+    def _look_at_gradients(self, graph: PlannedGraph, inputs: Sequence[Tensor]) -> None:
+        there = [t.grad for t in _with_gradients(inputs) if t.grad is not None]
+        if there:
+            held_bytes = sum(_Memory(graph.device, there).sizes.values())
+            self._loop.of_gradients(held_bytes, graph.peak_bytes, graph.usable_bytes)
 
     def _compare(self, graph: PlannedGraph, inputs: Sequence[Tensor]) -> None:
         held_bytes = self.held_bytes(inputs, graph.device, accumulates=graph.accumulates)
@@ -303,4 +306,4 @@ def _with_gradients(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t for t in tensors if t.is_leaf and t.requires_grad]
 
 
-__all__ = ["ANOTHER_LOSS", "PendingCalls", "PlannedGraph"]
+__all__ = ["PendingCalls", "PlannedGraph"]
