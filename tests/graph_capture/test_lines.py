@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -10,6 +11,12 @@ import planner
 from graph_capture.lines import is_machinery
 
 TORCH = Path(torch.__file__).parent
+
+
+def test_pythons_own_files_are_machinery() -> None:
+    """A context manager's line says nothing about whoever enters it."""
+    assert is_machinery(contextlib.__file__)
+    assert not is_machinery(__file__)
 
 
 def test_pytorchs_files_and_this_projects_are_machinery() -> None:
