@@ -206,7 +206,8 @@ class Effects:
         if (new.shape, new.dtype, new.stride()) != (old.shape, old.dtype, old.stride()):
             raise NotFittingError(
                 f"forward replaces attribute {target!r}, a {TensorSpec.of(old)}, by a "
-                f"{TensorSpec.of(new)} ({line}); each step would need another plan"
+                f"{TensorSpec.of(new)} ({line}); each step would need another plan. "
+                "If only the first call does so, run the model once before"
             )
         return True
 

@@ -68,7 +68,8 @@ def reassigned_buffers(
         if (new.shape, new.dtype, new.stride()) != (old.shape, old.dtype, old.stride()):
             raise NotFittingError(
                 f"forward replaces buffer {name!r}, a {TensorSpec.of(old)}, by a "
-                f"{TensorSpec.of(new)}; each step would need another plan"
+                f"{TensorSpec.of(new)}; each step would need another plan. If "
+                "only the first call does so, run the model once before"
             )
         found.append((name, new, new is old))
     return found
