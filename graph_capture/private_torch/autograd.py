@@ -67,6 +67,8 @@ set_grad_enabled = torch._C._set_grad_enabled
 at_end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
 # 2.11+; a leaf's hooks that run once its gradient is there, by their handles; or None
 post_accumulate_hooks_of = attrgetter("_post_accumulate_grad_hooks")
+# 2.11+; a tensor's hooks on its gradient, by their handles; or None
+backward_hooks_of = attrgetter("_backward_hooks")
 
 # -- what a call runs under ----------------------------------------------------------------
 
@@ -94,6 +96,7 @@ is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 __all__ = [
     "at_end_of_backward",
+    "backward_hooks_of",
     "current_node",
     "forward_derivative_level",
     "held_by",

@@ -18,6 +18,7 @@ from graph_capture.private_torch.autograd import will_execute
 
 from .autograd_nodes import FirstDerivative, anchor
 from .backward_segments import Backward
+from .inner_outputs import Inner
 
 
 class StepCall:
@@ -48,6 +49,8 @@ class StepCall:
         The graphs that this call's backward pass runs, once it has begun.
     own
         Gradients of all inputs, where the model's own forward computed them.
+    inner
+        Outputs whose gradients must not be asked for, see :mod:`planner.running.inner_outputs`.
     """
 
     __slots__ = (
@@ -58,6 +61,7 @@ class StepCall:
         "by_own_forward",
         "generator_state",
         "handed_over",
+        "inner",
         "inputs",
         "own",
         "saved",
@@ -81,6 +85,7 @@ class StepCall:
         self.values: dict[str, Any] = {}
         self.arrived: Sequence[torch.Tensor | None] = ()
         self.own: list[torch.Tensor | None] | None = None
+        self.inner: Sequence[Inner] = ()
 
     def end(self) -> None:
         """Let go of what later segments would read."""
@@ -142,8 +147,9 @@ class _First(torch.autograd.Function):
         with torch.no_grad():
             found = ctx.step.run_backward(ctx, ctx.call, gradients)
         _end_where_nothing_follows(ctx)
-        link = _link(ctx.step) if ctx.leads_on else None
-        return (None, None, link, *_handed_on(ctx, found, again=again))
+        given = [g for g in gradients if again and g is not None and g.requires_grad]
+        link = _link(ctx.step, given) if ctx.leads_on else None
+        return (None, None, link, *_handed_on(ctx, found, given, again=again))
 
 
 class _Later(torch.autograd.Function):
@@ -162,13 +168,14 @@ class _Later(torch.autograd.Function):
         return _link(step)
 
     @staticmethod
-    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, before: torch.Tensor) -> Any:
         again = torch.is_grad_enabled()
         with torch.no_grad():
             found = ctx.step.run_segment(ctx.call, ctx.place)
         _end_where_nothing_follows(ctx)
-        link = _link(ctx.step) if ctx.leads_on else None
-        return (None, None, None, link, *_handed_on(ctx, found, again=again))
+        given = [before] if again and before.requires_grad else []
+        link = _link(ctx.step, given) if ctx.leads_on else None
+        return (None, None, None, link, *_handed_on(ctx, found, given, again=again))
 
 
 def _end_where_nothing_follows(ctx: Any) -> None:
@@ -180,15 +187,21 @@ def _end_where_nothing_follows(ctx: Any) -> None:
         ctx.call.end()
 
 
-def _link(step: Chained) -> torch.Tensor:
-    """Return a tensor without memory, on the step's device, whose stream autograd takes over."""
-    return torch.empty(0, device=step.device)
+def _link(step: Chained, given: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """Return a tensor without memory, on the step's device, whose stream autograd takes over.
+
+    It is connected to gradients that are differentiated again.
+    """
+    link = torch.empty(0, device=step.device)
+    return FirstDerivative.apply(link, anchor(), *given) if given else link
 
 
-def _handed_on(ctx: Any, gradients: Gradients, *, again: bool) -> Gradients:
+def _handed_on(
+    ctx: Any, gradients: Gradients, given: Sequence[torch.Tensor], *, again: bool
+) -> Gradients:
     if not again:
         return gradients
-    inputs = ctx.step.differentiated_inputs(ctx.call)
+    inputs = [*ctx.step.differentiated_inputs(ctx.call), *given]
     return [
         None if gradient is None else FirstDerivative.apply(gradient, anchor(), *inputs)
         for gradient in gradients

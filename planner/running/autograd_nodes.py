@@ -31,6 +31,8 @@ class HandOver(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         ctx.handed_over[ctx.place] = gradient.detach()
+        if torch.is_grad_enabled():  # create_graph=True: second derivatives come by here
+            return gradient, None, None
         # Of zeros, as what happens to lie there may be NaN, which detect_anomaly looks for.
         return gradient.new_zeros(()).expand(gradient.shape), None, None
 
@@ -40,8 +42,9 @@ class FirstDerivative(torch.autograd.Function):
 
     Eager adds what comes from a loss and what comes from its gradient at each
     activation; a plan that ran already could only add at the parameters, with other
-    last bits. It is connected to the step's inputs, so that second derivatives with
-    respect to one of them end up here.
+    last bits. It is connected to the step's inputs and to the gradients that the step was
+    called with, so that second derivatives with respect to one of them, or to a weight of
+    the loss, end up here.
     """
 
     @staticmethod

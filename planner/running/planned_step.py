@@ -39,6 +39,7 @@ from .autograd_nodes import (
 from .backward_segments import Backward
 from .compiled_calls import CompiledCalls, PlanCompiler, compiled
 from .generators import PutRightOnError
+from .inner_outputs import inner_outputs, refuse_watched, watch
 from .out_of_memory import explain
 from .own_gradients import (
     generator_state,
@@ -120,7 +121,7 @@ class PlannedStep:
         ]
         self._num_outputs = graphs.num_outputs
         self._layout = StepLayout.of(model, captured, graphs, segments)
-        self._detached = step.detached
+        self._detached, self._inner = step.detached, inner_outputs(step)
         self._num_concurrent = 1 if plan is None else plan.holds.concurrent_calls
         self._is_summed = has_sums(captured)
         self._region = AutocastRegion()
@@ -157,6 +158,7 @@ class PlannedStep:
                 outputs[i] = HandOver.apply(outputs[i], call.handed_over, place)
         for i in self._detached:
             outputs[i] = NotPlanned.apply(outputs[i], anchor(), self._layout.template.names[i])
+        call.inner = watch(outputs, self._layout.template.names, self._inner)
         return self._layout.template.build(outputs)
 
     # -- forward -------------------------------------------------------------------
@@ -217,6 +219,7 @@ class PlannedStep:
     ) -> Gradients:
         for gradient in gradients:
             refuse_batched(gradient)
+        refuse_watched(call.inner)
         self._tally.ran_backward()
         if self._after_backward is not None:
             at_end_of_backward(self._after_backward)

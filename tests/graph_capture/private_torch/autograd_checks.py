@@ -86,6 +86,13 @@ def _hooks_by_handle() -> bool:
     return not calls and list(waiting.values()) == [calls.append]
 
 
+def _backward_hooks_by_handle() -> bool:
+    made = torch.ones(1, requires_grad=True) * 2
+    none = autograd.backward_hooks_of(made)
+    handle = made.register_hook(lambda g: g)
+    return not none and list(autograd.backward_hooks_of(made)) == [handle.id]
+
+
 def _hooks_seen() -> bool:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         inside = autograd.top_saved_tensors_hooks(False)
@@ -146,6 +153,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "autograd.will_execute": _sees_what_comes,
     "autograd.at_end_of_backward": _runs_at_the_end,
     "autograd.post_accumulate_hooks_of": _hooks_by_handle,
+    "autograd.backward_hooks_of": _backward_hooks_by_handle,
     "autograd.set_grad_enabled": _grad_mode_set,
     "autograd.top_saved_tensors_hooks": _hooks_seen,
     "autograd.innermost_transform": lambda: (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_tensors
+from graph_capture.folding import leaving
 from planner import CallMismatchError, PlanWarning, applied_plan, optimize, unplanned
 from planner.running.autograd_chain import StepCall
 from tests.planner.small import Heads, Net, make, plan_for, sample
@@ -45,6 +46,23 @@ def test_a_second_derivative_by_the_parameters_is_refused_in_words_of_the_plan()
         first = torch.autograd.grad(model(sample(width=16)).sum(), parameters, create_graph=True)
     with pytest.raises(CallMismatchError, match=r"create_graph=True.*planner\.unplanned\(model\)"):
         torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one node", "several nodes"])
+def test_a_second_derivative_by_a_weight_of_the_loss_is_refused(several, monkeypatch):
+    """As GradNorm balances losses: the gradient's norm is differentiated by a task's weight."""
+    if several:
+        monkeypatch.setattr(leaving, "SMALLEST_BYTES", 1)
+        monkeypatch.setattr(leaving, "MANY_GROUPS", 10**6)
+    model = planned(Heads, sample())
+    weight = torch.ones((), requires_grad=True)
+    outputs = model(sample())
+    shared = next(model.parameters())
+    loss = weight * outputs[0].square().mean() + outputs[1].square().mean()
+    with pytest.warns(PlanWarning, match="retain_graph"):
+        (found,) = torch.autograd.grad(loss, shared, create_graph=True)
+    with pytest.raises(CallMismatchError, match="a gradient of a planned model is differentiated"):
+        torch.autograd.grad(found.norm(), weight)
 
 
 def test_many_backward_passes_at_once_are_refused():
