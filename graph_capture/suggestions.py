@@ -22,5 +22,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("auot", ["auto", "dtr"]), did_you_mean("magic", ["auto", "dtr"])
     ("did you mean 'auto'? ", '')
     """
-    near = get_close_matches(name, list(known), n=1)
+    near = get_close_matches(str(name), list(known), n=1)
     return f"did you mean {near[0]!r}? " if near else ""

@@ -58,11 +58,11 @@ def autocast_as(torch_type: str, dtype: torch.dtype | None) -> Iterator[None]:
     """
     was_enabled = torch.is_autocast_enabled(torch_type)
     was_dtype = torch.get_autocast_dtype(torch_type)
-    torch.set_autocast_enabled(torch_type, dtype is not None)
-    if dtype is not None:
-        torch.set_autocast_dtype(torch_type, dtype)
-    torch.clear_autocast_cache()
     try:
+        if dtype is not None:
+            torch.set_autocast_dtype(torch_type, dtype)
+        torch.set_autocast_enabled(torch_type, dtype is not None)
+        torch.clear_autocast_cache()
         yield
     finally:
         torch.clear_autocast_cache()

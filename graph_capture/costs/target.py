@@ -109,10 +109,8 @@ def _entry(device: str | Device) -> Device:
         return device_for("cuda")
     if device not in DEVICES:
         known = ", ".join(DEVICES)
-        raise ValueError(
-            f"unknown device {device!r}; {did_you_mean(device.lower(), DEVICES)}known are {known}, "
-            "or give a Device"
-        )
+        meant = did_you_mean(str(device).lower(), DEVICES)
+        raise ValueError(f"unknown device {device!r}; {meant}known are {known}, or give a Device")
     return DEVICES[device]
 
 

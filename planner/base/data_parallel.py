@@ -9,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from graph_capture.loop.data_parallel import DataParallel
 from graph_capture.loop.fully_sharded import FullySharded
 
+from .unwrap import refuse_no_module
+
 Distributed = str | DataParallel | FullySharded | None
 """As users write it: ``None``, ``"ddp"``, ``"ddp:gradient_as_bucket_view"``, ``"fsdp2:ranks=2"``.
 
@@ -17,7 +19,8 @@ The last is for plans in blocks.
 
 
 def inside(model: Any) -> Any:
-    """Return the module inside a ``DistributedDataParallel``; anything else as it is."""
+    """Return the module inside a ``DistributedDataParallel``; another module as it is."""
+    refuse_no_module(model)
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from .unwrap import find_wrapped
+from .unwrap import find_wrapped, refuse_no_module
 
 # Where a module keeps its stand-in, since others may wrap or replace what is in ``forward``.
 _KEPT = "_remat_planned_forward"
@@ -151,6 +151,7 @@ def unplanned(model: nn.Module) -> Iterator[None]:
     >>> with unplanned(layer):
     ...     penalty = layer(torch.ones(1, 2)).square().sum()
     """
+    refuse_no_module(model)
     own = stand_in_of(model)
     stand_ins = [own] if own is not None else [s for _, s in planned_inside(model)]
     for stand_in in stand_ins:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType
 
@@ -113,4 +113,10 @@ class Request:
 def _patterns(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
     if isinstance(patterns, str):
         raise ValueError(f"{option} takes a sequence of patterns: write ({patterns!r},)")
-    return tuple(patterns)
+    named = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+    if not all(isinstance(pattern, str) for pattern in named):
+        raise ValueError(
+            f"{option} takes a sequence of module paths and calls such as ('aten.gelu',), got "
+            f"{patterns!r}"
+        )
+    return named

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 DEFAULT_GAP = 0.001
 """How near the least possible time a solve ends, unless it was asked for more."""
@@ -34,9 +35,9 @@ class SolveOptions:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.time_limit_s, bool) or not 0 <= self.time_limit_s < math.inf:
+        if not _is_amount(self.time_limit_s):
             raise ValueError(f"time_limit_s must be finite and >= 0, got {self.time_limit_s!r}")
-        if isinstance(self.gap, bool) or not 0 <= self.gap < math.inf:
+        if not _is_amount(self.gap):
             raise ValueError(f"gap must be finite and >= 0, got {self.gap!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
@@ -44,3 +45,8 @@ class SolveOptions:
             raise ValueError(f"reorder must be True or False, got {self.reorder!r}")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
             raise ValueError(f"workers must be a whole number from 1 on, got {self.workers!r}")
+
+
+def _is_amount(value: object) -> bool:
+    """Whether it is a finite number from 0 on."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf

@@ -16,6 +16,7 @@ from graph_capture.loop.loss import LossFn
 from graph_capture.private_torch.modules import compiled_from
 
 from .shape_range import Shapes
+from .unwrap import refuse_no_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,8 +37,8 @@ class StepSpec:
     TypeError
         When ``model`` is not a module, or ``optimizer`` neither an instance nor a name.
     ValueError
-        When the model is in eval mode or runs a graph of its own, or ``loss_fn`` is not
-        a function.
+        When the model is in eval mode or runs a graph of its own, ``loss_fn`` is not
+        a function, or ``autocast`` no floating dtype.
     """
 
     model: nn.Module
@@ -56,6 +57,9 @@ class StepSpec:
             raise ValueError(f"loss_fn must be a function of the output, got {self.loss_fn!r}")
         if not isinstance(self.optimizer, (str, torch.optim.Optimizer, NoneType)):
             raise TypeError(f"optimizer must be an instance or a name, got {self.optimizer!r}")
+        dtype = self.autocast
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"autocast is a dtype such as torch.bfloat16, got {dtype!r}")
 
 
 def check_model(model: nn.Module, *, training: bool = True) -> None:
@@ -73,8 +77,7 @@ def check_model(model: nn.Module, *, training: bool = True) -> None:
     ValueError
         When it runs a graph of its own or is in eval mode.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+    refuse_no_module(model)
     if isinstance(model, torch.jit.ScriptModule) or isinstance(compiled_from(model), nn.Module):
         raise ValueError(
             f"a {type(model).__name__} runs a graph of its own, which a plan would replace; plan "

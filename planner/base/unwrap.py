@@ -15,6 +15,18 @@ _T = TypeVar("_T")
 _MAX_DEPTH = 32
 
 
+def refuse_no_module(model: object) -> None:
+    """Refuse what is not a module.
+
+    Raises
+    ------
+    TypeError
+        When it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got a {type(model).__name__}")
+
+
 def find_wrapped(forward: Any, kind: type[_T]) -> _T | None:
     """Return the first object of a class behind methods, partial functions and wrappers."""
     for _ in range(_MAX_DEPTH):

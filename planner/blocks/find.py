@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -36,7 +36,9 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str]) -> tuple[str, ...
     >>> find_blocks(net, "layers.*")
     ('layers.0', 'layers.1')
     """
-    patterns = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+    patterns: tuple[str, ...] = ()
+    if isinstance(blocks, Iterable):
+        patterns = (blocks,) if isinstance(blocks, str) else tuple(blocks)
     if patterns == (AUTO,):
         return _automatic(model)
     if not patterns or not all(isinstance(p, str) and p for p in patterns):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import CaptureError, Plan, measure, optimize
+from planner import CaptureError, Plan, applied_plan, measure, optimize, unplanned
 from solvers.replay import replay
 from solvers.schedule import Schedule
 from tests.planner.small import Heads, Net, make, plan_for, sample, square
@@ -68,6 +68,15 @@ def test_a_function_is_no_model():
         optimize(square, sample(), budget_gb=1)
 
 
+@pytest.mark.parametrize(
+    "asked", [Plan.remove, applied_plan, lambda model: unplanned(model).__enter__()]
+)
+def test_none_is_no_model(asked):
+    """Whatever is asked of it, the message says what a model is."""
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got a NoneType"):
+        asked(None)
+
+
 def test_a_model_in_eval_mode():
     """A plan is for training; the message says how to get there."""
     with pytest.raises(ValueError, match=r"eval mode.*model\.train\(\)"):
@@ -122,6 +131,12 @@ def test_a_loss_that_is_none(loss_fn, named):
         ({"solver": "magic"}, ValueError, "unknown solver 'magic'; known are auto"),
         ({"optimizer": "magic"}, ValueError, "unknown optimizer 'magic'; one of"),
         ({"optimizer": 3}, TypeError, "optimizer must be an instance or a name"),
+        ({"solver": None}, ValueError, "unknown solver None; known are auto"),
+        ({"device": 5}, ValueError, "unknown device 5; known are cpu"),
+        ({"autocast": "bf16"}, ValueError, "autocast is a dtype such as torch.bfloat16"),
+        ({"autocast": torch.int32}, ValueError, "autocast is a dtype such as torch.bfloat16"),
+        ({"gap": "x"}, ValueError, "gap must be finite"),
+        ({"time_limit_s": None}, ValueError, "time_limit_s"),
         ({"time_limit_s": -1}, ValueError, "time_limit_s"),
         ({"time_limit_s": math.nan}, ValueError, "time_limit_s"),
         ({"time_limit_s": math.inf}, ValueError, "time_limit_s"),
@@ -131,6 +146,9 @@ def test_a_loss_that_is_none(loss_fn, named):
         ({"progress": 3}, ValueError, "progress"),
         ({"never_recompute": "head"}, ValueError, r"\('head',\)"),
         ({"always_recompute": "head"}, ValueError, r"\('head',\)"),
+        ({"never_recompute": [5]}, ValueError, r"never_recompute takes .*, got \[5\]"),
+        ({"always_recompute": None}, ValueError, "always_recompute takes .*, got None"),
+        ({"granularity": "blocks", "blocks": 5}, ValueError, "blocks is a pattern .* got 5"),
         ({"never_recompute": ["nothing"]}, CaptureError, "never_recompute names 'nothing'"),
         ({"always_recompute": ["nothing"]}, CaptureError, "always_recompute names 'nothing'"),
     ],
@@ -139,6 +157,7 @@ def test_an_option_that_makes_no_sense(option, kind, named):
     """Each is refused by name before anything is solved."""
     with pytest.raises(kind, match=named):
         optimize(make(), sample(), budget_gb=1, **option)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.parametrize("option", [{"budget_gb": 0}, {}, {"budget_gb": 1, "budget_bytes": 1}])
