@@ -1,4 +1,4 @@
-"""Process-wide settings that decide which operators a forward runs."""
+"""Process-wide settings that decide which operators a forward runs, and their kernels' scratch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from ..private_torch.settings import (
     onednn_enabled,
 )
 
+NUM_THREADS = "number of threads"
+"""The setting that counts on the CPU alone: threads have scratch memory each."""
+
 _SETTINGS: dict[str, Callable[[], Any]] = {
     "default dtype": torch.get_default_dtype,
     "oneDNN": onednn_enabled,
@@ -26,6 +29,7 @@ _SETTINGS: dict[str, Callable[[], Any]] = {
     "attention by plain operators": math_attention_enabled,
     "cuDNN attention": cudnn_attention_enabled,
     "deterministic algorithms": deterministic_algorithms,
+    NUM_THREADS: torch.get_num_threads,
 }
 
 

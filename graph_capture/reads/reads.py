@@ -212,6 +212,11 @@ class Reads:
         """What was read."""
         return self._places
 
+    def settings_difference(self) -> str | None:
+        """Describe a change of PyTorch's settings; ``None`` if there is none."""
+        of_process = (place for place in self._places if place.label == SETTINGS)
+        return next((difference(p.held, p.now(), p.label) for p in of_process), None)
+
     def difference(self) -> str | None:
         """Describe the first place whose contents changed; ``None`` if there is none."""
         if self._fast is not None and self._fast.unchanged():

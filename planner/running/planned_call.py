@@ -13,6 +13,7 @@ from torch import nn
 from graph_capture.calls.call_spec import describe, difference
 from graph_capture.captured_step import CapturedStep
 from graph_capture.errors import CaptureError
+from graph_capture.reads.process_wide import NUM_THREADS, PROCESS_WIDE
 
 from ..base.call_guard import autocast_dtype
 from ..base.live_state import LiveState
@@ -34,6 +35,7 @@ from .recapture import (
     capture_for,
 )
 from .rewrite import rewrite
+from .step_warnings import say_settings
 from .tally import Tally
 
 MAX_VARIANTS = 4
@@ -129,6 +131,7 @@ class PlannedCall:
         self._not_planned: dict[str, str] = {}  # changes that were captured in vain
         self._num_captures = 0
         self._peak_bytes = 0
+        self._settings = PROCESS_WIDE.settings
         self._lock = threading.RLock()
 
     @property
@@ -218,7 +221,9 @@ class PlannedCall:
             if known is not None and not self._recaptures_in_vain:
                 raise PlanMismatchError(known)  # a capture in each step would be slow
             try:
-                captured = capture_for(self.plan, self.live, model, self._planned.unplanned)
+                captured = capture_for(
+                    self.plan, self.live, model, self._planned.unplanned, in_loop=True
+                )
                 self.plan, self.live = as_captured(self.plan, self.live, captured)
             except PlanMismatchError as error:
                 if changed is None:
@@ -229,11 +234,13 @@ class PlannedCall:
                 raise PlanMismatchError(words) from error
             if changed is not None:
                 self._say_captured_again(changed)
+                self._say_other_settings()
         return self._bound(captured)
 
     def _bound(self, captured: CapturedStep) -> Prepared:
         """Bind a captured step's graphs to the module as it is now."""
         self._peak_bytes = self.plan.predicted_peak_bytes
+        self._settings = PROCESS_WIDE.settings
         planned, model = self._planned, self._planned.model
         structure = planned.structure_now()
         guard = LiveGuard(self.plan.guard, model, self.plan.device_type, planned.__signature__)
@@ -261,6 +268,14 @@ class PlannedCall:
     def _look_for_gradients(self) -> None:
         if self._planned.watching:  # a trial step collects gradients as it likes
             say_not_consumed(self._planned.model, self.plan, self._planned.tally)
+
+    def _say_other_settings(self) -> None:
+        now = PROCESS_WIDE.settings
+        changed = {name for name, value in now.items() if value != self._settings[name]}
+        if self.plan.device_type != "cpu":
+            changed.discard(NUM_THREADS)
+        if changed:
+            say_settings(self._planned.tally, self._planned.model, changed)
 
     def _say_captured_again(self, changed: str) -> None:
         self._num_captures += 1

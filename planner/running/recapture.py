@@ -66,13 +66,24 @@ def on_card_of(
 
 
 def capture_for(
-    plan: PlanRecord, live: LiveState | None, model: nn.Module, forward: Callable[..., Any]
+    plan: PlanRecord,
+    live: LiveState | None,
+    model: nn.Module,
+    forward: Callable[..., Any],
+    *,
+    in_loop: bool = False,
 ) -> CapturedStep:
     """Capture the step of ``model`` for ``plan``, and check that it is the planned one.
 
     From a plan file, only the order of its runs, its times, and the costs of the
     training loop's own loss and optimizer are used. Sizes, pins, the order of draws and
     the kernels' scratch are found here, and the order is checked against them.
+
+    Parameters
+    ----------
+    in_loop
+        Whether a step of the training loop waits for this, in which measuring scratch would
+        take memory that no budget counts. Else it is measured again under other settings.
 
     Raises
     ------
@@ -101,7 +112,7 @@ def capture_for(
         unchanged = captured.model() is model and live.structure.holds()
         if unchanged and captured.step.reads.difference() is None:
             return captured
-        measured = True
+        measured = in_loop or captured.step.reads.settings_difference() is None
     else:
         measured = False
     _refuse_another_call(plan, model, forward)

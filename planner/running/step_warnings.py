@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+from torch import nn
 
 from graph_capture.values.checks import Check, OutcomeChanged
 
@@ -15,6 +18,16 @@ def say_retained(tally: Tally) -> None:
         "retained",
         "backward(retain_graph=True) through a planned model: what the plan saved stays "
         "in memory during and after the backward pass, which the budget does not count",
+    )
+
+
+def say_settings(tally: Tally, model: nn.Module, changed: Collection[str]) -> None:
+    """Of settings that are others than those under which scratch memory was measured."""
+    tally.say(
+        "settings",
+        f"PyTorch's settings ({', '.join(sorted(changed))}) have changed since a "
+        f"{type(model).__name__} was planned: its kernels may be others, with other scratch memory "
+        "than was measured, and its budget may not be kept. Plan under the settings of the loop",
     )
 
 
