@@ -212,8 +212,17 @@ def _map(
     return on_other(value)
 
 
-def difference(expected: Any, got: Any, path: str = "input") -> str | None:
-    """Describe the first difference between two specifications; ``None`` if they are equal."""
+def difference(
+    expected: Any, got: Any, path: str = "input", *, in_order: bool = False
+) -> str | None:
+    """Describe the first difference between two specifications; ``None`` if they are equal.
+
+    Parameters
+    ----------
+    in_order
+        Whether the order of a dict's keys counts, as it does inside of arguments: forward may
+        go through them.
+    """
     if isinstance(expected, TensorSpec) or isinstance(got, TensorSpec):
         if isinstance(expected, TensorSpec) and isinstance(got, TensorSpec):
             same = replace(expected, stride=got.stride) == got
@@ -228,15 +237,20 @@ def difference(expected: Any, got: Any, path: str = "input") -> str | None:
                 return f"{path}.{key} is missing, planned was {expected[key]}"
             if key not in expected:
                 return f"{path}.{key} is {got[key]}, planned was none"
-            found = difference(expected[key], got[key], f"{path}.{key}")
+            found = difference(expected[key], got[key], f"{path}.{key}", in_order=True)
             if found:
                 return found
+        if in_order and [*expected] != [*got]:
+            return (
+                f"{path} has its keys in the order {', '.join(map(str, got))}, planned was "
+                f"{', '.join(map(str, expected))}"
+            )
         return None
     if isinstance(expected, (tuple, list)) and isinstance(got, (tuple, list)):
         if len(expected) != len(got):
             return f"{path} has {len(got)} items, planned were {len(expected)}"
         for i, (e, g) in enumerate(zip(expected, got, strict=True)):
-            found = difference(e, g, f"{path}[{i}]")
+            found = difference(e, g, f"{path}[{i}]", in_order=True)
             if found:
                 return found
         return None

@@ -41,13 +41,13 @@ X = torch.ones(2, 4)
         ({"x": X}, {"x": X + 1}),
         ({"x": X}, {"x": X, "extra": None, "flag": False}),
         ({"x": X, "flag": False}, {"x": X}),
-        ({"x": X, "extra": {"a": X, "b": 1}}, {"x": X, "extra": {"b": 1, "a": X}}),
+        ({"x": X, "extra": {"a": X, "b": 1}}, {"extra": {"a": X, "b": 1}, "x": X}),
         ({"x": X, "extra": [X, (X,)]}, {"x": X, "extra": [X, (X,)]}),
         ({"x": X, "extra": torch.float16}, {"x": X, "extra": torch.float16}),
     ],
 )
 def test_the_same_call(planned, called):
-    """Other values, defaults spelt out and another order of keys are the same call."""
+    """Other values, defaults spelt out and another order of arguments are the same call."""
     _, guard = guards(planned)
     assert guard.difference(called, looks_of(called)) is None
 
@@ -72,6 +72,14 @@ def test_another_call(called, named):
 
     _, guard = guards({"x": X})
     assert re.search(named, guard.difference(called, looks_of(called)))
+
+
+def test_another_order_inside_an_argument():
+    """Forward may go through a dict of it, and add or stack what it finds in order."""
+    _, guard = guards({"x": X, "extra": [{"a": X, "b": 1}]})
+    called = {"x": X, "extra": [{"b": 1, "a": X}]}
+    found = guard.difference(called, looks_of(called))
+    assert found == "input.extra[0] has its keys in the order b, a, planned was a, b"
 
 
 @pytest.mark.parametrize(
