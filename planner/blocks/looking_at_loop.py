@@ -5,8 +5,11 @@ A block's own plan knows nothing of the step's budget, so that one block looks f
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +31,7 @@ class LookAtLoop:
     Parameters
     ----------
     model
-        The model that the blocks are in.
+        Returns the model that the blocks are in, as long as it is there.
     holds
         What the plan counts that the loop holds, and how blocks are sharded.
     device_type
@@ -39,7 +42,7 @@ class LookAtLoop:
         Of the gradients that a step leaves, and of the model's outputs.
     """
 
-    model: weakref.ref[nn.Module]
+    model: Callable[[], nn.Module | None]
     holds: LoopHolds
     device_type: str
     peak_bytes: int
@@ -63,6 +66,17 @@ class LookAtLoop:
             ),
             output_bytes=output_bytes(step),
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LookAtLoop:
+        model, tally = self.model(), copy.deepcopy(self._tally, memo)
+        return replace(self, model=_known(memo.get(id(model), model)), _tally=tally)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle keeps: of a block, not the whole model that it is in."""
+        return {**self.__dict__, "model": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({**state, "model": _known(None)})
 
     def __call__(self, block: nn.Module, *, again: bool) -> bool:
         """Look at a block that is about to run by its plan; return whether to look again.
@@ -195,6 +209,14 @@ class LookAtLoop:
             "before forward, or plan with grads='accumulated', which counts them",
         )
         return False
+
+
+def _known(model: nn.Module | None) -> Callable[[], nn.Module | None]:
+    return _nothing if model is None else weakref.ref(model)
+
+
+def _nothing() -> None:
+    """Stand in for a weak reference to a model that is not known any more."""
 
 
 __all__ = ["LookAtLoop"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -194,6 +195,10 @@ def test_a_copy_of_a_planned_model_is_planned() -> None:
     """Each block's copy is bound to its own parameters."""
     planned = small_plan().apply(small())
     assert _same(_steps(copy.deepcopy(planned), 1), _steps(small(), 1))
+    stored = pickle.loads(pickle.dumps(planned))
+    assert _same(_steps(stored, 1), _steps(small(), 1))
+    assert applied_blocks(stored).planned_steps == 1
+    assert len(pickle.dumps(planned.layers[0])) < len(pickle.dumps(planned)) / 2
 
 
 class Shared(Small):
