@@ -51,6 +51,9 @@ class StepCall:
         Gradients of all inputs, where the model's own forward computed them.
     inner
         Outputs whose gradients must not be asked for, see :mod:`planner.running.inner_outputs`.
+    pending
+        Where gradients leave one by one, those of a segment that have not left yet, by the
+        input that each is for; ``None`` where all of a segment leave together.
     """
 
     __slots__ = (
@@ -64,6 +67,7 @@ class StepCall:
         "inner",
         "inputs",
         "own",
+        "pending",
         "saved",
         "values",
     )
@@ -86,10 +90,12 @@ class StepCall:
         self.arrived: Sequence[torch.Tensor | None] = ()
         self.own: list[torch.Tensor | None] | None = None
         self.inner: Sequence[Inner] = ()
+        self.pending: dict[int, torch.Tensor | None] | None = None
 
     def end(self) -> None:
         """Let go of what later segments would read."""
         self.values, self.arrived, self.own = {}, (), None
+        self.pending = None if self.pending is None else {}
 
 
 Gradients = list[torch.Tensor | None]

@@ -39,6 +39,7 @@ from .autograd_nodes import (
 from .backward_segments import Backward
 from .compiled_calls import CompiledCalls, PlanCompiler, compiled
 from .generators import PutRightOnError
+from .hooked import has_hooks
 from .inner_outputs import inner_outputs, refuse_watched, watch
 from .out_of_memory import explain
 from .own_gradients import (
@@ -121,6 +122,7 @@ class PlannedStep:
         ]
         self._num_outputs = graphs.num_outputs
         self._layout = StepLayout.of(model, captured, graphs, segments)
+        self._given = [i for i, at in enumerate(self._layout.gradient_at) if at is not None]
         self._detached, self._inner = step.detached, inner_outputs(step)
         self._num_concurrent = 1 if plan is None else plan.holds.concurrent_calls
         self._is_summed = has_sums(captured)
@@ -142,8 +144,11 @@ class PlannedStep:
             generator_state=generator_state(self.device) if self._draws else None,
         )
         self._tally.waiting.add(call)
+        leaving: Sequence[Sequence[int]] = self._layout.leaving
+        if self._layout.one_by_one and has_hooks(map(call.inputs.__getitem__, self._given)):
+            leaving, call.pending = [inputs for _, inputs in self._layout.one_by_one], {}
         try:
-            outputs = run_chained(self, call, self._layout.leaving)
+            outputs = run_chained(self, call, leaving)
         except OutcomeChangedError:
             self._tally.waiting.discard(call)
             if call.generator_state is not None:
@@ -208,11 +213,26 @@ class PlannedStep:
 
         They are by the plan where it can give them.
         """
-        return _outside_compilers(PlannedStep._run_backward)(self, ctx, call, gradients)
+        found = _outside_compilers(PlannedStep._run_backward)(self, ctx, call, gradients)
+        return found if call.pending is None else self._next(call, 0, found)
 
     def run_segment(self, call: StepCall, place: int) -> Gradients:
-        """Return the gradients that leave with a later segment of the backward graph."""
-        return _outside_compilers(PlannedStep._run_segment)(self, call, place)
+        """Return the gradients that leave with a later node of the backward pass."""
+        run = _outside_compilers(PlannedStep._run_segment)
+        if call.pending is None:
+            return run(self, call, place)
+        segment = self._layout.one_by_one[place][0]
+        begins = segment != self._layout.one_by_one[place - 1][0]
+        return self._next(call, place, run(self, call, segment) if begins else None)
+
+    def _next(self, call: StepCall, place: int, found: Gradients | None) -> Gradients:
+        """Hand on the next of a segment's gradients, and hold it no longer."""
+        segment, inputs = self._layout.one_by_one[place]
+        assert call.pending is not None
+        if found is not None:
+            call.pending = dict(zip(self._layout.leaving[segment], found, strict=True))
+            found.clear()
+        return [call.pending.pop(i) for i in inputs]
 
     def _run_backward(
         self, ctx: Any, call: StepCall, gradients: Sequence[torch.Tensor | None]

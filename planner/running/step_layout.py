@@ -30,6 +30,7 @@ class StepLayout:
     gradient_at: tuple[int | None, ...]  # for each input the index of its gradient
     divisions: tuple[Any, ...]  # for each input how its gradient is divided among ranks
     leaving: tuple[tuple[int, ...], ...]  # inputs whose gradients leave with each segment
+    one_by_one: tuple[tuple[int, tuple[int, ...]], ...]  # the same, a gradient at a time
     differentiated: tuple[int, ...]
     tangents: tuple[torch.Tensor, ...]  # fake: shapes and strides that backward expects
     template: OutputTemplate
@@ -54,12 +55,15 @@ class StepLayout:
         inputs += [n for n, _ in step.gradients if n not in inputs]
         position = {node: i for i, node in enumerate(inputs)}
         gradient_of = {node: i for i, (node, _) in enumerate(step.gradients)}
+        gradient_at = [gradient_of.get(n) for n in inputs]
+        leaving = _leaving(gradient_at, segments, captured)
         return cls(
             fetch=tuple(fetch_of(node, model, step.constants) for node in inputs),
             saved_at=tuple(position[n] for n in graphs.saved_inputs),
-            gradient_at=tuple(gradient_of.get(n) for n in inputs),
+            gradient_at=tuple(gradient_at),
             divisions=tuple(n.meta.get("division") for n in inputs),
-            leaving=_leaving([gradient_of.get(n) for n in inputs], segments, captured),
+            leaving=leaving,
+            one_by_one=_one_by_one(gradient_at, leaving, captured),
             differentiated=step.differentiated,
             tangents=tuple(n.meta["val"] for n in step.tangents),
             template=step.template,
@@ -96,24 +100,42 @@ def _leaving(
 ) -> tuple[tuple[int, ...], ...]:
     """For each segment the inputs whose gradients leave with it; the first has all others.
 
-    Those of a segment arrive in eager's order, since hooks on parameters may draw random
-    numbers, or count. Where gradients are consumed, they arrive in the order that is planned.
+    Where gradients are consumed, they are in the order in which they arrive as planned.
     """
     later = {j: s for s, segment in enumerate(segments) if s for j in segment.gradients}
     of_input = [0 if j is None else later.get(j, 0) for j in gradient_at]
     last = max(len(segments), 1) - 1
-    if captured.holds.consumes:
-        ranks = [_bytes_of(g.meta["val"]) for _, g in captured.step.gradients]
-    else:
-        ranks = _turns(captured)
     leaving = []
     for s in range(last + 1):
         mine = [i for i, place in enumerate(of_input) if place == s]
-        given = [(j, i) for i in mine if (j := gradient_at[i]) is not None]
-        others = [i for i in mine if gradient_at[i] is None]
-        wanted = in_turn([(ranks[j], j, i) for j, i in given])
-        leaving.append((*others, *arranged(wanted, leads_on=s < last)))
+        if captured.holds.consumes:
+            sizes = [_bytes_of(g.meta["val"]) for _, g in captured.step.gradients]
+            given = [(sizes[j], j, i) for i in mine if (j := gradient_at[i]) is not None]
+            others = [i for i in mine if gradient_at[i] is None]
+            mine = [*others, *arranged(in_turn(given), leads_on=s < last)]
+        leaving.append(tuple(mine))
     return tuple(leaving)
+
+
+def _one_by_one(
+    gradient_at: Sequence[int | None],
+    leaving: Sequence[Sequence[int]],
+    captured: CapturedStep,
+) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """For each gradient its segment and its input, in eager's order within each segment.
+
+    The first has the inputs without a gradient, too. There are none where gradients are
+    consumed, whose order is planned.
+    """
+    if captured.holds.consumes:
+        return ()
+    turns, found = _turns(captured), []
+    for s, inputs in enumerate(leaving):
+        given = sorted((turns[j], i) for i in inputs if (j := gradient_at[i]) is not None)
+        each: list[tuple[int, ...]] = [(i,) for _, i in given] or [()]
+        found += [(s, inputs_of_node) for inputs_of_node in each]
+    others = (i for i in leaving[0] if gradient_at[i] is None)
+    return ((0, (*others, *found[0][1])), *found[1:])
 
 
 def has_sums(captured: CapturedStep) -> bool:

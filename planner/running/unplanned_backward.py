@@ -112,7 +112,7 @@ class UnplannedBackward:
             missed=missed,
             advice=advice,
         )
-        watch._handle = parameter.register_post_accumulate_grad_hook(_listening(watch))
+        watch._handle = parameter.register_post_accumulate_grad_hook(Listening(watch))
         return watch
 
     def is_in_place(self) -> bool:
@@ -175,12 +175,13 @@ class UnplannedBackward:
         tally.say("unplanned", f"{self.missed.format(name=name)}: {why}")
 
 
-def _listening(watch: UnplannedBackward) -> Callable[[torch.Tensor], None]:
-    known = weakref.ref(watch)
+class Listening:
+    """The hook on the watched parameter, which keeps nobody alive."""
 
-    def arrived(_parameter: torch.Tensor) -> None:
-        listener = known()
+    def __init__(self, watch: UnplannedBackward) -> None:
+        self._known = weakref.ref(watch)
+
+    def __call__(self, _parameter: torch.Tensor) -> None:
+        listener = self._known()
         if listener is not None:
             listener.arrived()
-
-    return arrived

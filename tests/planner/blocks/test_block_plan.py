@@ -201,6 +201,16 @@ def test_a_copy_of_a_planned_model_is_planned() -> None:
     assert len(pickle.dumps(planned.layers[0])) < len(pickle.dumps(planned)) / 2
 
 
+def test_hooks_on_parameters_of_blocks_draw_as_without_a_plan() -> None:
+    """Noise that is added to each gradient as it arrives, block by block."""
+    found = []
+    for model in (small(), small_plan().apply(small())):
+        for p in model.parameters():
+            p.register_hook(lambda g: g + torch.randn_like(g))
+        found.append(_steps(model))
+    assert _same(*found)
+
+
 class Shared(Small):
     """The first block's output is read by the head, too."""
 
