@@ -15,7 +15,7 @@ import torch
 
 from .holders import dict_of, is_users_module, weakly
 from .reads import Place, Where, place_of
-from .snapshots import ABSENT, BY_VALUE, CONTAINERS
+from .snapshots import ABSENT, BY_VALUE, CONTAINERS, size_of
 
 _MAX_COMPARED = 200  # of larger tables, only the keys that occur in the function count
 _MAX_OBJECTS = 100
@@ -52,7 +52,7 @@ def foreign_places(
             return
         path = f"{path}.{name}"
         if value is ABSENT or isinstance(value, (*BY_VALUE, *CONTAINERS)):
-            large = isinstance(value, CONTAINERS) and len(value) > _MAX_COMPARED
+            large = isinstance(value, CONTAINERS) and size_of(value) > _MAX_COMPARED
             if large and isinstance(value, dict):
                 for key in sorted(strings):
                     yield place_of(f"'{path}[{key!r}]'", Where.TABLE, value, key)

@@ -20,6 +20,7 @@ import types
 import weakref
 from collections import ChainMap, UserDict, UserList
 from contextvars import ContextVar
+from itertools import islice
 from typing import Any
 
 import torch
@@ -136,9 +137,8 @@ class LookingInto:
         elif isinstance(value, type):
             self._class(value)
         elif isinstance(value, CONTAINERS) and self._looks_into(value, depth):
-            items = value if isinstance(value, (set, frozenset)) else entries_of(value)
-            for key, item in zip(range(_MAX_MET), items, strict=False):
-                at, inner = item if isinstance(item, tuple) and len(item) == 2 else (key, item)
+            items = enumerate(value) if isinstance(value, (set, frozenset)) else entries_of(value)
+            for at, inner in islice(items, _MAX_MET):
                 self.meet(inner, f"{path}[{at!r}]", depth + 1)
                 if not isinstance(at, ATOMS):
                     self.meet(at, path, depth + 1)  # a key of a dict

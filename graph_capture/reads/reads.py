@@ -34,6 +34,7 @@ from .snapshots import (
     contents_in,
     difference,
     looked_at_in,
+    size_of,
     snapshot,
 )
 
@@ -279,7 +280,11 @@ class _Fast:
                 absent.append((place.holder, place.key))
                 continue
             held = snapshot(now, keep=True)
-            self._contents += [_Items(content) for content in contents_in(held)]
+            self._contents += [
+                _Items(content)
+                for content in contents_in(held)
+                if not isinstance(content.container, tuple)  # which stays as it is
+            ]
             self._looked_at += looked_at_in(held)
             if isinstance(place.holder, types.FunctionType):
                 functions[place.holder] = None
@@ -360,7 +365,7 @@ class _Items:
 
     def __init__(self, content: Content) -> None:
         self._container = content.container
-        self._count = len(content.container)
+        self._count = size_of(content.container)
         self._set = frozenset(content.keys) if content.items == () and self._count else None
         # Keys in order, because forward may depend on it.
         ordered = isinstance(content.container, dict) and content.items is not None

@@ -292,10 +292,11 @@ def _holds(value: Any, then: bytes) -> bool:
 
 def _content(value: Any, keep: bool, depth: int) -> Snapshot:
     itself = value if keep else None
-    if len(value) > MAX_ITEMS or depth >= _MAX_DEPTH:
-        return Content(type(value), (len(value),), None, itself)
+    count = size_of(value)
+    if count > MAX_ITEMS or depth >= _MAX_DEPTH:
+        return Content(type(value), (count,), None, itself)
     if isinstance(value, (set, frozenset)):
-        return Content(type(value), tuple(value), (), itself)
+        return Content(type(value), tuple(_kind(value).__iter__(value)), (), itself)
     items = tuple(snapshot(item, keep=keep, depth=depth + 1) for _, item in entries_of(value))
     return Content(type(value), tuple(key for key, _ in entries_of(value)), items, itself)
 
@@ -305,7 +306,19 @@ def entries_of(value: Any) -> Iterable[tuple[Any, Any]]:
     # Past what a subclass overrides. An OrderedDict has an order that a plain dict does not see.
     if isinstance(value, OrderedDict):
         return OrderedDict.items(value)
-    return dict.items(value) if isinstance(value, dict) else enumerate(value)
+    if isinstance(value, dict):
+        return dict.items(value)
+    return enumerate(_kind(value).__iter__(value))
+
+
+def size_of(value: Any) -> int:
+    """Return how many items a container has, past what a subclass overrides."""
+    return int(_kind(value).__len__(value))
+
+
+def _kind(value: Any) -> Any:
+    """The class of Python's own that a container belongs to."""
+    return next(kind for kind in CONTAINERS if isinstance(value, kind))
 
 
 def _reference(value: Any) -> Callable[[], Any] | None:
@@ -343,7 +356,8 @@ def difference(then: Snapshot, now: Any, label: str) -> str | None:
         return f"{label} is {brief(now)}, was a {then.type.__name__} while planning"
     if then.items is None:
         (count,) = then.keys
-        return None if len(now) == count else f"{label} has {len(now)} items, {was(count)}"
+        has = size_of(now)
+        return None if has == count else f"{label} has {has} items, {was(count)}"
     if isinstance(now, (set, frozenset)):
         return None if now == set(then.keys) else f"{label} is {brief(now)}, {was(then.keys)}"
     keys = tuple(key for key, _ in entries_of(now))

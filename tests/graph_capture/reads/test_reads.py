@@ -9,7 +9,7 @@ import threading
 import types
 import weakref
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -85,6 +85,16 @@ class Pair(NamedTuple):
     second: list[int]
 
 
+class Term(tuple):
+    """A pair that does not say how long it is, as e3nn's representations do not."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+
 def helper(x: Tensor, by: float = 1.0) -> Tensor:
     """Reads globals for a forward that calls it."""
     return x * GAIN * TABLE["low"][0] * SETTINGS.gain * by
@@ -120,6 +130,7 @@ class Reader(Three):
         self.config = Config()
         self.slotted = Slotted()
         self.pair = Pair(1.0, [2])
+        self.terms = [Term((2.0, [1.0]))]
         self.offsets = [3, 4]
         self.names = {"a", "b"}
         self.stage = "one"
@@ -137,6 +148,7 @@ class Reader(Three):
         h = self.drop(self.act(self.a(x))) * self.scaling["default"]
         h = self.scale_it(helper(h)) * self.config.amplification + self.config.shift
         h = Shifted.apply(Scaled.apply(h)) * self.slotted.gain * self.pair.second[0]
+        h = h * self.terms[0][0] * self.terms[0][1][0]
         for name in sorted(self.names):
             h = h * len(name)
         if self.stage == "two" or self.adapter is not None:
@@ -165,6 +177,7 @@ CHANGES: dict[str, Callable[[Reader, pytest.MonkeyPatch], Any]] = {
     "Config.shift": lambda model, patch: patch.setattr(Config, "shift", 1.0),
     "slotted.gain": lambda model, patch: setattr(model.slotted, "gain", 2.0),
     "pair": lambda model, patch: model.pair.second.__setitem__(0, 3),
+    "terms": lambda model, patch: model.terms[0][1].append(2.0),
     "offsets": lambda model, patch: setattr(model, "offsets", [4, 4]),
     "names": lambda model, patch: model.names.add("c"),
     "stage": lambda model, patch: setattr(model, "stage", "two"),
