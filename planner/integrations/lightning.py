@@ -120,6 +120,11 @@ class RematCallback(Callback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the batch of a step; the first one is planned."""
+        if getattr(trainer.fit_loop, "_skip_backward", False):
+            # The last epoch of StochasticWeightAveraging: no training, but one pass of forward
+            # that collects batch normalization's statistics.
+            self.on_train_end(trainer, pl_module)
+            return
         if not pl_module.automatic_optimization:
             raise PlanError(
                 "this LightningModule optimizes by hand, so its training_step is more than a "

@@ -211,6 +211,49 @@ def test_the_index_of_a_batch_may_have_any_name(signature: str, tmp_path: Path) 
     assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (3, 0)
 
 
+def test_averaged_weights_get_their_statistics(tmp_path: Path) -> None:
+    """The epoch without backward, which Lightning appends for batch norm, runs without the plan."""
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Normalized(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layers = [[nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.1)] for _ in range(4)]
+            self.layers = nn.Sequential(*(part for layer in layers for part in layer))
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.layers(batch).tanh().square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train(*callbacks: Any) -> dict[str, Tensor]:
+        module = Normalized()
+        averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1)
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(tmp_path),
+            callbacks=[averaging, *callbacks],
+        )
+        pl.seed_everything(0, verbose=False)
+        trainer.fit(
+            module, DataLoader(torch.linspace(-1, 1, 192 * 16).view(192, 16), batch_size=64)
+        )
+        assert stand_in_of(module.layers) is None
+        return module.state_dict() | {"generator": torch.get_rng_state()}
+
+    callback = remat(budget="90%")
+    eager, planned = train(), train(callback)
+    assert all(torch.equal(eager[name], planned[name]) for name in eager)
+    assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (6, 0)
+
+
 def test_what_the_callback_refuses(tmp_path: Path) -> None:
     """Outputs that are returned beside the loss, and a step that calls a part first."""
     with pytest.raises(CaptureError, match=r"returns 'logits' beside the loss"):
