@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from graph_capture.calls.spread_out import local_part
 from graph_capture.private_torch.modules import buffers_of
 from graph_capture.reads.isolation import attributes_put_back, generators_put_back
 
@@ -27,7 +28,8 @@ def preserve_state(
 ) -> Iterator[None]:
     """Restore, at the end, every value that a step changed; copies lie on the CPU.
 
-    This includes plain attributes of the modules (a counter in Python, a list that
+    This includes parameters that forward writes to (weights that it normalizes, a codebook
+    that it averages), plain attributes of the modules (a counter in Python, a list that
     forward appends to, a tensor that it keeps) and the random generators of Python,
     NumPy and PyTorch.
     """
@@ -36,9 +38,9 @@ def preserve_state(
     inputs = output_tensors(sample_input)
     tensors = [*inputs, *(b for part in parts for b in part.buffers())]
     leaves = [t for t in inputs if t.requires_grad and t.is_leaf]
-    leaves += [p for part in parts for p in part.parameters()]
-    if optimizer is not None:
-        tensors += model.parameters()
+    parameters = [p for part in parts for p in part.parameters()]
+    leaves += parameters
+    tensors += parameters  # forward may write to them, through .data unseen
     if isinstance(optimizer, torch.optim.Optimizer):
         tensors += [t for state in optimizer.state.values() for t in output_tensors(state)]
         leaves += [p for group in optimizer.param_groups for p in group["params"]]
@@ -46,7 +48,9 @@ def preserve_state(
         states = {p: dict(state) for p, state in optimizer.state.items()}
         groups = [dict(group) for group in optimizer.param_groups]
     unique = {id(t): t for t in tensors}.values()
-    copies = [(t, t.detach().to("cpu", copy=True)) for t in map(_dense_part, unique)]
+    copies = [
+        (t, t.detach().to("cpu", copy=True)) for t in map(_dense_part, map(local_part, unique))
+    ]
     grads = [(leaf, leaf.grad) for leaf in {id(t): t for t in leaves}.values()]
     modules = [module for part in parts for module in part.modules()]
     with generators_put_back(), attributes_put_back(modules):

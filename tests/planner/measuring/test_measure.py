@@ -276,6 +276,28 @@ def test_everything_is_put_back(optimizer):
     assert now == objects
 
 
+class Normalized(nn.Module):
+    """Forward keeps its weight's rows at length one, past autograd and its versions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, 17).view(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.copy_(nn.functional.normalize(self.weight.data, dim=1))
+        return (x @ self.weight).square().mean()
+
+
+def test_parameters_that_forward_writes_to_are_put_back():
+    """Measuring and validating leave them as they were, without an optimizer as well."""
+    model, x = Normalized(), torch.randn(8, 4)
+    before = model.weight.detach().clone()
+    measure(model, x, repeats=1)
+    assert torch.equal(model.weight, before)
+    optimize(model, x, budget_gb=1).validate(model, x, repeats=0)
+    assert torch.equal(model.weight, before)
+
+
 def test_what_was_there_is_put_back_after_an_error():
     """A step that fails halfway leaves no trace either."""
     model, x = Counting(), torch.randn(8, 4)
