@@ -10,6 +10,7 @@ there. Attributes of objects are then seen while the function runs, see
 from __future__ import annotations
 
 import dis
+import os
 import sys
 import sysconfig
 import types
@@ -18,7 +19,9 @@ from functools import lru_cache
 
 from ..lines import OWN_ROOTS, TORCH_ROOT
 
-_LIBRARY_ROOT = sysconfig.get_paths()["purelib"]
+# Packages lie in other places as well: the user's own, Debian's, those below a virtual environment.
+_LIBRARY_ROOTS = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))
+_LIBRARY_FOLDERS = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 _STANDARD_ROOT = sysconfig.get_paths()["stdlib"]
 _GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
 _FREE = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
@@ -39,9 +42,10 @@ def is_library(code: types.CodeType) -> bool:
     return is_library_file(code.co_filename)
 
 
+@lru_cache(maxsize=4096)
 def is_library_file(name: str) -> bool:
     """Whether a file is one of an installed package."""
-    return name.startswith(_LIBRARY_ROOT)
+    return name.startswith(_LIBRARY_ROOTS) or any(folder in name for folder in _LIBRARY_FOLDERS)
 
 
 @lru_cache(maxsize=4096)
@@ -51,7 +55,7 @@ def is_users_file(name: str) -> bool:
         return False
     if name.startswith(OWN_ROOTS):
         return False
-    return name.startswith(_LIBRARY_ROOT) or not name.startswith(_STANDARD_ROOT)
+    return is_library_file(name) or not name.startswith(_STANDARD_ROOT)
 
 
 def is_users_class(cls: type) -> bool:
