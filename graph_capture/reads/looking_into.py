@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .function_caches import CACHED
 from .holders import dict_of, in_class, is_users_module, may_change, weakly
 from .ledger import LENT, slots_of
 from .met import Met
@@ -59,7 +60,6 @@ _PARTS_OF_FUNCTIONS = (
     ("__defaults__", "defaults"),
     ("__kwdefaults__", "keyword defaults"),
 )
-_CACHED = type(functools.lru_cache(len))  # no other name
 _PLAIN_CALLS = (types.FunctionType, types.WrapperDescriptorType)
 _MAX_MET = 1000  # items of a container that are looked into
 _MAX_DEPTH = 20
@@ -121,7 +121,8 @@ class LookingInto:
             self.meet(value.fget, path)
         elif isinstance(value, functools.cached_property):
             self.meet(value.func, path)
-        elif isinstance(value, _CACHED):
+        elif isinstance(value, CACHED):
+            self._met.caches[id(value)] = value
             self.meet(value.__wrapped__, path)
         elif isinstance(value, weakref.ref):
             self.meet(value(), path, depth)
@@ -312,6 +313,8 @@ class LookingInto:
                 self._met.modules.meet(value)
             return
         library = is_library(code)
+        if library and isinstance(value, CACHED):
+            self._met.caches[id(value)] = value
         if library and not isinstance(value, (*ATOMS, torch.Tensor)):
             return  # registries, loggers
         if library and isinstance(value, types.FunctionType) and where is Where.ATTRIBUTE:

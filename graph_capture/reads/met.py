@@ -43,6 +43,8 @@ class Met:
         The dicts of classes, of which each look makes a new view.
     seen
         Functions, codes and objects, kept alive.
+    caches
+        Functions under ``functools.lru_cache``.
     words, strings
         Names that occur in the functions, and identifiers that occur in them as strings.
     asked_for_all
@@ -76,6 +78,7 @@ class Met:
     named: dict[tuple[int, str], tuple[str, Where, Any, str]] = field(default_factory=dict)
     tables: dict[type, Any] = field(default_factory=dict)
     seen: dict[int, Any] = field(default_factory=dict)
+    caches: dict[int, Any] = field(default_factory=dict)
     words: set[str] = field(default_factory=set)
     strings: set[str] = field(default_factory=set)
     asked_for_all: dict[tuple[int, int], tuple[Any, types.CodeType]] = field(default_factory=dict)

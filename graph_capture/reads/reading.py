@@ -68,6 +68,7 @@ class Watcher:
         self._unresolved: list[types.CodeType] = []  # of functions whose closures are to be found
         self._written: set[tuple[int, str]] = set()
         self.outside = met.outside
+        self.caches = met.caches.values()
         self.generators = met.generators
         self.clocks = met.clocks
         self.stands_for = met.stands_for

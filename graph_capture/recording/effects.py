@@ -21,6 +21,7 @@ from torch import nn
 from ..calls.call_spec import TensorSpec
 from ..errors import NotFittingError
 from ..private_torch.fake_tensors import FakeTensor
+from ..reads.function_caches import kept_stand_ins
 from ..reads.ledger import Change, Ledger
 from ..reads.reading import Watcher
 from ..reads.snapshots import (
@@ -131,6 +132,7 @@ class Effects:
         NotFittingError
             Names the first change that a planned step would not make, and its line.
         """
+        self._refuse_kept_by_functions()
         found = []
         for change in [*self._changes(self._ledger), *self._watcher.outside.changes()]:
             held = self._results_in(change.now)
@@ -158,6 +160,19 @@ class Effects:
                     "that; change a copy"
                 )
         return found
+
+    def _refuse_kept_by_functions(self) -> None:
+        """Refuse what a cached function would not compute again, but for constants."""
+        for function, kept in kept_stand_ins(self._watcher.caches):
+            made = [t for t in kept if self._recorder.has_made(t)]
+            if not all(map(self._recorder.is_known, made)):
+                name = getattr(function, "__qualname__", "a function")
+                raise NotFittingError(
+                    f"{name} keeps a tensor that its first call makes "
+                    f"({self._recorder.source_of(made[0])}) in a cache (functools.lru_cache), so "
+                    "that a second step does something else than the first; run the model once "
+                    "before planning"
+                )
 
     def settle_numbers(self) -> None:
         """Keep the numbers that forward has put into attributes until the end of the step."""

@@ -219,6 +219,10 @@ class Recorder(ReadsWhole):
         node = self._node_of.get(id(tensor))
         return str(node.meta.get("source", node.name)) if node is not None else "unknown line"
 
+    def has_made(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor takes part in the step."""
+        return id(tensor) in self._node_of
+
     def is_state(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter, a buffer or an attribute, and no result of the step."""
         node = self._node_of.get(id(tensor))

@@ -1,0 +1,57 @@
+"""What functions under ``functools.lru_cache`` keep of a step.
+
+A mask or a table of positions is often made once and kept by its function. A function that is
+called for the first time while a step is captured keeps a stand-in, which nobody may find
+there afterwards. Such caches are written in C and name what they hold to the garbage
+collector alone. It knows caches that the step's code does not name, too, but for those that a
+process has frozen (``gc.freeze``).
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ..private_torch.fake_tensors import FakeTensor
+
+CACHED = type(functools.lru_cache(len))  # no other name
+
+
+def kept_stand_ins(met: Iterable[Any]) -> Iterator[tuple[Any, list[FakeTensor]]]:
+    """Return each function whose cache holds stand-ins, and these; PyTorch's own may.
+
+    Parameters
+    ----------
+    met
+        Such functions that the step's code names.
+    """
+    found_by_class = gc.get_referrers(CACHED)  # an object refers to its class
+    functions = {id(f): f for f in (*met, *found_by_class) if type(f) is CACHED}
+    for function in functions.values():
+        if str(function.__module__).startswith("torch."):
+            continue
+        if function.cache_info().currsize:
+            found = list(_stand_ins(gc.get_referents(function)))
+            if found:
+                yield function, found
+
+
+def _stand_ins(items: Iterable[Any]) -> Iterator[FakeTensor]:
+    for item in items:
+        if isinstance(item, FakeTensor):
+            yield item
+        elif type(item) in (tuple, list):
+            yield from _stand_ins(item)
+        elif type(item) is dict:  # of an unbounded cache
+            yield from _stand_ins(item.values())
+
+
+def forget_stand_ins(met: Iterable[Any]) -> None:
+    """Empty these caches: their functions are asked again."""
+    for function, _ in kept_stand_ins(met):
+        function.cache_clear()
+
+
+__all__ = ["CACHED", "forget_stand_ins", "kept_stand_ins"]

@@ -1,0 +1,86 @@
+"""Functions under ``functools.lru_cache`` keep no stand-ins, and give up what they may not."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.testing.bitwise import assert_same_tensors
+from planner import CaptureError, optimize
+from tests.graph_capture.odd import WIDTH, Three, mean_square, normal
+
+
+@functools.lru_cache
+def mask(size: int) -> Tensor:
+    return torch.tril(torch.ones(size, size))
+
+
+@functools.cache
+def parts(size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    return {"of it": (torch.arange(size) / size, torch.ones(()))}
+
+
+@functools.lru_cache
+def drawn(size: int) -> Tensor:
+    return torch.randn(size)
+
+
+class Masked(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        scale, one = parts(WIDTH)["of it"]
+        return self.a(x) @ mask(WIDTH) * scale + one + self.cached(2)
+
+    @functools.lru_cache  # noqa: B019  # as people write it
+    def cached(self, value: int) -> Tensor:
+        return torch.full((), float(value))
+
+
+class Drawn(Three):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * drawn(WIDTH)
+
+
+CACHES = (mask, parts, drawn, Masked.cached)
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> None:
+    for function in CACHES:
+        function.cache_clear()
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    mean_square(model(normal(1, 16, WIDTH))).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["asked first by planning", "asked before"])
+def test_constants_that_a_function_keeps_are_planned(before: bool) -> None:
+    """Afterwards they are real tensors, or are made again."""
+    torch.manual_seed(0)
+    eager = Masked().train()
+    torch.manual_seed(0)
+    model = Masked().train()
+    if before:
+        trained(eager)
+        eager.zero_grad()
+    optimize(model, normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square).apply(model)
+    kept = [mask(WIDTH), *parts(WIDTH)["of it"], model.cached(2)]
+    assert all(type(each) is Tensor for each in kept)
+    assert_same_tensors(trained(eager), trained(model))
+
+
+def test_what_is_drawn_once_and_kept_is_refused() -> None:
+    """A plan would draw it in each step; after a first step it is a constant."""
+    torch.manual_seed(0)
+    model = Drawn().train()
+    with pytest.raises(CaptureError, match=r"drawn keeps a tensor.*lru_cache.*run the model once"):
+        optimize(model, normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square)
+    assert drawn.cache_info().currsize == 0
+    expected = trained(model)
+    optimize(model, normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square).apply(model)
+    model.zero_grad()
+    assert_same_tensors(expected, trained(model))
