@@ -127,6 +127,8 @@ class LookingInto:
         elif isinstance(value, weakref.ref):
             self.meet(value(), path, depth)
         elif isinstance(value, functools.partial):
+            self._met.outside.contents(value.args, path)
+            self._met.outside.contents(value.keywords, path)
             self.meet(value.func, path)
             self.meet((value.args, value.keywords), path, depth + 1)
         elif isinstance(value, WRAPPERS):
@@ -158,6 +160,7 @@ class LookingInto:
             return
         self._met.seen[id(function)] = function
         self._met.seen[id(function.__code__)] = function.__code__
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         if is_users(function.__code__):
             self.names(function.__code__, function.__globals__, function)
             if not is_library(function.__code__):  # others are not edited while they run
@@ -165,7 +168,8 @@ class LookingInto:
                     label = f"the {words} of {function.__qualname__}"
                     self._met.named[id(function), part] = (label, Where.ATTRIBUTE, function, part)
                 self._met.outside.contents(vars(function), function.__qualname__, attributes=True)
-            defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+                for value in defaults:
+                    self._met.outside.contents(value, f"the defaults of {function.__qualname__}")
             self.meet(defaults, f"the defaults of {function.__qualname__}")
         self.meet(getattr(function, "__wrapped__", None), "")
 
@@ -253,6 +257,8 @@ class LookingInto:
                 code, table, [names[1:] for names in names_in(code) if not names[0]]
             )
             if "globals" in code.co_names:
+                for name in strings_in(code):
+                    self._met.outside.slot(table, name, name)
                 for name in strings_in(code) & table.keys():
                     self._follow(f"global {name!r}", Where.TABLE, table, name, (), code)
         for free, name, attributes in names_in(code):

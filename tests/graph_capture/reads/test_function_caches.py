@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,6 +42,39 @@ class Masked(Three):
 class Drawn(Three):
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) * drawn(WIDTH)
+
+
+def by_default(size: int, *, kept: dict[int, Tensor] = {}) -> Tensor:  # noqa: B006  # the cache
+    if size not in kept:
+        kept[size] = torch.tril(torch.ones(size, size))
+    return kept[size]
+
+
+of_partial = functools.partial(by_default, kept={})
+
+
+def by_name(size: int) -> Tensor:
+    if "OF_FILE" not in globals():
+        globals()["OF_FILE"] = torch.tril(torch.ones(size, size))
+    return globals()["OF_FILE"]
+
+
+class Keeps(Three):
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) @ self.make(WIDTH)
+
+
+@pytest.mark.parametrize("make", [by_default, of_partial, by_name])
+def test_what_a_function_keeps_by_other_ways(make: Callable[[int], Tensor]) -> None:
+    """In a default argument, in a partial function's, in its file by a name in quotes."""
+    model = Keeps(make).train()
+    optimize(model, normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square)
+    assert type(make(WIDTH)) is Tensor
+    assert type(model(normal(0, 16, WIDTH))) is Tensor
 
 
 CACHES = (mask, parts, drawn, Masked.cached)
