@@ -124,7 +124,9 @@ def _by_reading(
     resident_bytes, num_outputs = priced.graph.resident_bytes, len(priced.step.outputs)
 
     def lower(forward: GraphModule, backward: GraphModule) -> int:
-        return resident_bytes + lowered_extra_bytes(forward, backward, num_outputs)
+        return resident_bytes + lowered_extra_bytes(
+            forward, backward, num_outputs, releases_outputs=options.outputs == "released"
+        )
 
     usable_bytes = budget.usable_bytes
     unplanned_bytes = unplanned_peak_bytes(priced)

@@ -95,6 +95,12 @@ class CompiledPlan:
         made_before = [k for k in live if storages[k].producer not in (None, self.turn)]
         return sum(storages[k].size_bytes for k in made_before)
 
+    @property
+    def held_output_bytes(self) -> int:
+        """What the caller holds of the graph's results until the step ends."""
+        storages = self.graph.storages
+        return sum(s.size_bytes for s in storages if s.category == "output" and s.kept)
+
     def __str__(self) -> str:
         text = (
             f"compiled plan ({self.lower}): peak {format_bytes(self.predicted_peak_bytes)} of "

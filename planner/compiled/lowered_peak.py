@@ -28,7 +28,13 @@ from .sizes import concrete, num_bytes
 from .subgraphs import has_branches
 
 
-def lowered_extra_bytes(forward: GraphModule, backward: GraphModule, num_outputs: int) -> int:
+def lowered_extra_bytes(
+    forward: GraphModule,
+    backward: GraphModule,
+    num_outputs: int,
+    *,
+    releases_outputs: bool = False,
+) -> int:
     """Return the peak of the two graphs compiled by Inductor, beyond forward's inputs.
 
     Parameters
@@ -37,15 +43,18 @@ def lowered_extra_bytes(forward: GraphModule, backward: GraphModule, num_outputs
         As a partition function returns them; they are not changed.
     num_outputs
         How many of forward's results are not for backward.
+    releases_outputs
+        As of :func:`~planner.compiled.priced_step.price_step`.
 
     Notes
     -----
     Where a ``cond`` chooses between branches, the code is read twice, as truth values decide.
     """
-    most = _extra_bytes(forward, backward, num_outputs, truth=False)
-    if has_branches(forward, backward):
-        most = max(most, _extra_bytes(forward, backward, num_outputs, truth=True))
-    return most
+    truths = (False, True) if has_branches(forward, backward) else (False,)
+    return max(
+        _extra_bytes(forward, backward, num_outputs, truth=truth, releases_outputs=releases_outputs)
+        for truth in truths
+    )
 
 
 def handed_over_bytes(forward: GraphModule) -> int:
@@ -63,7 +72,12 @@ def handed_over_bytes(forward: GraphModule) -> int:
 
 
 def _extra_bytes(
-    forward: GraphModule, backward: GraphModule, num_outputs: int, *, truth: bool
+    forward: GraphModule,
+    backward: GraphModule,
+    num_outputs: int,
+    *,
+    truth: bool,
+    releases_outputs: bool,
 ) -> int:
     code = _code(forward, _values(forward), num_outputs, is_backward=False)
     run_forward = runnable(code, truth=truth)
@@ -85,6 +99,8 @@ def _extra_bytes(
         kept.clear()
         held = [zeros(t) for t in tangents]
         boxed += held
+        if releases_outputs:
+            outputs = [t for t in outputs if isinstance(t, torch.Tensor) and t.numel() <= 1]
         if frees_tangents() and any(t.numel() <= 1 for t in held):
             held = [t for t in held if t.numel() <= 1]  # the loss's, which the engine holds
         gradients = run_backward(boxed)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from graph_capture.loop.loop_holds import Grads, LoopHolds
+from graph_capture.loop.loop_holds import Grads, LoopHolds, Outputs
 
 from ..base.budget import parse_budget, parse_headroom
 from ..base.solve_options import SolveOptions
@@ -37,6 +37,9 @@ class CompiledOptions:
     later_bytes
         What graphs after a graph break hold while an earlier one runs: their parameters,
         gradients and results. Counted in the plans of graphs without a loss.
+    outputs
+        ``"held"``: the caller has the results of a graph until the step ends. ``"released"``: of
+        them only the loss, once forward has ended.
     grads
         ``"accumulated"``: parameters have gradients when forward begins, to which those of
         this step are added. ``"none"``: they have none.
@@ -54,6 +57,7 @@ class CompiledOptions:
     lower: Lower = "inductor"
     resident_bytes: int = 0
     later_bytes: int = 0
+    outputs: Outputs = "held"
     grads: Grads = "none"
     on_plan: Callable[[CompiledPlan], Any] | None = None
     rounds: int = 5
@@ -99,7 +103,9 @@ class CompiledOptions:
         rounds = given.get("rounds", 5)
         if type(rounds) is not int or rounds < 1:
             raise ValueError(f"rounds is a number from 1, got {rounds!r:.100}")
-        holds = LoopHolds.of("held", given.get("grads", "none"), given.get("resident_bytes", 0))
+        holds = LoopHolds.of(
+            given.get("outputs", "held"), given.get("grads", "none"), given.get("resident_bytes", 0)
+        )
         if holds.consumes:
             raise ValueError(
                 "grads is 'none' or 'accumulated' for compiled steps, got 'consumed': compiled "
@@ -113,6 +119,7 @@ class CompiledOptions:
             lower=lower,
             resident_bytes=holds.resident_bytes,
             later_bytes=later.resident_bytes,
+            outputs=holds.outputs,
             grads=holds.grads,
             on_plan=on_plan,
             rounds=rounds,

@@ -142,7 +142,7 @@ class Partitioner:
             others_bytes=counted_bytes,
             usable_bytes=plan.usable_bytes,
             saved_bytes=plan.saved_bytes,
-            output_bytes=sum(part.output_bytes) if has_loss else 0,
+            output_bytes=plan.held_output_bytes if has_loss else 0,
             accumulates=asked.grads == "accumulated",
             has_loss=has_loss,
             has_more=has_loss and len(step.tangents) > 1,
@@ -197,7 +197,11 @@ def _gradient_bytes(step: JointStep) -> int:
 
 
 def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[CompiledPlan, Graphs]:
-    priced = price_step(step, resident_bytes=options.resident_bytes)
+    priced = price_step(
+        step,
+        resident_bytes=options.resident_bytes,
+        releases_outputs=options.outputs == "released",
+    )
     budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
     result = solve_step(priced, budget, options.solving)
     assert result.schedule is not None
@@ -230,6 +234,7 @@ def _for_inductor(
         inner=fused.inner,
         replays_draws=False,
         resident_bytes=options.resident_bytes,
+        releases_outputs=options.outputs == "released",
         group_ns=lambda group, outside: kernel_ns(group, outside, device),
     )
     budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)

@@ -105,6 +105,7 @@ def price_step(
     resident_bytes: int = 0,
     scratch: bool = True,
     group_ns: GroupCost | None = None,
+    releases_outputs: bool = False,
 ) -> PricedStep:
     """Return the cost graph of a joint step.
 
@@ -123,9 +124,11 @@ def price_step(
     group_ns
         Time of a group of several calls, or of one that is elementwise or reduces; ``None``
         from it, or in its place, for the sum of its calls by the roofline.
+    releases_outputs
+        Whether the caller lets go of what forward returns, but for the loss, when forward ends.
     """
     with disable_current_modes():  # AOTAutograd partitions under its fake tensors' mode
-        return _Pricing(step, inner, replays_draws, scratch, group_ns).finish(
+        return _Pricing(step, inner, replays_draws, scratch, group_ns, releases_outputs).finish(
             [tuple(g) for g in groups] if groups is not None else [(n,) for n in step.calls],
             resident_bytes,
         )
@@ -157,6 +160,7 @@ class _Pricing:
         replays_draws: bool,
         scratch: bool,
         group_ns: GroupCost | None,
+        releases_outputs: bool,
     ) -> None:
         self._step = step
         self._inner = inner
@@ -180,6 +184,8 @@ class _Pricing:
         self._state_nodes: dict[int, Node] = {}
         self._outputs = _memories(step.outputs)
         self._gradients = _memories(step.gradients)
+        held = [n for n in step.outputs if not releases_outputs or _is_scalar(n)]
+        self._kept = _memories(held) | self._gradients
 
     def finish(self, groups: list[tuple[Node, ...]], resident_bytes: int) -> PricedStep:
         step = self._step
@@ -372,7 +378,8 @@ class _Pricing:
         own_bytes = num_bytes(tensor) if size_bytes is None else size_bytes
         size_bytes = block_bytes(own_bytes, self._device.type) if counts else 0
         if producer is not None and memory in self._outputs | self._gradients:
-            kept, category = True, "output" if memory in self._outputs else "gradient"
+            kept = memory in self._kept
+            category = "output" if memory in self._outputs else "gradient"
         k = self._add(name, size_bytes, producer, category, kept)
         self._storage_of[memory] = k
         return k
@@ -410,6 +417,11 @@ def _state_size(device: torch.device) -> int:
     """Bytes of a generator's state, which lies in host memory."""
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
     return state.numel()
+
+
+def _is_scalar(value: Any) -> bool:
+    made = value.meta.get("val") if isinstance(value, Node) else None
+    return isinstance(made, torch.Tensor) and concrete(made).numel() <= 1
 
 
 def _memories(values: Sequence[Any]) -> set[int]:

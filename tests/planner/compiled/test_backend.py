@@ -10,7 +10,7 @@ import warnings
 from importlib import import_module
 from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -291,3 +291,58 @@ def test_a_block_without_a_plan_says_so() -> None:
     """What was compiled before install(), or never, has no budget."""
     with pytest.warns(PlanWarning, match="nothing was planned"), install(budget_bytes=1000):
         pass
+
+
+class _WithLogits(WithLoss):
+    """That returns its loss, and what it was computed from."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        logits = x.repeat(1, 4)
+        return logits.square().mean(), logits
+
+
+def _releasing(lower: str, **options: Any) -> tuple[int, int, dict[str, Tensor]]:
+    """Predicted and measured peak of a loop that keeps the loss alone, and what it computes."""
+    torch.manual_seed(0)
+    model, x = _WithLogits(), torch.randn(128, 32)
+    call, plans = compiled(model, lower=lower, outputs="released", **options)
+    found = step(model, lambda x: call(x)[0], x)
+    measured = measure(call, x, loss_fn=lambda made: made[0], outputs="released", repeats=0)
+    return plans[0].predicted_peak_bytes, measured.peak_bytes, found
+
+
+@pytest.mark.parametrize("budget_bytes", [10**6, 450_000])
+def test_released_outputs_are_free_in_backward(budget_bytes: int) -> None:
+    """The predicted peak is that of a loop that lets go of all but the loss, with equal bits."""
+    predicted_bytes, measured_bytes, found = _releasing("aot_eager", budget_bytes=budget_bytes)
+    assert predicted_bytes == measured_bytes <= budget_bytes
+    torch.manual_seed(0)
+    model, x = _WithLogits(), torch.randn(128, 32)
+    torch.compiler.reset()
+    call = torch.compile(model, backend="aot_eager")
+    assert_same(step(model, lambda x: call(x)[0], x), found)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Inductor's own
+@pytest.mark.parametrize("budget_bytes", [10**6, 480_000])
+def test_released_outputs_are_free_in_code_that_is_read(budget_bytes: int) -> None:
+    """Inductor's code is read as such a loop calls it."""
+    predicted_bytes, measured_bytes, _ = _releasing("inductor", budget_bytes=budget_bytes)
+    assert predicted_bytes == measured_bytes <= budget_bytes
+
+
+@pytest.mark.slow
+def test_a_loop_that_releases_needs_less() -> None:
+    """The least budget is lower than that of a loop that holds the outputs."""
+    least = []
+    for outputs in ("held", "released"):
+        torch.manual_seed(0)
+        model, x = _WithLogits(), torch.randn(128, 32)
+        call, _ = compiled(model, budget_bytes=1000, outputs=outputs)
+        with pytest.raises(Exception, match="least budget known to work") as caught:
+            call(x)
+        least.append(caught.value.inner_exception.min_budget_bytes)  # type: ignore[attr-defined]
+    assert least[1] < least[0]
