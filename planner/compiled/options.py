@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from graph_capture.loop.loop_holds import Grads, LoopHolds, Outputs
@@ -82,6 +83,8 @@ class CompiledOptions:
         >>> CompiledOptions.of({"budget_gb": 40, "lower": "aot_eager"}).budget_bytes
         40000000000
         """
+        if not isinstance(given, (Mapping, NoneType)):
+            raise ValueError(f"options is a dictionary, {{'budget_gb': 40}}, got {given!r:.100}")
         given = dict(given or {})
         own = [f.name for f in fields(cls) if f.name not in ("budget_bytes", "solving")]
         known = ("budget_gb", "budget_bytes", *own, *_SOLVING)
@@ -111,20 +114,27 @@ class CompiledOptions:
                 "grads is 'none' or 'accumulated' for compiled steps, got 'consumed': compiled "
                 "backward hands all gradients over at its end, so that nothing is freed before"
             )
-        later = LoopHolds.of("held", "none", given.get("later_bytes", 0))
+        later_bytes = _later_bytes(given.get("later_bytes", 0))
         solving = {"time_limit_s": 10.0, **{k: given[k] for k in _SOLVING if k in given}}
         return cls(
             budget_bytes=budget_bytes,
             headroom=given.get("headroom"),
             lower=lower,
             resident_bytes=holds.resident_bytes,
-            later_bytes=later.resident_bytes,
+            later_bytes=later_bytes,
             outputs=holds.outputs,
             grads=holds.grads,
             on_plan=on_plan,
             rounds=rounds,
             solving=SolveOptions(**solving),
         )
+
+
+def _later_bytes(given: Any) -> int:
+    try:
+        return LoopHolds.of("held", "none", given).resident_bytes
+    except ValueError as error:
+        raise ValueError(str(error).replace("resident_bytes", "later_bytes")) from None
 
 
 __all__ = ["CompiledOptions", "Lower"]

@@ -24,6 +24,10 @@ from planner.compiled.options import CompiledOptions
         ({"budget_gb": 1, "grads": "sum"}, "grads is .*, got 'sum'"),
         ({"budget_gb": 1, "headroom": 5}, "headroom is a fraction"),
         ({"budget_gb": 1, "time_limit_s": -1}, "time_limit_s must be"),
+        ({"budget_gb": 1, "later_bytes": -1}, "^later_bytes is a number of bytes"),
+        ({"budget_gb": 1, "later_bytes": "x"}, "^later_bytes='x': not an amount"),
+        ({"budget_gb": 1, "outputs": "free"}, "outputs is 'held' or 'released', got 'free'"),
+        ("budget_gb=40", "options is a dictionary"),
     ],
 )
 def test_invalid_options_are_refused(options: Any, message: str) -> None:

@@ -20,6 +20,7 @@ from tests.planner.compiled.models import Block, assert_same, compiled, model_an
 pytestmark = pytest.mark.filterwarnings(
     "ignore:a compiled graph is only a part",
     "ignore:a graph break cuts",
+    "ignore:a part of a training step runs as plain Python",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # Dynamo reads it
 )
 
