@@ -13,6 +13,7 @@ _LIBRARIES = (
     "monai",
     "x-transformers",
     "peft",
+    "timm",
 )
 
 

@@ -12,6 +12,7 @@ from . import setups
 from .building import BATCH, imported, made_of, normal, whole
 from .diffusers_models import DIFFUSERS
 from .subject import Subject, mean_square
+from .timm_models import TIMM
 
 
 def _graph(seed: int) -> tuple[Tensor, Tensor]:
@@ -207,6 +208,7 @@ def _grouped() -> dict[str, Callable[[], Subject]]:
         "torch_geometric": _PYG,
         "monai": _MONAI,
         "x_transformers": _X_TRANSFORMERS,
+        "timm": TIMM,
         "setups": setups.SETUPS,
     }
     return {
