@@ -124,7 +124,15 @@ def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
     for item in _within(leaf):
         if isinstance(item, torch.nn.Module):
             memo[id(item)] = item
-    return copy.deepcopy(leaf, memo)
+    try:
+        return copy.deepcopy(leaf, memo)
+    except LookupError:  # ``__getattr__ = dict.__getitem__``, which copy asks for ``__deepcopy__``
+        if not isinstance(leaf, dict):
+            raise
+    twin = memo[id(leaf)] = type(leaf).__new__(type(leaf))
+    dict.update(twin, {key: _copied(value, memo) for key, value in dict.items(leaf)})
+    vars(twin).update({name: _copied(value, memo) for name, value in vars(leaf).items()})
+    return twin
 
 
 def settle_numbers(output: Any) -> None:
@@ -149,7 +157,10 @@ def _refuse_uncopied(leaf: Any, held: list[torch.Tensor]) -> None:
     others = {id(t): torch.empty(()) for t in held}
     try:
         twin = _copied(leaf, dict(others))
-    except (TypeError, AttributeError, ValueError, copy.Error, pickle.PicklingError) as error:
+    except (
+        *(TypeError, AttributeError, ValueError, LookupError),
+        *(copy.Error, pickle.PicklingError),
+    ) as error:
         raise NotFittingError(f"{what} and cannot be copied ({error}); {advice}") from error
     if any(id(t) in others for t in tensors_within(twin)):
         raise NotFittingError(f"{what} that its copies share, perhaps in a function; {advice}")
@@ -216,9 +227,17 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
+def loss_of(output: Any) -> Any:
+    """Return an output's ``loss``, or ``None``."""
+    try:
+        return getattr(output, "loss", None)
+    except LookupError:  # a dict that is asked for its items by attribute
+        return None
+
+
 def find_loss(output: Any) -> torch.Tensor | None:
     """Return the scalar that training differentiates: the output itself or its ``loss``."""
-    candidate = output if isinstance(output, torch.Tensor) else getattr(output, "loss", None)
+    candidate = output if isinstance(output, torch.Tensor) else loss_of(output)
     if isinstance(candidate, torch.Tensor) and candidate.numel() == 1 and candidate.requires_grad:
         return candidate
     return None

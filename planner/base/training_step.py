@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from graph_capture.loop.loop_holds import NOTHING_ELSE, LoopHolds
 from graph_capture.loop.optimizer_step import OPTIMIZERS
 from graph_capture.private_torch.trees import tree_leaves, tree_map
+from graph_capture.recording.outputs import loss_of
 from graph_capture.suggestions import did_you_mean
 
 from .consuming import consuming, stepping
@@ -80,7 +81,7 @@ def differentiate(output: Any, loss_fn: LossFn | None = None) -> Differentiated:
         return _of_loss(loss_fn(output), "loss_fn(output)")
     if isinstance(output, Tensor) and output.numel() == 1:
         return _of_loss(output, "the model's output")
-    loss = getattr(output, "loss", None)
+    loss = loss_of(output)
     if loss is not None:
         return _of_loss(loss, "output.loss")
     unique = {id(t): t for t in output_tensors(output) if t.requires_grad}

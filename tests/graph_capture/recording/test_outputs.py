@@ -143,6 +143,25 @@ def test_objects_of_all_kinds_come_back_with_new_tensors(make: Callable[[Any], A
     assert three == 3
 
 
+class _ByAttribute(dict):
+    """Answers to the names of its items, and with a KeyError to any other, as people write it."""
+
+    __getattr__ = dict.__getitem__
+
+
+def test_a_dict_that_is_asked_by_attribute_is_copied() -> None:
+    """Though ``copy`` cannot ask it for anything."""
+    inner = _ByAttribute(hidden=torch.zeros(1), names=["a"])
+    output = _ByAttribute(loss=torch.zeros(()), inner=inner)
+    template, tensors = take_apart(output)
+    built = template.build([torch.full_like(t, 2.0) for t in tensors])
+    assert type(built) is type(built.inner) is _ByAttribute
+    assert (built.loss.item(), built.inner.hidden.item()) == (2.0, 2.0)
+    assert built.inner.names == ["a"]
+    assert built.inner.names is not inner.names
+    assert find_loss(inner) is None
+
+
 def test_a_module_in_an_output_is_not_copied() -> None:
     """It is the model's own."""
     template, _ = take_apart(_Hidden(torch.zeros(1), _MODULE))
