@@ -122,7 +122,7 @@ def test_captures_that_are_known_are_not_made_again(monkeypatch):
     monkeypatch.setattr(
         planned_call,
         "capture_for",
-        lambda *a, f=planned_call.capture_for: captures.append(1) or f(*a),
+        lambda *a, f=planned_call.capture_for, **k: captures.append(1) or f(*a, **k),
     )
     model = planned()
     with pytest.warns(PlanWarning, match=r"captured again 3 times.*hook was put on"):  # noqa: PT031
@@ -329,7 +329,9 @@ def test_a_model_that_stays_changed_is_captured_once(policy, monkeypatch):
     """Later steps of a changed model do not capture anew, nor does one that is changed back."""
     captures = []
     own = planned_call.capture_for
-    monkeypatch.setattr(planned_call, "capture_for", lambda *args: captures.append(1) or own(*args))
+    monkeypatch.setattr(
+        planned_call, "capture_for", lambda *a, **k: captures.append(1) or own(*a, **k)
+    )
     eager, model = make(), planned(policy=policy)
     for p in (0.2, 0.0, 0.0, 0.0, 0.2):
         eager.dropout.p = model.dropout.p = p

@@ -36,9 +36,9 @@ def captures(monkeypatch) -> list[str]:
         ("replan", "planner.plan.replan", replan),
     ):
 
-        def counting(*args, own=own, name=name):
+        def counting(*args, own=own, name=name, **options):
             found.append(name)
-            return own(*args)
+            return own(*args, **options)
 
         monkeypatch.setattr(place, counting)
     return found
