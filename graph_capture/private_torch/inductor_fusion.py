@@ -32,6 +32,9 @@ class FusionRules(Protocol):
     def for_one_lowering(self) -> JoinOnce:
         """A judge that has allowed nothing so far."""
 
+    def may_share_a_call(self, runs: Collection[int]) -> bool:
+        """Whether kernels of these runs may be one function, which frees memory at its end."""
+
 
 @dataclass(frozen=True, slots=True)
 class KernelPlace:
@@ -75,22 +78,24 @@ def told(node: Any) -> tuple[int, bool, bool, int] | None:
 
 @contextmanager
 def fusing_as_told() -> Iterator[None]:
-    """``V.set_choices_handler`` and three methods of ``GraphLowering``: places are obeyed; 2.11+.
+    """``V.set_choices_handler``, three methods of ``GraphLowering``: places are obeyed; 2.11+.
 
     In graphs of which nodes have places, a buffer is freed after its last use, and not kept for
     another one; calls of different runs are replaced by one (``mm`` and ``add`` by ``addmm``) only
     where the rules allow it (``pattern_matcher.is_match``), because the first then waits for the
     last; an input that a convolution reads is copied to its layout for that call only,
-    where Inductor would hand the copy to backward in the input's place. Graphs without places
-    are lowered as ever.
+    where Inductor would hand the copy to backward in the input's place; and on the CPU a kernel
+    goes into the function of those before it (``CppScheduling.codegen_node``) only where the rules
+    allow it. Graphs without places are lowered as ever.
     """
     from torch._inductor import graph, ir, pattern_matcher
     from torch._inductor.choices import InductorChoices
+    from torch._inductor.codegen.cpp import CppScheduling
     from torch._inductor.virtualized import V
 
     given = V.choices
     run_node, codegen = graph.GraphLowering.run_node, graph.GraphLowering.codegen
-    is_match = pattern_matcher.is_match
+    is_match, write_kernel = pattern_matcher.is_match, CppScheduling.codegen_node
     preferring = graph.GraphLowering.find_nodes_prefer_channels_last
 
     class AsTold(type(given)):  # type: ignore[misc]
@@ -101,8 +106,7 @@ def fusing_as_told() -> Iterator[None]:
             self._judged: tuple[Any, JoinOnce, set[str]] | None = None
 
         def can_fuse(self, scheduler: Any, node1: Any, node2: Any, score: int) -> bool:
-            places = [_place(node) for one in (node1, node2) for node in one.get_nodes()]
-            known = [place for place in places if place is not None]
+            known = _places(node1, node2)
             if not given.can_fuse(scheduler, node1, node2, score):
                 return False
             runs = {place.run for place in known}
@@ -143,12 +147,24 @@ def fusing_as_told() -> Iterator[None]:
         with inductor_config().patch(allow_buffer_reuse=False):
             return codegen(lowering)
 
+    def writing_as_told(scheduling: Any, node: Any) -> Any:
+        written = scheduling.kernel_group.scheduled_nodes
+        places = _places(*written, node)
+        runs = {place.run for place in places}
+        if written and runs and not places[0].rules.may_share_a_call(runs):
+            scheduler = scheduling.scheduler
+            scheduler.buffer_names_to_free.difference_update(node.last_usage)  # not yet
+            scheduler.flush()
+            scheduler.buffer_names_to_free.update(node.last_usage)
+        return write_kernel(scheduling, node)
+
     assert isinstance(given, InductorChoices)
     with ExitStack() as stack:
         stack.enter_context(V.set_choices_handler(AsTold()))
         stack.enter_context(Place(pattern_matcher, "is_match").holding(matching_as_told))
         stack.enter_context(Place(graph.GraphLowering, "run_node").holding(storing))
         stack.enter_context(Place(graph.GraphLowering, "codegen").holding(freeing))
+        stack.enter_context(Place(CppScheduling, "codegen_node").holding(writing_as_told))
         stack.enter_context(
             Place(graph.GraphLowering, "find_nodes_prefer_channels_last").holding(
                 preferring_inputs_as_they_are
@@ -159,6 +175,11 @@ def fusing_as_told() -> Iterator[None]:
 
 def _has_places(lowering: Any) -> bool:
     return any(_KEY in node.meta for node in lowering.module.graph.nodes)
+
+
+def _places(*nodes: Any) -> list[KernelPlace]:
+    found = [_place(part) for node in nodes for part in node.get_nodes()]
+    return [place for place in found if place is not None]
 
 
 def _place(node: Any) -> KernelPlace | None:

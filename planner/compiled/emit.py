@@ -26,6 +26,7 @@ from solvers.replay import InvalidScheduleError, replay
 from solvers.schedule import Schedule
 
 from .drawn_again import draw_again, read_state
+from .expected_peak import expected_memory
 from .held_fusion import WithinMemory
 from .joint_step import is_number, is_view, items_of, makes_memory, tensors_of
 from .priced_step import PricedStep
@@ -78,7 +79,11 @@ def emit(
 def emit_held(priced: PricedStep, schedule: Schedule) -> tuple[GraphModule, GraphModule]:
     """Emit a schedule for Inductor, which may join kernels only within the schedule's memory."""
     replayed = replay(priced.graph, schedule)
-    rules = WithinMemory(memory_bytes=replayed.memory_bytes, limit_bytes=replayed.peak_bytes)
+    rules = WithinMemory(
+        memory_bytes=replayed.memory_bytes,
+        limit_bytes=replayed.peak_bytes,
+        expected=expected_memory(priced, schedule),
+    )
     return emit(priced, schedule, rules)
 
 

@@ -4,6 +4,10 @@ Inductor joins kernels that read the same memory, also those of far apart moment
 them reads then waits for the other, and what one makes is there long before its use. With
 recomputation this undoes a schedule, since a value and its repetition read the same. So kernels
 are joined only where the memory of all moments between them leaves room for what they touch.
+
+On the CPU, it also writes kernels that follow each other into one function. All of their results
+are there before it is called, and what they read last is freed after it. So a kernel begins a
+function of its own where the function's memory would exceed the peak of the schedule.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from graph_capture.private_torch.inductor_fusion import JoinOnce
+
+from .expected_peak import ExpectedMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +32,13 @@ class WithinMemory:
         Of each run of the schedule.
     limit_bytes
         The most that a joined kernel may bring it to; 0 joins nothing.
+    expected
+        What the code is expected to hold, run by run.
     """
 
     memory_bytes: Sequence[int]
     limit_bytes: int
+    expected: ExpectedMemory
 
     def for_one_lowering(self) -> JoinOnce:
         """A judge that adds what it allows to the memory of the moments between."""
@@ -43,6 +52,12 @@ class WithinMemory:
             return True
 
         return may_join
+
+    def may_share_a_call(self, runs: Collection[int]) -> bool:
+        """Whether nothing that one of these runs reads last need be freed before their end."""
+        first, last = min(runs), max(runs)
+        made_bytes = sum(self.expected.made_bytes[first + 1 : last + 1])
+        return self.expected.memory_bytes[first] + made_bytes <= self.expected.peak_bytes
 
 
 __all__ = ["WithinMemory"]

@@ -35,7 +35,7 @@ from solvers.schedule import Schedule
 from ..base.budget import Budget
 from ..planning.known_least import fits_easily, known_least_memory
 from .emit import emit_held
-from .expected_peak import expected_peak_bytes
+from .expected_peak import expected_memory
 from .options import CompiledOptions
 from .priced_step import PricedStep
 from .readings import Reading, peak_of, result_of
@@ -203,7 +203,7 @@ class Search:
         if level not in self._expected:
             schedule = self._solved(level).schedule
             assert schedule is not None
-            self._expected[level] = expected_peak_bytes(self._priced, schedule)
+            self._expected[level] = expected_memory(self._priced, schedule).peak_bytes
         return self._expected[level]
 
     def _solved(self, level: int) -> SolveResult:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 
-from planner.compiled.emit import emit
-from planner.compiled.expected_peak import expected_peak_bytes
+from planner.compiled.emit import emit, emit_held
+from planner.compiled.expected_peak import expected_memory
 from planner.compiled.fused_groups import fuse
-from planner.compiled.held_fusion import WithinMemory
 from planner.compiled.lowered_peak import handed_over_bytes, lowered_extra_bytes
 from planner.compiled.priced_step import PricedStep, price_step
 from solvers.replay import replay
@@ -47,10 +46,9 @@ def test_it_is_the_peak_of_the_generated_code(flipped: bool) -> None:
     """
     priced = _priced(flipped=flipped)
     everything = Schedule.keep_all(priced.graph)
-    expected = expected_peak_bytes(priced, everything)
+    expected = expected_memory(priced, everything).peak_bytes
     own = replay(priced.graph, everything)
-    rules = WithinMemory(memory_bytes=own.memory_bytes, limit_bytes=own.peak_bytes)
-    forward, backward = emit(priced, everything, rules)
+    forward, backward = emit_held(priced, everything)
     read = lowered_extra_bytes(forward, backward, len(priced.step.outputs))
     assert 0 < handed_over_bytes(forward) < read
     assert expected == priced.graph.resident_bytes + read
@@ -66,7 +64,7 @@ def test_what_a_library_writes_has_memory_of_its_own() -> None:
     priced = _priced_of(loss, (64, 64))
     everything = Schedule.keep_all(priced.graph)
     peak_bytes = replay(priced.graph, everything).peak_bytes
-    assert expected_peak_bytes(priced, everything) == peak_bytes
+    assert expected_memory(priced, everything).peak_bytes == peak_bytes
 
 
 def test_what_forward_hands_over_is_counted_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
+from graph_capture.private_torch.fake_tensors import FakeTensorMode
+from graph_capture.private_torch.inductor import generate_code
 from graph_capture.private_torch.inductor_fusion import KernelPlace, fusing_as_told, put
 from planner.compiled import CompiledPlan
-from planner.compiled.held_fusion import WithinMemory
 from solvers.replay import replay
 from tests.planner.compiled.models import compiled, step
+from tests.planner.compiled.test_held_fusion import rules
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
@@ -26,6 +29,9 @@ pytestmark = [
         reason="Inductor needs a C++ compiler",
     ),
 ]
+
+
+ATEN = torch.ops.aten
 
 
 class _Made(Exception):
@@ -78,12 +84,12 @@ def test_copies_for_a_convolution_are_not_saved() -> None:
 
 def _match(*runs: int) -> Any:
     """A pattern that matched calls of these runs, each of which reads one value."""
-    graph, rules = Graph(), WithinMemory(memory_bytes=(0, 90, 0), limit_bytes=100)
+    graph, held = Graph(), rules((0, 90, 0), 100)
     x = graph.call_function(torch.relu, (graph.placeholder("x"),))
     x.meta["val"] = torch.empty(5, device="meta")
     nodes = [graph.call_function(torch.neg, (x,)) for _ in runs]
     for node, run in zip(nodes, runs, strict=True):
-        put(node, KernelPlace(run, True, rules))
+        put(node, KernelPlace(run, True, held))
     return type("Match", (), {"nodes": nodes, "__bool__": lambda _: True})()
 
 
@@ -95,3 +101,19 @@ def test_a_product_does_not_wait_for_a_far_addition() -> None:
         assert pattern_matcher.is_match(_match(0, 0))
         assert not pattern_matcher.is_match(_match(0, 2))
     assert pattern_matcher.is_match(_match(0, 2))
+
+
+@pytest.mark.parametrize(("made", "num_calls"), [(0, 1), (10, 2)])
+def test_a_function_ends_where_memory_has_to_be_freed(made: int, num_calls: int) -> None:
+    """Two loops that follow each other are one function, unless their results take too much."""
+    held = rules((90, 90), 100, made=(0, made))
+    graph = Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = FakeTensorMode().from_tensor(torch.empty(64))
+    results = [graph.call_function(f, (x,)) for f in (ATEN.sin.default, ATEN.sum.default)]
+    for run, node in enumerate(results):
+        node.meta["val"] = node.target(x.meta["val"])  # type: ignore[operator]
+        put(node, KernelPlace(run, True, held))
+    graph.output(tuple(results))
+    code = generate_code(GraphModule({}, graph), [x.meta["val"]], is_backward=False, num_visible=2)
+    assert len(re.findall(r"^ +cpp_fused\w+\(", code.text, re.MULTILINE)) == num_calls
