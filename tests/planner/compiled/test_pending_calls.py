@@ -66,6 +66,7 @@ def test_a_graph_that_runs_for_several_layers_counts_each_time() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:a part of a training step runs as plain Python")
 def test_layers_of_one_code_share_a_budget() -> None:
     """With less to save, all layers fit, and gradients are those of the unbudgeted step."""
     model, x = _repeated()
