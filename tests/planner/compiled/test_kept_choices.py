@@ -153,7 +153,7 @@ def test_an_own_partition_is_not_read_again(
     """Where it fits, a budget above all costs nothing the second time but making it."""
     keep = Schedule.keep_all(priced.graph)
     made = choosing.emit_held(priced, keep)
-    monkeypatch.setattr(choosing, "lowered_extra_bytes", lambda *_: 1000)
+    monkeypatch.setattr(choosing, "lowered_extra_bytes", lambda *_, **__: 1000)
     budget = Budget(total_bytes=10**9, headroom_bytes=0)
     options = CompiledOptions.of({"budget_gb": 1})
     first = choosing.choose(priced, budget, options, lambda: made)
