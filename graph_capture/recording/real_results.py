@@ -54,13 +54,14 @@ _LIES_AS_SAID = re.compile(
 
 # Elementwise calls whose fake results have TensorIterator's layout, as the real ones do. The fake
 # results of others come from a Python formula (torch/_refs): copysign, heaviside, ldexp, logaddexp,
-# logical_and, native_dropout_backward, pow of a number to a tensor's power, xlogy.
+# logical_and, native_dropout_backward, pow of a number to a tensor's power, xlogy, and the backward
+# of elu, hardsigmoid, hardswish, hardtanh and softplus (where the input lies unlike the gradient).
 _ELEMENTWISE_AS_SAID = re.compile(
     r"aten::(_?(add|sub|rsub|mul|div|neg|abs|exp|expm1|log|log1p|log2|log10|sqrt|rsqrt|reciprocal"
     r"|square|sin|cos|tanh|sigmoid|relu|gelu|silu|elu|hardtanh|hardswish|leaky_relu|softplus|mish|erf"
     r"|where|masked_fill|maximum|minimum|clamp.*|addcmul|addcdiv|lerp|eq|ne|lt|le|gt|ge|sign"
     r"|bitwise_.*|logical_not|isnan|isinf|isfinite|floor|ceil|round|trunc|_to_copy|copy|fill)_?"
-    r"|(sigmoid|tanh|gelu|silu|elu|hardtanh|hardswish|leaky_relu|softplus|mish)_backward)"
+    r"|(sigmoid|tanh|gelu|silu|leaky_relu|mish)_backward)"
 )
 
 # Kernels that compute parts into their result and then shrink it, a loss to one number: the memory

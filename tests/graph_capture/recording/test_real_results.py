@@ -47,6 +47,34 @@ def _loss(output: Tensor) -> Tensor:
     return output.square().mean()
 
 
+class _MixesPositions(nn.Module):
+    """An activation whose gradient arrives transposed, while its input lies as it was made."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.mix = nn.Linear(16, 16), nn.Linear(32, 32)
+        self._activation = [activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self._activation[0](self.first(x)).transpose(1, 2))
+
+
+ACTIVATIONS = [F.softplus, F.hardtanh, F.elu, F.hardswish, F.hardsigmoid, F.mish, F.leaky_relu]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda f: f.__name__)
+def test_backward_of_an_activation_by_a_transposed_gradient(
+    activation: Callable[[Tensor], Tensor],
+) -> None:
+    """The planned step runs, with eager's bits; stand-ins of some such gradients lie otherwise."""
+    x = torch.randn(8, 32, 16, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    plan = optimize(_MixesPositions(activation), x, budget_gb=1, loss_fn=_loss)
+    assert_same_training(
+        lambda: _MixesPositions(activation), plan.apply, lambda _seed: x, loss_fn=_loss, steps=1
+    )
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_normalization_over_a_transposed_input(name: str) -> None:
     """The planned step runs, with eager's bits."""
