@@ -81,6 +81,8 @@ _COPY_ALL_MEMORY = {
 }
 
 
+_WITHOUT_A_WORD = {"aten", "prim", "prims", "profiler", "higher_order"}
+
 SCRATCH_NOT_COUNTED = "scratch of kernels not counted: the device is not at hand"
 
 
@@ -114,6 +116,7 @@ class WorkspaceProbe:
     ) -> None:
         self._too_long = too_long
         self._unknown: set[str] = set()
+        self._foreign: set[str] = set()
         self._device = torch.device(device)
         there = self._device.type == "cpu" or torch.cuda.is_available()
         self._measures = at_hand and there
@@ -136,7 +139,11 @@ class WorkspaceProbe:
             # TensorIterator copies what it must cast first (aten/src/ATen/TensorIterator.cpp).
             if len({t.dtype for t in (*given, *filter(_is, tree_iter(out)))}) <= 1:
                 return _number_bytes(args, given) if self._on_cpu else 0
-        elif not runs_on_blanks(func) or _only_moves(name, given):
+        elif _only_moves(name, given):
+            return 0
+        elif not runs_on_blanks(func):
+            if not _is_ours_or_pytorchs(func):
+                self._foreign.add(name)
             return 0
         if self._on_cpu and name in _PRODUCTS and _plain_product(call):
             return sum(_bytes(t) for t in args if isinstance(t, torch.Tensor) and _must_copy(t))
@@ -162,12 +169,19 @@ class WorkspaceProbe:
         """Return what readers of the memory figures must know."""
         if self._scratch and not self._measures:
             return (SCRATCH_NOT_COUNTED,)
-        if not self._unknown:
-            return ()
-        return (
-            f"scratch of {len(self._unknown)} distinct calls not measured, counted as zero: they "
-            "are too large, take too long, or refuse made-up arguments",
-        )
+        notes = []
+        if self._foreign:
+            notes.append(
+                f"scratch of {', '.join(sorted(self._foreign))} not measured, counted as zero: "
+                "kernels of other libraries do not run on made-up arguments; plan.validate() "
+                "measures a real step, and headroom= leaves room"
+            )
+        if self._unknown:
+            notes.append(
+                f"scratch of {len(self._unknown)} distinct calls not measured, counted as zero: "
+                "they are too large, take too long, or refuse made-up arguments"
+            )
+        return tuple(notes)
 
     @property
     def _on_cpu(self) -> bool:
@@ -187,6 +201,11 @@ class WorkspaceProbe:
         with as_in_a_step(self._device), torch.enable_grad():
             results = func(*args, **kwargs)
         return tuple(t.untyped_storage().nbytes() for t in tree_iter(results))
+
+
+def _is_ours_or_pytorchs(func: Any) -> bool:
+    """Whether a call is one of a capture's own, which take no scratch, or of ATen's."""
+    return func.namespace in _WITHOUT_A_WORD or func.namespace.startswith("remat")
 
 
 def _looks_at_a_part(tensor: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from graph_capture.costs.allocator import peak_extra_bytes
 from graph_capture.costs.cost_model import Call
 from graph_capture.costs.profile_cache import ProfileCache
 from graph_capture.costs.workspace import WorkspaceProbe
+from graph_capture.private_torch.operators import temporary_library
 
 aten = torch.ops.aten
 
@@ -173,6 +174,16 @@ def test_a_host_without_memory_leaves_a_note(monkeypatch: pytest.MonkeyPatch) ->
     x = torch.empty(64, 64, device="meta")
     assert _scratch(aten.topk.default, x, 4, probe=probe) == 0
     assert "1 distinct calls not measured" in probe.notes[0]
+
+
+def test_a_kernel_of_another_library_is_not_run_and_named() -> None:
+    """It may do anything on made-up values, and its scratch is not known: the notes say so."""
+    with temporary_library("elsewhere", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: pytest.fail("it ran"), "CPU")
+        probe, x = WorkspaceProbe("cpu", at_hand=True), torch.ones(64)
+        assert _scratch(torch.ops.elsewhere.twice.default, x, probe=probe) == 0
+    assert "scratch of elsewhere::twice not measured, counted as zero" in probe.notes[0]
 
 
 def test_a_call_that_takes_too_long_is_not_run() -> None:
