@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import functools
 import gc
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from ..private_torch.fake_tensors import FakeTensor
+from .holders import dict_of
 
 CACHED = type(functools.lru_cache(len))  # no other name
 
@@ -38,14 +42,40 @@ def kept_stand_ins(met: Iterable[Any]) -> Iterator[tuple[Any, list[FakeTensor]]]
                 yield function, found
 
 
+_NOT_OPENED = (torch.Tensor, torch.nn.Module, type, types.ModuleType, types.FunctionType)
+
+
 def _stand_ins(items: Iterable[Any]) -> Iterator[FakeTensor]:
-    for item in items:
+    """Stand-ins at any depth of containers and plain objects."""
+    seen: set[int] = set()
+    todo = list(items)
+    while todo:
+        item = todo.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
         if isinstance(item, FakeTensor):
             yield item
-        elif type(item) in (tuple, list):
-            yield from _stand_ins(item)
-        elif type(item) is dict:  # of an unbounded cache
-            yield from _stand_ins(item.values())
+        elif isinstance(item, (tuple, list, set, frozenset)):
+            todo.extend(item)
+        elif isinstance(item, dict):
+            todo.extend(dict.values(item))
+        elif not isinstance(item, _NOT_OPENED):
+            todo.extend(dict_of(item).values())
+            slots = (vars(cls).values() for cls in type(item).__mro__)
+            members = (m for found in slots for m in found if type(m) is _SLOT)
+            todo.extend(m.__get__(item) for m in members if _is_filled(m, item))
+
+
+_SLOT = types.MemberDescriptorType
+
+
+def _is_filled(member: Any, item: Any) -> bool:
+    try:
+        member.__get__(item)
+    except AttributeError:
+        return False
+    return True
 
 
 def forget_stand_ins(met: Iterable[Any]) -> None:

@@ -165,12 +165,13 @@ class Effects:
         """Refuse what a cached function would not compute again, but for constants."""
         for function, kept in kept_stand_ins(self._watcher.caches):
             made = [t for t in kept if self._recorder.has_made(t)]
-            if not all(map(self._recorder.is_known, made)):
+            unknown = [t for t in made if not self._recorder.is_known(t)]
+            if unknown:
                 name = getattr(function, "__qualname__", "a function")
                 raise NotFittingError(
                     f"{name} keeps a tensor that its first call makes "
-                    f"({self._recorder.source_of(made[0])}) in a cache (functools.lru_cache), so "
-                    "that a second step does something else than the first; run the model once "
+                    f"({self._recorder.source_of(unknown[0])}) in a cache (functools.lru_cache), "
+                    "so that a second step does something else than the first; run the model once "
                     "before planning"
                 )
 

@@ -129,9 +129,13 @@ def _copied(leaf: Any, memo: dict[int, Any]) -> Any:
     except LookupError:  # ``__getattr__ = dict.__getitem__``, which copy asks for ``__deepcopy__``
         if not isinstance(leaf, dict):
             raise
-    twin = memo[id(leaf)] = type(leaf).__new__(type(leaf))
-    dict.update(twin, {key: _copied(value, memo) for key, value in dict.items(leaf)})
-    vars(twin).update({name: _copied(value, memo) for name, value in vars(leaf).items()})
+    make, given, state, _, items = (*type(leaf).__reduce_ex__(leaf, 4), *[None] * 4)[:5]
+    assert callable(make)  # by the protocol of pickles, which ``OrderedDict`` has its own way for
+    twin = memo[id(leaf)] = make(*given)
+    for key, value in items or ():
+        twin[key] = _copied(value, memo)
+    attributes = state if isinstance(state, dict) else {}
+    vars(twin).update({name: _copied(value, memo) for name, value in attributes.items()})
     return twin
 
 

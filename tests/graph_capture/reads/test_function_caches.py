@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,6 +39,43 @@ class Masked(Three):
     @functools.lru_cache  # noqa: B019  # as people write it
     def cached(self, value: int) -> Tensor:
         return torch.full((), float(value))
+
+
+class Table(NamedTuple):
+    values: Tensor
+
+
+class Slotted:
+    __slots__ = ("nothing", "values")
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+
+@functools.lru_cache
+def wrapped(size: int, make: Callable[[Tensor], Any]) -> Any:
+    return [make(torch.arange(size) + 1.0)]
+
+
+class Wrapped(Three):
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale: Tensor = wrapped(WIDTH, self.make)[0].values
+        return self.a(x) * scale
+
+
+@pytest.mark.parametrize(
+    "make", [Table, Slotted, lambda values: types.SimpleNamespace(values=values)]
+)
+def test_what_a_cached_function_wraps(make: Callable[[Tensor], Any]) -> None:
+    """In a named tuple, a slot, an attribute."""
+    model = Wrapped(make).train()
+    optimize(model, normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square)
+    assert type(wrapped(WIDTH, make)[0].values) is Tensor
+    assert type(model(normal(0, 16, WIDTH))) is Tensor
 
 
 class Drawn(Three):

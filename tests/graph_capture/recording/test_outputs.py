@@ -162,6 +162,19 @@ def test_a_dict_that_is_asked_by_attribute_is_copied() -> None:
     assert find_loss(inner) is None
 
 
+class _Ordered(collections.OrderedDict):
+    __getattr__ = collections.OrderedDict.__getitem__
+
+
+def test_an_ordered_dict_that_is_asked_by_attribute_keeps_its_order() -> None:
+    """It has a way of its own to be filled."""
+    output = _Ordered(b=torch.zeros(1), a=2)
+    template, _ = take_apart(output)
+    built = template.build([torch.ones(1)])
+    assert type(built) is _Ordered
+    assert list(built.items()) == [("b", torch.ones(1)), ("a", 2)]
+
+
 def test_a_module_in_an_output_is_not_copied() -> None:
     """It is the model's own."""
     template, _ = take_apart(_Hidden(torch.zeros(1), _MODULE))
