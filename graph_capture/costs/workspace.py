@@ -81,7 +81,10 @@ _COPY_ALL_MEMORY = {
 }
 
 
-_WITHOUT_A_WORD = {"aten", "prim", "prims", "profiler", "higher_order"}
+_WITHOUT_A_WORD = {
+    *("aten", "prim", "prims", "rngprims", "profiler", "higher_order", "quantized"),
+    *("mkl", "mkldnn", "onednn", "c10d", "_c10d_functional", "symm_mem", "fsdp"),
+}
 
 SCRATCH_NOT_COUNTED = "scratch of kernels not counted: the device is not at hand"
 

@@ -37,6 +37,17 @@ def inductor_settings() -> str:
     return repr(sorted(settings.items()))
 
 
+def functorch_settings() -> str:
+    """Settings that PyTorch's own partition depends on (``get_config_copy``), for caches; 2.11+.
+
+    All but its budget, which is not used, and its cache.
+    """
+    settings = functorch_config().get_config_copy()
+    for name in ("activation_memory_budget", "enable_autograd_cache"):
+        settings.pop(name, None)
+    return repr(sorted(settings.items()))
+
+
 def inductor_cache_folder() -> str | None:
     """``cache_dir_utils.cache_dir``: where compiled code is kept; ``None`` where it is not; 2.11+.
 
@@ -149,6 +160,7 @@ __all__ = [
     "forget_compiled_code",
     "frees_tangents",
     "functorch_config",
+    "functorch_settings",
     "functorch_partitioners",
     "holds_up_to",
     "inductor_cache_folder",

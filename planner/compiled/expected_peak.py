@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 from solvers.replay import replay
 from solvers.schedule import Schedule
@@ -24,7 +25,7 @@ from .fused_groups import is_elementwise, is_reduction
 from .priced_step import PricedStep
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpectedMemory:
     """What the code of a schedule holds, run by run, in bytes.
 
@@ -39,7 +40,7 @@ class ExpectedMemory:
     memory_bytes: tuple[int, ...]
     made_bytes: tuple[int, ...]
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
         """The most of all runs."""
         return max(self.memory_bytes, default=0)

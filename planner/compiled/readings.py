@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import GraphModule
 
-from graph_capture.private_torch.compiler import functorch_config, inductor_settings
+from graph_capture.private_torch.compiler import functorch_settings, inductor_settings
 from graph_capture.private_torch.trees import tree_leaves
 from solvers.result import SolveResult
 from solvers.schedule import Schedule
@@ -95,13 +95,24 @@ def name_of(priced: PricedStep) -> str:
 
     It is the same in each process.
     """
-    settings = inductor_settings(), functorch_config().donated_buffer
+    settings = inductor_settings(), functorch_settings()
     digest = hashlib.sha256(f"{priced.graph.to_json()} {settings}".encode())
     module = priced.step.module
     graphs = [part.graph for part in module.modules() if isinstance(part, GraphModule)]  # branches
+    regions: dict[object, int] = {}  # counted from 0, as the process counts on
     for node in (n for graph in graphs for n in graph.nodes):
         read = tuple(map(str, (node.args, node.kwargs)))
-        shown = (node.op, node.name, str(node.target), read, *_shown(node.meta.get("val")))
+        tag = node.meta.get("recompute")  # by a checkpoint; PyTorch's own partition obeys it
+        region = regions.setdefault(node.meta.get("ac_graph_id"), len(regions))
+        shown = (
+            node.op,
+            node.name,
+            str(node.target),
+            read,
+            str(tag),
+            region,
+            *_shown(node.meta.get("val")),
+        )
         digest.update(repr(shown).encode())
     return digest.hexdigest()
 

@@ -9,6 +9,7 @@ compiles are of plain Python.
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,9 +36,10 @@ def by_plan(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*inputs: Any) -> Any:
         before = next_sequence_number()
-        results = function(*inputs)
-        _planned.num_nodes += next_sequence_number() - before
-        return results
+        try:
+            return function(*inputs)
+        finally:
+            _planned.num_nodes += next_sequence_number() - before
 
     return run
 
@@ -76,6 +78,8 @@ class UnplannedCalls:
         made, planned = next_sequence_number(), _planned.num_nodes
         with hearing_of_compiles(begins, ends):
             yield
+        if sys.exc_info()[0] is not None:  # Dynamo ends contexts as if there were none
+            return
         num_planned = _planned.num_nodes - planned
         num_plain = next_sequence_number() - made - num_compiling - num_planned
         if num_plain > 0:

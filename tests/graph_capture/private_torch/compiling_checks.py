@@ -68,6 +68,15 @@ def _tells_settings() -> bool:
     return inside != before == same == compiler.inductor_settings()
 
 
+def _tells_settings_of_partitions() -> bool:
+    config, before = compiler.functorch_config(), compiler.functorch_settings()
+    with config.patch(aggressive_recomputation=not config.aggressive_recomputation):
+        inside = compiler.functorch_settings()
+    with config.patch(activation_memory_budget=0.5):
+        same = compiler.functorch_settings()
+    return inside != before == same and " at 0x" not in before
+
+
 def _keeps_codes_in_a_folder() -> bool:
     config, folder = compiler.inductor_config(), compiler.inductor_cache_folder
     with config.patch(fx_graph_cache=True, force_disable_caches=False):
@@ -192,6 +201,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
         compiler.functorch_partitioners().min_cut_rematerialization_partition
     ),
     "compiler.inductor_settings": _tells_settings,
+    "compiler.functorch_settings": _tells_settings_of_partitions,
     "compiler.inductor_cache_folder": _keeps_codes_in_a_folder,
     "compiler.inductor_config": lambda: hasattr(compiler.inductor_config(), "fallback_random"),
     "compiled_calls.enter_calls": lambda: _calls_are_entered(named=False),

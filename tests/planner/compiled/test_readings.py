@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import symbolic_trace
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from planner.compiled.fused_groups import fuse
 from planner.compiled.priced_step import price_step
@@ -45,6 +51,36 @@ def test_settings_of_inductor_are_part_of_the_name() -> None:
     before = _name(3.0)
     with torch._inductor.config.patch(max_fusion_size=7):
         assert _name(3.0) != before
+
+
+def test_settings_of_pytorchs_partition_are_part_of_the_name() -> None:
+    """It may be what a budget gets, and its peak is kept by the name."""
+    before = _name(3.0)
+    with torch._functorch.config.patch(aggressive_recomputation=True):
+        assert _name(3.0) != before
+
+
+def test_tags_of_checkpoints_are_part_of_the_name() -> None:
+    """PyTorch's partition repeats what they say."""
+
+    def name(saved: Any) -> str:
+        def policy(_context: Any, func: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+            keep = func is saved
+            return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+        def loss(x: torch.Tensor) -> torch.Tensor:
+            contexts = partial(create_selective_checkpoint_contexts, policy)
+            made: torch.Tensor = checkpoint(
+                lambda x: (x @ x).tanh(), x, use_reentrant=False, context_fn=contexts
+            )
+            return made.sum()
+
+        step = joint_step_of(loss, torch.ones(4, 4, requires_grad=True))
+        fused = fuse(step)
+        return name_of(price_step(step, groups=fused.groups, inner=fused.inner))
+
+    aten = torch.ops.aten
+    assert len({name(aten.mm.default), name(aten.tanh.default), name(aten.mm.default)}) == 2
 
 
 def test_a_schedule_is_read_once() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from planner import PlanWarning
 from planner.compiled import install
-from planner.compiled.unplanned_calls import PARTLY_UNPLANNED, UNPLANNED, UnplannedCalls
+from planner.compiled.unplanned_calls import PARTLY_UNPLANNED, UNPLANNED, UnplannedCalls, by_plan
 from tests.planner.compiled.models import WithLoss, compiled, model_and_sample, step
 
 
@@ -170,3 +170,26 @@ def test_code_of_before_the_block_is_said() -> None:
     with _said() as found:
         call(x).backward()
     assert found == []
+
+
+def test_an_error_in_a_planned_graph_is_no_plain_python() -> None:
+    """A loop that catches it, as for want of memory, is told nothing else."""
+
+    def graph(x: Tensor) -> Tensor:
+        x.sin()
+        raise MemoryError("in the graph")
+
+    calls, x = UnplannedCalls(), torch.ones(3, requires_grad=True)
+
+    def call() -> None:
+        context = calls.call()
+        context.__enter__()
+        try:
+            by_plan(graph)(x)
+        finally:
+            x.cos()
+            context.__exit__(None, None, None)  # as Dynamo does
+
+    with pytest.raises(MemoryError, match="in the graph"):
+        call()
+    assert not calls.said
