@@ -42,6 +42,8 @@ def kept_stand_ins(met: Iterable[Any]) -> Iterator[tuple[Any, list[FakeTensor]]]
                 yield function, found
 
 
+_ATOMS = {str, bytes, int, float, complex, bool, type(None)}
+_WITHOUT_TENSORS = {"builtins", "typing", "types", "inspect", "functools", "re", "pathlib"}
 _NOT_OPENED = (torch.Tensor, torch.nn.Module, type, types.ModuleType, types.FunctionType)
 
 
@@ -51,7 +53,7 @@ def _stand_ins(items: Iterable[Any]) -> Iterator[FakeTensor]:
     todo = list(items)
     while todo:
         item = todo.pop()
-        if id(item) in seen:
+        if type(item) in _ATOMS or id(item) in seen:
             continue
         seen.add(id(item))
         if isinstance(item, FakeTensor):
@@ -62,12 +64,14 @@ def _stand_ins(items: Iterable[Any]) -> Iterator[FakeTensor]:
             todo.extend(dict.values(item))
         elif not isinstance(item, _NOT_OPENED):
             todo.extend(dict_of(item).values())
-            slots = (vars(cls).values() for cls in type(item).__mro__)
-            members = (m for found in slots for m in found if type(m) is _SLOT)
-            todo.extend(m.__get__(item) for m in members if _is_filled(m, item))
+            todo.extend(m.__get__(item) for m in _slots_of(type(item)) if _is_filled(m, item))
 
 
-_SLOT = types.MemberDescriptorType
+def _slots_of(cls: type) -> list[Any]:
+    if cls.__module__ in _WITHOUT_TENSORS:
+        return []
+    found = (member for base in cls.__mro__ for member in vars(base).values())
+    return [member for member in found if type(member) is types.MemberDescriptorType]
 
 
 def _is_filled(member: Any, item: Any) -> bool:
