@@ -23,23 +23,40 @@ from .holders import dict_of
 CACHED = type(functools.lru_cache(len))  # no other name
 
 
-def kept_stand_ins(met: Iterable[Any]) -> Iterator[tuple[Any, list[FakeTensor]]]:
-    """Return each function whose cache holds stand-ins, and these; PyTorch's own may.
+class FunctionCaches:
+    """Such functions, as they are when a capture begins: only what changes is opened later."""
 
-    Parameters
-    ----------
-    met
-        Such functions that the step's code names.
-    """
-    found_by_class = gc.get_referrers(CACHED)  # an object refers to its class
-    functions = {id(f): f for f in (*met, *found_by_class) if type(f) is CACHED}
-    for function in functions.values():
-        if str(function.__module__).startswith("torch."):
-            continue
-        if function.cache_info().currsize:
+    def __init__(self) -> None:
+        found = gc.get_referrers(CACHED)  # an object refers to its class
+        self._before = {id(f): (f, _looks(f)) for f in found if type(f) is CACHED}
+
+    def kept_stand_ins(self, met: Iterable[Any]) -> Iterator[tuple[Any, list[FakeTensor]]]:
+        """Return each function whose cache holds stand-ins, and these; PyTorch's own may.
+
+        Parameters
+        ----------
+        met
+            Such functions that the step's code names; some may be new.
+        """
+        known = {id(f): (f, None) for f in met if type(f) is CACHED} | self._before
+        for function, before in known.values():
+            if str(function.__module__).startswith("torch.") or _looks(function) == before:
+                continue
             found = list(_stand_ins(gc.get_referents(function)))
             if found:
                 yield function, found
+
+    def forget_stand_ins(self, met: Iterable[Any]) -> None:
+        """Empty these caches: their functions are asked again."""
+        for function, _ in self.kept_stand_ins(met):
+            function.cache_clear()
+
+
+def _looks(function: Any) -> tuple[object, ...]:
+    """How often a function has computed, and which objects its cache holds."""
+    held = gc.get_referents(function)
+    values = (v for part in held if type(part) is dict for v in part.values())  # if unbounded
+    return function.cache_info().misses, *map(id, held), *map(id, values)
 
 
 _ATOMS = {str, bytes, int, float, complex, bool, type(None)}
@@ -82,10 +99,4 @@ def _is_filled(member: Any, item: Any) -> bool:
     return True
 
 
-def forget_stand_ins(met: Iterable[Any]) -> None:
-    """Empty these caches: their functions are asked again."""
-    for function, _ in kept_stand_ins(met):
-        function.cache_clear()
-
-
-__all__ = ["CACHED", "forget_stand_ins", "kept_stand_ins"]
+__all__ = ["CACHED", "FunctionCaches"]

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..errors import NotFittingError
 from .asked_elsewhere import AskedElsewhere
+from .function_caches import FunctionCaches
 from .holders import dict_of, weakly
 from .ledger import Change
 from .looking_into import NAMESPACES, LookingInto
@@ -68,7 +69,7 @@ class Watcher:
         self._unresolved: list[types.CodeType] = []  # of functions whose closures are to be found
         self._written: set[tuple[int, str]] = set()
         self.outside = met.outside
-        self.caches = met.caches.values()
+        self.cached, self.caches = met.caches.values(), FunctionCaches()
         self.generators = met.generators
         self.clocks = met.clocks
         self.stands_for = met.stands_for

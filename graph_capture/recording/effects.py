@@ -21,7 +21,6 @@ from torch import nn
 from ..calls.call_spec import TensorSpec
 from ..errors import NotFittingError
 from ..private_torch.fake_tensors import FakeTensor
-from ..reads.function_caches import kept_stand_ins
 from ..reads.ledger import Change, Ledger
 from ..reads.reading import Watcher
 from ..reads.snapshots import (
@@ -163,7 +162,7 @@ class Effects:
 
     def _refuse_kept_by_functions(self) -> None:
         """Refuse what a cached function would not compute again, but for constants."""
-        for function, kept in kept_stand_ins(self._watcher.caches):
+        for function, kept in self._watcher.caches.kept_stand_ins(self._watcher.cached):
             made = [t for t in kept if self._recorder.has_made(t)]
             unknown = [t for t in made if not self._recorder.is_known(t)]
             if unknown:

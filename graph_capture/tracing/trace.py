@@ -27,7 +27,6 @@ from ..loop.loss import LossFn, LossSpec
 from ..private_torch.fake_tensors import FAKE_TENSOR_LOGGER
 from ..private_torch.replacing import IS_COMPILING
 from ..reads.clocks import ClocksMet
-from ..reads.function_caches import forget_stand_ins
 from ..reads.isolation import undisturbed
 from ..reads.ledger import Change, make_again
 from ..reads.reading import Watcher
@@ -186,7 +185,7 @@ def _first_that_works(
                     )
                 finally:
                     watcher.outside.put_back()
-                    forget_stand_ins(watcher.caches)
+                    watcher.caches.forget_stand_ins(watcher.cached)
                     watcher.generators.put_back()
                     watcher.elsewhere.let_go()
             # Values that were read are those after forward's own changes are undone.
