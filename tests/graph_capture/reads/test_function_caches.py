@@ -78,6 +78,24 @@ def test_what_a_cached_function_wraps(make: Callable[[Tensor], Any]) -> None:
     assert type(model(normal(0, 16, WIDTH))) is Tensor
 
 
+@functools.cache
+def renewed(size: int) -> Tensor:
+    return torch.arange(size) + 1.0
+
+
+def cleared(size: int) -> Tensor:
+    renewed.cache_clear()
+    return renewed(size).diag()
+
+
+def test_a_cache_that_forward_clears_and_fills_again() -> None:
+    """It has computed as often as before the capture, and holds as much."""
+    cleared(WIDTH)
+    model = Keeps(cleared).train()
+    optimize(model, normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square)
+    assert type(renewed(WIDTH)) is Tensor
+
+
 class Drawn(Three):
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x) * drawn(WIDTH)
