@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -96,15 +97,20 @@ class _Hooks(list[Any]):
 def hearing_of_compiles(begins: Callable[[], None], ends: Callable[[], None]) -> Iterator[None]:
     """While active, be told when Dynamo begins and ends to compile (``callback_handler``); 2.11+.
 
+    Of this thread's compilations alone.
     ``torch.compiler.reset()`` makes it forget whom to tell.
     """
     from torch._dynamo.callback import callback_handler
 
+    thread = threading.get_ident()
+
     def begin(_args: Any) -> None:
-        begins()
+        if threading.get_ident() == thread:
+            begins()
 
     def end(_args: Any) -> None:
-        ends()
+        if threading.get_ident() == thread:
+            ends()
 
     callback_handler.register_start_callback(begin)
     callback_handler.register_end_callback(end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graph_capture.private_torch.compiled_calls import hearing_of_compiles
 from planner import PlanWarning
 from planner.compiled import install
 from planner.compiled.unplanned_calls import PARTLY_UNPLANNED, UNPLANNED, UnplannedCalls, by_plan
@@ -193,3 +195,16 @@ def test_an_error_in_a_planned_graph_is_no_plain_python() -> None:
     with pytest.raises(MemoryError, match="in the graph"):
         call()
     assert not calls.said
+
+
+def test_what_another_thread_compiles_is_not_heard() -> None:
+    """Its nodes are not this thread's."""
+    told: list[str] = []
+    call = torch.compile(lambda x: x * 5.0, backend="eager")
+    with hearing_of_compiles(lambda: told.append("begins"), lambda: told.append("ends")):
+        other = threading.Thread(target=call, args=(torch.ones(2),))
+        other.start()
+        other.join()
+        assert told == []
+        call(torch.ones(2, 2, 2))
+    assert told == ["begins", "ends"]
