@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,12 +25,35 @@ from .holders import dict_of
 CACHED = type(functools.lru_cache(len))  # no other name
 
 
+class _Instances:
+    """All functions of the class, looked for again where there may be others.
+
+    An instance refers to its class. While nobody has let go of one, and the class has as many
+    references, there are the same ones.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[weakref.ref[Any]] = []
+        self._num_references = -1
+
+    def found(self) -> list[Any]:
+        """Return them."""
+        functions = [reference() for reference in self._known]
+        if sys.getrefcount(CACHED) != self._num_references or None in functions:
+            functions = [f for f in gc.get_referrers(CACHED) if type(f) is CACHED]
+            self._known = list(map(weakref.ref, functions))
+            self._num_references = sys.getrefcount(CACHED)
+        return functions
+
+
+_INSTANCES = _Instances()
+
+
 class FunctionCaches:
     """Such functions, as they are when a capture begins: only what changes is opened later."""
 
     def __init__(self) -> None:
-        found = gc.get_referrers(CACHED)  # an object refers to its class
-        self._before = {id(f): (f, _looks(f)) for f in found if type(f) is CACHED}
+        self._before = {id(f): (f, _looks(f)) for f in _INSTANCES.found() if not _is_pythons(f)}
 
     def kept_stand_ins(self, met: Iterable[Any]) -> Iterator[tuple[Any, list[FakeTensor]]]:
         """Return each function whose cache holds stand-ins, and these; PyTorch's own may.
@@ -38,9 +63,10 @@ class FunctionCaches:
         met
             Such functions that the step's code names; some may be new.
         """
-        known = {id(f): (f, None) for f in met if type(f) is CACHED} | self._before
+        new = (f for f in met if type(f) is CACHED and not _is_pythons(f))
+        known = {id(f): (f, None) for f in new} | self._before
         for function, before in known.values():
-            if str(function.__module__).startswith("torch.") or _looks(function) == before:
+            if _looks(function) == before:
                 continue
             found = list(_stand_ins(gc.get_referents(function)))
             if found:
@@ -50,6 +76,12 @@ class FunctionCaches:
         """Empty these caches: their functions are asked again."""
         for function, _ in self.kept_stand_ins(met):
             function.cache_clear()
+
+
+def _is_pythons(function: Any) -> bool:
+    """Whether a function is of Python or PyTorch, which keep no tensors of a model's."""
+    package = str(function.__module__).partition(".")[0]
+    return package == "torch" or package in sys.stdlib_module_names
 
 
 def _looks(function: Any) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_tensors
+from graph_capture.reads.function_caches import _Instances
 from planner import CaptureError, optimize
 from tests.graph_capture.odd import WIDTH, Three, mean_square, normal
 
@@ -94,6 +96,23 @@ def test_a_cache_that_forward_clears_and_fills_again() -> None:
     model = Keeps(cleared).train()
     optimize(model, normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square)
     assert type(renewed(WIDTH)) is Tensor
+
+
+def test_functions_are_looked_for_where_there_may_be_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The heap is walked for a new function, and not for those that are known."""
+    instances = _Instances()
+    new = functools.lru_cache(lambda: 1)
+    assert any(f is new for f in instances.found())
+    walks: list[object] = []
+    monkeypatch.setattr(gc, "get_referrers", lambda of: walks.append(of) or [])
+    assert any(f is new for f in instances.found())
+    assert not walks
+    another = functools.lru_cache(lambda: 2)
+    assert not instances.found()
+    assert len(walks) == 1
+    del another
 
 
 class Drawn(Three):
