@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.testing.bitwise import assert_same_tensors
 from planner import Plan, PlanError, PlanWarning, measure, optimize
 from tests.planner.small import make
+from tests.ranks import spawn_ranks
 
 pytestmark = [
     pytest.mark.distributed,
@@ -179,7 +179,7 @@ def composed(rank: int, folder: str) -> dict[str, Any]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes have seen."""
     folder: Path = tmp_path_factory.mktemp("ddp")
-    mp.spawn(work, (str(folder),), nprocs=2)
+    spawn_ranks(work, (str(folder),), nprocs=2)
     return folder
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_tensors
 from planner import Plan, PlanWarning, applied_plan, optimize, plan_pipeline
 from planner.base.resident import storage_bytes
 from planner.measuring.measure import record_peak
+from tests.ranks import spawn_ranks
 
 pytestmark = [
     pytest.mark.distributed,
@@ -169,7 +169,7 @@ def work(rank: int, folder: str) -> None:
 def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Found]]]:
     """What each of the two saw, by schedule: without a plan, and by one."""
     folder = tmp_path_factory.mktemp("pipeline")
-    mp.spawn(work, args=(str(folder),), nprocs=STAGES)
+    spawn_ranks(work, (str(folder),), nprocs=STAGES)
     return [_read(folder / f"rank{rank}.pt") for rank in range(STAGES)]
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from graph_capture.loop.loop_holds import NOTHING_ELSE
 from planner import BlockPlan, PlanWarning, applied_blocks, check_same_plan, measure
 from planner.blocks.looking_at_loop import LookAtLoop
 from planner.errors import PlanError, PlanMismatchError
+from tests.ranks import spawn_ranks
 
 from .small_blocks import ROWS, batch, deep, deep_plan
 
@@ -244,7 +244,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     deep_plan("fsdp2:ranks=2,no_sync").save(folder / "accumulated.json")
     deep_plan(words["resharded"], "85%").save(folder / "another.json")
     deep_plan(None).save(folder / "unsharded.json")
-    mp.spawn(_work, (str(folder),), nprocs=2)
+    spawn_ranks(_work, (str(folder),), nprocs=2)
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
 
 
@@ -403,7 +403,7 @@ def test_four_ranks_with_padded_shards_that_keep_some_among_two(tmp_path: Path) 
     plan.save(tmp_path / "plan.json")
     two = deep_plan("fsdp2:ranks=2", width=UNEVEN)
     two.save(tmp_path / "two.json")
-    mp.spawn(_four, (str(tmp_path),), nprocs=4)
+    spawn_ranks(_four, (str(tmp_path),), nprocs=4)
     for rank in range(4):
         seen = torch.load(tmp_path / str(rank))
         assert seen["same"]

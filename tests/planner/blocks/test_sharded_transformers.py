@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from planner import BlockPlan, measure, optimize
+from tests.ranks import spawn_ranks
 
 transformers = pytest.importorskip("transformers")
 
@@ -105,7 +105,7 @@ def test_peaks_and_bits_of_each_rank(tmp_path: Path) -> None:
             **WORDS,
         )
         plans[name].save(tmp_path / f"{name}.json")
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)
+    spawn_ranks(_work, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         for name, (eager, planned, same) in torch.load(tmp_path / str(rank)).items():
             plan = plans[name]

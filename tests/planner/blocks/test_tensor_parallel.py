@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from planner import (
@@ -23,6 +22,7 @@ from planner import (
     optimize,
 )
 from planner.errors import PlanError, PlanMismatchError
+from tests.ranks import spawn_ranks
 
 from .divided_blocks import (
     RANKS,
@@ -196,7 +196,7 @@ def _uneven(mesh: Any) -> nn.Module:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes has found."""
     folder = str(tmp_path_factory.mktemp("divided"))
-    mp.spawn(_work, (folder,), nprocs=RANKS)
+    spawn_ranks(_work, (folder,), nprocs=RANKS)
     return [torch.load(Path(folder, str(r)), weights_only=False) for r in range(RANKS)]
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.testing.bitwise import assert_same_tensors
 from planner import PlanWarning
 from tests.planner.compiled.models import compiled, model_and_sample, step
+from tests.ranks import spawn_ranks
 
 pytestmark = [
     pytest.mark.distributed,
@@ -44,7 +44,7 @@ def _work(rank: int, folder: str) -> None:
 
 def test_gradients_of_two_processes_are_those_without_a_budget(tmp_path: Path) -> None:
     """Averaged over both, to the bit; each process recomputes to stay within its budget."""
-    mp.spawn(_work, (str(tmp_path),), nprocs=2)
+    spawn_ranks(_work, (str(tmp_path),), nprocs=2)
     ranks: list[Any] = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     for _, (everything, none, _), (within, some, peak_bytes) in ranks:
         assert none == 0 < some

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from planner import estimate_mesh
@@ -19,6 +18,7 @@ from planner.base.step_spec import StepSpec
 from planner.blocks.make_blocks import captured_in_blocks
 from planner.mesh.pipeline import on_meta
 from planner.mesh.tensor_parallel import divide, find_tp_plan
+from tests.ranks import spawn_ranks
 
 from .tiny_llama import IN_LAYERS, tiny_llama, tokens
 
@@ -115,7 +115,7 @@ def predicted_saved(model: nn.Module) -> int:
 
 def test_a_rank_holds_what_was_predicted(tmp_path: Path) -> None:
     """Two gloo ranks: parameters, as much of gradients, what a layer saves, to the byte."""
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=RANKS)
+    spawn_ranks(one_rank, (str(tmp_path),), nprocs=RANKS)
     model = tiny_llama()
     found = estimate_mesh(model, tokens(), mesh={"tp": RANKS}, tp_plan=IN_LAYERS).stages[0]
     for rank in range(RANKS):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from planner import (
@@ -24,6 +23,7 @@ from planner import (
 )
 from planner.running import exchange
 from tests.planner.small import make, plan_for, sample, square
+from tests.ranks import spawn_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="a PyTorch without distributed")
 TWO_PROCESSES = pytest.mark.distributed
@@ -185,7 +185,7 @@ def _run(
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             meeting = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    mp.spawn(_process, (works, str(folder), meeting), nprocs=2)
+    spawn_ranks(_process, (works, str(folder), meeting), nprocs=2)
 
 
 def _said(work: Callable[[int, list[Plan]], None], folder: Path) -> list[str]:
