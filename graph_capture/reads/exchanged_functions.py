@@ -15,6 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from .ledger import LENT
@@ -156,11 +157,17 @@ def _tables_of_users() -> list[dict[str, Any]]:
     """The names of each of the user's files that is imported."""
     found = []
     for module in list(sys.modules.values()):
-        table: dict[str, Any] = vars(module) if isinstance(module, types.ModuleType) else {}
-        name = table.get("__file__")
-        if isinstance(name, str) and is_users_file(name) and not is_library_file(name):
-            found.append(table)
+        if isinstance(module, types.ModuleType):
+            name = vars(module).get("__file__")
+            if isinstance(name, str) and _is_own_file(name):
+                found.append(vars(module))
     return found
+
+
+@lru_cache(maxsize=2**16)  # more than there are modules: all are gone through at each capture
+def _is_own_file(name: str) -> bool:
+    """Whether the user wrote it, and did not install it."""
+    return is_users_file(name) and not is_library_file(name)
 
 
 def _nobody(*_told: Any) -> None:
