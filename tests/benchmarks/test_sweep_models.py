@@ -179,6 +179,7 @@ def test_a_handful_of_models_is_green(name: str) -> None:
     assert record["outcome"] == "green", record
 
 
+@pytest.mark.slow
 def test_a_recurrent_backward_pass_is_not_tried_on_made_up_memory() -> None:
     """Planning an LSTM over two layers runs in a process of its own and comes back.
 

@@ -228,6 +228,7 @@ def test_slice_refinement_repairs_its_solutions() -> None:
     assert REPAIRED in spoke
 
 
+@pytest.mark.slow
 def test_a_restricted_search_repairs_nothing() -> None:
     """Its bounds speak of its candidates only, and pieces of others would cross them."""
     graph = load_instance(INSTANCES / "chain64h.json")

@@ -12,7 +12,7 @@ from tests.planner.small import make, sample, square
 
 
 def _plan(budget_bytes: int, model: nn.Module) -> int:
-    plan = optimize(model, sample(), loss_fn=square, budget_bytes=budget_bytes)
+    plan = optimize(model, sample(), loss_fn=square, budget_bytes=budget_bytes, time_limit_s=1)
     return plan.predicted_peak_bytes
 
 
