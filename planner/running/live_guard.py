@@ -189,6 +189,8 @@ def looks_of(value: Any) -> Any:
             value.is_conj(),
             value.is_neg(),
         )
+    if isinstance(value, float):
+        return type(value), value.hex()  # which tells -0.0 from 0.0
     if isinstance(value, _PLAIN):
         return type(value), value
     items: Any

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -83,6 +85,9 @@ def test_the_order_of_keys_is_kept() -> None:
         ([1, 2], [1], "has 1 items, planned were 2"),
         ([1, {"k": True}], [1, {"k": 1}], "input[1].k is 1, planned was True"),
         (None, torch.zeros(1), "planned was None"),
+        (0.0, -0.0, "input is -0.0, planned was 0.0"),
+        (np.float32(2), np.float64(2), "planned was np.float32(2.0)"),
+        (slice(0, 4), slice(0, 5), "planned was slice(0, 4, None)"),
     ],
 )
 def test_the_first_difference_in_words(expected: Any, got: Any, words: str) -> None:
@@ -96,6 +101,23 @@ def test_equal_calls_have_no_difference() -> None:
     """Strides of an empty tensor and new tensors of one kind are no difference."""
     for a, b in ((torch.zeros(0, 3), torch.zeros(3, 0).t()), (torch.ones(2), torch.zeros(2))):
         assert difference(describe(a), describe(b)) is None
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: float("nan"),
+        lambda: np.float32(2.5),
+        lambda: complex(1, float("nan")),
+        lambda: torch.device("cpu"),
+        lambda: slice(0, 1000 * 1000),
+        lambda: range(5),
+        lambda: bytes([1, 2]),
+    ],
+)
+def test_plain_values_made_anew_are_no_difference(make: Callable[[], Any]) -> None:
+    """A loop makes its arguments anew in each step."""
+    assert difference(describe({"x": make()}), describe({"x": make()})) is None
 
 
 def test_a_specification_as_json() -> None:

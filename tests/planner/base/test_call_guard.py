@@ -121,3 +121,8 @@ def test_difference_of_two_guards():
     a = CallGuard.of(model, {"x": X}, "cpu")
     assert a.difference_to(CallGuard.of(model, {"x": X + 1}, "cpu")) is None
     assert "float32[1, 4]" in a.difference_to(CallGuard.of(model, {"x": X[:1]}, "cpu"))
+
+
+def test_the_sign_of_zero_is_seen() -> None:
+    """``1 / -0.0`` is another number than ``1 / 0.0``, though the two zeros are equal."""
+    assert looks_of({"scale": 0.0}) == looks_of({"scale": 0.0}) != looks_of({"scale": -0.0})
