@@ -31,7 +31,7 @@ docs: $(STAMP)  ## build the documentation into build/site
 		-c docs/site -d build/site-cache docs build/site
 	@echo "built build/site/index.html"
 
-test: $(STAMP)  ## the tests that take a moment
+test: $(STAMP)  ## the quick tests, in about ten minutes
 	$(PYTEST)
 
 test-slow: $(STAMP)  ## the tests that take longer
