@@ -100,11 +100,21 @@ def smaller_blocks(
 def _automatic(model: nn.Module) -> tuple[str, ...]:
     found = _lists_in(model)
     if not found:
-        raise PlanError(
-            f"this {type(model).__name__} has no list of layers: name its blocks, "
-            "blocks='encoder.stage*'"
-        )
+        raise PlanError(f"this {type(model).__name__} has no list of layers: {_what_else(model)}")
     return tuple(found)
+
+
+def _what_else(model: nn.Module) -> str:
+    """What to do with a model in which no blocks are found."""
+    parts = _parts_of(model)
+    while len(parts) == 1:  # a wrapper around the model
+        inner = _parts_of(model.get_submodule(parts[0]))
+        if not inner:
+            break
+        parts = [f"{parts[0]}.{part}" for part in inner]
+    if not parts:
+        return "plan its whole step, without blocks="
+    return f"name its blocks, for instance blocks={parts}"
 
 
 def _lists_in(model: nn.Module) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from torch import nn
 
@@ -57,9 +59,13 @@ def test_blocks_inside_blocks_are_refused() -> None:
 
 
 def test_a_model_without_lists_has_to_name_its_blocks() -> None:
-    """``auto`` finds nothing in two linear layers."""
-    with pytest.raises(PlanError, match="has no list of layers"):
+    """``auto`` finds nothing in two linear layers, nor where stages have names of their own."""
+    with pytest.raises(PlanError, match="has no list of layers: plan its whole step"):
         find_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "auto")
+    stages = {name: nn.Sequential(nn.Linear(2, 2)) for name in ("down", "up")}
+    named = re.escape("blocks=['net.down', 'net.up']")
+    with pytest.raises(PlanError, match=named):
+        find_blocks(nn.ModuleDict({"net": nn.ModuleDict(stages)}), "auto")
 
 
 def test_an_unfit_block_gives_way_to_the_layers_inside() -> None:
