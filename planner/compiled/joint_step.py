@@ -95,6 +95,8 @@ def read_joint_step(module: GraphModule, num_outputs: int) -> JointStep:
     if described is not None and len(described) == len(results):
         descriptions = tuple(described)
     for node in graph.nodes:
+        if _returns_nothing(node):
+            node.meta.setdefault("val", None)
         _check(node)
     outputs, gradients = results[:num_outputs], results[num_outputs:]
     effects = [n for n in graph.nodes if _has_effect(n)]
@@ -178,6 +180,11 @@ def _has_effect(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return False
     return schema_of(node.target).is_mutable or node.is_impure()
+
+
+def _returns_nothing(node: Node) -> bool:
+    """Whether a node is a check, for which tracing notes no value."""
+    return isinstance(node.target, OpOverload) and not schema_of(node.target).returns
 
 
 def _needed_for(wanted: list[Node]) -> set[Node]:

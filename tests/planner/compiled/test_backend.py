@@ -21,6 +21,7 @@ from planner.compiled import CompiledPlan, backend, install, remat
 from planner.compiled.partition import PART_OF_A_STEP
 from planner.measuring.measure import measure
 from tests.planner.compiled.models import (
+    Block,
     WithLoss,
     assert_same,
     compiled,
@@ -346,3 +347,34 @@ def test_a_loop_that_releases_needs_less() -> None:
             call(x)
         least.append(caught.value.inner_exception.min_budget_bytes)  # type: ignore[attr-defined]
     assert least[1] < least[0]
+
+
+class _Classes(nn.Module):
+    """Blocks, and a loss with classes as rows of ones and zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(32) for _ in range(2))
+
+    def forward(self, x: Tensor, classes: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        wanted = nn.functional.one_hot(classes, 32).float()  # checks that numbers are in range
+        return nn.functional.binary_cross_entropy_with_logits(x, wanted)
+
+
+@pytest.mark.slow
+def test_checks_of_a_graph_run_once_and_still_raise() -> None:
+    """A check makes nothing: the step with it is planned, and out of range is an error."""
+    x, classes = torch.randn(128, 32), torch.arange(128) % 32
+    torch.manual_seed(0)
+    model = _Classes()
+    expected = _unbudgeted(model, x, classes)
+    call, plans = compiled(model, budget_bytes=480_000)
+    assert_same(step(model, call, x, classes), expected)
+    assert plans[0].schedule.recomputed()
+    found = measure(call, (x, classes), repeats=0)
+    assert found.peak_bytes == plans[0].predicted_peak_bytes
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="smaller than num_classes"):
+        call(x, classes + 1)

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.fx import GraphModule
 
 from graph_capture.errors import CaptureError
 from graph_capture.private_torch.compiler import aot_autograd, takes_boxed
 from planner.compiled.joint_step import JointStep, is_view, makes_memory, read_joint_step
+from planner.compiled.priced_step import price_step
 
 
 def _joint(function: Any, *inputs: torch.Tensor, **options: Any) -> tuple[GraphModule, int]:
@@ -54,6 +56,17 @@ def test_forward_needs_what_its_results_are_made_of() -> None:
     names = [n.name for n in step.calls]
     assert names[: step.num_forward] == ["sin", "sum_1"]
     assert "cos" in names[step.num_forward :]
+
+
+def test_checks_are_calls_of_forward_that_make_nothing() -> None:
+    """Tracing notes no value for them; those of ``one_hot`` look at the classes."""
+    x, classes = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    step = joint_step_of(lambda x, c: (x * F.one_hot(c, 3)).sum(), x, classes)
+    checks = [n for n in step.calls[: step.num_forward] if "_assert" in str(n.target)]
+    assert len(checks) == 2
+    priced = price_step(step)
+    made = [priced.graph.operators[priced.groups.index((n,))] for n in checks]
+    assert all(operator.pinned and not operator.outputs for operator in made)
 
 
 def test_written_inputs_are_known() -> None:
