@@ -50,6 +50,7 @@ from .own_gradients import (
 from .rewrite import PlannedGraphs
 from .step_layout import StepLayout, has_sums, reads_what_it_writes, segments_of
 from .step_warnings import (
+    say_cast_gradients,
     say_casts,
     say_layout,
     say_nan,
@@ -126,7 +127,7 @@ class PlannedStep:
         self._detached, self._inner = step.detached, inner_outputs(step)
         self._num_concurrent = 1 if plan is None else plan.holds.concurrent_calls
         self._is_summed = has_sums(captured)
-        self._region = AutocastRegion()
+        self._region = AutocastRegion(step)
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
         if self._tally.waiting:
@@ -244,6 +245,8 @@ class PlannedStep:
         if self._after_backward is not None:
             at_end_of_backward(self._after_backward)
         self._region.ran_in(self._model, self.device)
+        if self._region.casts_gradients(self.device):
+            say_cast_gradients(self._tally)
         retained = keeps_graph()
         outputs = self._layout.differentiated
         given = [

@@ -74,6 +74,18 @@ def say_casts(tally: Tally) -> None:
     )
 
 
+def say_cast_gradients(tally: Tally) -> None:
+    """Of a backward pass within an autocast region that would cast its matrix products."""
+    tally.say(
+        "cast gradients",
+        "the backward pass of a planned step runs within an autocast region, in which PyTorch "
+        "would cast what gradients are multiplied of, where forward did not (it switches "
+        "autocast off there, say, or ran under another one): gradients are those of a backward "
+        "pass outside of the region, with other bits. Leave the region before backward(), which "
+        "makes both alike",
+    )
+
+
 def say_nan(tally: Tally, gradients: list[torch.Tensor]) -> None:
     """What autograd's anomaly mode finds next, and where it would find the operator."""
     if not (torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()):

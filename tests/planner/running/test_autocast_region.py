@@ -58,3 +58,36 @@ def test_a_region_for_each_step_says_nothing(region):
 def test_backward_passes_without_a_step_say_nothing():
     """While no parameter changes, no cast is an old one."""
     _trained(_planned(), region="all", steps=False)
+
+
+class _PartlyFloat(nn.Module):
+    """A layer that forward keeps out of autocast, as routers and norms are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.exact = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        with torch.autocast("cpu", enabled=False):
+            return self.exact(hidden.float())
+
+
+def _partly_planned() -> nn.Module:
+    model = make(_PartlyFloat)
+    plan = optimize(model, sample(), budget_gb=1, loss_fn=square, autocast=torch.bfloat16)
+    return plan.apply(model)
+
+
+def test_a_backward_pass_that_autocast_would_cast_is_said():
+    """Eager multiplies in bfloat16 there what forward took in float32, and the plan does not."""
+    with pytest.warns(PlanWarning, match=r"Leave the region before backward\(\)"):
+        found = _trained(_partly_planned(), region="step")
+    eager = _trained(make(_PartlyFloat), region="step")
+    assert not all(torch.equal(found[name], eager[name]) for name in found)
+
+
+def test_a_backward_pass_outside_of_autocast_says_nothing():
+    """What the warning says to do makes both alike."""
+    eager = _trained(make(_PartlyFloat), region="forward")
+    assert_same_tensors(eager, _trained(_partly_planned(), region="forward"))
