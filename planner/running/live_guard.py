@@ -16,6 +16,7 @@ from torch import nn
 from graph_capture.calls.argument_memory import argument_bytes
 from graph_capture.calls.call_spec import describe, difference
 from graph_capture.private_torch.modules import buffers_of, parameters_of
+from graph_capture.private_torch.tensors import identity_of_storage
 
 from ..base.call_guard import (
     CallGuard,
@@ -176,9 +177,16 @@ def _places(tensors: list[torch.Tensor | None]) -> tuple[list[bool], list[int]]:
     return list(map(_REQUIRES_GRAD, there)), list(map(torch.Tensor.data_ptr, there))
 
 
-def looks_of(value: Any) -> Any:
+def looks_of(value: Any, memories: dict[int, int] | None = None) -> Any:
     """Return a hashable view of a call, as its guard sees it; ``None`` where it holds another
-    kind of object."""
+    kind of object.
+
+    Parameters
+    ----------
+    memories
+        Numbers of the memories that the tensors seen so far lie in.
+    """
+    memories = {} if memories is None else memories
     if isinstance(value, torch.Tensor):
         return (
             value.shape,
@@ -188,6 +196,7 @@ def looks_of(value: Any) -> Any:
             value.requires_grad,
             value.is_conj(),
             value.is_neg(),
+            _memory_of(value, memories),
         )
     if isinstance(value, float):
         return type(value), value.hex()  # which tells -0.0 from 0.0
@@ -204,8 +213,17 @@ def looks_of(value: Any) -> Any:
         return None
     looks: list[Any] = [type(value)]
     for key, item in items:
-        found = looks_of(item)
+        found = looks_of(item, memories)
         if found is None:
             return None
         looks.append((key, found))
     return tuple(looks)
+
+
+def _memory_of(tensor: torch.Tensor, memories: dict[int, int]) -> tuple[int, int] | None:
+    """Return how large the memory is that a tensor keeps, and which of a call's it is."""
+    try:
+        memory = tensor.untyped_storage()
+    except NotImplementedError:  # sparse, or batched by vmap
+        return None
+    return memory.nbytes(), memories.setdefault(identity_of_storage(memory), len(memories))

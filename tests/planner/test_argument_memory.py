@@ -84,6 +84,25 @@ def test_larger_inputs_than_planned_are_said() -> None:
     model(alone.clone())
     with pytest.warns(PlanWarning, match=r"98\.3 kB of memory is kept by inputs that are slices"):
         plan.apply(make())(LARGE[:256])
+    with pytest.warns(PlanWarning, match=r"98\.3 kB of memory is kept by inputs that are slices"):
+        model(LARGE[:256])  # though a call of these shapes is known
+
+
+def test_inputs_that_were_one_tensor_at_first_are_said() -> None:
+    """Each of the two alone is as large as the one that the sample passed twice."""
+    one = sample(rows=1024)
+    shared = plan_of(make(Two), (one, one))
+    plan = optimize(
+        make(Two),
+        (one, one),
+        budget_bytes=shared.predicted_peak_bytes,
+        loss_fn=square,
+        time_limit_s=1,
+    )
+    model = plan.apply(make(Two))
+    model(one, one)
+    with pytest.warns(PlanWarning, match="or that were one tensor in the sample"):
+        model(one, one.clone())
 
 
 class Writes(nn.Module):
