@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from graph_capture.errors import CaptureError
 from graph_capture.private_torch.compiler import holds_up_to, largest
 
 from .joint_step import JointStep
@@ -18,8 +19,8 @@ def concrete(value: Any) -> Any:
     if not isinstance(value, torch.Tensor) or not _has_symbols(value):
         return value
     return torch.empty_strided(
-        [largest(n) for n in value.shape],
-        [largest(n) for n in value.stride()],
+        [_most(n) for n in value.shape],
+        [_most(n) for n in value.stride()],
         dtype=value.dtype,
         device="meta",
     )
@@ -35,7 +36,20 @@ def plan_for_largest(step: JointStep) -> None:
 
 def num_bytes(tensor: torch.Tensor) -> int:
     """Bytes of the memory behind a tensor."""
-    return int(largest(tensor.untyped_storage().nbytes()))
+    return int(_most(tensor.untyped_storage().nbytes()))
+
+
+def _most(size: Any) -> Any:
+    most = largest(size)
+    if most is None:
+        raise CaptureError(
+            f"a size of a compiled graph, {size}, depends on the values of a tensor (a mask, "
+            "nonzero(), item()) and has no bound, so that there is no largest step to plan for: "
+            "bound it in the model, by torch._check(selected.shape[0] <= 4096) for instance, or "
+            "leave capture_dynamic_output_shape_ops and capture_scalar_outputs of "
+            "torch._dynamo.config off"
+        )
+    return most
 
 
 def _has_symbols(tensor: torch.Tensor) -> bool:

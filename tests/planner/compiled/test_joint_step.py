@@ -10,12 +10,15 @@ import torch.nn.functional as F
 from torch.fx import GraphModule
 
 from graph_capture.errors import CaptureError
-from graph_capture.private_torch.compiler import aot_autograd, takes_boxed
+from graph_capture.private_torch.compiler import aot_autograd, dynamo_config, takes_boxed
 from planner.compiled.joint_step import JointStep, is_view, makes_memory, read_joint_step
 from planner.compiled.priced_step import price_step
+from planner.compiled.sizes import plan_for_largest
 
 
-def _joint(function: Any, *inputs: torch.Tensor, **options: Any) -> tuple[GraphModule, int]:
+def _joint(
+    function: Any, *inputs: torch.Tensor, dynamic: bool | None = None, **options: Any
+) -> tuple[GraphModule, int]:
     """The joint graph of a function's step, and how many results are forward's."""
     found: list[tuple[GraphModule, int]] = []
 
@@ -32,7 +35,7 @@ def _joint(function: Any, *inputs: torch.Tensor, **options: Any) -> tuple[GraphM
     backend = aot_autograd(fw_compiler=never, bw_compiler=never, partition_fn=partition, **options)
     torch.compiler.reset()
     with pytest.raises(Exception):  # noqa: B017, PT011 - Dynamo wraps it in a class of its own
-        torch.compile(function, backend=backend)(*inputs)
+        torch.compile(function, backend=backend, dynamic=dynamic)(*inputs)
     return found[0]
 
 
@@ -67,6 +70,26 @@ def test_checks_are_calls_of_forward_that_make_nothing() -> None:
     priced = price_step(step)
     made = [priced.graph.operators[priced.groups.index((n,))] for n in checks]
     assert all(operator.pinned and not operator.outputs for operator in made)
+
+
+def test_sizes_that_depend_on_values_need_a_bound() -> None:
+    """A mask picks so many rows: with a bound it is planned for the most, without it is refused."""
+
+    def picked(x: torch.Tensor, most: int | None) -> torch.Tensor:
+        rows = x[x.sum(-1) > 0]
+        if most is not None:
+            torch._check(rows.shape[0] <= most)
+        return rows.sin().sum()
+
+    x = torch.randn(8, 4, requires_grad=True)
+    with dynamo_config().patch(capture_dynamic_output_shape_ops=True):
+        bounded = joint_step_of(lambda x: picked(x, 50), x, dynamic=True)
+        open_ended = joint_step_of(lambda x: picked(x, None), x, dynamic=True)
+    plan_for_largest(bounded)
+    sizes = {s.name: s.size_bytes for s in price_step(bounded).graph.storages}
+    assert sizes["index"] == 50 * 4 * 4
+    with pytest.raises(CaptureError, match=r"u0, depends on the values .* torch\._check"):
+        price_step(open_ended)
 
 
 def test_written_inputs_are_known() -> None:
