@@ -25,7 +25,7 @@ from ..private_torch.fake_tensors import FakeTensor
 from ..private_torch.operators import schema_of
 from ..private_torch.tensors import identity_of_storage
 from ..private_torch.trees import tree_iter, tree_map
-from .origins import deciding
+from .origins import LENGTHS_IN_LISTS, deciding, has_lengths_in_lists
 from .outcomes import Outcome, made_like
 from .sample_values import UnknowableError, for_real
 
@@ -116,6 +116,8 @@ class LossValues:
         NotFittingError
             When the value is not known, or would be a size that differs in each step.
         """
+        if has_lengths_in_lists(func):
+            raise NotFittingError(LENGTHS_IN_LISTS) from error
         asks = deciding(func, args, kwargs)
         found = self._snapshot(asks, {})
         makes = any(str(r.type) == "Tensor" for r in schema_of(func).returns)

@@ -25,7 +25,13 @@ from . import checks
 from .asked_numbers import AskedNumber
 from .checks import Check
 from .next_step import Asked, by_chance, prepared
-from .origins import Origins, deciding, written_after
+from .origins import (
+    LENGTHS_IN_LISTS,
+    Origins,
+    deciding,
+    has_lengths_in_lists,
+    written_after,
+)
 from .outcomes import GivenOutcomes, Outcome, made_like, read_like
 from .sample_values import SampleValues, UnknowableError
 
@@ -122,6 +128,8 @@ class Questions:
         node_args, node_kwargs = recorder.as_nodes(args), recorder.as_nodes(kwargs)
         _, source = recorder.origin()
         backward = recorder.phase == "backward"
+        if has_lengths_in_lists(func):
+            raise CaptureError(LENGTHS_IN_LISTS) from error
         if backward and not _of_forward(deciding(func, node_args, node_kwargs)):
             raise AskedInBackwardError(
                 f"a backward hook or a custom autograd.Function asks for the value of a gradient "

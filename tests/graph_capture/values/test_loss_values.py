@@ -75,6 +75,13 @@ def test_a_size_that_the_output_decides_is_refused_with_what_works() -> None:
     capture(lambda output: (output * (output > 0)).sum())
 
 
+def test_lengths_of_a_ctc_loss_in_lists_are_refused_in_words() -> None:
+    """As in a forward: the error says what to write."""
+    targets = torch.tensor([[1, 1, 1]])
+    with pytest.raises(CaptureError, match=r"give input_lengths and target_lengths as tensors"):
+        capture(lambda output: nn.functional.ctc_loss(output[:, None], targets, [6], [3]))
+
+
 def test_a_value_of_targets_that_were_written_to_is_not_known() -> None:
     """After a write through a view nobody knows the whole, and nothing stale is answered."""
 

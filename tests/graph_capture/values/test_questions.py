@@ -283,6 +283,19 @@ def test_lengths_of_a_ctc_loss_are_the_samples() -> None:
     assert [target for target, _ in checks_of(capture(ask))] == [expect_shape]
 
 
+def test_lengths_of_a_ctc_loss_in_lists_are_refused_in_words() -> None:
+    """PyTorch writes them to memory that stand-ins do not have; as tensors they do the same."""
+    targets = torch.tensor([[1, 2, 1]])
+
+    def loss(scores: Tensor, *lengths: Any) -> Tensor:
+        return nn.functional.ctc_loss(scores[:, None].log_softmax(-1), targets, *lengths)
+
+    with pytest.raises(CaptureError, match=r"give input_lengths and target_lengths as tensors"):
+        capture(lambda model, x, ids: loss(model.layer(x), [6], [3]))
+    scores = torch.randn(6, 4)
+    assert torch.equal(loss(scores, [6], [3]), loss(scores, *torch.tensor([[6], [3]])))
+
+
 def test_a_list_of_tensors_becomes_a_tensor() -> None:
     """``torch.tensor`` of numbers that forward computed stacks them, in the dtype of all."""
 
