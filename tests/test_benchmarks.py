@@ -118,6 +118,7 @@ def test_a_broken_solver_is_a_row() -> None:
     assert "unknown solver 'magic'" in row.error
 
 
+@pytest.mark.slow
 def test_compares_solvers(tmp_path: Path) -> None:
     """On a tiny chain a table, figures and plots come out; slice refinement has its proof."""
     arguments = ["compare", "chain:8", "--budget", "0.7", "--limit-s", "5", "--out", str(tmp_path)]

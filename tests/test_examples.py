@@ -44,6 +44,7 @@ def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.endswith("True\n")
 
 
+@pytest.mark.slow
 def test_estimate_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     """Batches of a step on an H100 are sized without one."""
     load("estimate_without_a_gpu").main(num_layers=1, sequence=64, time_limit_s=1)

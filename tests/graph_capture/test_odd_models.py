@@ -46,7 +46,10 @@ def _check(make: Callable[[], nn.Module], samples: Callable[[int], Any], loss_fn
         assert measured.peak_bytes == pytest.approx(plan.predicted_peak_bytes, rel=0.01, abs=1000)
 
 
-_SLOW = {"Recurrences", "ManyDropouts", "Factorized", "GradientPenalty", "SlicesAssigned"}
+_SLOW = {
+    *("Recurrences", "ManyDropouts", "Factorized", "GradientPenalty", "SlicesAssigned"),
+    *("Checkpointed", "Bags"),
+}
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_a_pipeline(tmp_path: Path) -> None:
         assert plan.predicted_peak_bytes == stage["peak_bytes"] <= 10**6
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_does_not_fit() -> None:
     """Exit status 3, with the least budget known to work."""
     fewer = ("--num-layers=2", *PIPELINE[1:])

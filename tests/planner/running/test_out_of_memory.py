@@ -91,6 +91,7 @@ def test_the_note_names_the_run(plan, where):
     assert expected in note
 
 
+@pytest.mark.slow
 def test_every_run_is_found(plan):
     """For each run of the backward graph of one call, the note has that run's number."""
     loss = next(v for v, op in enumerate(plan.graph.operators) if op.phase == "loss")

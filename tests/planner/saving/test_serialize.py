@@ -92,7 +92,16 @@ def test_a_file_from_before_reordering_is_of_eagers_order(written):
     assert plan_from_dict(older) == plan_from_dict(written)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "resnet50", "many_outputs", "mlp_frozen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        pytest.param("t5", marks=pytest.mark.slow),
+        pytest.param("resnet50", marks=pytest.mark.slow),
+        "many_outputs",
+        "mlp_frozen",
+    ],
+)
 def test_a_loaded_plan_trains_with_the_same_bits(name, tmp_path):
     """On a new model, which has never been seen by the planner."""
     case = ZOO[name]("tiny")

@@ -100,6 +100,7 @@ def test_the_peak_is_the_measured_one(case: Case):
             assert row.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_model_on_meta_is_estimated_as_one_on_the_cpu():
     """The same figures, and the sequence length is followed as optimize sees it."""
     model, given = llama()

@@ -166,6 +166,7 @@ def test_own_rules_count(model):
 # -- from a plan ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_from_a_plan(found, model, tmp_path):
     """A plan's own budget and loss give the same; from a file the loss is asked for."""
     plan = optimize(model, sample(rows=10), budget_bytes=BUDGET_BYTES, loss_fn=both)
