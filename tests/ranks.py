@@ -19,8 +19,8 @@ def _rank(rank: int, work: Callable[..., object], args: tuple[Any, ...]) -> None
     """Work, and leave without the interpreter's end.
 
     A thread of gloo may hold a tensor for a moment after `destroy_process_group`. When it
-    frees one that Python knows while the interpreter ends, the process is aborted (seen once
-    in some hundred runs; pytorch#179291).
+    frees one that Python knows while the interpreter ends, the process is aborted (seen once;
+    pytorch#179291).
     """
     work(rank, *args)
     sys.stdout.flush()

@@ -41,6 +41,7 @@ class Subject:
             return plan_case(self.case, budget_bytes=budget_bytes, **options), budget_bytes
         except InfeasibleBudgetError as error:
             least_bytes = error.min_budget_bytes
+            assert least_bytes > budget_bytes
             return plan_case(self.case, budget_bytes=least_bytes, **options), least_bytes
 
 
