@@ -7,7 +7,10 @@ model as well.
 
 from __future__ import annotations
 
-from graph_capture.cost_graph import CostGraph
+from dataclasses import fields
+from operator import attrgetter
+
+from graph_capture.cost_graph import CostGraph, Operator
 from solvers.any_order.memory import least_memory_in_any_order
 from solvers.least_memory import LeastMemory, least_memory
 from solvers.replay import replay
@@ -20,6 +23,7 @@ LEAST_MEMORY_LIMIT_S = 20.0
 _MAX_KEPT = 8
 
 _Key = tuple[int, int, bool]
+_DECIDES = attrgetter(*(f.name for f in fields(Operator) if f.name != "source"))
 _found: dict[_Key, LeastMemory] = {}  # the one used last comes last; holds no graph
 
 
@@ -65,5 +69,8 @@ def already_found(graph: CostGraph, seed: int, *, any_order: bool = False) -> Le
 
 
 def _key(graph: CostGraph, seed: int, any_order: bool) -> _Key:
-    """Of all of the graph: its fingerprint leaves out scratch and what the loss holds."""
-    return hash(graph), seed, any_order
+    """Of all of the graph but the lines of code, which may be those that call ``optimize``.
+
+    Its fingerprint leaves out scratch and what the loss holds.
+    """
+    return hash((tuple(map(_DECIDES, graph.operators)), graph.storages)), seed, any_order
