@@ -17,7 +17,7 @@ This file imports nothing, so that importers pay only for what they use:
 - ``replacing``: functions of PyTorch that are replaced while a step is captured
 - ``sharding``: what ``fully_shard`` leaves; ``processes``: what the processes of a job share
 - ``compiler``: what ``torch.compile`` partitions and compiles with; ``inductor``: the code that it
-  generates, ``inductor_codes``: that once, ``inductor_fusion``: with which kernels joined;
-  ``compiled_calls``: calls of what is compiled
+  generates, ``inductor_codes``: that once, ``inductor_fusion``: with which kernels joined,
+  ``joined_kernels``: as one C++ program; ``compiled_calls``: calls of what is compiled
 - ``module_program``: PyTorch's own integer program over modules
 """

@@ -12,6 +12,7 @@ import torch
 from .compiler import functorch_config, inductor_config
 from .inductor_codes import generating_once
 from .inductor_fusion import fusing_as_told
+from .joined_kernels import compiling_together
 from .replacing import Place
 
 
@@ -133,11 +134,12 @@ def partitioning_by(partitioner: Any) -> Iterator[None]:
 
     AOTAutograd's cache is off, as nobody is asked on its hits. Backward is compiled at once, under
     the same rules of fusion as forward, and not when it is first run. Code that the partitioner
-    let Inductor generate is compiled as it is.
+    let Inductor generate is compiled as it is, its kernels together.
     """
     settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with ExitStack() as stack:
         stack.enter_context(generating_once())
+        stack.enter_context(compiling_together())
         stack.enter_context(inductor_config().patch(custom_partitioner_fn=partitioner))
         stack.enter_context(functorch_config().patch(settings))
         stack.enter_context(fusing_as_told())

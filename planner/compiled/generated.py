@@ -9,6 +9,7 @@ import torch
 
 from graph_capture.private_torch.dispatch import disable_current_modes
 from graph_capture.private_torch.inductor import GeneratedCode, kernels_do_nothing
+from graph_capture.private_torch.joined_kernels import compiling_together
 
 from .sizes import concrete
 
@@ -33,7 +34,8 @@ def runnable(code: GeneratedCode, *, truth: bool = False) -> Boxed:
 
 def compiled(code: GeneratedCode) -> Boxed:
     """The generated function; its kernels are compiled here."""
-    call: Boxed = _executed(code)["call"]
+    with compiling_together():
+        call: Boxed = _executed(code)["call"]
     return call
 
 

@@ -17,6 +17,7 @@ from graph_capture.private_torch import (
     inductor,
     inductor_codes,
     inductor_fusion,
+    joined_kernels,
     replacing,
 )
 
@@ -119,6 +120,16 @@ def _generates_once() -> bool:
     with inductor_codes.generating_once():
         inside = GraphLowering.codegen
     return inside is not before and GraphLowering.codegen is before
+
+
+def _compiles_together() -> bool:
+    from torch._inductor.async_compile import AsyncCompile
+
+    before = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+    with joined_kernels.compiling_together():
+        inside = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+    after = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+    return all(x is not y for x, y in zip(inside, before, strict=True)) and after == before
 
 
 class _Never:
@@ -235,6 +246,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "inductor.partitioning_by": _partitions,
     "inductor_fusion.KernelPlace": lambda: PLACED.run == 1,
     "inductor_codes.generating_once": _generates_once,
+    "joined_kernels.compiling_together": _compiles_together,
     "inductor_fusion.fusing_as_told": _fuses_as_told,
     "inductor_fusion.told": _puts,
     "inductor_fusion.put": _puts,

@@ -42,14 +42,17 @@ class Ran(NamedTuple):
     codes: list[str]
     chosen: list[str]
     num_generated: int
+    num_programs: int
 
 
 @pytest.fixture(scope="module")
 def ran() -> Iterator[Ran]:
     """Compiled once for all tests of this file: the C++ compiler takes its time."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
     from torch._inductor.graph import GraphLowering
 
     codes: list[str] = []
+    programs: list[str] = []
     readings: list[tuple[int, list[str]]] = []
     generated: list[Any] = []
     codegen = GraphLowering.codegen
@@ -57,6 +60,12 @@ def ran() -> Iterator[Ran]:
     def counted(lowering: Any) -> Any:
         generated.append(lowering)
         return codegen(lowering)
+
+    load = CppPythonBindingsCodeCache.load_async.__func__  # type: ignore[attr-defined]
+
+    def loaded(cls: Any, program: str, *args: Any, **options: Any) -> Any:
+        programs.append(program)
+        return load(cls, program, *args, **options)
 
     def kept(module: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         code = generate_code(module, inputs, **options)
@@ -73,8 +82,10 @@ def ran() -> Iterator[Ran]:
     plain = torch.compile(model)
     expected = step(model, plain, x)
     unbudgeted_bytes = measure(plain, x, repeats=0).peak_bytes
-    with pytest.MonkeyPatch.context() as patch, inductor_config().patch(fx_graph_cache=False):
+    settings = {"fx_graph_cache": False, "compile_threads": 1}
+    with pytest.MonkeyPatch.context() as patch, inductor_config().patch(settings):
         patch.setattr(GraphLowering, "codegen", counted)
+        patch.setattr(CppPythonBindingsCodeCache, "load_async", classmethod(loaded))
         patch.setattr(lowered, "generate_code", kept)
         patch.setattr(choose, "lowered_extra_bytes", reading)
         budget_bytes = int(0.8 * unbudgeted_bytes)
@@ -83,7 +94,17 @@ def ran() -> Iterator[Ran]:
     measured = measure(call, x, repeats=0).peak_bytes
     extra_bytes = plans[0].predicted_peak_bytes - plans[0].graph.resident_bytes
     chosen = next(code for num_bytes, code in readings if num_bytes == extra_bytes)
-    yield Ran(found, plans[0], measured, expected, unbudgeted_bytes, codes, chosen, len(generated))
+    yield Ran(
+        found,
+        plans[0],
+        measured,
+        expected,
+        unbudgeted_bytes,
+        codes,
+        chosen,
+        num_generated=len(generated),
+        num_programs=len(programs),
+    )
     torch.compiler.reset()
 
 
@@ -104,6 +125,13 @@ def test_measured_peak_is_that_of_the_generated_code(ran: Ran) -> None:
 def test_code_that_was_read_is_compiled_as_it_is(ran: Ran) -> None:
     """Compiling the chosen graphs generates nothing anew."""
     assert ran.num_generated == len(ran.codes) >= 2
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_together(ran: Ran) -> None:
+    """Forward's are one C++ program, and backward's another."""
+    assert all(code.count("async_compile.cpp_pybinding(") > 1 for code in ran.chosen)
+    assert ran.num_programs == 2
 
 
 @pytest.mark.slow
