@@ -26,7 +26,7 @@ def assert_same_training(
     seed: int = 0,
     lr: float = 0.05,
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> None:
+) -> nn.Module:
     """Train two copies, one of them planned, and compare every bit after every step.
 
     This compares the structure of the output and each tensor in it, the loss, the inputs
@@ -53,6 +53,11 @@ def assert_same_training(
         Learning rate of the updates.
     context
         Surrounds each step, e.g. the ``context`` of a zoo's case.
+
+    Returns
+    -------
+    nn.Module
+        The planned copy, trained: to be measured without being captured again.
     """
     plain = _seeded(make_model, seed)
     planned = planned_apply(_seeded(make_model, seed))
@@ -62,6 +67,7 @@ def assert_same_training(
         expected = _one_step(plain, sample(seed + 1 + i), loss_fn, seed + 1 + i, lr, context)
         actual = _one_step(planned, sample(seed + 1 + i), loss_fn, seed + 1 + i, lr, context)
         assert_same_tensors(expected, actual, when)
+    return planned
 
 
 def assert_same_tensors(expected: dict[str, Any], actual: dict[str, Any], when: str = "") -> None:

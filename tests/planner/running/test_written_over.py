@@ -115,12 +115,13 @@ def with_room(kind: Callable[[], nn.Module]) -> Plan:
     return optimize(make(kind), sample(), budget_gb=1, loss_fn=square)
 
 
+@cache
 def plan_at(kind: Callable[[], nn.Module], share: float) -> Plan:
     """A plan at a share of what the step takes beside what is resident; 0 for the least budget."""
     easy = with_room(kind)
     resident = easy.graph.resident_bytes
     budget_bytes = resident + int(share * (easy.predicted_peak_bytes - resident))
-    options = {"loss_fn": square, "time_limit_s": 2}
+    options = {"loss_fn": square, "time_limit_s": 1}
     try:
         return optimize(make(kind), sample(), budget_bytes=budget_bytes, **options)
     except InfeasibleBudgetError as error:
@@ -158,17 +159,17 @@ def test_a_write_at_the_peak_takes_no_second_block():
     assert replay(graph, plan.schedule).peak_bytes > plan.baseline_peak_bytes
 
 
-@pytest.mark.parametrize("share", [0.8, 0.6, 0.0])
+@pytest.mark.parametrize("share", [0.6, 0.0])
 @models
 def test_bits_and_peak_with_repetitions(kind, share):
     """Whatever is repeated, eager's bits within the budget, at the peak that is predicted."""
     plan = plan_at(kind, share)
     assert plan.schedule.recomputed()
     assert plan.lower_bound_us <= plan.predicted_step_us
-    peak = measure(plan.apply(make(kind)), sample(1), loss_fn=square, repeats=0).peak_bytes
+    planned = assert_same_training(lambda: make(kind), plan.apply, sample, loss_fn=square)
+    peak = measure(planned, sample(1), loss_fn=square, repeats=0).peak_bytes
     assert peak <= plan.predicted_peak_bytes <= plan.budget_bytes
     assert peak == pytest.approx(plan.predicted_peak_bytes, abs=SCALARS_BYTES)
-    assert_same_training(lambda: make(kind), plan.apply, sample, loss_fn=square)
 
 
 @models
@@ -231,15 +232,14 @@ def older(plan: Plan) -> Plan:
 @models
 def test_a_file_of_before_is_applied(kind, tmp_path: Path):
     """It loads, trains with eager's bits, and takes no more time or memory than it says."""
-    before = older(plan_at(kind, 0.7))
+    before = older(plan_at(kind, 0.6))
     before = replace(before, budget_bytes=max(before.budget_bytes, before.predicted_peak_bytes))
     before.save(tmp_path / "plan.json")
     assert "rewrites" not in (tmp_path / "plan.json").read_text()
     plan = Plan.load(tmp_path / "plan.json")
-    model = plan.apply(make(kind))
-    peak = measure(model, sample(1), loss_fn=square, repeats=0).peak_bytes
+    planned = assert_same_training(lambda: make(kind), plan.apply, sample, loss_fn=square)
+    peak = measure(planned, sample(1), loss_fn=square, repeats=0).peak_bytes
     assert peak <= plan.predicted_peak_bytes
-    assert_same_training(lambda: make(kind), plan.apply, sample, loss_fn=square)
 
 
 @models
