@@ -272,8 +272,8 @@ def test_a_rival_without_overhead_has_its_own_words() -> None:
     found = match_peak_and_time(
         graph,
         "transformers_per_layer",
-        least=least_memory(graph, time_limit_s=1.0),
-        solved=partial(solve, graph, time_limit_s=1.0),
+        least=least_memory(graph, time_limit_s=0.5),
+        solved=partial(solve, graph, time_limit_s=0.2),
     )
     assert found.our_overhead is not None
     assert found.overhead_ratio is None
