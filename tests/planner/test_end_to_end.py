@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,11 @@ def subject(name: str, size: Size) -> Subject:
     return Subject(case, eager.peak_bytes, eager.resident_bytes)
 
 
-def sizes(*fast: str) -> Callable:
-    """Parametrize over the zoo: tiny for the named models (all without names), the rest slow."""
+def sizes(*fast: str, small: Collection[str] = ()) -> Callable:
+    """Parametrize over the zoo, tiny, and over models of more layers.
+
+    Fast are the named tiny ones (all without names); the rest is slow.
+    """
     return pytest.mark.parametrize(
         ("name", "size"),
         [
@@ -73,25 +76,28 @@ def sizes(*fast: str) -> Callable:
                 if size == "tiny" and (not fast or name in fast)
                 else (pytest.mark.slow, pytest.mark.timeout(600)),
             )
-            for size in ("tiny", "small")
-            for name in ZOO
+            for size, names in (("tiny", ZOO), ("small", small))
+            for name in names
         ],
     )
+
+
+SMALL_AT_LEAST = ("gpt2_bf16", "transformer_encoder", "unet", "many_outputs", "lstm", "mlp_frozen")
+"""Models that are tried with more layers, too, at the least budget, and those at half."""
+SMALL_AT_HALF = tuple(name for name in ZOO if name not in (*SMALL_AT_LEAST, "resnet50"))
 
 
 def check(name: str, size: Size, share: float) -> None:
     """Plan at a share of the activations; compare bits, then the peak with its prediction."""
     about = subject(name, size)
     case = about.case
-    plan, budget_bytes = about.plan_at(share, time_limit_s=2 if size == "tiny" else 5)
+    plan, budget_bytes = about.plan_at(share, time_limit_s=1 if size == "tiny" else 3)
     assert plan.predicted_peak_bytes <= budget_bytes
-    assert_same_training(
+    planned = assert_same_training(
         case.build, plan.apply, case.sample, loss_fn=case.loss_fn, context=case.context
     )
     with case.context():
-        peak = measure(
-            plan.apply(case.make()), case.sample(1), loss_fn=case.loss_fn, repeats=0
-        ).peak_bytes
+        peak = measure(planned, case.sample(1), loss_fn=case.loss_fn, repeats=0).peak_bytes
     assert peak <= budget_bytes
     assert peak == pytest.approx(plan.predicted_peak_bytes, rel=0.01)
 
@@ -110,19 +116,19 @@ def test_at_80_percent(name, size):
     check(name, size, 0.8)
 
 
-@sizes("mlp_bf16", "convnext")
+@sizes("mlp_bf16", small=SMALL_AT_HALF)
 def test_at_50_percent(name, size):
     """The same bits over three steps at half the activations, within the budget."""
     check(name, size, 0.5)
 
 
-@sizes("mlp_frozen", "mixture_of_experts")
+@sizes("mlp_frozen", "mixture_of_experts", small=SMALL_AT_LEAST)
 def test_at_the_least_feasible_budget(name, size):
     """What InfeasibleBudgetError names as the least budget works, with the same bits."""
     check(name, size, 0.0)
 
 
-@sizes()
+@sizes(small=("gpt2_bf16", "resnet50", "many_outputs", "lstm"))
 def test_above_the_baseline_nothing_is_recomputed(name, size):
     """With room for all the planned step is eager's, in bytes, in operators and in bits."""
     about = subject(name, size)
