@@ -112,7 +112,7 @@ def check_least_memory(family: str, seed: int) -> None:
     assert least.peak_bytes <= keep_all_peak_bytes(graph)
 
 
-@settings(max_examples=40, deadline=None, phases=phases)
+@settings(max_examples=25, deadline=None, phases=phases)
 @given(family=families, seed=seeds)
 @example(family="dag", seed=41)
 @example(family="dag", seed=53)  # no staged schedule fits, another one does
@@ -122,7 +122,7 @@ def test_slice_refinement_proves_the_optimum(family: str, seed: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, phases=phases)
+@settings(max_examples=200, deadline=None, phases=phases)
 @given(family=families, seed=seeds)
 @example(family="dag", seed=166)
 @example(family="dag", seed=185)
@@ -147,16 +147,16 @@ def test_no_claim_is_wrong(solver: str, family: str, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", sorted(SOLVERS.keys() - IN_CHILD_PROCESSES))
-@settings(max_examples=100, deadline=None, phases=phases)
+@settings(max_examples=40, deadline=None, phases=phases)
 @given(family=families, seed=seeds)
 def test_no_claim_of_many_is_wrong(solver: str, family: str, seed: int) -> None:
-    """The same on a hundred graphs each."""
+    """The same on forty graphs each."""
     check_solver(solver, family, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", sorted(SOLVERS.keys() & IN_CHILD_PROCESSES))
-@settings(max_examples=20, deadline=None, phases=phases)
+@settings(max_examples=10, deadline=None, phases=phases)
 @given(family=families, seed=seeds)
 def test_no_claim_from_a_child_process_is_wrong(solver: str, family: str, seed: int) -> None:
     """The same for solvers that take a second to start."""
@@ -171,7 +171,7 @@ def test_least_memory_holds_the_truth(family: str, seed: int) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, phases=phases)
+@settings(max_examples=60, deadline=None, phases=phases)
 @given(family=families, seed=seeds)
 def test_least_memory_often_holds_the_truth(family: str, seed: int) -> None:
     """The same on many graphs."""

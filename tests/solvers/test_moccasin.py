@@ -69,7 +69,7 @@ def test_equals_checkmate_with_as_few_runs_on_small_steps(seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(8))
 def test_equals_checkmate_with_as_few_runs(seed: int) -> None:
     """The same on more graphs, of another shape too."""
     graph = random_step(seed) if seed % 2 else random_dag(seed)
@@ -134,10 +134,10 @@ def test_a_killed_solver_leaves_the_incumbent(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_stops_at_the_time_limit() -> None:
-    """An instance that is too hard for five seconds is left all the same."""
+    """An instance that is too hard for two seconds is left all the same."""
     graph = load_instance(INSTANCES / "G1.json")
     begin_s = time.monotonic()
-    moccasin(Incumbent(graph, budget_of(graph, 0.7), 5.0))
+    moccasin(Incumbent(graph, budget_of(graph, 0.7), 2.0))
     assert time.monotonic() - begin_s <= 20, "it would not have stopped by itself for long"
 
 

@@ -88,7 +88,7 @@ def optimum_of(model: SliceModel) -> float:
     return float(h.getInfo().mip_dual_bound)
 
 
-@settings(max_examples=40, deadline=None, phases=phases)
+@settings(max_examples=25, deadline=None, phases=phases)
 @given(family=families, seed=seeds, staged=st.booleans())
 def test_no_slicing_bounds_above_the_optimum(family: Family, seed: int, staged: bool) -> None:
     """Whatever moments are chosen, the relaxation is no higher than the optimum of its scope."""
@@ -102,7 +102,7 @@ def test_no_slicing_bounds_above_the_optimum(family: Family, seed: int, staged: 
         assert graph.base_cost_ns + rounded_bound(bound, graph.base_cost_ns) <= optimum
 
 
-@settings(max_examples=40, deadline=None, phases=phases)
+@settings(max_examples=25, deadline=None, phases=phases)
 @given(family=families, seed=seeds)
 def test_all_slices_and_events_are_exact_for_staged_schedules(family: Family, seed: int) -> None:
     """With every moment enforced the relaxation's optimum is that of staged schedules."""
@@ -119,7 +119,7 @@ def test_all_slices_and_events_are_exact_for_staged_schedules(family: Family, se
         assert graph.base_cost_ns + rounded_bound(bound, graph.base_cost_ns) == optimum
 
 
-@settings(max_examples=40, deadline=None, phases=phases)
+@settings(max_examples=25, deadline=None, phases=phases)
 @given(family=families, seed=seeds)
 def test_more_moments_bound_no_lower(family: Family, seed: int) -> None:
     """A slice at every operator has no lower optimum than a slice at some."""
@@ -145,7 +145,7 @@ def test_every_order_satisfies_every_relaxation(family: Family, seed: int, stage
     check_rows(graph, slicing, budget_bytes, order)
 
 
-@settings(max_examples=40, deadline=None, phases=phases)
+@settings(max_examples=25, deadline=None, phases=phases)
 @given(family=families, seed=seeds, staged=st.booleans())
 def test_optimal_orders_satisfy_every_relaxation(family: Family, seed: int, staged: bool) -> None:
     """The exact optimum of a tight budget breaks no row, and comes back no dearer."""

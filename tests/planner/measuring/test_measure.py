@@ -115,7 +115,7 @@ def test_outputs_of_a_step_without_a_loss_get_gradients_of_ones():
         *cases("tiny", "gpt2", "t5", "resnet50", "unet", "convnext", "lstm", "mlp_bf16"),
         *(
             pytest.param(*param.values, id=f"{param.id}-small", marks=pytest.mark.slow)
-            for param in cases("small")
+            for param in cases("small", "bert", "llama", "vit", "transformer_encoder")
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Thousands of damaged plan files: refused in one line, or as good as an honest one."""
+"""A thousand damaged plan files: refused in one line, or as good as an honest one."""
 
 from __future__ import annotations
 
@@ -104,9 +104,8 @@ def test_damaged_files_are_refused_or_train_right(written: dict[str, Any], tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [10, 11, 12])
-def test_three_thousand_damaged_files(written: dict[str, Any], tmp_path: Path, seed: int) -> None:
+def test_a_thousand_damaged_files(written: dict[str, Any], tmp_path: Path) -> None:
     """Each is refused with one clear line, or trains with eager's bits within its budget."""
-    outcomes = _outcomes(written, 1000, seed, tmp_path)
+    outcomes = _outcomes(written, 1000, 10, tmp_path)
     assert outcomes["not loaded"] > 800
     assert outcomes["trains"] > 5

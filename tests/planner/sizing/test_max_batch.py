@@ -66,13 +66,13 @@ def test_the_next_batch_does_not_fit(found, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget_bytes", [45_000, 60_000])
-def test_against_planning_every_batch(model, budget_bytes):
+def test_against_planning_many_batches(model, budget_bytes):
     """The batches that optimize finds a plan for are those up to the answer."""
     found = max_batch(model, sample(rows=3), budget_bytes=budget_bytes, loss_fn=both)
-    tried = range(1, found.batch + 6)
-    assert [rows for rows in tried if fits(model, rows, budget_bytes)] == list(
-        range(1, found.batch + 1)
-    )
+    tried = [*range(1, found.batch - 3, 7), *range(max(1, found.batch - 3), found.batch + 6)]
+    assert [rows for rows in tried if fits(model, rows, budget_bytes)] == [
+        rows for rows in tried if rows <= found.batch
+    ]
 
 
 def test_few_captures(found):
@@ -184,7 +184,7 @@ def test_from_a_plan(found, model, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "mlp_bf16", "convnext"])
+@pytest.mark.parametrize("name", ["mlp_bf16", "convnext"])
 def test_real_models(name):
     """Batches are searched under the case's autocast and with targets in the loss's closure."""
     case = ZOO[name]("tiny")
