@@ -49,9 +49,7 @@ def _plan(share: str = "70%", **words: Any) -> Plan:
     ("number", "grads"),
     [
         (2, "none"),
-        pytest.param(2, "accumulated", marks=pytest.mark.slow),
-        pytest.param(3, "none", marks=pytest.mark.slow),
-        (3, "accumulated"),
+        pytest.param(3, "accumulated", marks=pytest.mark.slow),
     ],
 )
 def test_all_calls_together_stay_within_the_budget(number: int, grads: Any) -> None:
@@ -87,7 +85,7 @@ def test_a_contrastive_loss_has_eagers_bits_without_a_warning() -> None:
 
 def test_one_call_more_than_planned_is_said() -> None:
     """With the number to plan with."""
-    planned = _plan("90%", concurrent_calls=2).apply(_Tower())
+    planned = _plan(concurrent_calls=2).apply(_Tower())
     outputs = [planned(_batch(i)) for i in range(2)]
     with pytest.warns(PlanWarning, match="counts 2. Plan with concurrent_calls=3"):
         outputs.append(planned(_batch(2)))

@@ -86,10 +86,10 @@ def test_the_least_total_for_a_peak(fraction, peak_bytes):
         assert parse_headroom(fraction, total - 1, "cpu").usable_bytes < peak_bytes
 
 
-@pytest.mark.parametrize("headroom", [0.07, "7%", "40kB", 12_345])
+@pytest.mark.parametrize("headroom", [0.07, "40kB"])
 def test_the_least_budget_works_with_the_same_headroom(headroom):
     """What the error names is feasible with the headroom; one byte below the bound is refused."""
-    options = {"loss_fn": square, "time_limit_s": 1, "headroom": headroom}
+    options = {"loss_fn": square, "time_limit_s": 0.3, "headroom": headroom}
     with pytest.raises(InfeasibleBudgetError) as caught:
         optimize(make(), sample(), budget_bytes=50_000, **options)
     error = caught.value

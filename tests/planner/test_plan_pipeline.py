@@ -107,6 +107,7 @@ def test_nothing_fits() -> None:
             num_layers=2,
             num_stages=2,
             num_microbatches=2,
+            alike=True,
         )
 
 

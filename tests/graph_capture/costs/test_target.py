@@ -24,6 +24,9 @@ from graph_capture.errors import CaptureError
 from graph_capture.recording.fake_inputs import FakeInputs
 from tests.capturing import capture_step
 
+VARIED = ("gpt2_bf16", "t5", "resnet50", "unet", "many_outputs", "lstm", "mixture_of_experts")
+"""Autocast, two stacks, statistics, branches, several outputs, recurrence, routing."""
+
 
 def _model(device: str) -> nn.Module:
     return nn.Linear(3, 2, device=device)
@@ -101,7 +104,7 @@ def test_several_devices_are_refused() -> None:
         target_of(nn.Linear(1, 1), spread)
 
 
-@pytest.mark.parametrize("case", cases("tiny"))
+@pytest.mark.parametrize("case", cases("tiny", *VARIED))
 def test_a_model_on_meta_is_captured_as_on_the_cpu(case: Case) -> None:
     """Its graph has the fingerprint of the same model on the CPU."""
     on_cpu = _capture(case, case.make())

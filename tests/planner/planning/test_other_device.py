@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,12 @@ def _plan(model: nn.Module, device: str = "h100", **options: Any) -> Plan:
     return optimize(model, _tokens(), device=device, **options)
 
 
+@functools.cache
+def _planned(make: Callable[[], nn.Module], device: str = "h100") -> Plan:
+    """A plan of a model on the CPU, for tests that only read it."""
+    return _plan(make(), device)
+
+
 def _targets(graph: CostGraph) -> Counter[str]:
     return Counter(target for op in graph.operators for target in op.target.split("+"))
 
@@ -100,7 +108,7 @@ def test_language_models_under_autocast(make: Any, device: str, kernel: str) -> 
     """Weights are cast, attention is a fused kernel, dropout one call that draws."""
     if torch.__version__ < "2.12" and device == "h100":
         kernel = "cudnn"  # took every dropout
-    graph = _plan(make(), device).graph
+    graph = _planned(make, device).graph
     assert _attention(graph) == {kernel}
     assert _targets(graph)["aten._to_copy.default"] >= 2 * (4 if make is _gpt2 else 7)
     assert not any("bernoulli" in target for target in _targets(graph))
@@ -116,7 +124,7 @@ def _outputs(graph: CostGraph, op: Operator) -> list[int]:
 
 def test_sizes_of_a_layer() -> None:
     """GPT-2's first layer: bfloat16 products, float32 residuals, a mask of a byte an element."""
-    graph = _plan(_gpt2(), "a100").graph
+    graph = _planned(_gpt2, "a100").graph
     rows = BATCH * LENGTH
     layer = [
         op
@@ -176,7 +184,7 @@ def test_the_plan_does_not_depend_on_where_the_model_lies(make: Any, attention: 
 
 def test_a_plan_for_a_card_goes_through_a_file(tmp_path: Path) -> None:
     """Graph, schedule, device and autocast come back."""
-    plan = _plan(_llama())
+    plan = _planned(_llama)
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
     assert loaded.fingerprint == plan.fingerprint
@@ -189,7 +197,7 @@ def test_a_plan_for_a_card_goes_through_a_file(tmp_path: Path) -> None:
 
 def test_a_smaller_budget_recomputes() -> None:
     """The plan is solved for the card's own graph."""
-    whole = _plan(_llama()).baseline_peak_bytes
+    whole = _planned(_llama).baseline_peak_bytes
     fixed = DEVICES["h100"].library_workspace_bytes
     budget_bytes = fixed + int(0.85 * (whole - fixed))
     plan = _plan(_llama(), budget_gb=None, budget_bytes=budget_bytes, headroom=0)
@@ -215,7 +223,7 @@ def test_another_shape_is_planned_for_the_same_card() -> None:
 def test_a_plan_for_a_card_does_not_fit_the_cpu(through_file: bool, tmp_path: Path) -> None:
     """The error says that the model has to be moved."""
     model = _gpt2()
-    plan = _plan(model)
+    plan = _planned(_gpt2)
     if through_file:
         plan.save(tmp_path / "plan.json")
         plan = Plan.load(tmp_path / "plan.json")
@@ -451,7 +459,7 @@ def _trained_by_a_plan_from_meta(case: Case) -> None:
                 case.sample(0),
                 budget_bytes=budget_bytes,
                 loss_fn=case.loss_fn,
-                time_limit_s=5,
+                time_limit_s=1,
             )
 
     try:

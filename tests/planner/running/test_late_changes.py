@@ -51,8 +51,11 @@ HOOKS = {
 
 @pytest.mark.filterwarnings("ignore:a training step of a planned Net:planner.PlanWarning")
 @pytest.mark.parametrize("kind", HOOKS)
-@pytest.mark.parametrize("policy", ["error", "unplanned", "replan"])
-@pytest.mark.parametrize("first", [True, False], ids=["before the first step", "later"])
+@pytest.mark.parametrize(
+    ("policy", "first"),
+    [("error", True), ("unplanned", False), ("replan", True), ("replan", False)],
+    ids=["error", "unplanned", "before the first step", "later"],
+)
 def test_a_hook_on_a_submodule(kind, policy, first):
     """A hook that changes the step is an error that names it, or its step is eager's."""
     eager, model = make(), planned(policy=policy)
