@@ -112,7 +112,7 @@ def test_tiny_models_are_captured_and_planned(name: str) -> None:
     assert len(find_blocks(graph)) > 1
     most, least = keep_all_peak_bytes(graph), least_memory(graph, time_limit_s=1).peak_bytes
     budget = (most + least) // 2
-    plan = optimize(model, sample, budget_bytes=budget, loss_fn=subject.loss_fn, time_limit_s=2)
+    plan = optimize(model, sample, budget_bytes=budget, loss_fn=subject.loss_fn, time_limit_s=1)
     assert plan.predicted_peak_bytes <= budget
     assert (plan.overhead > 0) == (least < most)
     # Which workspace a convolution takes is the processor's choice: in these, on some processors,
@@ -127,7 +127,7 @@ def test_planned_steps_have_the_same_bits() -> None:
     sample = subject.sample(3, batch=4)
     graph = captured_graph(model, sample, measure_scratch=True)
     budget = int(0.85 * keep_all_peak_bytes(graph))
-    plan = optimize(model, sample, budget_bytes=budget, time_limit_s=2)
+    plan = optimize(model, sample, budget_bytes=budget, time_limit_s=1)
     assert plan.overhead > 0
     plan.apply(model)
     losses = [m(**sample) for m in (eager, model)]

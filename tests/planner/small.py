@@ -78,6 +78,7 @@ def plan_for(model: nn.Module, sample_input: Any, *, share: float = 0.6, **optio
     keep = optimize(model, sample_input, budget_gb=1000, **options)
     resident = keep.graph.resident_bytes
     budget_bytes = int(resident + share * (keep.baseline_peak_bytes - resident))
-    plan = optimize(model, sample_input, budget_bytes=budget_bytes, time_limit_s=2, **options)
+    options = {"time_limit_s": 1, **options}
+    plan = optimize(model, sample_input, budget_bytes=budget_bytes, **options)
     assert plan.schedule.recomputed(), "the plan of a test must recompute something"
     return plan

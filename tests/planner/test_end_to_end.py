@@ -198,7 +198,7 @@ def test_a_step_with_its_optimizer_is_within_the_budget(optimizer):
     keep = plan_case(case, budget_gb=1, optimizer=optimizer)
     resident = keep.graph.resident_bytes
     budget_bytes = int(resident + 0.7 * (keep.baseline_peak_bytes - resident))
-    plan = plan_case(case, budget_bytes=budget_bytes, optimizer=optimizer, time_limit_s=2)
+    plan = plan_case(case, budget_bytes=budget_bytes, optimizer=optimizer, time_limit_s=1)
     model = plan.apply(case.make())
     measured = measure(model, case.sample(0), optimizer=optimizer, repeats=0)
     assert measured.resident_bytes == resident

@@ -122,7 +122,7 @@ def test_headroom_keeps_the_peak_down():
     keep = optimize(make(), sample(), budget_gb=1, loss_fn=square)
     budget_bytes = keep.baseline_peak_bytes
     plan = optimize(
-        make(), sample(), budget_bytes=budget_bytes, loss_fn=square, time_limit_s=2, headroom=0.1
+        make(), sample(), budget_bytes=budget_bytes, loss_fn=square, time_limit_s=1, headroom=0.1
     )
     assert plan.predicted_peak_bytes <= budget_bytes - plan.headroom_bytes < budget_bytes
     assert f"({0.1:.1%}) of the budget left free" in str(plan)

@@ -48,7 +48,7 @@ def _halfway(model: nn.Module, inputs: Any, **words: Any) -> Plan:
         optimize(model, inputs, budget_bytes=1, **words)
     least = found.value.min_budget_bytes
     unplanned = optimize(model, inputs, budget_gb=1, **words).baseline_peak_bytes
-    return optimize(model, inputs, budget_bytes=(least + unplanned) // 2, time_limit_s=5, **words)
+    return optimize(model, inputs, budget_bytes=(least + unplanned) // 2, time_limit_s=1, **words)
 
 
 class LanguageModel(nn.Module):

@@ -204,7 +204,7 @@ def _targets(plan: Plan, named: str) -> set[int]:
 
 def test_never_recompute_is_kept():
     """What a free plan recomputes is not recomputed once it is named, at no gain in time."""
-    free = plan_for(make(), sample(), loss_fn=square, share=0.8)
+    free = plan_for(make(), sample(), loss_fn=square, share=0.8, time_limit_s=3)
     named = next(free.graph.operators[v].module_path for v in free.schedule.recomputed())
     held = optimize(
         make(),

@@ -137,7 +137,7 @@ def test_what_is_neither_a_share_nor_an_amount_is_refused(budget, words):
 
 def test_a_share_is_one_of_the_peak_without_a_plan(tmp_path):
     """The plan knows the bytes and the request; so does its file, and its text."""
-    plan = optimize(make(), sample(), budget="62.5%", loss_fn=square, time_limit_s=2)
+    plan = optimize(make(), sample(), budget="62.5%", loss_fn=square, time_limit_s=1)
     assert plan.budget_bytes == int(0.625 * plan.baseline_peak_bytes)
     assert plan.predicted_peak_bytes <= plan.budget_bytes
     assert plan.budget_share == 0.625
@@ -155,7 +155,7 @@ def test_all_of_the_peak_recomputes_nothing():
 def test_another_shape_is_planned_for_the_same_bytes():
     """They are a share of the first shape's peak, and not of the other one's."""
     model = make()
-    plan = optimize(model, sample(), budget="70%", loss_fn=square, time_limit_s=2)
+    plan = optimize(model, sample(), budget="70%", loss_fn=square, time_limit_s=1)
     arguments = {"x": sample(rows=128)}
     other, _ = replan(plan, plan._live, model, arguments, model.forward)
     assert (other.budget_bytes, other.budget_share) == (plan.budget_bytes, None)
@@ -163,7 +163,7 @@ def test_another_shape_is_planned_for_the_same_bytes():
 
 def test_a_share_that_its_file_does_not_come_to_is_refused():
     """A file is believed only as far as it agrees with itself."""
-    plan = optimize(make(), sample(), budget="90%", loss_fn=square, time_limit_s=2)
+    plan = optimize(make(), sample(), budget="90%", loss_fn=square, time_limit_s=1)
     data = json.loads(json.dumps(plan_to_dict(plan))) | {"budget_share": 0.5}
     with pytest.raises(PlanError, match="budget"):
         plan_from_dict(data)

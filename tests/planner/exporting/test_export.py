@@ -62,7 +62,7 @@ def _make() -> _Stack:
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     """At 60 % of the peak."""
-    return optimize(_make(), SAMPLE, budget="60%", loss_fn=_loss, time_limit_s=3)
+    return optimize(_make(), SAMPLE, budget="60%", loss_fn=_loss, time_limit_s=1)
 
 
 @pytest.mark.parametrize("to", ExportTarget)
@@ -114,7 +114,7 @@ def test_transformers_checkpoint_what_was_predicted(dropout: float, share: str) 
     model = transformers.GPT2LMHeadModel(config).train()
     tokens = torch.randint(0, 1000, (8, 128))
     call = {"input_ids": tokens, "labels": tokens}
-    plan = optimize(model, call, budget=share, time_limit_s=3)
+    plan = optimize(model, call, budget=share, time_limit_s=1)
     for to, rel in (("transformers", 1e-3), ("lightning", 1e-3), ("selective", 0.05)):
         found, other = plan.export(to), copy.deepcopy(model)
         names: dict[str, Any] = {"model": other}

@@ -43,7 +43,7 @@ def remat(**options: Any) -> RematCallback:
     pytest.importorskip("pytorch_lightning")
     from planner.integrations.lightning import RematCallback
 
-    return RematCallback(**{"budget": "75%", "time_limit_s": 2, **options})
+    return RematCallback(**{"budget": "75%", "time_limit_s": 1, **options})
 
 
 def language_module(*, calls_itself: bool = False, returns: tuple[str, ...] = ()) -> Any:

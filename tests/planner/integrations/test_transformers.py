@@ -53,7 +53,7 @@ def remat(**options: Any) -> RematCallback:
 
     if not any("budget" in name for name in options):
         options["budget"] = "75%"
-    return RematCallback(**{"time_limit_s": 2, **options})
+    return RematCallback(**{"time_limit_s": 1, **options})
 
 
 def trainer(folder: Path, model: nn.Module, *callbacks: RematCallback, **options: Any) -> Trainer:

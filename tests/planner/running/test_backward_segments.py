@@ -116,7 +116,7 @@ def test_models_have_the_same_bits_and_the_same_peak(case: Case) -> None:
     with case.context():
         torch.manual_seed(0)
         model, call = case.make(), case.sample(0)
-        plan = optimize(model, call, budget="75%", loss_fn=case.loss_fn, time_limit_s=3)
+        plan = optimize(model, call, budget="75%", loss_fn=case.loss_fn, time_limit_s=1)
         planned = plan.apply(copy.deepcopy(model))
         found = measure(planned, call, loss_fn=case.loss_fn, repeats=0)
         assert found.peak_bytes == plan.predicted_peak_bytes
