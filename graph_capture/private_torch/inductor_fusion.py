@@ -103,7 +103,7 @@ def fusing_as_told() -> Iterator[None]:
 
         def __init__(self) -> None:
             self.__dict__.update(vars(given))
-            self._judged: tuple[Any, JoinOnce, set[str]] | None = None
+            self._judged: tuple[Any, JoinOnce, _Touched] | None = None
 
         def can_fuse(self, scheduler: Any, node1: Any, node2: Any, score: int) -> bool:
             known = _places(node1, node2)
@@ -113,10 +113,10 @@ def fusing_as_told() -> Iterator[None]:
             if len(runs) <= 1:
                 return True
             if self._judged is None or self._judged[0] is not scheduler:
-                freed = _freed_inputs(V.graph)
-                self._judged = scheduler, known[0].rules.for_one_lowering(), freed
-            _, may_join, freed = self._judged
-            return may_join(runs, _touched_bytes(scheduler, freed, node1, node2))
+                touched = _Touched(scheduler.name_to_buf, _freed_inputs(V.graph))
+                self._judged = scheduler, known[0].rules.for_one_lowering(), touched
+            _, may_join, touched = self._judged
+            return may_join(runs, touched.num_bytes(node1, node2))
 
     def matching_as_told(match: Any) -> bool:
         if not is_match(match):
@@ -195,15 +195,34 @@ def _freed_inputs(lowering: Any) -> set[str]:
     return {str(node.target) for node in found if _FREED in node.meta}
 
 
-def _touched_bytes(scheduler: Any, freed: Collection[str], *nodes: Any) -> int:
-    """Bytes of the buffers that kernels read or write, and of the inputs that are freed."""
-    touched = {
-        dep.name: dep.numbytes_hint()
-        for node in nodes
-        for dep in (*node.read_writes.reads, *node.read_writes.writes)
-        if dep.name in scheduler.name_to_buf or dep.name in freed
-    }
-    return sum(touched.values())
+class _Touched:
+    """What kernels read or write of a graph's buffers, and of the inputs that are freed.
+
+    Pairs of the same kernels are asked for again and again, so each kernel is looked at once.
+    """
+
+    def __init__(self, *counted: Collection[str]) -> None:
+        self._counted = counted
+        self._known: dict[Any, tuple[Any, dict[str, int]]] = {}  # by kernel, for its accesses
+
+    def num_bytes(self, *nodes: Any) -> int:
+        """Bytes that any of the nodes touches."""
+        touched: dict[str, int] = {}
+        for node in nodes:
+            touched |= self._of(node)
+        return sum(touched.values())
+
+    def _of(self, node: Any) -> dict[str, int]:
+        accesses = node.read_writes  # another object once they change
+        known, touched = self._known.get(node, (None, {}))
+        if known is not accesses:
+            touched = {
+                dep.name: dep.numbytes_hint()
+                for dep in (*accesses.reads, *accesses.writes)
+                if any(dep.name in names for names in self._counted)
+            }
+            self._known[node] = accesses, touched
+        return touched
 
 
 def _read_bytes(nodes: Sequence[Any]) -> int:
