@@ -53,7 +53,7 @@ class FunctionCaches:
     """Such functions, as they are when a capture begins: only what changes is opened later."""
 
     def __init__(self) -> None:
-        self._before = {id(f): (f, _looks(f)) for f in _INSTANCES.found() if not _is_pythons(f)}
+        self._before = {id(f): (f, _looks(f)) for f in _INSTANCES.found() if not _is_ours(f)}
 
     def kept_stand_ins(self, met: Iterable[Any]) -> Iterator[tuple[Any, list[FakeTensor]]]:
         """Return each function whose cache holds stand-ins, and these; PyTorch's own may.
@@ -63,7 +63,7 @@ class FunctionCaches:
         met
             Such functions that the step's code names; some may be new.
         """
-        new = (f for f in met if type(f) is CACHED and not _is_pythons(f))
+        new = (f for f in met if type(f) is CACHED and not _is_ours(f))
         known = {id(f): (f, None) for f in new} | self._before
         for function, before in known.values():
             if _looks(function) == before:
@@ -78,10 +78,15 @@ class FunctionCaches:
             function.cache_clear()
 
 
-def _is_pythons(function: Any) -> bool:
-    """Whether a function is of Python or PyTorch, which keep no tensors of a model's."""
-    package = str(function.__module__).partition(".")[0]
-    return package == "torch" or package in sys.stdlib_module_names
+_OURS = {"torch", __name__.partition(".")[0], *sys.stdlib_module_names}
+
+
+def _is_ours(function: Any) -> bool:
+    """Whether a function is of Python, PyTorch or this package: no tensors of a model's in it.
+
+    This package's hold names of thousands of files, and are asked in each capture.
+    """
+    return str(function.__module__).partition(".")[0] in _OURS
 
 
 def _looks(function: Any) -> tuple[object, ...]:

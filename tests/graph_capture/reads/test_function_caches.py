@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.testing.bitwise import assert_same_tensors
+from graph_capture.reads import function_caches
 from graph_capture.reads.function_caches import _Instances
 from planner import CaptureError, optimize
 from tests.graph_capture.odd import WIDTH, Three, mean_square, normal
@@ -194,3 +195,17 @@ def test_what_is_drawn_once_and_kept_is_refused() -> None:
     optimize(model, normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square).apply(model)
     model.zero_grad()
     assert_same_tensors(expected, trained(model))
+
+
+def test_caches_of_this_package_are_not_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold the names of thousands of files, and each capture asks them."""
+    looked: list[str] = []
+
+    def looks(function: Any, own: Callable[[Any], Any] = function_caches._looks) -> Any:
+        looked.append(function.__module__)
+        return own(function)
+
+    monkeypatch.setattr(function_caches, "_looks", looks)
+    optimize(Masked(), normal(0, 16, WIDTH), budget_gb=1, loss_fn=mean_square)
+    assert __name__ in looked
+    assert not [name for name in looked if name.startswith("graph_capture.")]
