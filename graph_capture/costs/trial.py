@@ -160,6 +160,8 @@ def blank_arguments(
     fills = fills_of(func, args, kwargs)
 
     def make(x: Any) -> Any:
+        if isinstance(x, torch.Generator):
+            return x.clone_state()  # the loop's own, whose numbers the loss will draw
         if not _is(x):
             return x
         if id(x) in fills:

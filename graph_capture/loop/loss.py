@@ -7,7 +7,7 @@ real lifetimes instead of being planned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -21,6 +21,7 @@ from ..costs.cost_model import Call
 from ..errors import NotFittingError
 from ..private_torch import dispatch
 from ..private_torch.autograd import next_sequence_number, sequence_number_of
+from ..reads.undone import undone
 from ..recording.backward_walk import Differentiator
 from ..recording.outputs import OutputTemplate, find_loss
 from ..recording.real_results import RealResults
@@ -295,7 +296,9 @@ def _through_loss_fn(
             meter.lend(lent.memory.pop(i), i)
     if value_of is not None:
         _give_values(values, given, tensors, value_of)
-    with meter, derivatives_through_model_refused(named):
+    # What a trainer computes a loss with, it undoes itself.
+    traceless = nullcontext() if isinstance(loss_fn, LogsNumbers) else undone(loss_fn)
+    with meter, derivatives_through_model_refused(named), traceless:
         loss = loss_fn(template.build(given, number=partial(AskedNumber, at_once=True)))
         given.clear()
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from graph_capture.private_torch.trees import tree_map
-from graph_capture.reads.isolation import attributes_put_back
+from graph_capture.reads.undone import undone
 from graph_capture.values.loss_values import LogsNumbers
 
 from ..base.forward_slot import forward_set, original_forward
@@ -97,7 +97,7 @@ class LoopLoss(LogsNumbers):
 def first_called(owner: nn.Module, compute: Compute, silent: tuple[str, ...]) -> nn.Module | None:
     """Return which trainable module a step calls first: ``owner`` or one of its children.
 
-    The step runs up to that call.
+    The step runs up to that call, and what it draws until then is drawn again by the loop.
     """
     candidates = [owner, *owner.children()]
     with ExitStack() as stack:
@@ -153,15 +153,15 @@ def _log_nothing(*_args: Any, **_kwargs: Any) -> None:
 
 @contextmanager
 def _as_before(owner: Any, silent: tuple[str, ...]) -> Iterator[None]:
-    """Afterwards the owner's attributes, and the containers in them, are as they were.
+    """Afterwards the owner's attributes, and all that they lead to, are as they were.
 
-    Trainers count tokens and collect metrics where they compute a loss. Methods named in
-    ``silent`` do nothing meanwhile.
+    Trainers count tokens, average weights and collect metrics where they compute a loss.
+    Methods named in ``silent`` do nothing meanwhile.
     """
     attributes = dict(vars(owner))
     changeable = {k: v for k, v in attributes.items() if k not in _DATA}
     try:
-        with attributes_put_back([SimpleNamespace(**changeable)]):
+        with undone(SimpleNamespace(**changeable), *type(owner).__mro__):
             vars(owner).update(dict.fromkeys(silent, _log_nothing))
             yield
     finally:

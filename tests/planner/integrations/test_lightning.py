@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -252,6 +254,56 @@ def test_averaged_weights_get_their_statistics(tmp_path: Path) -> None:
     eager, planned = train(), train(callback)
     assert all(torch.equal(eager[name], planned[name]) for name in eager)
     assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (6, 0)
+
+
+def test_what_a_training_step_does_beside_the_loss_happens_once(tmp_path: Path) -> None:
+    """Mixing batches, counting and averaging, before the model is called and after it."""
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Mixing(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+            self.teacher = [copy.deepcopy(self.layers).requires_grad_(False)]
+            self.register_buffer("steps", torch.zeros(()))
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            share = np.random.beta(0.4, 0.4)
+            batch = share * batch + (1 - share) * batch[torch.randperm(len(batch))]
+            with torch.no_grad():
+                for mine, yours in zip(
+                    self.teacher[0].parameters(), self.layers.parameters(), strict=True
+                ):
+                    mine.lerp_(yours, 0.5)
+            output = self.layers(batch)
+            self.steps += 1
+            return (output - self.teacher[0](batch.flip(0))).square().mean() * self.steps
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train(*callbacks: Any) -> dict[str, Tensor]:
+        module = Mixing()
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=str(tmp_path),
+            callbacks=[*callbacks],
+        )
+        pl.seed_everything(0, verbose=False)
+        trainer.fit(
+            module, DataLoader(torch.linspace(-1, 1, 192 * 32).view(192, 32), batch_size=64)
+        )
+        teacher = {f"teacher {k}": v for k, v in module.teacher[0].state_dict().items()}
+        return {**module.state_dict(), **teacher, "generator": torch.get_rng_state()}
+
+    eager, planned = train(), train(remat(budget="2MB"))
+    assert all(torch.equal(eager[name], planned[name]) for name in eager)
 
 
 def test_what_the_callback_refuses(tmp_path: Path) -> None:
