@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Mapping
@@ -224,6 +225,7 @@ class PlannedCall:
                 captured = capture_for(
                     self.plan, self.live, model, self._planned.unplanned, in_loop=True
                 )
+                gc.collect()  # cycles of what was captured hold memory
                 self.plan, self.live = as_captured(self.plan, self.live, captured)
             except PlanMismatchError as error:
                 if changed is None:

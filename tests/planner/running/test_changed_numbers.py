@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -174,3 +175,37 @@ def test_what_forward_does_not_read_may_change(monkeypatch):
     monkeypatch.setattr(planned_call, "capture_for", None)
     model.global_step, model.config.note = 1, "another"
     step(model, 1)
+
+
+class Masked(nn.Module):
+    """Asks for a value that follows from a mask, which is computed while a step is captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        i = torch.arange(64)
+        mask = (i[:, None] - i).clamp(0, 1) * 1.5
+        if mask.sum() < 0:
+            raise ValueError
+        return self.layers(x * mask.mean()) * self.scale
+
+
+def test_a_step_that_was_captured_again_runs_without_what_the_capture_computed() -> None:
+    """Cycles of a capture hold it, beside the budget, until somebody collects them."""
+    model, x = Masked().train(), torch.ones(8, 16)
+    optimize(model, x, budget_gb=1, loss_fn=square, time_limit_s=1).apply(model)
+    square(model(x)).backward()
+    model.scale = 2.0
+    gc.collect()
+    gc.disable()
+    try:
+        output = model(x)
+        masks = [t for t in gc.get_objects() if type(t) is Tensor and tuple(t.shape) == (64, 64)]
+    finally:
+        gc.enable()
+    square(output).backward()
+    assert applied_plan(model).planned_steps == 2
+    assert not masks
