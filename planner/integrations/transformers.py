@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -20,6 +21,7 @@ from transformers.utils import logging
 from graph_capture.calls.call_spec import tensors_of
 
 from ..base.budget import read_budget
+from ..base.forward_slot import stand_in_of
 from ..errors import InfeasibleBudgetError, PlanError
 from ..plan import Plan
 from ..plan_record import OnShapeChange
@@ -33,6 +35,10 @@ logger = logging.get_logger("transformers.remat_planner")
 # Scalars that the trainer keeps beside a step: the running loss, norms of gradients.
 _LOOP_BYTES = 4096
 _BYTES_PER_PARAMETER = 64
+
+# What a training has put into a model, and its callback: one that is interrupted leaves both.
+_LEFT: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], weakref.ref[Any]]]
+_LEFT = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +128,7 @@ class RematCallback(TrainerCallback):
         self._end()
         trainer = _trainer_around(self)
         assert model is not None
+        _end_interrupted(model)
         self._checkpointed = _take_over(model, self._on_shape_change)
         if args.torch_compile:
             logger.warning(
@@ -235,7 +242,22 @@ class _Computing:
             found = self._own(model, inputs, *args, **kwargs)
         if callback.plan is None and callback._watched is not None:
             callback.plan = callback._watched.plan
+            stand_in = stand_in_of(callback._watched.model)
+            if stand_in is not None:
+                _LEFT[callback._watched.model] = weakref.ref(stand_in), weakref.ref(callback)
         return found
+
+
+def _end_interrupted(model: nn.Module) -> None:
+    """Take the plan of a training that an error has ended; other plans stay."""
+    stand_in, callback = _LEFT.pop(model, (None, None))
+    if stand_in is None or callback is None or stand_in() is not stand_in_of(model):
+        return
+    before = callback()
+    if before is not None and before._model is model:
+        before._end()
+    elif applied_plan(model) is not None:
+        Plan.remove(model)
 
 
 def enable_remat(

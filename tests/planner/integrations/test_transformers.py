@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,31 @@ def test_a_callback_may_be_used_again(tmp_path: Path) -> None:
     for _ in range(2):
         run(trainer(tmp_path, model, callback, max_steps=2))
         assert callback.applied.planned_steps == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("collected", [False, True])
+def test_a_training_that_was_interrupted_is_begun_again(collected: bool, tmp_path: Path) -> None:
+    """Its plan is in the model still, whose next training makes its own."""
+    pytest.importorskip("accelerate")
+    from transformers import TrainerCallback
+
+    class Interrupts(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = language_model()
+    first = trainer(tmp_path, model, remat(), Interrupts(), max_steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    assert applied_plan(model) is not None
+    if collected:
+        del first
+        gc.collect()
+    callback = remat()
+    run(trainer(tmp_path, model, callback, max_steps=2))
+    assert (callback.applied.planned_steps, callback.applied.unplanned_steps) == (2, 0)
+    assert stand_in_of(model) is None
 
 
 @pytest.mark.slow
