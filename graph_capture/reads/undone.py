@@ -44,6 +44,7 @@ MAX_ITEMS = 10_000
 """Longer containers hold data, and what is in them is not looked into."""
 
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_PLAIN = frozenset((bool, int, float, complex, str, bytes, types.NoneType))  # lead nowhere
 _NUM_YIELDED = "_num_yielded"  # of a DataLoader's iterator
 _DATA = (Dataset, DataLoader, Sampler)
 
@@ -174,8 +175,8 @@ class _Found:
         elif isinstance(value, _CONTAINERS):
             self._ledger.contents(value, path)
             if len(value) <= MAX_ITEMS:
-                items = value.values() if isinstance(value, dict) else value
-                yield from ((item, path) for item in list(items))
+                items = list(value.values() if isinstance(value, dict) else value)
+                yield from ((item, path) for item in items if type(item) not in _PLAIN)
         elif isinstance(value, types.MethodType):
             yield from ((value.__self__, path), (value.__func__, value.__func__.__name__))
         elif isinstance(value, functools.partial):

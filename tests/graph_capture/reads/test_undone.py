@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from graph_capture.errors import NotFittingError
+from graph_capture.reads.foreign_generators import ForeignGenerators
 from graph_capture.reads.undone import undone
 from planner import optimize
 from planner.integrations.loop_loss import LoopLoss, first_called
@@ -140,3 +142,14 @@ def test_items_that_an_iterator_gave_out_are_missed(kind: str) -> None:
 
     with pytest.raises(NotFittingError, match=r"items"), undone(loss):
         loss(torch.ones(2))
+
+
+def test_numbers_in_long_lists_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set in lists has millions, which lead nowhere; its lists are put back."""
+    met: list[Any] = []
+    monkeypatch.setattr(ForeignGenerators, "meet", lambda _, value, path: met.append(value))
+    rows = [{"tokens": list(range(300 * i, 300 * i + 300))} for i in range(3)]
+    with undone(SimpleNamespace(rows=rows)):
+        rows[0]["tokens"].clear()
+    assert [len(row["tokens"]) for row in rows] == [300, 300, 300]
+    assert not any(isinstance(value, int) for value in met)
