@@ -37,6 +37,11 @@ SHARE_OF_A_SOLVE = 0.125
 FIRST_SHARES = (0.98, 0.92, 0.85)
 """Of the most that a call could hold: where schedules are searched first."""
 
+SHARES_OF_SCRATCH = (0.25, 0.5, 0.7, 0.85)
+"""Of a call's own least memory, for the loss, where the least of all calls is searched for."""
+
+SEARCHES_FOR_LEAST = 1 + len(SHARES_OF_SCRATCH)
+
 NARROWEST = 0.002
 """Intervals below this share of the most that a call could hold are not divided again."""
 
@@ -318,7 +323,7 @@ def least_for_calls(
     found = [least(alone)]
     room = replay(alone, found[0]).peak_bytes - alone.resident_bytes
     turn = _loss_of(alone)
-    for share in (0.25, 0.5, 0.7, 0.85):
+    for share in SHARES_OF_SCRATCH:
         operators = list(alone.operators)
         scratch = max(int(share * room), operators[turn].workspace_bytes)
         operators[turn] = replace(operators[turn], workspace_bytes=scratch)

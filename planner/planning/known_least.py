@@ -18,7 +18,7 @@ from solvers.schedule import Schedule
 from solvers.uniform import uniform_under_budget
 
 LEAST_MEMORY_LIMIT_S = 20.0
-"""Of one search."""
+"""Of the search for one step."""
 
 _MAX_KEPT = 8
 
@@ -27,13 +27,21 @@ _DECIDES = attrgetter(*(f.name for f in fields(Operator) if f.name != "source"))
 _found: dict[_Key, LeastMemory] = {}  # the one used last comes last; holds no graph
 
 
-def known_least_memory(graph: CostGraph, seed: int, *, any_order: bool = False) -> LeastMemory:
+def known_least_memory(
+    graph: CostGraph,
+    seed: int,
+    *,
+    any_order: bool = False,
+    time_limit_s: float = LEAST_MEMORY_LIMIT_S,
+) -> LeastMemory:
     """The least memory of a step; searched for where it is not known.
 
     Parameters
     ----------
     any_order
         Whether first runs may leave eager's order.
+    time_limit_s
+        Of a search in eager's order.
     """
     least = already_found(graph, seed, any_order=any_order)
     if least is None and any_order:
@@ -44,7 +52,7 @@ def known_least_memory(graph: CostGraph, seed: int, *, any_order: bool = False) 
             seed=seed,
         )
     elif least is None:
-        least = least_memory(graph, time_limit_s=LEAST_MEMORY_LIMIT_S, seed=seed)
+        least = least_memory(graph, time_limit_s=time_limit_s, seed=seed)
     key = _key(graph, seed, any_order)
     _found.pop(key, None)
     _found[key] = least

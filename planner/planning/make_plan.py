@@ -20,7 +20,7 @@ from graph_capture.loop.loss import LossFn, LossSource
 from graph_capture.loop.optimizer_step import OptimizerStep
 from graph_capture.policies import apply_policies
 from graph_capture.step_capture import capture_step
-from solvers.concurrent_calls import Calls
+from solvers.concurrent_calls import SEARCHES_FOR_LEAST, Calls
 from solvers.least_memory import LeastMemory
 from solvers.replay import replay
 from solvers.result import SolveResult
@@ -50,7 +50,7 @@ from .concurrent import (
     with_waiting,
     within_waiting,
 )
-from .known_least import fits_easily, known_least_memory
+from .known_least import LEAST_MEMORY_LIMIT_S, fits_easily, known_least_memory
 from .late_reads import LateRead, solve_in_time
 from .search import search
 
@@ -322,7 +322,9 @@ def _solve_together(
             search_for_calls,
             time_limit_s=options.time_limit_s,
             gap=options.gap,
-            least=lambda graph: known_least_memory(graph, options.seed),
+            least=lambda graph: known_least_memory(
+                graph, options.seed, time_limit_s=LEAST_MEMORY_LIMIT_S / SEARCHES_FOR_LEAST
+            ),
         )
     if result.schedule is not None:
         return result

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from planner import InfeasibleBudgetError, Plan, PlanWarning, applied_plan, measure, optimize
+from planner.planning import known_least
+from solvers.least_memory import least_memory
 from tests.planner.small import make, sample, square
 
 
@@ -175,3 +177,19 @@ def test_another_order_is_for_one_call() -> None:
     """Refused, since it would be ignored."""
     with pytest.raises(ValueError, match="reorder=True plans one call"):
         optimize(make(), sample(), budget_gb=1, loss_fn=square, concurrent_calls=2, reorder=True)
+
+
+def test_searches_for_the_least_memory_share_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take no more than the one search of a call alone."""
+    given: list[float] = []
+
+    def searched(*args: Any, time_limit_s: float, **words: Any) -> Any:
+        given.append(time_limit_s)
+        return least_memory(*args, time_limit_s=0.1, **words)
+
+    monkeypatch.setattr(known_least, "least_memory", searched)
+    monkeypatch.setattr(known_least, "_found", {})
+    with pytest.raises(InfeasibleBudgetError):
+        optimize(_Tower(), _batch(), loss_fn=square, budget_bytes=1000, concurrent_calls=2)
+    assert len(given) > 1
+    assert sum(given) <= known_least.LEAST_MEMORY_LIMIT_S
