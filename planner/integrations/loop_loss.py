@@ -88,7 +88,8 @@ class LoopLoss(LogsNumbers):
         if self._compute is None:
             raise PlanError(
                 "the loss of a trainer is known only while it trains: plan in its loop, by "
-                "RematCallback, or pass loss_fn="
+                "RematCallback, or pass loss_fn=; Plan.remove(model) takes away a plan that an "
+                "interrupted training has left"
             )
         with forward_set(self._model, forward), _as_before(self._owner, self._silent):
             return self._compute()
