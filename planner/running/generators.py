@@ -61,12 +61,26 @@ def rewind_cpu_generator(state: torch.Tensor) -> np.ndarray:
     """Set the state of the default CPU generator; returns the previous one.
 
     The saved state, 5 kB, is in NumPy's memory: a tensor would occupy the device's
-    memory, which is what is planned.
+    memory, which is what is planned. To read it takes a tensor for a moment, which has
+    the memory of the recorded state meanwhile.
     """
-    before = torch.get_rng_state().numpy().copy()
+    memory = state.untyped_storage()
+    recorded = np.empty(memory.nbytes(), dtype=np.uint8)
+    torch.from_numpy(recorded).copy_(_bytes_in(memory))
+    try:
+        memory.resize_(0)
+        before = torch.get_rng_state().numpy().copy()
+    finally:
+        memory.resize_(recorded.nbytes)
+        _bytes_in(memory).copy_(torch.from_numpy(recorded))
     _REWOUND.undo.append(lambda: torch.set_rng_state(torch.from_numpy(before)))
     torch.set_rng_state(state)
     return before
+
+
+def _bytes_in(memory: torch.UntypedStorage) -> torch.Tensor:
+    """A tensor of its own, so that autograd does not take a saved one for changed."""
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
 
 
 def resume_cpu_generator(before: np.ndarray) -> None:
