@@ -296,9 +296,10 @@ def _through_loss_fn(
             meter.lend(lent.memory.pop(i), i)
     if value_of is not None:
         _give_values(values, given, tensors, value_of)
-    # What a trainer computes a loss with, it undoes itself.
+    # What a trainer computes a loss with, it undoes itself. Within the meter it would hold what
+    # calls are given.
     traceless = nullcontext() if isinstance(loss_fn, LogsNumbers) else undone(loss_fn)
-    with meter, derivatives_through_model_refused(named), traceless:
+    with traceless, meter, derivatives_through_model_refused(named):
         loss = loss_fn(template.build(given, number=partial(AskedNumber, at_once=True)))
         given.clear()
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
