@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -206,15 +205,15 @@ def divided_along_the_sequence(model: Any, mesh: Any, *, local: bool = True) -> 
 
 
 class CollectivesHeard:
-    """Counts the collectives of this process by name, and gives gloo's threads time.
+    """Counts the collectives of this process by name, and lets gloo's threads free nothing.
 
-    Those at times free a buffer after the collective has ended, and a record of memory does not
-    hear of it.
+    Those hold what a collective is given until it has ended. Where they are the last to let go of
+    it, a record of memory does not hear of it; so it is held here until the result is waited for.
     """
 
-    def __init__(self, pause_s: float = 0.0) -> None:
+    def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.pause_s = pause_s
+        self._given: dict[int, tuple[Any, ...]] = {}
         self._library = torch.library.Library("_c10d_functional", "IMPL")
         names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "wait_tensor")
         for name in names:
@@ -226,8 +225,10 @@ class CollectivesHeard:
         def call(*args: Any) -> Tensor:
             self.counts[name] += 1
             result: Tensor = own._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
-            if name == "wait_tensor" and self.pause_s:
-                time.sleep(self.pause_s)
+            if name != "wait_tensor":
+                self._given[result.data_ptr()] = args
+            else:
+                self._given.pop(result.data_ptr(), None)
             return result
 
         return call
