@@ -13,9 +13,10 @@ was solved and read is kept for other budgets (:mod:`planner.compiled.readings`)
 The least memory of any schedule is searched for only where a budget comes near it, as that takes
 seconds. Where the search ends at one of the lowest levels above it, others of these that are
 cheaper are read, too: there the solver may find little more than the schedule of least memory,
-which repeats nearly everything and whose code may take more than a higher level's. Where nothing
-fits, all of them are read. They do not depend on the budget, so what an error names as the least
-is found again.
+which repeats nearly everything and whose code may take more than a higher level's. They are read
+where they may fit by what the code that was read took of what was expected. Where nothing fits, all
+of them are read. They do not depend on the budget, so what an error names as the least is found
+again.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ from .solve_step import solve_step
 WORTH_A_ROUND = 0.05
 """Share of the budget that must be unused for another round of a plan that recomputes."""
 
-MAY_FIT = 1.05
-"""Share of the budget up to which an expected peak is worth reading the code of a lowest level."""
+MAY_DIFFER = 0.015
+"""By how much what a code takes of what is expected may differ from code to code, at least: what
+was seen where codes take what is expected. Where they do not, it is how far off the last was."""
 
 LEAST_EXPECTED = 0.75
 """The least share of a level's memory that is expected of any code: results of fused kernels that
@@ -157,7 +159,8 @@ class Search:
     def _is_better(self, level: int, found: _Found, usable_bytes: int) -> bool:
         """Whether a level is faster than what was found, and may fit."""
         assert found.best is not None
-        if self._expected_bytes(level) * found.share > MAY_FIT * usable_bytes:
+        may_differ = max(MAY_DIFFER, abs(1 - found.share))
+        if self._expected_bytes(level) * found.share > (1 + may_differ) * usable_bytes:
             return False
         return _cost_ns(self._solved(level)) < found.best.cost_ns
 

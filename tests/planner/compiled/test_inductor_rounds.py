@@ -130,6 +130,16 @@ def test_one_reading_does_where_codes_take_what_is_expected(
         assert level == max(level for level in range(NUM_LEVELS) if peaks[level] <= usable)
 
 
+def test_one_reading_does_near_the_least_where_codes_take_what_is_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cheaper level is not read that was not expected to fit, as the code read bears that out."""
+    targets = [1000 + 40 * level for level in range(NUM_LEVELS)]
+    for lowest in range(3):
+        usable = targets[lowest] + 10
+        assert _within(targets, usable, monkeypatch, targets=targets) == (lowest, [lowest])
+
+
 def test_two_readings_do_where_codes_take_less_than_expected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
