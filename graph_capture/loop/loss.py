@@ -7,7 +7,7 @@ real lifetimes instead of being planned.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
@@ -26,7 +26,7 @@ from ..recording.backward_walk import Differentiator
 from ..recording.outputs import OutputTemplate, find_loss
 from ..recording.real_results import RealResults
 from ..values.asked_numbers import AskedNumber
-from ..values.loss_values import LogsNumbers, LossValues, derivatives_through_model_refused
+from ..values.loss_values import LossValues, TrainersLoss, derivatives_through_model_refused
 from .lent_outputs import LentOutputs
 from .memory_meter import MemoryMeter, Moment
 
@@ -283,7 +283,7 @@ def _through_loss_fn(
 ) -> tuple[list[int], list[torch.Tensor], LossRegion]:
     known = {storage_id(t) for t in tensors}
     first = next_sequence_number()
-    values = LossValues(logs_numbers=isinstance(loss_fn, LogsNumbers))
+    values = LossValues(logs_numbers=isinstance(loss_fn, TrainersLoss))
     meter = MemoryMeter(known=known.__contains__, twin=twin, values=values, real=real)
     lent = None if stays is None else LentOutputs.of(tensors, wanting, stays)
     sought: list[Any]  # what gradients are asked for
@@ -296,9 +296,8 @@ def _through_loss_fn(
             meter.lend(lent.memory.pop(i), i)
     if value_of is not None:
         _give_values(values, given, tensors, value_of)
-    # What a trainer computes a loss with, it undoes itself. Within the meter it would hold what
-    # calls are given.
-    traceless = nullcontext() if isinstance(loss_fn, LogsNumbers) else undone(loss_fn)
+    # Within the meter, what undoes would hold what calls are given.
+    traceless = loss_fn.undoing() if isinstance(loss_fn, TrainersLoss) else undone(loss_fn)
     with traceless, meter, derivatives_through_model_refused(named):
         loss = loss_fn(template.build(given, number=partial(AskedNumber, at_once=True)))
         given.clear()

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..calls.storage_id import bytes_in
 from ..calls.writes import hidden_writes, written_arguments
 from ..errors import NotFittingError
 from ..private_torch.dispatch import TorchDispatchMode, disable_current_modes
@@ -98,7 +99,7 @@ class _Written(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if identity_of_storage(storage) not in self._before:
             with disable_current_modes():
-                there = _bytes_in(storage).cpu().numpy().copy()
+                there = bytes_in(storage).cpu().numpy().copy()
             self._before[identity_of_storage(storage)] = storage, there
 
     def put_back(self) -> None:
@@ -106,11 +107,7 @@ class _Written(TorchDispatchMode):
         with disable_current_modes(), torch.no_grad():
             for storage, before in self._before.values():
                 if storage.nbytes() == before.nbytes:
-                    _bytes_in(storage).copy_(torch.from_numpy(before))
-
-
-def _bytes_in(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+                    bytes_in(storage).copy_(torch.from_numpy(before))
 
 
 class _Found:

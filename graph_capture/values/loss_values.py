@@ -10,8 +10,9 @@ loss is counted once, for all steps.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -55,12 +56,21 @@ class _Value:
         return self._result
 
 
-class LogsNumbers:
-    """A ``loss_fn`` that reads numbers out of the output only to log them.
+class TrainersLoss(ABC):
+    """A ``loss_fn`` that runs a trainer's own code.
 
-    While planning it is given a half, or one, for each, instead of having the model run
-    for it. Sizes and branches still go by real values.
+    It reads numbers out of the output only to log them: while planning it is given a half,
+    or one, for each, instead of having the model run for it. Sizes and branches still go by
+    real values.
     """
+
+    @abstractmethod
+    def __call__(self, output: Any) -> torch.Tensor:
+        """Return the loss."""
+
+    @abstractmethod
+    def undoing(self) -> AbstractContextManager[None]:
+        """What undoes all that calls within it do beside computing."""
 
 
 class LossValues:
@@ -70,7 +80,7 @@ class LossValues:
     ----------
     logs_numbers
         Whether any number will do for one that follows from the output, see
-        :class:`LogsNumbers`.
+        :class:`TrainersLoss`.
     """
 
     def __init__(self, *, logs_numbers: bool = False) -> None:
@@ -270,4 +280,4 @@ def derivatives_through_model_refused(
         torch.autograd.grad = before
 
 
-__all__ = ["LogsNumbers", "LossValues", "derivatives_through_model_refused"]
+__all__ = ["LossValues", "TrainersLoss", "derivatives_through_model_refused"]

@@ -18,7 +18,7 @@ from torch import nn
 
 from graph_capture.private_torch.trees import tree_map
 from graph_capture.reads.undone import undone
-from graph_capture.values.loss_values import LogsNumbers
+from graph_capture.values.loss_values import TrainersLoss
 
 from ..base.forward_slot import forward_set, original_forward
 from ..errors import PlanError
@@ -28,7 +28,7 @@ Compute = Callable[[], torch.Tensor]
 _DATA = ("train_dataset", "eval_dataset")  # which may be lists of millions
 
 
-class LoopLoss(LogsNumbers):
+class LoopLoss(TrainersLoss):
     """Computes the loss that a trainer computes, from the output of the model that it calls.
 
     Parameters
@@ -47,6 +47,7 @@ class LoopLoss(LogsNumbers):
         self._owner = owner
         self._silent = silent
         self._compute: Compute | None = None
+        self._undoing = False
 
     @contextmanager
     def of(self, compute: Compute) -> Iterator[None]:
@@ -71,6 +72,19 @@ class LoopLoss(LogsNumbers):
         """
         return self._run(_Answer(output, original_forward(self._model)))
 
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """What undoes all that calls within it do beside computing; a call does it by itself."""
+        if self._undoing:
+            yield
+            return
+        self._undoing = True
+        try:
+            with _as_before(self._owner, self._silent):
+                yield
+        finally:
+            self._undoing = False
+
     def call(self) -> tuple[tuple, dict[str, Any]]:
         """Return the arguments with which the trainer would call the model now."""
         recorder = _Recorder()
@@ -91,7 +105,7 @@ class LoopLoss(LogsNumbers):
                 "RematCallback, or pass loss_fn=; Plan.remove(model) takes away a plan that an "
                 "interrupted training has left"
             )
-        with forward_set(self._model, forward), _as_before(self._owner, self._silent):
+        with forward_set(self._model, forward), self.undoing():
             return self._compute()
 
 

@@ -15,6 +15,7 @@ from types import TracebackType
 import numpy as np
 import torch
 
+from graph_capture.calls.storage_id import bytes_in
 from graph_capture.private_torch.autograd import set_grad_enabled
 
 
@@ -66,21 +67,16 @@ def rewind_cpu_generator(state: torch.Tensor) -> np.ndarray:
     """
     memory = state.untyped_storage()
     recorded = np.empty(memory.nbytes(), dtype=np.uint8)
-    torch.from_numpy(recorded).copy_(_bytes_in(memory))
+    torch.from_numpy(recorded).copy_(bytes_in(memory))
     try:
         memory.resize_(0)
         before = torch.get_rng_state().numpy().copy()
     finally:
         memory.resize_(recorded.nbytes)
-        _bytes_in(memory).copy_(torch.from_numpy(recorded))
+        bytes_in(memory).copy_(torch.from_numpy(recorded))
     _REWOUND.undo.append(lambda: torch.set_rng_state(torch.from_numpy(before)))
     torch.set_rng_state(state)
     return before
-
-
-def _bytes_in(memory: torch.UntypedStorage) -> torch.Tensor:
-    """A tensor of its own, so that autograd does not take a saved one for changed."""
-    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
 
 
 def resume_cpu_generator(before: np.ndarray) -> None:

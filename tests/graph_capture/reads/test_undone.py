@@ -127,6 +127,28 @@ def test_a_training_step_is_called_while_planning_without_a_trace() -> None:
     assert torch.equal(x, torch.ones(2, 4))
 
 
+def test_what_a_training_step_keeps_is_there_while_its_loss_is_differentiated() -> None:
+    """It counts as it does for a loss that is passed; it is put back later."""
+
+    class Keeping:
+        kept: list[Tensor] | None = None
+
+        def __init__(self) -> None:
+            self.net = nn.Linear(4, 4)
+
+        def loss(self, output: Tensor) -> Tensor:
+            self.kept = [output.detach().exp()]
+            return output.square().mean()
+
+    owner, x = Keeping(), torch.ones(64, 4)
+    loss = LoopLoss(owner.net, owner)
+    with loss.of(lambda: owner.loss(owner.net(x))):
+        by_trainer = optimize(owner.net, x, budget_gb=1, loss_fn=loss)
+    passed = optimize(owner.net, x, budget_gb=1, loss_fn=owner.loss)
+    assert by_trainer.loss.region.workspace_bytes == passed.loss.region.workspace_bytes
+    assert owner.kept is None
+
+
 @pytest.mark.parametrize("kind", ["loader", "generator", "enumerate"])
 def test_items_that_an_iterator_gave_out_are_missed(kind: str) -> None:
     """They cannot be put back, so the loss is refused in words."""
