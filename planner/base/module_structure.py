@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from operator import eq, is_, itemgetter, methodcaller
@@ -119,7 +120,8 @@ class Structure:
 class LiveStructure:
     """Checks quickly whether a live model is still built the same way.
 
-    Keeps the modules alive, as their training loop does.
+    Keeps the modules alive, as their training loop does. Others may hold on to the modules'
+    tables of parameters and buffers: a table in the place of another is a difference.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -129,6 +131,7 @@ class LiveStructure:
         below = modules[1:]
         self._attributes = [vars(module) for module in below]
         self._tables = list(map(_TABLES, self._attributes))
+        self._own_tables = _OWN_TABLES(vars(model))
         self._forwards = list(map(_FORWARD, self._attributes))
         self._parents = [children_of(m) for m in modules if children_of(m)]
         self._leaves = [children_of(m) for m in modules if not children_of(m)]
@@ -142,9 +145,10 @@ class LiveStructure:
 
     def difference(self) -> str | None:
         """The first thing that is not as it was, in words."""
-        if self._unchanged():
-            return None
-        return self._structure.difference()
+        with suppress(RuntimeError):  # tables with other tensors, which are no truth values
+            if self._unchanged():
+                return None
+        return self._structure.difference() or "the table of a module's parts is another one"
 
     def _unchanged(self) -> bool:
         return (
@@ -153,13 +157,15 @@ class LiveStructure:
             and all(map(is_, map(type, self._modules), self._kinds))
             and all(map(eq, map(tuple, map(dict.values, self._parents)), self._children))
             and all(map(eq, map(_TABLES, self._attributes), self._tables))
+            and all(map(is_, _OWN_TABLES(vars(self._modules[0])), self._own_tables))
             and all(map(is_, map(_FORWARD, self._attributes), self._forwards))
             and all(tuple(table) == then for table, then in self._with_hooks)
             and all(_at(a) is _at(b) for a, b in self._structure.tied)
         )
 
 
-_TABLES = itemgetter("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
+_TABLES = itemgetter("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_OWN_TABLES = itemgetter("_modules", "_parameters", "_buffers")
 _HOOK_TABLES = itemgetter(*_HOOKS)
 _FORWARD = methodcaller("get", "forward")
 

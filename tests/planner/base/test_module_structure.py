@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from planner.base.module_structure import Structure
+from planner.base.module_structure import LiveStructure, Structure
 
 
 def build() -> nn.Sequential:
@@ -62,6 +62,24 @@ def test_a_tie_that_stays_does_not():
     structure = Structure.of(model)
     model[0].weight = model[2].weight = nn.Parameter(torch.zeros(4, 4))
     assert structure.holds()
+
+
+def test_a_table_in_the_place_of_another_is_a_difference():
+    """Here ``nn.Sequential`` makes one, with equal contents, and takes modules from it later."""
+    model = build()
+    live, table = LiveStructure(model), model._modules
+    model.insert(1, nn.Tanh())
+    del model[1]
+    assert model._modules is not table
+    assert live.difference() is not None
+
+
+def test_parameters_in_another_table_are_a_difference():
+    """They are compared as objects: tensors are no truth values."""
+    model = build()
+    live = LiveStructure(model)
+    model[0]._parameters = {name: nn.Parameter(p + 1) for name, p in model[0].named_parameters()}
+    assert live.difference() is not None
 
 
 def test_it_keeps_nothing_alive():
