@@ -48,14 +48,17 @@ class FakeInputs:
         where = self._target.place(tensor.device)
         fake: torch.Tensor
         if where == tensor.device and not isinstance(tensor, FakeTensor):
-            fake = self._fake_mode.from_tensor(tensor, static_shapes=True)
+            fake = self._fake_mode.from_tensor(_without_former_gradient(tensor), static_shapes=True)
             memory, num_bytes = fake.untyped_storage(), tensor.untyped_storage().nbytes()
             if with_rest and memory.nbytes() < num_bytes:
                 memory.resize_(num_bytes)
         else:
             fake = self._moved(tensor, where)
-        if tensor.requires_grad and not fake.is_leaf:
+        if tensor.requires_grad and not (fake.is_leaf and fake.requires_grad):
+            is_parameter = isinstance(tensor, nn.Parameter)
             fake = fake.detach().requires_grad_()
+            if is_parameter:
+                pass_for_parameter(fake)
         return fake
 
     def of_arguments(self, arguments: Any) -> Any:
@@ -75,3 +78,14 @@ class FakeInputs:
         if isinstance(tensor, nn.Parameter):
             pass_for_parameter(fake)
         return fake
+
+
+def _without_former_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """Leave a gradient out that is not of the tensor's size or dtype any more.
+
+    ``tensor.data`` was exchanged since, and ``zero_grad`` comes after the forward pass.
+    """
+    gradient = tensor.grad if tensor.is_leaf else None
+    if gradient is None or (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype):
+        return tensor
+    return tensor.detach()
