@@ -12,6 +12,7 @@ from graph_capture.private_torch.inductor import GeneratedCode, kernels_do_nothi
 from graph_capture.private_torch.joined_kernels import compiling_together
 
 from .sizes import concrete
+from .without_values import WithoutValues
 
 Boxed = Callable[[list[Any]], Sequence[Any]]
 """Takes one list of arguments, which it empties."""
@@ -28,7 +29,12 @@ def runnable(code: GeneratedCode, *, truth: bool = False) -> Boxed:
     with kernels_do_nothing():
         names = _executed(code)
     names["empty_strided_cpu"] = _true_strided if truth else _zeros_strided
-    call: Boxed = names["call"]
+    generated: Boxed = names["call"]
+
+    def call(boxed: list[Any]) -> Sequence[Any]:
+        with WithoutValues():
+            return generated(boxed)
+
     return call
 
 
