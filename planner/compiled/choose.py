@@ -32,6 +32,7 @@ from .lowered_peak import handed_over_bytes, lowered_extra_bytes
 from .options import CompiledOptions
 from .priced_step import PricedStep, unplanned_peak_bytes
 from .readings import name_of, peak_of
+from .repeated_calls import needed_at_turn
 from .solve_step import solve_step
 
 OWN_MAY_FIT = 0.7
@@ -124,9 +125,10 @@ def _by_reading(
     resident_bytes, num_outputs = priced.graph.resident_bytes, len(priced.step.outputs)
 
     def lower(forward: GraphModule, backward: GraphModule) -> int:
-        return resident_bytes + lowered_extra_bytes(
+        peak_bytes = resident_bytes + lowered_extra_bytes(
             forward, backward, num_outputs, releases_outputs=options.outputs == "released"
         )
+        return max(peak_bytes, needed_at_turn(priced, handed_over_bytes(forward)))
 
     usable_bytes = budget.usable_bytes
     unplanned_bytes = unplanned_peak_bytes(priced)
@@ -139,7 +141,9 @@ def _by_reading(
     theirs: Lowered | None = None
     if usable_bytes >= OWN_MAY_FIT * unplanned_bytes:
         graphs = own()
-        if resident_bytes + handed_over_bytes(graphs[0]) <= usable_bytes:
+        saved_bytes = handed_over_bytes(graphs[0])
+        at_turn_bytes = needed_at_turn(priced, saved_bytes)
+        if max(resident_bytes + saved_bytes, at_turn_bytes) <= usable_bytes:
             theirs = read_own(*graphs)
             if theirs.choice.peak_bytes <= usable_bytes:
                 return theirs

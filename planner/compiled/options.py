@@ -38,6 +38,9 @@ class CompiledOptions:
     later_bytes
         What graphs after a graph break hold while an earlier one runs: their parameters,
         gradients and results. Counted in the plans of graphs without a loss.
+    calls
+        How often each graph without a loss runs before its backward passes: the number of layers
+        where each is compiled by itself.
     outputs
         ``"held"``: the caller has the results of a graph until the step ends. ``"released"``: of
         them only the loss, once forward has ended.
@@ -58,6 +61,7 @@ class CompiledOptions:
     lower: Lower = "inductor"
     resident_bytes: int = 0
     later_bytes: int = 0
+    calls: int = 1
     outputs: Outputs = "held"
     grads: Grads = "none"
     on_plan: Callable[[CompiledPlan], Any] | None = None
@@ -103,9 +107,10 @@ class CompiledOptions:
         on_plan = given.get("on_plan")
         if on_plan is not None and not callable(on_plan):
             raise ValueError(f"on_plan is a function of a plan, got {on_plan!r:.100}")
-        rounds = given.get("rounds", 5)
-        if type(rounds) is not int or rounds < 1:
-            raise ValueError(f"rounds is a number from 1, got {rounds!r:.100}")
+        rounds, calls = given.get("rounds", 5), given.get("calls", 1)
+        for name, number in (("rounds", rounds), ("calls", calls)):
+            if type(number) is not int or number < 1:
+                raise ValueError(f"{name} is a number from 1, got {number!r:.100}")
         holds = LoopHolds.of(
             given.get("outputs", "held"), given.get("grads", "none"), given.get("resident_bytes", 0)
         )
@@ -122,6 +127,7 @@ class CompiledOptions:
             lower=lower,
             resident_bytes=holds.resident_bytes,
             later_bytes=later_bytes,
+            calls=calls,
             outputs=holds.outputs,
             grads=holds.grads,
             on_plan=on_plan,

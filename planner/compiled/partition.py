@@ -26,10 +26,18 @@ from .compiled_plan import CompiledPlan
 from .emit import emit
 from .fused_groups import fuse, kernel_ns
 from .joint_step import JointStep, read_joint_step, tensors_of
-from .lowered_peak import copied
+from .lowered_peak import copied, handed_over_bytes
 from .options import CompiledOptions
 from .pending_calls import PlannedGraph
 from .priced_step import device_of, price_step, unplanned_peak_bytes, without_unused_states
+from .repeated_calls import (
+    RepeatedCalls,
+    counting,
+    counting_everything,
+    held_by_others,
+    saved_bytes,
+    share_among,
+)
 from .sizes import concrete, num_bytes, plan_for_largest
 from .solve_step import solve_step
 from .step_so_far import Part, StepSoFar
@@ -111,14 +119,20 @@ class Partitioner:
             others_bytes += asked.later_bytes
         _warn_of_parts(has_loss, bool(taken_bytes), others_bytes)
         counted_bytes, others_bytes = others_bytes, others_bytes + asked.resident_bytes
-        older_bytes = 0
-        if asked.grads == "accumulated":
-            older_bytes = max(0, _gradient_bytes(step) - sum(taken_bytes))
+        gradient_bytes = max(0, _gradient_bytes(step) - sum(taken_bytes))
+        older_bytes = gradient_bytes if asked.grads == "accumulated" else 0
         options = replace(asked, resident_bytes=others_bytes + older_bytes)
+        calls = RepeatedCalls(
+            num_calls=1 if has_loss else max(1, asked.calls - self._num_waiting),
+            weight_bytes=_weight_bytes(inputs, gradient_bytes),
+            gradient_bytes=gradient_bytes,
+            taken_bytes=sum(taken_bytes) if asked.outputs == "released" else 0,
+            accumulates=asked.grads == "accumulated",
+        )
         plan_for_largest(step)
         try:
             plan, graphs = self._planned(
-                step, options, module, joint_inputs, static_lifetime_input_indices
+                step, options, calls, module, joint_inputs, static_lifetime_input_indices
             )
         except InfeasibleBudgetError as error:
             if has_loss and not taken_bytes:
@@ -131,7 +145,8 @@ class Partitioner:
             ) from None
         plan = replace(plan, planning_s=time.perf_counter() - begin_s)
         logger.info("%s", plan)
-        part = Part.of(plan, others_bytes)
+        repeated_bytes = held_by_others(plan.graph)
+        part = Part.of(plan, others_bytes + repeated_bytes)
         if self._runs_at_once:
             self._so_far.parts.append(part)
         else:
@@ -139,7 +154,7 @@ class Partitioner:
         self.planned = PlannedGraph(
             device=device_of(step),
             peak_bytes=plan.predicted_peak_bytes,
-            others_bytes=counted_bytes,
+            others_bytes=counted_bytes + repeated_bytes,
             usable_bytes=plan.usable_bytes,
             saved_bytes=plan.saved_bytes,
             output_bytes=plan.held_output_bytes if has_loss else 0,
@@ -158,6 +173,13 @@ class Partitioner:
         """Whether the graph is compiled for a call that is to run, as earlier graphs have."""
         return self.inputs is not None and not any(isinstance(t, FakeTensor) for t in self.inputs)
 
+    @property
+    def _num_waiting(self) -> int:
+        """How many calls of the step wait for their backward pass."""
+        if self._runs_at_once:
+            return self._so_far.calls.num_waiting
+        return len(self._so_far.parts)
+
     def _held_bytes(self, taken_bytes: Sequence[int], device: torch.device) -> int:
         """What earlier graphs of the step hold, beside what this one takes from them."""
         if not self._runs_at_once:
@@ -170,12 +192,13 @@ class Partitioner:
         self,
         step: JointStep,
         options: CompiledOptions,
+        calls: RepeatedCalls,
         module: GraphModule,
         joint_inputs: Sequence[Any],
         static: Sequence[int] | None,
     ) -> tuple[CompiledPlan, Graphs]:
         if options.lower == "aot_eager":
-            return _for_eager_kernels(step, options)
+            return _for_eager_kernels(step, options, calls)
 
         def own() -> Graphs:
             forward, backward = min_cut_partition(
@@ -186,7 +209,7 @@ class Partitioner:
             )
             return forward, backward
 
-        return _for_inductor(step, options, own)
+        return _for_inductor(step, options, calls, own)
 
 
 def _gradient_bytes(step: JointStep) -> int:
@@ -196,16 +219,27 @@ def _gradient_bytes(step: JointStep) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[CompiledPlan, Graphs]:
+def _weight_bytes(inputs: Sequence[torch.Tensor] | None, gradient_bytes: int) -> int:
+    """Bytes of the parameters among a graph's inputs, frozen ones included where they are known."""
+    if inputs is None:
+        return gradient_bytes
+    return sum(num_bytes(t) for t in inputs if isinstance(t, torch.nn.Parameter))
+
+
+def _for_eager_kernels(
+    step: JointStep, options: CompiledOptions, calls: RepeatedCalls
+) -> tuple[CompiledPlan, Graphs]:
     priced = price_step(
         step,
         resident_bytes=options.resident_bytes,
         releases_outputs=options.outputs == "released",
     )
     budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
-    result = solve_step(priced, budget, options.solving)
+    shared = share_among(priced, calls, budget, options.solving)
+    result = solve_step(shared.priced, budget, options.solving, hint=shared.schedule)
     assert result.schedule is not None
-    graph = without_unused_states(priced, result.schedule)
+    counted = counting(priced, calls, saved_bytes(priced, result.schedule))
+    graph = without_unused_states(counted, result.schedule)
     plan = CompiledPlan(
         graph=graph,
         schedule=result.schedule,
@@ -214,16 +248,17 @@ def _for_eager_kernels(step: JointStep, options: CompiledOptions) -> tuple[Compi
         budget_bytes=options.budget_bytes,
         headroom_bytes=budget.headroom_bytes,
         predicted_peak_bytes=replay(graph, result.schedule).peak_bytes,
-        unplanned_peak_bytes=unplanned_peak_bytes(priced),
+        unplanned_peak_bytes=unplanned_peak_bytes(counting_everything(priced, calls)),
         lower_bound_ns=result.lower_bound_ns,
         status=result.status,
         solve_s=result.solve_s,
+        notes=() if calls.num_calls == 1 else (OF_REPEATED_CALLS,),
     )
     return plan, emit(priced, result.schedule)
 
 
 def _for_inductor(
-    step: JointStep, options: CompiledOptions, own: Callable[[], Graphs]
+    step: JointStep, options: CompiledOptions, calls: RepeatedCalls, own: Callable[[], Graphs]
 ) -> tuple[CompiledPlan, Graphs]:
     warn_of_loops(step.module, step.calls)
     fused = fuse(step)
@@ -238,20 +273,29 @@ def _for_inductor(
         group_ns=lambda group, outside: kernel_ns(group, outside, device),
     )
     budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
-    lowered = choose(priced, budget, options, own)
+    shared = share_among(priced, calls, budget, options.solving)
+    lowered = choose(shared.priced, budget, options, own)
     chosen = lowered.choice
     solved = chosen.schedule
+    counted = counting(priced, calls, handed_over_bytes(lowered.forward))
+    too_much_bytes = held_by_others(shared.priced.graph) - held_by_others(counted.graph)
     notes = [FITS_AS_IT_IS if solved is None else OF_FUSION]
     notes.append(PEAK_IS_READ if lowered.is_read else PEAK_BY_RULE)
+    if calls.num_calls > 1:
+        notes.append(OF_REPEATED_CALLS)
     plan = CompiledPlan(
-        graph=priced.graph,
+        graph=counted.graph,
         schedule=Schedule.keep_all(priced.graph) if solved is None else solved,
         turn=priced.turn,
         lower=options.lower,
         budget_bytes=options.budget_bytes,
         headroom_bytes=budget.headroom_bytes,
-        predicted_peak_bytes=chosen.peak_bytes,
-        unplanned_peak_bytes=chosen.unplanned_peak_bytes,
+        predicted_peak_bytes=chosen.peak_bytes - too_much_bytes,
+        unplanned_peak_bytes=(
+            chosen.unplanned_peak_bytes
+            if calls.num_calls == 1
+            else unplanned_peak_bytes(counting_everything(priced, calls))
+        ),
         lower_bound_ns=chosen.lower_bound_ns,
         status=chosen.status,
         solve_s=lowered.solve_s,
@@ -262,6 +306,7 @@ def _for_inductor(
 
 FITS_AS_IT_IS = "PyTorch's own partition fits, nothing was solved"
 OF_FUSION = "bound and gap speak of kernels fused by rule"
+OF_REPEATED_CALLS = "bound and gap speak of calls that save no more than these"
 PEAK_IS_READ = "the peak is that of the code that Inductor generates"
 PEAK_BY_RULE = "the peak is predicted by rule, not read from Inductor's code"
 

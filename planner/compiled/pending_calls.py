@@ -92,9 +92,10 @@ class PlannedGraph:
             f"{'the backward pass of a graph' if later else 'a graph'} runs, and its plan counts "
             f"{format_bytes(max(0, self.others_bytes))}: the step is {format_bytes(over_bytes)} "
             f"above its budget of {format_bytes(self.usable_bytes)}. A graph runs several times "
-            "before its backward pass (layers of one code after a graph break, or several calls "
-            "before backward()), or plain Python between graphs holds memory. Let the plans count "
-            f"it, by the option {option}={counted} (if nothing fits with it, less may do); call "
+            "before its backward pass (layers of one code, or several calls before backward()), or "
+            "plain Python between graphs holds memory. Let the plans count layers that are "
+            "compiled each by itself by the option calls, how many there are; by "
+            f"{option}={counted} anything else (if nothing fits with it, less may do); call "
             "backward() after each call; or compile without breaks (fullgraph=True shows them)"
         )
 
@@ -123,6 +124,12 @@ class PendingCalls:
         if accumulates:
             held_bytes += _Memory(device, _with_gradients(there)).bytes_without(own)
         return held_bytes
+
+    @property
+    def num_waiting(self) -> int:
+        """How many calls there are whose backward pass has not run."""
+        self._forget_those_that_ran()
+        return len(self._calls)
 
     def watched(self, graph: PlannedGraph, function: Callable[..., Any]) -> Callable[..., Any]:
         """The compiled function of a graph, each call of which is compared with the plan."""

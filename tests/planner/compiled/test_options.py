@@ -26,6 +26,8 @@ from planner.compiled.options import CompiledOptions
         ({"budget_gb": 1, "time_limit_s": -1}, "time_limit_s must be"),
         ({"budget_gb": 1, "later_bytes": -1}, "^later_bytes is a number of bytes"),
         ({"budget_gb": 1, "later_bytes": "x"}, "^later_bytes='x': not an amount"),
+        ({"budget_gb": 1, "calls": 0}, "calls is a number from 1, got 0"),
+        ({"budget_gb": 1, "rounds": True}, "rounds is a number from 1, got True"),
         ({"budget_gb": 1, "outputs": "free"}, "outputs is 'held' or 'released', got 'free'"),
         ("budget_gb=40", "options is a dictionary"),
     ],

@@ -60,7 +60,9 @@ def test_a_graph_that_runs_for_several_layers_counts_each_time() -> None:
     """A budget that its plan keeps for one layer alone is refused, and says how much to count."""
     model, x = _repeated()
     call, plans = compiled(model, budget_bytes=BUDGET_BYTES)
-    with pytest.raises(PlanError, match=r"A graph runs several times.* later_bytes=214912 "):
+    with pytest.raises(
+        PlanError, match=r"A graph runs several times.* later_bytes=214912 anything"
+    ):
         step(model, call, x)
     assert all(plan.predicted_peak_bytes <= BUDGET_BYTES for plan in plans)
 
