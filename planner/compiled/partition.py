@@ -117,7 +117,7 @@ class Partitioner:
         has_loss = any(t.numel() <= 1 for n in step.tangents for t in tensors_of(n.meta["val"]))
         if not has_loss:
             others_bytes += asked.later_bytes
-        _warn_of_parts(has_loss, bool(taken_bytes), others_bytes)
+        _warn_of_parts(has_loss, bool(taken_bytes), others_bytes, asked.calls)
         counted_bytes, others_bytes = others_bytes, others_bytes + asked.resident_bytes
         gradient_bytes = max(0, _gradient_bytes(step) - sum(taken_bytes))
         older_bytes = gradient_bytes if asked.grads == "accumulated" else 0
@@ -330,8 +330,17 @@ AFTER_A_BREAK = (
 )
 
 
-def _warn_of_parts(has_loss: bool, goes_on: bool, others_bytes: int) -> None:
-    if goes_on and others_bytes:
+ONE_OF_SEVERAL_CALLS = (
+    "compiled graphs run {calls} times in the training step: their plans count all of these calls, "
+    "but not what is computed outside of them, such as the loss. Say what that holds by "
+    "resident_bytes="
+)
+
+
+def _warn_of_parts(has_loss: bool, goes_on: bool, others_bytes: int, calls: int) -> None:
+    if not has_loss and calls > 1:
+        warnings.warn(ONE_OF_SEVERAL_CALLS.format(calls=calls), PlanWarning, stacklevel=2)
+    elif goes_on and others_bytes:
         said = AFTER_A_BREAK.format(held=format_bytes(others_bytes))
         warnings.warn(said, PlanWarning, stacklevel=2)
     elif not has_loss or goes_on:
