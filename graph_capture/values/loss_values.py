@@ -60,8 +60,9 @@ class TrainersLoss(ABC):
     """A ``loss_fn`` that runs a trainer's own code.
 
     It reads numbers out of the output only to log them: while planning it is given a half,
-    or one, for each, instead of having the model run for it. Sizes and branches still go by
-    real values.
+    or one, for each, instead of having the model run for it. So it is with what a mask picks
+    that is not differentiated: all of it, the most memory that it may take. Other sizes, and
+    branches, still go by real values.
     """
 
     @abstractmethod
@@ -136,6 +137,8 @@ class LossValues:
             if dtype != torch.bool and (found is None or found[2]):
                 return 0.5 if dtype.is_floating_point else 1
         if makes and (found is None or found[2]):
+            if self._logs_numbers and _picks_undifferentiated(args, kwargs, asks):
+                return made_like(Outcome.of(self._compute(func, args, kwargs, _all)), func, args)
             raise NotFittingError(
                 f"loss_fn makes a size out of values of the model's output ({func}), which each "
                 f"step has others of. {_ADVICE}"
@@ -156,7 +159,13 @@ class LossValues:
         with for_real():
             return _get(value).detach().cpu().clone()
 
-    def _compute(self, func: Any, args: tuple, kwargs: dict) -> Any:
+    def _compute(
+        self,
+        func: Any,
+        args: tuple,
+        kwargs: dict,
+        value_of: Callable[[torch.Tensor], Any] | None = None,
+    ) -> Any:
         asked = {id(t) for t in tree_iter(deciding(func, args, kwargs))}
 
         def value(x: Any) -> Any:
@@ -168,7 +177,7 @@ class LossValues:
                         torch.ops.aten.clone.default, (x,), {}, torch.device("cpu")
                     )
                 return _Value(lambda: blank, of_output=False)
-            return self._of(x)
+            return (value_of or self._of)(x)
 
         return _run(func, tree_map(value, args), tree_map(value, kwargs), copies=False)
 
@@ -200,6 +209,21 @@ class LossValues:
     def _set(self, tensor: torch.Tensor, value: _Value) -> None:
         memory = identity_of_storage(tensor.untyped_storage())
         self._values[tensor] = (value, self._num_writes.get(memory, 0))
+
+
+def _picks_undifferentiated(args: tuple, kwargs: dict, asks: Any) -> bool:
+    """Whether masks decide what a call returns, and no gradient goes through it."""
+    tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)]
+    masks = [t for t in tree_iter(asks) if isinstance(t, torch.Tensor)]
+    return all(mask.dtype == torch.bool for mask in masks) and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    )
+
+
+def _all(mask: torch.Tensor) -> _Value:
+    with for_real():
+        picked = torch.ones(mask.shape, dtype=torch.bool)
+    return _Value(lambda: picked, of_output=False)
 
 
 def _item(whole: _Value, i: int) -> Any:

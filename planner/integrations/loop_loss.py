@@ -87,7 +87,7 @@ class LoopLoss(TrainersLoss):
 
     def call(self) -> tuple[tuple, dict[str, Any]]:
         """Return the arguments with which the trainer would call the model now."""
-        recorder = _Recorder()
+        recorder = _Recorder(original_forward(self._model))
         try:
             self._run(recorder)
         except _Recorded:
@@ -120,7 +120,7 @@ def first_called(owner: nn.Module, compute: Compute, silent: tuple[str, ...]) ->
         recorders = {}
         for module in candidates:
             if any(p.requires_grad for p in module.parameters()):
-                recorders[module] = _Recorder()
+                recorders[module] = _Recorder(original_forward(module))
                 stack.enter_context(forward_set(module, recorders[module]))
         with suppress(_Recorded):
             compute()
@@ -152,12 +152,15 @@ class _Recorded(Exception):
 
 
 class _Recorder:
-    """A forward that takes down its call instead of running."""
+    """A forward that takes down its training call instead of running."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: Callable[..., Any]) -> None:
+        self._own = own
         self.call: tuple[tuple, dict[str, Any]] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._own(*args, **kwargs)
         self.call = args, kwargs
         raise _Recorded
 
