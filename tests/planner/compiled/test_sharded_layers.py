@@ -80,10 +80,12 @@ def _work(rank: int, folder: str) -> None:
 
 
 def test_layers_of_a_sharded_model_stay_within_one_budget(tmp_path: Path) -> None:
-    """With the gradients of the step without a budget, near the prediction, on each rank."""
+    """With the gradients of the step without a budget, on each rank; the plan counts weights of
+    other layers as if they were not sharded again."""
     spawn_ranks(_work, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / str(rank))
         assert_same_tensors(found["expected"], found["found"])
+        assert found["predicted"] <= found["budget"]
+        assert 0.6 * found["predicted"] <= found["measured"] <= 1.01 * found["predicted"]
         assert found["measured"] <= found["budget"]
-        assert abs(found["measured"] - found["predicted"]) <= 0.01 * found["predicted"]
