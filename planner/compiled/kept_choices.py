@@ -129,15 +129,50 @@ def keep_choice(path: Path, choice: Choice) -> None:
     PlanWarning
         When it cannot be written.
     """
+    _write(path, choice.to_json())
+
+
+def _write(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(path, choice.to_json())
+        write_whole(path, text)
     except OSError as error:
         _warn(f"{path} cannot be written ({error}): the next process plans again")
+
+
+def read_bound(path: Path, most_bytes: int) -> int | None:
+    """How much each call of a graph may save, if that is kept.
+
+    Warns
+    -----
+    PlanWarning
+        When the file cannot be read or is damaged.
+    """
+    try:
+        bound_bytes = read_json(read_regular(path, _LARGEST_BYTES))
+        if type(bound_bytes) is not int or not 0 < bound_bytes <= most_bytes:
+            raise ValueError("it is no number of bytes that a call may save")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _warn(f"{path} cannot be used ({error}): the plan is made again")
+        return None
+    return bound_bytes
+
+
+def keep_bound(path: Path, bound_bytes: int) -> None:
+    """Write how much each call may save, whole or not at all.
+
+    Warns
+    -----
+    PlanWarning
+        When it cannot be written.
+    """
+    _write(path, str(bound_bytes))
 
 
 def _warn(text: str) -> None:
     warnings.warn(printable(text, lines=True), PlanWarning, stacklevel=3)
 
 
-__all__ = ["Choice", "keep_choice", "place_of", "read_choice"]
+__all__ = ["Choice", "keep_bound", "keep_choice", "place_of", "read_bound", "read_choice"]

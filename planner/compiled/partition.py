@@ -30,6 +30,7 @@ from .lowered_peak import copied, handed_over_bytes
 from .options import CompiledOptions
 from .pending_calls import PlannedGraph
 from .priced_step import device_of, price_step, unplanned_peak_bytes, without_unused_states
+from .readings import name_of
 from .repeated_calls import (
     RepeatedCalls,
     counting,
@@ -273,7 +274,8 @@ def _for_inductor(
         group_ns=lambda group, outside: kernel_ns(group, outside, device),
     )
     budget = parse_headroom(options.headroom, options.budget_bytes, priced.device.type)
-    shared = share_among(priced, calls, budget, options.solving)
+    kept_for = name_of(priced) if calls.num_calls > 1 else None
+    shared = share_among(priced, calls, budget, options.solving, kept_for=kept_for)
     lowered = choose(shared.priced, budget, options, own)
     chosen = lowered.choice
     solved = chosen.schedule

@@ -27,6 +27,7 @@ from ..base.solve_options import SolveOptions
 from ..errors import InfeasibleBudgetError
 from ..planning.known_least import known_least_memory
 from ..planning.search import search
+from .kept_choices import keep_bound, place_of, read_bound
 from .priced_step import PricedStep
 
 HELD_BY_OTHERS = "held by other calls of the graph"
@@ -92,7 +93,12 @@ class Shared:
 
 
 def share_among(
-    priced: PricedStep, calls: RepeatedCalls, budget: Budget, solving: SolveOptions
+    priced: PricedStep,
+    calls: RepeatedCalls,
+    budget: Budget,
+    solving: SolveOptions,
+    *,
+    kept_for: str | None = None,
 ) -> Shared:
     """Find how much each call may save.
 
@@ -102,6 +108,9 @@ def share_among(
         The step of one call.
     budget
         Of all calls together.
+    kept_for
+        The name under which that is kept for other processes, without a schedule; ``None`` where
+        it is not.
 
     Raises
     ------
@@ -113,6 +122,10 @@ def share_among(
     usable_bytes = budget.usable_bytes
     trial = replace(solving, time_limit_s=solving.time_limit_s * SHARE_OF_A_TRIAL)
     most_bytes = saved_bytes(priced, Schedule.keep_all(priced.graph))
+    place = None if kept_for is None else place_of(kept_for, calls, usable_bytes, solving)
+    kept_bytes = None if place is None else read_bound(place, most_bytes)
+    if kept_bytes is not None:
+        return Shared(priced=bounded(priced, calls, kept_bytes, usable_bytes))
     found: dict[int, tuple[int, Shared]] = {}  # by the bound: the time in ns, and what takes it
 
     def attempt(bound_bytes: int, *hints: Schedule) -> None:
@@ -141,7 +154,10 @@ def share_among(
             for bound_bytes in (best_bytes - apart_bytes, best_bytes + apart_bytes):
                 if 0 < bound_bytes < most_bytes:
                     attempt(bound_bytes)
-    return min(found.values(), key=lambda pair: pair[0])[1]
+    best_bytes = min(found, key=lambda bound: found[bound][0])
+    if place is not None:
+        keep_bound(place, best_bytes)
+    return found[best_bytes][1]
 
 
 def bounded(

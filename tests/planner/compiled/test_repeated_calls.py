@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from graph_capture.cost_graph import CostGraph, Operator, Storage
 from planner import InfeasibleBudgetError, PlanError, PlanWarning
 from planner.base.budget import Budget
 from planner.base.solve_options import SolveOptions
-from planner.compiled import CompiledPlan
+from planner.compiled import CompiledPlan, repeated_calls
 from planner.compiled.priced_step import PricedStep
 from planner.compiled.repeated_calls import RepeatedCalls, saved_bytes, share_among
 from planner.measuring.measure import measure
@@ -202,6 +203,25 @@ def test_what_is_found_leaves_the_other_calls_room() -> None:
     assert set(refused) <= {(None, True)}
     assert num_found >= 4
     assert lost / num_found <= 0.02
+
+
+def test_another_process_does_not_search_again(
+    choices_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much a call may save is kept beside Inductor's cache; a damaged file is said."""
+    priced, calls = _drawn(random.Random(1)), RepeatedCalls(num_calls=3)
+    budget = Budget(total_bytes=300, headroom_bytes=0)
+    first = share_among(priced, calls, budget, SolveOptions(time_limit_s=1.0), kept_for="a step")
+    search = repeated_calls.search
+    monkeypatch.setattr(repeated_calls, "search", None)
+    again = share_among(priced, calls, budget, SolveOptions(time_limit_s=1.0), kept_for="a step")
+    assert again.priced.graph == first.priced.graph != priced.graph
+    (kept,) = choices_folder.glob("remat/*/*.json")
+    for text in ("0", "[1]", "1e9", "nothing"):
+        kept.write_text(text)
+        monkeypatch.setattr(repeated_calls, "search", search)
+        with pytest.warns(PlanWarning, match=r"cannot be used .*: the plan is made again"):
+            share_among(priced, calls, budget, SolveOptions(time_limit_s=1.0), kept_for="a step")
 
 
 def test_what_other_calls_hold() -> None:
