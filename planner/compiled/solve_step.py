@@ -10,7 +10,7 @@ from ..base.budget import Budget, nothing_fits
 from ..base.solve_options import SolveOptions
 from ..errors import PlanError
 from ..planning.known_least import fits_easily, known_least_memory
-from ..planning.search import search
+from ..planning.search import search, search_from_easy
 from .priced_step import PricedStep, unplanned_peak_bytes
 
 
@@ -41,6 +41,8 @@ def solve_step(
             raise nothing_fits(graph, budget, least)
         hint = least.schedule
     result = search(graph, budget_bytes, options, hint=hint)
+    if result.schedule is None and hint is None:
+        result = search_from_easy(graph, budget_bytes, options)
     if result.schedule is None:
         raise PlanError(
             f"no schedule was found within {options.time_limit_s} s, though one for "

@@ -66,9 +66,15 @@ def fits_easily(graph: CostGraph, budget_bytes: int) -> bool:
 
     Then nobody needs to know the least memory.
     """
-    if replay(graph, Schedule.keep_all(graph)).peak_bytes <= budget_bytes:
-        return True
-    return uniform_under_budget(graph, budget_bytes) is not None
+    return easy_schedule(graph, budget_bytes) is not None
+
+
+def easy_schedule(graph: CostGraph, budget_bytes: int) -> Schedule | None:
+    """The one that keeps everything, or a uniform one, if it is within the budget."""
+    everything = Schedule.keep_all(graph)
+    if replay(graph, everything).peak_bytes <= budget_bytes:
+        return everything
+    return uniform_under_budget(graph, budget_bytes)
 
 
 def already_found(graph: CostGraph, seed: int, *, any_order: bool = False) -> LeastMemory | None:

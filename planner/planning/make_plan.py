@@ -52,7 +52,7 @@ from .concurrent import (
 )
 from .known_least import LEAST_MEMORY_LIMIT_S, fits_easily, known_least_memory
 from .late_reads import LateRead, solve_in_time
-from .search import search
+from .search import search, search_from_easy
 
 
 def make_plan(
@@ -297,6 +297,8 @@ def _solve(
         hint = fitting.schedule
     with showing(request.progress) as progress:
         result = search(graph, budget_bytes, options, hint=hint, progress=progress)
+    if result.schedule is None and hint is None and options.solver == "auto":
+        result = search_from_easy(graph, budget_bytes, options)
     if result.schedule is not None:
         return result
     raise _no_schedule(graph, budget, least(), options)

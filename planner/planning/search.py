@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from graph_capture.cost_graph import CostGraph
 from solvers.any_order.solve import solve_in_any_order
 from solvers.portfolio import solve
@@ -10,6 +12,7 @@ from solvers.result import SolveResult
 from solvers.schedule import Schedule
 
 from ..base.solve_options import SolveOptions
+from .known_least import easy_schedule
 
 
 def search(
@@ -41,4 +44,13 @@ def search(
     )
 
 
-__all__ = ["search"]
+def search_from_easy(graph: CostGraph, budget_bytes: int, options: SolveOptions) -> SolveResult:
+    """What is found without any time from a schedule that needs no search, if one fits.
+
+    For a search that its time was too short for.
+    """
+    hint = easy_schedule(graph, budget_bytes)
+    return search(graph, budget_bytes, replace(options, time_limit_s=0.0), hint=hint)
+
+
+__all__ = ["search", "search_from_easy"]
