@@ -86,7 +86,7 @@ class _Fusing:
         """The kernel that a call joins: its own, or its readers'."""
         if not (is_elementwise(call) or is_reduction(call)):
             return call
-        readers = _readers(call)
+        readers = [r for r in _readers(call) if r in self._place]  # others are not run
         early = [r for r in readers if self._is_forward(r) == self._is_forward(call)]
         kernels = {self._kernel[r] for r in early}
         if len(kernels) != 1:

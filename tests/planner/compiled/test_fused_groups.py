@@ -72,6 +72,17 @@ def test_slow_functions_cost_their_time_in_a_kernel() -> None:
     assert device_for("cpu").fused_element_ns["prims::inductor_random"] > 1
 
 
+def test_calls_that_nothing_needs_are_in_no_group() -> None:
+    """Inductor's passes leave some where a part of a tensor is written."""
+    x = torch.randn(4, 6, requires_grad=True)
+    step = joint_step_of(lambda x: (x * 2).sin().sum(), x)
+    read = next(n for n in step.calls if n.name == "mul")
+    with step.module.graph.inserting_after(read):
+        unused = step.module.graph.call_function(torch.ops.aten.cos.default, (read,))
+    unused.meta["val"] = read.meta["val"].clone()
+    assert unused not in {call for group in fuse(step).groups for call in group}
+
+
 def test_every_call_is_in_one_group() -> None:
     """In base order, forward's groups first."""
     x, w = torch.randn(4, 6), torch.randn(6, 6, requires_grad=True)
