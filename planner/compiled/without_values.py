@@ -3,7 +3,8 @@
 Code that is run for its memory has zeros for values. Some kernels look at them first: a matrix of
 zeros has no inverse, and nothing is drawn from probabilities whose sum is zero. What they take does
 not depend on values, so they are given others: identity matrices, or ones. A call that returns
-nothing is there for its check alone, which is passed over.
+nothing is there for its check alone, which is passed over. A few kernels do take more on other
+values; they are given those on which they take the most.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from graph_capture.private_torch.dispatch import TorchDispatchMode
-from graph_capture.private_torch.operators import schema_of
+from graph_capture.private_torch.operators import OpOverload, schema_of
 from graph_capture.private_torch.trees import tree_leaves
 
 from ..errors import PlanError
@@ -26,6 +27,8 @@ class WithoutValues(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, OpOverload) and schema_of(func).name in _TAKES_MORE_ON_LARGE:
+            _distinct(args[0]).fill_(LARGE)
         made, refusal = _tried(func, args, kwargs)
         if refusal is None or _only_checks(func):
             return made
@@ -39,6 +42,9 @@ class WithoutValues(TorchDispatchMode):
                 return made
         raise PlanError(REFUSED.format(func=func, refusal=refusal))
 
+
+_TAKES_MORE_ON_LARGE = {"aten::linalg_matrix_exp"}  # scaling and squaring, and most terms
+LARGE = 100.0
 
 REFUSED = (
     "what the compiled step takes is not known, and nothing is planned: to know it, its library "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from graph_capture.costs.allocator import peak_extra_bytes
 from graph_capture.private_torch.inductor import GeneratedCode
 from planner import PlanError
 from planner.compiled.generated import runnable
@@ -51,6 +52,19 @@ def test_a_kernel_that_accepts_none_is_named() -> None:
         WithoutValues(),
     ):
         picky(torch.zeros(2))
+
+
+def test_a_matrix_exponential_takes_what_it_takes_at_most() -> None:
+    """Of small matrices it needs few terms, and none of zeros."""
+
+    def taken(x: Tensor) -> int:
+        return peak_extra_bytes(lambda: torch.linalg.matrix_exp(x))
+
+    for shape in [(16, 16), (3, 16, 16)]:
+        with WithoutValues():
+            most = taken(torch.zeros(shape))
+        assert most >= max(taken(torch.randn(shape) * size) for size in (1e-3, 0.1, 1.0, 50.0))
+    assert taken(torch.zeros(16, 16)) < taken(torch.randn(16, 16))
 
 
 def test_generated_code_runs_with_them() -> None:
