@@ -125,36 +125,36 @@ def _by_reading(
     resident_bytes, num_outputs = priced.graph.resident_bytes, len(priced.step.outputs)
 
     def lower(forward: GraphModule, backward: GraphModule) -> int:
-        peak_bytes = resident_bytes + lowered_extra_bytes(
+        return resident_bytes + lowered_extra_bytes(
             forward, backward, num_outputs, releases_outputs=options.outputs == "released"
         )
-        return max(peak_bytes, needed_at_turn(priced, handed_over_bytes(forward)))
 
     usable_bytes = budget.usable_bytes
     unplanned_bytes = unplanned_peak_bytes(priced)
 
-    def read_own(forward: GraphModule, backward: GraphModule) -> Lowered:
+    def read_own(forward: GraphModule, backward: GraphModule) -> tuple[Lowered, int]:
+        """PyTorch's own partition, and what it needs."""
         peak_bytes = peak_of(name, None, lambda: lower(forward, backward))
+        needed_bytes = max(peak_bytes, needed_at_turn(priced, handed_over_bytes(forward)))
         choice = _own_partition(priced, peak_bytes)
-        return Lowered(forward=forward, backward=backward, choice=choice, is_read=True)
+        lowered = Lowered(forward=forward, backward=backward, choice=choice, is_read=True)
+        return lowered, needed_bytes
 
-    theirs: Lowered | None = None
+    theirs: tuple[Lowered, int] | None = None
     if usable_bytes >= OWN_MAY_FIT * unplanned_bytes:
         graphs = own()
-        saved_bytes = handed_over_bytes(graphs[0])
-        at_turn_bytes = needed_at_turn(priced, saved_bytes)
-        if max(resident_bytes + saved_bytes, at_turn_bytes) <= usable_bytes:
-            theirs = read_own(*graphs)
-            if theirs.choice.peak_bytes <= usable_bytes:
-                return theirs
-            unplanned_bytes = theirs.choice.peak_bytes
+        if resident_bytes + handed_over_bytes(graphs[0]) <= usable_bytes:
+            lowered, needed_bytes = theirs = read_own(*graphs)
+            if needed_bytes <= usable_bytes:
+                return lowered
+            unplanned_bytes = lowered.choice.peak_bytes
     search = Search(priced, options, name, lower)
     best = search.within(usable_bytes)
     if best is None:
-        theirs = theirs or read_own(*own())
-        if theirs.choice.peak_bytes <= usable_bytes:
-            return theirs
-        raise _nothing_fits(budget, min(theirs.choice.peak_bytes, search.lowest_bytes))
+        lowered, needed_bytes = theirs or read_own(*own())
+        if needed_bytes <= usable_bytes:
+            return lowered
+        raise _nothing_fits(budget, min(needed_bytes, search.lowest_bytes))
     result = best.result
     assert result.schedule is not None
     forward, backward = emit_held(priced, result.schedule)

@@ -40,6 +40,7 @@ from .expected_peak import expected_memory
 from .options import CompiledOptions
 from .priced_step import PricedStep
 from .readings import Reading, peak_of, result_of
+from .repeated_calls import needed_at_turn, saved_bytes
 from .solve_step import solve_step
 
 WORTH_A_ROUND = 0.05
@@ -70,7 +71,7 @@ class _Found:
         """Whether no higher level is worth another reading."""
         if self.best is None:
             return False
-        unused_bytes = usable_bytes - self.best.peak_bytes
+        unused_bytes = usable_bytes - self.best.needed_bytes
         return unused_bytes <= WORTH_A_ROUND * usable_bytes or self.best.cost_ns <= base_cost_ns
 
 
@@ -108,7 +109,7 @@ class Search:
         self._bottom_bytes = int(needs_bytes(graph_arrays(priced.graph)).max())
         self._most_bytes = replay(priced.graph, Schedule.keep_all(priced.graph)).peak_bytes
         self.solve_s = 0.0
-        self._peaks: list[int] = []
+        self._needed: list[int] = []
 
     def within(self, usable_bytes: int) -> Reading | None:
         """The fastest plan found whose compiled code takes no more, or ``None``."""
@@ -137,8 +138,8 @@ class Search:
     def _read(self, level: int, usable_bytes: int, found: _Found) -> _Found:
         """What is found once a level is read, too."""
         reading = self._at(level)
-        found = replace(found, share=reading.peak_bytes / self._expected_bytes(level))
-        if reading.peak_bytes > usable_bytes:
+        found = replace(found, share=reading.needed_bytes / self._expected_bytes(level))
+        if reading.needed_bytes > usable_bytes:
             return found
         best = reading if found.best is None else min(reading, found.best, key=_cost_ns)
         return replace(found, best=best, level=max(level, found.level))
@@ -187,8 +188,8 @@ class Search:
 
     @property
     def lowest_bytes(self) -> int:
-        """The lowest peak that was read."""
-        return min(self._peaks)
+        """The least that a code needs which was read."""
+        return min(self._needed)
 
     def _at(self, level: int) -> Reading:
         """Read the code of a level."""
@@ -198,8 +199,10 @@ class Search:
         peak_bytes = peak_of(
             self._name, schedule, lambda: self._lower(*emit_held(self._priced, schedule))
         )
-        self._peaks.append(peak_bytes)
-        return Reading(result=result, peak_bytes=peak_bytes)
+        at_turn_bytes = needed_at_turn(self._priced, saved_bytes(self._priced, schedule))
+        needed_bytes = max(peak_bytes, at_turn_bytes)
+        self._needed.append(needed_bytes)
+        return Reading(result=result, peak_bytes=peak_bytes, needed_bytes=needed_bytes)
 
     def _expected_bytes(self, level: int) -> int:
         """What the code of a level is expected to take."""

@@ -36,10 +36,13 @@ class Reading:
         Of the solver, with a schedule.
     peak_bytes
         Of the compiled step, resident tensors included.
+    needed_bytes
+        That, or more where other calls of the graph have to have room.
     """
 
     result: SolveResult
     peak_bytes: int
+    needed_bytes: int
 
     @property
     def cost_ns(self) -> int:

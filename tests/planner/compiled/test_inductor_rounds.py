@@ -43,7 +43,7 @@ def _within(
 
     def at(level: int) -> Any:
         read.append(level)
-        return SimpleNamespace(peak_bytes=peaks[level], cost_ns=costs_ns[level], level=level)
+        return SimpleNamespace(needed_bytes=peaks[level], cost_ns=costs_ns[level], level=level)
 
     monkeypatch.setattr(search, "_at", at)
     monkeypatch.setattr(search, "_target_bytes", targets.__getitem__)
