@@ -39,7 +39,7 @@ class CompiledOptions:
         What graphs after a graph break hold while an earlier one runs: their parameters,
         gradients and results. Counted in the plans of graphs without a loss.
     calls
-        How often each graph without a loss runs before its backward passes: the number of layers
+        How many calls of graphs wait for their backward passes in a step: the number of layers
         where each is compiled by itself.
     outputs
         ``"held"``: the caller has the results of a graph until the step ends. ``"released"``: of

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from graph_capture.calls.storage_id import storage_id
 from graph_capture.costs.devices import device_for
 from graph_capture.private_torch.compiler import min_cut_partition
 from graph_capture.private_torch.fake_tensors import FakeTensor
@@ -115,17 +116,19 @@ class Partitioner:
         if not taken_bytes:
             self._so_far.parts.clear()
         others_bytes = self._held_bytes(taken_bytes, device_of(step))
-        has_loss = any(t.numel() <= 1 for n in step.tangents for t in tensors_of(n.meta["val"]))
+        results = [t.numel() for n in step.tangents for t in tensors_of(n.meta["val"])]
+        is_layer = asked.calls > 1 and max(results, default=0) > 1  # it may have a loss of its own
+        has_loss = not is_layer and any(numel <= 1 for numel in results)
         if not has_loss:
             others_bytes += asked.later_bytes
-        _warn_of_parts(has_loss, bool(taken_bytes), others_bytes, asked.calls)
+        _warn_of_parts(has_loss, bool(taken_bytes), others_bytes, asked.calls if is_layer else 1)
         counted_bytes, others_bytes = others_bytes, others_bytes + asked.resident_bytes
         gradient_bytes = max(0, _gradient_bytes(step) - sum(taken_bytes))
         older_bytes = gradient_bytes if asked.grads == "accumulated" else 0
         options = replace(asked, resident_bytes=others_bytes + older_bytes)
         calls = RepeatedCalls(
-            num_calls=1 if has_loss else max(1, asked.calls - self._num_waiting),
-            weight_bytes=_weight_bytes(inputs, gradient_bytes),
+            num_calls=max(1, asked.calls - self._num_waiting),
+            weight_bytes=_weight_bytes(step, static),
             gradient_bytes=gradient_bytes,
             taken_bytes=sum(taken_bytes) if asked.outputs == "released" else 0,
             accumulates=asked.grads == "accumulated",
@@ -220,11 +223,10 @@ def _gradient_bytes(step: JointStep) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _weight_bytes(inputs: Sequence[torch.Tensor] | None, gradient_bytes: int) -> int:
-    """Bytes of the parameters among a graph's inputs, frozen ones included where they are known."""
-    if inputs is None:
-        return gradient_bytes
-    return sum(num_bytes(t) for t in inputs if isinstance(t, torch.nn.Parameter))
+def _weight_bytes(step: JointStep, static: frozenset[int]) -> int:
+    """Bytes of the parameters and buffers among the inputs of the step, each memory once."""
+    tensors = [t for i in static for t in tensors_of(step.primals[i].meta["val"])]
+    return sum({storage_id(t): num_bytes(t) for t in tensors}.values())
 
 
 def _for_eager_kernels(
@@ -340,7 +342,7 @@ ONE_OF_SEVERAL_CALLS = (
 
 
 def _warn_of_parts(has_loss: bool, goes_on: bool, others_bytes: int, calls: int) -> None:
-    if not has_loss and calls > 1:
+    if calls > 1:
         warnings.warn(ONE_OF_SEVERAL_CALLS.format(calls=calls), PlanWarning, stacklevel=2)
     elif goes_on and others_bytes:
         said = AFTER_A_BREAK.format(held=format_bytes(others_bytes))

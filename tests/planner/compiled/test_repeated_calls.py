@@ -22,7 +22,7 @@ from planner.compiled.repeated_calls import RepeatedCalls, saved_bytes, share_am
 from planner.measuring.measure import measure
 from solvers.replay import replay
 from solvers.schedule import Schedule
-from tests.planner.compiled.models import WithLoss, assert_same, step
+from tests.planner.compiled.models import Block, assert_same, step
 
 pytestmark = [
     pytest.mark.filterwarnings(
@@ -36,14 +36,41 @@ pytestmark = [
 NUM_LAYERS = 4
 
 
+class _Layer(Block):
+    """A block with a buffer of its own and a loss of its own, as a mixture of experts has one."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.register_buffer("mask", torch.randn(128, 128) / 11)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = super().forward(self.mask @ x)
+        return x, x.abs().mean()
+
+
+class _Layers(nn.Module):
+    """Layers, with the loss outside of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Layer() for _ in range(NUM_LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = torch.zeros(())
+        for layer in self.layers:
+            x, other = layer(x)
+            others = others + other
+        return x.square().mean() + others
+
+
 def _by_layers(**options: Any) -> tuple[nn.Module, Tensor, list[CompiledPlan]]:
     """A model whose layers are compiled each by itself; the loss runs as plain Python."""
     torch.compiler.reset()
     torch.manual_seed(0)
-    model, plans = WithLoss(NUM_LAYERS), []  # type: tuple[WithLoss, list[CompiledPlan]]
+    model, plans = _Layers(), []  # type: tuple[_Layers, list[CompiledPlan]]
     lower = options.pop("lower", "aot_eager")
     given = {"lower": lower, "on_plan": plans.append, **options}
-    for layer in model.blocks:
+    for layer in model.layers:
         if options:
             layer.compile(backend="remat", options=given)
         else:
@@ -81,7 +108,7 @@ def test_layers_stay_within_one_budget(share: float, unbudgeted: tuple[Any, int]
 def test_more_calls_than_were_said_are_refused(unbudgeted: tuple[Any, int]) -> None:
     """The message names the option."""
     model, x, _ = _by_layers(budget_bytes=round(0.8 * unbudgeted[1]))
-    with pytest.raises(PlanError, match=r"the option calls, how many there are; by later_bytes="):
+    with pytest.raises(PlanError, match=r"option calls, how many there are; by resident_bytes="):
         step(model, model, x)
 
 
@@ -105,7 +132,7 @@ def test_the_least_budget_that_is_named_works(unbudgeted: tuple[Any, int]) -> No
 @pytest.mark.parametrize("share", [0.9, 0.7])
 def test_layers_of_inductor_stay_within_one_budget(share: float) -> None:
     """By the code of one layer, which is read."""
-    model, x, _ = _by_layers(lower="inductor", budget_gb=1)
+    model, x, _ = _by_layers(lower="inductor", budget_gb=1, calls=NUM_LAYERS)
     expected, peak_bytes = step(model, model, x), _peak(model, x)
     model, x, plans = _by_layers(
         lower="inductor", budget_bytes=round(share * peak_bytes), calls=NUM_LAYERS
@@ -114,7 +141,8 @@ def test_layers_of_inductor_stay_within_one_budget(share: float) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
     measured = _peak(model, x)
-    assert measured <= max(p.predicted_peak_bytes for p in plans) <= round(share * peak_bytes)
+    predicted = max(plan.predicted_peak_bytes for plan in plans)
+    assert 0.85 * predicted <= measured <= predicted <= round(share * peak_bytes)
 
 
 # -- bounds of what is saved ---------------------------------------------------------------
