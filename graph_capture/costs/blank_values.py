@@ -1,16 +1,18 @@
 """Values with which a call takes its maximal scratch memory, where zeros do not work.
 
-Most kernels take the same memory for all values. Of the others, some refuse zeros:
-pivots count from one, probabilities must have a positive sum, and lengths of sequences
-must be real ones. Some take memory for what a mask selects: there the mask selects
-everything, and no bag of embeddings is empty. The gradient of a product takes the most if a
-single factor is zero.
+Most kernels take the same memory for all values. Of the others, some refuse zeros: pivots
+count from one, probabilities must have a positive sum, and lengths of sequences must be
+real ones. Some take memory for what a mask selects: there the mask selects everything, or
+as much as there is room for, and no bag of embeddings is empty. The gradient of a product
+takes the most if a single factor is zero.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from ..private_torch.operators import schema_of
 
 _Named = dict[str, Any]
 ONE_ZERO = "ones, and a zero"
-_Fill = int | str | tuple[int, ...]  # a string: ONE_ZERO
+_Fill = int | str | tuple[int, ...] | Fraction  # a string: ONE_ZERO; a fraction: so many are ones
 
 # Kernels that read memory at places that their arguments name, or another library's packed state.
 _NEVER = re.compile(
@@ -72,11 +74,15 @@ def _probabilities(_given: _Named) -> dict[str, _Fill]:
 
 
 def _whole_mask(given: _Named) -> dict[str, _Fill]:
-    source, mask = given.get("source"), given["mask"]
-    if source is None:
+    """All of it; as much as the source, or the source's gradient, holds."""
+    if "source" in given:
+        room, target = given["source"].numel(), given["self"]
+    elif "sizes" in given:
+        room, target = math.prod(given["sizes"]), given["grad_output"]
+    else:
         return {"mask": 1}
-    selected = torch.broadcast_shapes(given["self"].shape, mask.shape).numel()
-    return {"mask": int(selected <= source.numel())}
+    selected = torch.broadcast_shapes(target.shape, given["mask"].shape).numel()
+    return {"mask": Fraction(room, selected) if room < selected else 1}
 
 
 def _ctc_lengths(given: _Named) -> dict[str, _Fill]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -172,6 +173,8 @@ def blank_arguments(
             elif isinstance(fill, str):
                 assert fill == ONE_ZERO
                 flat.fill_(1)[:1] = 0
+            elif isinstance(fill, Fraction):
+                flat.fill_(0)[: int(fill * flat.numel())] = 1
             else:
                 flat.fill_(fill)
             return real

@@ -14,6 +14,7 @@ from graph_capture.costs.workspace import WorkspaceProbe
 
 aten = torch.ops.aten
 MATRICES = torch.rand(3, 8, 8) + 8 * torch.eye(8)
+SOME = (torch.arange(32) < 12)[:, None].expand(32, 8)  # of images among tokens
 LU = torch.linalg.lu_factor(MATRICES)
 
 CALLS: list[tuple[Any, tuple]] = [
@@ -21,6 +22,8 @@ CALLS: list[tuple[Any, tuple]] = [
     (aten.linalg_lu_solve.default, (LU.LU, LU.pivots, torch.rand(3, 8, 2))),
     (aten.masked_scatter.default, (torch.rand(32, 8), torch.ones(32, 8) > 0, torch.rand(256))),
     (aten.masked_scatter_backward.default, (torch.rand(32, 8), torch.ones(32, 8) > 0, [256])),
+    (aten.masked_scatter.default, (torch.rand(32, 8), SOME, torch.rand(96))),
+    (aten.masked_scatter_backward.default, (torch.rand(32, 8), SOME, [12, 8])),
     (aten.multinomial.default, (torch.rand(8, 32), 4)),
     (aten.binary_cross_entropy_backward.default, (torch.ones(()), torch.rand(8), torch.rand(8))),
     (aten.ldexp.Tensor, (torch.rand(32, 8), torch.rand(32, 8))),
