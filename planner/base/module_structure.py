@@ -125,7 +125,8 @@ class LiveStructure:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._structure = Structure.of(model)
+        self.recorded = Structure.of(model)
+        """The same, keeping nothing alive."""
         modules = list(model.modules())
         self._modules, self._kinds = modules, list(map(type, modules))
         below = modules[1:]
@@ -148,7 +149,7 @@ class LiveStructure:
         with suppress(RuntimeError):  # tables with other tensors, which are no truth values
             if self._unchanged():
                 return None
-        return self._structure.difference() or "the table of a module's parts is another one"
+        return self.recorded.difference() or "the table of a module's parts is another one"
 
     def _unchanged(self) -> bool:
         return (
@@ -160,7 +161,7 @@ class LiveStructure:
             and all(map(is_, _OWN_TABLES(vars(self._modules[0])), self._own_tables))
             and all(map(is_, map(_FORWARD, self._attributes), self._forwards))
             and all(tuple(table) == then for table, then in self._with_hooks)
-            and all(_at(a) is _at(b) for a, b in self._structure.tied)
+            and all(_at(a) is _at(b) for a, b in self.recorded.tied)
         )
 
 

@@ -127,8 +127,9 @@ class PlannedCall:
         self.prepared: list[Prepared] = []  # the one used last comes first
         self._planned = planned
         self._recaptures_in_vain = recaptures_in_vain
-        self._at_hand: tuple[CapturedStep, Structure] | None
-        self._at_hand = None if captured is None else (captured, Structure.of(planned.model))
+        self._at_hand: list[tuple[CapturedStep, Structure]] = []  # bound to no module
+        if captured is not None:
+            self._at_hand.append((captured, Structure.of(planned.model)))
         self._not_planned: dict[str, str] = {}  # changes that were captured in vain
         self._num_captures = 0
         self._peak_bytes = 0
@@ -209,14 +210,30 @@ class PlannedCall:
             del self.prepared[MAX_VARIANTS:]
             return prepared
 
+    def let_go(self) -> None:
+        """Unbind the steps of another structure, whose modules the loop may have let go of."""
+        with self._lock:
+            bound: list[Prepared] = []
+            unbound: list[tuple[CapturedStep, Structure]] = []
+            for p in self.prepared:
+                if p.structure.difference() is None:
+                    bound.append(p)
+                else:
+                    unbound.append((p.captured, p.structure.recorded))
+            self.prepared = bound
+            self._at_hand = [*unbound, *self._at_hand][:MAX_VARIANTS]
+
     def _prepare(self) -> Prepared:
         model = self._planned.model
         changed = self.changed()
-        at_hand, self._at_hand = self._at_hand, None
         captured = None
-        if at_hand is not None:
-            changed = at_hand[1].difference() or at_hand[0].step.reads.difference()
-            captured = at_hand[0] if changed is None else None
+        for i, (unbound, structure) in enumerate(self._at_hand):
+            different = structure.difference() or unbound.step.reads.difference()
+            if different is None:
+                captured = unbound
+                del self._at_hand[i]
+                break
+            changed = changed or different
         if captured is None:
             known = None if changed is None else self._not_planned.get(changed)
             if known is not None and not self._recaptures_in_vain:
@@ -226,7 +243,6 @@ class PlannedCall:
                     self.plan, self.live, model, self._planned.unplanned, in_loop=True
                 )
                 gc.collect()  # cycles of what was captured hold memory
-                self.plan, self.live = as_captured(self.plan, self.live, captured)
             except PlanMismatchError as error:
                 if changed is None:
                     raise
@@ -237,6 +253,7 @@ class PlannedCall:
             if changed is not None:
                 self._say_captured_again(changed)
                 self._say_other_settings()
+        self.plan, self.live = as_captured(self.plan, self.live, captured)
         return self._bound(captured)
 
     def _bound(self, captured: CapturedStep) -> Prepared:

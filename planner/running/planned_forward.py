@@ -158,6 +158,8 @@ class PlannedForward(StandIn):
         """The model's structure as it is, one object for all calls until it changes."""
         if self._structure is None or self._structure.difference() is not None:
             self._structure = LiveStructure(self.model)
+            for call in self.calls:
+                call.let_go()
         return self._structure
 
     @property

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,3 +131,19 @@ def test_steps_are_counted_once_after_parameters_are_replaced():
         trained(model, 256)
     assert applied_plan(model).unplanned_steps == 1
     assert not any(p._post_accumulate_grad_hooks for p in old)
+
+
+def test_a_module_that_was_replaced_is_let_go_of(captures):
+    """And is known again where the loop has kept it and puts it back."""
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    x = torch.ones(2, 4)
+    model = nn.Sequential(layers[0], nn.Tanh())
+    make_plan(model, x, budget_gb=1).apply(model, on_shape_change="replan")
+    for layer in (*layers, *layers):
+        model[0] = layer
+        model(x).sum().backward()
+    assert captures == ["capture_for"]
+    gone = weakref.ref(layers[0])
+    del layer, layers
+    gc.collect()
+    assert gone() is None
