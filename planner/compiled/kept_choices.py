@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -33,6 +35,7 @@ from ..errors import PlanWarning
 from .code_name import code_name
 
 _LARGEST_BYTES = 100_000_000
+_Kept = TypeVar("_Kept")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,16 +112,14 @@ def read_choice(path: Path, graph: CostGraph, usable_bytes: int) -> Choice | Non
     PlanWarning
         When the file cannot be read, is damaged, or speaks of another graph or budget.
     """
-    try:
-        choice = Choice.from_json(read_regular(path, _LARGEST_BYTES), graph)
+
+    def read(text: bytes) -> Choice:
+        choice = Choice.from_json(text, graph)
         if choice.peak_bytes > usable_bytes:
             raise ValueError("its peak is above its budget")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:  # an invalid schedule is a ValueError
-        _warn(f"{path} cannot be used ({error}): the plan is made again")
-        return None
-    return choice
+        return choice
+
+    return _read(path, read)
 
 
 def keep_choice(path: Path, choice: Choice) -> None:
@@ -132,14 +133,6 @@ def keep_choice(path: Path, choice: Choice) -> None:
     _write(path, choice.to_json())
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(path, text)
-    except OSError as error:
-        _warn(f"{path} cannot be written ({error}): the next process plans again")
-
-
 def read_bound(path: Path, most_bytes: int) -> int | None:
     """How much each call of a graph may save, if that is kept.
 
@@ -148,16 +141,14 @@ def read_bound(path: Path, most_bytes: int) -> int | None:
     PlanWarning
         When the file cannot be read or is damaged.
     """
-    try:
-        bound_bytes = read_json(read_regular(path, _LARGEST_BYTES))
+
+    def read(text: bytes) -> int:
+        bound_bytes = read_json(text)
         if type(bound_bytes) is not int or not 0 < bound_bytes <= most_bytes:
             raise ValueError("it is no number of bytes that a call may save")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        _warn(f"{path} cannot be used ({error}): the plan is made again")
-        return None
-    return bound_bytes
+        return bound_bytes
+
+    return _read(path, read)
 
 
 def keep_bound(path: Path, bound_bytes: int) -> None:
@@ -171,8 +162,26 @@ def keep_bound(path: Path, bound_bytes: int) -> None:
     _write(path, str(bound_bytes))
 
 
+def _read(path: Path, read: Callable[[bytes], _Kept]) -> _Kept | None:
+    try:
+        return read(read_regular(path, _LARGEST_BYTES))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # an invalid schedule is a ValueError
+        _warn(f"{path} cannot be used ({error}): the plan is made again")
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(path, text)
+    except OSError as error:
+        _warn(f"{path} cannot be written ({error}): the next process plans again")
+
+
 def _warn(text: str) -> None:
-    warnings.warn(printable(text, lines=True), PlanWarning, stacklevel=3)
+    warnings.warn(printable(text, lines=True), PlanWarning, stacklevel=4)
 
 
 __all__ = ["Choice", "keep_bound", "keep_choice", "place_of", "read_bound", "read_choice"]
