@@ -89,11 +89,7 @@ class CompiledPlan:
     @property
     def saved_bytes(self) -> int:
         """What is alive between forward and backward, beside resident tensors."""
-        moment = self.schedule.order.index(self.turn)
-        live = replay(self.graph, self.schedule).live_at(moment)
-        storages = self.graph.storages
-        made_before = [k for k in live if storages[k].producer not in (None, self.turn)]
-        return sum(storages[k].size_bytes for k in made_before)
+        return saved_between(self.graph, self.schedule, self.turn)
 
     @property
     def held_output_bytes(self) -> int:
@@ -113,4 +109,11 @@ class CompiledPlan:
         return "; ".join((text, *self.notes))
 
 
-__all__ = ["CompiledPlan"]
+def saved_between(graph: CostGraph, schedule: Schedule, turn: int) -> int:
+    """What is alive between forward and backward, beside resident tensors and gradients."""
+    live = replay(graph, schedule).live_at(schedule.order.index(turn))
+    made_before = [k for k in live if graph.storages[k].producer not in (None, turn)]
+    return sum(graph.storages[k].size_bytes for k in made_before)
+
+
+__all__ = ["CompiledPlan", "saved_between"]

@@ -27,6 +27,7 @@ from ..base.solve_options import SolveOptions
 from ..errors import InfeasibleBudgetError
 from ..planning.known_least import known_least_memory
 from ..planning.search import search
+from .compiled_plan import saved_between
 from .kept_choices import keep_bound, place_of, read_bound
 from .priced_step import PricedStep
 
@@ -55,7 +56,7 @@ class RepeatedCalls:
     num_calls
         At least 1.
     weight_bytes, gradient_bytes
-        Of the parameters of one call, and of their gradients.
+        Of the parameters and buffers of one call, and of the gradients.
     taken_bytes
         What a call takes from an earlier one and keeps, where results are not held anyway.
     accumulates
@@ -197,11 +198,8 @@ def held_by_others(graph: CostGraph) -> int:
 
 
 def saved_bytes(priced: PricedStep, schedule: Schedule) -> int:
-    """What is alive between forward and backward, beside resident tensors and gradients."""
-    storages = priced.graph.storages
-    live = replay(priced.graph, schedule).live_at(schedule.order.index(priced.turn))
-    made_before = [k for k in live if storages[k].producer not in (None, priced.turn)]
-    return sum(storages[k].size_bytes for k in made_before)
+    """What one call saves, its results included."""
+    return saved_between(priced.graph, schedule, priced.turn)
 
 
 def needed_at_turn(priced: PricedStep, saved_bytes: int) -> int:
