@@ -97,7 +97,11 @@ def test_compile_within_a_budget(run: Any) -> None:
 
 @pytest.mark.slow
 @nothing_trained
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # Dynamo reads it
+)
 def test_compare_compiled_steps(run: Any) -> None:
     """The page's table has compiled steps, ours with right gradients."""
     table: Comparison = run("compile-within-a-budget")["table"]

@@ -121,7 +121,10 @@ class Partitioner:
         has_loss = not is_layer and any(numel <= 1 for numel in results)
         if not has_loss:
             others_bytes += asked.later_bytes
-        _warn_of_parts(has_loss, bool(taken_bytes), others_bytes, asked.calls if is_layer else 1)
+        if not is_layer:
+            _warn_of_parts(has_loss, bool(taken_bytes), others_bytes)
+        elif not asked.resident_bytes:
+            warnings.warn(ONE_OF_SEVERAL_CALLS.format(calls=asked.calls), PlanWarning, stacklevel=2)
         counted_bytes, others_bytes = others_bytes, others_bytes + asked.resident_bytes
         gradient_bytes = max(0, _gradient_bytes(step) - sum(taken_bytes))
         older_bytes = gradient_bytes if asked.grads == "accumulated" else 0
@@ -341,10 +344,8 @@ ONE_OF_SEVERAL_CALLS = (
 )
 
 
-def _warn_of_parts(has_loss: bool, goes_on: bool, others_bytes: int, calls: int) -> None:
-    if calls > 1:
-        warnings.warn(ONE_OF_SEVERAL_CALLS.format(calls=calls), PlanWarning, stacklevel=2)
-    elif goes_on and others_bytes:
+def _warn_of_parts(has_loss: bool, goes_on: bool, others_bytes: int) -> None:
+    if goes_on and others_bytes:
         said = AFTER_A_BREAK.format(held=format_bytes(others_bytes))
         warnings.warn(said, PlanWarning, stacklevel=2)
     elif not has_loss or goes_on:
