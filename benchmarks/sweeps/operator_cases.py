@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -158,7 +159,13 @@ def _databases() -> tuple[dict[str, Any], dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal import common_methods_invocations as invocations
+        from torch.testing._internal import common_utils
         from torch.testing._internal.common_modules import module_db
+        from torch.testing._internal.opinfo import core
+    # Samples look through the stack for a test of PyTorch's own, and write the stack down for each
+    # kind of device that they seed, which took most of the time.
+    common_utils.extract_test_fn = core.extract_test_fn = lambda: None
+    common_utils.set_rng_seed = _seed_the_cpu
     # Of operators that draw numbers PyTorch's tests seed the generator in each call.
     invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
     operators = {
@@ -167,6 +174,13 @@ def _databases() -> tuple[dict[str, Any], dict[str, Any]]:
         if op.supports_autograd and torch.float32 in op.dtypes
     }
     return operators, {info.name: info for info in module_db}
+
+
+def _seed_the_cpu(seed: int = 1234) -> None:
+    """Seed what draws samples, all of which are made on the CPU."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed)
 
 
 @contextmanager
@@ -312,8 +326,7 @@ def _module(case: Case) -> Callable[[bool], Callable[[], Subject]]:
 
 def _ranked(samples: Callable[[], Any], tree_of: Callable[[Any], Any], larger: bool) -> list[Any]:
     """Samples, the one with the most elements first; of equals, PyTorch's order."""
-    torch.manual_seed(0)
-    random.seed(0)
+    _seed_the_cpu(0)
     if larger:
         with _larger_samples():
             found = list(samples())
