@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ def _is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+@cache
 def _written_here() -> set[str]:
     """Private names that our own files give: to functions, methods, fields, attributes of self."""
     names = set()
@@ -103,8 +105,6 @@ def _written_here() -> set[str]:
                 names.add(node.attr)
     return names
 
-
-OURS = _written_here()
 
 BEHIND = frozenset(
     name
@@ -125,7 +125,7 @@ def _around_the_door(source: str) -> list[str]:
         elif isinstance(node, ast.Attribute) and _is_private(node.attr):
             text = ast.unparse(node)
             of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            ours = node.attr in OURS and node.attr not in BEHIND
+            ours = node.attr not in BEHIND and node.attr in _written_here()
             if text.startswith("torch.") or not (of_self or ours or node.attr in PYTHON):
                 found.append(text)
             continue
