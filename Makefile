@@ -31,6 +31,9 @@ docs: $(STAMP)  ## build the documentation into build/site
 		-c docs/site -d build/site-cache docs build/site
 	@echo "built build/site/index.html"
 
+# Many tests start processes that import all of it.
+test test-slow test-distributed: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(STAMP)  ## the quick tests, in about ten minutes
 	$(PYTEST)
 
