@@ -164,14 +164,18 @@ class LookingInto:
         if is_users(function.__code__):
             self.names(function.__code__, function.__globals__, function)
             if not is_library(function.__code__):  # others are not edited while they run
-                for part, words in _PARTS_OF_FUNCTIONS:
-                    label = f"the {words} of {function.__qualname__}"
-                    self._met.named[id(function), part] = (label, Where.ATTRIBUTE, function, part)
+                self.parts(function)
                 self._met.outside.contents(vars(function), function.__qualname__, attributes=True)
                 for value in defaults:
                     self._met.outside.contents(value, f"the defaults of {function.__qualname__}")
             self.meet(defaults, f"the defaults of {function.__qualname__}")
         self.meet(getattr(function, "__wrapped__", None), "")
+
+    def parts(self, function: types.FunctionType) -> None:
+        """Note what a function consists of."""
+        for part, words in _PARTS_OF_FUNCTIONS:
+            label = f"the {words} of {function.__qualname__}"
+            self._met.named[id(function), part] = (label, Where.ATTRIBUTE, function, part)
 
     def _registry(self, function: types.FunctionType, registry: Any) -> None:
         """Note what is registered with a ``functools.singledispatch``."""

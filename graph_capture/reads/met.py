@@ -43,6 +43,8 @@ class Met:
         The dicts of classes, of which each look makes a new view.
     seen
         Functions, codes and objects, kept alive.
+    ran
+        Codes that ran, each with the globals of its function.
     caches
         Functions under ``functools.lru_cache``.
     words, strings
@@ -78,6 +80,7 @@ class Met:
     named: dict[tuple[int, str], tuple[str, Where, Any, str]] = field(default_factory=dict)
     tables: dict[type, Any] = field(default_factory=dict)
     seen: dict[int, Any] = field(default_factory=dict)
+    ran: dict[int, tuple[types.CodeType, dict[str, Any]]] = field(default_factory=dict)
     caches: dict[int, Any] = field(default_factory=dict)
     words: set[str] = field(default_factory=set)
     strings: set[str] = field(default_factory=set)

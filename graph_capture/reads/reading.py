@@ -27,6 +27,7 @@ from .holders import dict_of, weakly
 from .ledger import Change
 from .looking_into import NAMESPACES, LookingInto
 from .met import Met
+from .methods_that_ran import note_methods
 from .named_reads import is_users
 from .process_wide import PROCESS_WIDE
 from .read_places import IGNORED, read_places
@@ -147,6 +148,7 @@ class Watcher:
 
     def _runs(self, code: types.CodeType, table: dict[str, Any]) -> None:
         """Note a function that runs."""
+        self._met.ran.setdefault(id(code), (code, table))
         if id(code) not in self._met.seen:
             self._met.seen[id(code)] = code
             if is_users(code):
@@ -201,6 +203,8 @@ class Watcher:
         met = self._met
         for function in _functions_with(self._unresolved):
             self._into.names(function.__code__, function.__globals__, function)
+        for function in note_methods(met):
+            self._into.parts(function)
         places = read_places(met)
         if met.decimals:
             self.elsewhere.note_decimals()
