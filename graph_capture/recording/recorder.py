@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..calls.call_places import CallPlaces, calling_line
-from ..calls.collectives import ENDED, is_wait
+from ..calls.collectives import ENDED, is_wait, refuse_in_place
 from ..calls.layouts import refuse_nesting, refuse_result
 from ..calls.spread_out import are_spread
 from ..calls.storage_id import storage_id
@@ -278,6 +278,7 @@ class Recorder(ReadsWhole):
         if not isinstance(func, OpOverload):
             raise CaptureError(f"{func} cannot be recorded ({calling_line()})")
         refuse_nesting(func, calling_line)
+        refuse_in_place(func, self.phase, calling_line)
         self._on_call()
         args, kwargs = self._with_twins(func, (args, kwargs))
         if is_wait(func):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..calls.collectives import filled_by
 from ..costs.trial import REFUSALS, blank_arguments
 from ..errors import NotFittingError
 from ..private_torch.aten import local_scalar_dense
@@ -62,7 +63,7 @@ class TrainersLoss(ABC):
     It reads numbers out of the output only to log them: while planning it is given a half,
     or one, for each, instead of having the model run for it. So it is with what a mask picks
     that is not differentiated: all of it, the most memory that it may take. Other sizes, and
-    branches, still go by real values.
+    branches, still go by real values; other processes are taken to give what this one does.
     """
 
     @abstractmethod
@@ -96,11 +97,18 @@ class LossValues:
     def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         """Record how a call made ``out``."""
         before = self._snapshot(args, kwargs)
+        collected = filled_by(func, args, out) if self._logs_numbers else []
+        given = [self._of(tensor) for _, tensor in collected]
         if schema_of(func).is_mutable:
             for tensor in tree_iter((args, kwargs)):
                 if isinstance(tensor, torch.Tensor):
                     memory = identity_of_storage(tensor.untyped_storage())
                     self._num_writes[memory] = self._num_writes.get(memory, 0) + 1
+        for (filled, tensor), value in zip(collected, given, strict=True):
+            if value is not None:
+                self._set(tensor, value)
+                filling = partial(_repeated, value, filled.shape)
+                self._set(filled, _Value(filling, of_output=value.of_output))
         if before is None or torch.Tag.nondeterministic_seeded in func.tags:
             return
         if "empty" in schema_of(func).name or func.namespace != "aten":
@@ -228,6 +236,13 @@ def _all(mask: torch.Tensor) -> _Value:
 
 def _item(whole: _Value, i: int) -> Any:
     return whole.get()[i]
+
+
+def _repeated(value: _Value, shape: torch.Size) -> torch.Tensor:
+    """As if every process gave this to a collective."""
+    given = value.get().flatten()
+    num_times = -(-shape.numel() // max(1, given.numel()))
+    return given.repeat(num_times)[: shape.numel()].view(shape)
 
 
 def _get(x: Any) -> Any:
