@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from graph_capture.calls.call_spec import tensors_of
+from graph_capture.loop.data_parallel import DataParallel
 
 from ..base.budget import read_budget
 from ..base.forward_slot import stand_in_of
@@ -157,8 +158,8 @@ class RematCallback(TrainerCallback):
         else:
             logger.info(f"remat-planner: {name}: {self.applied}")
 
-    def _before(self, batch: _Batch) -> None:
-        """Plan where a step is the first of a training."""
+    def _before(self, batch: _Batch, around: nn.Module) -> None:
+        """Plan where a step is the first of a training; ``around`` is what the trainer calls."""
         if self._watched is not None or self._model is None or not self._model.training:
             return
         policy = self._on_shape_change
@@ -170,6 +171,7 @@ class RematCallback(TrainerCallback):
             if self._trainer.args.gradient_accumulation_steps == 1
             else "accumulated",
             "resident_bytes": self._held_bytes(batch.inputs),
+            **_wrapper_in(around),
             **self._options,
         }
         largest = None if policy in ("error", "unplanned") else self._largest(batch)
@@ -238,7 +240,7 @@ class _Computing:
             compute_loss=self._own,
         )
         with callback._loss.of(batch.loss):
-            callback._before(batch)
+            callback._before(batch, model)
             found = self._own(model, inputs, *args, **kwargs)
         if callback.plan is None and callback._watched is not None:
             callback.plan = callback._watched.plan
@@ -246,6 +248,15 @@ class _Computing:
             if stand_in is not None:
                 _LEFT[callback._watched.model] = weakref.ref(stand_in), weakref.ref(callback)
         return found
+
+
+def _wrapper_in(called: nn.Module) -> dict[str, DataParallel]:
+    """The word for a ``DistributedDataParallel`` in what a trainer calls, compiled or not.
+
+    The largest batch is planned for before the wrapper's forward runs.
+    """
+    found = (DataParallel.found_on(module) for module in called.modules())
+    return next(({"distributed": word} for word in found if word is not None), {})
 
 
 def _end_interrupted(model: nn.Module) -> None:
