@@ -29,6 +29,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 
 from graph_capture.cost_graph import CostGraph
@@ -57,6 +58,7 @@ def cheapest_order(
     return _cheapest(graph, budget_bytes, checkmate_class=checkmate_class)[1]
 
 
+@lru_cache(maxsize=8)
 def _cheapest(
     graph: CostGraph, budget_bytes: int, *, checkmate_class: bool
 ) -> tuple[int, tuple[int, ...]] | tuple[None, None]:
@@ -89,6 +91,7 @@ def _cheapest(
     return None, None
 
 
+@lru_cache(maxsize=8)
 def least_memory_exact(graph: CostGraph) -> int:
     """The smallest budget that any schedule fits in.
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -222,14 +223,14 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
         ProfileCache(None, "here").save()
 
 
-def _flipped(tmp_path: Path, places: range) -> None:
+def _flipped(tmp_path: Path, places_of: Callable[[bytes], Iterable[int]]) -> None:
     with_entry = ProfileCache(tmp_path, "e")
     with_entry.put("time_ns", "x", 5)
     with_entry.save()
     path = tmp_path / "profile-1.sqlite3"
     good = path.read_bytes()
     damaged = 0
-    for place in places:
+    for place in places_of(good):
         for value in (good[place] ^ 0xFF, good[place] ^ 1, 0xAC):
             path.write_bytes(good[:place] + bytes([value]) + good[place + 1 :])
             with warnings.catch_warnings(record=True) as said:
@@ -247,10 +248,19 @@ def _flipped(tmp_path: Path, places: range) -> None:
 
 def test_any_damaged_byte_of_the_header_is_started_again(tmp_path: Path) -> None:
     """Or does no harm; no byte ends in another error or in a cache that is never used again."""
-    _flipped(tmp_path, range(0, 110, 2))
+    _flipped(tmp_path, lambda content: range(0, 110, 2))
 
 
 @pytest.mark.slow
 def test_any_damaged_byte_is_started_again(tmp_path: Path) -> None:
-    """Whatever it belongs to: text that is no UTF-8, pages, the schema, values."""
-    _flipped(tmp_path, range(1, 8192, 3))
+    """Whatever it belongs to: text that is no UTF-8, pages, the schema, values.
+
+    Of what pages have free, which is zeros and is not read, some bytes stand for all.
+    """
+
+    def places_of(content: bytes) -> list[int]:
+        return [
+            i for i in range(len(content)) if any(content[max(0, i - 2) : i + 3]) or i % 97 == 0
+        ]
+
+    _flipped(tmp_path, places_of)

@@ -49,6 +49,7 @@ def fits(model: nn.Module, rows: int, budget_bytes: int = BUDGET_BYTES) -> bool:
             budget_bytes=budget_bytes,
             loss_fn=both,
             time_limit_s=1,
+            gap=10,
         )
     except InfeasibleBudgetError:
         return False
