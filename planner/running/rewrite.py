@@ -305,19 +305,20 @@ class _Emitter:
             return self._read(node, code.reads[node]) if k is None else own_value(node, k)
 
         replayed = None if first else self._captured.state_of.get(v)
+        drawing = [] if replayed is None else [call for call in code.calls if draws(call)]
         for call in code.calls:
             given = call.args if first else repeated_arguments(call.target, call.args)
             args = map_arg(given, argument)
             kwargs = map_arg(call.kwargs, argument)
-            if replayed is not None and draws(call):
-                kind = self._captured.device_type
+            if replayed is not None and call in drawing[:1]:
                 state = self._carrier(*self._state_key(replayed))
                 where = self._generator()
-                before = self._call(REWINDS[kind], (state, *where), {}, "generator_before")
-                result = self._call_like(call, args, kwargs, given)
-                self._call(RESUMES[kind], (before, *where), {}, "generator_after")
-            else:
-                result = self._call_like(call, args, kwargs, given)
+                rewind = REWINDS[self._captured.device_type]
+                before = self._call(rewind, (state, *where), {}, "generator_before")
+            result = self._call_like(call, args, kwargs, given)
+            if call in drawing[-1:]:  # each goes on where the last ended
+                resume = RESUMES[self._captured.device_type]
+                self._call(resume, (before, *where), {}, "generator_after")
             fresh.update(self._owned(call, result, own))
         for (k, carrier), value in fresh.items():
             self._set(k, carrier, value)

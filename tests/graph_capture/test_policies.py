@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.testing.bitwise import assert_same_training
 from graph_capture.cost_graph import Operator
@@ -78,6 +79,27 @@ def test_never_and_always_keep_the_bits() -> None:
     )
     assert any(op.name.endswith("_repeated") for op in plan.graph.operators)
     assert_same_training(ManyDropouts, plan.apply, _x, loss_fn=mean_square)
+
+
+class DrawnOver(Three):
+    """Draws into what it has drawn: one operator, with one state of the generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.a(x)) * torch.rand_like(x).bernoulli_(0.4).add_(1))
+
+
+def test_draws_into_one_memory_follow_each_other_when_repeated() -> None:
+    """The second goes on where the first ended, and not where it began."""
+    plan = optimize(
+        DrawnOver(),
+        _x(),
+        budget_bytes=10**9,
+        loss_fn=mean_square,
+        always_recompute=["aten.bernoulli_"],
+        time_limit_s=1,
+    )
+    assert any(op.name.endswith("_repeated") for op in plan.graph.operators)
+    assert_same_training(DrawnOver, plan.apply, _x, loss_fn=mean_square)
 
 
 def test_always_frees_what_it_repeats() -> None:
