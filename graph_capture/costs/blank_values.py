@@ -86,10 +86,12 @@ def _whole_mask(given: _Named) -> dict[str, _Fill]:
 
 
 def _ctc_lengths(given: _Named) -> dict[str, _Fill]:
-    """Every sequence as long as it can be."""
+    """Every sequence as long as it can be: no longer than what forward kept has room for."""
     log_probs, targets = given["log_probs"], given["targets"]
     batch = log_probs.shape[1] if log_probs.dim() == 3 else 1
     longest = targets.shape[1] if targets.dim() == 2 else targets.numel() // max(1, batch)
+    if "log_alpha" in given:  # a column for each target and for each blank around them
+        longest = min(longest, (given["log_alpha"].shape[-1] - 1) // 2)
     return {"input_lengths": log_probs.shape[0], "target_lengths": longest, "targets": 1}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from graph_capture.costs.allocator import peak_extra_bytes
+from graph_capture.costs.blank_values import fills_of
 from graph_capture.costs.cost_model import Call
 from graph_capture.costs.workspace import WorkspaceProbe
 
@@ -52,3 +53,12 @@ def test_scratch_is_as_with_real_values(func: Any, args: tuple) -> None:
     )
     assert probe.notes == ()
     assert found >= peak - made
+
+
+def test_targets_of_a_ctc_gradient_fit_into_what_forward_kept() -> None:
+    """Targets that are padded beyond the longest would be written past the end of its memory."""
+    scores, targets = torch.rand(8, 4, 16).log_softmax(-1), torch.ones(4, 9, dtype=torch.long)
+    lengths = torch.full((4,), 8), torch.full((4,), 3)
+    loss, alpha = aten._ctc_loss.Tensor(scores, targets, *lengths)
+    args = (loss, scores, targets, *lengths, loss, alpha, 0)
+    assert fills_of(aten._ctc_loss_backward.Tensor, args, {})[id(lengths[1])] == 3
