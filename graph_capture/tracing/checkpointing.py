@@ -52,11 +52,17 @@ def inside_checkpoint() -> bool:
 
 
 class _CallThrough:
-    """Replaces the autograd function behind ``checkpoint(use_reentrant=True)``."""
+    """Replaces the autograd function behind ``checkpoint(use_reentrant=True)``.
+
+    As an autograd function it knows its own arguments alone: where none of them requires grad,
+    what it returns does not either, and parameters inside get no gradient.
+    """
 
     @staticmethod
     def apply(function: Callable[..., Any], _preserve_rng_state: bool, *args: Any) -> Any:
-        with _here.depth.deeper():
+        implementation.check_backward_validity(args)  # PyTorch's own warning of that
+        known = any(isinstance(each, torch.Tensor) and each.requires_grad for each in args)
+        with torch.set_grad_enabled(known and torch.is_grad_enabled()), _here.depth.deeper():
             return function(*args)
 
 

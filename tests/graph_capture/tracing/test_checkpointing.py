@@ -32,6 +32,17 @@ def test_a_part_runs_once(use_reentrant: bool) -> None:
     assert x.grad is not None
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_arguments_without_gradients_leave_parameters_without() -> None:
+    """The older implementation is a function of its arguments, here as without a plan."""
+    layer, x = torch.nn.Linear(3, 3), torch.ones(2, 3)
+    assert not checkpoint(layer, x, use_reentrant=True).requires_grad
+    with checkpoints_inlined():
+        assert not checkpoint(layer, x, use_reentrant=True).requires_grad
+        assert checkpoint(layer, x, use_reentrant=False).requires_grad
+        assert checkpoint(layer, x.clone().requires_grad_(), use_reentrant=True).requires_grad
+
+
 def test_afterwards_it_is_itself_again() -> None:
     """Both implementations are back afterwards, also when an error passes."""
     before = (
