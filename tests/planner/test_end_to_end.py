@@ -103,7 +103,6 @@ def check(name: str, size: Size, share: float) -> None:
 
 
 @sizes(
-    "bert",
     "gpt2",
     "lstm",
     "many_outputs",
@@ -122,7 +121,7 @@ def test_at_50_percent(name, size):
     check(name, size, 0.5)
 
 
-@sizes("mlp_frozen", "mixture_of_experts", small=SMALL_AT_LEAST)
+@sizes("mlp_frozen", small=SMALL_AT_LEAST)
 def test_at_the_least_feasible_budget(name, size):
     """What InfeasibleBudgetError names as the least budget works, with the same bits."""
     check(name, size, 0.0)

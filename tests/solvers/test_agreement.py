@@ -61,10 +61,10 @@ def check_proof(family: str, seed: int) -> None:
 
 
 def check_solver(solver: str, family: str, seed: int) -> None:
-    """What ``solver`` claims in half a second is so."""
+    """What ``solver`` claims in a fifth of a second is so."""
     graph = FAMILIES[family](seed)
     budget_bytes = budget_within(graph, seed)
-    limit_s = 10.0 if solver in IN_CHILD_PROCESSES else 0.5
+    limit_s = 10.0 if solver in IN_CHILD_PROCESSES else 0.2
     result = solve(graph, budget_bytes, solver=solver, time_limit_s=limit_s)
     check_claims(graph, budget_bytes, result)
     event(str(result.status))
@@ -106,7 +106,7 @@ def check_claims(graph: CostGraph, budget_bytes: int, result: SolveResult) -> No
 def check_least_memory(family: str, seed: int) -> None:
     """The least budget lies between the bound and the peak that was found."""
     graph = FAMILIES[family](seed)
-    least = least_memory(graph, time_limit_s=0.3)
+    least = least_memory(graph, time_limit_s=0.2)
     assert least.lower_bound_bytes <= least_memory_exact(graph) <= least.peak_bytes
     assert replay(graph, least.schedule).peak_bytes == least.peak_bytes
     assert least.peak_bytes <= keep_all_peak_bytes(graph)

@@ -24,8 +24,10 @@ from graph_capture.errors import CaptureError
 from graph_capture.recording.fake_inputs import FakeInputs
 from tests.capturing import capture_step
 
-VARIED = ("gpt2_bf16", "t5", "resnet50", "unet", "many_outputs", "lstm", "mixture_of_experts")
-"""Autocast, two stacks, statistics, branches, several outputs, recurrence, routing."""
+VARIED = ("gpt2_bf16", "unet", "many_outputs", "lstm", "mixture_of_experts")
+"""Autocast, branches, several outputs, recurrence, routing."""
+LARGER = ("t5", "resnet50")
+"""Two stacks, statistics: slow, since they take longest."""
 
 
 def _model(device: str) -> nn.Module:
@@ -104,7 +106,16 @@ def test_several_devices_are_refused() -> None:
         target_of(nn.Linear(1, 1), spread)
 
 
-@pytest.mark.parametrize("case", cases("tiny", *VARIED))
+@pytest.mark.parametrize(
+    "case",
+    [
+        *cases("tiny", *VARIED),
+        *(
+            pytest.param(*case.values, id=case.id, marks=(*case.marks, pytest.mark.slow))
+            for case in cases("tiny", *LARGER)
+        ),
+    ],
+)
 def test_a_model_on_meta_is_captured_as_on_the_cpu(case: Case) -> None:
     """Its graph has the fingerprint of the same model on the CPU."""
     on_cpu = _capture(case, case.make())

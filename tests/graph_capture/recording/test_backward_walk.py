@@ -23,8 +23,10 @@ from tests.capturing import capture_step
 
 from ..odd import ODD, WIDTH, Three, mean_square, normal, sample
 
-VARIED = ("gpt2_bf16", "t5", "resnet50", "unet", "many_outputs", "lstm", "mixture_of_experts")
-"""Autocast, two stacks, statistics, branches, several outputs, recurrence, routing."""
+VARIED = ("gpt2_bf16", "resnet50", "unet", "many_outputs", "lstm", "mixture_of_experts")
+"""Autocast, statistics, branches, several outputs, recurrence, routing."""
+LARGER = ("t5",)
+"""Two stacks: slow, since they take longest."""
 
 
 def _capture(model: nn.Module, sample_input: Any, loss: Any = mean_square) -> CapturedStep:
@@ -51,7 +53,16 @@ def _assert_same(by_engine: CapturedStep, by_walk: CapturedStep) -> None:
     assert by_engine.step.loss_spec == by_walk.step.loss_spec
 
 
-@pytest.mark.parametrize("case", cases("tiny", *VARIED))
+@pytest.mark.parametrize(
+    "case",
+    [
+        *cases("tiny", *VARIED),
+        *(
+            pytest.param(*case.values, id=case.id, marks=(*case.marks, pytest.mark.slow))
+            for case in cases("tiny", *LARGER)
+        ),
+    ],
+)
 def test_models_are_captured_alike(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls, module paths, lines, wiring and the loss's memory are the same by walk and engine."""
     model = case.make()
