@@ -270,8 +270,8 @@ PART_OF_A_STEP = (
 
 
 LEAST_OF_A_PART = (
-    "This is only a part of a training step: the least budget named is that of this graph and "
-    "those before it, and later parts may need more."
+    "This is only a part of a training step: the least budget named is that of this graph and what "
+    "is saved before it. Later graphs may need more, and so may what runs as plain Python."
 )
 
 AFTER_A_BREAK = (

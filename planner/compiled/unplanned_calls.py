@@ -93,7 +93,8 @@ class UnplannedCalls:
 
 _REASONS = (
     "Dynamo may have given up on the function (nn.LSTM, for instance, or a graph break within a "
-    "loop; TORCH_LOGS=graph_breaks says why), compiled it as often as "
+    "loop, as of batch normalization with momentum=None in an nn.Sequential; "
+    "TORCH_LOGS=graph_breaks says why), compiled it as often as "
     "torch._dynamo.config.recompile_limit allows (TORCH_LOGS=recompiles), or suppressed an error; "
     "fullgraph=True makes an error of each"
 )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graph_capture.private_torch.compiled_calls import hearing_of_compiles
-from planner import PlanWarning
+from planner import InfeasibleBudgetError, PlanWarning
 from planner.compiled import install
 from planner.compiled.unplanned_calls import PARTLY_UNPLANNED, UNPLANNED, UnplannedCalls, by_plan
 from tests.planner.compiled.models import WithLoss, compiled, model_and_sample, step
@@ -70,6 +70,24 @@ def test_plain_python_beside_graphs_is_said_once() -> None:
     call, plans = compiled(_Recurrent(around=True), budget_bytes=10**6)
     assert _of(call, X, X) == [PARTLY_UNPLANNED]
     assert plans
+
+
+@pytest.mark.filterwarnings("ignore::planner.PlanWarning", "ignore:The .grad attribute")
+def test_a_least_budget_beside_plain_python_says_what_it_leaves_out() -> None:
+    """Dynamo breaks at the average of all batches, within the loop over the layers."""
+    layers = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8, momentum=None))
+
+    def loss(x: Tensor) -> Tensor:
+        found: Tensor = layers(x).square().mean()
+        return found
+
+    torch.compiler.reset()
+    call = torch.compile(loss, backend="remat", options={"budget_bytes": 1, "lower": "aot_eager"})
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as caught:
+        call(X.flatten(0, 1))
+    error = caught.value.inner_exception
+    assert isinstance(error, InfeasibleBudgetError)
+    assert "so may what runs as plain Python" in str(error)
 
 
 def test_graphs_without_gradients_do_not_hide_it() -> None:
