@@ -52,6 +52,7 @@ from .step_layout import StepLayout, has_sums, reads_what_it_writes, segments_of
 from .step_warnings import (
     say_cast_gradients,
     say_casts,
+    say_copied,
     say_layout,
     say_nan,
     say_own_forward,
@@ -278,7 +279,7 @@ class PlannedStep:
             tangent = given[place]
             given[place] = None
             assert tangent is not None
-            boxed.append(_fit_tangent(tangent, expected))
+            boxed.append(self._fit_tangent(tangent, expected))
             del tangent
             if self.compiled is not None and not _has_layout(boxed[-1], expected):
                 say_layout(self._tally, tuple(expected.shape))
@@ -397,6 +398,15 @@ class PlannedStep:
         given = tensors_of(call.arguments)
         return [t for t in (fetch(given) for fetch in self._layout.fetch) if t.requires_grad]
 
+    def _fit_tangent(self, tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        """Return an output's gradient in the layout that the backward graph was traced with."""
+        if tangent.stride() == expected.stride() or tangent.is_contiguous():
+            return tangent
+        one_for_all = 0 in tangent.stride()  # as of a sum, where nothing is said (docs/limits.md)
+        if not one_for_all and not _has_layout(tangent, expected):
+            say_copied(self._tally, tuple(expected.shape))
+        return tangent.contiguous()
+
     def _let_go(self, call: StepCall) -> None:
         """Release the call's tensors after backward; the autograd graph may live a step longer."""
         call.arguments, call.saved = {}, []
@@ -423,10 +433,3 @@ def _has_layout(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether a tensor has the strides that compiled code was made for."""
     pairs = zip(tensor.shape, tensor.stride(), expected.stride(), strict=True)
     return tensor.numel() == 0 or all(n == 1 or a == b for n, a, b in pairs)
-
-
-def _fit_tangent(tangent: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return an output's gradient in the layout that the backward graph was traced with."""
-    if tangent.stride() == expected.stride() or tangent.is_contiguous():
-        return tangent
-    return tangent.contiguous()

@@ -109,6 +109,17 @@ def say_layout(tally: Tally, shape: tuple[int, ...]) -> None:
     )
 
 
+def say_copied(tally: Tally, shape: tuple[int, ...]) -> None:
+    """Of a gradient that lies in memory otherwise than the planned one, and is not dense."""
+    tally.say(
+        "copied gradient",
+        f"the gradient of an output of shape {shape} of a planned step lies in memory otherwise "
+        "than planned, and is copied: sums over it may have other last bits than without the "
+        "plan, and the copy is not in the budget. Plan with the loss_fn= that the loop computes, "
+        "which says how its gradient lies",
+    )
+
+
 def what_changed(changed: OutcomeChanged, check: Check) -> str:
     """Describe a check whose outcome differs from the planned one."""
     module = f" in module {check.module_path!r}" if check.module_path else ""
