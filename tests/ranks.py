@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
+
+IMPORTED = ("torch.distributed.fsdp", "transformers", "planner", "pytest")
+"""Most of the time that a new process takes before it works."""
 
 
 def spawn_ranks(work: Callable[..., object], args: tuple[Any, ...], *, nprocs: int) -> None:
     """Run `work(rank, *args)` in `nprocs` new processes; an error in one is raised here."""
-    mp.spawn(_rank, (work, args), nprocs=nprocs)
+    mp.start_processes(_rank, (work, args), nprocs=nprocs, start_method=_start_method())
+
+
+@cache
+def _start_method() -> str:
+    """How processes start: from one that has imported what all need, and done nothing else.
+
+    Where there is CUDA, which some of that looks for, nothing is forked.
+    """
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return "spawn"
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    return "forkserver"
 
 
 def _rank(rank: int, work: Callable[..., object], args: tuple[Any, ...]) -> None:
